@@ -1,0 +1,56 @@
+"""jqcow: a transactional qcow2 engine.
+
+    with jqcow.create("disk.qcow2", 10 << 30) as image:
+        image.pwrite(b"hello", 0)
+        image.flush()
+
+After a crash, opening with ``"r+"`` brings back everything that a flush acknowledged.
+"""
+
+from jqcow._version import __version__
+from jqcow.errors import (
+    CorruptionError,
+    FormatError,
+    ImageClosedError,
+    ImageInUse,
+    JqcowError,
+    PoisonedError,
+    ReadOnlyError,
+    UnsupportedFeatureError,
+)
+from jqcow.image import (
+    Extent,
+    Image,
+    ImageFile,
+    ImageInfo,
+    JournalInfo,
+    Recovered,
+    create,
+    create_on_device,
+    open,
+    open_device,
+)
+from jqcow.offline.check import CheckReport
+
+__all__ = [
+    "CheckReport",
+    "CorruptionError",
+    "Extent",
+    "FormatError",
+    "Image",
+    "ImageClosedError",
+    "ImageFile",
+    "ImageInUse",
+    "ImageInfo",
+    "JournalInfo",
+    "JqcowError",
+    "PoisonedError",
+    "ReadOnlyError",
+    "Recovered",
+    "UnsupportedFeatureError",
+    "__version__",
+    "create",
+    "create_on_device",
+    "open",
+    "open_device",
+]

@@ -1,0 +1,103 @@
+"""Leaf kernels over buffers: checksums, zero detection, refcount arrays, walks over L1 and L2 tables.
+
+Every kernel exists twice, in C (kernels.c) and as a Python twin (twins.py), with equal results. Importing
+the package takes C where it was built. Call a kernel through the package, ``_native.crc32c(data)``: a name
+imported by itself would not follow :func:`select`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+from jqcow._native import twins
+from jqcow._native.twins import (
+    COMPRESSED,
+    DATA,
+    UNALLOCATED,
+    ZERO,
+    TableReferences,
+    count_table_references,
+    crc32c,
+    is_zero,
+    l2_run,
+    refcount_find_used,
+    refcount_find_zero,
+    refcount_get,
+    refcount_last_used,
+    refcount_set,
+)
+
+KERNELS = (
+    "count_table_references",
+    "crc32c",
+    "is_zero",
+    "l2_run",
+    "refcount_find_used",
+    "refcount_find_zero",
+    "refcount_get",
+    "refcount_last_used",
+    "refcount_set",
+)
+
+__all__ = [
+    "COMPRESSED",
+    "DATA",
+    "KERNELS",
+    "UNALLOCATED",
+    "ZERO",
+    "TableReferences",
+    "active",
+    "build_info",
+    "count_table_references",
+    "crc32c",
+    "is_zero",
+    "l2_run",
+    "refcount_find_used",
+    "refcount_find_zero",
+    "refcount_get",
+    "refcount_last_used",
+    "refcount_set",
+    "select",
+]
+
+_serving: ModuleType = twins
+
+
+def select(kind: Literal["auto", "c", "python"]) -> None:
+    """Choose which kernels serve from now on, in every thread; ``auto`` takes C where it was built.
+
+    Raises ImportError for ``c`` when the C kernels were not built, and ValueError for an unknown name.
+    """
+    global _serving  # noqa: PLW0603
+    if kind not in ("auto", "c", "python"):
+        raise ValueError(f"kernels are 'auto', 'c' or 'python', not {kind!r}")
+    _serving = twins if kind == "python" else _bindings(required=kind == "c")
+    globals().update({name: getattr(_serving, name) for name in KERNELS})
+
+
+def active() -> Literal["c", "python"]:
+    """Return which kernels serve now."""
+    return "python" if _serving is twins else "c"
+
+
+def build_info() -> str:
+    """Return which kernels serve now, in words for ``jqcow --version``."""
+    if active() == "python":
+        return "Python twins"
+    from jqcow._native import _kernels
+
+    return "C kernels (abi3)" if str(_kernels.__file__).endswith(".abi3.so") else "C kernels"
+
+
+def _bindings(required: bool) -> ModuleType:
+    try:
+        from jqcow._native import bindings
+    except ImportError as error:
+        if required:
+            raise ImportError("the C kernels of jqcow were not built") from error
+        return twins
+    return bindings
+
+
+select("auto")

@@ -1,0 +1,90 @@
+"""The C kernels behind the twins' signatures. Importing this raises ImportError where they were not built.
+
+``cffi`` releases the GIL around every call, so a kernel may run beside other threads; the caller keeps others
+from changing its buffers meanwhile.
+"""
+
+from __future__ import annotations
+
+from jqcow._native import twins
+from jqcow._native._kernels import ffi, lib
+from jqcow._native.twins import Buffer, CountBuffer, TableReferences, WritableBuffer
+
+_from_buffer = ffi.from_buffer
+
+
+def crc32c(data: Buffer, value: int = 0) -> int:
+    """See :func:`jqcow._native.twins.crc32c`."""
+    view = _from_buffer(data)
+    return lib.jqcow_crc32c(view, len(view), value)  # type: ignore[no-any-return]
+
+
+def crc32c_portable(data: Buffer, value: int = 0) -> int:
+    """The CRC that serves on processors without an instruction for it; the tests call it by name."""
+    view = _from_buffer(data)
+    return lib.jqcow_crc32c_portable(view, len(view), value)  # type: ignore[no-any-return]
+
+
+def is_zero(data: Buffer) -> bool:
+    """See :func:`jqcow._native.twins.is_zero`."""
+    view = _from_buffer(data)
+    return lib.jqcow_is_zero(view, len(view)) != 0  # type: ignore[no-any-return]
+
+
+def refcount_get(buffer: Buffer, index: int, order: int) -> int:
+    """See :func:`jqcow._native.twins.refcount_get`."""
+    view = _from_buffer(buffer)
+    twins.check_refcount_index(len(view), index, order)
+    return lib.jqcow_refcount_get(view, index, order)  # type: ignore[no-any-return]
+
+
+def refcount_set(buffer: WritableBuffer, index: int, order: int, value: int) -> None:
+    """See :func:`jqcow._native.twins.refcount_set`."""
+    view = _from_buffer(buffer, require_writable=True)
+    twins.check_refcount_index(len(view), index, order)
+    twins.check_refcount_value(value, order)
+    lib.jqcow_refcount_set(view, index, order, value)
+
+
+def refcount_find_zero(buffer: Buffer, order: int, start: int, stop: int) -> int:
+    """See :func:`jqcow._native.twins.refcount_find_zero`."""
+    view = _from_buffer(buffer)
+    twins.check_refcount_range(len(view), order, start, stop)
+    return lib.jqcow_refcount_find_zero(view, order, start, stop)  # type: ignore[no-any-return]
+
+
+def refcount_find_used(buffer: Buffer, order: int, start: int, stop: int) -> int:
+    """See :func:`jqcow._native.twins.refcount_find_used`."""
+    view = _from_buffer(buffer)
+    twins.check_refcount_range(len(view), order, start, stop)
+    return lib.jqcow_refcount_find_used(view, order, start, stop)  # type: ignore[no-any-return]
+
+
+def refcount_last_used(buffer: Buffer, order: int) -> int:
+    """See :func:`jqcow._native.twins.refcount_last_used`."""
+    view = _from_buffer(buffer)
+    entry_count = twins.refcount_entry_count(len(view), order)
+    return lib.jqcow_refcount_last_used(view, order, entry_count)  # type: ignore[no-any-return]
+
+
+def count_table_references(
+    table: Buffer, offset_mask: int, cluster_bits: int, counts: CountBuffer, cluster_limit: int
+) -> TableReferences:
+    """See :func:`jqcow._native.twins.count_table_references`."""
+    counters = ffi.from_buffer("uint32_t[]", counts, require_writable=True)
+    twins.check_cluster_limit(len(counters), cluster_limit)
+    view = _from_buffer(table)
+    tally = ffi.new("uint64_t[3]")
+    lib.jqcow_count_table_references(
+        view, len(view) // 8, offset_mask, cluster_bits, counters, cluster_limit, tally
+    )
+    return TableReferences(*tally)
+
+
+def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[int, int, int]:
+    """See :func:`jqcow._native.twins.l2_run`."""
+    view = _from_buffer(table)
+    twins.check_l2_range(len(view), index, limit)
+    packed = lib.jqcow_l2_run(view, index, min(limit, len(view) // 8 - index), cluster_bits)
+    kind = packed & 3
+    return kind, twins.first_host_offset(table, index, kind), packed >> 2

@@ -1,0 +1,310 @@
+/* The leaf kernels; kernels.h holds the contract that they share. */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <nmmintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
+#include <arm_acle.h>
+#endif
+
+#define LITTLE_ENDIAN_HOST (__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__)
+
+/* memcpy lets the compiler emit one load, whatever the alignment. */
+
+static inline uint64_t load_native64(const uint8_t *bytes)
+{
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+    return word;
+}
+
+static inline uint64_t load_little64(const uint8_t *bytes)
+{
+    uint64_t word = load_native64(bytes);
+    return LITTLE_ENDIAN_HOST ? word : __builtin_bswap64(word);
+}
+
+static inline uint64_t load_big64(const uint8_t *bytes)
+{
+    uint64_t word = load_native64(bytes);
+    return LITTLE_ENDIAN_HOST ? __builtin_bswap64(word) : word;
+}
+
+/* CRC-32C (Castagnoli) */
+
+#define CASTAGNOLI_REFLECTED 0x82f63b78u
+
+static uint32_t crc_tables[8][256];
+static bool crc_in_hardware;
+
+/* Runs when the module is loaded, so that no call has to ask whether the tables are ready. */
+__attribute__((constructor)) static void prepare_crc32c(void)
+{
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t crc = byte;
+        for (int bit = 0; bit < 8; bit++)
+            crc = (crc >> 1) ^ (crc & 1 ? CASTAGNOLI_REFLECTED : 0);
+        crc_tables[0][byte] = crc;
+    }
+    for (int distance = 1; distance < 8; distance++)
+        for (int byte = 0; byte < 256; byte++) {
+            uint32_t nearer = crc_tables[distance - 1][byte];
+            crc_tables[distance][byte] = (nearer >> 8) ^ crc_tables[0][nearer & 0xff];
+        }
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    crc_in_hardware = __builtin_cpu_supports("sse4.2");
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
+    crc_in_hardware = true;
+#endif
+}
+
+uint32_t jqcow_crc32c_portable(const void *data, size_t length_bytes, uint32_t value)
+{
+    const uint8_t *bytes = data;
+    uint32_t crc = ~value;
+
+    for (; length_bytes >= 8; length_bytes -= 8, bytes += 8) {
+        uint64_t word = load_little64(bytes) ^ crc;
+        crc = crc_tables[7][word & 0xff] ^ crc_tables[6][(word >> 8) & 0xff] ^
+              crc_tables[5][(word >> 16) & 0xff] ^ crc_tables[4][(word >> 24) & 0xff] ^
+              crc_tables[3][(word >> 32) & 0xff] ^ crc_tables[2][(word >> 40) & 0xff] ^
+              crc_tables[1][(word >> 48) & 0xff] ^ crc_tables[0][word >> 56];
+    }
+    for (; length_bytes > 0; length_bytes--, bytes++)
+        crc = (crc >> 8) ^ crc_tables[0][(crc ^ *bytes) & 0xff];
+    return ~crc;
+}
+
+#if defined(__x86_64__)
+
+__attribute__((target("sse4.2")))
+static uint32_t crc32c_hardware(const uint8_t *bytes, size_t length_bytes, uint32_t value)
+{
+    uint64_t crc = (uint32_t)~value;
+
+    for (; length_bytes >= 8; length_bytes -= 8, bytes += 8)
+        crc = _mm_crc32_u64(crc, load_native64(bytes));
+    for (; length_bytes > 0; length_bytes--, bytes++)
+        crc = _mm_crc32_u8((uint32_t)crc, *bytes);
+    return ~(uint32_t)crc;
+}
+
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
+
+static uint32_t crc32c_hardware(const uint8_t *bytes, size_t length_bytes, uint32_t value)
+{
+    uint32_t crc = ~value;
+
+    for (; length_bytes >= 8; length_bytes -= 8, bytes += 8)
+        crc = __crc32cd(crc, load_little64(bytes));
+    for (; length_bytes > 0; length_bytes--, bytes++)
+        crc = __crc32cb(crc, *bytes);
+    return ~crc;
+}
+
+#else
+
+static uint32_t crc32c_hardware(const uint8_t *bytes, size_t length_bytes, uint32_t value)
+{
+    return jqcow_crc32c_portable(bytes, length_bytes, value);
+}
+
+#endif
+
+uint32_t jqcow_crc32c(const void *data, size_t length_bytes, uint32_t value)
+{
+    if (crc_in_hardware)
+        return crc32c_hardware(data, length_bytes, value);
+    return jqcow_crc32c_portable(data, length_bytes, value);
+}
+
+/* Zero detection */
+
+int jqcow_is_zero(const void *data, size_t length_bytes)
+{
+    const uint8_t *bytes = data;
+
+    for (; length_bytes >= 64; length_bytes -= 64, bytes += 64) {
+        uint64_t seen = 0;
+        for (size_t at = 0; at < 64; at += 8)
+            seen |= load_native64(bytes + at);
+        if (seen)
+            return 0;
+    }
+    for (; length_bytes > 0; length_bytes--, bytes++)
+        if (*bytes)
+            return 0;
+    return 1;
+}
+
+/* Refcount blocks: an entry takes 2^order bits. Narrow entries fill a byte from its low bits up. */
+
+static inline uint64_t narrow_mask(int order)
+{
+    return (1u << (1 << order)) - 1;
+}
+
+static inline unsigned narrow_shift(size_t index, int order)
+{
+    return (unsigned)(index << order) & 7;
+}
+
+uint64_t jqcow_refcount_get(const void *block, size_t index, int order)
+{
+    const uint8_t *bytes = block;
+
+    if (order < 3)
+        return (bytes[(index << order) >> 3] >> narrow_shift(index, order)) & narrow_mask(order);
+
+    size_t width_bytes = (size_t)1 << (order - 3);
+    uint64_t value = 0;
+    for (size_t at = index * width_bytes; at < (index + 1) * width_bytes; at++)
+        value = (value << 8) | bytes[at];
+    return value;
+}
+
+void jqcow_refcount_set(void *block, size_t index, int order, uint64_t value)
+{
+    uint8_t *bytes = block;
+
+    if (order < 3) {
+        uint8_t *byte = &bytes[(index << order) >> 3];
+        unsigned shift = narrow_shift(index, order);
+        *byte = (uint8_t)((*byte & ~(narrow_mask(order) << shift)) | (value << shift));
+        return;
+    }
+
+    size_t width_bytes = (size_t)1 << (order - 3);
+    for (size_t at = (index + 1) * width_bytes; at > index * width_bytes; at--) {
+        bytes[at - 1] = (uint8_t)value;
+        value >>= 8;
+    }
+}
+
+/* 1 in the lowest bit of every entry that a 64-bit word holds. */
+static inline uint64_t lowest_bits(int order)
+{
+    return order == 6 ? 1 : ~(uint64_t)0 / (((uint64_t)1 << (1 << order)) - 1);
+}
+
+/*
+ * Does the word hold a zero entry (or, for want_zero false, one in use)? Subtracting 1 from every
+ * entry borrows into the top bit of an entry only where that entry, or one below it, is zero.
+ */
+static inline bool word_may_match(uint64_t word, uint64_t lowest, int order, bool want_zero)
+{
+    if (!want_zero)
+        return word != 0;
+    uint64_t highest = lowest << ((1 << order) - 1);
+    return ((word - lowest) & ~word & highest) != 0;
+}
+
+static int64_t find_refcount(const void *block, int order, size_t start, size_t stop, bool want_zero)
+{
+    const uint8_t *bytes = block;
+    size_t entries_per_word = (size_t)64 >> order;
+    uint64_t lowest = lowest_bits(order);
+
+    for (size_t index = start; index < stop; index++) {
+        while (index % entries_per_word == 0 && index + entries_per_word <= stop &&
+               !word_may_match(load_native64(bytes + ((index << order) >> 3)), lowest, order, want_zero))
+            index += entries_per_word;
+        if (index < stop && (jqcow_refcount_get(block, index, order) == 0) == want_zero)
+            return (int64_t)index;
+    }
+    return -1;
+}
+
+int64_t jqcow_refcount_find_zero(const void *block, int order, size_t start, size_t stop)
+{
+    return find_refcount(block, order, start, stop, true);
+}
+
+int64_t jqcow_refcount_find_used(const void *block, int order, size_t start, size_t stop)
+{
+    return find_refcount(block, order, start, stop, false);
+}
+
+int64_t jqcow_refcount_last_used(const void *block, int order, size_t entry_count)
+{
+    const uint8_t *bytes = block;
+    size_t entries_per_word = (size_t)64 >> order;
+
+    for (size_t end = entry_count; end > 0; end--) {
+        while (end > 0 && end % entries_per_word == 0 &&
+               load_native64(bytes + (((end - entries_per_word) << order) >> 3)) == 0)
+            end -= entries_per_word;
+        if (end == 0)
+            break;
+        if (jqcow_refcount_get(block, end - 1, order))
+            return (int64_t)(end - 1);
+    }
+    return -1;
+}
+
+/* L1 and L2 tables */
+
+#define ENTRY_COMPRESSED ((uint64_t)1 << 62)
+#define ENTRY_ZERO ((uint64_t)1)
+#define ENTRY_OFFSET ((uint64_t)0x00fffffffffffe00)
+
+enum tally_slot { TALLY_OUT_OF_RANGE, TALLY_UNALIGNED, TALLY_COMPRESSED };
+enum run_kind { RUN_UNALLOCATED, RUN_ZERO, RUN_DATA, RUN_COMPRESSED };
+
+void jqcow_count_table_references(const void *table, size_t entry_count, uint64_t offset_mask,
+                                  int cluster_bits, uint32_t *counts, uint64_t cluster_limit,
+                                  uint64_t *tally)
+{
+    const uint8_t *bytes = table;
+    uint64_t within_cluster = ((uint64_t)1 << cluster_bits) - 1;
+
+    for (size_t index = 0; index < entry_count; index++) {
+        uint64_t entry = load_big64(bytes + index * 8);
+        uint64_t offset = entry & offset_mask;
+        if (entry & ENTRY_COMPRESSED)
+            tally[TALLY_COMPRESSED]++;
+        else if (offset == 0)
+            continue;
+        else if (offset & within_cluster)
+            tally[TALLY_UNALIGNED]++;
+        else if (offset >> cluster_bits >= cluster_limit)
+            tally[TALLY_OUT_OF_RANGE]++;
+        else if (counts[offset >> cluster_bits] != UINT32_MAX)
+            counts[offset >> cluster_bits]++;
+    }
+}
+
+static inline enum run_kind kind_of(uint64_t entry)
+{
+    if (entry & ENTRY_COMPRESSED)
+        return RUN_COMPRESSED;
+    if (entry & ENTRY_ZERO)
+        return RUN_ZERO;
+    return entry & ENTRY_OFFSET ? RUN_DATA : RUN_UNALLOCATED;
+}
+
+uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits)
+{
+    const uint8_t *bytes = (const uint8_t *)table + index * 8;
+    uint64_t first = load_big64(bytes);
+    enum run_kind kind = kind_of(first);
+    uint64_t offset = first & ENTRY_OFFSET;
+    uint64_t count = 1;
+
+    if (kind == RUN_COMPRESSED)
+        limit = 1;
+    for (; count < limit; count++) {
+        uint64_t entry = load_big64(bytes + count * 8);
+        offset += (uint64_t)1 << cluster_bits;
+        if (kind_of(entry) != kind || (kind == RUN_DATA && (entry & ENTRY_OFFSET) != offset))
+            break;
+    }
+    return (count << 2) | kind;
+}

@@ -1,0 +1,28 @@
+/*
+ * The leaf kernels of jqcow. This file is compiled, and it is also what cffi reads:
+ * plain declarations only, no preprocessor lines.
+ *
+ * No kernel allocates, does I/O, keeps state or fails. The caller has checked every index and
+ * length against its buffers. Pointers need no alignment, counts excepted. Integers in tables
+ * and refcount blocks are big-endian, as qcow2 has them. The twins in twins.py say the same in
+ * Python.
+ */
+
+uint32_t jqcow_crc32c(const void *data, size_t length_bytes, uint32_t value);
+uint32_t jqcow_crc32c_portable(const void *data, size_t length_bytes, uint32_t value);
+
+int jqcow_is_zero(const void *data, size_t length_bytes);
+
+uint64_t jqcow_refcount_get(const void *block, size_t index, int order);
+void jqcow_refcount_set(void *block, size_t index, int order, uint64_t value);
+int64_t jqcow_refcount_find_zero(const void *block, int order, size_t start, size_t stop);
+int64_t jqcow_refcount_find_used(const void *block, int order, size_t start, size_t stop);
+int64_t jqcow_refcount_last_used(const void *block, int order, size_t entry_count);
+
+/* tally receives the entries out of range, the unaligned ones and the compressed ones. */
+void jqcow_count_table_references(const void *table, size_t entry_count, uint64_t offset_mask,
+                                  int cluster_bits, uint32_t *counts, uint64_t cluster_limit,
+                                  uint64_t *tally);
+
+/* Returns the number of entries in the run, shifted left by 2, plus the kind of the run. */
+uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits);

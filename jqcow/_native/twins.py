@@ -1,0 +1,284 @@
+"""The Python twins: what every kernel does, in plain Python, and what serves where no compiler was.
+
+The tests hold the C kernels to these functions. Buffers are anything that gives contiguous bytes. Indices,
+lengths and refcount orders are checked here, for the C kernels too, since C cannot refuse them.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from functools import cache
+from typing import NamedTuple, TypeAlias
+
+Buffer = bytes | bytearray | memoryview
+WritableBuffer = bytearray | memoryview
+CountBuffer: TypeAlias = "array[int] | memoryview"
+
+UNALLOCATED = 0
+ZERO = 1
+DATA = 2
+COMPRESSED = 3
+
+_ENTRY = struct.Struct(">Q")
+_ENTRY_COMPRESSED = 1 << 62
+_ENTRY_ZERO = 1
+_ENTRY_OFFSET = 0x00FF_FFFF_FFFF_FE00
+
+_CASTAGNOLI_REFLECTED = 0x82F6_3B78
+_COUNT_MAX = 0xFFFF_FFFF
+_CHUNK_BYTES = 65536
+_ZERO_CHUNK = bytes(_CHUNK_BYTES)
+_REFCOUNT_ORDER_MAX = 6
+
+
+class TableReferences(NamedTuple):
+    """The entries that :func:`count_table_references` met and did not count."""
+
+    out_of_range: int
+    unaligned: int
+    compressed: int
+
+
+def crc32c(data: Buffer, value: int = 0) -> int:
+    """Return the CRC-32C (Castagnoli) of ``data``; ``value`` is the CRC of what came before it."""
+    of_byte, of_pair, of_early_pair = _crc_tables()
+    view = byte_view(data)
+    whole_bytes = len(view) & ~3
+    crc = value ^ 0xFFFF_FFFF
+    for (word,) in struct.iter_unpack("<I", view[:whole_bytes]):
+        mixed = crc ^ word
+        crc = of_early_pair[mixed & 0xFFFF] ^ of_pair[mixed >> 16]
+    for byte in view[whole_bytes:]:
+        crc = (crc >> 8) ^ of_byte[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFF_FFFF
+
+
+def is_zero(data: Buffer) -> bool:
+    """Return True when every byte of ``data`` is zero (and for no byte at all)."""
+    view = byte_view(data)
+    for start in range(0, len(view), _CHUNK_BYTES):
+        chunk = view[start : start + _CHUNK_BYTES]
+        if bytes(chunk) != (_ZERO_CHUNK if len(chunk) == _CHUNK_BYTES else bytes(len(chunk))):
+            return False
+    return True
+
+
+def refcount_get(buffer: Buffer, index: int, order: int) -> int:
+    """Return entry ``index`` of a refcount block whose entries take ``2**order`` bits."""
+    view = byte_view(buffer)
+    check_refcount_index(len(view), index, order)
+    if order < 3:
+        shift = (index << order) & 7
+        return (view[(index << order) >> 3] >> shift) & ((1 << (1 << order)) - 1)
+    width_bytes = 1 << (order - 3)
+    return int.from_bytes(view[index * width_bytes : (index + 1) * width_bytes], "big")
+
+
+def refcount_set(buffer: WritableBuffer, index: int, order: int, value: int) -> None:
+    """Set entry ``index`` to ``value``. Raises OverflowError when it does not fit."""
+    view = byte_view(buffer)
+    check_refcount_index(len(view), index, order)
+    check_refcount_value(value, order)
+    if order < 3:
+        shift = (index << order) & 7
+        mask = ((1 << (1 << order)) - 1) << shift
+        at = (index << order) >> 3
+        view[at] = (view[at] & ~mask) | (value << shift)
+        return
+    width_bytes = 1 << (order - 3)
+    view[index * width_bytes : (index + 1) * width_bytes] = value.to_bytes(width_bytes, "big")
+
+
+def refcount_find_zero(buffer: Buffer, order: int, start: int, stop: int) -> int:
+    """Return the first index in [start, stop) whose refcount is 0, or -1."""
+    view = byte_view(buffer)
+    check_refcount_range(len(view), order, start, stop)
+    entries = _entries(view, order, start, stop)
+    try:
+        return start + entries.index(0)
+    except ValueError:
+        return -1
+
+
+def refcount_find_used(buffer: Buffer, order: int, start: int, stop: int) -> int:
+    """Return the first index in [start, stop) whose refcount is not 0, or -1."""
+    view = byte_view(buffer)
+    check_refcount_range(len(view), order, start, stop)
+    entries = _entries(view, order, start, stop)
+    content = entries.tobytes()
+    leading_zeros = len(content) - len(content.lstrip(b"\0"))
+    return start + leading_zeros // entries.itemsize if leading_zeros < len(content) else -1
+
+
+def refcount_last_used(buffer: Buffer, order: int) -> int:
+    """Return the last index whose refcount is not 0, or -1."""
+    view = byte_view(buffer)
+    entries = _entries(view, order, 0, refcount_entry_count(len(view), order))
+    return (len(entries.tobytes().rstrip(b"\0")) - 1) // entries.itemsize
+
+
+def count_table_references(
+    table: Buffer, offset_mask: int, cluster_bits: int, counts: CountBuffer, cluster_limit: int
+) -> TableReferences:
+    """Add 1 to ``counts[cluster]`` for every host cluster that an L1 or L2 table refers to.
+
+    ``table`` holds 8-byte entries; ``offset_mask`` selects their host offset, and an entry whose masked
+    offset is 0 refers to nothing. ``counts`` holds 32-bit integers (``array('I')``), which stop at their
+    maximum. Not counted, but returned, in this order of precedence: compressed entries (bit 62), offsets
+    that are no multiple of the cluster size, clusters at or past ``cluster_limit``. Raises IndexError when
+    ``cluster_limit`` exceeds ``counts``.
+    """
+    counters = count_view(counts)
+    check_cluster_limit(len(counters), cluster_limit)
+    view = byte_view(table)
+    out_of_range = unaligned = compressed = 0
+    for (entry,) in _ENTRY.iter_unpack(view[: len(view) & ~7]):
+        offset = entry & offset_mask
+        cluster = offset >> cluster_bits
+        if entry & _ENTRY_COMPRESSED:
+            compressed += 1
+        elif offset == 0:
+            continue
+        elif offset != cluster << cluster_bits:
+            unaligned += 1
+        elif cluster >= cluster_limit:
+            out_of_range += 1
+        elif counters[cluster] < _COUNT_MAX:
+            counters[cluster] += 1
+    return TableReferences(out_of_range, unaligned, compressed)
+
+
+def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[int, int, int]:
+    """Return ``(kind, host_offset, count)`` of the extent that starts at entry ``index`` of an L2 table.
+
+    Entries are standard ones of 8 bytes; an extent has at most ``limit`` of them. ``kind`` is UNALLOCATED
+    (neither offset nor zero flag), ZERO (bit 0 set; the offsets need not be contiguous), DATA (each host
+    offset one cluster past the one before) or COMPRESSED (one entry; ``host_offset`` is then bits 0 to 61,
+    the raw descriptor). Raises IndexError for an index outside the table or a limit below 1.
+    """
+    view = byte_view(table)
+    check_l2_range(len(view), index, limit)
+    (first,) = _ENTRY.unpack_from(view, index * 8)
+    kind = _run_kind(first)
+    if kind == COMPRESSED:
+        return kind, first & (_ENTRY_COMPRESSED - 1), 1
+    host_offset = expected = first & _ENTRY_OFFSET
+    stop = min(index + limit, len(view) // 8)
+    count = 1
+    for (entry,) in _ENTRY.iter_unpack(view[(index + 1) * 8 : stop * 8]):
+        expected += 1 << cluster_bits
+        if _run_kind(entry) != kind or (kind == DATA and entry & _ENTRY_OFFSET != expected):
+            break
+        count += 1
+    return kind, host_offset, count
+
+
+def first_host_offset(table: Buffer, index: int, kind: int) -> int:
+    """Return the ``host_offset`` of a run of ``kind`` that starts at entry ``index``."""
+    entry: int = _ENTRY.unpack_from(table, index * 8)[0]
+    return entry & (_ENTRY_COMPRESSED - 1) if kind == COMPRESSED else entry & _ENTRY_OFFSET
+
+
+def byte_view(data: Buffer | array[int]) -> memoryview:
+    """Return ``data`` as a flat view of bytes; its length is in bytes."""
+    view = memoryview(data)
+    if view.format == "B" and view.ndim == 1:
+        return view
+    # An empty view refuses the cast.
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def count_view(counts: CountBuffer) -> memoryview:
+    """Return ``counts`` as a view of 32-bit integers."""
+    view = memoryview(counts)
+    return view if view.format == "I" or not view.nbytes else byte_view(counts).cast("I")
+
+
+def refcount_entry_count(length_bytes: int, order: int) -> int:
+    """Return how many refcounts of ``2**order`` bits fit. Raises ValueError for an order outside 0 to 6."""
+    if not 0 <= order <= _REFCOUNT_ORDER_MAX:
+        raise ValueError(f"refcount order {order} is not between 0 and {_REFCOUNT_ORDER_MAX}")
+    return (length_bytes * 8) >> order
+
+
+def check_refcount_index(length_bytes: int, index: int, order: int) -> None:
+    """Raise IndexError unless a block of ``length_bytes`` has an entry ``index``."""
+    if not 0 <= index < refcount_entry_count(length_bytes, order):
+        raise IndexError(f"refcount index {index} lies outside a block of {length_bytes} bytes")
+
+
+def check_refcount_range(length_bytes: int, order: int, start: int, stop: int) -> None:
+    """Raise IndexError unless [start, stop) lies within a block of ``length_bytes``."""
+    if not 0 <= start <= stop <= refcount_entry_count(length_bytes, order):
+        raise IndexError(f"refcount range {start} to {stop} lies outside a block of {length_bytes} bytes")
+
+
+def check_refcount_value(value: int, order: int) -> None:
+    """Raise OverflowError unless ``value`` fits ``2**order`` bits."""
+    if value < 0 or value >> (1 << order):
+        raise OverflowError(f"refcount {value} does not fit {1 << order} bits")
+
+
+def check_cluster_limit(count_length: int, cluster_limit: int) -> None:
+    """Raise IndexError unless there is a counter for every cluster below ``cluster_limit``."""
+    if not 0 <= cluster_limit <= count_length:
+        raise IndexError(f"cluster limit {cluster_limit} exceeds {count_length} counters")
+
+
+def check_l2_range(length_bytes: int, index: int, limit: int) -> None:
+    """Raise IndexError unless the table has an entry ``index`` and ``limit`` is at least 1."""
+    if not 0 <= index < length_bytes // 8 or limit < 1:
+        raise IndexError(f"L2 index {index} with limit {limit} lies outside a table of {length_bytes} bytes")
+
+
+def _run_kind(entry: int) -> int:
+    if entry & _ENTRY_COMPRESSED:
+        return COMPRESSED
+    if entry & _ENTRY_ZERO:
+        return ZERO
+    return DATA if entry & _ENTRY_OFFSET else UNALLOCATED
+
+
+def _entries(view: memoryview, order: int, start: int, stop: int) -> array[int]:
+    """Return the entries as integers of one byte or more.
+
+    Those of several bytes keep the file's byte order: good enough to tell zero from not zero.
+    """
+    if order < 3:
+        return array("B", _widened(view, order)[start:stop])
+    width_bytes = 1 << (order - 3)
+    typecode = {1: "B", 2: "H", 4: "I", 8: "Q"}[width_bytes]
+    return array(typecode, bytes(view[start * width_bytes : stop * width_bytes]))
+
+
+def _widened(view: memoryview, order: int) -> bytes:
+    """Return one byte for every entry of a block whose entries are narrower than a byte."""
+    return b"".join(map(_widening_table(order).__getitem__, view))
+
+
+@cache
+def _widening_table(order: int) -> list[bytes]:
+    width_bits = 1 << order
+    mask = (1 << width_bits) - 1
+    return [bytes((byte >> shift) & mask for shift in range(0, 8, width_bits)) for byte in range(256)]
+
+
+@cache
+def _crc_tables() -> tuple[list[int], list[int], list[int]]:
+    """Return the CRC register after a byte, after two bytes, and after two bytes and two zero bytes.
+
+    With the last two, two lookups take four bytes of input. Built when the first CRC is asked for.
+    """
+    of_byte = []
+    for byte in range(256):
+        crc = byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (_CASTAGNOLI_REFLECTED if crc & 1 else 0)
+        of_byte.append(crc)
+    of_pair = []
+    for pair in range(65536):
+        half = (pair >> 8) ^ of_byte[pair & 0xFF]
+        of_pair.append((half >> 8) ^ of_byte[half & 0xFF])
+    of_early_pair = [(crc >> 16) ^ of_pair[crc & 0xFFFF] for crc in of_pair]
+    return of_byte, of_pair, of_early_pair

@@ -1,0 +1,76 @@
+"""What the engine asks of the place where bytes live.
+
+A *barrier* is the only ordering tool: when it returns, every change made to the device before the
+call is on stable storage. Between two barriers changes reach stable storage in any subset and order,
+torn at 512-byte sectors; that holds for sizes and punched ranges too (docs/crash-consistency, fault model).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+ReadBuffer = bytes | bytearray | memoryview
+
+
+class Device(Protocol):
+    """A flat, growable array of bytes. All offsets and lengths are in bytes.
+
+    Every method may raise the kernel's ``OSError``. After a failed write, punch, allocate or truncate
+    any part of the request may have happened. After a failed barrier nothing is known about the
+    changes since the last good one; the caller must not try the barrier again.
+    """
+
+    @property
+    def read_only(self) -> bool:
+        """True when every changing method raises."""
+        ...
+
+    def size(self) -> int:
+        """Return the current length of the device in bytes."""
+        ...
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Return exactly ``length`` bytes from ``offset``; what lies past the end reads as zeros."""
+        ...
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset``; what lies past the end reads as zeros."""
+        ...
+
+    def pwrite(self, buffer: ReadBuffer, offset: int) -> None:
+        """Write the whole of ``buffer`` at ``offset``, growing the device where needed, or raise."""
+        ...
+
+    def barrier(self, name: str) -> None:
+        """Make everything changed before this call durable.
+
+        ``name`` is a literal that names the one call site; docs/crash-consistency lists them all.
+        """
+        ...
+
+    def truncate(self, size_bytes: int) -> None:
+        """Set the length. Growth reads as zeros; shrinking discards what lay past the new end."""
+        ...
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Reserve host space for a range so that writing it cannot fail with ENOSPC.
+
+        The device grows to the end of the range; bytes that were there keep their value. Where the
+        file system cannot promise space this only grows the device.
+        """
+        ...
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Give a range back to the host; it then reads as zeros. The size does not change.
+
+        Returns False, having changed nothing, where the host cannot punch holes.
+        """
+        ...
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Return True only if the host says that the whole range holds no data (or lies past the end)."""
+        ...
+
+    def close(self) -> None:
+        """Release the device and its locks. Makes nothing durable."""
+        ...

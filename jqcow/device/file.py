@@ -1,0 +1,398 @@
+"""The device of every day: a regular file on Linux.
+
+Reads and writes are plain ``pread`` and ``pwrite``. Only ``barrier`` and ``publish`` sync. The file's
+locks (:mod:`jqcow.device.locks`) are taken before the first byte is read, and last until ``close``.
+
+A new file starts under a temporary name in its final directory, and gets its final name at once and
+whole by ``publish``. So no reader ever finds half an image under the final name.
+
+Threads may read and write at the same time. ``truncate`` must not run beside other changes, nor
+``allocate`` beside a write into the range that it allocates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jqcow.device import locks
+from jqcow.device.base import ReadBuffer
+from jqcow.errors import ImageInUse, ReadOnlyError, UnsupportedFeatureError
+
+_FALLOC_KEEP_SIZE = 0x01
+_FALLOC_PUNCH_HOLE = 0x02
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+_CALL_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS)
+_OPEN_ATTEMPTS = 8
+
+_FILE_KINDS = {
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class FileDevice:
+    """A :class:`jqcow.device.base.Device` on a regular file."""
+
+    def __init__(self, descriptor: int, path: str, *, writable: bool, target: str | None = None) -> None:
+        """Take over an open descriptor; :meth:`open` and :meth:`create_temporary` are the ways in.
+
+        ``target`` is the final name of a file that is still under its temporary name ``path``.
+        """
+        self._descriptor = descriptor
+        self._path = path
+        self._writable = writable
+        self._target = target
+        self._owner_pid = os.getpid()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, writable: bool, share_writers: bool = False) -> FileDevice:
+        """Open an existing file and lock it.
+
+        Args:
+            path: the file; symbolic links are followed.
+            writable: False makes every changing method raise ReadOnlyError.
+            share_writers: read beside a writer. What is read may be inconsistent.
+
+        Raises:
+            ImageInUse: another process holds locks that exclude this use.
+            UnsupportedFeatureError: not a regular file, no locks on this file system, or not Linux.
+        """
+        _require_linux()
+        if writable and share_writers:
+            raise ValueError("a writer cannot share the file with other writers")
+        name = os.fspath(path)
+        for _ in range(_OPEN_ATTEMPTS):
+            descriptor = _open_regular(name, writable=writable)
+            try:
+                if writable:
+                    locks.lock_for_writing(descriptor, name)
+                else:
+                    locks.lock_for_reading(descriptor, name, share_writers=share_writers)
+                # Between the open and the lock a new file may have been published under this name.
+                if os.path.samestat(os.fstat(descriptor), os.stat(name)):
+                    return cls(descriptor, name, writable=writable)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+        raise ImageInUse(f"{name} is in use: another process keeps replacing it")
+
+    @classmethod
+    def create_temporary(cls, path: str | os.PathLike[str]) -> FileDevice:
+        """Create an empty, locked file that :meth:`publish` will name ``path``.
+
+        Until then it has a temporary name in the same directory. ``close`` removes it if it was
+        never published.
+
+        Raises:
+            UnsupportedFeatureError: no locks on this file system, or not Linux.
+        """
+        _require_linux()
+        # A symbolic link to an image stays; the file that it points to is what will be replaced.
+        target = os.path.realpath(os.fspath(path))
+        directory, base = os.path.split(target)
+        name = os.path.join(directory, f".{base[:50]}.{secrets.token_hex(4)}.partial")
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            locks.lock_for_writing(descriptor, name)
+        except BaseException:
+            os.close(descriptor)
+            os.unlink(name)
+            raise
+        return cls(descriptor, name, writable=True, target=target)
+
+    def publish(self, overwrite: bool) -> None:
+        """Make the file durable, then give it its final name, durably.
+
+        ``overwrite`` allows it to replace an existing regular file that nobody uses; its permission bits
+        are kept. An error before the renaming leaves the temporary file and the existing file as they
+        were. When only the last step fails, the sync of the directory, the file has its final name.
+
+        Raises:
+            FileExistsError: the name is taken and ``overwrite`` is False.
+            ImageInUse: another process uses the file to be replaced.
+        """
+        self._require_writable()
+        if self._target is None:
+            raise ValueError(f"{self._path} is already published")
+        with self._naming_errors():
+            # Durable first: after a crash the name must not lead to a file without its content.
+            os.fsync(self._descriptor)
+        if not _rename_without_replacing(self._path, self._target):
+            if not overwrite:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._target)
+            self._replace_target(self._target)
+        self._path, self._target = self._target, None
+        _sync_directory(os.path.dirname(self._path))
+
+    def _replace_target(self, target: str) -> None:
+        """Rename over ``target`` while holding a writer's locks on it."""
+        replaced = _open_regular(target, writable=True)
+        try:
+            locks.lock_for_writing(replaced, target)
+            os.fchmod(self._descriptor, stat.S_IMODE(os.fstat(replaced).st_mode))
+            os.replace(self._path, target)
+        finally:
+            os.close(replaced)
+
+    def discard_temporary(self) -> None:
+        """Close the device and remove its file, if it was never published."""
+        self.close()
+
+    @property
+    def path(self) -> str:
+        """The name of the file; the temporary one until it is published."""
+        return self._path
+
+    @property
+    def read_only(self) -> bool:
+        """True when every changing method raises."""
+        return not self._writable
+
+    def size(self) -> int:
+        """Return the length of the file in bytes."""
+        with self._naming_errors():
+            return os.fstat(self._descriptor).st_size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Return exactly ``length`` bytes from ``offset``; what lies past the end reads as zeros."""
+        try:
+            data = os.pread(self._descriptor, length, offset)
+        except OSError as error:
+            self._name(error)
+            raise
+        if len(data) == length:
+            return data
+        buffer = bytearray(length)
+        buffer[: len(data)] = data
+        if data:
+            self.pread_into(memoryview(buffer)[len(data) :], offset + len(data))
+        return bytes(buffer)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset``; what lies past the end reads as zeros."""
+        rest = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer
+        try:
+            while rest:
+                count = os.preadv(self._descriptor, [rest], offset)
+                if not count:
+                    rest[:] = bytes(len(rest))
+                    return
+                rest = rest[count:]
+                offset += count
+        except OSError as error:
+            self._name(error)
+            raise
+
+    def pwrite(self, buffer: ReadBuffer, offset: int) -> None:
+        """Write the whole of ``buffer`` at ``offset``, growing the file where needed, or raise."""
+        self._require_writable()
+        try:
+            count = os.pwrite(self._descriptor, buffer, offset)
+            rest = memoryview(buffer).cast("B")[count:]
+            while rest:
+                if not count:
+                    raise OSError(errno.EIO, "the kernel wrote nothing")
+                offset += count
+                count = os.pwrite(self._descriptor, rest, offset)
+                rest = rest[count:]
+        except OSError as error:
+            self._name(error)
+            raise
+
+    def barrier(self, name: str) -> None:
+        """Make everything changed before this call durable; ``name`` names the call site."""
+        self._require_writable()
+        with self._naming_errors():
+            os.fdatasync(self._descriptor)
+
+    def truncate(self, size_bytes: int) -> None:
+        """Set the length. Growth reads as zeros; shrinking discards what lay past the new end."""
+        self._require_writable()
+        with self._naming_errors():
+            os.ftruncate(self._descriptor, size_bytes)
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Reserve host space for a range, growing the file to its end; existing bytes stay.
+
+        Where the file system cannot promise space this only grows the file.
+        """
+        self._require_writable()
+        with self._naming_errors():
+            if _fallocate(self._descriptor, 0, offset, length):
+                return
+            end = offset + length
+            if os.fstat(self._descriptor).st_size < end:
+                # Not ftruncate: it could cut what another thread has written past ``end`` meanwhile.
+                os.pwrite(self._descriptor, b"\0", end - 1)
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Give a range back to the host; it then reads as zeros. The size does not change.
+
+        Returns False, having changed nothing, where the file system cannot punch holes.
+        """
+        self._require_writable()
+        with self._naming_errors():
+            return _fallocate(self._descriptor, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Return True only if the host says that the whole range holds no data (or lies past the end)."""
+        with self._naming_errors():
+            data = self._seek(offset, os.SEEK_DATA)
+        return data is None or data >= offset + length
+
+    def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) in bytes of the parts of a range that may hold data, in order.
+
+        The rest reads as zeros. Where the file system knows no holes this is the whole range up to
+        the end of the file. A file that changes meanwhile gives a mixture of old and new extents.
+        """
+        end = offset + length
+        while offset < end:
+            with self._naming_errors():
+                start = self._seek(offset, os.SEEK_DATA)
+                if start is None or start >= end:
+                    return
+                stop = self._seek(start, os.SEEK_HOLE)
+            # Without a hole the file was cut behind ``start`` between the two calls.
+            if stop is None:
+                return
+            offset = min(stop, end)
+            yield start, offset - start
+
+    def close(self) -> None:
+        """Release the file and its locks, and remove it if it was never published. Syncs nothing."""
+        if self._descriptor < 0:
+            return
+        descriptor, self._descriptor = self._descriptor, -1
+        try:
+            # A forked child shares the locks and the temporary file: it must only drop its descriptor.
+            if self._target is not None and os.getpid() == self._owner_pid:
+                os.unlink(self._path)
+        finally:
+            os.close(descriptor)
+
+    def _seek(self, offset: int, whence: int) -> int | None:
+        """Return the next data or hole from ``offset``; None past the last one."""
+        try:
+            return os.lseek(self._descriptor, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise
+
+    def _require_writable(self) -> None:
+        if not self._writable:
+            raise ReadOnlyError(f"{self._path} is open for reading only")
+        if os.getpid() != self._owner_pid:
+            raise ReadOnlyError(f"{self._path} was opened by the parent process: open it again after fork")
+
+    def _name(self, error: OSError) -> None:
+        """Put the file's name into an error of the kernel."""
+        if error.filename is None:
+            error.filename = self._path
+
+    @contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._name(error)
+            raise
+
+
+def _require_linux() -> None:
+    if sys.platform != "linux":
+        raise UnsupportedFeatureError(f"the platform {sys.platform}", "jqcow runs on Linux")
+
+
+def _open_regular(name: str, *, writable: bool) -> int:
+    """Open an existing regular file; every other kind is refused by name."""
+    # Without O_NONBLOCK the opening of a named pipe would wait for its other end.
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    descriptor = os.open(name, flags)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise UnsupportedFeatureError(
+            _FILE_KINDS.get(kind, "a special file"), f"{name} is not a regular file"
+        )
+    return descriptor
+
+
+def _sync_directory(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename_without_replacing(source: str, target: str) -> bool:
+    """Rename a file; return False, having done nothing, where ``target`` exists."""
+    try:
+        _call("renameat2", _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            error.filename, error.filename2 = source, target
+            raise
+        return _link_without_replacing(source, target)
+    return True
+
+
+def _link_without_replacing(source: str, target: str) -> bool:
+    """Rename by way of a hard link, where the file system has no exclusive renaming."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    os.unlink(source)
+    return True
+
+
+def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
+    """Call ``fallocate``; return False where the file system does not offer this mode."""
+    while True:
+        try:
+            _call("fallocate", descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(length))
+        except InterruptedError:
+            continue
+        except OSError as error:
+            if error.errno in _CALL_MISSING:
+                return False
+            raise
+        return True
+
+
+def _load_libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+_libc = _load_libc()
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a libc function that returns 0 or sets errno; a missing one is ENOSYS.
+
+    The 64-bit variant is preferred: on 32-bit hosts the plain one takes 32-bit offsets.
+    """
+    function = getattr(_libc, f"{name}64", None) or getattr(_libc, name, None)
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if function(*arguments):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

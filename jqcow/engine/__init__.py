@@ -1,0 +1,1 @@
+"""The transactional heart: journal, staged metadata, refcounts, mapping and the data path."""

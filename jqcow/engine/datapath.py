@@ -1,0 +1,332 @@
+"""The data path: what a guest read, write, zeroing or discard does.
+
+A guest write in one breath: resolve the runs; where a cluster belongs to this guest cluster alone, write
+in place; otherwise allocate, write the data into the new clusters, and stage the entries that map them.
+Nothing maps the data before the record is durable.
+
+W1. In place only where the refcount, staged changes included, is 1.
+W2. A newly visible pair (guest range, host range) is zero-safe only if the guest's old content reads as
+    zeros and the host range would read as zeros if its data never came. Every other pair is ordered.
+W3. A cluster that is not zero-safe is written whole.
+W4. Data goes to the device before the entry that maps it is staged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from jqcow.engine.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, MappedRun
+from jqcow.engine.space import Run
+from jqcow.engine.store import Store
+from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.ondisk import entries
+from jqcow.ondisk.entries import l2_entry
+
+EntryFor = Callable[[int], int]
+"""Makes the new L2 entry of a guest cluster from the host offset that it has (0: none)."""
+
+ZERO_CHUNK_BYTES = 1 << 20
+_ZEROS = bytes(ZERO_CHUNK_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a guest request: ``length`` bytes at guest ``offset``, mapped as ``run``.
+
+    ``in_place``: the host clusters belong to this guest range alone, and hold its data.
+    """
+
+    offset: int
+    length: int
+    run: MappedRun
+    in_place: bool
+
+
+class DataPath:
+    """Guest requests on one image. Offsets and lengths are in bytes, and lie within the disk."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.medium = store.medium
+        self.mapping = store.mapping
+        self.refcounts = store.refcounts
+        self.geometry = store.geometry
+        self._cluster_bytes = store.geometry.cluster_bytes
+
+    # Read
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the guest's bytes at ``offset``.
+
+        Raises:
+            UnsupportedFeatureError: the range holds a compressed cluster.
+            CorruptionError: a table entry on the way is damaged.
+        """
+        position = 0
+        for run in self.mapping.runs(offset, len(buffer)):
+            part = buffer[position : position + run.length]
+            if run.kind == DATA:
+                self.medium.pread_into(part, run.host_offset)
+            elif run.kind == COMPRESSED:
+                raise UnsupportedFeatureError("a compressed cluster", f"at guest offset {offset + position}")
+            else:
+                _fill_zeros(part)
+            position += run.length
+
+    # Write
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write the guest's bytes. Each part up to a metadata block of mapping is all or nothing.
+
+        Raises:
+            OSError: sectors of the failed part that were overwritten in place may be old or new; all else
+                of it is as before.
+        """
+        self._start_change()
+        for start, length in self._spans(offset, len(data)):
+            self._write_span(data[start - offset : start - offset + length], start)
+            self.store.commit_if_large()
+
+    def _start_change(self) -> None:
+        self.store.prepare_to_change()
+        if self.store.metadata.header.autoclear_features:
+            # A bit that jqcow does not know vouches for the data; going live clears it under a barrier.
+            self.store.go_live()
+
+    def _spans(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Cut a guest range where the metadata blocks of its L2 tables end."""
+        span_bytes = self.geometry.entries_per_block * self._cluster_bytes
+        end = offset + length
+        while offset < end:
+            reach = min(end, offset - offset % span_bytes + span_bytes)
+            yield offset, reach - offset
+            offset = reach
+
+    def _pieces(self, offset: int, length: int) -> list[_Piece]:
+        pieces = []
+        for run in self.mapping.runs(offset, length):
+            if run.kind == COMPRESSED:
+                raise UnsupportedFeatureError("a compressed cluster", f"at guest offset {offset}")
+            pieces += self._split_shared(_Piece(offset, run.length, run, in_place=False))
+            offset += run.length
+        return pieces
+
+    def _split_shared(self, piece: _Piece) -> list[_Piece]:
+        """Cut a data run into stretches of exclusive clusters and single shared ones."""
+        if piece.run.kind != DATA:
+            return [piece]
+        pieces: list[_Piece] = []
+        start, end = piece.offset, piece.offset + piece.length
+        exclusive_from = start
+        while start < end:
+            reach = min(end, start - start % self._cluster_bytes + self._cluster_bytes)
+            if self._is_shared(piece.run.host_offset + start - piece.offset):
+                if exclusive_from < start:
+                    pieces.append(_cut_piece(piece, exclusive_from, start, in_place=True))
+                pieces.append(_cut_piece(piece, start, reach, in_place=False))
+                exclusive_from = reach
+            start = reach
+        if exclusive_from < end:
+            pieces.append(_cut_piece(piece, exclusive_from, end, in_place=True))
+        return pieces
+
+    def _is_shared(self, host_offset: int) -> bool:
+        """Return True unless the host cluster has refcount 1 (W1).
+
+        Raises:
+            CorruptionError: the cluster holds metadata, or is mapped with refcount 0.
+        """
+        cluster = host_offset // self._cluster_bytes
+        refcount = self.refcounts.get(cluster)
+        if refcount == 0:
+            raise CorruptionError("refcount block", host_offset, "a mapped cluster has refcount 0")
+        if cluster in self.refcounts.metadata_clusters:
+            raise CorruptionError("L2 table", host_offset, "a guest cluster is mapped onto metadata")
+        return refcount > 1
+
+    def _write_span(self, data: memoryview, offset: int) -> None:
+        pieces = self._pieces(offset, len(data))
+        if all(piece.in_place for piece in pieces):
+            self._write_pieces(pieces, data, offset)
+            return
+        with self.store.operation():
+            self._write_pieces(pieces, data, offset)
+
+    def _write_pieces(self, pieces: list[_Piece], data: memoryview, offset: int) -> None:
+        for piece in pieces:
+            part = data[piece.offset - offset : piece.offset - offset + piece.length]
+            if piece.in_place:
+                self.medium.pwrite(part, piece.run.host_offset)
+            else:
+                self._write_new(piece, part)
+
+    def _write_new(self, piece: _Piece, data: memoryview) -> None:
+        """Write data that needs another mapping: new clusters, or the kept clusters of a zero run."""
+        first = piece.offset // self._cluster_bytes
+        last = (piece.offset + piece.length - 1) // self._cluster_bytes
+        cluster = first
+        while cluster <= last:
+            kept = self._kept_cluster(piece, cluster)
+            if kept:
+                run = Run(kept // self._cluster_bytes, 1, zero_safe=False)
+            else:
+                run = self.refcounts.allocate(self._unkept_count(piece, cluster, last))
+            self._write_run(piece, data, cluster, run)
+            self._map_run(piece, cluster, run)
+            cluster += run.count
+
+    def _kept_cluster(self, piece: _Piece, guest_cluster: int) -> int:
+        """Return the host offset of the cluster that a zero entry keeps and that may be reused, or 0."""
+        if piece.run.kind != ZERO:
+            return 0
+        host = self.mapping.entry_host(guest_cluster)
+        return host if host and not self._is_shared(host) else 0
+
+    def _unkept_count(self, piece: _Piece, cluster: int, last: int) -> int:
+        if piece.run.kind != ZERO:
+            return last - cluster + 1
+        count = 1
+        while cluster + count <= last and not self.mapping.entry_host(cluster + count):
+            count += 1
+        return count
+
+    def _write_run(self, piece: _Piece, data: memoryview, guest_cluster: int, run: Run) -> None:
+        """Write the part of ``data`` that falls into ``run``, which will hold guest_cluster and on."""
+        guest_start = guest_cluster * self._cluster_bytes
+        guest_end = guest_start + run.count * self._cluster_bytes
+        start, end = max(guest_start, piece.offset), min(guest_end, piece.offset + piece.length)
+        part = data[start - piece.offset : end - piece.offset]
+        host_start = run.start * self._cluster_bytes
+        old_is_zero = piece.run.kind in (UNALLOCATED, ZERO)
+        if old_is_zero and run.zero_safe:
+            self.medium.pwrite(part, host_start + start - guest_start)
+            return
+        # W2, W3: without the barrier in between, a crash could show what the host clusters held before.
+        self.store.metadata.require_order()
+        whole = bytearray(guest_end - guest_start)
+        if not old_is_zero:
+            old_start = piece.run.host_offset - (piece.offset - guest_start)
+            self.medium.pread_into(memoryview(whole), old_start)
+        whole[start - guest_start : end - guest_start] = part
+        self.medium.pwrite(whole, host_start)
+
+    def _map_run(self, piece: _Piece, guest_cluster: int, run: Run) -> None:
+        hosts = range(run.start, run.start + run.count)
+        values = [l2_entry(cluster * self._cluster_bytes) for cluster in hosts]
+        replaced = [self.mapping.entry_host(guest_cluster + index) for index in range(run.count)]
+        self.mapping.set_entries(guest_cluster, values, self.refcounts)
+        for old, cluster in zip(replaced, hosts, strict=True):
+            if old and old != cluster * self._cluster_bytes:
+                self.refcounts.release(old // self._cluster_bytes)
+
+    # Zero and discard
+
+    def write_zeroes(self, length: int, offset: int, *, unmap: bool) -> None:
+        """Make a guest range read as zeros; ``unmap`` frees the clusters that it covers whole.
+
+        Raises:
+            OSError: as `write`.
+        """
+        self._start_change()
+        for start, span in self._spans(offset, length):
+            head, tail = self._whole_clusters(start, span)
+            if head < tail:
+                self._zero_in_place(start, head - start)
+                self._set_whole(head, tail, lambda host: self._zeroed_entry(host, unmap=unmap))
+                self._zero_in_place(tail, start + span - tail)
+            else:
+                self._zero_in_place(start, span)
+            self.store.commit_if_large()
+
+    def discard(self, length: int, offset: int) -> None:
+        """Free the clusters that a guest range covers whole; they read as zeros. The rest stays as it is.
+
+        Raises:
+            OSError: as `write`.
+        """
+        self._start_change()
+        for start, span in self._spans(offset, length):
+            head, tail = self._whole_clusters(start, span)
+            if head < tail:
+                self._set_whole(head, tail, lambda host: 0)
+            self.store.commit_if_large()
+
+    def _zeroed_entry(self, host: int, *, unmap: bool) -> int:
+        keeps = host and not unmap and not self._is_shared(host)
+        return l2_entry(host, zero=True) if keeps else entries.ZERO
+
+    def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
+        """Return the guest range of the clusters covered whole; the end of the disk completes the last."""
+        end = offset + length
+        head = -(-offset // self._cluster_bytes) * self._cluster_bytes
+        if end == self.store.metadata.header.size:
+            end = self.geometry.clusters(end) * self._cluster_bytes
+        return head, end - end % self._cluster_bytes
+
+    def _zero_in_place(self, offset: int, length: int) -> None:
+        """Write zeros over the part of a range that holds data (less than a cluster at either end)."""
+        if length <= 0:
+            return
+        for piece in self._pieces(offset, length):
+            if piece.run.kind == DATA:
+                self._write_span(memoryview(bytes(piece.length)), piece.offset)
+
+    def _set_whole(self, start: int, end: int, entry_for: EntryFor) -> None:
+        """Give whole guest clusters another entry, made from the host offset they have (0: none)."""
+        changes = []
+        for cluster in self._mapped_clusters(start, end):
+            old = self.mapping.l2_entry(cluster)
+            host = old & entries.OFFSET_MASK
+            new = entry_for(host)
+            if new != old:
+                changes.append((cluster, host, new))
+        if not changes:
+            return
+        with self.store.operation():
+            for cluster, host, new in changes:
+                self.mapping.set_entries(cluster, [new], self.refcounts)
+                if host and not new & entries.OFFSET_MASK:
+                    self.refcounts.release(host // self._cluster_bytes)
+
+    def _mapped_clusters(self, start: int, end: int) -> Iterator[int]:
+        """Yield the guest clusters that have an entry; without a backing file all others read as zeros."""
+        for run in self.mapping.runs(start, end - start):
+            if run.kind != UNALLOCATED:
+                first = start // self._cluster_bytes
+                yield from range(first, first + self.geometry.clusters(run.length))
+            start += run.length
+
+    # Growing the disk
+
+    def grow(self, size_bytes: int) -> None:
+        """Make the disk larger; what is added reads as zeros.
+
+        Raises:
+            OSError: the disk has its old size.
+        """
+        self._start_change()
+        header = self.store.metadata.header
+        with self.store.operation():
+            within = header.size % self._cluster_bytes
+            if within:
+                run = self.mapping.run(header.size - 1, 1)
+                if run.kind == DATA:
+                    # What lies behind the old end in its last cluster was never the guest's.
+                    rest = bytes(self._cluster_bytes - within)
+                    self.medium.pwrite(rest, run.host_offset + 1)
+                    self.store.metadata.require_order()
+            self.mapping.grow_l1(self.geometry.l1_entries_for(size_bytes), self.refcounts)
+            self.store.metadata.set_header(size=size_bytes)
+
+
+def _cut_piece(piece: _Piece, start: int, end: int, *, in_place: bool) -> _Piece:
+    """Return the part of a data piece between two guest offsets."""
+    run = MappedRun(piece.run.kind, piece.run.host_offset + start - piece.offset, end - start)
+    return _Piece(start, end - start, run, in_place)
+
+
+def _fill_zeros(buffer: memoryview) -> None:
+    for position in range(0, len(buffer), ZERO_CHUNK_BYTES):
+        part = buffer[position : position + ZERO_CHUNK_BYTES]
+        part[:] = _ZEROS[: len(part)]

@@ -1,0 +1,313 @@
+"""Metadata blocks in their layers: clean, logged, in flight, staged. Nothing here does I/O but reading.
+
+A block is `min(4096, cluster size)` bytes, keyed by its host offset. Its newest bytes are what the engine
+sees; what a crash would leave is decided by the layer they are in:
+
+    staged      changed since the last cut; only in memory
+    in flight   in a record that is being appended
+    logged      in a durable record of the running epoch, not yet in its home: a *log image*
+    clean       equal to its home; may be forgotten and read again
+
+D1. A staged change reaches its home only as a log image of a durable record: never from here.
+D2. A log image stays in memory, byte for byte as logged, until it is home.
+D3. An operation is all or nothing: what raises inside `operation` restores every block, the header and
+    the ordering of the cut.
+D4. A new metadata cluster is zeroed in the record that brings it, before its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from jqcow.engine.medium import Medium
+from jqcow.ondisk.entries import ENTRY
+from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
+from jqcow.ondisk.header import Header, HeaderArea
+
+CLEAN_BLOCKS_MAX = 8192
+"""Clean blocks kept in memory: 32 MiB of metadata, which maps 256 GiB of 64 KiB clusters."""
+
+Block = bytes | bytearray
+
+
+@dataclass
+class Layer:
+    """Changes that will travel in one record: zeroed clusters first, then blocks, then the header."""
+
+    zeros: dict[int, int] = field(default_factory=dict)
+    blocks: dict[int, Block] = field(default_factory=dict)
+    area: HeaderArea | None = None
+    ordered: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to log."""
+        return not self.zeros and not self.blocks and self.area is None
+
+    def operations(self) -> list[Operation]:
+        """Return the layer as journal operations, in the order in which replay applies them."""
+        header = [HeaderOperation(self.area.data)] if self.area is not None else []
+        zeros = [ZeroOperation(offset, length) for offset, length in sorted(self.zeros.items())]
+        blocks = [BlockOperation(offset, bytes(data)) for offset, data in sorted(self.blocks.items())]
+        return [*header, *zeros, *blocks]
+
+
+@dataclass
+class _Undo:
+    """What an operation changed first: the staged values from before, None where nothing was staged."""
+
+    blocks: dict[int, Block | None] = field(default_factory=dict)
+    zeros: dict[int, int] | None = None
+    area: HeaderArea | None = None
+    ordered: bool = False
+
+
+class Metadata:
+    """All metadata blocks of one image, as the engine sees them now. Offsets are host offsets in bytes."""
+
+    def __init__(self, medium: Medium, area: HeaderArea) -> None:
+        self.medium = medium
+        self.geometry = area.header.geometry
+        self.committed_area = area
+        self.images: dict[int, bytes] = {}
+        self._staged = Layer()
+        self._in_flight: Layer | None = None
+        self._newest: dict[int, Block] = {}
+        self._clean: dict[int, bytes] = {}
+        self._undo: _Undo | None = None
+        self._zero_block = bytes(self.geometry.block_bytes)
+
+    # Reading
+
+    @property
+    def area(self) -> HeaderArea:
+        """The header as the engine sees it now."""
+        if self._staged.area is not None:
+            return self._staged.area
+        if self._in_flight is not None and self._in_flight.area is not None:
+            return self._in_flight.area
+        return self.committed_area
+
+    @property
+    def header(self) -> Header:
+        """The header's fixed fields as the engine sees them now."""
+        return self.area.header
+
+    def block(self, offset: int) -> Block:
+        """Return the newest bytes of the block at ``offset``; not to be changed by the caller."""
+        found = self._newest.get(offset)
+        if found is not None:
+            return found
+        clean = self._clean.get(offset)
+        if clean is None:
+            clean = self.medium.pread(self.geometry.block_bytes, offset)
+            self._keep_clean(offset, clean)
+        return clean
+
+    def entry(self, offset: int) -> int:
+        """Return the 8-byte table entry at host ``offset``."""
+        within = offset % self.geometry.block_bytes
+        value: int = ENTRY.unpack_from(self.block(offset - within), within)[0]
+        return value
+
+    def overlay(self, buffer: bytearray, offset: int) -> None:
+        """Lay the newest blocks over bytes read from the device at ``offset`` (block-aligned)."""
+        size = self.geometry.block_bytes
+        for position in range(0, len(buffer), size):
+            newest = self._newest.get(offset + position)
+            if newest is not None:
+                piece = min(size, len(buffer) - position)
+                buffer[position : position + piece] = newest[:piece]
+
+    def _keep_clean(self, offset: int, block: bytes) -> None:
+        if len(self._clean) >= CLEAN_BLOCKS_MAX:
+            del self._clean[next(iter(self._clean))]
+        self._clean[offset] = block
+
+    # Staging, only inside an operation
+
+    @contextmanager
+    def operation(self) -> Iterator[None]:
+        """Make the changes inside all or nothing (D3). Operations do not nest."""
+        if self._undo is not None:
+            raise RuntimeError("metadata operations do not nest")
+        self._undo = _Undo(area=self._staged.area, ordered=self._staged.ordered)
+        try:
+            yield
+        except BaseException:
+            self._roll_back(self._undo)
+            raise
+        finally:
+            self._undo = None
+
+    def _roll_back(self, undo: _Undo) -> None:
+        for offset, before in undo.blocks.items():
+            if before is None:
+                self._staged.blocks.pop(offset, None)
+            else:
+                self._staged.blocks[offset] = before
+        if undo.zeros is not None:
+            self._staged.zeros = undo.zeros
+        self._staged.area = undo.area
+        self._staged.ordered = undo.ordered
+        for offset in undo.blocks:
+            newest = self._find_newest(offset)
+            if newest is None:
+                self._newest.pop(offset, None)
+            else:
+                self._newest[offset] = newest
+
+    def _find_newest(self, offset: int) -> Block | None:
+        """Return the bytes of the topmost layer that holds the block, or None if it is clean."""
+        for layer in (self._staged, self._in_flight):
+            if layer is None:
+                continue
+            if offset in layer.blocks:
+                return layer.blocks[offset]
+            if self._is_zeroed(layer, offset):
+                return self._zero_block
+        return self.images.get(offset)
+
+    def edit(self, offset: int) -> bytearray:
+        """Return the block at ``offset`` as a staged copy that this operation may change."""
+        undo = self._require_operation()
+        if offset in undo.blocks:
+            staged = self._staged.blocks.get(offset)
+            if isinstance(staged, bytearray):
+                return staged
+        copy = bytearray(self.block(offset))
+        undo.blocks.setdefault(offset, self._staged.blocks.get(offset))
+        self._staged.blocks[offset] = copy
+        self._newest[offset] = copy
+        return copy
+
+    def set_entry(self, offset: int, value: int) -> None:
+        """Stage the 8-byte table entry at host ``offset``."""
+        within = offset % self.geometry.block_bytes
+        ENTRY.pack_into(self.edit(offset - within), within, value)
+
+    def zero_cluster(self, cluster_offset: int) -> None:
+        """Stage a new metadata cluster: all its blocks read as zeros (D4)."""
+        undo = self._require_operation()
+        if undo.zeros is None:
+            undo.zeros = dict(self._staged.zeros)
+        self._staged.zeros[cluster_offset] = self.geometry.cluster_bytes
+        end = cluster_offset + self.geometry.cluster_bytes
+        for offset in range(cluster_offset, end, self.geometry.block_bytes):
+            undo.blocks.setdefault(offset, self._staged.blocks.pop(offset, None))
+            self._newest[offset] = self._zero_block
+
+    def set_header(self, **fields: int) -> None:
+        """Stage other values of the header's fixed fields."""
+        self._require_operation()
+        self._staged.area = self.area.with_header(replace(self.header, **fields))
+
+    def require_order(self) -> None:
+        """The data that this operation maps must be durable before the record that maps it."""
+        self._require_operation()
+        self._staged.ordered = True
+
+    def _require_operation(self) -> _Undo:
+        if self._undo is None:
+            raise RuntimeError("metadata is staged only inside an operation")
+        return self._undo
+
+    # From staged to logged to home
+
+    @property
+    def has_staged(self) -> bool:
+        """True if there is something to commit."""
+        return not self._staged.is_empty
+
+    @property
+    def staged_blocks(self) -> int:
+        """How many blocks the next record would hold."""
+        return len(self._staged.blocks)
+
+    def cut(self) -> Layer:
+        """Freeze what is staged: it travels in the next record. Only between operations."""
+        if self._undo is not None or self._in_flight is not None:
+            raise RuntimeError("a cut falls between operations, and one record is in flight at a time")
+        self._in_flight, self._staged = self._staged, Layer()
+        return self._in_flight
+
+    def uncut(self) -> None:
+        """The record failed: what it held is staged again, under what was staged since."""
+        failed, newer = self._require_in_flight(), self._staged
+        self._in_flight = None
+        for cluster, length in newer.zeros.items():
+            for offset in range(cluster, cluster + length, self.geometry.block_bytes):
+                failed.blocks.pop(offset, None)
+        self._staged = Layer(
+            failed.zeros | newer.zeros,
+            failed.blocks | newer.blocks,
+            newer.area or failed.area,
+            failed.ordered or newer.ordered,
+        )
+
+    def publish(self) -> None:
+        """The record is durable: its blocks are log images now."""
+        durable = self._require_in_flight()
+        self._in_flight = None
+        for cluster, length in durable.zeros.items():
+            for offset in range(cluster, cluster + length, self.geometry.block_bytes):
+                self.images[offset] = self._zero_block
+        for offset, data in durable.blocks.items():
+            self.images[offset] = bytes(data)
+        if durable.area is not None:
+            self.committed_area = durable.area
+
+    def _require_in_flight(self) -> Layer:
+        if self._in_flight is None:
+            raise RuntimeError("no record is in flight")
+        return self._in_flight
+
+    def replay(self, operations: Iterator[Operation]) -> None:
+        """Take the operations of a scanned journal as log images, in order."""
+        for operation in operations:
+            match operation:
+                case HeaderOperation(data):
+                    self.committed_area = HeaderArea.parse(data)
+                case ZeroOperation(start, length):
+                    for offset in range(start, start + length, self.geometry.block_bytes):
+                        self.images[offset] = self._zero_block
+                case BlockOperation(offset, data):
+                    self.images[offset] = data
+        self._newest.update(self.images)
+        self.geometry = self.committed_area.header.geometry
+
+    def image_runs(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the log images, joined where they lie side by side: (host offset, bytes)."""
+        run: list[bytes] = []
+        start = end = -1
+        for offset in sorted(self.images):
+            if offset != end or len(run) >= 256:
+                if run:
+                    yield start, b"".join(run)
+                run, start = [], offset
+            run.append(self.images[offset])
+            end = offset + self.geometry.block_bytes
+        if run:
+            yield start, b"".join(run)
+
+    def images_are_home(self) -> None:
+        """The checkpoint's barrier completed: log images are clean blocks now."""
+        for offset, data in self.images.items():
+            if self._newest.get(offset) is not None and not self._is_newer(offset):
+                del self._newest[offset]
+                self._keep_clean(offset, data)
+            else:
+                self._clean.pop(offset, None)
+        self.images = {}
+
+    def _is_newer(self, offset: int) -> bool:
+        """True if a staged or in-flight change lies over the log image."""
+        if offset in self._staged.blocks or self._is_zeroed(self._staged, offset):
+            return True
+        in_flight = self._in_flight
+        return in_flight is not None and (offset in in_flight.blocks or self._is_zeroed(in_flight, offset))
+
+    def _is_zeroed(self, layer: Layer, offset: int) -> bool:
+        return (offset - offset % self.geometry.cluster_bytes) in layer.zeros

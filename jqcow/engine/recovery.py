@@ -1,0 +1,92 @@
+"""Opening an image: the one path for clean and crashed ones.
+
+A clean image is its header. A live image is its root, its journal replayed into memory and, when it is
+opened for writing, the recovery that `Store.recover` tells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jqcow.engine import features
+from jqcow.engine.journal import Scan
+from jqcow.engine.medium import Medium
+from jqcow.engine.store import NewSalt, Store, random_salt
+from jqcow.errors import CorruptionError, FormatError
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.header import MAGIC, Header, HeaderArea
+from jqcow.ondisk.layout import MAX_CLUSTER_BITS, SECTOR_BYTES
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An opened image: its store, and what the journal held if there was a live one."""
+
+    store: Store
+    scan: Scan | None
+
+
+def open_store(
+    medium: Medium,
+    *,
+    writable: bool,
+    journal_bytes: int = 0,
+    use_root_copy: bool = False,
+    new_salt: NewSalt = random_salt,
+) -> Opened:
+    """Open the image on ``medium``; a live one is recovered first where it is opened for writing.
+
+    Args:
+        medium: the device.
+        writable: False never writes one byte.
+        journal_bytes: length of the next journal, 0 for the default (or what the live image has).
+        use_root_copy: where sector 0 has no valid magic, take the root from its copy.
+        new_salt: makes the salt of each new journal; a seeded one makes a simulation replayable.
+
+    Raises:
+        FormatError: not a qcow2 image, or one that breaks the specification.
+        UnsupportedFeatureError: a feature that jqcow refuses by name.
+        CorruptionError: the root, the journal or a table is damaged.
+        OSError: the host failed; recovery can be tried again.
+    """
+    sector = medium.pread(SECTOR_BYTES, 0)
+    if use_root_copy and sector[: len(MAGIC)] != MAGIC:
+        sector = read_root_copy(medium) or sector
+    if roots.is_live(sector):
+        store, scan = Store.open_live(medium, sector, journal_bytes=journal_bytes, new_salt=new_salt)
+        _check_features(store.metadata.area, writable=writable)
+        if writable:
+            store.recover(sector, scan)
+        return Opened(store, scan)
+    area = read_header(medium)
+    _check_features(area, writable=writable)
+    length = journal_bytes or roots.DEFAULT_JOURNAL_BYTES
+    return Opened(Store(medium, area, journal_bytes=length, new_salt=new_salt), None)
+
+
+def _check_features(area: HeaderArea, *, writable: bool) -> None:
+    if writable:
+        features.refuse_writing(area)
+    else:
+        features.refuse_reading(area)
+
+
+def read_header(medium: Medium) -> HeaderArea:
+    """Read the header of a clean image.
+
+    Raises:
+        FormatError: not a qcow2 image.
+        CorruptionError: sector 0 is damaged, and a root copy tells that a journal is live.
+    """
+    sector = medium.pread(SECTOR_BYTES, 0)
+    if sector[: len(MAGIC)] != MAGIC and read_root_copy(medium) is not None:
+        raise CorruptionError("header", 0, "sector 0 is damaged, the root copy is not: run jqcow-recover")
+    header = Header.unpack(sector)
+    if header.cluster_bits > MAX_CLUSTER_BITS:
+        raise FormatError(f"cluster_bits {header.cluster_bits} is not in 9-21")
+    return HeaderArea.parse(medium.pread(1 << header.cluster_bits, 0))
+
+
+def read_root_copy(medium: Medium) -> bytes | None:
+    """Return the root that the root copy holds, or None where there is no valid copy."""
+    return roots.unpack_root_copy(medium.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET))

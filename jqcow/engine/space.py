@@ -1,0 +1,308 @@
+"""Free host clusters, by what is known of their content. Refcounts are kept elsewhere (refcounts.py).
+
+A free cluster is in exactly one of these places:
+
+    staged frees     freed by a change that is not yet in a durable record
+    metadata frees   freed metadata: their old log images may still be replayed
+    settling         free, and given back to the host; they read as zeros once a barrier has completed
+    zero-safe        read as zeros in every crash state until they are written
+    unknown          free, with old bytes in them
+    the frontier     past the end of everything: zero-safe without being listed
+
+S1. A freed data cluster is handed out only after the record that frees it is durable.
+S2. A freed metadata cluster is handed out only after a durable frame declares the epoch that frees it
+    checkpointed: until then replay may write its old blocks.
+S3. A cluster is zero-safe only if it lies past the largest size since the last barrier, or was punched
+    (or found to be a hole) under a completed barrier. Clusters of a failed operation are unknown.
+S4. Clusters of a live journal range are never handed out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from jqcow.engine.medium import Medium
+from jqcow.ondisk.layout import Geometry
+
+RECYCLE_CLUSTERS = 8
+"""Unknown clusters given back to the host at a time: no more old bytes are destroyed than will be used."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """``count`` free clusters from cluster index ``start``; ``zero_safe`` as in S3."""
+
+    start: int
+    count: int
+    zero_safe: bool
+
+
+class ClusterRuns:
+    """A set of cluster indices, kept as sorted runs."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
+
+    def __contains__(self, cluster: int) -> bool:
+        place = bisect_right(self._starts, cluster) - 1
+        return place >= 0 and cluster < self._ends[place]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, count) in order."""
+        return ((start, end - start) for start, end in zip(self._starts, self._ends, strict=True))
+
+    @property
+    def cluster_count(self) -> int:
+        """How many clusters the set holds."""
+        return sum(self._ends) - sum(self._starts)
+
+    def add(self, start: int, count: int) -> None:
+        """Add a run that does not overlap the set: a cluster listed twice would be handed out twice."""
+        place = bisect_right(self._starts, start)
+        end = start + count
+        overlaps_next = place < len(self._starts) and self._starts[place] < end
+        if overlaps_next or (place and self._ends[place - 1] > start):
+            raise RuntimeError(f"free clusters {start}-{end} are listed already")
+        if place and self._ends[place - 1] == start:
+            place -= 1
+            start = self._starts[place]
+            del self._starts[place], self._ends[place]
+        if place < len(self._starts) and self._starts[place] == end:
+            end = self._ends[place]
+            del self._starts[place], self._ends[place]
+        self._starts.insert(place, start)
+        self._ends.insert(place, end)
+
+    def take(self, count: int) -> tuple[int, int]:
+        """Remove and return the lowest run, at most ``count`` clusters of it: (start, count)."""
+        start, end = self._starts[0], self._ends[0]
+        taken = min(count, end - start)
+        if start + taken == end:
+            del self._starts[0], self._ends[0]
+        else:
+            self._starts[0] = start + taken
+        return start, taken
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._starts.clear()
+        self._ends.clear()
+
+
+@dataclass
+class Frees:
+    """Clusters freed by changes that travel in one record."""
+
+    data: set[int] = field(default_factory=set)
+    metadata: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Undo:
+    taken: list[Run] = field(default_factory=list)
+    data: list[int] = field(default_factory=list)
+    metadata: list[int] = field(default_factory=list)
+
+
+class Space:
+    """The pools of free clusters of one image that is open for writing."""
+
+    def __init__(self, medium: Medium, geometry: Geometry) -> None:
+        self.medium = medium
+        self.geometry = geometry
+        self.frontier = 0
+        self.reserved: list[tuple[int, int]] = []
+        self.zero_safe = ClusterRuns()
+        self.unknown = ClusterRuns()
+        self._settling: list[tuple[int, int]] = []
+        self._retired: list[tuple[int, int]] = []
+        self._released: list[tuple[int, int]] = []
+        self._staged = Frees()
+        self._in_flight: Frees | None = None
+        self._metadata_frees: list[tuple[int, set[int]]] = []
+        self._undo: _Undo | None = None
+        self._host_punches = True
+        medium.on_barrier.append(self._barrier_completed)
+
+    def is_pending(self, cluster: int) -> bool:
+        """Return True for a free cluster that must not be handed out yet, or is listed already."""
+        in_flight = self._in_flight
+        return (
+            cluster in self._staged.data
+            or cluster in self._staged.metadata
+            or (in_flight is not None and (cluster in in_flight.data or cluster in in_flight.metadata))
+            or any(cluster in clusters for _, clusters in self._metadata_frees)
+            or any(start <= cluster < end for start, end in self.reserved)
+            or any(
+                start <= cluster < start + count
+                for runs in (self._settling, self._retired, self._released)
+                for start, count in runs
+            )
+            or cluster in self.zero_safe
+            or cluster in self.unknown
+        )
+
+    # Handing out
+
+    def take(self, count: int) -> Run:
+        """Take up to ``count`` clusters, zero-safe ones first; at least one."""
+        if self.unknown:
+            self._recycle(count)
+        if self.zero_safe:
+            run = Run(*self.zero_safe.take(count), zero_safe=True)
+        elif self.unknown and not self._host_punches:
+            run = Run(*self.unknown.take(count), zero_safe=False)
+        else:
+            return self.take_at_frontier(count)
+        self._note_taken(run)
+        return run
+
+    def take_at_frontier(self, count: int) -> Run:
+        """Take exactly ``count`` clusters in a row, past the end of everything."""
+        start = self.frontier
+        zero_safe = start * self.geometry.cluster_bytes >= self.medium.high_water
+        run = Run(start, count, zero_safe)
+        self.frontier += count
+        self._note_taken(run)
+        return run
+
+    def _note_taken(self, run: Run) -> None:
+        if self._undo is not None:
+            self._undo.taken.append(run)
+
+    def _recycle(self, count: int) -> None:
+        """Give unknown clusters back to the host, about as many as are asked for, for later use (S3)."""
+        wanted = min(max(count, 1), RECYCLE_CLUSTERS)
+        while wanted and self.unknown and self._host_punches:
+            start, taken = self.unknown.take(wanted)
+            self._punch(start, taken)
+            wanted -= taken
+
+    def _punch(self, start: int, count: int) -> None:
+        """Punch free clusters; they become zero-safe under the next barrier."""
+        cluster_bytes = self.geometry.cluster_bytes
+        try:
+            self._host_punches = self.medium.punch(start * cluster_bytes, count * cluster_bytes)
+        except BaseException:
+            self.unknown.add(start, count)
+            raise
+        if self._host_punches:
+            self._settling.append((start, count))
+        else:
+            self.unknown.add(start, count)
+
+    def add_found(self, start: int, count: int) -> None:
+        """List free clusters found in the refcounts, below the end of the file.
+
+        What the host calls a hole is zero-safe: every caller comes after a barrier since opening.
+        """
+        cluster_bytes = self.geometry.cluster_bytes
+        if self.medium.is_hole(start * cluster_bytes, count * cluster_bytes):
+            self.zero_safe.add(start, count)
+            return
+        for cluster in range(start, start + count):
+            hole = self.medium.is_hole(cluster * cluster_bytes, cluster_bytes)
+            (self.zero_safe if hole else self.unknown).add(cluster, 1)
+
+    # Operations
+
+    def begin(self) -> None:
+        """Start to note what an operation takes and frees."""
+        self._undo = _Undo()
+
+    def finish(self) -> None:
+        """The operation succeeded."""
+        self._undo = None
+
+    def roll_back(self) -> None:
+        """The operation failed: what it took is free again with unknown content (S3)."""
+        undo, self._undo = self._undo, None
+        if undo is None:
+            return
+        for run in undo.taken:
+            self.unknown.add(run.start, run.count)
+        self._staged.data.difference_update(undo.data)
+        self._staged.metadata.difference_update(undo.metadata)
+
+    def free_data(self, cluster: int) -> None:
+        """A staged change frees a data cluster."""
+        self._staged.data.add(cluster)
+        if self._undo is not None:
+            self._undo.data.append(cluster)
+
+    def free_metadata(self, cluster: int) -> None:
+        """A staged change frees a metadata cluster."""
+        self._staged.metadata.add(cluster)
+        if self._undo is not None:
+            self._undo.metadata.append(cluster)
+
+    # Records and barriers
+
+    def cut(self) -> None:
+        """Freeze the staged frees: they travel in the next record."""
+        self._in_flight, self._staged = self._staged, Frees()
+
+    def uncut(self) -> None:
+        """The record failed: its frees are staged again."""
+        if self._in_flight is not None:
+            self._staged.data |= self._in_flight.data
+            self._staged.metadata |= self._in_flight.metadata
+            self._in_flight = None
+
+    def publish(self, epoch: int) -> None:
+        """A record of ``epoch`` is durable: its data frees are released, its metadata frees wait (S1, S2)."""
+        frees, self._in_flight = self._in_flight, None
+        for freeing_epoch, clusters in list(self._metadata_frees):
+            if freeing_epoch < epoch:
+                self._metadata_frees.remove((freeing_epoch, clusters))
+                self._released += _as_runs(clusters)
+        if frees is None:
+            return
+        self._released += _as_runs(frees.data)
+        if frees.metadata:
+            self._metadata_frees.append((epoch, frees.metadata))
+
+    def retire(self, offset: int, length: int) -> None:
+        """List a journal range that was given up; free once a barrier has made the other root durable."""
+        cluster_bytes = self.geometry.cluster_bytes
+        start, end = offset // cluster_bytes, self.geometry.clusters(offset + length)
+        if (start, end) in self.reserved:
+            self.reserved.remove((start, end))
+        self.frontier = max(self.frontier, end)
+        self._retired.append((start, end - start))
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Keep the clusters of a live journal range from being handed out (S4)."""
+        start, end = offset // self.geometry.cluster_bytes, self.geometry.clusters(offset + length)
+        self.reserved.append((start, end))
+        self.frontier = max(self.frontier, end)
+
+    def unreserve(self, offset: int, length: int) -> None:
+        """Forget a reserved range that nothing names."""
+        start, end = offset // self.geometry.cluster_bytes, self.geometry.clusters(offset + length)
+        self.reserved.remove((start, end))
+
+    def give_back(self) -> None:
+        """Punch what durable records freed; what cannot be punched is unknown."""
+        while self._released:
+            self._punch(*self._released.pop())
+
+    def _barrier_completed(self) -> None:
+        for start, count in self._settling:
+            self.zero_safe.add(start, count)
+        self._settling = []
+        self._released += self._retired
+        self._retired = []
+
+
+def _as_runs(clusters: set[int]) -> list[tuple[int, int]]:
+    runs = ClusterRuns()
+    for cluster in sorted(clusters):
+        runs.add(cluster, 1)
+    return list(runs)

@@ -1,0 +1,76 @@
+"""The exception tree of jqcow.
+
+Everything that jqcow itself raises about an image derives from :class:`JqcowError`. An ``OSError``
+from the kernel (EIO, ENOSPC, EACCES...) passes through unchanged. Wrong arguments (an offset past the
+end of the disk, a negative length) are a plain ``ValueError``, as everywhere in Python.
+
+    JqcowError
+    +-- FormatError (ValueError)          the bytes are not a qcow2 image, or break the specification
+    |   +-- UnsupportedFeatureError       a feature that the header announces and jqcow refuses by name
+    +-- CorruptionError                   ours, but broken: carries the structure and its offset
+    +-- ImageInUse (OSError)              another process holds the image's locks
+    +-- ReadOnlyError (OSError)           a change was asked of an image that cannot be changed
+    |   +-- PoisonedError                 ... because a barrier failed earlier: the image must be reopened
+    +-- ImageClosedError (ValueError)     the image was closed before the call
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class JqcowError(Exception):
+    """Base of every error that jqcow raises about an image."""
+
+
+class FormatError(JqcowError, ValueError):
+    """The bytes are not a qcow2 image, or break the qcow2 specification."""
+
+
+class UnsupportedFeatureError(FormatError):
+    """The image announces a feature that jqcow refuses; ``feature`` names it."""
+
+    def __init__(self, feature: str, detail: str = "") -> None:
+        super().__init__(f"{feature}: {detail}" if detail else f"{feature} is not supported")
+        self.feature = feature
+
+
+class CorruptionError(JqcowError):
+    """A structure of the image is damaged.
+
+    ``structure`` names it in the specification's words; ``offset`` is its host offset in bytes.
+    """
+
+    def __init__(self, structure: str, offset: int, detail: str) -> None:
+        super().__init__(f"{structure} at host offset {offset:#x}: {detail}")
+        self.structure = structure
+        self.offset = offset
+
+
+class ImageInUse(JqcowError, OSError):
+    """Another process holds a lock on the image that conflicts with this use."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EAGAIN, message)
+
+
+class ReadOnlyError(JqcowError, OSError):
+    """A change was asked of an image that was opened read-only, or turned read-only."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EROFS, message)
+
+
+class PoisonedError(ReadOnlyError):
+    """The image turned read-only in this process after a failed barrier.
+
+    What an earlier successful flush acknowledged is safe; what was written since may be lost. Close
+    the image and open it again: recovery brings back the last durable state.
+    """
+
+
+class ImageClosedError(JqcowError, ValueError):
+    """The image was already closed."""
+
+    def __init__(self) -> None:
+        super().__init__("the image is closed")

@@ -1,0 +1,1 @@
+"""Work on whole images, never on a guest's request."""

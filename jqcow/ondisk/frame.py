@@ -1,0 +1,273 @@
+"""Journal frames: one checksummed record of metadata changes.
+
+A frame is a fixed header, a payload and zero padding up to a multiple of 4096 bytes. Big-endian::
+
+    Byte   0 -   7:   magic, "jqcowFRM"
+           8 -   9:   version, 1
+                10:   encoding of the payload, 0: MessagePack, 1: MessagePack in one zstd frame
+                11:   flags, 0
+          12 -  15:   CRC-32C of the whole frame, padding included, with this field zero
+          16 -  31:   salt of the journal
+          32 -  39:   epoch: one filling of a half
+          40 -  47:   sequence, one more than that of the frame before it; never restarts
+          48 -  55:   checkpointed_epoch: all records up to this epoch are in their homes; epoch - 1
+          56 -  59:   payload_length in bytes, as stored
+          60 -  63:   decoded_length in bytes of the payload when decompressed; at most the half's length
+
+The decoded payload is a MessagePack array of operations, applied in order. Each is an array::
+
+    [1, host offset, bytes]   block: the whole metadata block at this offset, min(4096, cluster size) bytes
+    [2, host offset, length]  zero: this range of blocks, within one cluster, reads as zeros
+    [3, bytes]                header: all used header bytes in standard layout
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgpack
+import zstandard
+
+from jqcow import _native
+from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.ondisk import layout
+from jqcow.ondisk.layout import Geometry
+from jqcow.ondisk.root import MAX_LIVE_HEADER_BYTES, SALT_BYTES
+
+FRAME_STRUCT = struct.Struct(">8sHBBI16sQQQII")
+FRAME_HEADER_BYTES = 64
+if FRAME_STRUCT.size != FRAME_HEADER_BYTES:
+    raise RuntimeError("the frame header does not have its documented size")
+FRAME_MAGIC = b"jqcowFRM"
+FRAME_VERSION = 1
+FRAME_ALIGNMENT = 4096
+CRC_OFFSET = 12
+
+ENCODING_PLAIN = 0
+ENCODING_ZSTD = 1
+ZSTD_LEVEL = 1
+
+KIND_BLOCK = 1
+KIND_ZERO = 2
+KIND_HEADER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOperation:
+    """The whole metadata block at ``offset`` (host, bytes) is ``data``."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroOperation:
+    """The blocks in ``length`` bytes at host ``offset`` read as zeros; within one cluster."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderOperation:
+    """The header in standard layout is ``data``: all its used bytes."""
+
+    data: bytes
+
+
+Operation = BlockOperation | ZeroOperation | HeaderOperation
+_Damage = Callable[[str], CorruptionError]
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """The fixed header of a frame, without magic and CRC."""
+
+    version: int
+    encoding: int
+    flags: int
+    salt: bytes
+    epoch: int
+    sequence: int
+    checkpointed_epoch: int
+    payload_length: int
+    decoded_length: int
+
+    @property
+    def frame_length(self) -> int:
+        """Bytes that the frame takes in the journal."""
+        return layout.round_up(FRAME_HEADER_BYTES + self.payload_length, FRAME_ALIGNMENT)
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview) -> FrameHeader | None:
+        """Read a frame header; None where there is no frame magic.
+
+        Nothing else is checked: first the CRC must say that jqcow wrote these bytes.
+        """
+        if len(data) < FRAME_HEADER_BYTES or bytes(data[:8]) != FRAME_MAGIC:
+            return None
+        _, version, encoding, flags, _, *rest = FRAME_STRUCT.unpack_from(data)
+        return cls(version, encoding, flags, *rest)
+
+    def check_supported(self) -> None:
+        """Raise UnsupportedFeatureError for a frame of another version, encoding or with flags."""
+        if self.version != FRAME_VERSION or self.flags or self.encoding > ENCODING_ZSTD:
+            raise UnsupportedFeatureError(
+                f"journal frame version {self.version}, encoding {self.encoding}, flags {self.flags:#x}"
+            )
+
+    def pack(self, payload: bytes) -> bytes:
+        """Return the whole frame around ``payload``: header, CRC and padding."""
+        fixed = FRAME_STRUCT.pack(
+            FRAME_MAGIC,
+            self.version,
+            self.encoding,
+            self.flags,
+            0,
+            self.salt,
+            self.epoch,
+            self.sequence,
+            self.checkpointed_epoch,
+            self.payload_length,
+            self.decoded_length,
+        )
+        frame = bytearray(self.frame_length)
+        frame[:FRAME_HEADER_BYTES] = fixed
+        frame[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + len(payload)] = payload
+        frame[CRC_OFFSET : CRC_OFFSET + 4] = _native.crc32c(frame).to_bytes(4, "big")
+        return bytes(frame)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPayload:
+    """A payload ready to be framed; ``decoded_length`` in bytes."""
+
+    encoding: int
+    data: bytes
+    decoded_length: int
+
+    @property
+    def frame_length(self) -> int:
+        """Bytes that a frame with this payload takes."""
+        return layout.round_up(FRAME_HEADER_BYTES + len(self.data), FRAME_ALIGNMENT)
+
+
+def crc_matches(frame: bytes | memoryview) -> bool:
+    """Return True if the CRC-32C in a whole frame is right."""
+    stored = int.from_bytes(frame[CRC_OFFSET : CRC_OFFSET + 4], "big")
+    crc = _native.crc32c(frame[:CRC_OFFSET])
+    crc = _native.crc32c(b"\0\0\0\0", crc)
+    return _native.crc32c(frame[CRC_OFFSET + 4 :], crc) == stored
+
+
+def encode_operations(operations: Sequence[Operation]) -> EncodedPayload:
+    """Encode operations as a payload, compressed where that is shorter."""
+    plain: bytes = msgpack.packb([_as_list(operation) for operation in operations], use_bin_type=True)
+    packed = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(plain)
+    if len(packed) < len(plain):
+        return EncodedPayload(ENCODING_ZSTD, packed, len(plain))
+    return EncodedPayload(ENCODING_PLAIN, plain, len(plain))
+
+
+def _as_list(operation: Operation) -> list[int | bytes]:
+    match operation:
+        case BlockOperation(offset, data):
+            return [KIND_BLOCK, offset, data]
+        case ZeroOperation(offset, length):
+            return [KIND_ZERO, offset, length]
+        case HeaderOperation(data):
+            return [KIND_HEADER, data]
+
+
+def frame_payload(payload: EncodedPayload, salt: bytes, epoch: int, sequence: int) -> bytes:
+    """Return the whole frame, ready to be written."""
+    header = FrameHeader(
+        version=FRAME_VERSION,
+        encoding=payload.encoding,
+        flags=0,
+        salt=salt,
+        epoch=epoch,
+        sequence=sequence,
+        checkpointed_epoch=epoch - 1,
+        payload_length=len(payload.data),
+        decoded_length=payload.decoded_length,
+    )
+    return header.pack(payload.data)
+
+
+def reframe(frame: bytes, salt: bytes) -> bytes:
+    """Return a valid frame's copy under another salt, for a journal that moves."""
+    copy = bytearray(frame)
+    copy[16 : 16 + SALT_BYTES] = salt
+    copy[CRC_OFFSET : CRC_OFFSET + 4] = bytes(4)
+    copy[CRC_OFFSET : CRC_OFFSET + 4] = _native.crc32c(copy).to_bytes(4, "big")
+    return bytes(copy)
+
+
+def decode_operations(
+    header: FrameHeader, payload: bytes, geometry: Geometry, limit_bytes: int, offset: int
+) -> tuple[Operation, ...]:
+    """Decode the payload of a frame whose CRC was right.
+
+    Args:
+        header: the frame's header.
+        payload: ``payload_length`` bytes.
+        geometry: of the image; blocks must have its block size.
+        limit_bytes: the most that a decoded payload may take (the half's length).
+        offset: host offset of the frame, for error messages.
+
+    Raises:
+        CorruptionError: the payload is not a list of operations that jqcow would write.
+        UnsupportedFeatureError: an operation of an unknown kind.
+    """
+
+    def damaged(detail: str) -> CorruptionError:
+        return CorruptionError("journal frame", offset, detail)
+
+    if header.decoded_length > limit_bytes:
+        raise damaged(f"a payload of {header.decoded_length} bytes exceeds the half")
+    plain = _decompress(payload, header.decoded_length, damaged) if header.encoding else payload
+    if len(plain) != header.decoded_length:
+        raise damaged("the payload's length is not the declared one")
+    try:
+        items = msgpack.unpackb(plain, raw=False, use_list=True, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise damaged(f"the payload is not MessagePack: {error}") from error
+    if not isinstance(items, list):
+        raise damaged("the payload is not a list of operations")
+    return tuple(_as_operation(item, geometry, damaged) for item in items)
+
+
+def _decompress(payload: bytes, length: int, damaged: _Damage) -> bytes:
+    """Decompress into at most ``length`` bytes, whatever the zstd frame claims."""
+    try:
+        parameters = zstandard.get_frame_parameters(payload)
+        if parameters.content_size != length:
+            raise damaged("the zstd frame's content size is not the declared one")
+        return zstandard.ZstdDecompressor().decompress(payload, max_output_size=length)
+    except zstandard.ZstdError as error:
+        raise damaged(f"the payload does not decompress: {error}") from error
+
+
+def _as_operation(item: object, geometry: Geometry, damaged: _Damage) -> Operation:
+    match item:
+        case [1, int(offset), bytes(data)]:
+            aligned = offset % geometry.block_bytes == 0 and len(data) == geometry.block_bytes
+            if not aligned or not geometry.cluster_bytes <= offset < layout.MAX_HOST_OFFSET:
+                raise damaged(f"a block operation at {offset:#x} of {len(data)} bytes")
+            return BlockOperation(offset, data)
+        case [2, int(offset), int(length)]:
+            aligned = offset % geometry.block_bytes == 0 and length % geometry.block_bytes == 0
+            inside = 0 < length <= geometry.cluster_bytes - offset % geometry.cluster_bytes
+            if not aligned or not inside or not geometry.cluster_bytes <= offset < layout.MAX_HOST_OFFSET:
+                raise damaged(f"a zero operation at {offset:#x} of {length} bytes")
+            return ZeroOperation(offset, length)
+        case [3, bytes(data)]:
+            if len(data) > MAX_LIVE_HEADER_BYTES:
+                raise damaged(f"a header of {len(data)} bytes")
+            return HeaderOperation(data)
+        case [int(kind), *_] if kind not in (KIND_BLOCK, KIND_ZERO, KIND_HEADER):
+            raise UnsupportedFeatureError(f"journal operation of kind {kind}")
+    raise damaged("an operation of the wrong shape")

@@ -1,0 +1,246 @@
+"""The qcow2 header and its extensions (qcow2 specification, "Header", "Header extensions").
+
+Header, big-endian::
+
+    Byte   0 -   3:   magic, "QFI\\xfb"
+           4 -   7:   version, 2 or 3
+           8 -  15:   backing_file_offset, 0: none
+          16 -  19:   backing_file_size in bytes
+          20 -  23:   cluster_bits
+          24 -  31:   size of the virtual disk in bytes
+          32 -  35:   crypt_method, 0: none, 1: AES, 2: LUKS
+          36 -  39:   l1_size in entries
+          40 -  47:   l1_table_offset
+          48 -  55:   refcount_table_offset
+          56 -  59:   refcount_table_clusters
+          60 -  63:   nb_snapshots
+          64 -  71:   snapshots_offset
+    from here on only in version 3:
+          72 -  79:   incompatible_features
+          80 -  87:   compatible_features
+          88 -  95:   autoclear_features
+          96 -  99:   refcount_order
+         100 - 103:   header_length in bytes, a multiple of 8
+               104:   compression_type, 0: zlib, 1: zstd (where header_length is at least 112)
+
+A header extension is its type (4 bytes), its length (4 bytes) and its data, padded to a multiple of 8;
+type 0 ends the list.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+
+from jqcow.errors import CorruptionError, FormatError
+from jqcow.ondisk import layout
+from jqcow.ondisk.layout import Geometry
+
+MAGIC = b"QFI\xfb"
+V2_STRUCT = struct.Struct(">4sIQIIQIIQQIIQ")
+V2_BYTES = 72
+V3_STRUCT = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+V3_BYTES = 104
+if V2_STRUCT.size != V2_BYTES or V3_STRUCT.size != V3_BYTES:
+    raise RuntimeError("the header layout does not have the size that the specification gives")
+CREATED_HEADER_BYTES = 112
+EXTENSION_STRUCT = struct.Struct(">II")
+
+INCOMPATIBLE_DIRTY = 1 << 0
+INCOMPATIBLE_CORRUPT = 1 << 1
+INCOMPATIBLE_EXTERNAL_DATA = 1 << 2
+INCOMPATIBLE_COMPRESSION = 1 << 3
+INCOMPATIBLE_EXTENDED_L2 = 1 << 4
+INCOMPATIBLE_KNOWN = 0x1F
+INCOMPATIBLE_JOURNAL = 1 << 60
+"""jqcow's live journal. Bits 5-63 are free in the specification."""
+
+COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
+AUTOCLEAR_BITMAPS = 1 << 0
+
+EXTENSION_END = 0
+EXTENSION_BACKING_FORMAT = 0xE2792ACA
+EXTENSION_FEATURE_NAMES = 0x6803F857
+EXTENSION_BITMAPS = 0x23852875
+EXTENSION_ENCRYPTION = 0x0537BE77
+EXTENSION_EXTERNAL_DATA = 0x44415441
+
+
+@dataclass(frozen=True)
+class Header:
+    """The fixed fields of the header, one attribute a field, in the specification's names."""
+
+    version: int
+    backing_file_offset: int
+    backing_file_size: int
+    cluster_bits: int
+    size: int
+    crypt_method: int
+    l1_size: int
+    l1_table_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    nb_snapshots: int
+    snapshots_offset: int
+    incompatible_features: int = 0
+    compatible_features: int = 0
+    autoclear_features: int = 0
+    refcount_order: int = 4
+    header_length: int = V2_BYTES
+    compression_type: int = 0
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Header:
+        """Read the fixed fields from the first bytes of an image.
+
+        Raises:
+            FormatError: no qcow2 magic, an unknown version, or a header that is cut short.
+        """
+        if len(data) < V2_BYTES or data[:4] != MAGIC:
+            raise FormatError("not a qcow2 image: the magic is missing")
+        version = int.from_bytes(data[4:8], "big")
+        if version == 2:
+            return cls(*V2_STRUCT.unpack_from(data)[1:])
+        if version != 3:
+            raise FormatError(f"unknown qcow2 version {version}")
+        if len(data) < V3_BYTES:
+            raise FormatError("the qcow2 header is cut short")
+        header = cls(*V3_STRUCT.unpack_from(data)[1:])
+        if header.header_length < V3_BYTES or header.header_length % 8:
+            raise FormatError(f"header_length {header.header_length} is not valid")
+        if header.header_length > V3_BYTES and len(data) > V3_BYTES:
+            header = replace(header, compression_type=data[V3_BYTES])
+        return header
+
+    def pack(self) -> bytes:
+        """Return the fixed fields as on disk, ``header_length`` bytes (72 in version 2)."""
+        fields = (
+            self.version,
+            self.backing_file_offset,
+            self.backing_file_size,
+            self.cluster_bits,
+            self.size,
+            self.crypt_method,
+            self.l1_size,
+            self.l1_table_offset,
+            self.refcount_table_offset,
+            self.refcount_table_clusters,
+            self.nb_snapshots,
+            self.snapshots_offset,
+        )
+        if self.version == 2:
+            return V2_STRUCT.pack(MAGIC, *fields)
+        features = (
+            self.incompatible_features,
+            self.compatible_features,
+            self.autoclear_features,
+            self.refcount_order,
+            self.header_length,
+        )
+        fixed = V3_STRUCT.pack(MAGIC, *fields, *features)
+        if self.header_length > V3_BYTES:
+            fixed += bytes([self.compression_type])
+        return fixed.ljust(self.header_length, b"\0")
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry that follows from the cluster size and the refcount width."""
+        return Geometry(self.cluster_bits, self.refcount_order)
+
+    def validate(self) -> None:
+        """Check the fields against the specification's bounds and QEMU's limits.
+
+        Raises:
+            FormatError: a field is out of bounds.
+            CorruptionError: a table is not cluster-aligned, or overlaps the header.
+        """
+        if not layout.MIN_CLUSTER_BITS <= self.cluster_bits <= layout.MAX_CLUSTER_BITS:
+            raise FormatError(f"cluster_bits {self.cluster_bits} is not in 9-21")
+        if self.refcount_order > 6:
+            raise FormatError(f"refcount_order {self.refcount_order} is above 6")
+        cluster_bytes = 1 << self.cluster_bits
+        if self.header_length > cluster_bytes:
+            raise FormatError(f"header_length {self.header_length} exceeds the first cluster")
+        if self.size >= 1 << 63:
+            raise FormatError(f"a disk of {self.size} bytes is too large")
+        if self.l1_size * layout.ENTRY_BYTES > layout.MAX_L1_BYTES:
+            raise FormatError(f"an L1 table of {self.l1_size} entries is too large")
+        if not 0 < self.refcount_table_clusters <= layout.MAX_REFCOUNT_TABLE_BYTES // cluster_bytes + 1:
+            raise FormatError(f"refcount_table_clusters {self.refcount_table_clusters} is out of bounds")
+        tables = [("refcount table", self.refcount_table_offset)]
+        if self.l1_size:
+            tables.append(("L1 table", self.l1_table_offset))
+        for name, offset in tables:
+            if offset % cluster_bytes or not 0 < offset < layout.MAX_HOST_OFFSET:
+                raise CorruptionError(name, offset, "not a cluster-aligned host offset")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """One header extension: its type and its data, without the padding."""
+
+    type: int
+    data: bytes
+
+    def pack(self) -> bytes:
+        """Return the extension as on disk, padded to a multiple of 8 bytes."""
+        head = EXTENSION_STRUCT.pack(self.type, len(self.data))
+        return head + self.data.ljust(layout.round_up(len(self.data), 8), b"\0")
+
+
+@dataclass(frozen=True)
+class HeaderArea:
+    """All used bytes of the header in standard layout: fixed fields, extensions, backing file name.
+
+    ``data`` keeps the bytes as they were read, so that extensions which jqcow does not know survive.
+    """
+
+    header: Header
+    extensions: tuple[Extension, ...]
+    data: bytes
+
+    @classmethod
+    def parse(cls, data: bytes) -> HeaderArea:
+        """Parse the header from the first bytes of the first cluster (all of it, or all that is used).
+
+        Raises:
+            FormatError: the header breaks the specification.
+            CorruptionError: a table offset that no image can have.
+        """
+        header = Header.unpack(data)
+        header.validate()
+        area = data[: 1 << header.cluster_bits]
+        start = V2_BYTES if header.version == 2 else header.header_length
+        extensions, used = _parse_extensions(area, start, header.backing_file_offset)
+        if header.backing_file_offset:
+            end = header.backing_file_offset + header.backing_file_size
+            if header.backing_file_size > 1023 or end > 1 << header.cluster_bits:
+                raise FormatError("the backing file name is too long or outside the first cluster")
+            used = max(used, end)
+        return cls(header, extensions, bytes(area[:used]).ljust(used, b"\0"))
+
+    def with_header(self, header: Header) -> HeaderArea:
+        """Return the same area with other fixed fields (of the same length)."""
+        fixed = header.pack()
+        return HeaderArea(header, self.extensions, fixed + self.data[len(fixed) :])
+
+    def find(self, extension_type: int) -> Extension | None:
+        """Return the first extension of this type, or None."""
+        return next((found for found in self.extensions if found.type == extension_type), None)
+
+
+def _parse_extensions(area: bytes, start: int, backing_offset: int) -> tuple[tuple[Extension, ...], int]:
+    """Return the extensions and the offset behind the last used byte of their list."""
+    limit = min(len(area), backing_offset) if backing_offset else len(area)
+    extensions: list[Extension] = []
+    position = start
+    while position + EXTENSION_STRUCT.size <= limit:
+        kind, length = EXTENSION_STRUCT.unpack_from(area, position)
+        position += EXTENSION_STRUCT.size
+        if kind == EXTENSION_END:
+            return tuple(extensions), position
+        if length > limit - position:
+            raise FormatError(f"header extension {kind:#x} of {length} bytes exceeds the header")
+        extensions.append(Extension(kind, bytes(area[position : position + length])))
+        position += layout.round_up(length, 8)
+    return tuple(extensions), min(position, limit)

@@ -1,0 +1,79 @@
+"""Geometry of an image: the numbers that follow from its cluster size.
+
+From the qcow2 specification: a cluster is the unit of allocation; an L2 table fills one cluster with
+8-byte entries; a refcount block fills one cluster with refcounts of ``1 << refcount_order`` bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+SECTOR_BYTES = 512
+"""The unit that a device writes whole: sector 0 is one such write (fault model)."""
+
+BLOCK_BYTES_MAX = 4096
+"""Metadata is logged in whole blocks of this size, or of the cluster size where that is smaller."""
+
+ENTRY_BYTES = 8
+"""An L1, L2 or refcount table entry."""
+
+MIN_CLUSTER_BITS = 9
+MAX_CLUSTER_BITS = 21
+MAX_HOST_OFFSET = 1 << 56
+"""Host offsets end at bit 55 (qcow2 specification, L2 table entry)."""
+
+MAX_L1_BYTES = 32 << 20
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+"""The largest tables that QEMU opens; jqcow keeps to the same limits (they also bound memory)."""
+
+
+def round_up(value: int, unit: int) -> int:
+    """Return the smallest multiple of ``unit`` that is at least ``value``."""
+    return -(-value // unit) * unit
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and shifts derived from the header's ``cluster_bits`` and ``refcount_order``."""
+
+    cluster_bits: int
+    refcount_order: int = 4
+
+    @cached_property
+    def cluster_bytes(self) -> int:
+        """Bytes in a cluster."""
+        return 1 << self.cluster_bits
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes in a metadata block, the unit of logging."""
+        return min(BLOCK_BYTES_MAX, self.cluster_bytes)
+
+    @cached_property
+    def l2_entries(self) -> int:
+        """Entries in an L2 table: one cluster of 8-byte entries."""
+        return self.cluster_bytes // ENTRY_BYTES
+
+    @cached_property
+    def entries_per_block(self) -> int:
+        """8-byte table entries in one metadata block."""
+        return self.block_bytes // ENTRY_BYTES
+
+    @cached_property
+    def refcounts_per_cluster(self) -> int:
+        """Refcounts in a refcount block (which fills one cluster)."""
+        return (self.cluster_bytes * 8) >> self.refcount_order
+
+    @cached_property
+    def refcounts_per_block(self) -> int:
+        """Refcounts in one metadata block."""
+        return (self.block_bytes * 8) >> self.refcount_order
+
+    def clusters(self, length_bytes: int) -> int:
+        """Return how many clusters hold ``length_bytes``."""
+        return -(-length_bytes // self.cluster_bytes)
+
+    def l1_entries_for(self, disk_bytes: int) -> int:
+        """Return how many L1 entries a disk of ``disk_bytes`` needs."""
+        return -(-disk_bytes // (self.cluster_bytes * self.l2_entries))

@@ -1,0 +1,508 @@
+"""A device in memory that knows what is durable, what is in flight, and what the next call will break.
+
+The device keeps one view, the one that reads see: the page cache. Beside it stands a history of every
+sector that changed since the last completed barrier, from its durable value to the current one. Nothing
+else is needed to say what a crash may leave: :mod:`jqcow.testing.crash` picks a value for each sector.
+
+    S1  Bytes past the current size are zero, also in the part of the buffer past it.
+    S2  A sector without a history is durable: the disk holds what reads see.
+    S3  A history starts with the durable value and ends with the current one.
+    S4  A completed barrier ends all histories but those of lost changes, which only a later change
+        of the same sector, made durable, can end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from jqcow.device.base import ReadBuffer
+from jqcow.testing.faults import EVERYTHING, Fault, FaultPlan, no_space
+
+SECTOR_BYTES = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """``data`` was written at ``offset``."""
+
+    number: int
+    offset: int
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        """The offset after the last byte written."""
+        return self.offset + len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Punch:
+    """A range was given back to the host."""
+
+    number: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """The size was set."""
+
+    number: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """Host space was reserved for a range, and the device grew to its end where needed."""
+
+    number: int
+    offset: int
+    length: int
+
+
+Change = Write | Punch | Truncate | Allocate
+
+
+class Version(NamedTuple):
+    """A value that a sector had. ``change`` is the number of the change that gave it, 0 if durable."""
+
+    change: int
+    value: bytes
+    is_data: bool
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """All that a crash at this moment may or may not leave behind: a snapshot, safe to keep.
+
+    ``durable`` is the old content, padded with zeros past every touched sector. ``sizes`` pairs change
+    numbers with sizes in bytes, the durable one first. ``histories`` and ``data_sectors`` are keyed by
+    sector index; a sector in ``data_sectors`` holds data now.
+    """
+
+    sector_bytes: int
+    durable: bytes
+    sizes: tuple[tuple[int, int], ...]
+    changes: tuple[Change, ...]
+    histories: dict[int, tuple[Version, ...]]
+    data_sectors: frozenset[int]
+
+
+class DurableState(Protocol):
+    """What :meth:`SimulatedDevice.crash` needs to know of a crash state."""
+
+    def content(self) -> bytes:
+        """Return the bytes that the crash left."""
+        ...
+
+    def data_sectors(self) -> set[int]:
+        """Return the indices of the sectors that are not holes."""
+        ...
+
+
+BarrierListener = Callable[[str, "SimulatedDevice"], None]
+ChangeListener = Callable[[str, "SimulatedDevice"], None]
+
+
+class SimulatedDevice:
+    """A :class:`jqcow.device.base.Device` in memory, for images of up to a few MiB.
+
+    ``initial`` is durable at once. ``can_punch`` False models a file system without holes: ``punch``
+    returns False. The attributes below may be changed at any time.
+
+    ``faults``             the :class:`FaultPlan` in force, or None
+    ``drop_barriers``      names of barriers that do nothing; they are counted, and listeners hear them
+    ``barriers``           how often each barrier was called
+    ``barrier_listeners``  called as ``listener(name, device)`` before a barrier completes or fails
+    ``change_listeners``   called as ``listener(call, device)`` before each call that changes the device
+
+    Calls are serialised by a lock, which is held while a listener runs. The device raises
+    ``OSError(EBADF)`` when it is closed, or read-only and asked to change.
+    """
+
+    def __init__(
+        self,
+        initial: bytes = b"",
+        *,
+        sector_bytes: int = SECTOR_BYTES,
+        name: str = "simulated",
+        read_only: bool = False,
+        can_punch: bool = True,
+    ) -> None:
+        if sector_bytes <= 0:
+            raise ValueError("a sector has at least one byte")
+        self.name = name
+        self.sector_bytes = sector_bytes
+        self.can_punch = can_punch
+        self.closed = False
+        self.faults: FaultPlan | None = None
+        self.drop_barriers: set[str] = set()
+        self.barriers: Counter[str] = Counter()
+        self.barrier_listeners: list[BarrierListener] = []
+        self.change_listeners: list[ChangeListener] = []
+        self._lock = threading.RLock()
+        self._read_only = read_only
+        self._zero_sector = bytes(sector_bytes)
+        self._size = len(initial)
+        self._bytes = bytearray(initial)
+        self._pad()
+        everything = set(range(len(self._bytes) // sector_bytes))
+        self._data = everything
+        self._backed = set(everything)
+        self._histories: dict[int, list[Version]] = {}
+        self._sizes: list[tuple[int, int]] = [(0, self._size)]
+        self._changes: list[Change] = []
+        self._last_change = 0
+        self._lost_through = 0
+
+    # The device protocol: reading
+
+    @property
+    def read_only(self) -> bool:
+        """True when every changing method raises."""
+        return self._read_only
+
+    def size(self) -> int:
+        """Return the current length of the device in bytes."""
+        with self._lock:
+            self._check_open()
+            return self._size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Return exactly ``length`` bytes from ``offset``; what lies past the end reads as zeros."""
+        with self._lock:
+            _check_range(offset, length)
+            self._begin("pread", changes=False)
+            found = bytes(self._bytes[offset : offset + length])
+            return found + bytes(length - len(found))
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset``; what lies past the end reads as zeros."""
+        target = memoryview(buffer).cast("B")
+        target[:] = self.pread(len(target), offset)
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Return True if no sector of the range was written since it was punched, cut off or made."""
+        with self._lock:
+            _check_range(offset, length)
+            self._begin("is_hole", changes=False)
+            return self._data.isdisjoint(self._sectors(offset, min(length, max(0, self._size - offset))))
+
+    # The device protocol: changing
+
+    def pwrite(self, buffer: ReadBuffer, offset: int) -> None:
+        """Write the whole of ``buffer`` at ``offset``, growing the device where needed, or raise."""
+        with self._lock:
+            data = bytes(buffer)
+            _check_range(offset, len(data))
+            fault = self._begin("pwrite")
+            wanted = data if fault is None else data[: fault.applied_bytes]
+            applied = wanted[: self._bytes_with_room(offset, len(wanted))]
+            if applied:
+                self._write(offset, applied)
+            if fault is not None:
+                raise fault.exception()
+            if len(applied) < len(data):
+                raise no_space()
+
+    def truncate(self, size_bytes: int) -> None:
+        """Set the length. Growth reads as zeros; shrinking discards what lay past the new end."""
+        with self._lock:
+            _check_range(0, size_bytes)
+            fault = self._begin("truncate")
+            if fault is None or fault.applied_bytes:
+                self._truncate(size_bytes)
+            if fault is not None:
+                raise fault.exception()
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Reserve host space for a range; the device grows to its end. A full disk raises ``ENOSPC``."""
+        with self._lock:
+            _check_range(offset, length)
+            fault = self._begin("allocate")
+            applied = length if fault is None else min(length, fault.applied_bytes)
+            if self._bytes_with_room(offset, applied) < applied:
+                raise no_space()
+            if applied:
+                self._allocate(offset, applied)
+            if fault is not None:
+                raise fault.exception()
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Give a range back to the host; it then reads as zeros. Return False if the host cannot."""
+        with self._lock:
+            _check_range(offset, length)
+            fault = self._begin("punch")
+            applied = length if fault is None else min(length, fault.applied_bytes)
+            if applied and self.can_punch:
+                self._punch(offset, applied)
+            if fault is not None:
+                raise fault.exception()
+            return self.can_punch
+
+    def barrier(self, name: str) -> None:
+        """Make everything changed before this call durable, unless a fault or ``drop_barriers`` forbids."""
+        with self._lock:
+            self._check_open()
+            for listener in list(self.barrier_listeners):
+                listener(name, self)
+            self.barriers[name] += 1
+            fault = self.faults.count("barrier", name) if self.faults is not None else None
+            if fault is not None:
+                self._fail_barrier(fault)
+            if name not in self.drop_barriers:
+                self._make_durable()
+
+    def close(self) -> None:
+        """Close the device. Makes nothing durable; closing twice is allowed."""
+        with self._lock:
+            self.closed = True
+
+    def reopen(self, *, read_only: bool = False) -> None:
+        """Open the device again, as a program opens a file that it closed: what is in flight stays so."""
+        with self._lock:
+            self.closed = False
+            self._read_only = read_only
+
+    # The laboratory's side
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """The changes that a crash may lose, in order: lost ones of failed barriers, then pending ones."""
+        with self._lock:
+            return tuple(self._changes)
+
+    def content(self) -> bytes:
+        """Return what reads see now, also when closed."""
+        with self._lock:
+            return bytes(self._bytes[: self._size])
+
+    def durable_content(self) -> bytes:
+        """Return what is certainly on the disk: the content if none of ``changes`` landed."""
+        with self._lock:
+            return bytes(self._durable_buffer()[: self._sizes[0][1]])
+
+    def in_flight(self) -> InFlight:
+        """Return a snapshot of what is durable and what is not."""
+        with self._lock:
+            return InFlight(
+                sector_bytes=self.sector_bytes,
+                durable=bytes(self._durable_buffer()),
+                sizes=tuple(self._sizes),
+                changes=tuple(self._changes),
+                histories={sector: tuple(history) for sector, history in self._histories.items()},
+                data_sectors=frozenset(self._data),
+            )
+
+    def killed(self) -> SimulatedDevice:
+        """Return what the next process finds after SIGKILL: all is readable, what was in flight still is.
+
+        Faults and listeners stay behind; ``drop_barriers`` goes with the new device.
+        """
+        with self._lock:
+            heir = self._successor(self.content(), self._data)
+            heir._backed = set(self._backed)
+            heir._histories = {sector: list(history) for sector, history in self._histories.items()}
+            heir._sizes = list(self._sizes)
+            heir._changes = list(self._changes)
+            heir._last_change = self._last_change
+            heir._lost_through = self._lost_through
+            return heir
+
+    def crash(self, state: DurableState) -> SimulatedDevice:
+        """Return the device after a power cut that left ``state``: nothing is in flight.
+
+        Faults and listeners stay behind; ``drop_barriers`` goes with the new device.
+        """
+        return self._successor(state.content(), state.data_sectors())
+
+    def _successor(self, content: bytes, data_sectors: Iterable[int]) -> SimulatedDevice:
+        heir = SimulatedDevice(
+            content, sector_bytes=self.sector_bytes, name=self.name, can_punch=self.can_punch
+        )
+        heir.drop_barriers = set(self.drop_barriers)
+        heir._data = set(data_sectors)
+        heir._backed = set(heir._data)
+        return heir
+
+    # Before a call
+
+    def _begin(self, call: str, *, changes: bool = True) -> Fault | None:
+        self._check_open()
+        if changes:
+            if self._read_only:
+                raise OSError(errno.EBADF, f"{self.name} is read-only")
+            for listener in list(self.change_listeners):
+                listener(call, self)
+        fault = self.faults.count(call) if self.faults is not None else None
+        if fault is not None and not changes:
+            raise fault.exception()
+        return fault
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise OSError(errno.EBADF, f"{self.name}: {os.strerror(errno.EBADF)}")
+
+    def _bytes_with_room(self, offset: int, length: int) -> int:
+        """Return how much of a range, from its start, the host has space for."""
+        if self.faults is None or not length:
+            return length
+        free = self.faults.free_bytes(len(self._backed) * self.sector_bytes) // self.sector_bytes
+        for sector in self._sectors(offset, length):
+            if sector in self._backed:
+                continue
+            if not free:
+                return max(0, sector * self.sector_bytes - offset)
+            free -= 1
+        return length
+
+    # Changes to the current view
+
+    def _write(self, offset: int, data: bytes) -> None:
+        end = offset + len(data)
+        sectors = self._sectors(offset, len(data))
+        self._remember(sectors)
+        change = Write(self._next_number(), offset, data)
+        self._grow(change.number, end)
+        self._bytes[offset:end] = data
+        self._data.update(sectors)
+        self._backed.update(sectors)
+        self._record(change, sectors)
+
+    def _punch(self, offset: int, length: int) -> None:
+        change = Punch(self._next_number(), offset, length)
+        self._zero(offset, min(offset + length, len(self._bytes)), change)
+
+    def _truncate(self, size_bytes: int) -> None:
+        change = Truncate(self._next_number(), size_bytes)
+        if size_bytes <= self._size:
+            self._zero(size_bytes, len(self._bytes), change)
+            del self._bytes[size_bytes:]
+            self._pad()
+            self._set_size(change.number, size_bytes)
+        else:
+            self._grow(change.number, size_bytes)
+            self._changes.append(change)
+        self._backed = {sector for sector in self._backed if sector * self.sector_bytes < size_bytes}
+
+    def _allocate(self, offset: int, length: int) -> None:
+        change = Allocate(self._next_number(), offset, length)
+        self._grow(change.number, offset + length)
+        self._backed.update(self._sectors(offset, length))
+        self._changes.append(change)
+
+    def _zero(self, start: int, end: int, change: Change) -> None:
+        """Zero a range of the buffer; the sectors that lie in it as a whole become holes."""
+        length = max(0, end - start)
+        sectors = self._sectors(start, length)
+        self._remember(sectors)
+        self._bytes[start : start + length] = bytes(length)
+        whole = range(-(-start // self.sector_bytes), (start + length) // self.sector_bytes)
+        self._data.difference_update(whole)
+        self._backed.difference_update(whole)
+        self._record(change, sectors)
+
+    def _grow(self, number: int, size_bytes: int) -> None:
+        if size_bytes > self._size:
+            self._bytes.extend(bytes(max(0, size_bytes - len(self._bytes))))
+            self._pad()
+            self._set_size(number, size_bytes)
+
+    def _set_size(self, number: int, size_bytes: int) -> None:
+        self._size = size_bytes
+        self._sizes.append((number, size_bytes))
+
+    def _pad(self) -> None:
+        self._bytes.extend(bytes(-len(self._bytes) % self.sector_bytes))
+
+    def _next_number(self) -> int:
+        self._last_change += 1
+        return self._last_change
+
+    # Histories
+
+    def _sectors(self, offset: int, length: int) -> range:
+        if not length:
+            return range(0)
+        return range(offset // self.sector_bytes, -(-(offset + length) // self.sector_bytes))
+
+    def _value(self, sector: int) -> bytes:
+        start = sector * self.sector_bytes
+        value = bytes(self._bytes[start : start + self.sector_bytes])
+        # One shared object for all zero sectors: a pre-written range costs no memory of its own.
+        return self._zero_sector if not value or value == self._zero_sector else value
+
+    def _remember(self, sectors: range) -> None:
+        for sector in sectors:
+            if sector not in self._histories:
+                self._histories[sector] = [Version(0, self._value(sector), sector in self._data)]
+
+    def _record(self, change: Change, sectors: range) -> None:
+        self._changes.append(change)
+        for sector in sectors:
+            version = Version(change.number, self._value(sector), sector in self._data)
+            self._histories[sector].append(version)
+
+    def _durable_buffer(self) -> bytearray:
+        durable = bytearray(self._bytes)
+        touched_end = (max(self._histories, default=-1) + 1) * self.sector_bytes
+        needed = max(touched_end, *(size for _, size in self._sizes))
+        needed += -needed % self.sector_bytes
+        durable.extend(bytes(max(0, needed - len(durable))))
+        for sector, history in self._histories.items():
+            start = sector * self.sector_bytes
+            durable[start : start + self.sector_bytes] = history[0].value
+        return durable
+
+    # Barriers
+
+    def _make_durable(self) -> None:
+        settled = [s for s, history in self._histories.items() if history[-1].change > self._lost_through]
+        for sector in settled:
+            del self._histories[sector]
+        self._settle_size()
+        self._forget_past_the_end()
+        uncertain = {number for number, _ in self._sizes}
+        uncertain.update(version.change for history in self._histories.values() for version in history)
+        self._changes = [change for change in self._changes if change.number in uncertain]
+        if not self._changes:
+            self._lost_through = 0
+            self._last_change = 0
+
+    def _settle_size(self) -> None:
+        if self._sizes[-1][0] > self._lost_through:
+            self._sizes = [(0, self._size)]
+            return
+        # Bytes that this barrier made durable cannot lie past the end, whatever became of the lost size.
+        pending = (c for c in self._changes if isinstance(c, Write) and c.number > self._lost_through)
+        least = max((change.end for change in pending), default=0)
+        sizes = [(number, max(size, least)) for number, size in self._sizes]
+        self._sizes = sizes if any(size != self._size for _, size in sizes) else [(0, self._size)]
+
+    def _forget_past_the_end(self) -> None:
+        """What lies past a durable end is gone, lost changes included: growth reads as zeros again."""
+        if len(self._sizes) == 1:
+            past = -(-self._size // self.sector_bytes)
+            for sector in [sector for sector in self._histories if sector >= past]:
+                del self._histories[sector]
+
+    def _fail_barrier(self, fault: Fault) -> None:
+        error = fault.exception()
+        if fault.applied_bytes == EVERYTHING:
+            self._make_durable()
+        elif isinstance(error, OSError):
+            # The kernel reports a write-back error once and marks the pages clean: later barriers skip them.
+            self._lost_through = self._last_change
+        raise error
+
+
+def _check_range(offset: int, length: int) -> None:
+    if offset < 0 or length < 0:
+        raise ValueError(f"negative offset or length: {offset}, {length}")

@@ -1,0 +1,59 @@
+"""What every test run shares: which kernels serve, how Hypothesis behaves, and that CI skips nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import TypeVar
+
+import pytest
+from hypothesis import settings
+
+from jqcow import _native
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+IN_CI = os.environ.get("CI") == "true"
+
+# No deadline: how long an example takes says more about the machine than about the code.
+settings.register_profile("jqcow", deadline=None, print_blob=True)
+settings.load_profile("jqcow")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        choices=("auto", "c", "python"),
+        default="auto",
+        help="which kernels serve: C, their Python twins, or C where it was built (auto)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        _native.select(config.getoption("--kernels"))
+    except ImportError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {_native.build_info()}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return fail_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return fail_if_skipped((yield))
+
+
+def fail_if_skipped(report: Report) -> Report:
+    """In CI a skipped test proves nothing and would go unseen. An expected failure is no skip."""
+    if IN_CI and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI does not allow: {reason}"
+    return report

@@ -1,0 +1,198 @@
+"""jqcow and QEMU keep each other out of an image, in both directions and in every combination."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jqcow.device import FileDevice, locks
+from jqcow.errors import ImageInUse, UnsupportedFeatureError
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
+    return path
+
+
+@contextlib.contextmanager
+def qemu_io(image: Path, *options: str) -> Iterator[None]:
+    """Hold the image open in a running qemu-io."""
+    command = ["qemu-io", *options, "-f", "qcow2", str(image)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin and process.stdout
+    try:
+        # The answer to a command shows that the image is open, and so locked.
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        assert "1 MiB" in process.stdout.readline()
+        yield
+    finally:
+        process.stdin.write("quit\n")
+        process.stdin.close()
+        process.stdout.close()
+        assert process.wait(timeout=20) == 0
+
+
+def qemu_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["qemu-img", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_qemu_writer_keeps_us_out(image: Path, writable: bool) -> None:
+    with qemu_io(image), pytest.raises(ImageInUse, match="has it open for writing") as caught:
+        FileDevice.open(image, writable=writable)
+    assert str(image) in str(caught.value)
+    assert caught.value.errno == errno.EAGAIN
+
+
+def test_a_qemu_reader_keeps_our_writer_out_but_not_our_reader(image: Path) -> None:
+    with qemu_io(image, "-r"):
+        with pytest.raises(ImageInUse, match="does not let it be written"):
+            FileDevice.open(image, writable=True)
+        FileDevice.open(image, writable=False).close()
+
+
+def test_a_shared_reader_may_stand_beside_a_qemu_writer(image: Path) -> None:
+    with qemu_io(image):
+        device = FileDevice.open(image, writable=False, share_writers=True)
+        assert device.pread(4, 0) == b"QFI\xfb"
+        device.close()
+
+
+def test_our_writer_keeps_qemu_out(image: Path) -> None:
+    device = FileDevice.open(image, writable=True)
+    refused = qemu_img("info", image)
+    assert refused.returncode == 1
+    assert "lock" in refused.stderr
+    assert qemu_img("info", "-U", image).returncode == 0
+    refused = subprocess.run(["qemu-io", image], capture_output=True, text=True, input="q", check=False)
+    assert "lock" in refused.stderr
+    device.close()
+    assert qemu_img("info", image).returncode == 0
+
+
+def test_our_reader_keeps_a_qemu_writer_out_but_not_a_reader(image: Path) -> None:
+    device = FileDevice.open(image, writable=False)
+    refused = qemu_img("resize", image, "2M")
+    assert refused.returncode == 1
+    assert "lock" in refused.stderr
+    assert qemu_img("info", image).returncode == 0
+    device.close()
+    assert qemu_img("resize", image, "2M").returncode == 0
+
+
+def test_our_shared_reader_lets_a_qemu_writer_in(image: Path) -> None:
+    device = FileDevice.open(image, writable=False, share_writers=True)
+    assert qemu_img("resize", image, "2M").returncode == 0
+    device.close()
+
+
+def test_qemu_nbd_and_we_keep_each_other_out(image: Path) -> None:
+    socket = image.with_suffix(".sock")
+    server = [
+        "qemu-nbd",
+        "--fork",
+        "-f",
+        "qcow2",
+        "-k",
+        str(socket),
+        "--pid-file",
+        f"{socket}.pid",
+        str(image),
+    ]
+    device = FileDevice.open(image, writable=True)
+    refused = subprocess.run(server, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "lock" in refused.stderr
+    device.close()
+    subprocess.run(server, check=True, capture_output=True)
+    pid = int(Path(f"{socket}.pid").read_text())
+    try:
+        with pytest.raises(ImageInUse):
+            FileDevice.open(image, writable=True)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("first_writes", [False, True])
+@pytest.mark.parametrize("second_writes", [False, True])
+def test_two_of_us(image: Path, first_writes: bool, second_writes: bool) -> None:
+    first = FileDevice.open(image, writable=first_writes)
+    if first_writes or second_writes:
+        with pytest.raises(ImageInUse):
+            FileDevice.open(image, writable=second_writes)
+    else:
+        FileDevice.open(image, writable=second_writes).close()
+    first.close()
+    FileDevice.open(image, writable=second_writes).close()
+
+
+def test_a_refused_open_leaves_no_lock_behind(image: Path) -> None:
+    with qemu_io(image, "-r"), pytest.raises(ImageInUse):
+        FileDevice.open(image, writable=True)
+    assert qemu_img("resize", image, "2M").returncode == 0
+
+
+def test_the_locks_end_with_a_killed_process(image: Path) -> None:
+    program = textwrap.dedent("""
+        import sys, time
+        from jqcow.device import FileDevice
+        device = FileDevice.open(sys.argv[1], writable=True)
+        print("open", flush=True)
+        time.sleep(60)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", program, str(image)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "open\n"
+    with pytest.raises(ImageInUse):
+        FileDevice.open(image, writable=False)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    FileDevice.open(image, writable=True).close()
+
+
+def test_an_exclusive_foreign_lock_is_a_user_too(image: Path) -> None:
+    descriptor = os.open(image, os.O_RDWR)
+    locks._set(descriptor, fcntl.F_WRLCK, locks.HOLD_OFFSET)
+    with pytest.raises(ImageInUse, match="exclusively"):
+        FileDevice.open(image, writable=False)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused(
+    image: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def no_locks(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "fcntl", no_locks)
+    with pytest.raises(UnsupportedFeatureError, match="open file description locks"):
+        FileDevice.open(image, writable=True)
+
+
+def test_another_error_of_the_lock_call_passes_through(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(descriptor: int, command: int, argument: bytes) -> bytes:
+        kind = locks._FLOCK.unpack(argument)[0]
+        if kind == fcntl.F_UNLCK:
+            return argument
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "fcntl", interrupted)
+    with pytest.raises(OSError) as caught:
+        FileDevice.open(image, writable=True)
+    assert caught.value.errno == errno.EIO
+    assert caught.value.filename == str(image)

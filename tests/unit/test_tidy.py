@@ -1,0 +1,103 @@
+"""Does the code keep the rules of docs/contributing that a reader of one file cannot see broken?"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "jqcow"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+MODULE_LINES_MAX = 800
+FUNCTION_LINES_MAX = 70
+
+# What opens, changes or syncs a file behind the device's back.
+FILE_CALLS = {
+    "fallocate", "fdatasync", "fsync", "ftruncate", "open", "posix_fallocate", "pread", "preadv",
+    "pwrite", "pwritev", "sync", "sync_file_range", "syncfs", "truncate",
+}  # fmt: skip
+ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "sys.argv"}
+LINE_NUMBER = re.compile(r"\.(?:py|c|h):\d+|\blines? \d+", re.IGNORECASE)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+every_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
+
+
+def modules_outside(*folders: str) -> list[Path]:
+    return [path for path in MODULES if path.relative_to(PACKAGE).parts[0] not in folders]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def dotted_uses(tree: ast.Module, module: str) -> Iterator[tuple[str, int]]:
+    """Yield every ``module.name`` that the code uses or imports by name, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module:
+            yield f"{module}.{node.attr}", node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module == module:
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def function_length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@every_module
+def test_module_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MODULE_LINES_MAX
+
+
+@every_module
+def test_functions_are_short(path: Path) -> None:
+    too_long = {
+        node.name: function_length(node)
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and function_length(node) > FUNCTION_LINES_MAX
+    }
+    assert not too_long
+
+
+@every_module
+def test_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(parse(path))
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ondisk").rglob("*.py")), ids=name_of)
+def test_bytes_from_disk_are_never_asserted(path: Path) -> None:
+    """Assertions are for our own mistakes: at module level, a struct may be held to its specified size."""
+    functions = [node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef)]
+    asserts = [
+        inner.lineno for node in functions for inner in ast.walk(node) if isinstance(inner, ast.Assert)
+    ]
+    assert not asserts
+
+
+@pytest.mark.parametrize("path", modules_outside("device"), ids=name_of)
+def test_only_the_device_touches_files(path: Path) -> None:
+    uses = [use for use in dotted_uses(parse(path), "os") if use[0].removeprefix("os.") in FILE_CALLS]
+    assert not uses
+
+
+@pytest.mark.parametrize("path", modules_outside("cli"), ids=name_of)
+def test_only_the_commands_read_arguments_and_environment(path: Path) -> None:
+    tree = parse(path)
+    uses = [use for module in ("os", "sys") for use in dotted_uses(tree, module) if use[0] in ENVIRONMENT]
+    assert not uses
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_documents_name_functions_not_lines(path: Path) -> None:
+    assert not LINE_NUMBER.findall(path.read_text(encoding="utf-8"))
