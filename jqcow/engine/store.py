@@ -38,7 +38,6 @@ from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.root import DEFAULT_JOURNAL_BYTES, MAX_JOURNAL_BYTES, JournalRange
 
-
 NewSalt = Callable[[], bytes]
 
 
@@ -69,6 +68,7 @@ class Store:
         self.journal_bytes = journal_bytes
         self._new_salt = new_salt
         self._root_unsettled = False
+        self._root_copy_is_stale = False
         self._surveyed = False
         medium.on_barrier.append(self._root_settled)
 
@@ -157,18 +157,20 @@ class Store:
         self.metadata.committed_area = clean.with_header(replace(clean.header, autoclear_features=0))
         try:
             self._settle_root()
+            before = self.medium.pread(SECTOR_BYTES, 0)
             journal = self._lay_journal(self.journal_bytes, epoch=1, live=())
-            # Durable now: the opening frame and the root copy. The root that names them comes next.
-            self.medium.barrier("live.prepare")
-            root = roots.pack_root(clean.header, journal.extent)
-            self._write_root(root, self.medium.pread(SECTOR_BYTES, 0), journal.extent)
-            if clean.header.autoclear_features:
-                # Durable now: the cleared autoclear bits. Data may change what they vouch for.
-                self.medium.barrier("live.autoclear")
+            with self._given_up_on_error(journal.extent):
+                # Durable now: the opening frame and the root copy. The root that names them comes next.
+                self.medium.barrier("live.prepare")
+                with self._kept_on_error(before):
+                    self.medium.pwrite(roots.pack_root(clean.header, journal.extent), 0)
+                    if clean.header.autoclear_features:
+                        # Durable now: the cleared autoclear bits. Data may change what they vouch for.
+                        self.medium.barrier("live.autoclear")
         except BaseException:
             self.metadata.committed_area = clean
             raise
-        self.journal = journal
+        self.journal, self._root_copy_is_stale = journal, False
 
     def _lay_journal(self, length: int, epoch: int, live: tuple[bytes, ...], sequence: int = 0) -> Journal:
         """Write a new journal range behind the end of the file, its frames and the root copy.
@@ -215,23 +217,34 @@ class Store:
 
     def _write_root_copy(self, extent: JournalRange) -> None:
         if self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET:
+            self._root_copy_is_stale = True
             root = roots.pack_root(self.metadata.committed_area.header, extent)
             self.medium.pwrite(roots.pack_root_copy(root), roots.ROOT_COPY_OFFSET)
 
-    def _write_root(self, root: bytes, before: bytes, extent: JournalRange) -> None:
-        """Write sector 0 to name ``extent``; where that fails, write what it was before (T6)."""
+    @contextmanager
+    def _given_up_on_error(self, extent: JournalRange) -> Iterator[None]:
+        """Where the body fails, nothing will use the new range; free it once a barrier makes that certain."""
         try:
-            self.medium.pwrite(root, 0)
+            yield
         except BaseException:
             self.space.retire(extent.offset, extent.length)
+            raise
+
+    @contextmanager
+    def _kept_on_error(self, before: bytes) -> Iterator[None]:
+        """Where the body fails to change the root, write sector 0 as it was before (T6)."""
+        try:
+            yield
+        except BaseException:
             self._root_unsettled = True
-            self._write_back(before)
+            if not self.medium.poisoned:
+                self._write_back(before)
             raise
 
     def _write_back(self, sector: bytes) -> None:
         try:
             self.medium.pwrite(sector, 0)
-        except OSError:
+        except BaseException:
             self.medium.poison()
             raise
 
@@ -359,15 +372,15 @@ class Store:
         old = self._require_journal().extent
         self._settle_root()
         journal = self._lay_journal(length, epoch, live, sequence)
-        # Durable now: the new range and the root copy. The root that names them comes next.
-        self.medium.barrier("move.range")
         header = self.metadata.committed_area.header
-        self._write_root(
-            roots.pack_root(header, journal.extent), roots.pack_root(header, old), journal.extent
-        )
-        # Durable now: the root names the new range. From here on the old one may be lost.
-        self.medium.barrier("move.root")
-        self.journal = journal
+        with self._given_up_on_error(journal.extent):
+            # Durable now: the new range and the root copy. The root that names them comes next.
+            self.medium.barrier("move.range")
+            with self._kept_on_error(roots.pack_root(header, old)):
+                self.medium.pwrite(roots.pack_root(header, journal.extent), 0)
+                # Durable now: the root names the new range. From here on the old one may be lost.
+                self.medium.barrier("move.root")
+        self.journal, self._root_copy_is_stale = journal, False
         self.space.retire(old.offset, old.length)
 
     # Recovery and clean close
@@ -446,6 +459,10 @@ class Store:
             return
         if self.metadata.has_staged:
             self.flush()
+        if self._root_copy_is_stale:
+            # A move failed after it wrote the copy; sector 0 is about to rely on it.
+            self._settle_root()
+            self._write_root_copy(self._require_journal().extent)
         self._write_header_tail()
         self._end_epoch()
         self._clear_root()
