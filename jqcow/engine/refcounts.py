@@ -69,12 +69,14 @@ class Refcounts:
         return _native.refcount_get(data, position, self.geometry.refcount_order)
 
     def used_end(self) -> int:
-        """Return the cluster index behind the highest cluster with a nonzero refcount."""
+        """Return the cluster index behind the highest cluster with a nonzero refcount.
+
+        Raises:
+            CorruptionError: a refcount block is used twice, so that a search could take forever.
+        """
         seen: set[int] = set()
-        for index in range(self.table_entries - 1, -1, -1):
+        for index in self._table_indices_from_top():
             block = self.refcount_block(index)
-            if not block:
-                continue
             if block in seen:
                 raise CorruptionError("refcount table", block, "one refcount block is used twice")
             seen.add(block)
@@ -82,6 +84,16 @@ class Refcounts:
             if last >= 0:
                 return index * self.geometry.refcounts_per_cluster + last + 1
         return 0
+
+    def _table_indices_from_top(self) -> Iterator[int]:
+        """Yield the indices of the refcount table's nonzero entries, highest first."""
+        table, per_block = self.metadata.header.refcount_table_offset, self.geometry.entries_per_block
+        for base in reversed(range(0, self.table_entries, per_block)):
+            entries = self.metadata.block(table + base * ENTRY_BYTES)
+            # A table entry is as wide as a refcount of order 6.
+            for position in range(_native.refcount_last_used(entries, 6), -1, -1):
+                if any(entries[position * ENTRY_BYTES : (position + 1) * ENTRY_BYTES]):
+                    yield base + position
 
     def _last_used(self, block: int) -> int:
         for piece in reversed(range(self.geometry.cluster_bytes // self.geometry.block_bytes)):
