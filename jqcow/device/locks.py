@@ -23,10 +23,14 @@ from __future__ import annotations
 
 import enum
 import errno
-import fcntl
 import struct
+import sys
 
 from jqcow.errors import ImageInUse, UnsupportedFeatureError
+
+# Where it is missing the device refuses the platform by name when a file is opened.
+if sys.platform != "win32":
+    import fcntl
 
 HOLD_OFFSET = 100
 UNSHARE_OFFSET = 200

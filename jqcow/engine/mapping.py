@@ -220,8 +220,6 @@ def survey(mapping: Mapping, refcounts: Refcounts) -> set[int]:
 
     for structure, cluster in mapping.metadata_clusters():
         add(structure, cluster)
-    for index in range(refcounts.table_entries):
-        block = refcounts.refcount_block(index)
-        if block:
-            add("refcount block", block // mapping.geometry.cluster_bytes)
+    for _, block in refcounts.blocks_from_top():
+        add("refcount block", block // mapping.geometry.cluster_bytes)
     return found

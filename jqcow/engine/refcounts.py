@@ -75,8 +75,7 @@ class Refcounts:
             CorruptionError: a refcount block is used twice, so that a search could take forever.
         """
         seen: set[int] = set()
-        for index in self._table_indices_from_top():
-            block = self.refcount_block(index)
+        for index, block in self.blocks_from_top():
             if block in seen:
                 raise CorruptionError("refcount table", block, "one refcount block is used twice")
             seen.add(block)
@@ -85,15 +84,16 @@ class Refcounts:
                 return index * self.geometry.refcounts_per_cluster + last + 1
         return 0
 
-    def _table_indices_from_top(self) -> Iterator[int]:
-        """Yield the indices of the refcount table's nonzero entries, highest first."""
+    def blocks_from_top(self) -> Iterator[tuple[int, int]]:
+        """Yield (index, host offset) of all refcount blocks, highest index first."""
         table, per_block = self.metadata.header.refcount_table_offset, self.geometry.entries_per_block
         for base in reversed(range(0, self.table_entries, per_block)):
             entries = self.metadata.block(table + base * ENTRY_BYTES)
             # A table entry is as wide as a refcount of order 6.
             for position in range(_native.refcount_last_used(entries, 6), -1, -1):
-                if any(entries[position * ENTRY_BYTES : (position + 1) * ENTRY_BYTES]):
-                    yield base + position
+                block = self.refcount_block(base + position)
+                if block:
+                    yield base + position, block
 
     def _last_used(self, block: int) -> int:
         for piece in reversed(range(self.geometry.cluster_bytes // self.geometry.block_bytes)):

@@ -180,7 +180,8 @@ class Store:
         old_size, old_frontier = self.medium.size(), self.space.frontier
         extent = self._place_range(length)
         try:
-            frames_bytes = live or (self._opening_frame(extent, epoch, sequence + 1),)
+            moved = tuple(frames.reframe(frame, extent.salt) for frame in live)
+            frames_bytes = moved or (self._opening_frame(extent, epoch, sequence + 1),)
             journals.write_range(self.medium, extent, epoch, frames_bytes)
             self._write_root_copy(extent)
         except BaseException as error:

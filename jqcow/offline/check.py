@@ -284,8 +284,8 @@ class _Check:
         """Claim the refcount table and its blocks, and load the refcounts of the file's clusters."""
         header = self.header
         length = header.refcount_table_clusters << self.cluster_bits
-        if not self.claim("refcount table", header.refcount_table_offset, length, "header", 48):
-            return
+        # A table that reaches past the end of the file is one error; what there is of it still counts.
+        self.claim("refcount table", header.refcount_table_offset, length, "header", 48)
         table = self.read(length, header.refcount_table_offset)
         seen_past_end: set[int] = set()
         for index, entry in _nonzero_entries(table):
@@ -338,8 +338,7 @@ class _Check:
         pointers: Counter[int] = Counter()
         places: dict[int, int] = {}
         length = header.l1_size * ENTRY_BYTES
-        if not self.claim("L1 table", offset, length, "header", 40):
-            return pointers
+        self.claim("L1 table", offset, length, "header", 40)
         for index, entry in _nonzero_entries(self.read(length, offset)):
             place = offset + index * ENTRY_BYTES
             table = entry & entries.OFFSET_MASK

@@ -211,6 +211,8 @@ class HeaderArea:
         header.validate()
         area = data[: 1 << header.cluster_bits]
         start = V2_BYTES if header.version == 2 else header.header_length
+        if 0 < header.backing_file_offset < start:
+            raise FormatError("the backing file name lies in the header's fixed fields")
         extensions, used = _parse_extensions(area, start, header.backing_file_offset)
         if header.backing_file_offset:
             end = header.backing_file_offset + header.backing_file_size
@@ -221,8 +223,9 @@ class HeaderArea:
 
     def with_header(self, header: Header) -> HeaderArea:
         """Return the same area with other fixed fields (of the same length)."""
-        fixed = header.pack()
-        return HeaderArea(header, self.extensions, fixed + self.data[len(fixed) :])
+        # Fields behind the known ones are kept: a longer header is valid, and they are not jqcow's to clear.
+        known = header.pack()[: V3_BYTES + 1]
+        return HeaderArea(header, self.extensions, known + self.data[len(known) :])
 
     def find(self, extension_type: int) -> Extension | None:
         """Return the first extension of this type, or None."""

@@ -231,6 +231,16 @@ def refcount_block_past_the_end(patient: Patient) -> Kind:
     return Kind.PAST_END
 
 
+def l1_table_past_the_end(patient: Patient) -> Kind:
+    patient.change_header(36, ">I", 1 << 16)
+    return Kind.PAST_END
+
+
+def refcount_table_past_the_end(patient: Patient) -> Kind:
+    patient.change_header(56, ">I", 100)
+    return Kind.PAST_END
+
+
 def data_unaligned(patient: Patient) -> Kind:
     patient.set_entry(patient.l2, patient.entry(patient.l2) + 512)
     return Kind.UNALIGNED
@@ -314,6 +324,8 @@ DAMAGE_WITH_QEMUS_VERDICT = [
     l2_table_in_the_refcount_table,
     # QEMU does not follow this one.
     reserved_bit_in_refcount_table,
+    l1_table_past_the_end,
+    refcount_table_past_the_end,
 ]
 
 
