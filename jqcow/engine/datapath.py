@@ -4,7 +4,7 @@ A guest write in one breath: resolve the runs; where a cluster belongs to this g
 in place; otherwise allocate, write the data into the new clusters, and stage the entries that map them.
 Nothing maps the data before the record is durable.
 
-W1. In place only where the refcount, staged changes included, is 1.
+W1. A cluster is changed only if its refcount, staged changes included, is 1.
 W2. A newly visible pair (guest range, host range) is zero-safe only if the guest's old content reads as
     zeros and the host range would read as zeros if its data never came. Every other pair is ordered.
 W3. A cluster that is not zero-safe is written whole.
@@ -32,15 +32,11 @@ _ZEROS = bytes(ZERO_CHUNK_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of a guest request: ``length`` bytes at guest ``offset``, mapped as ``run``.
-
-    ``in_place``: the host clusters belong to this guest range alone, and hold its data.
-    """
+    """A part of a guest request: ``length`` bytes at guest ``offset``, mapped as ``run``."""
 
     offset: int
     length: int
     run: MappedRun
-    in_place: bool
 
 
 class DataPath:
@@ -104,50 +100,34 @@ class DataPath:
             offset = reach
 
     def _pieces(self, offset: int, length: int) -> list[_Piece]:
+        """Return the runs of a guest range that is about to be changed, all of them checked for it.
+
+        Raises:
+            UnsupportedFeatureError: a cluster is compressed, or shared.
+            CorruptionError: a cluster holds metadata, or is mapped with refcount 0.
+        """
         pieces = []
         for run in self.mapping.runs(offset, length):
             if run.kind == COMPRESSED:
                 raise UnsupportedFeatureError("a compressed cluster", f"at guest offset {offset}")
-            pieces += self._split_shared(_Piece(offset, run.length, run, in_place=False))
+            if run.kind == DATA:
+                self._check_exclusive(run.host_offset, run.length)
+            pieces.append(_Piece(offset, run.length, run))
             offset += run.length
         return pieces
 
-    def _split_shared(self, piece: _Piece) -> list[_Piece]:
-        """Cut a data run into stretches of exclusive clusters and single shared ones."""
-        if piece.run.kind != DATA:
-            return [piece]
-        pieces: list[_Piece] = []
-        start, end = piece.offset, piece.offset + piece.length
-        exclusive_from = start
-        while start < end:
-            reach = min(end, start - start % self._cluster_bytes + self._cluster_bytes)
-            if self._is_shared(piece.run.host_offset + start - piece.offset):
-                if exclusive_from < start:
-                    pieces.append(_cut_piece(piece, exclusive_from, start, in_place=True))
-                pieces.append(_cut_piece(piece, start, reach, in_place=False))
-                exclusive_from = reach
-            start = reach
-        if exclusive_from < end:
-            pieces.append(_cut_piece(piece, exclusive_from, end, in_place=True))
-        return pieces
-
-    def _is_shared(self, host_offset: int) -> bool:
-        """Return True unless the host cluster has refcount 1 (W1).
-
-        Raises:
-            CorruptionError: the cluster holds metadata, or is mapped with refcount 0.
-        """
-        cluster = host_offset // self._cluster_bytes
-        refcount = self.refcounts.get(cluster)
-        if refcount == 0:
-            raise CorruptionError("refcount block", host_offset, "a mapped cluster has refcount 0")
-        if cluster in self.refcounts.metadata_clusters:
-            raise CorruptionError("L2 table", host_offset, "a guest cluster is mapped onto metadata")
-        return refcount > 1
+    def _check_exclusive(self, host_offset: int, length: int) -> None:
+        """Raise unless the host clusters hold one guest range's data, and nothing else (W1, G2)."""
+        first = host_offset // self._cluster_bytes
+        for cluster in range(first, self.geometry.clusters(host_offset + length)):
+            self.refcounts.require_exclusive(cluster)
+            if cluster in self.refcounts.metadata_clusters:
+                where = cluster * self._cluster_bytes
+                raise CorruptionError("L2 table", where, "a guest cluster is mapped onto metadata")
 
     def _write_span(self, data: memoryview, offset: int) -> None:
         pieces = self._pieces(offset, len(data))
-        if all(piece.in_place for piece in pieces):
+        if all(piece.run.kind == DATA for piece in pieces):
             self._write_pieces(pieces, data, offset)
             return
         with self.store.operation():
@@ -156,7 +136,7 @@ class DataPath:
     def _write_pieces(self, pieces: list[_Piece], data: memoryview, offset: int) -> None:
         for piece in pieces:
             part = data[piece.offset - offset : piece.offset - offset + piece.length]
-            if piece.in_place:
+            if piece.run.kind == DATA:
                 self.medium.pwrite(part, piece.run.host_offset)
             else:
                 self._write_new(piece, part)
@@ -173,7 +153,7 @@ class DataPath:
             else:
                 run = self.refcounts.allocate(self._unkept_count(piece, cluster, last))
             self._write_run(piece, data, cluster, run)
-            self._map_run(piece, cluster, run)
+            self._map_run(cluster, run)
             cluster += run.count
 
     def _kept_cluster(self, piece: _Piece, guest_cluster: int) -> int:
@@ -181,7 +161,9 @@ class DataPath:
         if piece.run.kind != ZERO:
             return 0
         host = self.mapping.entry_host(guest_cluster)
-        return host if host and not self._is_shared(host) else 0
+        if host:
+            self._check_exclusive(host, self._cluster_bytes)
+        return host
 
     def _unkept_count(self, piece: _Piece, cluster: int, last: int) -> int:
         if piece.run.kind != ZERO:
@@ -198,27 +180,19 @@ class DataPath:
         start, end = max(guest_start, piece.offset), min(guest_end, piece.offset + piece.length)
         part = data[start - piece.offset : end - piece.offset]
         host_start = run.start * self._cluster_bytes
-        old_is_zero = piece.run.kind in (UNALLOCATED, ZERO)
-        if old_is_zero and run.zero_safe:
+        if run.zero_safe:
             self.medium.pwrite(part, host_start + start - guest_start)
             return
         # W2, W3: without the barrier in between, a crash could show what the host clusters held before.
         self.store.metadata.require_order()
         whole = bytearray(guest_end - guest_start)
-        if not old_is_zero:
-            old_start = piece.run.host_offset - (piece.offset - guest_start)
-            self.medium.pread_into(memoryview(whole), old_start)
         whole[start - guest_start : end - guest_start] = part
         self.medium.pwrite(whole, host_start)
 
-    def _map_run(self, piece: _Piece, guest_cluster: int, run: Run) -> None:
+    def _map_run(self, guest_cluster: int, run: Run) -> None:
         hosts = range(run.start, run.start + run.count)
         values = [l2_entry(cluster * self._cluster_bytes) for cluster in hosts]
-        replaced = [self.mapping.entry_host(guest_cluster + index) for index in range(run.count)]
         self.mapping.set_entries(guest_cluster, values, self.refcounts)
-        for old, cluster in zip(replaced, hosts, strict=True):
-            if old and old != cluster * self._cluster_bytes:
-                self.refcounts.release(old // self._cluster_bytes)
 
     # Zero and discard
 
@@ -253,7 +227,7 @@ class DataPath:
             self.store.commit_if_large()
 
     def _zeroed_entry(self, host: int, *, unmap: bool) -> int:
-        keeps = host and not unmap and not self._is_shared(host)
+        keeps = host and not unmap
         return l2_entry(host, zero=True) if keeps else entries.ZERO
 
     def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
@@ -278,6 +252,8 @@ class DataPath:
         for cluster in self._mapped_clusters(start, end):
             old = self.mapping.l2_entry(cluster)
             host = old & entries.OFFSET_MASK
+            if host:
+                self._check_exclusive(host, self._cluster_bytes)
             new = entry_for(host)
             if new != old:
                 changes.append((cluster, host, new))
@@ -306,24 +282,22 @@ class DataPath:
             OSError: the disk has its old size.
         """
         self._start_change()
-        header = self.store.metadata.header
+        old_size = self.store.metadata.header.size
         with self.store.operation():
-            within = header.size % self._cluster_bytes
-            if within:
-                run = self.mapping.run(header.size - 1, 1)
-                if run.kind == DATA:
-                    # What lies behind the old end in its last cluster was never the guest's.
-                    rest = bytes(self._cluster_bytes - within)
-                    self.medium.pwrite(rest, run.host_offset + 1)
-                    self.store.metadata.require_order()
+            # What lies behind the old end in its last cluster was never the guest's.
+            self._zero_tail(old_size)
             self.mapping.grow_l1(self.geometry.l1_entries_for(size_bytes), self.refcounts)
             self.store.metadata.set_header(size=size_bytes)
 
-
-def _cut_piece(piece: _Piece, start: int, end: int, *, in_place: bool) -> _Piece:
-    """Return the part of a data piece between two guest offsets."""
-    run = MappedRun(piece.run.kind, piece.run.host_offset + start - piece.offset, end - start)
-    return _Piece(start, end - start, run, in_place)
+    def _zero_tail(self, size_bytes: int) -> None:
+        within = size_bytes % self._cluster_bytes
+        if not within:
+            return
+        zeros = memoryview(bytes(self._cluster_bytes - within))
+        pieces = [piece for piece in self._pieces(size_bytes, len(zeros)) if piece.run.kind == DATA]
+        if pieces:
+            self._write_pieces(pieces, zeros, size_bytes)
+            self.store.metadata.require_order()
 
 
 def _fill_zeros(buffer: memoryview) -> None:

@@ -10,7 +10,8 @@ J2. An append starts only after the previous frame was accepted (durable) or rev
 J3. Sequence numbers never restart; an epoch's frames join without a gap.
 J4. The first frame of an epoch starts with the header and declares the epoch before it checkpointed.
 J5. A revoked frame's first block is overwritten before the next append: it cannot come back to life.
-J6. An epoch's payloads decode to at most 16 times the half: replay is bounded in memory and time.
+J6. What an epoch decodes to, and what it zeroes, is bounded (`decoded_limit`, `zeroed_limit`): so are the
+    memory and the time of replay. The writer keeps to the same bounds as the scan.
 """
 
 from __future__ import annotations
@@ -33,7 +34,23 @@ from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.root import JournalRange
 
 DECODED_HALVES_MAX = 16
+DECODED_BYTES_MAX = 256 << 20
+ZEROED_BYTES_MIN = 64 << 20
+CHECKED_HALVES_MAX = 8
+"""Frames whose CRC is wrong are few in an honest journal; reading them all again and again takes forever."""
+SERIAL_MAX = 1 << 63
+"""Epochs and sequences stay below this: a writer at one a nanosecond needs three centuries."""
 ZERO_CHUNK_BYTES = 1 << 20
+
+
+def decoded_limit(half_bytes: int) -> int:
+    """Return how many bytes the payloads of one epoch may decode to (J6)."""
+    return max(half_bytes, min(DECODED_HALVES_MAX * half_bytes, DECODED_BYTES_MAX))
+
+
+def zeroed_limit(half_bytes: int) -> int:
+    """Return how many bytes the zero operations of one epoch may name (J6)."""
+    return ZEROED_BYTES_MIN + half_bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ class Append:
     offset: int
     length: int
     sequence: int
-    decoded_length: int
+    payload: EncodedPayload
 
 
 class Journal:
@@ -57,6 +74,7 @@ class Journal:
         self.sequence = sequence
         self.position = 0
         self.decoded_bytes = 0
+        self.zeroed_bytes = 0
 
     @property
     def epoch_is_empty(self) -> bool:
@@ -65,11 +83,12 @@ class Journal:
 
     def has_room(self, payload: EncodedPayload) -> bool:
         """Return True if a frame with this payload fits behind the last one."""
-        decoded = self.decoded_bytes + payload.decoded_length
+        half_bytes = self.extent.half_bytes
         return (
-            self.position + payload.frame_length <= self.extent.half_bytes
-            and payload.decoded_length <= self.extent.half_bytes
-            and decoded <= DECODED_HALVES_MAX * self.extent.half_bytes
+            self.position + payload.frame_length <= half_bytes
+            and payload.decoded_length <= half_bytes
+            and self.decoded_bytes + payload.decoded_length <= decoded_limit(half_bytes)
+            and self.zeroed_bytes + payload.zeroed_length <= zeroed_limit(half_bytes)
         )
 
     def append(self, payload: EncodedPayload) -> Append:
@@ -80,7 +99,7 @@ class Journal:
         """
         frame = frames.frame_payload(payload, self.extent.salt, self.epoch, self.sequence + 1)
         offset = self.extent.half_offset(self.epoch) + self.position
-        append = Append(offset, len(frame), self.sequence + 1, payload.decoded_length)
+        append = Append(offset, len(frame), self.sequence + 1, payload)
         try:
             self.medium.pwrite(frame, offset)
         except BaseException:
@@ -92,7 +111,8 @@ class Journal:
         """The frame is durable: the next one goes behind it."""
         self.sequence = append.sequence
         self.position += append.length
-        self.decoded_bytes += append.decoded_length
+        self.decoded_bytes += append.payload.decoded_length
+        self.zeroed_bytes += append.payload.zeroed_length
 
     def revoke(self, append: Append) -> None:
         """Overwrite the start of a frame that failed, so that it cannot come back to life (J5).
@@ -112,6 +132,7 @@ class Journal:
         self.epoch += 1
         self.position = 0
         self.decoded_bytes = 0
+        self.zeroed_bytes = 0
 
 
 def write_range(medium: Medium, extent: JournalRange, epoch: int, live: Sequence[bytes]) -> None:
@@ -165,6 +186,11 @@ class Scan:
         return self.frames[-1].header.sequence
 
     @property
+    def decoded_bytes(self) -> int:
+        """Length of all payloads of the live epoch, decoded."""
+        return sum(frame.header.decoded_length for frame in self.frames)
+
+    @property
     def operations(self) -> Iterator[Operation]:
         """All operations of the live epoch, in the order in which replay applies them."""
         return (operation for frame in self.frames for operation in frame.operations)
@@ -206,24 +232,26 @@ def _valid_frames(device: Device | Medium, extent: JournalRange, half: int) -> I
     """Yield every frame in a half whose salt and CRC are right."""
     start = extent.half_offset(half)
     content = memoryview(device.pread(extent.half_bytes, start))
-    position = 0
+    position = torn_bytes = 0
     while position < extent.half_bytes:
         header = FrameHeader.unpack(content[position : position + frames.FRAME_HEADER_BYTES])
         length = FRAME_ALIGNMENT
-        if header is not None and _is_whole(header, extent, content[position:]):
-            header.check_supported()
-            length = header.frame_length
-            yield _Candidate(start + position, header)
+        if (
+            header is not None
+            and header.salt == extent.salt
+            and header.frame_length <= len(content) - position
+        ):
+            if frames.crc_matches(content[position : position + header.frame_length]):
+                header.check_supported()
+                length = header.frame_length
+                yield _Candidate(start + position, header)
+            else:
+                torn_bytes += header.frame_length
+                if torn_bytes > CHECKED_HALVES_MAX * extent.half_bytes:
+                    raise CorruptionError(
+                        "journal", start + position, "it holds too many frames that are torn"
+                    )
         position += length
-
-
-def _is_whole(header: FrameHeader, extent: JournalRange, content: memoryview) -> bool:
-    """Return True if the frame at the start of ``content`` is this journal's, and complete."""
-    return (
-        header.salt == extent.salt
-        and header.frame_length <= len(content)
-        and frames.crc_matches(content[: header.frame_length])
-    )
 
 
 def _check_joined(extent: JournalRange, epoch: int, live: Sequence[_Candidate]) -> None:
@@ -235,6 +263,8 @@ def _check_joined(extent: JournalRange, epoch: int, live: Sequence[_Candidate]) 
             raise CorruptionError(
                 "journal", found.offset, f"epoch {epoch} has a gap before sequence {header.sequence}"
             )
+        if header.sequence >= SERIAL_MAX or epoch >= SERIAL_MAX:
+            raise CorruptionError("journal frame", found.offset, "its epoch or sequence cannot be counted on")
         if header.checkpointed_epoch != epoch - 1:
             raise CorruptionError("journal frame", found.offset, "checkpointed_epoch is not epoch - 1")
         expected_offset += header.frame_length
@@ -244,15 +274,19 @@ def _check_joined(extent: JournalRange, epoch: int, live: Sequence[_Candidate]) 
 def _decode(
     device: Device | Medium, extent: JournalRange, geometry: Geometry, live: Sequence[_Candidate]
 ) -> tuple[ScannedFrame, ...]:
-    if sum(found.header.decoded_length for found in live) > DECODED_HALVES_MAX * extent.half_bytes:
-        raise CorruptionError("journal", extent.offset, "the live epoch decodes to more than 16 halves")
+    if sum(found.header.decoded_length for found in live) > decoded_limit(extent.half_bytes):
+        raise CorruptionError("journal", extent.offset, "the live epoch decodes to more than a writer logs")
     decoded = []
+    zeroed_bytes = 0
     for found in live:
         raw = device.pread(found.header.frame_length, found.offset)
         payload = raw[frames.FRAME_HEADER_BYTES :][: found.header.payload_length]
         operations = frames.decode_operations(
             found.header, payload, geometry, extent.half_bytes, found.offset
         )
+        zeroed_bytes += frames.zeroed_length(operations)
+        if zeroed_bytes > zeroed_limit(extent.half_bytes):
+            raise CorruptionError("journal", extent.offset, "the live epoch zeroes more than a writer logs")
         decoded.append(ScannedFrame(found.offset, found.header, operations, raw))
     first = decoded[0]
     if not first.operations or not isinstance(first.operations[0], HeaderOperation):

@@ -80,8 +80,9 @@ class Mapping:
         limit = min(per_block - index, self.geometry.clusters(within + length))
         table = self.l2_table(l1_index)
         if not table:
-            # Without an L2 table all that it would map is unallocated, up to the next table.
-            reach = (self.geometry.l2_entries - l2_index) * self._cluster_bytes - within
+            # Without an L2 table all that it would map is unallocated, up to the next table there is.
+            tables = self._absent_tables(l1_index)
+            reach = (tables * self.geometry.l2_entries - l2_index) * self._cluster_bytes - within
             return MappedRun(UNALLOCATED, 0, min(length, reach))
         block_offset = table + (l2_index - index) * ENTRY_BYTES
         block = self.metadata.block(block_offset)
@@ -93,6 +94,18 @@ class Mapping:
                 self._check_host("L2 table", entry_offset, host, count if kind == DATA else 1)
         run_bytes = min(length, count * self._cluster_bytes - within)
         return MappedRun(kind, host + within if kind == DATA else host, run_bytes)
+
+    def _absent_tables(self, l1_index: int) -> int:
+        """Return how many L2 tables are absent from ``l1_index`` on, within one block; at least 1."""
+        header = self.metadata.header
+        position = l1_index % self.geometry.entries_per_block
+        limit = min(self.geometry.entries_per_block, position + header.l1_size - l1_index)
+        if limit <= position:
+            return 1
+        block = self.metadata.block(header.l1_table_offset + (l1_index - position) * ENTRY_BYTES)
+        # An L1 entry is as wide as a refcount of order 6.
+        present = _native.refcount_find_used(block, 6, position, limit)
+        return (limit if present < 0 else present) - position
 
     def runs(self, offset: int, length: int) -> Iterator[MappedRun]:
         """Yield the runs of a guest range in order."""
@@ -194,10 +207,12 @@ class Mapping:
         first = header.refcount_table_offset // self._cluster_bytes
         for position in range(header.refcount_table_clusters):
             yield "refcount table", first + position
-        for l1_index in range(header.l1_size):
+        l1_index = 0
+        while l1_index < header.l1_size:
             table = self.l2_table(l1_index)
             if table:
                 yield "L2 table", table // self._cluster_bytes
+            l1_index += 1 if table else self._absent_tables(l1_index)
 
 
 def survey(mapping: Mapping, refcounts: Refcounts) -> set[int]:

@@ -1,13 +1,15 @@
 """The device as the engine sees it: what is not durable yet, and nothing more after a failed barrier.
 
-M1. A failed barrier is final: it is not tried again, and no change reaches the device after it.
+M1. A barrier that failed or was interrupted is final: it is not tried again, and no change reaches the
+    device after it.
 M2. ``high_water`` is at least every size that the file may have after a crash: a range past it reads as
     zeros in every crash state unless it is written later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from jqcow.device.base import Device, ReadBuffer
 from jqcow.errors import PoisonedError
@@ -35,6 +37,17 @@ class Medium:
     def poison(self) -> None:
         """Turn read-only for good: what is on disk can no longer be told."""
         self.poisoned = True
+
+    @contextmanager
+    def all_or_poisoned(self) -> Iterator[None]:
+        """What is done inside must not stay half done: whatever is raised in it turns the medium read-only.
+
+        For the short stretches in which memory catches up with what has become durable. An exception can
+        come at any point, as a keyboard interrupt does; what is then in memory must not reach the disk.
+        """
+        self.poisoned = True
+        yield
+        self.poisoned = False
 
     def size(self) -> int:
         """Return the length of the device."""
@@ -78,22 +91,16 @@ class Medium:
         self.require_healthy()
         return self.device.punch(offset, length)
 
-    def is_hole(self, offset: int, length: int) -> bool:
-        """Return True only if the host says that the range holds no data."""
-        return self.device.is_hole(offset, length)
-
     def barrier(self, name: str) -> None:
         """Make everything changed so far durable, then tell the listeners.
 
         Raises:
-            OSError: the barrier failed; the medium is read-only from here on (M1).
+            OSError: the barrier failed; the medium is read-only from here on (M1), as it is after any
+                other exception that comes in between.
         """
         self.require_healthy()
-        try:
+        with self.all_or_poisoned():
             self.device.barrier(name)
-        except OSError:
-            self.poison()
-            raise
-        self.high_water = self.device.size()
-        for listener in self.on_barrier:
-            listener()
+            self.high_water = self.device.size()
+            for listener in self.on_barrier:
+                listener()

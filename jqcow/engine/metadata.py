@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from jqcow.engine.medium import Medium
+from jqcow.errors import CorruptionError
 from jqcow.ondisk.entries import ENTRY
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import Header, HeaderArea
@@ -265,18 +266,24 @@ class Metadata:
         return self._in_flight
 
     def replay(self, operations: Iterator[Operation]) -> None:
-        """Take the operations of a scanned journal as log images, in order."""
+        """Take the operations of a scanned journal as log images, in order.
+
+        Raises:
+            FormatError, CorruptionError: a header in the journal is damaged.
+        """
         for operation in operations:
             match operation:
                 case HeaderOperation(data):
-                    self.committed_area = HeaderArea.parse(data)
+                    area = HeaderArea.parse(data)
+                    if area.header.geometry != self.geometry:
+                        raise CorruptionError("journal", 0, "its headers have different geometries")
+                    self.committed_area = area
                 case ZeroOperation(start, length):
                     for offset in range(start, start + length, self.geometry.block_bytes):
                         self.images[offset] = self._zero_block
                 case BlockOperation(offset, data):
                     self.images[offset] = data
         self._newest.update(self.images)
-        self.geometry = self.committed_area.header.geometry
 
     def image_runs(self) -> Iterator[tuple[int, bytes]]:
         """Yield the log images, joined where they lie side by side: (host offset, bytes)."""

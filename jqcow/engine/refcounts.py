@@ -116,7 +116,7 @@ class Refcounts:
             OSError: the host has no space for a refcount block.
             CorruptionError: a cluster that should be free is not.
         """
-        if not self.space.zero_safe:
+        if not self.space.zero_safe and not self.space.unknown:
             self._search_free()
         run = self.space.take(count)
         self.metadata_clusters.difference_update(range(run.start, run.start + run.count))
@@ -213,23 +213,33 @@ class Refcounts:
         if cluster in self.metadata_clusters:
             offset = cluster * self.geometry.cluster_bytes
             raise CorruptionError("L2 table", offset, "a guest cluster is mapped onto metadata")
-        value = self._lower(cluster)
-        if value == 0:
-            self.space.free_data(cluster)
+        self._lower(cluster)
+        self.space.free_data(cluster)
 
     def release_metadata(self, cluster: int) -> None:
         """Take the reference from a metadata cluster, which frees it."""
-        if self._lower(cluster) == 0:
-            self.space.free_metadata(cluster)
+        self._lower(cluster)
+        self.space.free_metadata(cluster)
 
-    def _lower(self, cluster: int) -> int:
+    def _lower(self, cluster: int) -> None:
+        self.require_exclusive(cluster)
+        self._set(cluster, 0)
+
+    def require_exclusive(self, cluster: int) -> None:
+        """Raise unless a cluster in use has refcount 1.
+
+        Raises:
+            CorruptionError: its refcount is 0.
+            UnsupportedFeatureError: it is shared; without internal snapshots no known program does that.
+        """
         value = self.get(cluster)
+        offset = cluster * self.geometry.cluster_bytes
         if value == 0:
-            raise CorruptionError(
-                "refcount block", cluster * self.geometry.cluster_bytes, "a cluster in use has refcount 0"
+            raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
+        if value > 1:
+            raise UnsupportedFeatureError(
+                "a cluster shared without a snapshot", f"refcount {value} at host offset {offset:#x}"
             )
-        self._set(cluster, value - 1)
-        return value - 1
 
     # Free clusters below the end of the file
 
@@ -239,7 +249,7 @@ class Refcounts:
 
     def _search_free(self) -> None:
         for _ in range(SCAN_BLOCKS_PER_TAKE):
-            if self._scan_cluster >= self._scan_end or self.space.zero_safe:
+            if self._scan_cluster >= self._scan_end or self.space.unknown:
                 return
             start = self._scan_cluster
             per_block = self.geometry.refcounts_per_block

@@ -12,8 +12,8 @@ A free cluster is in exactly one of these places:
 S1. A freed data cluster is handed out only after the record that frees it is durable.
 S2. A freed metadata cluster is handed out only after a durable frame declares the epoch that frees it
     checkpointed: until then replay may write its old blocks.
-S3. A cluster is zero-safe only if it lies past the largest size since the last barrier, or was punched
-    (or found to be a hole) under a completed barrier. Clusters of a failed operation are unknown.
+S3. A cluster is zero-safe only if it lies past the largest size since the last barrier, or this process
+    punched it under a completed barrier. Clusters of a failed operation are unknown.
 S4. Clusters of a live journal range are never handed out.
 """
 
@@ -152,7 +152,7 @@ class Space:
 
     def take(self, count: int) -> Run:
         """Take up to ``count`` clusters, zero-safe ones first; at least one."""
-        if self.unknown:
+        if self.unknown and not self.zero_safe:
             self._recycle(count)
         if self.zero_safe:
             run = Run(*self.zero_safe.take(count), zero_safe=True)
@@ -200,15 +200,9 @@ class Space:
     def add_found(self, start: int, count: int) -> None:
         """List free clusters found in the refcounts, below the end of the file.
 
-        What the host calls a hole is zero-safe: every caller comes after a barrier since opening.
+        Where the host shows a hole, that is no proof: a failed barrier may have lost the punching.
         """
-        cluster_bytes = self.geometry.cluster_bytes
-        if self.medium.is_hole(start * cluster_bytes, count * cluster_bytes):
-            self.zero_safe.add(start, count)
-            return
-        for cluster in range(start, start + count):
-            hole = self.medium.is_hole(cluster * cluster_bytes, cluster_bytes)
-            (self.zero_safe if hole else self.unknown).add(cluster, 1)
+        self.unknown.add(start, count)
 
     # Operations
 

@@ -182,7 +182,8 @@ class Store:
         extent = self._place_range(length)
         try:
             moved = tuple(frames.reframe(frame, extent.salt) for frame in live)
-            frames_bytes = moved or (self._opening_frame(extent, epoch, sequence + 1),)
+            opening = frames.encode_operations([HeaderOperation(self.metadata.committed_area.data)])
+            frames_bytes = moved or (frames.frame_payload(opening, extent.salt, epoch, sequence + 1),)
             journals.write_range(self.medium, extent, epoch, frames_bytes)
             self._write_root_copy(extent)
         except BaseException as error:
@@ -190,6 +191,7 @@ class Store:
             raise
         journal = Journal(self.medium, extent, epoch, sequence + 1 if not live else sequence)
         journal.position = sum(len(frame) for frame in frames_bytes)
+        journal.decoded_bytes = opening.decoded_length
         return journal
 
     def _place_range(self, length: int) -> JournalRange:
@@ -199,6 +201,8 @@ class Store:
             self.medium.size(), self.medium.high_water, self.space.frontier * self.geometry.cluster_bytes
         )
         offset = layout.round_up(end, unit)
+        if offset + length > layout.MAX_HOST_OFFSET:
+            raise UnsupportedFeatureError("a file of more than 64 PiB")
         extent = JournalRange(offset, length, self._new_salt())
         self.space.reserve(offset, length)
         return extent
@@ -212,10 +216,6 @@ class Store:
         except OSError as second:
             error.add_note(f"the file could not be cut back to {size} bytes either: {second}")
             self.space.frontier = max(frontier, self.geometry.clusters(extent.end))
-
-    def _opening_frame(self, extent: JournalRange, epoch: int, sequence: int) -> bytes:
-        header = HeaderOperation(self.metadata.committed_area.data)
-        return frames.frame_payload(frames.encode_operations([header]), extent.salt, epoch, sequence)
 
     def _write_root_copy(self, extent: JournalRange) -> None:
         if self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET:
@@ -286,9 +286,10 @@ class Store:
                 self.journal.revoke(append)
             self._uncut()
             raise
-        self.journal.accept(append)
-        self.metadata.publish()
-        self.space.publish(self.journal.epoch)
+        with self.medium.all_or_poisoned():
+            self.journal.accept(append)
+            self.metadata.publish()
+            self.space.publish(self.journal.epoch)
         self.space.give_back()
 
     def _cut(self) -> Layer:
@@ -327,7 +328,8 @@ class Store:
     def _length_for(self, payload: EncodedPayload) -> int:
         """Return a journal length whose half holds an opening frame and this payload, with room to spare."""
         opening = roots.MAX_LIVE_HEADER_BYTES + 2 * frames.FRAME_ALIGNMENT
-        half = layout.round_up(2 * (opening + payload.decoded_length), frames.FRAME_ALIGNMENT)
+        needed = max(2 * (opening + payload.decoded_length), payload.zeroed_length)
+        half = layout.round_up(needed, frames.FRAME_ALIGNMENT)
         if 2 * half > MAX_JOURNAL_BYTES:
             raise UnsupportedFeatureError("a journal of more than 1 GiB", "the transaction is too large")
         return max(2 * half, self.journal_bytes)
@@ -353,8 +355,9 @@ class Store:
         self._write_homes()
         # Durable now: every log image of the epoch is home. The next epoch's first frame says so.
         self.medium.barrier("checkpoint.homes")
-        self.metadata.images_are_home()
-        self._require_journal().start_epoch()
+        with self.medium.all_or_poisoned():
+            self.metadata.images_are_home()
+            self._require_journal().start_epoch()
 
     def _write_homes(self) -> None:
         """Write the log images of durable records to their homes (T3), and grow the file to hold all (T7)."""
@@ -413,15 +416,17 @@ class Store:
         store.space.reserve(extent.offset, extent.length)
         journal = Journal(medium, extent, scan.epoch, scan.sequence)
         journal.position = sum(len(frame.raw) for frame in scan.frames)
-        journal.decoded_bytes = sum(frame.header.decoded_length for frame in scan.frames)
+        journal.decoded_bytes = scan.decoded_bytes
         store.journal = journal
         return store, scan
 
     def _check_replayed(self, cluster_bits: int, extent: JournalRange) -> None:
         """Raise unless replay leaves the header cluster's geometry and the journal's clusters alone."""
-        header = self.metadata.header
-        if header.cluster_bits != cluster_bits or header.refcount_order != self.geometry.refcount_order:
-            raise CorruptionError("journal", extent.offset, "its header has another geometry than the root")
+        if self.geometry.cluster_bits != cluster_bits:
+            raise CorruptionError(
+                "journal", extent.offset, "its header has another cluster size than the root"
+            )
+        roots.check_room(self.metadata.header, len(self.metadata.area.data))
         for offset in self.metadata.images:
             if extent.offset <= offset < extent.end:
                 raise CorruptionError("journal", extent.offset, f"it would write into itself at {offset:#x}")
@@ -469,7 +474,10 @@ class Store:
                 clean, and the journal's clusters are not given back.
         """
         if self.journal is None:
-            # Durable now: data written in place.
+            if self._root_copy_is_stale:
+                self._settle_root()
+                self._clear_root_copy()
+            # Durable now: data written in place; no root copy that a failed start left.
             self.medium.barrier("close.data")
             return
         if self.metadata.has_staged:
@@ -504,8 +512,7 @@ class Store:
     def _release_journal(self) -> None:
         extent = self._require_journal().extent
         self.journal = None
-        if self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET:
-            self.medium.pwrite(bytes(roots.ROOT_COPY_BYTES), roots.ROOT_COPY_OFFSET)
+        self._clear_root_copy()
         used_bytes = self.refcounts.used_end() * self.geometry.cluster_bytes
         if used_bytes <= extent.offset:
             self.medium.shrink(used_bytes)
@@ -514,3 +521,7 @@ class Store:
             self.medium.shrink(max(used_bytes, 0))
         # Durable now: the file without the journal. Closing is complete.
         self.medium.barrier("close.release")
+
+    def _clear_root_copy(self) -> None:
+        if self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET:
+            self.medium.pwrite(bytes(roots.ROOT_COPY_BYTES), roots.ROOT_COPY_OFFSET)

@@ -441,6 +441,8 @@ class _Check:
         """Compare refcounts with references, cluster by cluster where they differ."""
         for start in range(0, self.cluster_count, _COMPARED_CLUSTERS):
             stop = min(start + _COMPARED_CLUSTERS, self.cluster_count)
+            if self.is_unused(start, stop):
+                continue
             references = array(self.count_code, self.references[start:stop])
             refcounts = array(self.count_code, self.refcounts[start:stop])
             if references == refcounts:
@@ -452,10 +454,17 @@ class _Check:
                     detail = f"refcount {stored}, references {counted}, in use as {used_as}"
                     self.findings.add(kind, "cluster", cluster << self.cluster_bits, detail)
 
+    def is_unused(self, start: int, stop: int) -> bool:
+        """Return True if no cluster in [start, stop) has a refcount or a reference."""
+        counts = (self.references[start:stop], self.refcounts[start:stop])
+        return all(_native.is_zero(part.cast("B")) for part in counts)
+
     def image_end_cluster(self) -> int:
         """Return the index behind the last cluster with a refcount or a reference."""
         for stop in range(self.cluster_count, 0, -_COMPARED_CLUSTERS):
             start = max(stop - _COMPARED_CLUSTERS, 0)
+            if self.is_unused(start, stop):
+                continue
             used = zip(self.references[start:stop], self.refcounts[start:stop], strict=True)
             last = max((index for index, pair in enumerate(used, start) if any(pair)), default=-1)
             if last >= 0:

@@ -142,11 +142,12 @@ class FrameHeader:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPayload:
-    """A payload ready to be framed; ``decoded_length`` in bytes."""
+    """A payload ready to be framed; lengths in bytes. ``zeroed_length`` is what its zero operations name."""
 
     encoding: int
     data: bytes
     decoded_length: int
+    zeroed_length: int = 0
 
     @property
     def frame_length(self) -> int:
@@ -166,9 +167,15 @@ def encode_operations(operations: Sequence[Operation]) -> EncodedPayload:
     """Encode operations as a payload, compressed where that is shorter."""
     plain: bytes = msgpack.packb([_as_list(operation) for operation in operations], use_bin_type=True)
     packed = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(plain)
+    zeroed = zeroed_length(operations)
     if len(packed) < len(plain):
-        return EncodedPayload(ENCODING_ZSTD, packed, len(plain))
-    return EncodedPayload(ENCODING_PLAIN, plain, len(plain))
+        return EncodedPayload(ENCODING_ZSTD, packed, len(plain), zeroed)
+    return EncodedPayload(ENCODING_PLAIN, plain, len(plain), zeroed)
+
+
+def zeroed_length(operations: Sequence[Operation]) -> int:
+    """Return how many bytes the zero operations among these name."""
+    return sum(operation.length for operation in operations if isinstance(operation, ZeroOperation))
 
 
 def _as_list(operation: Operation) -> list[int | bytes]:

@@ -1,0 +1,1 @@
+"""The commands: they parse arguments, call the library and print what it returns."""

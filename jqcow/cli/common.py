@@ -1,0 +1,225 @@
+"""What all commands share: the parser, exit codes, errors in one line, sizes and JSON as in qemu-img."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import jqcow
+from jqcow import _native
+from jqcow.errors import ImageInUse, UnsupportedFeatureError
+from jqcow.ondisk import layout
+from jqcow.ondisk.layout import SECTOR_BYTES
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_CORRUPT = 2
+EXIT_LEAKS = 3
+EXIT_IN_USE = 4
+EXIT_UNSUPPORTED = 63
+EXIT_INTERRUPTED = 130
+
+Main = Callable[[Sequence[str] | None], int]
+"""A console script: takes its arguments, or those of the process, and returns the exit code."""
+
+FORMATS = ("qcow2", "raw")
+
+_ACCEPTED_OPTIONS = {("compat", "1.1"), ("compat", "v3"), ("refcount_bits", "16"), ("preallocation", "off")}
+"""Options of qemu-img that ask for what jqcow does anyway."""
+
+_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|0x[0-9a-f]+)([bkmgtpe]?)", re.IGNORECASE | re.ASCII)
+_SIZE_MAX = 1 << 63
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses abbreviated options, and whose usage errors exit with 1 as in qemu-img."""
+
+    def __init__(self, **options: Any) -> None:
+        """Take the arguments of `argparse.ArgumentParser`."""
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line on stderr and leave; code 2 would mean a corrupt image."""
+        self.exit(EXIT_FAILED, f"{self.prog}: {message}\nTry '{self.prog} --help' for more information.\n")
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add ``--version``: what runs, and which kernels serve it."""
+    version = f"jqcow {jqcow.__version__}, {_native.build_info()}"
+    parser.add_argument("--version", action="version", version=version, help="print version and kernels")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add ``--output=human|json``."""
+    parser.add_argument(
+        "--output", choices=("human", "json"), default="human", help="how to print (default: human)"
+    )
+
+
+# Errors
+
+
+class CommandError(Exception):
+    """A command failed: the message for its user, and the exit code."""
+
+    def __init__(self, message: str, code: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Add ``-f FORMAT``, of an existing file."""
+    parser.add_argument(
+        "-f", dest="format", choices=FORMATS, help="format of the image (default: told by its magic)"
+    )
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add ``-q``."""
+    parser.add_argument("-q", dest="quiet", action="store_true", help="print errors only")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``-o name=value,...``, of a new image."""
+    parser.add_argument(
+        "-o", dest="options", metavar="OPTIONS", default="", help="cluster_size=SIZE, of a new qcow2 image"
+    )
+
+
+def cluster_size_of(options: str, image_format: str, default: int) -> int:
+    """Return the cluster size in ``-o`` options, or the default.
+
+    Raises:
+        ValueError: another option than jqcow has.
+    """
+    cluster_size = default
+    for option in filter(None, options.split(",")):
+        name, _, value = option.partition("=")
+        if image_format == "qcow2" and name == "cluster_size" and value:
+            cluster_size = parse_size(value, unit=1)
+        elif image_format != "qcow2" or (name, value) not in _ACCEPTED_OPTIONS:
+            raise ValueError(f"the option '{option}' of -o is not supported for {image_format}")
+    return cluster_size
+
+
+def run(program: str, command: Callable[[], int]) -> int:
+    """Run a command; turn what it raises into one line on stderr and an exit code."""
+    try:
+        code = command()
+        # Here, where a closed pipe is still ours to handle, not at the interpreter's exit.
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader went away, as `head` does: nothing more can be said to it.
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except CommandError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return error.code
+    except (jqcow.JqcowError, OSError, ValueError) as error:
+        print(f"{program}: {describe(error)}", file=sys.stderr)
+        return exit_code(error)
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Name the image in the errors of the library that do not say which one they are about."""
+    try:
+        yield
+    except FileExistsError as error:
+        error.add_note("--overwrite replaces it")
+        raise
+    except jqcow.JqcowError as error:
+        text = describe(error)
+        raise CommandError(text if name in text else f"{name}: {text}", exit_code(error)) from error
+
+
+def exit_code(error: Exception) -> int:
+    """Return the exit code that an error of the library stands for."""
+    if isinstance(error, ImageInUse):
+        return EXIT_IN_USE
+    return EXIT_UNSUPPORTED if isinstance(error, UnsupportedFeatureError) else EXIT_FAILED
+
+
+def describe(error: Exception) -> str:
+    """Return an error as one line, with the file that it is about where the kernel's error names it."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, UnsupportedFeatureError) and not text.endswith("is not supported"):
+        text = f"{text} (not supported)"
+    return "; ".join([text, *getattr(error, "__notes__", [])])
+
+
+# Sizes and JSON
+
+
+def parse_size(text: str, unit: int = SECTOR_BYTES) -> int:
+    """Return a size in bytes, rounded up to ``unit``: a number with an optional suffix k, M, G, T, P or E.
+
+    Raises:
+        ValueError: not a size, or one of 2**63 bytes or more.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"'{text}' is not a size: use a number, with k, M, G, T, P or E for 2**10 to 2**60")
+    number, suffix = match.groups()
+    factor = 1 << _SUFFIXES[suffix.lower()]
+    if number.lower().startswith("0x"):
+        length = int(number, 16) * factor
+    elif "." in number:
+        whole, fraction = number.split(".")
+        length = int(whole) * factor + int(fraction) * factor // 10 ** len(fraction)
+    else:
+        length = int(number) * factor
+    length = layout.round_up(length, unit)
+    if length >= _SIZE_MAX:
+        raise ValueError(f"'{text}' is too large: a disk has less than 8 EiB")
+    return length
+
+
+def human_size(length: int) -> str:
+    """Return a length in bytes with three digits and a unit, as qemu-img prints it."""
+    unit, value = 0, float(length)
+    while value >= 1000 and unit < len(_UNITS) - 1:
+        value /= 1024
+        unit += 1
+    return f"{value:.3g} {_UNITS[unit]}"
+
+
+def as_json(report: Any) -> Any:
+    """Return a dataclass as JSON values, with dashes in the names of fields as in qemu-img."""
+    if dataclasses.is_dataclass(report) and not isinstance(report, type):
+        fields = dataclasses.fields(report)
+        return {field.name.replace("_", "-"): as_json(getattr(report, field.name)) for field in fields}
+    if isinstance(report, list | tuple):
+        return [as_json(item) for item in report]
+    return report
+
+
+def print_json(value: Any) -> None:
+    """Print JSON as qemu-img does."""
+    print(json.dumps(value, indent=4))
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun: ``1 record``, ``2 records``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def arguments_of(argv: Sequence[str] | None) -> Sequence[str]:
+    """Return the arguments given, or those of the process."""
+    return sys.argv[1:] if argv is None else argv

@@ -1,0 +1,43 @@
+"""``jqcow``: the subcommands, named and spelled as in qemu-img where it has the verb."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from jqcow.cli import common, copying, images, looking
+
+PROGRAM = "jqcow"
+
+_EPILOG = """\
+exit codes:
+  0   done; check: nothing was found
+  1   failed: wrong arguments, not an image, damaged, no permission, an I/O error
+  2   check: corruption was found
+  3   check: leaked clusters were found, no corruption
+  4   another process uses the image
+  63  the image has a feature that jqcow does not support, or a format that cannot be checked
+
+A crashed image is brought home by jqcow-recover. Sizes take k, M, G, T, P and E for 2**10 to 2**60.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = common.Parser(
+        prog=PROGRAM,
+        description="qcow2 images whose metadata changes are transactions.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common.add_version(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in (images, looking, copying):
+        group.add_parsers(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; return its exit code."""
+    arguments = build_parser().parse_args(common.arguments_of(argv))
+    return common.run(PROGRAM, lambda: int(arguments.command(arguments)))

@@ -1,0 +1,59 @@
+"""Are two disks equal, byte for byte, whatever their formats?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from heapq import merge
+
+from jqcow.offline.disks import Disk, windows
+
+BUFFER_BYTES = 1 << 20
+UNIT_BYTES = 4096
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def first_difference(one: Disk, other: Disk, progress: Progress = _no_progress) -> int | None:
+    """Return the guest offset of the first byte that differs, None where the disks are equal.
+
+    What neither disk holds data for reads as zeros in both, and is not read. Where one disk is shorter, its
+    end is the first difference, if there is none before it.
+
+    Raises:
+        JqcowError: a disk cannot be read.
+        OSError: the host failed.
+    """
+    size = min(one.size, other.size)
+    buffers = bytearray(BUFFER_BYTES), bytearray(BUFFER_BYTES)
+    for offset, length in _either(one, other):
+        count = min(length, size - offset)
+        if count <= 0:
+            break
+        first, second = (memoryview(buffer)[:count] for buffer in buffers)
+        one.read_into(first, offset)
+        other.read_into(second, offset)
+        if first != second:
+            return offset + _first_unequal(bytes(first), bytes(second))
+        progress(offset + count, size)
+    progress(size, size)
+    return None if one.size == other.size else size
+
+
+def _either(one: Disk, other: Disk) -> Iterator[tuple[int, int]]:
+    """Yield the windows in which at least one of two disks may hold data; none twice."""
+    reached = 0
+    found = (windows(disk, UNIT_BYTES, BUFFER_BYTES) for disk in (one, other))
+    for offset, length in merge(*found):
+        start, end = max(reached, offset), offset + length
+        if start < end:
+            yield start, end - start
+            reached = end
+
+
+def _first_unequal(one: bytes, other: bytes) -> int:
+    return next(index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)

@@ -1,0 +1,323 @@
+"""The journal read, not obeyed: what its records hold, and the file as it would be after replay.
+
+Nothing here writes, and nothing of the engine is used but the journal's scan: the view is a second, simpler
+replay, which the checks and maps of whole images look through.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jqcow import _native
+from jqcow.device.base import Device
+from jqcow.device.file import FileDevice
+from jqcow.engine import journal as journals
+from jqcow.engine.journal import Scan
+from jqcow.errors import CorruptionError
+from jqcow.ondisk import entries
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
+from jqcow.ondisk.header import MAGIC, Header, HeaderArea
+from jqcow.ondisk.layout import ENTRY_BYTES, MAX_CLUSTER_BITS, SECTOR_BYTES, Geometry
+
+
+class View:
+    """An image file as a clean close would leave it; offsets and lengths in bytes.
+
+    On a clean image this is the file itself. On a live one the journal is laid over it, in memory.
+    """
+
+    def __init__(self, device: Device) -> None:
+        """Read the header, and scan the journal of a live image.
+
+        Raises:
+            FormatError: not a qcow2 image, or one that breaks the specification.
+            UnsupportedFeatureError: a frame or operation that a newer jqcow wrote.
+            CorruptionError: the header, the root or the journal is damaged.
+        """
+        self.device = device
+        self.scan: Scan | None = None
+        self._blocks: dict[int, bytes] = {}
+        sector = device.pread(SECTOR_BYTES, 0)
+        self.area = self._replay(sector) if roots.is_live(sector) else _clean_area(device, sector)
+        self.header.validate()
+        self._block_bytes = self.geometry.block_bytes
+        self._sorted_blocks = sorted(self._blocks)
+
+    @property
+    def header(self) -> Header:
+        """The header's fixed fields."""
+        return self.area.header
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry that follows from the header."""
+        return self.header.geometry
+
+    @property
+    def reserved(self) -> list[tuple[int, int]]:
+        """The live journal's range as (offset, length), which nothing may use."""
+        return [] if self.scan is None else [(self.scan.extent.offset, self.scan.extent.length)]
+
+    def size(self) -> int:
+        """Return the length of the file; a checkpoint first extends a live image to its last used cluster."""
+        if self.scan is None:
+            return self.device.size()
+        return max(self.device.size(), self._used_end())
+
+    def _used_end(self) -> int:
+        """Return the host offset behind the highest cluster with a nonzero refcount."""
+        for first, refcounts in self.refcount_blocks():
+            last = _native.refcount_last_used(refcounts, self.header.refcount_order)
+            if last >= 0:
+                return (first + last + 1) * self.geometry.cluster_bytes
+        return 0
+
+    def refcount_blocks(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the refcount blocks from the last to the first: (first cluster counted, refcounts).
+
+        A block that is pointed to again is left out, and so is one past the end of the file, which is
+        empty: a hostile table must not cost more than the file is long.
+        """
+        seen: set[int] = set()
+        geometry, table_offset = self.geometry, self.header.refcount_table_offset
+        table = self.read(self.header.refcount_table_clusters * geometry.cluster_bytes, table_offset)
+        for index in range(len(table) // ENTRY_BYTES - 1, -1, -1):
+            (entry,) = entries.ENTRY.unpack_from(table, index * ENTRY_BYTES)
+            block = entry & entries.REFCOUNT_TABLE_OFFSET_MASK
+            is_there = block < self.device.size() or block in self._blocks
+            if block and is_there and block not in seen:
+                seen.add(block)
+                yield index * geometry.refcounts_per_cluster, self.read(geometry.cluster_bytes, block)
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return ``length`` bytes from host ``offset``; what lies past the end reads as zeros."""
+        data = self.device.pread(length, offset)
+        if self.scan is None:
+            return data
+        buffer = bytearray(data)
+        if offset < len(self.area.data):
+            head = self.area.data[offset : offset + length]
+            buffer[: len(head)] = head
+        index = bisect.bisect_right(self._sorted_blocks, offset - self._block_bytes)
+        for start in self._sorted_blocks[index:]:
+            if start >= offset + length:
+                break
+            first, last = max(start, offset), min(start + self._block_bytes, offset + length)
+            buffer[first - offset : last - offset] = self._blocks[start][first - start : last - start]
+        return bytes(buffer)
+
+    def _replay(self, sector: bytes) -> HeaderArea:
+        cluster_bits, extent = roots.unpack_root(sector)
+        geometry = Geometry(cluster_bits)
+        self.scan = journals.scan(self.device, extent, geometry)
+        area: HeaderArea | None = None
+        zeros = bytes(geometry.block_bytes)
+        for operation in self.scan.operations:
+            match operation:
+                case HeaderOperation(data):
+                    area = HeaderArea.parse(data)
+                case ZeroOperation(start, length):
+                    for offset in range(start, start + length, geometry.block_bytes):
+                        self._blocks[offset] = zeros
+                case BlockOperation(offset, data):
+                    self._blocks[offset] = data
+        if area is None or area.header.cluster_bits != cluster_bits:
+            raise CorruptionError("journal", extent.offset, "its header has another geometry than the root")
+        return area
+
+
+def _clean_area(device: Device, sector: bytes) -> HeaderArea:
+    is_lost = sector[: len(MAGIC)] != MAGIC
+    copy = device.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET) if is_lost else b""
+    if roots.unpack_root_copy(copy) is not None:
+        raise CorruptionError("header", 0, "sector 0 is damaged, the root copy is not: run jqcow-recover")
+    header = Header.unpack(sector)
+    cluster_bytes = 1 << min(header.cluster_bits, MAX_CLUSTER_BITS)
+    return HeaderArea.parse(device.pread(cluster_bytes, 0))
+
+
+# What the records say
+
+
+@dataclass(frozen=True)
+class RecordedOperation:
+    """One operation of a record.
+
+    ``kind`` is ``block``, ``zero`` or ``header``; ``offset`` and ``length`` in bytes, on the host;
+    ``meaning`` tells what the range holds after replay, in words.
+    """
+
+    kind: str
+    offset: int
+    length: int
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of the live epoch: where its frame lies, how long it is, and what it changes."""
+
+    sequence: int
+    epoch: int
+    offset: int
+    length: int
+    decoded_length: int
+    operations: tuple[RecordedOperation, ...]
+
+
+@dataclass(frozen=True)
+class HalfUse:
+    """One half of the journal range: ``used_bytes`` by records of the live epoch."""
+
+    offset: int
+    length: int
+    live: bool
+    used_bytes: int
+
+
+@dataclass(frozen=True)
+class TornTailFound:
+    """A record that was begun and is not whole: it was never acknowledged."""
+
+    sequence: int
+    epoch: int
+    offset: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class JournalListing:
+    """What the live journal of an image holds. Offsets and lengths in bytes."""
+
+    offset: int
+    length: int
+    epoch: int
+    stale_frames: int
+    halves: tuple[HalfUse, HalfUse]
+    torn_tail: TornTailFound | None
+    records: tuple[Record, ...]
+
+
+def read_journal(path: str | os.PathLike[str]) -> JournalListing | None:
+    """List the live journal of an image file; None where the image is clean. Writes nothing.
+
+    Raises:
+        JqcowError: as `View`.
+        OSError: the host failed.
+    """
+    device = FileDevice.open(path, writable=False)
+    try:
+        return list_journal(View(device))
+    finally:
+        device.close()
+
+
+def list_journal(view: View) -> JournalListing | None:
+    """List what the journal of an image holds; None where the image is clean."""
+    if view.scan is None:
+        return None
+    scan, meanings = view.scan, _Meanings(view)
+    records = tuple(
+        Record(
+            sequence=frame.header.sequence,
+            epoch=frame.header.epoch,
+            offset=frame.offset,
+            length=frame.header.frame_length,
+            decoded_length=frame.header.decoded_length,
+            operations=tuple(meanings.describe(operation) for operation in frame.operations),
+        )
+        for frame in scan.frames
+    )
+    used = sum(record.length for record in records)
+    first, second = (_half_use(scan, half, used) for half in (0, 1))
+    torn = scan.torn_tail
+    return JournalListing(
+        offset=scan.extent.offset,
+        length=scan.extent.length,
+        epoch=scan.epoch,
+        stale_frames=scan.stale_frames,
+        halves=(first, second),
+        torn_tail=None
+        if torn is None
+        else TornTailFound(torn.sequence, torn.epoch, torn.offset, torn.reason),
+        records=records,
+    )
+
+
+def _half_use(scan: Scan, half: int, used_bytes: int) -> HalfUse:
+    is_live = scan.epoch % 2 == half
+    extent = scan.extent
+    return HalfUse(extent.half_offset(half), extent.half_bytes, is_live, used_bytes if is_live else 0)
+
+
+class _Meanings:
+    """Tells what a metadata block holds, from the tables as they are after replay."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._geometry = view.geometry
+        cluster_bytes, header = self._geometry.cluster_bytes, view.header
+        l1_bytes = header.l1_size * ENTRY_BYTES
+        table_bytes = header.refcount_table_clusters * cluster_bytes
+        self._l1 = range(header.l1_table_offset, header.l1_table_offset + l1_bytes)
+        self._refcount_table = range(header.refcount_table_offset, header.refcount_table_offset + table_bytes)
+        self._l2_tables = dict(self._pointers(self._l1, entries.OFFSET_MASK))
+        self._refcount_blocks = dict(self._pointers(self._refcount_table, entries.REFCOUNT_TABLE_OFFSET_MASK))
+
+    def _pointers(self, table: range, mask: int) -> Iterator[tuple[int, int]]:
+        """Yield (host offset, index) of what a table points to."""
+        data = self._view.read(len(table), table.start) if table else b""
+        for position in range(0, len(data), SECTOR_BYTES):
+            sector = data[position : position + SECTOR_BYTES]
+            if any(sector):
+                for index, (entry,) in enumerate(entries.ENTRY.iter_unpack(sector), position // ENTRY_BYTES):
+                    if entry & mask:
+                        yield entry & mask, index
+
+    def describe(self, operation: Operation) -> RecordedOperation:
+        """Return an operation with what it means."""
+        match operation:
+            case HeaderOperation(data):
+                header = HeaderArea.parse(data).header
+                meaning = (
+                    f"header: a disk of {header.size} bytes, L1 table of {header.l1_size} entries at "
+                    f"{header.l1_table_offset:#x}, refcount table at {header.refcount_table_offset:#x}"
+                )
+                return RecordedOperation("header", 0, len(data), meaning)
+            case ZeroOperation(offset, length):
+                return RecordedOperation("zero", offset, length, f"new {self._meaning(offset, length)}")
+            case BlockOperation(offset, data):
+                return RecordedOperation("block", offset, len(data), self._meaning(offset, len(data)))
+
+    def _meaning(self, offset: int, length: int) -> str:
+        cluster_bytes = self._geometry.cluster_bytes
+        within = offset % cluster_bytes
+        cluster = offset - within
+        if cluster in self._l2_tables:
+            first = self._l2_tables[cluster] * self._geometry.l2_entries + within // ENTRY_BYTES
+            return f"L2 table, {self._guest(first, length // ENTRY_BYTES)}"
+        if cluster in self._refcount_blocks:
+            per_byte = self._geometry.refcounts_per_cluster / cluster_bytes
+            index = self._refcount_blocks[cluster] * self._geometry.refcounts_per_cluster
+            first, count = index + int(within * per_byte), int(length * per_byte)
+            span = f"{first * cluster_bytes:#x} to {(first + count) * cluster_bytes:#x}"
+            return f"refcount block, host range {span}"
+        if offset in self._l1:
+            first = (offset - self._l1.start) // ENTRY_BYTES
+            count = min(length // ENTRY_BYTES, self._view.header.l1_size - first)
+            reach = self._geometry.l2_entries
+            return f"L1 table, {self._guest(first * reach, count * reach)}"
+        if offset in self._refcount_table:
+            first = (offset - self._refcount_table.start) // ENTRY_BYTES
+            return f"refcount table, entries {first} to {first + length // ENTRY_BYTES - 1}"
+        return "metadata that a later record gave up"
+
+    def _guest(self, first_cluster: int, count: int) -> str:
+        """Return a guest range in words, cut at the end of the disk."""
+        cluster_bytes, size = self._geometry.cluster_bytes, self._view.header.size
+        start, end = first_cluster * cluster_bytes, (first_cluster + count) * cluster_bytes
+        return f"guest range {min(start, size):#x} to {min(end, size):#x}"

@@ -1,0 +1,271 @@
+"""Recovery as a command: bring a crashed image home, and say what was found.
+
+The work is the engine's, the same as when an image is opened for writing; this module adds the clean close,
+the check afterwards, and the report. A crash during any of it leaves an image that can be recovered again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from jqcow.device.base import Device
+from jqcow.device.file import FileDevice
+from jqcow.engine import recovery
+from jqcow.engine.journal import Scan
+from jqcow.engine.medium import Medium
+from jqcow.engine.store import Store, random_salt
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.offline.check import check_structure
+from jqcow.ondisk import header as headers
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.frame import BlockOperation, ZeroOperation
+from jqcow.ondisk.header import Header
+from jqcow.ondisk.layout import SECTOR_BYTES
+
+State = Literal["clean", "live", "live by root copy"]
+
+
+@dataclass(frozen=True)
+class TornRecord:
+    """The record that was being written when the image crashed. No flush ever returned for it."""
+
+    sequence: int
+    epoch: int
+    offset: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class JournalFound:
+    """What the journal held. Offsets and lengths in bytes.
+
+    Attributes:
+        offset: host offset of the journal range.
+        length: of the range.
+        epoch: the live epoch: all earlier ones are in their homes.
+        record_count: valid records of the live epoch.
+        first_sequence: of the oldest of them.
+        last_sequence: of the newest of them.
+        blocks_applied: metadata blocks that the records change, each counted once.
+        bytes_applied: their length.
+        stale_frames: valid records of earlier epochs; they are in their homes and not needed.
+        torn_tail: a record that was cut off, or None.
+    """
+
+    offset: int
+    length: int
+    epoch: int
+    record_count: int
+    first_sequence: int
+    last_sequence: int
+    blocks_applied: int
+    bytes_applied: int
+    stale_frames: int
+    torn_tail: TornRecord | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Refcounts and tables, checked after replay.
+
+    ``refused`` tells why the check could not be done; ``errors`` and ``leaks`` are 0 then. ``findings`` are
+    the first of all, in words.
+    """
+
+    errors: int
+    leaks: int
+    findings: tuple[str, ...]
+    refused: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What `recover_image` found and did.
+
+    Attributes:
+        image: name of the file, or None for a device.
+        state: in which the image was found.
+        dry_run: True if nothing was written; ``actions`` are then what a recovery would do.
+        virtual_size: of the disk in bytes.
+        journal: what the journal held, None on a clean image.
+        actions: what was done, in order, in words.
+        notes: what else the user should know.
+        verification: of the recovered image, None if it was not asked for.
+        replay_seconds: time to find, replay and bring home what the journal held.
+    """
+
+    image: str | None
+    state: State
+    dry_run: bool
+    virtual_size: int
+    journal: JournalFound | None
+    actions: tuple[str, ...]
+    notes: tuple[str, ...]
+    verification: Verification | None
+    replay_seconds: float
+
+
+def recover_image(
+    image: str | os.PathLike[str] | Device,
+    *,
+    dry_run: bool = False,
+    verify: bool = True,
+    new_salt: Callable[[], bytes] = random_salt,
+) -> RecoveryReport:
+    """Make a crashed image standard qcow2 again. A clean image is left as it is.
+
+    Args:
+        image: a file, or a device, which stays open.
+        dry_run: write nothing; open a file read-only and replay in memory.
+        verify: check refcounts and tables afterwards.
+        new_salt: makes the salt of the journal that recovery moves to.
+
+    Raises:
+        FormatError: not a qcow2 image; UnsupportedFeatureError where jqcow refuses it by name.
+        CorruptionError: the root, the journal or a table is damaged; nothing was changed by a guess.
+        ImageInUse: another process uses the image.
+        OSError: the host failed; recovery can be tried again.
+    """
+    if not isinstance(image, str | os.PathLike):
+        return _recover(image, None, dry_run=dry_run, verify=verify, new_salt=new_salt)
+    device = FileDevice.open(image, writable=not dry_run)
+    try:
+        return _recover(device, os.fspath(image), dry_run=dry_run, verify=verify, new_salt=new_salt)
+    finally:
+        device.close()
+
+
+def _recover(
+    device: Device, name: str | None, *, dry_run: bool, verify: bool, new_salt: Callable[[], bytes]
+) -> RecoveryReport:
+    medium = Medium(device)
+    state = _state(medium)
+    if state == "clean":
+        return _report_clean(device, name, dry_run=dry_run, verify=verify)
+    started = time.perf_counter()
+    opened = recovery.open_store(medium, writable=not dry_run, use_root_copy=True, new_salt=new_salt)
+    if opened.scan is None:
+        raise RuntimeError("a live image was opened without its journal")
+    if not dry_run:
+        opened.store.clean()
+    seconds = time.perf_counter() - started
+    found = _describe_journal(opened.scan, opened.store.geometry.block_bytes)
+    verification = None
+    if verify:
+        verification = _verify_replayed(opened.store) if dry_run else _verify_file(device)
+    return RecoveryReport(
+        image=name,
+        state=state,
+        dry_run=dry_run,
+        virtual_size=opened.store.metadata.header.size,
+        journal=found,
+        actions=_actions(state, found),
+        notes=(),
+        verification=verification,
+        replay_seconds=seconds,
+    )
+
+
+def _state(medium: Medium) -> State:
+    """Tell whether a journal is live, and by whose word."""
+    sector = medium.pread(SECTOR_BYTES, 0)
+    if roots.is_live(sector):
+        return "live"
+    if sector[: len(headers.MAGIC)] != headers.MAGIC and recovery.read_root_copy(medium) is not None:
+        return "live by root copy"
+    return "clean"
+
+
+def _report_clean(device: Device, name: str | None, *, dry_run: bool, verify: bool) -> RecoveryReport:
+    header = Header.unpack(device.pread(SECTOR_BYTES, 0))
+    return RecoveryReport(
+        image=name,
+        state="clean",
+        dry_run=dry_run,
+        virtual_size=header.size,
+        journal=None,
+        actions=(),
+        notes=_foreign_notes(header),
+        verification=_verify_file(device) if verify else None,
+        replay_seconds=0.0,
+    )
+
+
+def _foreign_notes(header: Header) -> tuple[str, ...]:
+    """Name what another program left behind, which no journal of jqcow can mend."""
+    notes = []
+    if header.incompatible_features & headers.INCOMPATIBLE_DIRTY:
+        notes.append("QEMU marked the image dirty (lazy refcounts): its refcounts must be rebuilt")
+    if header.incompatible_features & headers.INCOMPATIBLE_CORRUPT:
+        notes.append("the image is marked corrupt by the program that wrote it last")
+    return tuple(notes)
+
+
+def _describe_journal(scan: Scan, block_bytes: int) -> JournalFound:
+    blocks: set[int] = set()
+    for operation in scan.operations:
+        match operation:
+            case BlockOperation(offset, _):
+                blocks.add(offset)
+            case ZeroOperation(offset, length):
+                blocks.update(range(offset, offset + length, block_bytes))
+    torn = scan.torn_tail
+    return JournalFound(
+        offset=scan.extent.offset,
+        length=scan.extent.length,
+        epoch=scan.epoch,
+        record_count=len(scan.frames),
+        first_sequence=scan.frames[0].header.sequence,
+        last_sequence=scan.sequence,
+        blocks_applied=len(blocks),
+        bytes_applied=len(blocks) * block_bytes,
+        stale_frames=scan.stale_frames,
+        torn_tail=None if torn is None else TornRecord(torn.sequence, torn.epoch, torn.offset, torn.reason),
+    )
+
+
+def _actions(state: State, found: JournalFound) -> tuple[str, ...]:
+    actions = []
+    if state == "live by root copy":
+        actions.append("take the root from its copy, and write sector 0 anew")
+    if found.torn_tail is not None:
+        actions.append(f"drop the torn record {found.torn_tail.sequence}")
+    actions += [
+        f"copy the {found.record_count} live records to a new place, and make them durable there",
+        f"write {found.blocks_applied} metadata blocks to their homes",
+        "write the header in standard layout, without the journal's feature bit",
+        f"give back the journal's {found.length} bytes",
+    ]
+    return tuple(actions)
+
+
+def _verify_replayed(store: Store) -> Verification:
+    """Check the image as replayed in memory; its journal is still live."""
+    live = [] if store.journal is None else [(store.journal.extent.offset, store.journal.extent.length)]
+    return _verify(store.view, lambda: store.view_bytes, live)
+
+
+def _verify_file(device: Device) -> Verification:
+    return _verify(device.pread, device.size, [])
+
+
+def _verify(
+    read: Callable[[int, int], bytes], size: Callable[[], int], reserved: list[tuple[int, int]]
+) -> Verification:
+    started = time.perf_counter()
+    errors = leaks = 0
+    findings: tuple[str, ...] = ()
+    refused = None
+    try:
+        report = check_structure(read, size(), reserved=reserved)
+        errors, leaks, findings = report.errors, report.leaks, tuple(map(str, report.findings))
+    except UnsupportedFeatureError as error:
+        refused = str(error)
+    except (CorruptionError, FormatError) as error:
+        errors, findings = 1, (str(error),)
+    return Verification(errors, leaks, findings, refused, time.perf_counter() - started)

@@ -1,0 +1,375 @@
+"""Do the commands print what they should, exit with the documented codes, and appear in their document?"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jqcow
+from jqcow import _native
+from jqcow.cli import common, copying, main, recover
+from jqcow.testing import SimulatedDevice
+
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+MIB = 1 << 20
+CLUSTER = 65536
+
+
+def run(*arguments: object) -> int:
+    return main.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    with jqcow.create(path, 10 * MIB) as made:
+        made.pwrite(b"a" * CLUSTER, 0)
+        made.pwrite(b"b" * CLUSTER, 5 * MIB)
+    return path
+
+
+@pytest.fixture
+def crashed(tmp_path: Path) -> Path:
+    device = SimulatedDevice()
+    made = jqcow.create_on_device(device, 10 * MIB)
+    made.pwrite(b"a" * CLUSTER, 0)
+    made.flush()
+    left = device.killed()
+    path = tmp_path / "crashed.qcow2"
+    path.write_bytes(left.pread(left.size(), 0))
+    return path
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        ("0", 0),
+        ("1", 512),
+        ("512", 512),
+        ("513", 1024),
+        ("1k", 1024),
+        ("1K", 1024),
+        ("10M", 10 << 20),
+        ("1.5G", 3 << 29),
+        ("0.5k", 512),
+        ("2T", 2 << 40),
+        ("1P", 1 << 50),
+        ("7E", 7 << 60),
+        ("0x1000", 4096),
+        ("100b", 512),
+    ],
+)
+def test_sizes(text: str, length: int) -> None:
+    assert common.parse_size(text) == length
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "1X", "1kk", "1 k", "8E", "1.5.5G", "nan", "+5", "\u0661"])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(ValueError, match=r"size|large"):
+        common.parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("length", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (1 << 20, "1 MiB"), (1511424, "1.44 MiB")],
+)
+def test_human_sizes_are_those_of_qemu_img(length: int, text: str) -> None:
+    assert common.human_size(length) == text
+
+
+# create, info, check, resize
+
+
+def test_create_refuses_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new.qcow2"
+    assert run("create", "-o", "cluster_size=4k", path, "1G") == 0
+    assert "cluster_size=4096 size=1073741824" in capsys.readouterr().out
+    assert run("create", path, "2G") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("create", "-q", "--overwrite", path, "2G") == 0
+    assert capsys.readouterr().out == ""
+    with jqcow.open(path) as made:
+        assert made.size == 2 << 30
+
+
+def test_create_raw_rounds_up(tmp_path: Path) -> None:
+    assert run("create", "-f", "raw", tmp_path / "new.raw", "1000") == 0
+    assert (tmp_path / "new.raw").stat().st_size == 1024
+
+
+@pytest.mark.parametrize(
+    "options", ["cluster_size=1000", "cluster_size=100", "backing_file=x", "cluster_size"]
+)
+def test_create_refuses_options_by_name(
+    tmp_path: Path, options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("create", "-o", options, tmp_path / "new.qcow2", "1M") == 1
+    told = capsys.readouterr().err
+    assert options in told or "cluster size" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_of_a_crashed_image_says_what_to_do(crashed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = crashed.read_bytes()
+    assert run("info", crashed) == 0
+    told = capsys.readouterr().out
+    assert "Live journal: 2 records" in told
+    assert "jqcow-recover" in told
+    assert run("info", "--output=json", crashed) == 0
+    assert json.loads(capsys.readouterr().out)["jqcow-journal"]["record-count"] == 2
+    assert crashed.read_bytes() == before
+
+
+def test_check_of_a_crashed_image_writes_nothing(crashed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = crashed.read_bytes()
+    assert run("check", crashed) == 0
+    told = capsys.readouterr()
+    assert "as after recovery" in told.err
+    assert "No errors were found" in told.out
+    assert crashed.read_bytes() == before
+
+
+def test_check_exit_codes(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", image) == 0
+    with jqcow.open(image, "r+") as made:
+        made.discard(CLUSTER, 0)
+    raw = bytearray(image.read_bytes())
+    assert run("check", "-f", "raw", image) == 63
+    table = int.from_bytes(raw[48:56], "big")
+    block = int.from_bytes(raw[table : table + 8], "big")
+    free = next(index for index in range(32768) if not any(raw[block + 2 * index : block + 2 * index + 2]))
+    raw[block + 2 * free + 1] = 1
+    image.write_bytes(raw)
+    assert run("check", image) == 3
+    lose_refcount_of_data(image)
+    assert run("check", "-q", image) == 2
+    assert run("check", image.parent / "missing") == 1
+    capsys.readouterr()
+
+
+def lose_refcount_of_data(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    table = int.from_bytes(content[48:56], "big")
+    block = int.from_bytes(content[table : table + 8], "big")
+    with jqcow.open(path) as made:
+        host = next(extent.host_offset for extent in made.extents() if extent.host_offset)
+    place = block + host // CLUSTER * 2
+    content[place : place + 2] = bytes(2)
+    path.write_bytes(content)
+
+
+def test_resize_grows_only(image: Path, crashed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("resize", image, "+2M") == 0
+    assert run("resize", image, "20M") == 0
+    assert run("resize", image, "1M") == 1
+    assert "does not shrink" in capsys.readouterr().err
+    assert run("resize", "-f", "raw", image, "30M") == 1
+    with jqcow.open(image) as made:
+        assert made.size == 20 * MIB
+    assert run("resize", "-q", crashed, "+1M") == 0
+    with jqcow.open(crashed) as made:
+        assert made.recovered is None
+        assert made.size == 11 * MIB
+
+
+# map, journal
+
+
+def test_map(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("map", image) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[:2] for row in rows[1:]] == [["0", "0x10000"], ["0x500000", "0x10000"]]
+    assert run("map", "--output=json", "-s", "5M", "-l", "1M", image) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(row["start"], row["length"], row["data"]) for row in told] == [
+        (5 * MIB, CLUSTER, True),
+        (5 * MIB + CLUSTER, MIB - CLUSTER, False),
+    ]
+
+
+def test_map_of_a_crashed_image_is_that_of_the_recovered_one(
+    crashed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("map", "--output=json", crashed) == 0
+    before = capsys.readouterr().out
+    assert recover.main(["--no-check", str(crashed)]) == 0
+    capsys.readouterr()
+    assert run("map", "--output=json", crashed) == 0
+    assert capsys.readouterr().out == before
+
+
+def test_journal_tells_what_records_hold(crashed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("journal", crashed) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"record 2, epoch 1, 4 KiB", told)
+    assert "header: a disk of 10485760 bytes" in told
+    assert "new L2 table, guest range 0x0 to 0xa00000" in told
+    assert "refcount block, host range 0x0 to" in told
+    assert "L1 table, guest range 0x0 to 0xa00000" in told
+    assert "the newest record is whole" in told
+    assert run("journal", "--output=json", crashed) == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert [record["sequence"] for record in listing["records"]] == [1, 2]
+    assert [half["live"] for half in listing["halves"]] == [False, True]
+
+
+def test_journal_of_a_clean_image(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("journal", image) == 0
+    assert "clean, no live journal" in capsys.readouterr().out
+    assert run("journal", "--output=json", image) == 0
+    assert json.loads(capsys.readouterr().out) is None
+
+
+# convert
+
+
+def test_convert_warns_of_a_guessed_raw_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.raw").write_bytes(b"x" * 4096)
+    assert run("convert", "-O", "qcow2", "--verify", tmp_path / "a.raw", tmp_path / "b.qcow2") == 0
+    told = capsys.readouterr()
+    assert "WARNING: the format" in told.err
+    assert "source and target are equal" in told.out
+    assert run("convert", "-f", "raw", "-O", "qcow2", tmp_path / "a.raw", tmp_path / "c.qcow2") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_convert_reports_as_json(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", "--output=json", image, tmp_path / "b.raw") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["source-format"], told["target-format"], told["written-bytes"]) == (
+        "qcow2",
+        "raw",
+        2 * CLUSTER,
+    )
+    assert run("convert", image, tmp_path / "b.raw") == 1
+
+
+def test_progress_as_json_lines(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", "-q", "--progress=json", image, tmp_path / "b.raw") == 0
+    steps = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert steps[-1] == {"done-bytes": 10 * MIB, "total-bytes": 10 * MIB}
+
+
+def test_progress_as_a_bar() -> None:
+    stream = io.StringIO()
+    with copying.shown_progress("bar", stream) as progress:
+        progress(0, 100)
+        progress(100, 100)
+    assert stream.getvalue().endswith("100% of 100 B\n")
+    assert stream.getvalue().count("\r") == 2
+
+
+def test_progress_as_lines_is_short() -> None:
+    stream = io.StringIO()
+    with copying.shown_progress("lines", stream) as progress:
+        for done in range(1001):
+            progress(done, 1000)
+    assert 11 <= len(stream.getvalue().splitlines()) <= 12
+
+
+# Errors and exit codes
+
+
+def test_errors_are_one_line_without_a_traceback(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_bytes(b"hello" * 100)
+    cases = [
+        ("info", "-f", "qcow2", tmp_path / "text"),
+        ("info", tmp_path / "missing"),
+        ("check", tmp_path),
+        ("map", "-s", "x", image),
+        ("journal", tmp_path / "text"),
+        ("convert", image, image),
+        ("convert", image, tmp_path / "no" / "such"),
+        ("create", tmp_path / "no" / "such", "1M"),
+        ("resize", tmp_path / "text", "1M"),
+    ]
+    for case in cases:
+        assert run(*case) in (1, 63), case
+        told = capsys.readouterr().err
+        assert told.startswith("jqcow: ") or told.startswith("WARNING"), case
+        assert "Traceback" not in told
+
+
+def test_an_image_in_use(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with jqcow.open(image, "r+"):
+        for case in (
+            ("info", image),
+            ("check", image),
+            ("resize", image, "+1M"),
+            ("convert", image, tmp_path / "x"),
+        ):
+            assert run(*case) == 4, case
+    assert "in use" in capsys.readouterr().err
+
+
+def test_an_unsupported_image(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bytearray(image.read_bytes())
+    content[79] |= 1 << 4
+    image.write_bytes(content)
+    assert run("info", "--output=json", image) == 0
+    assert json.loads(capsys.readouterr().out)["format-specific"]["data"]["extended-l2"] is True
+    for case in (("check", image), ("map", image), ("convert", image, tmp_path / "x")):
+        assert run(*case) == 63, case
+    assert "extended L2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["frobnicate"], ["info"], ["info", "--outp=json", "x"], ["check", "-r", "all", "x"]]
+)
+def test_wrong_arguments_exit_with_1(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main.main(arguments)
+    assert left.value.code == 1
+
+
+@pytest.mark.parametrize("command", [main.main, recover.main])
+def test_version_tells_which_kernels_serve(command: common.Main, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"jqcow {jqcow.__version__}, {_native.build_info()}\n"
+
+
+# The document
+
+
+def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield every command with its parser."""
+    yield "jqcow-recover", recover.build_parser()
+    whole = main.build_parser()
+    yield "jqcow", whole
+    groups = [action for action in whole._actions if isinstance(action, argparse._SubParsersAction)]
+    for name, parser in groups[0].choices.items():
+        yield f"jqcow {name}", parser
+
+
+@pytest.mark.parametrize(
+    ("name", "parser"), list(parsers()), ids=lambda part: part if isinstance(part, str) else ""
+)
+def test_every_command_and_option_is_documented(name: str, parser: argparse.ArgumentParser) -> None:
+    sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    section = next((part for part in sections if part.splitlines()[0].strip("` ") == name), None)
+    assert section is not None, f"no section on {name}"
+    for action in parser._actions:
+        for option in action.option_strings:
+            assert option in ("-h", "--help") or f"`{option}" in section, f"{name} {option}"
+        if not action.option_strings and action.metavar not in (None, "COMMAND"):
+            assert str(action.metavar) in section
+
+
+def test_exit_codes_are_documented() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    codes = [value for name, value in vars(common).items() if name.startswith("EXIT_")]
+    for code in codes:
+        assert re.search(rf"^\| {code} \|", text, flags=re.MULTILINE), code
