@@ -67,10 +67,6 @@ class Device(Protocol):
         """
         ...
 
-    def is_hole(self, offset: int, length: int) -> bool:
-        """Return True only if the host says that the whole range holds no data (or lies past the end)."""
-        ...
-
     def close(self) -> None:
         """Release the device and its locks. Makes nothing durable."""
         ...

@@ -247,12 +247,6 @@ class FileDevice:
         with self._naming_errors():
             return _fallocate(self._descriptor, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
 
-    def is_hole(self, offset: int, length: int) -> bool:
-        """Return True only if the host says that the whole range holds no data (or lies past the end)."""
-        with self._naming_errors():
-            data = self._seek(offset, os.SEEK_DATA)
-        return data is None or data >= offset + length
-
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, length) in bytes of the parts of a range that may hold data, in order.
 

@@ -474,10 +474,10 @@ class Store:
                 clean, and the journal's clusters are not given back.
         """
         if self.journal is None:
-            if self._root_copy_is_stale:
+            if self._root_copy_is_stale or self._finds_root_copy():
                 self._settle_root()
                 self._clear_root_copy()
-            # Durable now: data written in place; no root copy that a failed start left.
+            # Durable now: data written in place; no root copy that a crash or a failed start left.
             self.medium.barrier("close.data")
             return
         if self.metadata.has_staged:
@@ -512,6 +512,7 @@ class Store:
     def _release_journal(self) -> None:
         extent = self._require_journal().extent
         self.journal = None
+        self.space.give_back()
         self._clear_root_copy()
         used_bytes = self.refcounts.used_end() * self.geometry.cluster_bytes
         if used_bytes <= extent.offset:
@@ -521,6 +522,12 @@ class Store:
             self.medium.shrink(max(used_bytes, 0))
         # Durable now: the file without the journal. Closing is complete.
         self.medium.barrier("close.release")
+
+    def _finds_root_copy(self) -> bool:
+        copy = self.medium.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET)
+        return (
+            self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET and roots.unpack_root_copy(copy) is not None
+        )
 
     def _clear_root_copy(self) -> None:
         if self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET:

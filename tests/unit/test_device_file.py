@@ -174,24 +174,10 @@ class TestSpace:
     def test_punch_makes_a_hole_of_zeros(self, device: FileDevice) -> None:
         device.pwrite(b"x" * (8 * BLOCK), 0)
         device.barrier("test")
-        assert not device.is_hole(2 * BLOCK, 2 * BLOCK)
         assert device.punch(2 * BLOCK, 2 * BLOCK) is True
         assert device.size() == 8 * BLOCK
         assert device.pread(2 * BLOCK, 2 * BLOCK) == bytes(2 * BLOCK)
-        assert device.is_hole(2 * BLOCK, 2 * BLOCK)
-        assert not device.is_hole(2 * BLOCK, 3 * BLOCK)
-
-    def test_past_the_end_is_a_hole(self, device: FileDevice) -> None:
-        assert device.is_hole(BLOCK, 1 << 30)
-        device.truncate(1 << 30)
-        assert device.is_hole(BLOCK, (1 << 30) - BLOCK)
-        assert not device.is_hole(0, 1 << 30)
-
-    def test_where_holes_are_unknown_there_is_none(
-        self, device: FileDevice, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(os, "lseek", lambda fd, offset, whence: offset)
-        assert not device.is_hole(BLOCK, BLOCK)
+        assert list(device.data_extents(0, 8 * BLOCK)) == [(0, 2 * BLOCK), (4 * BLOCK, 4 * BLOCK)]
 
     def test_data_extents(self, device: FileDevice) -> None:
         device.truncate(0)

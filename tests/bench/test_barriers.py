@@ -1,0 +1,53 @@
+"""One flush, one barrier: counted on a real process, with a real file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.benchmark.__main__ import main
+from tools.benchmark.barriers import AMORTISED_MAX, Comparison, Counts, Spread, compare_barriers
+from tools.benchmark.speed import compare_speed
+
+FLUSHES = 600
+
+
+def test_a_flush_is_one_barrier(tmp_path: Path) -> None:
+    counts = compare_barriers(tmp_path, FLUSHES)
+    assert counts.kept, counts.format_table()
+    assert sum(counts.spread.between.values()) >= FLUSHES - 10
+    assert counts.jqcow.sync_calls.keys() == {"fdatasync"}
+    assert counts.jqcow.amortised <= AMORTISED_MAX
+    # What QEMU needs shows that the trace sees such calls.
+    assert counts.qemu.amortised > 1.5
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("ours", "spread"),
+    [
+        (Counts("jqcow", 600, {"fdatasync": 602}, 1), Spread(2, {1: 599}, {})),
+        (Counts("jqcow", 600, {"fdatasync": 603}, 0), Spread(2, {1: 598, 2: 1}, {})),
+        (Counts("jqcow", 600, {"fdatasync": 640}, 0), Spread(2, {1: 560}, {2: 39})),
+    ],
+    ids=["opened with O_SYNC", "two in one flush", "too many checkpoints"],
+)
+def test_a_broken_promise_is_told(ours: Counts, spread: Spread) -> None:
+    comparison = Comparison(ours, Counts("QEMU", 600, {"fdatasync": 1203}, 0), spread)
+    assert not comparison.kept
+    assert "BROKEN" in comparison.format_table()
+
+
+def test_speed_is_measured_in_pairs(tmp_path: Path) -> None:
+    """Small, to show that the command works; a time is no promise, so none is asserted."""
+    speeds = compare_speed(tmp_path, rounds=1, size=4 << 20)
+    assert [len(pair.jqcow_seconds) for pair in speeds.pairs] == [1, 1, 1]
+    assert all(pair.ratio > 0 for pair in speeds.pairs)
+    assert speeds.format_table().count("\n") == 7
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["barriers", "--flushes", "20", "--directory", str(tmp_path), "--output", "json"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["spread"]["between"] == {"1": 19}

@@ -1,0 +1,191 @@
+"""QEMU's tools, and a raw disk as the model that all parties are held to."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jqcow
+
+SECTOR_BYTES = 512
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, whatever its exit status."""
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def done(*command: object) -> str:
+    """Run a command that must succeed; return what it printed."""
+    result = run(*command)
+    assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def check_clean(path: Path) -> None:
+    """QEMU's check finds no error and no leak."""
+    result = run("qemu-img", "check", "-f", "qcow2", "--output=json", path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report: dict[str, Any] = json.loads(result.stdout)
+    bad = {key: report.get(key, 0) for key in ("corruptions", "leaks", "check-errors")}
+    assert not any(bad.values()), bad
+
+
+def compare(image: Path, raw: Path) -> None:
+    """QEMU reads the same from the image as from a raw file."""
+    done("qemu-img", "compare", "-f", "qcow2", "-F", "raw", image, raw)
+
+
+def qemu_io(path: Path, *commands: str) -> str:
+    """Run qemu-io commands on an image; one that it complains of fails the test."""
+    options = [word for command in commands for word in ("-c", command)]
+    output = done("qemu-io", "-f", "qcow2", *options, path)
+    complaints = ("failed", "error", "invalid", "not supported", "does not", "out of range")
+    assert not any(word in output.lower() for word in complaints), output
+    return output
+
+
+class RawModel:
+    """A sparse raw file that gets every change too; it may be larger than memory."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        path.touch()
+        os.truncate(path, size)
+
+    def write(self, data: bytes, offset: int) -> None:
+        """Write; a hole is made by `zero`."""
+        with self.path.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+
+    def zero(self, length: int, offset: int) -> None:
+        """Zero a range, by writing."""
+        self.write(bytes(length), offset)
+
+    def resize(self, size: int) -> None:
+        """Cut or grow."""
+        os.truncate(self.path, size)
+        self.size = size
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Read; the range lies on the disk."""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+
+@dataclass
+class Rounds:
+    """One image that jqcow and QEMU change in turn. ``hot`` ranges get most of the changes."""
+
+    image: Path
+    model: RawModel
+    cluster_bytes: int
+    chance: random.Random
+
+    def __post_init__(self) -> None:
+        reach = min(self.model.size, 24 * self.cluster_bytes)
+        starts = [0, max(0, self.model.size - reach)]
+        starts += [self.chance.randrange(max(1, self.model.size - reach)) for _ in range(2)]
+        self.hot = [(start, reach) for start in starts]
+
+    def random_range(self, *, unit: int = 1) -> tuple[int, int]:
+        """Return (offset, length) in a hot range, multiples of ``unit`` save for the end of the disk."""
+        start, reach = self.chance.choice(self.hot)
+        offset = (start + self.chance.randrange(max(1, reach))) // unit * unit
+        length = self.chance.choice((1, 512, 4096, self.cluster_bytes, 3 * self.cluster_bytes + 700))
+        length = min(-(-length // unit) * unit, self.model.size - offset)
+        return offset, max(0, length)
+
+    def by_jqcow(self, steps: int) -> None:
+        """Change the image through jqcow, and close it cleanly."""
+        with jqcow.open(self.image, "r+") as image:
+            self.require_same(image)
+            for _ in range(steps):
+                self._jqcow_step(image)
+            self.require_same(image)
+            assert image.check().ok
+        self.judge()
+
+    def _jqcow_step(self, image: jqcow.Image) -> None:
+        offset, length = self.random_range()
+        match self.chance.randrange(8):
+            case 0 | 1 | 2 | 3:
+                data = self.chance.randbytes(length)
+                image.pwrite(data, offset, fua=self.chance.random() < 0.1)
+                self.model.write(data, offset)
+            case 4:
+                image.write_zeroes(length, offset, unmap=self.chance.random() < 0.5)
+                self.model.zero(length, offset)
+            case 5:
+                offset, length = self.random_range(unit=self.cluster_bytes)
+                image.discard(length, offset)
+                self.model.zero(length, offset)
+            case 6:
+                image.flush()
+            case _:
+                image.checkpoint()
+
+    def by_qemu(self, steps: int) -> None:
+        """Change the image through qemu-io."""
+        qemu_io(self.image, *(command for _ in range(steps) for command in self._qemu_step()))
+        self.judge()
+
+    def _qemu_step(self) -> list[str]:
+        unit = self.chance.choice((SECTOR_BYTES, self.cluster_bytes))
+        offset, length = self.random_range(unit=unit)
+        if not length:
+            return ["flush"]
+        match self.chance.randrange(7):
+            case 0 | 1 | 2:
+                byte = self.chance.randrange(1, 256)
+                self.model.write(bytes([byte]) * length, offset)
+                return [f"write -P {byte} {offset} {length}"]
+            case 3:
+                self.model.zero(length, offset)
+                return [f"write -z {offset} {length}"]
+            case 4:
+                self.model.zero(length, offset)
+                return [f"write -z -u {offset} {length}"]
+            case 5:
+                offset, length = self.random_range(unit=self.cluster_bytes)
+                self.model.zero(length, offset)
+                return [f"discard {offset} {length}"]
+            case _:
+                return ["flush"]
+
+    def resize_by_qemu(self, size: int) -> None:
+        """Grow or shrink the disk by qemu-img."""
+        done("qemu-img", "resize", "-q", "--shrink", "-f", "qcow2", self.image, size)
+        self.model.resize(size)
+        self.__post_init__()
+
+    def resize_by_jqcow(self, size: int) -> None:
+        """Grow the disk by jqcow."""
+        with jqcow.open(self.image, "r+") as image:
+            image.resize(size)
+        self.model.resize(size)
+        self.__post_init__()
+        self.judge()
+
+    def require_same(self, image: jqcow.Image) -> None:
+        """jqcow reads the model in all hot ranges."""
+        assert image.size == self.model.size
+        for start, reach in self.hot:
+            assert image.pread(reach, start) == self.model.read(reach, start), f"differs near {start:#x}"
+
+    def judge(self) -> None:
+        """QEMU finds nothing wrong, and reads the model; so does jqcow, everywhere."""
+        check_clean(self.image)
+        compare(self.image, self.model.path)
+        with jqcow.open(self.image) as image:
+            self.require_same(image)
+            assert image.info().journal is None

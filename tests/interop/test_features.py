@@ -1,0 +1,206 @@
+"""Images that QEMU made with features: read where that is safe, refused by name otherwise, never misread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import jqcow
+from tests.interop.qemu import done, qemu_io, run
+
+SIZE = 4 << 20
+PATTERN = b"\x5a" * 65536
+
+
+def make(path: Path, options: str = "", *more: str) -> Path:
+    """Create an image with one written cluster."""
+    arguments = ["-o", options] if options else []
+    done("qemu-img", "create", "-q", "-f", "qcow2", *arguments, *more, path, SIZE)
+    qemu_io(path, "write -P 0x5a 64k 64k")
+    return path
+
+
+def require_readable(path: Path) -> jqcow.ImageInfo:
+    """Reading gives what QEMU wrote, and does not change one byte of the file."""
+    before = path.read_bytes()
+    with jqcow.open(path) as image:
+        assert image.pread(65536, 65536) == PATTERN
+        assert not any(image.pread(65536, 0))
+        assert image.check().ok
+        info = image.info()
+        with pytest.raises(jqcow.ReadOnlyError):
+            image.pwrite(b"x", 0)
+    assert path.read_bytes() == before
+    return info
+
+
+def require_refused(path: Path, mode: jqcow.image.Mode, words: str) -> None:
+    """Opening is refused by name, and does not change one byte of the file."""
+    before = path.read_bytes()
+    with pytest.raises(jqcow.UnsupportedFeatureError, match=words) as caught:
+        jqcow.open(path, mode)
+    assert caught.value.feature
+    assert path.read_bytes() == before
+    # The refusal left no lock behind.
+    done("qemu-img", "info", path)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
+def test_refcount_widths_are_read_and_16_bits_written(tmp_path: Path, bits: int) -> None:
+    path = make(tmp_path / "image.qcow2", f"refcount_bits={bits}")
+    assert require_readable(path).refcount_bits == bits
+    if bits == 16:
+        jqcow.open(path, "r+").close()
+    else:
+        require_refused(path, "r+", f"{bits}-bit refcounts")
+
+
+def test_version_2_is_read(tmp_path: Path) -> None:
+    path = make(tmp_path / "image.qcow2", "compat=0.10")
+    assert require_readable(path).version == 2
+    require_refused(path, "r+", "version 2")
+
+
+def test_internal_snapshots_are_read(tmp_path: Path) -> None:
+    path = make(tmp_path / "image.qcow2")
+    done("qemu-img", "snapshot", "-c", "first", path)
+    qemu_io(path, "write -P 0x11 128k 64k")
+    before = path.read_bytes()
+    with jqcow.open(path) as image:
+        assert image.pread(65536, 65536) == PATTERN
+        assert image.pread(65536, 131072) == b"\x11" * 65536
+        assert image.info().snapshot_count == 1
+    assert path.read_bytes() == before
+    require_refused(path, "r+", "internal snapshots")
+    done("qemu-img", "snapshot", "-d", "first", path)
+    with jqcow.open(path, "r+") as image:
+        image.pwrite(b"x", 0)
+
+
+def test_bitmaps_are_read_past(tmp_path: Path) -> None:
+    path = make(tmp_path / "image.qcow2")
+    done("qemu-img", "bitmap", "--add", path, "changes")
+    before = path.read_bytes()
+    with jqcow.open(path) as image:
+        assert image.pread(65536, 65536) == PATTERN
+    assert path.read_bytes() == before
+    require_refused(path, "r+", "persistent bitmaps")
+    assert "changes" in done("qemu-img", "info", path)
+
+
+def with_backing_file(path: Path) -> None:
+    base = make(path.with_name("base.qcow2"))
+    done("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path)
+
+
+def with_data_file(path: Path) -> None:
+    done(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={path.with_name('data.raw')}", path, SIZE
+    )
+
+
+def with_encryption(path: Path) -> None:
+    secret = ["--object", "secret,id=key,data=password"]
+    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
+    for _ in range(8):
+        # QEMU times its key derivation first, and gives up on a busy machine.
+        made = run("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", options, path, SIZE)
+        if "CPU usage" not in made.stderr:
+            break
+    assert made.returncode == 0, made.stderr
+
+
+def with_old_encryption(path: Path) -> None:
+    secret = ["--object", "secret,id=key,data=password"]
+    done(
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        *secret,
+        "-o",
+        "encrypt.format=aes,encrypt.key-secret=key",
+        path,
+        SIZE,
+    )
+
+
+def with_extended_l2(path: Path) -> None:
+    make(path, "extended_l2=on")
+
+
+@pytest.mark.parametrize(
+    ("create", "words"),
+    [
+        (with_backing_file, "backing file"),
+        (with_data_file, "external data file"),
+        (with_encryption, "encryption"),
+        (with_old_encryption, "encryption"),
+        (with_extended_l2, "extended L2"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_what_could_be_misread_is_refused(
+    tmp_path: Path, create: Callable[[Path], None], words: str, mode: jqcow.image.Mode
+) -> None:
+    path = tmp_path / "image.qcow2"
+    create(path)
+    require_refused(path, mode, words)
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_compressed_clusters_are_refused_when_touched(tmp_path: Path, compression: str) -> None:
+    """The rest of such an image is read and written; the compressed cluster is not harmed."""
+    source = make(tmp_path / "source.qcow2")
+    path = tmp_path / "image.qcow2"
+    options = f"compression_type={compression}"
+    done("qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2", "-o", options, source, path)
+    with jqcow.open(path, "r+") as image:
+        assert image.info().compression_type == compression
+        assert [extent.kind for extent in image.extents(65536, 65536)] == ["compressed"]
+        for touch in (
+            lambda: image.pread(1, 65536),
+            lambda: image.pwrite(b"x", 65536 + 5),
+            lambda: image.write_zeroes(65536, 65536),
+            lambda: image.discard(65536, 65536),
+        ):
+            with pytest.raises(jqcow.UnsupportedFeatureError, match="compressed"):
+                touch()
+        image.pwrite(b"y" * 100_000, 1 << 20)
+        assert image.check().ok
+    done("qemu-img", "check", "-q", path)
+    qemu_io(path, "read -P 0x5a 64k 64k", f"read -P {ord('y')} 1M 100000")
+
+
+def test_dirty_image_is_refused_for_writing(tmp_path: Path) -> None:
+    """QEMU died with lazy refcounts: the refcounts may be wrong until they are rebuilt."""
+    path = make(tmp_path / "image.qcow2", "lazy_refcounts=on")
+    content = bytearray(path.read_bytes())
+    content[79] |= 1
+    path.write_bytes(content)
+    assert require_readable(path).dirty
+    require_refused(path, "r+", "dirty bit")
+
+
+def test_image_marked_corrupt_is_refused_for_writing(tmp_path: Path) -> None:
+    path = make(tmp_path / "image.qcow2")
+    content = bytearray(path.read_bytes())
+    content[79] |= 2
+    path.write_bytes(content)
+    assert require_readable(path).corrupt
+    require_refused(path, "r+", "marked corrupt")
+
+
+def test_unknown_feature_is_refused_with_the_name_that_the_image_gives(tmp_path: Path) -> None:
+    path = make(tmp_path / "image.qcow2")
+    content = bytearray(path.read_bytes())
+    content[72] |= 0x40
+    table = content.find(b"dirty bit") - 2
+    content[table : table + 48] = bytes([0, 62]) + b"time travel".ljust(46, b"\0")
+    path.write_bytes(content)
+    for mode in ("r", "r+"):
+        with pytest.raises(jqcow.UnsupportedFeatureError, match=r"bit 62 \(time travel\)"):
+            jqcow.open(path, mode)

@@ -1,0 +1,54 @@
+"""The command line of `tools/bench`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tools.benchmark.barriers import compare_barriers
+from tools.benchmark.speed import compare_speed
+
+
+@contextmanager
+def directory_for(chosen: str | None) -> Iterator[Path]:
+    """Yield the directory for the images; a temporary one is removed afterwards."""
+    if chosen is not None:
+        yield Path(chosen)
+        return
+    with tempfile.TemporaryDirectory(prefix="jqcow-bench-") as folder:
+        yield Path(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one benchmark; return the exit status."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--directory", help="where the images lie")
+    common.add_argument("--output", choices=("human", "json"), default="human")
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    barriers = parts.add_parser("barriers", parents=[common], help="count sync-like system calls")
+    barriers.add_argument("--flushes", type=int, default=10_000)
+    speed = parts.add_parser("speed", parents=[common], help="time the same work by both")
+    speed.add_argument("--rounds", type=int, default=5)
+    speed.add_argument("--size", type=int, default=256, metavar="MIB", help="bytes written in sequence")
+    options = parser.parse_args(arguments)
+    with directory_for(options.directory) as folder:
+        if options.part == "barriers":
+            counts = compare_barriers(folder, options.flushes)
+            text, data = counts.format_table(), dataclasses.asdict(counts)
+            status = 0 if counts.kept else 1
+        else:
+            speeds = compare_speed(folder, options.rounds, options.size << 20)
+            text, data, status = speeds.format_table(), dataclasses.asdict(speeds), 0
+    print(json.dumps(data, indent=2) if options.output == "json" else text)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

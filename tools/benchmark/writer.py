@@ -1,0 +1,31 @@
+"""The writer that strace watches: allocating writes, each with a flush and a mark behind it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import jqcow
+from tools.benchmark.barriers import CLUSTER_BYTES, FLUSH_MARK, WRITE_BYTES
+
+
+def main() -> None:
+    """Write to the new image PATH with COUNT flushes; print the numbers of those that ended an epoch."""
+    path, flushes = sys.argv[1], int(sys.argv[2])
+    data = b"\xa5" * WRITE_BYTES
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    with jqcow.create(path, flushes * CLUSTER_BYTES, overwrite=True, cluster_size=CLUSTER_BYTES) as image:
+        os.lseek(nowhere, FLUSH_MARK, os.SEEK_SET)
+        epoch = 1
+        for index in range(flushes):
+            image.pwrite(data, index * CLUSTER_BYTES)
+            image.flush()
+            os.lseek(nowhere, FLUSH_MARK, os.SEEK_SET)
+            journal = image.info().journal
+            if journal is not None and journal.epoch != epoch:
+                epoch = journal.epoch
+                print(index)
+
+
+if __name__ == "__main__":
+    main()
