@@ -116,7 +116,7 @@ class Refcounts:
             OSError: the host has no space for a refcount block.
             CorruptionError: a cluster that should be free is not.
         """
-        if not self.space.zero_safe and not self.space.unknown:
+        if self.space.is_short and not self.space.unknown:
             self._search_free()
         run = self.space.take(count)
         self.metadata_clusters.difference_update(range(run.start, run.start + run.count))

@@ -27,7 +27,7 @@ from jqcow.engine.medium import Medium
 from jqcow.ondisk.layout import Geometry
 
 RECYCLE_CLUSTERS = 8
-"""Unknown clusters given back to the host at a time: no more old bytes are destroyed than will be used."""
+"""Unknown clusters given back to the host ahead of need: hardly more old bytes go than are written over."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ class Run:
 
 
 class ClusterRuns:
-    """A set of cluster indices, kept as sorted runs."""
+    """A set of cluster indices, kept as sorted runs; ``cluster_count`` is how many it holds."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
+        self.cluster_count = 0
 
     def __bool__(self) -> bool:
         return bool(self._starts)
@@ -57,11 +58,6 @@ class ClusterRuns:
         """Yield (start, count) in order."""
         return ((start, end - start) for start, end in zip(self._starts, self._ends, strict=True))
 
-    @property
-    def cluster_count(self) -> int:
-        """How many clusters the set holds."""
-        return sum(self._ends) - sum(self._starts)
-
     def add(self, start: int, count: int) -> None:
         """Add a run that does not overlap the set: a cluster listed twice would be handed out twice."""
         place = bisect_right(self._starts, start)
@@ -69,6 +65,7 @@ class ClusterRuns:
         overlaps_next = place < len(self._starts) and self._starts[place] < end
         if overlaps_next or (place and self._ends[place - 1] > start):
             raise RuntimeError(f"free clusters {start}-{end} are listed already")
+        self.cluster_count += count
         if place and self._ends[place - 1] == start:
             place -= 1
             start = self._starts[place]
@@ -83,16 +80,12 @@ class ClusterRuns:
         """Remove and return the lowest run, at most ``count`` clusters of it: (start, count)."""
         start, end = self._starts[0], self._ends[0]
         taken = min(count, end - start)
+        self.cluster_count -= taken
         if start + taken == end:
             del self._starts[0], self._ends[0]
         else:
             self._starts[0] = start + taken
         return start, taken
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._starts.clear()
-        self._ends.clear()
 
 
 @dataclass
@@ -150,10 +143,15 @@ class Space:
 
     # Handing out
 
+    @property
+    def is_short(self) -> bool:
+        """True when zero-safe clusters run out and none are on their way: unknown ones are to be recycled."""
+        return self.zero_safe.cluster_count < RECYCLE_CLUSTERS and not self._settling
+
     def take(self, count: int) -> Run:
         """Take up to ``count`` clusters, zero-safe ones first; at least one."""
-        if self.unknown and not self.zero_safe:
-            self._recycle(count)
+        if self.is_short:
+            self._recycle()
         if self.zero_safe:
             run = Run(*self.zero_safe.take(count), zero_safe=True)
         elif self.unknown and not self._host_punches:
@@ -176,9 +174,9 @@ class Space:
         if self._undo is not None:
             self._undo.taken.append(run)
 
-    def _recycle(self, count: int) -> None:
-        """Give unknown clusters back to the host, about as many as are asked for, for later use (S3)."""
-        wanted = min(max(count, 1), RECYCLE_CLUSTERS)
+    def _recycle(self) -> None:
+        """Give a few unknown clusters back to the host, for use after the next barrier (S3)."""
+        wanted = RECYCLE_CLUSTERS
         while wanted and self.unknown and self._host_punches:
             start, taken = self.unknown.take(wanted)
             self._punch(start, taken)
