@@ -2,8 +2,8 @@
 
 R1. A refcount is raised in the operation, and so in the record, that makes the reference.
 R2. A cluster is handed out only if its refcount, staged changes included, is 0.
-R3. The home of a new metadata cluster is allocated on the host before the record that names it: a full
-    disk fails the operation, not the checkpoint.
+R3. The home of a metadata cluster is allocated on the host before a record names it, and that of every
+    older one before the first record: a full disk fails the operation, not the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from jqcow import _native
 from jqcow.engine.metadata import Metadata
-from jqcow.engine.space import Run, Space
+from jqcow.engine.space import ClusterRuns, Run, Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk.entries import REFCOUNT_TABLE_OFFSET_MASK, REFCOUNT_TABLE_RESERVED
@@ -145,6 +145,19 @@ class Refcounts:
             self.metadata.zero_cluster(cluster * cluster_bytes)
             self.metadata_clusters.add(cluster)
         return offset
+
+    def allocate_homes(self) -> None:
+        """Give every metadata cluster its space on the host: who made the image may have left holes (R3).
+
+        Raises:
+            OSError: the host has no space for them.
+        """
+        cluster_bytes = self.geometry.cluster_bytes
+        runs = ClusterRuns()
+        for cluster in sorted(self.metadata_clusters):
+            runs.add(cluster, 1)
+        for start, count in runs:
+            self.metadata.medium.allocate(start * cluster_bytes, count * cluster_bytes)
 
     def _raise(self, start: int, count: int) -> None:
         for cluster in range(start, start + count):

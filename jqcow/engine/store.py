@@ -159,6 +159,7 @@ class Store:
         try:
             self._settle_root()
             before = self.medium.pread(SECTOR_BYTES, 0)
+            self.refcounts.allocate_homes()
             journal = self._lay_journal(self.journal_bytes, epoch=1, live=())
             with self._given_up_on_error(journal.extent):
                 # Durable now: the opening frame and the root copy. The root that names them comes next.
@@ -454,6 +455,7 @@ class Store:
         live = tuple(frame.raw for frame in scan.frames)
         self._relocate(max(scan.extent.length, self.journal_bytes), scan.epoch, live, scan.sequence)
         self._end_epoch()
+        self.refcounts.allocate_homes()
 
     def _root_copy_serves(self, extent: JournalRange) -> bool:
         """Return True if sector 0 may be rewritten: its copy names the same journal, or there is never one.

@@ -1,0 +1,130 @@
+"""Stories without a power cut, for promises that hostile or unusual images put to the test.
+
+Each raises PromiseBroken if the promise does not hold.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import jqcow
+from jqcow.errors import JqcowError
+from jqcow.ondisk.header import Header
+from jqcow.testing import FaultPlan, SectorModel, SimulatedDevice
+from tests.support.images import JOURNAL_BYTES, Expectation, Session, Windows, open_simulated
+from tests.support.judge import PromiseBroken, require
+
+CLUSTER_BYTES = 4096
+COPIED = 1 << 63
+
+
+@dataclass
+class Crafted:
+    """A closed image of three data clusters, whose tables are then changed by hand."""
+
+    content: bytearray
+    header: Header
+    l2_table: int
+
+    @classmethod
+    def new(cls) -> Crafted:
+        """Return an image with guest clusters 0 to 2 allocated."""
+        device = SimulatedDevice()
+        image = jqcow.create_on_device(
+            device, 1 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES
+        )
+        image.pwrite(b"\x33" * (3 * CLUSTER_BYTES), 0)
+        image.close()
+        content = bytearray(device.content())
+        header = Header.unpack(bytes(content[:512]))
+        entry = int.from_bytes(content[header.l1_table_offset :][:8], "big")
+        return cls(content, header, entry & ~COPIED)
+
+    def entry(self, guest_cluster: int) -> int:
+        """Return an L2 entry."""
+        place = self.l2_table + 8 * guest_cluster
+        return int.from_bytes(self.content[place : place + 8], "big")
+
+    def set_entry(self, guest_cluster: int, value: int) -> None:
+        """Change an L2 entry."""
+        place = self.l2_table + 8 * guest_cluster
+        self.content[place : place + 8] = value.to_bytes(8, "big")
+
+    def set_refcount(self, host_offset: int, value: int) -> None:
+        """Change the refcount of a host cluster (they are all in the first block)."""
+        place = self.header.refcount_table_offset
+        block = int.from_bytes(self.content[place : place + 8], "big")
+        place = block + host_offset // CLUSTER_BYTES * 2
+        self.content[place : place + 2] = value.to_bytes(2, "big")
+
+    def open(self) -> jqcow.Image:
+        """Open the image for writing."""
+        return open_simulated(SimulatedDevice(bytes(self.content)))
+
+
+def _must_refuse(promise: str, action: Callable[[], object]) -> None:
+    try:
+        action()
+    except JqcowError:
+        return
+    raise PromiseBroken(promise)
+
+
+def unaligned_entry() -> None:
+    """P6: an entry into the middle of a cluster is refused, not read."""
+    crafted = Crafted.new()
+    crafted.set_entry(1, crafted.entry(1) + 512)
+    image = crafted.open()
+    _must_refuse("P6: another cluster's bytes were read", lambda: image.pread(512, CLUSTER_BYTES))
+
+
+def entry_into_metadata() -> None:
+    """P6: a guest write must not land on the L1 table that an entry leads to."""
+    crafted = Crafted.new()
+    crafted.set_entry(1, crafted.header.l1_table_offset | COPIED)
+    image = crafted.open()
+    _must_refuse("P6: a guest write destroyed the L1 table", lambda: image.pwrite(b"x" * 512, CLUSTER_BYTES))
+
+
+def shared_cluster() -> None:
+    """P1: a write to one owner of a cluster does not show in the other; it may be refused."""
+    crafted = Crafted.new()
+    shared, given_up = crafted.entry(0) & ~COPIED, crafted.entry(1) & ~COPIED
+    for guest_cluster in (0, 1):
+        crafted.set_entry(guest_cluster, shared)
+    crafted.set_refcount(shared, 2)
+    crafted.set_refcount(given_up, 0)
+    image = crafted.open()
+    with suppress(JqcowError):
+        image.pwrite(b"\x44" * 512, 0)
+    other = image.pread(CLUSTER_BYTES, CLUSTER_BYTES)
+    require(other == b"\x33" * CLUSTER_BYTES, "P1: another guest cluster changed")
+
+
+def checkpoint_on_full_disk() -> None:
+    """P5: what was accepted before the disk was full can be brought home while it is."""
+    windows = Windows.of(CLUSTER_BYTES)
+    device = SimulatedDevice()
+    expectation = Expectation(windows, SectorModel(windows.model_bytes), (windows.disk_bytes,))
+    session = Session(device, expectation)
+    session.create(CLUSTER_BYTES, windows.disk_bytes)
+    for index in range(windows.count):
+        session.write(index * windows.window_bytes, CLUSTER_BYTES)
+    device.faults = FaultPlan(full_from=1)
+    try:
+        session.checkpoint()
+    except OSError as error:
+        require(error.errno != errno.ENOSPC, "P5: the checkpoint found the disk full")
+        raise
+    session.look()
+
+
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "unaligned-entry": unaligned_entry,
+    "entry-into-metadata": entry_into_metadata,
+    "shared-cluster": shared_cluster,
+    "checkpoint-on-full-disk": checkpoint_on_full_disk,
+}
