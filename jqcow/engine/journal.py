@@ -9,8 +9,7 @@ J2. An append starts only after the previous frame was accepted (durable) or rev
     frame can be torn.
 J3. Sequence numbers never restart; an epoch's frames join without a gap.
 J4. The first frame of an epoch starts with the header and declares the epoch before it checkpointed.
-J5. A revoked frame's first block is overwritten before the next append: it cannot come back to life.
-J6. What an epoch decodes to, and what it zeroes, is bounded (`decoded_limit`, `zeroed_limit`): so are the
+J5. What an epoch decodes to, and what it zeroes, is bounded (`decoded_limit`, `zeroed_limit`): so are the
     memory and the time of replay. The writer keeps to the same bounds as the scan.
 """
 
@@ -44,12 +43,12 @@ ZERO_CHUNK_BYTES = 1 << 20
 
 
 def decoded_limit(half_bytes: int) -> int:
-    """Return how many bytes the payloads of one epoch may decode to (J6)."""
+    """Return how many bytes the payloads of one epoch may decode to (J5)."""
     return max(half_bytes, min(DECODED_HALVES_MAX * half_bytes, DECODED_BYTES_MAX))
 
 
 def zeroed_limit(half_bytes: int) -> int:
-    """Return how many bytes the zero operations of one epoch may name (J6)."""
+    """Return how many bytes the zero operations of one epoch may name (J5)."""
     return ZEROED_BYTES_MIN + half_bytes
 
 
@@ -115,7 +114,7 @@ class Journal:
         self.zeroed_bytes += append.payload.zeroed_length
 
     def revoke(self, append: Append) -> None:
-        """Overwrite the start of a frame that failed, so that it cannot come back to life (J5).
+        """Overwrite the start of a frame that failed, so that it cannot come back to life.
 
         Where even that fails nobody can tell what replay would find: the image turns read-only.
         """

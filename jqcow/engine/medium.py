@@ -2,8 +2,9 @@
 
 M1. A barrier that failed or was interrupted is final: it is not tried again, and no change reaches the
     device after it.
-M2. ``high_water`` is at least every size that the file may have after a crash: a range past it reads as
-    zeros in every crash state unless it is written later.
+
+``high_water`` is at least every size that the file may have after a crash: a range past it reads as zeros in
+every crash state unless it is written later.
 """
 
 from __future__ import annotations

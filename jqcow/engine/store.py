@@ -236,6 +236,7 @@ class Store:
     @contextmanager
     def _kept_on_error(self, before: bytes) -> Iterator[None]:
         """Where the body fails to change the root, write sector 0 as it was before (T6)."""
+        self._root_unsettled = True
         try:
             yield
         except BaseException:
@@ -384,9 +385,8 @@ class Store:
             self.medium.barrier("move.range")
             with self._kept_on_error(roots.pack_root(header, old)):
                 self.medium.pwrite(roots.pack_root(header, journal.extent), 0)
-                # Durable now: the root names the new range. From here on the old one may be lost.
-                self.medium.barrier("move.root")
         self.journal, self._root_copy_is_stale = journal, False
+        # The root shares the next barrier. Until then either range will do: both hold the same state.
         self.space.retire(old.offset, old.length)
 
     # Recovery and clean close

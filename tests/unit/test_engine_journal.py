@@ -81,7 +81,7 @@ class TestAppendAndScan:
         assert (found.epoch, sequences(found), found.stale_frames) == (3, [7], 5)
 
     def test_decoded_bytes_of_an_epoch_are_bounded(self) -> None:
-        """J6: small frames that unpack to much end the epoch before the half is full."""
+        """J5: small frames that unpack to much end the epoch before the half is full."""
         journal, _ = make_journal()
         big = EncodedPayload(1, b"x", EXTENT.half_bytes)
         assert journal.has_room(big)
@@ -129,7 +129,7 @@ class TestTornTail:
 
 class TestRevoke:
     def test_failed_write_is_revoked(self) -> None:
-        """J5: although all of it reached the device, the frame does not come back to life."""
+        """Although all of it reached the device, the frame does not come back to life."""
         journal, device = make_journal()
         fill(journal, 2)
         device.faults = FaultPlan(Fault(errno.EIO, call="pwrite", applied_bytes=EVERYTHING))
