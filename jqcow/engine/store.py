@@ -385,8 +385,10 @@ class Store:
             self.medium.barrier("move.range")
             with self._kept_on_error(roots.pack_root(header, old)):
                 self.medium.pwrite(roots.pack_root(header, journal.extent), 0)
+                # Durable now: the root names the new range. Homes are written from here on, and the old
+                # range's frames need not be durable: a failed barrier may have lost them.
+                self.medium.barrier("move.root")
         self.journal, self._root_copy_is_stale = journal, False
-        # The root shares the next barrier. Until then either range will do: both hold the same state.
         self.space.retire(old.offset, old.length)
 
     # Recovery and clean close

@@ -62,6 +62,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "flush.record": ("reopened/4096/0",),
     "checkpoint.homes": ("epochs/4096/0",),
     "move.range": ("move/4096/0",),
+    "move.root": tuple(f"barrier-fails/4096/{seed}" for seed in (7, 3, 1)),
     "recover.settle": tuple(f"root:move-killed/8192/{seed}" for seed in range(4)),
     "recover.root": ("root:killed/8192/0",),
     "close.data": ("in-place/4096/0",),

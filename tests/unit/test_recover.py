@@ -184,7 +184,7 @@ def test_a_recovery_killed_at_any_barrier_is_recovered() -> None:
         assert (report.verification.errors, report.verification.leaks) == (0, 0), name
         with jqcow.open_device(device) as image:
             assert_acknowledged(image, 3)
-    assert {"recover.settle", "recover.root", "move.range", "checkpoint.homes", "close.clear"} <= set(names)
+    assert {"recover.settle", "recover.root", "move.range", "move.root", "close.clear"} <= set(names)
 
 
 def set_refcount(path: Path, cluster: int, value: int) -> None:
