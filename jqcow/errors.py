@@ -11,6 +11,7 @@ end of the disk, a negative length) are a plain ``ValueError``, as everywhere in
     +-- ImageInUse (OSError)              another process holds the image's locks
     +-- ReadOnlyError (OSError)           a change was asked of an image that cannot be changed
     |   +-- PoisonedError                 ... because a barrier failed earlier: the image must be reopened
+    +-- TransactionError (RuntimeError)   a call that the state of a transaction does not allow
     +-- ImageClosedError (ValueError)     the image was closed before the call
 """
 
@@ -74,3 +75,7 @@ class ImageClosedError(JqcowError, ValueError):
 
     def __init__(self) -> None:
         super().__init__("the image is closed")
+
+
+class TransactionError(JqcowError, RuntimeError):
+    """The call does not fit the state of a transaction: it has ended, or the thread would wait for itself."""

@@ -1,7 +1,8 @@
 """The image: create, open, read, write, zero, discard, flush, checkpoint, close.
 
 Threads may share an image: every method takes the image's one lock, so each call sees the calls before
-it whole, and waits for a flush that another thread is in. A forked child must not use its parent's image.
+it whole. While a flush waits for the device the lock is free: other threads go on, and their flushes share
+the next barrier. Changes wait while a transaction is open. A forked child must not use its parent's image.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,13 +24,14 @@ from jqcow.engine.journal import Scan
 from jqcow.engine.mapping import COMPRESSED, DATA, ZERO, MappedRun
 from jqcow.engine.medium import Medium
 from jqcow.engine.store import random_salt
-from jqcow.errors import ImageClosedError, PoisonedError, ReadOnlyError
+from jqcow.errors import ImageClosedError, PoisonedError, ReadOnlyError, TransactionError
 from jqcow.offline.check import CheckReport, check_structure
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.transaction import Transaction
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -241,7 +244,9 @@ class Image:
         self._store = opened.store
         self._data = DataPath(opened.store)
         self._mode: Mode = mode
-        self._lock = threading.RLock()
+        self._lock = opened.store.medium.lock
+        self._transaction_ended = threading.Condition(self._lock)
+        self._transaction_thread: int | None = None
         self._closed = False
         self.recovered = None if opened.scan is None else Recovered.from_scan(opened.scan)
 
@@ -249,7 +254,12 @@ class Image:
 
     @property
     def size(self) -> int:
-        """Size of the disk."""
+        """Size of the disk, as last committed or changed; a transaction's own size is its `size`."""
+        with self._lock:
+            return self._disk_bytes
+
+    @property
+    def _disk_bytes(self) -> int:
         return self._store.metadata.header.size
 
     @property
@@ -317,8 +327,10 @@ class Image:
             ValueError: the range reaches past the end.
             CorruptionError: a table on the way is damaged.
         """
-        length = self.size - offset if length is None else length
-        self._check_range(length, offset)
+        with self._lock:
+            self._require_open()
+            length = self._disk_bytes - offset if length is None else length
+            self._check_range(length, offset)
         return self._joined_extents(length, offset)
 
     def _joined_extents(self, length: int, offset: int) -> Iterator[Extent]:
@@ -350,7 +362,9 @@ class Image:
             CorruptionError: a table on the way is damaged.
             OSError: the host failed.
         """
-        self._check_range(length, offset)
+        with self._lock:
+            self._require_open()
+            self._check_range(length, offset)
         buffer = bytearray(length)
         self.pread_into(buffer, offset)
         return bytes(buffer)
@@ -374,13 +388,13 @@ class Image:
             ReadOnlyError: the image was opened with ``"r"``, or is read-only since a failed barrier.
             OSError: the host failed; the range may be old or new, all else is as before.
         """
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._lock:
-            self._require_writable()
-            self._check_range(len(view), offset)
-            if view:
-                self._data.write(view, offset)
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            with self._changing():
+                self._check_range(len(view), offset)
+                if view:
+                    self._data.write(view, offset)
             if fua:
-                self._store.flush()
+                self.flush()
             return len(view)
 
     def write_zeroes(self, length: int, offset: int, unmap: bool = True) -> None:
@@ -389,8 +403,7 @@ class Image:
         ``unmap`` frees the clusters that the range covers whole; without it they stay allocated.
         Errors as `pwrite`.
         """
-        with self._lock:
-            self._require_writable()
+        with self._changing():
             self._check_range(length, offset)
             if length:
                 self._data.write_zeroes(length, offset, unmap=unmap)
@@ -400,26 +413,94 @@ class Image:
 
         Errors as `pwrite`.
         """
-        with self._lock:
-            self._require_writable()
+        with self._changing():
             self._check_range(length, offset)
             if length:
                 self._data.discard(length, offset)
 
     def resize(self, size: int) -> None:
-        """Make the disk larger; what is added reads as zeros. Durable with the next `flush`.
+        """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
+
+        Atomic. Growing is durable with the next `flush`; shrinking is a transaction, and durable on return.
 
         Raises:
-            ValueError: not a multiple of 512, or smaller than the disk is.
+            ValueError: not a multiple of 512.
             ReadOnlyError, OSError: as `pwrite`; the size is as before.
         """
+        _check_disk_size(size)
+        if size < self.size:
+            with self.transaction() as transaction:
+                transaction.resize(size)
+            return
+        with self._changing():
+            if size > self._disk_bytes:
+                self._data.resize(size)
+
+    # Transactions
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Make all changes inside atomic and durable together.
+
+        Entering waits for other transactions and commits what was written before. Inside, use the
+        transaction's own methods; other threads' changes wait, their reads see the last committed state.
+        `flush` makes nothing of the transaction durable. At the end of the block it is committed, and the
+        receipt is in ``receipt``; an exception, or `Transaction.rollback`, undoes all of it.
+
+        Raises:
+            TransactionError: this thread has a transaction open on this image.
+            ReadOnlyError: the image cannot be changed.
+            OSError: entering or committing failed; nothing of the transaction happened.
+        """
+        transaction = self._begin_transaction()
+        try:
+            yield transaction
+            with self._lock:
+                if transaction.is_open:
+                    self._require_writable()
+                    transaction._commit()
+        finally:
+            with self._lock:
+                if transaction.is_open:
+                    transaction._abandon()
+                self._end_transaction()
+
+    def _begin_transaction(self) -> Transaction:
         with self._lock:
+            self._wait_for_transaction()
             self._require_writable()
-            _check_disk_size(size)
-            if size < self.size:
-                raise ValueError(f"the disk has {self.size} bytes and cannot shrink to {size}")
-            if size > self.size:
-                self._data.grow(size)
+            self._transaction_thread = threading.get_ident()
+            try:
+                self._store.prepare_to_change()
+                self._store.begin_transaction()
+            except BaseException:
+                self._end_transaction()
+                raise
+            self._data.fresh = set()
+            return Transaction(self._data, self._require_writable)
+
+    def _wait_for_transaction(self) -> None:
+        if self._transaction_thread == threading.get_ident():
+            raise TransactionError("this thread has a transaction open: use its own methods")
+        while self._transaction_thread is not None:
+            self._transaction_ended.wait()
+
+    def _end_transaction(self) -> None:
+        self._transaction_thread = None
+        self._store.turn.changed()
+        self._transaction_ended.notify_all()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the lock for a change, once no transaction is open."""
+        with self._lock:
+            self._require_open()
+            self._wait_for_transaction()
+            self._require_writable()
+            try:
+                yield
+            finally:
+                self._store.turn.changed()
 
     def flush(self) -> None:
         """Make everything that was written durable.
@@ -440,6 +521,7 @@ class Image:
         Errors as `flush`; the journal stays valid, and a later checkpoint tries again.
         """
         with self._lock:
+            self._wait_for_transaction()
             self._require_writable()
             self._store.checkpoint()
 
@@ -461,6 +543,7 @@ class Image:
         with self._lock:
             if self._closed:
                 return
+            self._wait_for_transaction()
             self._closed = True
             try:
                 if self._mode == "r+" and not self._store.medium.poisoned:
@@ -494,8 +577,10 @@ class Image:
             raise PoisonedError("the image is read-only since a barrier failed: reopen it to recover")
 
     def _check_range(self, length: int, offset: int) -> None:
-        if length < 0 or offset < 0 or offset + length > self.size:
-            raise ValueError(f"{length} bytes at {offset} are not within the disk of {self.size} bytes")
+        if length < 0 or offset < 0 or offset + length > self._disk_bytes:
+            raise ValueError(
+                f"{length} bytes at {offset} are not within the disk of {self._disk_bytes} bytes"
+            )
 
 
 def _as_extent(run: MappedRun, offset: int) -> Extent:

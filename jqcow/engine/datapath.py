@@ -4,7 +4,8 @@ A guest write in one breath: resolve the runs; where a cluster belongs to this g
 in place; otherwise allocate, write the data into the new clusters, and stage the entries that map them.
 Nothing maps the data before the record is durable.
 
-W1. In place only where the refcount, staged changes included, is 1.
+W1. In place only where the refcount, staged changes included, is 1; in a transaction, only in clusters
+    that it allocated since its last savepoint.
 W2. A newly visible pair (guest range, host range) is zero-safe only if the guest's old content reads as
     zeros and the host range would read as zeros if its data never came. Every other pair is ordered.
 W3. A cluster that is not zero-safe is written whole.
@@ -52,6 +53,8 @@ class DataPath:
         self.mapping = store.mapping
         self.refcounts = store.refcounts
         self.geometry = store.geometry
+        self.fresh: set[int] | None = None
+        """In a transaction: the clusters allocated since its start or last savepoint; None outside."""
         self._cluster_bytes = store.geometry.cluster_bytes
 
     # Read
@@ -121,7 +124,7 @@ class DataPath:
         exclusive_from = start
         while start < end:
             reach = min(end, start - start % self._cluster_bytes + self._cluster_bytes)
-            if self._is_shared(piece.run.host_offset + start - piece.offset):
+            if not self._may_overwrite(piece.run.host_offset + start - piece.offset):
                 if exclusive_from < start:
                     pieces.append(_cut_piece(piece, exclusive_from, start, in_place=True))
                 pieces.append(_cut_piece(piece, start, reach, in_place=False))
@@ -144,6 +147,12 @@ class DataPath:
         if cluster in self.refcounts.metadata_clusters:
             raise CorruptionError("L2 table", host_offset, "a guest cluster is mapped onto metadata")
         return refcount > 1
+
+    def _may_overwrite(self, host_offset: int) -> bool:
+        """Return True if a write may go to the host cluster in place (W1); errors as `_is_shared`."""
+        if self._is_shared(host_offset):
+            return False
+        return self.fresh is None or host_offset // self._cluster_bytes in self.fresh
 
     def _write_span(self, data: memoryview, offset: int) -> None:
         pieces = self._pieces(offset, len(data))
@@ -172,6 +181,8 @@ class DataPath:
                 run = Run(kept // self._cluster_bytes, 1, zero_safe=False)
             else:
                 run = self.refcounts.allocate(self._unkept_count(piece, cluster, last))
+                if self.fresh is not None:
+                    self.fresh.update(range(run.start, run.start + run.count))
             self._write_run(piece, data, cluster, run)
             self._map_run(piece, cluster, run)
             cluster += run.count
@@ -181,7 +192,7 @@ class DataPath:
         if piece.run.kind != ZERO:
             return 0
         host = self.mapping.entry_host(guest_cluster)
-        return host if host and not self._is_shared(host) else 0
+        return host if host and self._may_overwrite(host) else 0
 
     def _unkept_count(self, piece: _Piece, cluster: int, last: int) -> int:
         if piece.run.kind != ZERO:
@@ -297,27 +308,65 @@ class DataPath:
                 yield from range(first, first + self.geometry.clusters(run.length))
             start += run.length
 
-    # Growing the disk
+    # Resizing the disk
 
-    def grow(self, size_bytes: int) -> None:
-        """Make the disk larger; what is added reads as zeros.
+    def resize(self, size_bytes: int) -> None:
+        """Set the size of the disk. What is added reads as zeros; what is cut off is freed.
+
+        Cutting must be part of a transaction: it is more than one operation may stage.
 
         Raises:
             OSError: the disk has its old size.
         """
         self._start_change()
-        header = self.store.metadata.header
+        if size_bytes < self.store.metadata.header.size:
+            self._shrink(size_bytes)
+        else:
+            self._grow(size_bytes)
+
+    def _grow(self, size_bytes: int) -> None:
+        old_size = self.store.metadata.header.size
         with self.store.operation():
-            within = header.size % self._cluster_bytes
-            if within:
-                run = self.mapping.run(header.size - 1, 1)
-                if run.kind == DATA:
-                    # What lies behind the old end in its last cluster was never the guest's.
-                    rest = bytes(self._cluster_bytes - within)
-                    self.medium.pwrite(rest, run.host_offset + 1)
-                    self.store.metadata.require_order()
+            # What lies behind the old end in its last cluster was never the guest's.
+            self._zero_tail(old_size)
             self.mapping.grow_l1(self.geometry.l1_entries_for(size_bytes), self.refcounts)
             self.store.metadata.set_header(size=size_bytes)
+
+    def _zero_tail(self, size_bytes: int) -> None:
+        within = size_bytes % self._cluster_bytes
+        if not within:
+            return
+        zeros = memoryview(bytes(self._cluster_bytes - within))
+        pieces = [piece for piece in self._pieces(size_bytes, len(zeros)) if piece.run.kind == DATA]
+        if pieces:
+            self._write_pieces(pieces, zeros, size_bytes)
+            self.store.metadata.require_order()
+
+    def _shrink(self, size_bytes: int) -> None:
+        header = self.store.metadata.header
+        first = self.geometry.clusters(size_bytes)
+        kept_tables = self.geometry.l1_entries_for(size_bytes)
+        end = kept_tables * self.geometry.l2_entries * self._cluster_bytes
+        for start, length in self._spans(
+            first * self._cluster_bytes, max(0, end - first * self._cluster_bytes)
+        ):
+            self._set_whole(start, start + length, lambda host: 0)
+        for l1_index in range(kept_tables, header.l1_size):
+            if self.mapping.l2_table(l1_index):
+                self._drop_table(l1_index)
+        with self.store.operation():
+            self.store.metadata.set_header(size=size_bytes)
+
+    def _drop_table(self, l1_index: int) -> None:
+        """Free an L2 table and all that it maps."""
+        table_bytes = self.geometry.l2_entries * self._cluster_bytes
+        start = l1_index * table_bytes
+        with self.store.operation():
+            for cluster in self._mapped_clusters(start, start + table_bytes):
+                host = self.mapping.entry_host(cluster)
+                if host:
+                    self.refcounts.release(host // self._cluster_bytes)
+            self.mapping.drop_l2_table(l1_index, self.refcounts)
 
 
 def _cut_piece(piece: _Piece, start: int, end: int, *, in_place: bool) -> _Piece:

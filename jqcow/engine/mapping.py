@@ -163,6 +163,12 @@ class Mapping:
         self.metadata.set_entry(header.l1_table_offset + l1_index * ENTRY_BYTES, entries.l1_entry(table))
         return table
 
+    def drop_l2_table(self, l1_index: int, refcounts: Refcounts) -> None:
+        """Stage an L1 entry without an L2 table, and free the table."""
+        table = self.l2_table(l1_index)
+        self.metadata.set_entry(self.metadata.header.l1_table_offset + l1_index * ENTRY_BYTES, 0)
+        refcounts.release_metadata(table // self._cluster_bytes)
+
     def grow_l1(self, l1_size: int, refcounts: Refcounts) -> None:
         """Give the L1 table at least ``l1_size`` entries, in other clusters; the new entries are 0."""
         header = self.metadata.header

@@ -3,14 +3,25 @@
 M1. A failed barrier is final: it is not tried again, and no change reaches the device after it.
 M2. ``high_water`` is at least every size that the file may have after a crash: a range past it reads as
     zeros in every crash state unless it is written later.
+M3. What was changed while a barrier ran is not covered by it: listeners are told when it starts, too.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from jqcow.device.base import Device, ReadBuffer
 from jqcow.errors import PoisonedError
+
+
+@dataclass(frozen=True)
+class BarrierListener:
+    """Told when a barrier starts (what is in flight then will be durable) and when it has completed."""
+
+    started: Callable[[], None]
+    completed: Callable[[], None]
 
 
 class Medium:
@@ -19,8 +30,10 @@ class Medium:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.poisoned = False
+        self.lock = threading.Lock()
         self.high_water = device.size()
-        self.on_barrier: list[Callable[[], None]] = []
+        self._high_since_start = self.high_water
+        self.listeners: list[BarrierListener] = []
 
     @property
     def read_only(self) -> bool:
@@ -31,6 +44,10 @@ class Medium:
         """Raise PoisonedError after a failed barrier."""
         if self.poisoned:
             raise PoisonedError("an earlier barrier or journal write failed: reopen the image to recover it")
+
+    def _raise_high_water(self, end: int) -> None:
+        self.high_water = max(self.high_water, end)
+        self._high_since_start = max(self._high_since_start, end)
 
     def poison(self) -> None:
         """Turn read-only for good: what is on disk can no longer be told."""
@@ -51,20 +68,20 @@ class Medium:
     def pwrite(self, buffer: ReadBuffer, offset: int) -> None:
         """Write all of ``buffer`` or raise."""
         self.require_healthy()
-        self.high_water = max(self.high_water, offset + len(buffer))
+        self._raise_high_water(offset + len(buffer))
         self.device.pwrite(buffer, offset)
 
     def allocate(self, offset: int, length: int) -> None:
         """Reserve host space, growing the device where needed."""
         self.require_healthy()
-        self.high_water = max(self.high_water, offset + length)
+        self._raise_high_water(offset + length)
         self.device.allocate(offset, length)
 
     def grow(self, size_bytes: int) -> None:
         """Set the length to at least ``size_bytes``."""
         self.require_healthy()
         if self.device.size() < size_bytes:
-            self.high_water = max(self.high_water, size_bytes)
+            self._raise_high_water(size_bytes)
             self.device.truncate(size_bytes)
 
     def shrink(self, size_bytes: int) -> None:
@@ -82,18 +99,28 @@ class Medium:
         """Return True only if the host says that the range holds no data."""
         return self.device.is_hole(offset, length)
 
-    def barrier(self, name: str) -> None:
+    def barrier(self, name: str, *, unlocked: bool = False) -> None:
         """Make everything changed so far durable, then tell the listeners.
+
+        ``unlocked`` lets other threads have the lock, which the caller holds, while the device works.
 
         Raises:
             OSError: the barrier failed; the medium is read-only from here on (M1).
         """
         self.require_healthy()
+        self._high_since_start = self.device.size()
+        for listener in self.listeners:
+            listener.started()
+        if unlocked:
+            self.lock.release()
         try:
             self.device.barrier(name)
         except OSError:
             self.poison()
             raise
-        self.high_water = self.device.size()
-        for listener in self.on_barrier:
-            listener()
+        finally:
+            if unlocked:
+                self.lock.acquire()
+        self.high_water = self._high_since_start
+        for listener in self.listeners:
+            listener.completed()

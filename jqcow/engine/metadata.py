@@ -13,6 +13,7 @@ D2. A log image stays in memory, byte for byte as logged, until it is home.
 D3. An operation is all or nothing: what raises inside `operation` restores every block, the header and
     the ordering of the cut.
 D4. A new metadata cluster is zeroed in the record that brings it, before its blocks.
+D5. A user transaction's changes are seen by itself alone until its record is durable.
 """
 
 from __future__ import annotations
@@ -64,6 +65,14 @@ class _Undo:
     ordered: bool = False
 
 
+@dataclass(frozen=True)
+class MetadataMark:
+    """What a transaction had staged, and the newest blocks that it saw."""
+
+    staged: Layer
+    newest: dict[int, Block]
+
+
 class Metadata:
     """All metadata blocks of one image, as the engine sees them now. Offsets are host offsets in bytes."""
 
@@ -75,6 +84,8 @@ class Metadata:
         self._staged = Layer()
         self._in_flight: Layer | None = None
         self._newest: dict[int, Block] = {}
+        self._private: dict[int, Block] | None = None
+        self._sees_private = False
         self._clean: dict[int, bytes] = {}
         self._undo: _Undo | None = None
         self._zero_block = bytes(self.geometry.block_bytes)
@@ -84,6 +95,8 @@ class Metadata:
     @property
     def area(self) -> HeaderArea:
         """The header as the engine sees it now."""
+        if self._private is not None and not self._sees_private:
+            return self.committed_area
         if self._staged.area is not None:
             return self._staged.area
         if self._in_flight is not None and self._in_flight.area is not None:
@@ -97,7 +110,7 @@ class Metadata:
 
     def block(self, offset: int) -> Block:
         """Return the newest bytes of the block at ``offset``; not to be changed by the caller."""
-        found = self._newest.get(offset)
+        found = self._top.get(offset) or self._newest.get(offset)
         if found is not None:
             return found
         clean = self._clean.get(offset)
@@ -116,10 +129,15 @@ class Metadata:
         """Lay the newest blocks over bytes read from the device at ``offset`` (block-aligned)."""
         size = self.geometry.block_bytes
         for position in range(0, len(buffer), size):
-            newest = self._newest.get(offset + position)
+            newest = self._top.get(offset + position) or self._newest.get(offset + position)
             if newest is not None:
                 piece = min(size, len(buffer) - position)
                 buffer[position : position + piece] = newest[:piece]
+
+    @property
+    def _top(self) -> dict[int, Block]:
+        """Where the newest bytes are looked for first, and where staged ones go."""
+        return self._private if self._private is not None and self._sees_private else self._newest
 
     def _keep_clean(self, offset: int, block: bytes) -> None:
         if len(self._clean) >= CLEAN_BLOCKS_MAX:
@@ -155,9 +173,9 @@ class Metadata:
         for offset in undo.blocks:
             newest = self._find_newest(offset)
             if newest is None:
-                self._newest.pop(offset, None)
+                self._top.pop(offset, None)
             else:
-                self._newest[offset] = newest
+                self._top[offset] = newest
 
     def _find_newest(self, offset: int) -> Block | None:
         """Return the bytes of the topmost layer that holds the block, or None if it is clean."""
@@ -180,7 +198,7 @@ class Metadata:
         copy = bytearray(self.block(offset))
         undo.blocks.setdefault(offset, self._staged.blocks.get(offset))
         self._staged.blocks[offset] = copy
-        self._newest[offset] = copy
+        self._top[offset] = copy
         return copy
 
     def set_entry(self, offset: int, value: int) -> None:
@@ -197,7 +215,7 @@ class Metadata:
         end = cluster_offset + self.geometry.cluster_bytes
         for offset in range(cluster_offset, end, self.geometry.block_bytes):
             undo.blocks.setdefault(offset, self._staged.blocks.pop(offset, None))
-            self._newest[offset] = self._zero_block
+            self._top[offset] = self._zero_block
 
     def set_header(self, **fields: int) -> None:
         """Stage other values of the header's fixed fields."""
@@ -213,6 +231,51 @@ class Metadata:
         if self._undo is None:
             raise RuntimeError("metadata is staged only inside an operation")
         return self._undo
+
+    # Transactions: a private view over the committed state
+
+    @property
+    def in_transaction(self) -> bool:
+        """True while a user transaction stages its changes."""
+        return self._private is not None
+
+    def begin_transaction(self) -> None:
+        """From here on staged changes are seen only inside `private_view` (D5); nothing may be staged."""
+        if self.has_staged or self._private is not None:
+            raise RuntimeError("a transaction starts with nothing staged")
+        self._private = {}
+
+    @contextmanager
+    def private_view(self) -> Iterator[None]:
+        """See and stage the transaction's own changes inside."""
+        self._sees_private = True
+        try:
+            yield
+        finally:
+            self._sees_private = False
+
+    def mark(self) -> MetadataMark:
+        """Return the transaction's state, for `return_to`. Blocks staged so far are not edited again."""
+        if self._private is None:
+            raise RuntimeError("no transaction is open")
+        staged = self._staged
+        copy = Layer(dict(staged.zeros), dict(staged.blocks), staged.area, staged.ordered)
+        return MetadataMark(copy, dict(self._private))
+
+    def return_to(self, mark: MetadataMark) -> None:
+        """Undo what the transaction staged since ``mark``, which stays valid."""
+        staged = mark.staged
+        self._staged = Layer(dict(staged.zeros), dict(staged.blocks), staged.area, staged.ordered)
+        self._private = dict(mark.newest)
+
+    def end_transaction(self) -> None:
+        """The transaction's record is durable, or there was nothing to commit: everyone sees its changes."""
+        self._newest.update(self._private or {})
+        self._private = None
+
+    def abandon_transaction(self) -> None:
+        """Forget all that the transaction staged, also what is in flight."""
+        self._staged, self._in_flight, self._private = Layer(), None, None
 
     # From staged to logged to home
 

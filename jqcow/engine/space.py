@@ -15,6 +15,7 @@ S2. A freed metadata cluster is handed out only after a durable frame declares t
 S3. A cluster is zero-safe only if it lies past the largest size since the last barrier, or was punched
     (or found to be a hole) under a completed barrier. Clusters of a failed operation are unknown.
 S4. Clusters of a live journal range are never handed out.
+S5. Clusters of a transaction whose record failed wait for a barrier: the record may come back to life.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from jqcow.engine.medium import Medium
+from jqcow.engine.medium import BarrierListener, Medium
 from jqcow.ondisk.layout import Geometry
 
 RECYCLE_CLUSTERS = 8
@@ -103,6 +104,15 @@ class Frees:
     metadata: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class SpaceMark:
+    """Where a transaction stood: how many runs it had taken, and what it had freed."""
+
+    taken: int
+    data: frozenset[int]
+    metadata: frozenset[int]
+
+
 @dataclass
 class _Undo:
     taken: list[Run] = field(default_factory=list)
@@ -121,14 +131,17 @@ class Space:
         self.zero_safe = ClusterRuns()
         self.unknown = ClusterRuns()
         self._settling: list[tuple[int, int]] = []
+        self._settling_under_barrier: list[tuple[int, int]] = []
         self._retired: list[tuple[int, int]] = []
+        self._retired_under_barrier: list[tuple[int, int]] = []
         self._released: list[tuple[int, int]] = []
         self._staged = Frees()
         self._in_flight: Frees | None = None
         self._metadata_frees: list[tuple[int, set[int]]] = []
         self._undo: _Undo | None = None
+        self._transaction: list[Run] | None = None
         self._host_punches = True
-        medium.on_barrier.append(self._barrier_completed)
+        medium.listeners.append(BarrierListener(self._barrier_started, self._barrier_completed))
 
     def is_pending(self, cluster: int) -> bool:
         """Return True for a free cluster that must not be handed out yet, or is listed already."""
@@ -139,14 +152,14 @@ class Space:
             or (in_flight is not None and (cluster in in_flight.data or cluster in in_flight.metadata))
             or any(cluster in clusters for _, clusters in self._metadata_frees)
             or any(start <= cluster < end for start, end in self.reserved)
-            or any(
-                start <= cluster < start + count
-                for runs in (self._settling, self._retired, self._released)
-                for start, count in runs
-            )
+            or any(start <= cluster < start + count for runs in self._waiting_runs() for start, count in runs)
             or cluster in self.zero_safe
             or cluster in self.unknown
         )
+
+    def _waiting_runs(self) -> tuple[list[tuple[int, int]], ...]:
+        settling = (self._settling, self._settling_under_barrier)
+        return (*settling, self._retired, self._retired_under_barrier, self._released)
 
     # Handing out
 
@@ -218,7 +231,9 @@ class Space:
 
     def finish(self) -> None:
         """The operation succeeded."""
-        self._undo = None
+        undo, self._undo = self._undo, None
+        if undo is not None and self._transaction is not None:
+            self._transaction += undo.taken
 
     def roll_back(self) -> None:
         """The operation failed: what it took is free again with unknown content (S3)."""
@@ -229,6 +244,41 @@ class Space:
             self.unknown.add(run.start, run.count)
         self._staged.data.difference_update(undo.data)
         self._staged.metadata.difference_update(undo.metadata)
+
+    # Transactions
+
+    def begin_transaction(self) -> None:
+        """Start to note what a user transaction takes; nothing may be staged."""
+        self._transaction = []
+
+    def mark(self) -> SpaceMark:
+        """Return where a transaction stands, for `return_to`."""
+        return SpaceMark(
+            len(self._require_transaction()), frozenset(self._staged.data), frozenset(self._staged.metadata)
+        )
+
+    def return_to(self, mark: SpaceMark) -> None:
+        """Undo what the transaction took and freed since ``mark``."""
+        taken = self._require_transaction()
+        for run in taken[mark.taken :]:
+            self.unknown.add(run.start, run.count)
+        del taken[mark.taken :]
+        self._staged = Frees(set(mark.data), set(mark.metadata))
+
+    def end_transaction(self) -> None:
+        """The transaction is durable: what it took is in use."""
+        self._transaction = None
+
+    def abandon_transaction(self) -> None:
+        """The transaction's record failed. Should it come back to life it needs its clusters (S5)."""
+        for run in self._require_transaction():
+            self._retired.append((run.start, run.count))
+        self._transaction, self._in_flight, self._staged = None, None, Frees()
+
+    def _require_transaction(self) -> list[Run]:
+        if self._transaction is None:
+            raise RuntimeError("no transaction is open")
+        return self._transaction
 
     def free_data(self, cluster: int) -> None:
         """A staged change frees a data cluster."""
@@ -293,12 +343,16 @@ class Space:
         while self._released:
             self._punch(*self._released.pop())
 
+    def _barrier_started(self) -> None:
+        self._settling_under_barrier += self._settling
+        self._retired_under_barrier += self._retired
+        self._settling, self._retired = [], []
+
     def _barrier_completed(self) -> None:
-        for start, count in self._settling:
+        for start, count in self._settling_under_barrier:
             self.zero_safe.add(start, count)
-        self._settling = []
-        self._released += self._retired
-        self._retired = []
+        self._released += self._retired_under_barrier
+        self._settling_under_barrier, self._retired_under_barrier = [], []
 
 
 def _as_runs(clusters: set[int]) -> list[tuple[int, int]]:

@@ -25,10 +25,11 @@ from dataclasses import replace
 from jqcow.engine import journal as journals
 from jqcow.engine.journal import Append, Journal
 from jqcow.engine.mapping import Mapping, survey
-from jqcow.engine.medium import Medium
+from jqcow.engine.medium import BarrierListener, Medium
 from jqcow.engine.metadata import Layer, Metadata
 from jqcow.engine.refcounts import Refcounts
 from jqcow.engine.space import Space
+from jqcow.engine.turn import Turn
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import layout
@@ -68,9 +69,11 @@ class Store:
         self.journal_bytes = journal_bytes
         self._new_salt = new_salt
         self._root_unsettled = False
+        self._root_under_barrier = False
         self._root_copy_is_stale = False
         self._surveyed = False
-        medium.on_barrier.append(self._root_settled)
+        self.turn = Turn(medium.lock)
+        medium.listeners.append(BarrierListener(self._root_settling, self._root_settled))
 
     @property
     def is_live(self) -> bool:
@@ -115,12 +118,14 @@ class Store:
         self.space.finish()
 
     def commit_if_large(self) -> None:
-        """Between operations: keep what is staged, and so memory and the next record, within bounds.
+        """Between operations, outside transactions: keep memory and the next record within bounds.
 
         Raises:
             OSError: as `flush`.
         """
-        if self.journal is not None and self.metadata.staged_blocks > self._staged_limit(self.journal):
+        if self.journal is None or self.metadata.in_transaction:
+            return
+        if self.metadata.staged_blocks > self._staged_limit(self.journal):
             self.flush()
 
     def _staged_limit(self, journal: Journal) -> int:
@@ -237,7 +242,7 @@ class Store:
         try:
             yield
         except BaseException:
-            self._root_unsettled = True
+            self._root_unsettled, self._root_under_barrier = True, False
             if not self.medium.poisoned:
                 self._write_back(before)
             raise
@@ -254,41 +259,112 @@ class Store:
             # Durable now: the root that went on after a failed write. The root copy is written next.
             self.medium.barrier("root.settle")
 
+    def _root_settling(self) -> None:
+        self._root_under_barrier = self._root_unsettled
+
     def _root_settled(self) -> None:
-        self._root_unsettled = False
+        if self._root_under_barrier:
+            self._root_unsettled = self._root_under_barrier = False
 
     # Commit: one barrier
 
     def flush(self) -> None:
         """Make every completed change durable: data in place, new data, and the metadata that maps it.
 
+        Other threads may go on meanwhile; their flushes share the next commit.
+
         Raises:
             OSError: nothing is acknowledged. After a failed write the next flush tries anew; after a
                 failed barrier the image is read-only.
         """
-        if self.journal is None or not self.metadata.has_staged:
+        ticket = self.turn.changes
+        if self.turn.wait_for_commit(ticket):
+            return
+        with self.turn.take():
+            covered = self.turn.changes
+            self._commit()
+            self.turn.covered(covered)
+
+    def _commit(self) -> None:
+        if self.journal is None or self.metadata.in_transaction or not self.metadata.has_staged:
             # Durable now: data written in place, and whatever an earlier process left unsynced.
-            self.medium.barrier("flush.data")
+            self.medium.barrier("flush.data", unlocked=True)
             return
         layer = self._cut()
+        try:
+            self._log(layer)
+        except BaseException:
+            self._uncut()
+            raise
+        self.metadata.publish()
+        self.space.publish(self.journal.epoch)
+        self.space.give_back()
+
+    def _log(self, layer: Layer) -> None:
+        """Make one record of the layer durable. Where that fails, the record cannot come back to life."""
         append: Append | None = None
         try:
             if layer.ordered:
                 # Durable now: the data of ordered pairs. The record that maps it may land from here on.
-                self.medium.barrier("flush.ordered")
+                self.medium.barrier("flush.ordered", unlocked=True)
             payload = self._make_room(layer)
-            append = self.journal.append(payload)
+            append = self._require_journal().append(payload)
             # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.
-            self.medium.barrier("flush.record")
+            self.medium.barrier("flush.record", unlocked=True)
         except BaseException:
             if append is not None:
-                self.journal.revoke(append)
-            self._uncut()
+                self._require_journal().revoke(append)
             raise
-        self.journal.accept(append)
+        self._require_journal().accept(append)
+
+    # User transactions
+
+    def begin_transaction(self) -> None:
+        """Commit what is staged; from here on staged changes belong to the transaction.
+
+        Raises:
+            OSError: as `flush`; no transaction is open.
+        """
+        while self.metadata.has_staged:
+            self.flush()
+        self.go_live()
+        self.metadata.begin_transaction()
+        self.space.begin_transaction()
+
+    def commit_transaction(self) -> int:
+        """Make the transaction durable, whole; return the sequence of its record (or of the last one).
+
+        Raises:
+            OSError: nothing of the transaction happened.
+        """
+        with self.turn.take():
+            try:
+                layer = self._cut()
+                # P3: the data must not be half there, also where the pairs are zero-safe.
+                layer.ordered = True
+                self._log_transaction(layer)
+            except BaseException:
+                self.abandon_transaction()
+                raise
+            self.metadata.end_transaction()
+            self.space.end_transaction()
+            self.space.publish(self._require_journal().epoch)
+            self.turn.covered(self.turn.changes)
+            self.space.give_back()
+            return self._require_journal().sequence
+
+    def _log_transaction(self, layer: Layer) -> None:
+        if layer.is_empty:
+            # Durable now: data written in place before the transaction. It changed nothing itself.
+            self.medium.barrier("transaction.empty", unlocked=True)
+        else:
+            self._log(layer)
         self.metadata.publish()
-        self.space.publish(self.journal.epoch)
-        self.space.give_back()
+
+    def abandon_transaction(self) -> None:
+        """Undo the whole transaction, also one whose record failed."""
+        self.metadata.abandon_transaction()
+        self.space.abandon_transaction()
 
     def _cut(self) -> Layer:
         self.space.cut()
@@ -345,8 +421,9 @@ class Store:
             OSError: the log stays live, and the checkpoint can be tried again (unless a barrier failed).
         """
         self.flush()
-        if self.journal is not None and not self.journal.epoch_is_empty:
-            self._end_epoch()
+        with self.turn.take():
+            if self.journal is not None and not self.journal.epoch_is_empty:
+                self._end_epoch()
 
     def _end_epoch(self) -> None:
         self._write_homes()
@@ -454,12 +531,17 @@ class Store:
             OSError: the image stays live and recoverable, unless only the last step failed: then it is
                 clean, and the journal's clusters are not given back.
         """
-        if self.journal is None:
-            # Durable now: data written in place.
-            self.medium.barrier("close.data")
-            return
-        if self.metadata.has_staged:
+        while self.metadata.has_staged:
             self.flush()
+        with self.turn.take():
+            if self.journal is None:
+                # Durable now: data written in place.
+                self.medium.barrier("close.data")
+            else:
+                self._bring_home()
+            self.turn.covered(self.turn.changes)
+
+    def _bring_home(self) -> None:
         if self._root_copy_is_stale:
             # A move failed after it wrote the copy; sector 0 is about to rely on it.
             self._settle_root()
