@@ -633,7 +633,7 @@ class ImageFile(io.RawIOBase):
         """Read up to the end of the disk."""
         with memoryview(buffer) as whole, whole.cast("B") as view:
             length = min(len(view), max(0, self._image.size - self._position))
-            self._image.pread_into(view[:length], self._position)
+            self._image.pread_into(view[:length], min(self._position, self._image.size))
         self._position += length
         return length
 

@@ -54,21 +54,25 @@ def open_store(
         sector = read_root_copy(medium) or sector
     if roots.is_live(sector):
         store, scan = Store.open_live(medium, sector, journal_bytes=journal_bytes, new_salt=new_salt)
-        _check_features(store.metadata.area, writable=writable)
+        _check_usable(store.metadata.area, writable=writable)
         if writable:
             store.recover(sector, scan)
         return Opened(store, scan)
     area = read_header(medium)
-    _check_features(area, writable=writable)
+    _check_usable(area, writable=writable)
     length = journal_bytes or roots.DEFAULT_JOURNAL_BYTES
     return Opened(Store(medium, area, journal_bytes=length, new_salt=new_salt), None)
 
 
-def _check_features(area: HeaderArea, *, writable: bool) -> None:
+def _check_usable(area: HeaderArea, *, writable: bool) -> None:
     if writable:
         features.refuse_writing(area)
     else:
         features.refuse_reading(area)
+    header = area.header
+    if header.l1_size < header.geometry.l1_entries_for(header.size):
+        # Otherwise a few bytes could announce a disk that takes years to walk.
+        raise FormatError(f"an L1 table of {header.l1_size} entries is too small for {header.size} bytes")
 
 
 def read_header(medium: Medium) -> HeaderArea:

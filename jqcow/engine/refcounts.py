@@ -205,7 +205,14 @@ class Refcounts:
         return (self.space.frontier + table_clusters + new_blocks) // self.geometry.refcounts_per_cluster
 
     def release(self, cluster: int) -> None:
-        """Take one reference from a data cluster; the last one frees it."""
+        """Take one reference from a data cluster; the last one frees it.
+
+        Raises:
+            CorruptionError: the cluster holds metadata, which a guest's entry must not free.
+        """
+        if cluster in self.metadata_clusters:
+            offset = cluster * self.geometry.cluster_bytes
+            raise CorruptionError("L2 table", offset, "a guest cluster is mapped onto metadata")
         value = self._lower(cluster)
         if value == 0:
             self.space.free_data(cluster)

@@ -8,8 +8,8 @@ T2. What a flush acknowledges is in a record (or in place) under a completed bar
 T3. Homes are written only from durable records, and by `_write_homes` alone.
 T4. An epoch ends only after all its log images are home under a completed barrier.
 T5. Sector 0 and the root copy are never in flight together.
-T6. A sector-0 write that failed is followed by the root of the state that goes on; before the root is
-    next changed that has its own barrier.
+T6. A sector-0 write that failed is followed by the root of the state that goes on; before the root copy
+    is next written that has its own barrier.
 T7. The file reaches to the end of the highest cluster in use before a checkpoint's barrier, and is never
     cut below that.
 T8. A record is never longer than a half; a longer one moves the journal to a larger range first.
@@ -68,7 +68,8 @@ class Store:
         self.journal: Journal | None = None
         self.journal_bytes = journal_bytes
         self._new_salt = new_salt
-        self._root_unsettled = False
+        # A killed process may have left its last sector-0 write in flight.
+        self._root_unsettled = True
         self._root_under_barrier = False
         self._root_copy_is_stale = False
         self._surveyed = False
@@ -256,7 +257,7 @@ class Store:
 
     def _settle_root(self) -> None:
         if self._root_unsettled:
-            # Durable now: the root that went on after a failed write. The root copy is written next.
+            # Durable now: sector 0 as it reads, whoever wrote it last. The root copy is written next.
             self.medium.barrier("root.settle")
 
     def _root_settling(self) -> None:
@@ -517,12 +518,25 @@ class Store:
         self.prepare_to_change()
         # Durable now: what a killed writer left unsynced, a root copy in flight among it.
         self.medium.barrier("recover.settle")
-        self.medium.pwrite(sector[:SECTOR_BYTES], 0)
-        # Durable now: the root as it was read. The root copy may be rewritten from here on.
-        self.medium.barrier("recover.root")
+        if self._root_copy_serves(scan.extent):
+            # A failed barrier may have lost this write; what was read may be in the page cache alone.
+            self.medium.pwrite(sector[:SECTOR_BYTES], 0)
+            # Durable now: the root as it was read. The root copy may be rewritten from here on.
+            self.medium.barrier("recover.root")
         live = tuple(frame.raw for frame in scan.frames)
         self._relocate(max(scan.extent.length, self.journal_bytes), scan.epoch, live, scan.sequence)
         self._end_epoch()
+
+    def _root_copy_serves(self, extent: JournalRange) -> bool:
+        """Return True if sector 0 may be rewritten: its copy names the same journal, or there is never one.
+
+        A copy that is torn or names another range was begun while sector 0 was durable (T5), so nothing
+        has to be rewritten; and nothing could stand in for sector 0 while that were in flight.
+        """
+        if self.geometry.cluster_bytes <= roots.ROOT_COPY_OFFSET:
+            return True
+        root = roots.unpack_root_copy(self.medium.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET))
+        return root is not None and roots.unpack_root(root)[1] == extent
 
     def clean(self) -> None:
         """Make the image standard qcow2: everything home, sector 0 as any program knows it, journal gone.

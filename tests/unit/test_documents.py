@@ -1,0 +1,110 @@
+"""Do the documents hold together, and does what they show work?"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
+MACHINE_PATH = re.compile(r"(?<![\w.~<-])/(?:home|opt|root|tmp|var|work|Users)/\w+")
+COMMANDS = {"jqcow": "main", "jqcow-recover": "recover"}
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks_of(page: Path) -> list[tuple[str, str]]:
+    """Return the fenced blocks of a page in order: language and text."""
+    return FENCED.findall(page.read_text(encoding="utf-8"))
+
+
+def prose_of(page: Path) -> str:
+    return FENCED.sub("", page.read_text(encoding="utf-8"))
+
+
+def links_of(page: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the file and the anchor that each link within the project names."""
+    for target in LINK.findall(prose_of(page)):
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            yield (page.parent / name).resolve() if name else page, anchor
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors that a page offers, as the usual renderers make them from its headings."""
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in HEADING.findall(prose_of(page)))
+    return {heading.replace(" ", "-") for heading in words}
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in links_of(page):
+        assert target.exists(), f"{page.name} links to {target.name}, which does not exist"
+        if anchor:
+            assert anchor in anchors_of(target), f"{page.name} links to {target.name}#{anchor}"
+
+
+def test_every_document_is_reached_from_the_readme() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached and page.suffix == ".md" and page.exists():
+            reached.add(page)
+            waiting += [target for target, _ in links_of(page)]
+    assert sorted(page.name for page in set(PAGES) - reached) == []
+
+
+@every_page
+def test_pages_name_no_place_of_one_machine(page: Path) -> None:
+    assert not MACHINE_PATH.findall(page.read_text(encoding="utf-8"))
+
+
+@every_page
+def test_python_blocks_are_python(page: Path) -> None:
+    for language, text in blocks_of(page):
+        if language == "python":
+            compile(text, page.name, "exec")
+
+
+@pytest.fixture
+def command_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a PATH on which the commands of this checkout are found, installed or not."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name, module in COMMANDS.items():
+        script = folder / name
+        script.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom jqcow.cli.{module} import main\nsys.exit(main())\n"
+        )
+        script.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def run_blocks(page: Path) -> None:
+    """Run the Python and shell blocks of a page in order, in the current directory, with one set of names."""
+    names: dict[str, Any] = {"__name__": "page"}
+    for language, text in blocks_of(page):
+        if language == "python":
+            exec(compile(text, page.name, "exec"), names)
+        elif language == "sh" and "tools/" not in text:
+            result = subprocess.run(["bash", "-eu", "-c", text], capture_output=True, text=True, check=False)
+            assert result.returncode == 0, f"{text}{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/how-to.md"])
+def test_recipes_work(name: str, command_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", command_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run_blocks(ROOT / name)
