@@ -1,8 +1,14 @@
 """The image: create, open, read, write, zero, discard, flush, checkpoint, close.
 
-Threads may share an image: every method takes the image's one lock, so each call sees the calls before
-it whole. While a flush waits for the device the lock is free: other threads go on, and their flushes share
-the next barrier. Changes wait while a transaction is open. A forked child must not use its parent's image.
+Threads may share an image. Three locks, always taken in this order, each by ``with`` alone:
+
+    the writer's   held by a change, and by a transaction from its begin to its end
+    the turn       held by a commit (engine/turn.py)
+    the lock       held by whoever looks at the image's state or changes it, never by a flush that waits
+
+So each call sees the calls before it whole. While a flush waits for the device other threads go on, and
+their flushes share the next barrier. A forked child must not use its parent's image.
+See docs/threads-and-locks.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ from jqcow.engine.journal import Scan
 from jqcow.engine.mapping import COMPRESSED, DATA, ZERO, MappedRun
 from jqcow.engine.medium import Medium
 from jqcow.engine.store import random_salt
-from jqcow.errors import ImageClosedError, PoisonedError, ReadOnlyError, TransactionError
+from jqcow.errors import ImageClosedError, ImageInUse, PoisonedError, ReadOnlyError, TransactionError
 from jqcow.offline.check import CheckReport, check_structure
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout
@@ -143,6 +149,7 @@ def open(
     mode: Mode = "r",
     *,
     journal_size: int | None = None,
+    force_share: bool = False,
 ) -> Image:
     """Open an existing image.
 
@@ -153,20 +160,27 @@ def open(
         path: the image.
         mode: ``"r"`` or ``"r+"``.
         journal_size: in bytes, of the journal that writing will use; None keeps what there is, or 8 MiB.
+        force_share: with ``"r"``, read also while another program writes, as ``qemu-img -U`` does. What is
+            read may then be old, mixed or wrong. A live journal is refused: it would be replayed while its
+            writer goes on.
 
     Raises:
-        ValueError: another mode, or a journal size that no journal can have.
+        ValueError: another mode, ``force_share`` for writing, or a journal size that no journal can have.
         FormatError: not a qcow2 image; UnsupportedFeatureError where jqcow refuses it by name.
         CorruptionError: the image is damaged.
-        ImageInUse: another process uses it.
+        ImageInUse: another process uses it, or this one by another `Image`.
         OSError: the host failed.
     """
     if mode not in ("r", "r+"):
         raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
     if journal_size is not None:
         _check_journal_size(journal_size)
-    device = FileDevice.open(path, writable=mode == "r+")
+    if force_share and mode != "r":
+        raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
+    device = FileDevice.open(path, writable=mode == "r+", share_writers=force_share)
     try:
+        if force_share:
+            _refuse_live_journal(device)
         return open_device(device, mode, journal_size=journal_size)
     except BaseException:
         device.close()
@@ -207,6 +221,14 @@ def create_on_device(
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
 
 
+def _refuse_live_journal(device: FileDevice) -> None:
+    if roots.is_live(device.pread(SECTOR_BYTES, 0)):
+        raise ImageInUse(
+            f"{device.path} has a live journal, which cannot be read beside its writer. "
+            "Close the program that holds the image, or open it without force_share if none does."
+        )
+
+
 def _write_blank(device: Device, size: int, cluster_bits: int) -> None:
     blank = blank_image(size, cluster_bits)
     device.truncate(blank.length)
@@ -245,8 +267,9 @@ class Image:
         self._data = DataPath(opened.store)
         self._mode: Mode = mode
         self._lock = opened.store.medium.lock
-        self._transaction_ended = threading.Condition(self._lock)
+        self._writer = threading.Lock()
         self._transaction_thread: int | None = None
+        self._owner_pid = os.getpid()
         self._closed = False
         self.recovered = None if opened.scan is None else Recovered.from_scan(opened.scan)
 
@@ -255,7 +278,8 @@ class Image:
     @property
     def size(self) -> int:
         """Size of the disk, as last committed or changed; a transaction's own size is its `size`."""
-        with self._lock:
+        with self._own_lock():
+            self._store.enter()
             return self._disk_bytes
 
     @property
@@ -278,8 +302,8 @@ class Image:
         Raises:
             ImageClosedError: the image is closed.
         """
-        with self._lock:
-            self._require_open()
+        with self._own_lock():
+            self._enter()
             header, journal = self._store.metadata.header, self._store.journal
             live = None
             if journal is not None:
@@ -306,8 +330,8 @@ class Image:
             JqcowError: the metadata cannot be walked.
             OSError: the host failed.
         """
-        with self._lock:
-            self._require_open()
+        with self._own_lock():
+            self._enter()
             reserved = [(extent.offset, extent.length) for extent in self._live_extents()]
             return check_structure(self._store.view, self._store.view_bytes, reserved=reserved)
 
@@ -327,8 +351,8 @@ class Image:
             ValueError: the range reaches past the end.
             CorruptionError: a table on the way is damaged.
         """
-        with self._lock:
-            self._require_open()
+        with self._own_lock():
+            self._enter()
             length = self._disk_bytes - offset if length is None else length
             self._check_range(length, offset)
         return self._joined_extents(length, offset)
@@ -337,8 +361,8 @@ class Image:
         end = offset + length
         joined: Extent | None = None
         while offset < end:
-            with self._lock:
-                self._require_open()
+            with self._own_lock():
+                self._enter()
                 run = self._data.mapping.run(offset, end - offset)
             extent = _as_extent(run, offset)
             if joined is not None and _follows(joined, extent):
@@ -362,8 +386,8 @@ class Image:
             CorruptionError: a table on the way is damaged.
             OSError: the host failed.
         """
-        with self._lock:
-            self._require_open()
+        with self._own_lock():
+            self._enter()
             self._check_range(length, offset)
         buffer = bytearray(length)
         self.pread_into(buffer, offset)
@@ -371,8 +395,8 @@ class Image:
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` from the disk at ``offset``; errors as `pread`."""
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._lock:
-            self._require_open()
+        with memoryview(buffer) as whole, whole.cast("B") as view, self._own_lock():
+            self._enter()
             self._check_range(len(view), offset)
             self._data.read_into(view, offset)
 
@@ -389,10 +413,11 @@ class Image:
             OSError: the host failed; the range may be old or new, all else is as before.
         """
         with memoryview(buffer) as whole, whole.cast("B") as view:
-            with self._changing():
-                self._check_range(len(view), offset)
-                if view:
-                    self._data.write(view, offset)
+            self._change(
+                len(view),
+                offset,
+                lambda length, start: self._data.write(view[start - offset :][:length], start),
+            )
             if fua:
                 self.flush()
             return len(view)
@@ -403,20 +428,30 @@ class Image:
         ``unmap`` frees the clusters that the range covers whole; without it they stay allocated.
         Errors as `pwrite`.
         """
-        with self._changing():
-            self._check_range(length, offset)
-            if length:
-                self._data.write_zeroes(length, offset, unmap=unmap)
+        self._change(
+            length, offset, lambda length, start: self._data.write_zeroes(length, start, unmap=unmap)
+        )
 
     def discard(self, length: int, offset: int) -> None:
         """Free the clusters that a range covers whole: they read as zeros. The rest of it is left alone.
 
         Errors as `pwrite`.
         """
-        with self._changing():
-            self._check_range(length, offset)
-            if length:
-                self._data.discard(length, offset)
+        self._change(length, offset, self._data.discard)
+
+    def _change(self, length: int, offset: int, change: Callable[[int, int], None]) -> None:
+        """Call ``change(length, offset)`` for each part of a range, and keep what is staged within bounds."""
+        lock = self._own_lock(changing=True)
+        with self._writer:
+            with lock:
+                self._enter_to_change()
+                self._check_range(length, offset)
+                parts = self._data.spans(offset, length)
+            for start, part in parts:
+                with lock:
+                    self._enter_to_change()
+                    change(part, start)
+                self._store.commit_if_large()
 
     def resize(self, size: int) -> None:
         """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
@@ -432,7 +467,9 @@ class Image:
             with self.transaction() as transaction:
                 transaction.resize(size)
             return
-        with self._changing():
+        lock = self._own_lock(changing=True)
+        with self._writer, lock:
+            self._enter_to_change()
             if size > self._disk_bytes:
                 self._data.resize(size)
 
@@ -452,55 +489,22 @@ class Image:
             ReadOnlyError: the image cannot be changed.
             OSError: entering or committing failed; nothing of the transaction happened.
         """
-        transaction = self._begin_transaction()
-        try:
-            yield transaction
-            with self._lock:
-                if transaction.is_open:
-                    self._require_writable()
-                    transaction._commit()
-        finally:
-            with self._lock:
-                if transaction.is_open:
-                    transaction._abandon()
-                self._end_transaction()
-
-    def _begin_transaction(self) -> Transaction:
-        with self._lock:
-            self._wait_for_transaction()
-            self._require_writable()
-            self._transaction_thread = threading.get_ident()
+        lock = self._own_lock(changing=True)
+        # Held by the generator's frame: it is released even if this generator is never resumed.
+        with self._writer:
+            transaction = Transaction(self._data, self._own_lock, self._enter, self._require_writable)
             try:
-                self._store.prepare_to_change()
+                self._transaction_thread = threading.get_ident()
+                with lock:
+                    self._enter_to_change()
                 self._store.begin_transaction()
-            except BaseException:
-                self._end_transaction()
-                raise
-            self._data.fresh = set()
-            return Transaction(self._data, self._require_writable)
-
-    def _wait_for_transaction(self) -> None:
-        if self._transaction_thread == threading.get_ident():
-            raise TransactionError("this thread has a transaction open: use its own methods")
-        while self._transaction_thread is not None:
-            self._transaction_ended.wait()
-
-    def _end_transaction(self) -> None:
-        self._transaction_thread = None
-        self._store.turn.changed()
-        self._transaction_ended.notify_all()
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Hold the lock for a change, once no transaction is open."""
-        with self._lock:
-            self._require_open()
-            self._wait_for_transaction()
-            self._require_writable()
-            try:
-                yield
+                yield transaction
+                if transaction.is_open:
+                    transaction._commit()
             finally:
-                self._store.turn.changed()
+                # No call, so that nothing can come in between. The next change undoes what was not committed.
+                self._transaction_thread = None
+                transaction._open = False
 
     def flush(self) -> None:
         """Make everything that was written durable.
@@ -509,25 +513,29 @@ class Image:
             ReadOnlyError: the image is read-only since a failed barrier.
             OSError: nothing more is durable than before. After a failed barrier the image is read-only.
         """
-        with self._lock:
-            self._require_open()
+        with self._own_lock():
+            self._enter()
             if self._mode == "r+":
                 self._require_writable()
-                self._store.flush()
+        if self._mode == "r+":
+            self._store.flush(self._require_writable)
 
     def checkpoint(self) -> None:
         """Flush, and bring everything that the journal holds to its home.
 
         Errors as `flush`; the journal stays valid, and a later checkpoint tries again.
         """
-        with self._lock:
-            self._wait_for_transaction()
-            self._require_writable()
+        lock = self._own_lock(changing=True)
+        with self._writer:
+            with lock:
+                self._enter()
+                self._require_writable()
             self._store.checkpoint()
 
     def as_file(self) -> ImageFile:
         """Return the disk as a raw binary file, for `io.BufferedRandom` and all that takes a file."""
-        self._require_open()
+        with self._own_lock():
+            self._enter()
         return ImageFile(self)
 
     # Closing
@@ -535,20 +543,31 @@ class Image:
     def close(self) -> None:
         """Flush, checkpoint, and leave a standard qcow2 image. Closing again does nothing.
 
-        After a failed barrier nothing is written: the next opening recovers the image.
+        After a failed barrier nothing is written: the next opening recovers the image. In a forked child this
+        only drops the child's descriptor.
 
         Raises:
+            TransactionError: this thread has a transaction open on this image.
             OSError: the host failed; the image is closed all the same, and stays recoverable.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._wait_for_transaction()
-            self._closed = True
-            try:
-                if self._mode == "r+" and not self._store.medium.poisoned:
-                    self._store.clean()
-            finally:
+        if self._is_foreign:
+            self._store.medium.device.close()
+            return
+        lock = self._own_lock(changing=True)
+        with self._writer:
+            self._close(lock)
+
+    def _close(self, lock: threading.Lock) -> None:
+        """Close, with no change under way."""
+        try:
+            with lock:
+                self._store.enter(alone=True)
+                tidy = self._mode == "r+" and not self._closed and not self._store.medium.poisoned
+            if tidy:
+                self._store.clean()
+        finally:
+            with self._store.turn.taken, lock:
+                self._closed = True
                 self._store.medium.device.close()
 
     def __enter__(self) -> Image:
@@ -557,20 +576,51 @@ class Image:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if self._transaction_thread == threading.get_ident():
+            # The end of a ``with image.transaction()`` was cut off on the way to here, by an exception.
+            self._close(self._lock)
+        else:
+            self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else self._mode
-        return f"<jqcow.Image of {self.size} bytes, {state}>"
+        return f"<jqcow.Image of {self._disk_bytes} bytes, {state}>"
 
-    # Arguments
+    # Before anything else
 
-    def _require_open(self) -> None:
+    @property
+    def _is_foreign(self) -> bool:
+        return os.getpid() != self._owner_pid
+
+    def _own_lock(self, *, changing: bool = False) -> threading.Lock:
+        """Return the lock, to be taken by ``with``; refuse whom it would keep waiting forever.
+
+        A forked child has a copy of the locks as they were, and of nothing that could release them.
+        """
+        if self._is_foreign:
+            raise ImageInUse(
+                f"the image belongs to process {self._owner_pid}, which this one was forked from: "
+                "open it anew, once that process has closed it"
+            )
+        if changing and self._transaction_thread == threading.get_ident():
+            raise TransactionError("this thread has a transaction open: use its own methods")
+        return self._lock
+
+    def _enter(self) -> None:
+        """First thing with the lock taken."""
+        self._store.enter()
         if self._closed:
             raise ImageClosedError
 
+    def _enter_to_change(self) -> None:
+        """First thing with the lock taken, and the writer's."""
+        self._store.enter(alone=True)
+        self._require_writable()
+        self._store.turn.changing()
+
     def _require_writable(self) -> None:
-        self._require_open()
+        if self._closed:
+            raise ImageClosedError
         if self._mode != "r+":
             raise ReadOnlyError("the image is open for reading only")
         if self._store.medium.poisoned:

@@ -7,8 +7,8 @@ Committing switches the mapping in one record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,14 +53,26 @@ class Transaction:
     Its methods may be called by one thread at a time. ``receipt`` is set by a commit.
     """
 
-    def __init__(self, data: DataPath, check_writable: Callable[[], None]) -> None:
-        """Not for users."""
+    def __init__(
+        self,
+        data: DataPath,
+        lock: Callable[[], threading.Lock],
+        enter: Callable[[], None],
+        check_writable: Callable[[], None],
+    ) -> None:
+        """Not for users.
+
+        ``lock`` returns the image's lock, or refuses the calling process. The other two are called with it
+        taken: ``enter`` refuses a closed image, ``check_writable`` one that cannot be changed.
+        """
         self._data = data
         self._store = data.store
-        self._lock = data.medium.lock
+        self._image_lock = lock
+        self._enter_image = enter
         self._check_writable = check_writable
         self._open = True
         self._savepoints: list[Savepoint] = []
+        self._going_back: tuple[MetadataMark, SpaceMark] | None = None
         self.receipt: Receipt | None = None
 
     @property
@@ -71,23 +83,22 @@ class Transaction:
     @property
     def size(self) -> int:
         """Size of the disk as the transaction sees it."""
-        with self._lock, self._store.metadata.private_view():
+        with self._image_lock():
+            self._enter()
             return self._store.metadata.header.size
 
-    @contextmanager
-    def _inside(self) -> Iterator[DataPath]:
-        """Hold the lock and see the transaction's own state."""
-        with self._lock:
-            if not self._open:
-                raise TransactionError("the transaction has ended")
-            with self._store.metadata.private_view():
-                yield self._data
+    def _enter(self) -> None:
+        """With the lock taken: see the transaction's own state from here on."""
+        self._enter_image()
+        if not self._open:
+            raise TransactionError("the transaction has ended")
+        self._store.enter(private=True)
+        if self._going_back is not None:
+            self._go_back()
 
-    @contextmanager
-    def _changing(self) -> Iterator[DataPath]:
-        with self._inside() as data:
-            self._check_writable()
-            yield data
+    def _enter_to_change(self) -> None:
+        self._enter()
+        self._check_writable()
 
     def _check_range(self, length: int, offset: int) -> None:
         size = self._store.metadata.header.size
@@ -96,17 +107,19 @@ class Transaction:
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return the disk's bytes as the transaction sees them; errors as `Image.pread`."""
-        with self._inside() as data:
+        with self._image_lock():
+            self._enter()
             self._check_range(length, offset)
             buffer = bytearray(length)
-            data.read_into(memoryview(buffer), offset)
+            self._data.read_into(memoryview(buffer), offset)
             return bytes(buffer)
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` with the disk's bytes as the transaction sees them; errors as `Image.pread`."""
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._inside() as data:
+        with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
+            self._enter()
             self._check_range(len(view), offset)
-            data.read_into(view, offset)
+            self._data.read_into(view, offset)
 
     def pwrite(self, buffer: ReadableBuffer, offset: int) -> int:
         """Write ``buffer``; return its length. A failed write leaves the transaction open.
@@ -115,25 +128,28 @@ class Transaction:
             TransactionError: the transaction has ended.
             ValueError, OSError: as `Image.pwrite`.
         """
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._changing() as data:
+        with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
+            self._enter_to_change()
             self._check_range(len(view), offset)
             if view:
-                data.write(view, offset)
+                self._data.write(view, offset)
             return len(view)
 
     def write_zeroes(self, length: int, offset: int, unmap: bool = True) -> None:
         """Make a range read as zeros; see `Image.write_zeroes`."""
-        with self._changing() as data:
+        with self._image_lock():
+            self._enter_to_change()
             self._check_range(length, offset)
             if length:
-                data.write_zeroes(length, offset, unmap=unmap)
+                self._data.write_zeroes(length, offset, unmap=unmap)
 
     def discard(self, length: int, offset: int) -> None:
         """Free the clusters that a range covers whole; see `Image.discard`."""
-        with self._changing() as data:
+        with self._image_lock():
+            self._enter_to_change()
             self._check_range(length, offset)
             if length:
-                data.discard(length, offset)
+                self._data.discard(length, offset)
 
     def resize(self, size: int) -> None:
         """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
@@ -144,15 +160,14 @@ class Transaction:
         """
         if size < 0 or size % SECTOR_BYTES:
             raise ValueError(f"the size of a disk is a multiple of 512 bytes, not {size}")
-        with self._changing() as data:
+        with self._image_lock():
+            self._enter_to_change()
             if size == self._store.metadata.header.size:
                 return
-            whole = self._mark()
-            try:
-                data.resize(size)
-            except BaseException:
-                self._undo_to(*whole)
-                raise
+            # A resize is several operations. Whatever cuts it off, the next call goes back to here.
+            self._going_back = self._mark()
+            self._data.resize(size)
+            self._going_back = None
 
     # Going back
 
@@ -162,44 +177,44 @@ class Transaction:
         Raises:
             TransactionError: the transaction has ended.
         """
-        with self._inside():
+        with self._image_lock():
+            self._enter()
             savepoint = Savepoint(self, *self._mark())
             self._savepoints.append(savepoint)
             return savepoint
 
     def _mark(self) -> tuple[MetadataMark, SpaceMark]:
         """Take a mark. What is in fresh clusters so far belongs to it: they are closed."""
-        self._data.fresh = set()
         return self._store.metadata.mark(), self._store.space.mark()
 
-    def _undo_to(self, metadata: MetadataMark, space: SpaceMark) -> None:
-        self._store.metadata.return_to(metadata)
-        self._store.space.return_to(space)
-        self._data.fresh = set()
+    def _go_back(self) -> None:
+        """Return to the mark that is noted. Where this is cut off, the next call goes on."""
+        if self._going_back is not None:
+            metadata, space = self._going_back
+            self._store.metadata.return_to(metadata)
+            self._store.space.return_to(space)
+            self._going_back = None
 
     def _return_to(self, savepoint: Savepoint) -> None:
-        with self._inside():
+        with self._image_lock():
+            self._enter()
             if savepoint not in self._savepoints:
                 raise TransactionError("the transaction went back behind this savepoint")
+            self._going_back = savepoint._metadata, savepoint._space
             del self._savepoints[self._savepoints.index(savepoint) + 1 :]
-            self._undo_to(savepoint._metadata, savepoint._space)
+            self._go_back()
 
     def rollback(self) -> None:
         """Undo everything and end the transaction; leaving the ``with`` block then does nothing."""
-        with self._inside():
-            self._end()
+        with self._image_lock():
+            self._enter()
+            self._open = False
             self._store.abandon_transaction()
 
-    # Ending, for Image.transaction, with the lock held
+    # Ending, for Image.transaction
 
     def _commit(self) -> None:
-        self._end()
+        with self._image_lock():
+            self._enter_to_change()
+            self._open = False
         self.receipt = Receipt(self._store.commit_transaction())
-
-    def _abandon(self) -> None:
-        self._end()
-        self._store.abandon_transaction()
-
-    def _end(self) -> None:
-        self._open = False
-        self._data.fresh = None

@@ -53,8 +53,6 @@ class DataPath:
         self.mapping = store.mapping
         self.refcounts = store.refcounts
         self.geometry = store.geometry
-        self.fresh: set[int] | None = None
-        """In a transaction: the clusters allocated since its start or last savepoint; None outside."""
         self._cluster_bytes = store.geometry.cluster_bytes
 
     # Read
@@ -87,9 +85,8 @@ class DataPath:
                 of it is as before.
         """
         self._start_change()
-        for start, length in self._spans(offset, len(data)):
+        for start, length in self.spans(offset, len(data)):
             self._write_span(data[start - offset : start - offset + length], start)
-            self.store.commit_if_large()
 
     def _start_change(self) -> None:
         self.store.prepare_to_change()
@@ -97,8 +94,8 @@ class DataPath:
             # A bit that jqcow does not know vouches for the data; going live clears it under a barrier.
             self.store.go_live()
 
-    def _spans(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """Cut a guest range where the metadata blocks of its L2 tables end."""
+    def spans(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Cut a guest range where the metadata blocks of its L2 tables end: (offset, length) of each part."""
         span_bytes = self.geometry.entries_per_block * self._cluster_bytes
         end = offset + length
         while offset < end:
@@ -152,7 +149,8 @@ class DataPath:
         """Return True if a write may go to the host cluster in place (W1); errors as `_is_shared`."""
         if self._is_shared(host_offset):
             return False
-        return self.fresh is None or host_offset // self._cluster_bytes in self.fresh
+        fresh = self.store.space.fresh
+        return fresh is None or host_offset // self._cluster_bytes in fresh
 
     def _write_span(self, data: memoryview, offset: int) -> None:
         pieces = self._pieces(offset, len(data))
@@ -181,8 +179,8 @@ class DataPath:
                 run = Run(kept // self._cluster_bytes, 1, zero_safe=False)
             else:
                 run = self.refcounts.allocate(self._unkept_count(piece, cluster, last))
-                if self.fresh is not None:
-                    self.fresh.update(range(run.start, run.start + run.count))
+                if self.store.space.fresh is not None:
+                    self.store.space.fresh.update(range(run.start, run.start + run.count))
             self._write_run(piece, data, cluster, run)
             self._map_run(piece, cluster, run)
             cluster += run.count
@@ -240,7 +238,7 @@ class DataPath:
             OSError: as `write`.
         """
         self._start_change()
-        for start, span in self._spans(offset, length):
+        for start, span in self.spans(offset, length):
             head, tail = self._whole_clusters(start, span)
             if head < tail:
                 self._zero_in_place(start, head - start)
@@ -248,7 +246,6 @@ class DataPath:
                 self._zero_in_place(tail, start + span - tail)
             else:
                 self._zero_in_place(start, span)
-            self.store.commit_if_large()
 
     def discard(self, length: int, offset: int) -> None:
         """Free the clusters that a guest range covers whole; they read as zeros. The rest stays as it is.
@@ -257,11 +254,10 @@ class DataPath:
             OSError: as `write`.
         """
         self._start_change()
-        for start, span in self._spans(offset, length):
+        for start, span in self.spans(offset, length):
             head, tail = self._whole_clusters(start, span)
             if head < tail:
                 self._set_whole(head, tail, lambda host: 0)
-            self.store.commit_if_large()
 
     def _zeroed_entry(self, host: int, *, unmap: bool) -> int:
         keeps = host and not unmap and not self._is_shared(host)
@@ -347,7 +343,7 @@ class DataPath:
         first = self.geometry.clusters(size_bytes)
         kept_tables = self.geometry.l1_entries_for(size_bytes)
         end = kept_tables * self.geometry.l2_entries * self._cluster_bytes
-        for start, length in self._spans(
+        for start, length in self.spans(
             first * self._cluster_bytes, max(0, end - first * self._cluster_bytes)
         ):
             self._set_whole(start, start + length, lambda host: 0)

@@ -1,7 +1,8 @@
 """The write-ahead journal: appending frames, and finding them again.
 
 The range has two halves, used in turn; an epoch is one filling of a half. Whoever calls `append` places
-the barrier that makes the frame durable, then calls `accept`, or `revoke` where anything failed.
+the barrier that makes the frame durable, then calls `accept`, or `revoke` where anything failed: until
+then the frame is ``pending``.
 
 J1. A frame starts at a multiple of 4096 bytes behind the frame before it: no append rewrites a block
     that holds an earlier frame.
@@ -38,7 +39,7 @@ ZERO_CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Append:
-    """A frame that was written and is not yet known to be durable. ``offset`` is a host offset."""
+    """A frame that is being written, or not yet known to be durable. ``offset`` is a host offset."""
 
     offset: int
     length: int
@@ -57,6 +58,7 @@ class Journal:
         self.sequence = sequence
         self.position = 0
         self.decoded_bytes = 0
+        self.pending: Append | None = None
 
     @property
     def epoch_is_empty(self) -> bool:
@@ -76,36 +78,36 @@ class Journal:
         """Write a frame behind the last one. Durable only after the caller's barrier.
 
         Raises:
-            OSError: the write failed; the frame was revoked.
+            OSError: the write failed; the frame is to be revoked.
         """
+        if self.pending is not None:
+            raise RuntimeError("the frame before was neither accepted nor revoked")
         frame = frames.frame_payload(payload, self.extent.salt, self.epoch, self.sequence + 1)
         offset = self.extent.half_offset(self.epoch) + self.position
-        append = Append(offset, len(frame), self.sequence + 1, payload.decoded_length)
-        try:
-            self.medium.pwrite(frame, offset)
-        except BaseException:
-            self.revoke(append)
-            raise
+        append = self.pending = Append(offset, len(frame), self.sequence + 1, payload.decoded_length)
+        self.medium.pwrite(frame, offset)
         return append
 
     def accept(self, append: Append) -> None:
         """The frame is durable: the next one goes behind it."""
-        self.sequence = append.sequence
-        self.position += append.length
-        self.decoded_bytes += append.decoded_length
+        decoded_bytes = self.decoded_bytes + append.decoded_length
+        position = self.position + append.length
+        # No call in between: an exception that comes at any time finds all of this done, or nothing.
+        self.sequence, self.position, self.decoded_bytes = append.sequence, position, decoded_bytes
+        self.pending = None
 
     def revoke(self, append: Append) -> None:
         """Overwrite the start of a frame that failed, so that it cannot come back to life (J5).
 
         Where even that fails nobody can tell what replay would find: the image turns read-only.
         """
-        if self.medium.poisoned:
-            return
-        try:
-            self.medium.pwrite(bytes(FRAME_ALIGNMENT), append.offset)
-        except BaseException:
-            self.medium.poison()
-            raise
+        if not self.medium.poisoned:
+            try:
+                self.medium.pwrite(bytes(FRAME_ALIGNMENT), append.offset)
+            except OSError:
+                self.medium.poisoned = True
+                raise
+        self.pending = None
 
     def start_epoch(self) -> None:
         """The running epoch is in its homes: go on in the other half."""

@@ -3,29 +3,27 @@
 M1. A failed barrier is final: it is not tried again, and no change reaches the device after it.
 M2. ``high_water`` is at least every size that the file may have after a crash: a range past it reads as
     zeros in every crash state unless it is written later.
-M3. What was changed while a barrier ran is not covered by it: listeners are told when it starts, too.
+M3. What was changed while a barrier ran is not covered by it. Barriers are numbered as they start, and
+    may overlap: what was changed when ``barriers_started`` was n is covered by each barrier above n.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from jqcow.device.base import Device, ReadBuffer
 from jqcow.errors import PoisonedError
 
-
-@dataclass(frozen=True)
-class BarrierListener:
-    """Told when a barrier starts (what is in flight then will be durable) and when it has completed."""
-
-    started: Callable[[], None]
-    completed: Callable[[], None]
+BarrierListener = Callable[[int], None]
+"""Told, with the lock held, the number of a barrier that has completed (M3)."""
 
 
 class Medium:
-    """A device with memory. Offsets and lengths are in bytes; the kernel's ``OSError`` passes through."""
+    """A device with memory. Offsets and lengths are in bytes; the kernel's ``OSError`` passes through.
+
+    ``lock`` is the image's one lock: whoever looks at its state, or changes it, holds it.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -33,6 +31,7 @@ class Medium:
         self.lock = threading.Lock()
         self.high_water = device.size()
         self._high_since_start = self.high_water
+        self.barriers_started = 0
         self.listeners: list[BarrierListener] = []
 
     @property
@@ -102,25 +101,39 @@ class Medium:
     def barrier(self, name: str, *, unlocked: bool = False) -> None:
         """Make everything changed so far durable, then tell the listeners.
 
-        ``unlocked`` lets other threads have the lock, which the caller holds, while the device works.
+        The caller holds the lock; with ``unlocked`` it does not, and others may have it meanwhile.
 
         Raises:
             OSError: the barrier failed; the medium is read-only from here on (M1).
         """
+        if not unlocked:
+            number = self._start_barrier()
+            self._sync(name)
+            self._complete_barrier(number)
+            return
+        with self.lock:
+            number = self._start_barrier()
+        self._sync(name)
+        with self.lock:
+            self._complete_barrier(number)
+
+    def _start_barrier(self) -> int:
         self.require_healthy()
         self._high_since_start = self.device.size()
-        for listener in self.listeners:
-            listener.started()
-        if unlocked:
-            self.lock.release()
+        self.barriers_started += 1
+        return self.barriers_started
+
+    def _sync(self, name: str) -> None:
         try:
             self.device.barrier(name)
         except OSError:
-            self.poison()
+            # Not by a call: nothing may come between the failure and this (M1).
+            self.poisoned = True
             raise
-        finally:
-            if unlocked:
-                self.lock.acquire()
-        self.high_water = self._high_since_start
+
+    def _complete_barrier(self, number: int) -> None:
+        # A barrier that started since has begun to count the high water anew: the bound stays (M2).
+        if number == self.barriers_started:
+            self.high_water = self._high_since_start
         for listener in self.listeners:
-            listener.completed()
+            listener(number)

@@ -10,8 +10,8 @@ sees; what a crash would leave is decided by the layer they are in:
 
 D1. A staged change reaches its home only as a log image of a durable record: never from here.
 D2. A log image stays in memory, byte for byte as logged, until it is home.
-D3. An operation is all or nothing: what raises inside `operation` restores every block, the header and
-    the ordering of the cut.
+D3. An operation is all or nothing: rolling it back restores every block, the header and the ordering
+    of the cut.
 D4. A new metadata cluster is zeroed in the record that brings it, before its blocks.
 D5. A user transaction's changes are seen by itself alone until its record is durable.
 """
@@ -19,7 +19,6 @@ D5. A user transaction's changes are seen by itself alone until its record is du
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from jqcow.engine.medium import Medium
@@ -57,8 +56,12 @@ class Layer:
 
 @dataclass
 class _Undo:
-    """What an operation changed first: the staged values from before, None where nothing was staged."""
+    """What an operation changed first: the staged values from before, None where nothing was staged.
 
+    ``top`` is where the operation's newest bytes go.
+    """
+
+    top: dict[int, Block]
     blocks: dict[int, Block | None] = field(default_factory=dict)
     zeros: dict[int, int] | None = None
     area: HeaderArea | None = None
@@ -146,21 +149,26 @@ class Metadata:
 
     # Staging, only inside an operation
 
-    @contextmanager
-    def operation(self) -> Iterator[None]:
-        """Make the changes inside all or nothing (D3). Operations do not nest."""
+    @property
+    def in_operation(self) -> bool:
+        """True from `begin` until the operation is finished or rolled back."""
+        return self._undo is not None
+
+    def begin(self) -> None:
+        """Start an operation: until `finish` its changes can be taken back (D3). Operations do not nest."""
         if self._undo is not None:
             raise RuntimeError("metadata operations do not nest")
-        self._undo = _Undo(area=self._staged.area, ordered=self._staged.ordered)
-        try:
-            yield
-        except BaseException:
-            self._roll_back(self._undo)
-            raise
-        finally:
-            self._undo = None
+        self._undo = _Undo(self._top, area=self._staged.area, ordered=self._staged.ordered)
 
-    def _roll_back(self, undo: _Undo) -> None:
+    def finish(self) -> None:
+        """The operation succeeded."""
+        self._undo = None
+
+    def roll_back(self) -> None:
+        """Take the operation back. Where this is cut off it can be done again."""
+        undo = self._undo
+        if undo is None:
+            return
         for offset, before in undo.blocks.items():
             if before is None:
                 self._staged.blocks.pop(offset, None)
@@ -173,9 +181,10 @@ class Metadata:
         for offset in undo.blocks:
             newest = self._find_newest(offset)
             if newest is None:
-                self._top.pop(offset, None)
+                undo.top.pop(offset, None)
             else:
-                self._top[offset] = newest
+                undo.top[offset] = newest
+        self._undo = None
 
     def _find_newest(self, offset: int) -> Block | None:
         """Return the bytes of the topmost layer that holds the block, or None if it is clean."""
@@ -214,7 +223,8 @@ class Metadata:
         self._staged.zeros[cluster_offset] = self.geometry.cluster_bytes
         end = cluster_offset + self.geometry.cluster_bytes
         for offset in range(cluster_offset, end, self.geometry.block_bytes):
-            undo.blocks.setdefault(offset, self._staged.blocks.pop(offset, None))
+            undo.blocks.setdefault(offset, self._staged.blocks.get(offset))
+            self._staged.blocks.pop(offset, None)
             self._top[offset] = self._zero_block
 
     def set_header(self, **fields: int) -> None:
@@ -240,19 +250,17 @@ class Metadata:
         return self._private is not None
 
     def begin_transaction(self) -> None:
-        """From here on staged changes are seen only inside `private_view` (D5); nothing may be staged."""
+        """From here on staged changes are seen only in the private view (D5); nothing may be staged."""
         if self.has_staged or self._private is not None:
             raise RuntimeError("a transaction starts with nothing staged")
         self._private = {}
 
-    @contextmanager
-    def private_view(self) -> Iterator[None]:
-        """See and stage the transaction's own changes inside."""
-        self._sees_private = True
-        try:
-            yield
-        finally:
-            self._sees_private = False
+    def select_view(self, *, private: bool) -> None:
+        """Choose what is seen: the transaction's own state, or what all others see.
+
+        Whoever takes the lock chooses, before anything else: nobody relies on who had it before.
+        """
+        self._sees_private = private
 
     def mark(self) -> MetadataMark:
         """Return the transaction's state, for `return_to`. Blocks staged so far are not edited again."""
@@ -264,9 +272,9 @@ class Metadata:
 
     def return_to(self, mark: MetadataMark) -> None:
         """Undo what the transaction staged since ``mark``, which stays valid."""
-        staged = mark.staged
-        self._staged = Layer(dict(staged.zeros), dict(staged.blocks), staged.area, staged.ordered)
-        self._private = dict(mark.newest)
+        staged, newest = mark.staged, dict(mark.newest)
+        copy = Layer(dict(staged.zeros), dict(staged.blocks), staged.area, staged.ordered)
+        self._staged, self._private = copy, newest
 
     def end_transaction(self) -> None:
         """The transaction's record is durable, or there was nothing to commit: everyone sees its changes."""
@@ -275,6 +283,8 @@ class Metadata:
 
     def abandon_transaction(self) -> None:
         """Forget all that the transaction staged, also what is in flight."""
+        if self._private is None:
+            return
         self._staged, self._in_flight, self._private = Layer(), None, None
 
     # From staged to logged to home
@@ -298,22 +308,25 @@ class Metadata:
 
     def uncut(self) -> None:
         """The record failed: what it held is staged again, under what was staged since."""
-        failed, newer = self._require_in_flight(), self._staged
-        self._in_flight = None
+        failed, newer = self._in_flight, self._staged
+        if failed is None:
+            return
         for cluster, length in newer.zeros.items():
             for offset in range(cluster, cluster + length, self.geometry.block_bytes):
                 failed.blocks.pop(offset, None)
-        self._staged = Layer(
+        both = Layer(
             failed.zeros | newer.zeros,
             failed.blocks | newer.blocks,
             newer.area or failed.area,
             failed.ordered or newer.ordered,
         )
+        self._staged, self._in_flight = both, None
 
     def publish(self) -> None:
-        """The record is durable: its blocks are log images now."""
-        durable = self._require_in_flight()
-        self._in_flight = None
+        """The record is durable: its blocks are log images now. If cut off it can be done again."""
+        durable = self._in_flight
+        if durable is None:
+            return
         for cluster, length in durable.zeros.items():
             for offset in range(cluster, cluster + length, self.geometry.block_bytes):
                 self.images[offset] = self._zero_block
@@ -321,11 +334,7 @@ class Metadata:
             self.images[offset] = bytes(data)
         if durable.area is not None:
             self.committed_area = durable.area
-
-    def _require_in_flight(self) -> Layer:
-        if self._in_flight is None:
-            raise RuntimeError("no record is in flight")
-        return self._in_flight
+        self._in_flight = None
 
     def replay(self, operations: Iterator[Operation]) -> None:
         """Take the operations of a scanned journal as log images, in order."""
@@ -359,8 +368,9 @@ class Metadata:
         """The checkpoint's barrier completed: log images are clean blocks now."""
         for offset, data in self.images.items():
             if self._newest.get(offset) is not None and not self._is_newer(offset):
-                del self._newest[offset]
+                # In this order: without the newest bytes a clean block that is older would be seen.
                 self._keep_clean(offset, data)
+                del self._newest[offset]
             else:
                 self._clean.pop(offset, None)
         self.images = {}

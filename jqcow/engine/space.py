@@ -20,11 +20,13 @@ S5. Clusters of a transaction whose record failed wait for a barrier: the record
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
+import sys
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from jqcow.engine.medium import BarrierListener, Medium
+from jqcow.engine.medium import Medium
 from jqcow.ondisk.layout import Geometry
 
 RECYCLE_CLUSTERS = 8
@@ -41,59 +43,58 @@ class Run:
 
 
 class ClusterRuns:
-    """A set of cluster indices, kept as sorted runs."""
+    """A set of cluster indices, kept as sorted runs [start, end).
+
+    Each change is one assignment: an exception that comes at any time finds it done, or not begun.
+    """
 
     def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._runs: list[tuple[int, int]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._starts)
+        return bool(self._runs)
 
     def __contains__(self, cluster: int) -> bool:
-        place = bisect_right(self._starts, cluster) - 1
-        return place >= 0 and cluster < self._ends[place]
+        place = bisect_right(self._runs, (cluster, sys.maxsize)) - 1
+        return place >= 0 and cluster < self._runs[place][1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield (start, count) in order."""
-        return ((start, end - start) for start, end in zip(self._starts, self._ends, strict=True))
+        return ((start, end - start) for start, end in self._runs)
 
     @property
     def cluster_count(self) -> int:
         """How many clusters the set holds."""
-        return sum(self._ends) - sum(self._starts)
+        return sum(count for _, count in self)
 
     def add(self, start: int, count: int) -> None:
         """Add a run that does not overlap the set: a cluster listed twice would be handed out twice."""
-        place = bisect_right(self._starts, start)
-        end = start + count
-        overlaps_next = place < len(self._starts) and self._starts[place] < end
-        if overlaps_next or (place and self._ends[place - 1] > start):
+        runs, end = self._runs, start + count
+        first = past = bisect_left(runs, (start, start))
+        overlaps_next = first < len(runs) and runs[first][0] < end
+        if overlaps_next or (first and runs[first - 1][1] > start):
             raise RuntimeError(f"free clusters {start}-{end} are listed already")
-        if place and self._ends[place - 1] == start:
-            place -= 1
-            start = self._starts[place]
-            del self._starts[place], self._ends[place]
-        if place < len(self._starts) and self._starts[place] == end:
-            end = self._ends[place]
-            del self._starts[place], self._ends[place]
-        self._starts.insert(place, start)
-        self._ends.insert(place, end)
+        if first and runs[first - 1][1] == start:
+            first -= 1
+            start = runs[first][0]
+        if past < len(runs) and runs[past][0] == end:
+            end = runs[past][1]
+            past += 1
+        runs[first:past] = [(start, end)]
 
     def take(self, count: int) -> tuple[int, int]:
         """Remove and return the lowest run, at most ``count`` clusters of it: (start, count)."""
-        start, end = self._starts[0], self._ends[0]
+        start, end = self._runs[0]
         taken = min(count, end - start)
         if start + taken == end:
-            del self._starts[0], self._ends[0]
+            del self._runs[0]
         else:
-            self._starts[0] = start + taken
+            self._runs[0] = (start + taken, end)
         return start, taken
 
     def clear(self) -> None:
         """Forget everything."""
-        self._starts.clear()
-        self._ends.clear()
+        self._runs = []
 
 
 @dataclass
@@ -120,8 +121,16 @@ class _Undo:
     metadata: list[int] = field(default_factory=list)
 
 
+_Waiting = dict[tuple[int, int], int]
+"""Runs (start, count) that wait for a barrier, each with how many barriers had started before."""
+
+
 class Space:
-    """The pools of free clusters of one image that is open for writing."""
+    """The pools of free clusters of one image that is open for writing.
+
+    An exception may cut any method off, at any point. A cluster on its way from one place to another is
+    then in neither, and so not handed out until the image is opened again; it is never in both.
+    """
 
     def __init__(self, medium: Medium, geometry: Geometry) -> None:
         self.medium = medium
@@ -130,10 +139,10 @@ class Space:
         self.reserved: list[tuple[int, int]] = []
         self.zero_safe = ClusterRuns()
         self.unknown = ClusterRuns()
-        self._settling: list[tuple[int, int]] = []
-        self._settling_under_barrier: list[tuple[int, int]] = []
-        self._retired: list[tuple[int, int]] = []
-        self._retired_under_barrier: list[tuple[int, int]] = []
+        self.fresh: set[int] | None = None
+        """In a transaction: the clusters allocated since its start or last savepoint; None outside."""
+        self._settling: _Waiting = {}
+        self._retired: _Waiting = {}
         self._released: list[tuple[int, int]] = []
         self._staged = Frees()
         self._in_flight: Frees | None = None
@@ -141,7 +150,7 @@ class Space:
         self._undo: _Undo | None = None
         self._transaction: list[Run] | None = None
         self._host_punches = True
-        medium.listeners.append(BarrierListener(self._barrier_started, self._barrier_completed))
+        medium.listeners.append(self._barrier_completed)
 
     def is_pending(self, cluster: int) -> bool:
         """Return True for a free cluster that must not be handed out yet, or is listed already."""
@@ -157,9 +166,8 @@ class Space:
             or cluster in self.unknown
         )
 
-    def _waiting_runs(self) -> tuple[list[tuple[int, int]], ...]:
-        settling = (self._settling, self._settling_under_barrier)
-        return (*settling, self._retired, self._retired_under_barrier, self._released)
+    def _waiting_runs(self) -> tuple[Iterable[tuple[int, int]], ...]:
+        return (self._settling, self._retired, self._released)
 
     # Handing out
 
@@ -206,7 +214,7 @@ class Space:
             self.unknown.add(start, count)
             raise
         if self._host_punches:
-            self._settling.append((start, count))
+            self._settling[start, count] = self.medium.barriers_started
         else:
             self.unknown.add(start, count)
 
@@ -225,6 +233,11 @@ class Space:
 
     # Operations
 
+    @property
+    def in_operation(self) -> bool:
+        """True from `begin` until the operation is finished or rolled back."""
+        return self._undo is not None
+
     def begin(self) -> None:
         """Start to note what an operation takes and frees."""
         self._undo = _Undo()
@@ -237,22 +250,24 @@ class Space:
 
     def roll_back(self) -> None:
         """The operation failed: what it took is free again with unknown content (S3)."""
-        undo, self._undo = self._undo, None
+        undo = self._undo
         if undo is None:
             return
-        for run in undo.taken:
-            self.unknown.add(run.start, run.count)
         self._staged.data.difference_update(undo.data)
         self._staged.metadata.difference_update(undo.metadata)
+        self._undo = None
+        for run in undo.taken:
+            self.unknown.add(run.start, run.count)
 
     # Transactions
 
     def begin_transaction(self) -> None:
         """Start to note what a user transaction takes; nothing may be staged."""
-        self._transaction = []
+        self._transaction, self.fresh = [], set()
 
     def mark(self) -> SpaceMark:
-        """Return where a transaction stands, for `return_to`."""
+        """Return where a transaction stands, for `return_to`. Its fresh clusters are closed."""
+        self.fresh = set()
         return SpaceMark(
             len(self._require_transaction()), frozenset(self._staged.data), frozenset(self._staged.metadata)
         )
@@ -260,20 +275,24 @@ class Space:
     def return_to(self, mark: SpaceMark) -> None:
         """Undo what the transaction took and freed since ``mark``."""
         taken = self._require_transaction()
-        for run in taken[mark.taken :]:
-            self.unknown.add(run.start, run.count)
+        given_up = taken[mark.taken :]
+        self.fresh, self._staged = set(), Frees(set(mark.data), set(mark.metadata))
         del taken[mark.taken :]
-        self._staged = Frees(set(mark.data), set(mark.metadata))
+        for run in given_up:
+            self.unknown.add(run.start, run.count)
 
     def end_transaction(self) -> None:
         """The transaction is durable: what it took is in use."""
-        self._transaction = None
+        self._transaction = self.fresh = None
 
     def abandon_transaction(self) -> None:
         """The transaction's record failed. Should it come back to life it needs its clusters (S5)."""
-        for run in self._require_transaction():
-            self._retired.append((run.start, run.count))
-        self._transaction, self._in_flight, self._staged = None, None, Frees()
+        if self._transaction is None:
+            return
+        now = self.medium.barriers_started
+        retired = self._retired | {(run.start, run.count): now for run in self._transaction}
+        self._retired, self._staged = retired, Frees()
+        self._transaction = self.fresh = self._in_flight = None
 
     def _require_transaction(self) -> list[Run]:
         if self._transaction is None:
@@ -282,15 +301,15 @@ class Space:
 
     def free_data(self, cluster: int) -> None:
         """A staged change frees a data cluster."""
-        self._staged.data.add(cluster)
         if self._undo is not None:
             self._undo.data.append(cluster)
+        self._staged.data.add(cluster)
 
     def free_metadata(self, cluster: int) -> None:
         """A staged change frees a metadata cluster."""
-        self._staged.metadata.add(cluster)
         if self._undo is not None:
             self._undo.metadata.append(cluster)
+        self._staged.metadata.add(cluster)
 
     # Records and barriers
 
@@ -325,7 +344,7 @@ class Space:
         if (start, end) in self.reserved:
             self.reserved.remove((start, end))
         self.frontier = max(self.frontier, end)
-        self._retired.append((start, end - start))
+        self._retired[start, end - start] = self.medium.barriers_started
 
     def reserve(self, offset: int, length: int) -> None:
         """Keep the clusters of a live journal range from being handed out (S4)."""
@@ -339,20 +358,27 @@ class Space:
         self.reserved.remove((start, end))
 
     def give_back(self) -> None:
-        """Punch what durable records freed; what cannot be punched is unknown."""
+        """Punch what durable records freed; what cannot be punched is unknown.
+
+        The commit before it is durable, whatever the host says now. So an error is not the caller's: it would
+        read as if the commit had failed. It is raised when the cluster is punched anew, for its next use.
+        """
         while self._released:
-            self._punch(*self._released.pop())
+            with suppress(OSError):
+                self._punch(*self._released.pop())
 
-    def _barrier_started(self) -> None:
-        self._settling_under_barrier += self._settling
-        self._retired_under_barrier += self._retired
-        self._settling, self._retired = [], []
+    def _barrier_completed(self, number: int) -> None:
+        for run in _covered(self._settling, number):
+            del self._settling[run]
+            self.zero_safe.add(*run)
+        for run in _covered(self._retired, number):
+            del self._retired[run]
+            self._released.append(run)
 
-    def _barrier_completed(self) -> None:
-        for start, count in self._settling_under_barrier:
-            self.zero_safe.add(start, count)
-        self._released += self._retired_under_barrier
-        self._settling_under_barrier, self._retired_under_barrier = [], []
+
+def _covered(waiting: _Waiting, number: int) -> list[tuple[int, int]]:
+    """Return the runs that were listed before barrier ``number`` started."""
+    return [run for run, started_before in waiting.items() if started_before < number]
 
 
 def _as_runs(clusters: set[int]) -> list[tuple[int, int]]:

@@ -18,14 +18,15 @@ T8. A record is never longer than a half; a longer one moves the journal to a la
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 
 from jqcow.engine import journal as journals
-from jqcow.engine.journal import Append, Journal
+from jqcow.engine.journal import Journal
 from jqcow.engine.mapping import Mapping, survey
-from jqcow.engine.medium import BarrierListener, Medium
+from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Layer, Metadata
 from jqcow.engine.refcounts import Refcounts
 from jqcow.engine.space import Space
@@ -45,6 +46,31 @@ NewSalt = Callable[[], bytes]
 def random_salt() -> bytes:
     """Return a salt that no journal had before."""
     return secrets.token_bytes(roots.SALT_BYTES)
+
+
+class Operation:
+    """The metadata changes of one operation, as a context manager: all of them, or none."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __enter__(self) -> None:
+        self._store.begin_operation()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._store.end_operation(succeeded=kind is None)
+
+
+@dataclass
+class _Commit:
+    """A commit under way: what was cut, and how many changes that covers. ``durable`` after its barrier."""
+
+    changes: int
+    of_transaction: bool
+    layer: Layer = field(default_factory=Layer)
+    durable: bool = False
 
 
 class Store:
@@ -69,12 +95,16 @@ class Store:
         self.journal_bytes = journal_bytes
         self._new_salt = new_salt
         # A killed process may have left its last sector-0 write in flight.
-        self._root_unsettled = True
-        self._root_under_barrier = False
+        self._root_is_settled = False
+        self._root_written = 0
+        self._root_in_doubt = False
         self._root_copy_is_stale = False
         self._surveyed = False
-        self.turn = Turn(medium.lock)
-        medium.listeners.append(BarrierListener(self._root_settling, self._root_settled))
+        self._operation_succeeded = False
+        self._commit: _Commit | None = None
+        self.lock = medium.lock
+        self.turn = Turn()
+        medium.listeners.append(self._barrier_completed)
 
     @property
     def is_live(self) -> bool:
@@ -101,25 +131,64 @@ class Store:
 
     # One operation
 
-    @contextmanager
-    def operation(self) -> Iterator[None]:
+    def operation(self) -> Operation:
         """Make the metadata changes inside all or nothing; the image is live from the first one on.
 
         Raises:
             OSError: the journal could not be set up, or what the body raises.
         """
+        return Operation(self)
+
+    def begin_operation(self) -> None:
+        """For `Operation`: start to note what changes."""
         self.go_live()
+        self._operation_succeeded = False
         self.space.begin()
-        try:
-            with self.metadata.operation():
-                yield
-        except BaseException:
+        self.metadata.begin()
+
+    def end_operation(self, *, succeeded: bool) -> None:
+        """For `Operation`: keep what changed, or take it back. Where this is cut off, `enter` goes on."""
+        self._operation_succeeded = succeeded
+        self._settle_operation()
+
+    def _settle_operation(self) -> None:
+        if self._operation_succeeded:
+            self.metadata.finish()
+            self.space.finish()
+        else:
+            self.metadata.roll_back()
             self.space.roll_back()
-            raise
-        self.space.finish()
+        self._operation_succeeded = False
+
+    # Coming in
+
+    def enter(self, *, private: bool = False, alone: bool = False) -> None:
+        """Called by whoever takes the lock, before anything else: bring to an end what was cut off.
+
+        An exception can come between any two steps, also in the cleaning up after another one. What was
+        under way then is still noted as such; as nobody can be in the middle of it who does not hold the
+        lock, it is finished or taken back here.
+
+        Args:
+            private: see the open transaction's own state.
+            alone: the caller keeps all others from changing the image: a transaction that is still open was
+                left, and is undone.
+        """
+        self.metadata.select_view(private=private)
+        if self.metadata.in_operation or self.space.in_operation:
+            self._settle_operation()
+        if self._commit is not None and self._commit.durable:
+            self._end_commit()
+        if alone:
+            self.abandon_transaction()
+        if self._root_in_doubt:
+            # What sector 0 holds is not known, and a move that failed could not put it right.
+            self.medium.poisoned = True
+
+    # Large changes
 
     def commit_if_large(self) -> None:
-        """Between operations, outside transactions: keep memory and the next record within bounds.
+        """Between changes, with the lock free: keep memory and the next record within bounds.
 
         Raises:
             OSError: as `flush`.
@@ -165,18 +234,21 @@ class Store:
             self._settle_root()
             before = self.medium.pread(SECTOR_BYTES, 0)
             journal = self._lay_journal(self.journal_bytes, epoch=1, live=())
-            with self._given_up_on_error(journal.extent):
+            try:
                 # Durable now: the opening frame and the root copy. The root that names them comes next.
                 self.medium.barrier("live.prepare")
-                with self._kept_on_error(before):
-                    self.medium.pwrite(roots.pack_root(clean.header, journal.extent), 0)
-                    if clean.header.autoclear_features:
-                        # Durable now: the cleared autoclear bits. Data may change what they vouch for.
-                        self.medium.barrier("live.autoclear")
+                self._root_in_doubt = True
+                self.medium.pwrite(roots.pack_root(clean.header, journal.extent), 0)
+                if clean.header.autoclear_features:
+                    # Durable now: the cleared autoclear bits. Data may change what they vouch for.
+                    self.medium.barrier("live.autoclear")
+            except BaseException:
+                self._give_up(journal.extent, before)
+                raise
         except BaseException:
             self.metadata.committed_area = clean
             raise
-        self.journal, self._root_copy_is_stale = journal, False
+        self.journal, self._root_copy_is_stale, self._root_in_doubt = journal, False, False
 
     def _lay_journal(self, length: int, epoch: int, live: tuple[bytes, ...], sequence: int = 0) -> Journal:
         """Write a new journal range behind the end of the file, its frames and the root copy.
@@ -228,95 +300,152 @@ class Store:
             root = roots.pack_root(self.metadata.committed_area.header, extent)
             self.medium.pwrite(roots.pack_root_copy(root), roots.ROOT_COPY_OFFSET)
 
-    @contextmanager
-    def _given_up_on_error(self, extent: JournalRange) -> Iterator[None]:
-        """Where the body fails, nothing will use the new range; free it once a barrier makes that certain."""
-        try:
-            yield
-        except BaseException:
-            self.space.retire(extent.offset, extent.length)
-            raise
+    def _give_up(self, extent: JournalRange, before: bytes) -> None:
+        """A change of the root failed: write sector 0 as it was ``before`` if it may be changed (T6).
 
-    @contextmanager
-    def _kept_on_error(self, before: bytes) -> Iterator[None]:
-        """Where the body fails to change the root, write sector 0 as it was before (T6)."""
-        try:
-            yield
-        except BaseException:
-            self._root_unsettled, self._root_under_barrier = True, False
-            if not self.medium.poisoned:
-                self._write_back(before)
-            raise
-
-    def _write_back(self, sector: bytes) -> None:
-        try:
-            self.medium.pwrite(sector, 0)
-        except BaseException:
-            self.medium.poison()
-            raise
+        Nothing will use the new range; it is freed once a barrier has made that certain.
+        """
+        if self._root_in_doubt and not self.medium.poisoned:
+            try:
+                self.medium.pwrite(before, 0)
+            except OSError:
+                self.medium.poisoned = True
+                raise
+            self._root_written = self.medium.barriers_started
+            self._root_is_settled = False
+        self._root_in_doubt = False
+        self.space.retire(extent.offset, extent.length)
 
     def _settle_root(self) -> None:
-        if self._root_unsettled:
+        if not self._root_is_settled:
             # Durable now: sector 0 as it reads, whoever wrote it last. The root copy is written next.
             self.medium.barrier("root.settle")
 
-    def _root_settling(self) -> None:
-        self._root_under_barrier = self._root_unsettled
-
-    def _root_settled(self) -> None:
-        if self._root_under_barrier:
-            self._root_unsettled = self._root_under_barrier = False
+    def _barrier_completed(self, number: int) -> None:
+        if self._root_written < number:
+            self._root_is_settled = True
 
     # Commit: one barrier
 
-    def flush(self) -> None:
+    def flush(self, check: Callable[[], None] | None = None) -> None:
         """Make every completed change durable: data in place, new data, and the metadata that maps it.
 
-        Other threads may go on meanwhile; their flushes share the next commit.
+        Called with the lock free, as is all that commits. Other threads may go on meanwhile; their flushes
+        share the next commit.
 
         Raises:
             OSError: nothing is acknowledged. After a failed write the next flush tries anew; after a
-                failed barrier the image is read-only.
+                failed barrier the image is read-only. Also what ``check`` raises, which is called just before
+                a commit, as much may have happened while another one was waited for.
         """
-        ticket = self.turn.changes
-        if self.turn.wait_for_commit(ticket):
+        with self.lock:
+            self.enter()
+            ticket = self.turn.changes
+        if self._others_cover(ticket):
             return
-        with self.turn.take():
-            covered = self.turn.changes
-            self._commit()
-            self.turn.covered(covered)
+        under_way = threading.Lock()
+        with self.turn.taken, under_way:
+            self.turn.under_way = under_way
+            self._settle_commit()
+            if self.turn.is_covered(ticket):
+                return
+            if check is not None:
+                with self.lock:
+                    check()
+            self._run_commit()
 
-    def _commit(self) -> None:
-        if self.journal is None or self.metadata.in_transaction or not self.metadata.has_staged:
+    def _others_cover(self, ticket: int) -> bool:
+        """Wait while others commit; return True once everything up to ``ticket`` is durable."""
+        ended = None
+        while True:
+            with self.lock:
+                if self.turn.is_covered(ticket):
+                    return True
+                under_way = self.turn.under_way
+            if under_way is ended:
+                return False
+            with under_way:
+                ended = under_way
+
+    def _run_commit(self, *, of_transaction: bool = False) -> None:
+        """Commit what is staged: cut, log, and publish or take back. The turn is taken, the lock is free."""
+        try:
+            with self.lock:
+                self.enter()
+                self._commit = commit = _Commit(self.turn.changes, of_transaction)
+                if self.metadata.has_staged and of_transaction == self.metadata.in_transaction:
+                    self._cut(commit)
+            self._log(commit)
+            commit.durable = True
+        finally:
+            with self.lock:
+                self._end_commit()
+        with self.lock:
+            self.space.give_back()
+
+    def _cut(self, commit: _Commit) -> None:
+        self.space.cut()
+        commit.layer = self.metadata.cut()
+        # P3: a transaction's data must not be half there, also where the pairs are zero-safe.
+        commit.layer.ordered |= commit.of_transaction
+
+    def _log(self, commit: _Commit) -> None:
+        """Make one record of the cut durable."""
+        layer = commit.layer
+        if layer.is_empty:
             # Durable now: data written in place, and whatever an earlier process left unsynced.
             self.medium.barrier("flush.data", unlocked=True)
             return
-        layer = self._cut()
-        try:
-            self._log(layer)
-        except BaseException:
-            self._uncut()
-            raise
-        self.metadata.publish()
-        self.space.publish(self.journal.epoch)
-        self.space.give_back()
-
-    def _log(self, layer: Layer) -> None:
-        """Make one record of the layer durable. Where that fails, the record cannot come back to life."""
-        append: Append | None = None
-        try:
-            if layer.ordered:
-                # Durable now: the data of ordered pairs. The record that maps it may land from here on.
-                self.medium.barrier("flush.ordered", unlocked=True)
+        if layer.ordered:
+            # Durable now: the data of ordered pairs. The record that maps it may land from here on.
+            self.medium.barrier("flush.ordered", unlocked=True)
+        with self.lock:
+            self.enter()
             payload = self._make_room(layer)
-            append = self._require_journal().append(payload)
-            # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.
-            self.medium.barrier("flush.record", unlocked=True)
-        except BaseException:
-            if append is not None:
-                self._require_journal().revoke(append)
-            raise
-        self._require_journal().accept(append)
+            self._require_journal().append(payload)
+        # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.
+        self.medium.barrier("flush.record", unlocked=True)
+
+    def _settle_commit(self) -> None:
+        """Called by whoever takes the turn: bring a commit to an end that was cut off."""
+        with self.lock:
+            self.enter()
+            self._end_commit()
+
+    def _end_commit(self) -> None:
+        """Publish a commit that is durable, take back one that is not. Where cut off it can be done again."""
+        commit = self._commit
+        if commit is None:
+            return
+        if commit.durable:
+            self._publish(commit)
+        else:
+            self._take_back(commit)
+        self._commit = None
+
+    def _publish(self, commit: _Commit) -> None:
+        if not commit.layer.is_empty:
+            journal = self._require_journal()
+            if journal.pending is not None:
+                journal.accept(journal.pending)
+            self.metadata.publish()
+            self.space.publish(journal.epoch)
+        if commit.of_transaction:
+            self.metadata.end_transaction()
+            self.space.end_transaction()
+        self.turn.cover(commit.changes)
+
+    def _take_back(self, commit: _Commit) -> None:
+        try:
+            if self.journal is not None and self.journal.pending is not None:
+                # The record must not come back to life.
+                self.journal.revoke(self.journal.pending)
+        finally:
+            if commit.of_transaction:
+                self.abandon_transaction()
+            else:
+                self.metadata.uncut()
+                self.space.uncut()
 
     # User transactions
 
@@ -326,11 +455,14 @@ class Store:
         Raises:
             OSError: as `flush`; no transaction is open.
         """
-        while self.metadata.has_staged:
-            self.flush()
-        self.go_live()
-        self.metadata.begin_transaction()
-        self.space.begin_transaction()
+        self.flush()
+        with self.lock:
+            self.enter()
+            self.turn.changing()
+            self.prepare_to_change()
+            self.go_live()
+            self.space.begin_transaction()
+            self.metadata.begin_transaction()
 
     def commit_transaction(self) -> int:
         """Make the transaction durable, whole; return the sequence of its record (or of the last one).
@@ -338,42 +470,15 @@ class Store:
         Raises:
             OSError: nothing of the transaction happened.
         """
-        with self.turn.take():
-            try:
-                layer = self._cut()
-                # P3: the data must not be half there, also where the pairs are zero-safe.
-                layer.ordered = True
-                self._log_transaction(layer)
-            except BaseException:
-                self.abandon_transaction()
-                raise
-            self.metadata.end_transaction()
-            self.space.end_transaction()
-            self.space.publish(self._require_journal().epoch)
-            self.turn.covered(self.turn.changes)
-            self.space.give_back()
+        with self.turn.taken:
+            self._settle_commit()
+            self._run_commit(of_transaction=True)
             return self._require_journal().sequence
 
-    def _log_transaction(self, layer: Layer) -> None:
-        if layer.is_empty:
-            # Durable now: data written in place before the transaction. It changed nothing itself.
-            self.medium.barrier("transaction.empty", unlocked=True)
-        else:
-            self._log(layer)
-        self.metadata.publish()
-
     def abandon_transaction(self) -> None:
-        """Undo the whole transaction, also one whose record failed."""
+        """Undo the whole transaction, also one whose record failed. Where cut off it can be done again."""
         self.metadata.abandon_transaction()
         self.space.abandon_transaction()
-
-    def _cut(self) -> Layer:
-        self.space.cut()
-        return self.metadata.cut()
-
-    def _uncut(self) -> None:
-        self.metadata.uncut()
-        self.space.uncut()
 
     def _make_room(self, layer: Layer) -> EncodedPayload:
         """Encode the layer for the place where its frame goes; end the epoch or move where it must.
@@ -422,9 +527,12 @@ class Store:
             OSError: the log stays live, and the checkpoint can be tried again (unless a barrier failed).
         """
         self.flush()
-        with self.turn.take():
-            if self.journal is not None and not self.journal.epoch_is_empty:
-                self._end_epoch()
+        with self.turn.taken:
+            self._settle_commit()
+            with self.lock:
+                self.enter()
+                if self.journal is not None and not self.journal.epoch_is_empty:
+                    self._end_epoch()
 
     def _end_epoch(self) -> None:
         self._write_homes()
@@ -452,14 +560,17 @@ class Store:
         self._settle_root()
         journal = self._lay_journal(length, epoch, live, sequence)
         header = self.metadata.committed_area.header
-        with self._given_up_on_error(journal.extent):
+        try:
             # Durable now: the new range and the root copy. The root that names them comes next.
             self.medium.barrier("move.range")
-            with self._kept_on_error(roots.pack_root(header, old)):
-                self.medium.pwrite(roots.pack_root(header, journal.extent), 0)
-                # Durable now: the root names the new range. From here on the old one may be lost.
-                self.medium.barrier("move.root")
-        self.journal, self._root_copy_is_stale = journal, False
+            self._root_in_doubt = True
+            self.medium.pwrite(roots.pack_root(header, journal.extent), 0)
+            # Durable now: the root names the new range. From here on the old one may be lost.
+            self.medium.barrier("move.root")
+        except BaseException:
+            self._give_up(journal.extent, roots.pack_root(header, old))
+            raise
+        self.journal, self._root_copy_is_stale, self._root_in_doubt = journal, False, False
         self.space.retire(old.offset, old.length)
 
     # Recovery and clean close
@@ -545,15 +656,17 @@ class Store:
             OSError: the image stays live and recoverable, unless only the last step failed: then it is
                 clean, and the journal's clusters are not given back.
         """
-        while self.metadata.has_staged:
-            self.flush()
-        with self.turn.take():
-            if self.journal is None:
-                # Durable now: data written in place.
-                self.medium.barrier("close.data")
-            else:
-                self._bring_home()
-            self.turn.covered(self.turn.changes)
+        self.flush()
+        with self.turn.taken:
+            self._settle_commit()
+            with self.lock:
+                self.enter()
+                if self.journal is None:
+                    # Durable now: data written in place.
+                    self.medium.barrier("close.data")
+                else:
+                    self._bring_home()
+                self.turn.cover(self.turn.changes)
 
     def _bring_home(self) -> None:
         if self._root_copy_is_stale:
@@ -578,7 +691,7 @@ class Store:
             self.medium.pwrite(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"), 0)
             # Durable now: sector 0 in standard layout. The journal and the root copy may go.
             self.medium.barrier("close.clear")
-        except OSError:
+        except BaseException:
             # The journal is intact, so the live root is right whatever the disk holds.
             self.medium.device.pwrite(live_root, 0)
             raise

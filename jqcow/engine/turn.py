@@ -2,51 +2,45 @@
 
 C1. At most one commit is under way; whoever holds the turn alone appends, checkpoints or moves.
 C2. A flush shares a commit only if that commit was cut after its changes were complete.
+
+The turn is taken without the image's lock held; whoever has it may then take the lock, and leave it to
+others while the device works. Both are taken by ``with`` on a plain lock, and by nothing else: there is no
+point at which an exception, a KeyboardInterrupt say, could leave one of them taken.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Turn:
-    """The commit turn. All methods are called with the lock held; waiting lets others have it."""
+    """The commit turn. But for the two locks it is part of the image's state.
 
-    def __init__(self, lock: threading.Lock) -> None:
-        self._ended = threading.Condition(lock)
-        self._taken = False
+    Attributes:
+        taken: held by whoever commits.
+        under_way: held during the newest flush that commits: who is covered by it waits for this one, and is
+            not kept waiting by the next. When it is free the flush has ended, well or not.
+    """
+
+    def __init__(self) -> None:
+        self.taken = threading.Lock()
+        self.under_way = threading.Lock()
         self._changes = 0
         self._durable_changes = -1
 
     @property
     def changes(self) -> int:
-        """How many changes were completed, or failed, so far: a ticket for `wait_for_commit`."""
+        """How many changes there were so far: a ticket for `is_covered`, and for `cover`."""
         return self._changes
 
-    def changed(self) -> None:
-        """A change is complete, or failed half-way. Never called while it still goes on (C2)."""
+    def changing(self) -> None:
+        """A change begins, and will be complete, or have failed, before the lock is free again (C2)."""
         self._changes += 1
 
-    def covered(self, ticket: int) -> None:
+    def cover(self, ticket: int) -> None:
         """Everything up to ``ticket`` is durable."""
         self._durable_changes = max(self._durable_changes, ticket)
 
-    def wait_for_commit(self, ticket: int) -> bool:
-        """Wait while another thread commits; return True once everything up to ``ticket`` is durable."""
-        while self._taken and self._durable_changes < ticket:
-            self._ended.wait()
+    def is_covered(self, ticket: int) -> bool:
+        """Return True if everything up to ``ticket`` is durable."""
         return self._durable_changes >= ticket
-
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        """Wait for the turn, hold it inside (C1)."""
-        while self._taken:
-            self._ended.wait()
-        self._taken = True
-        try:
-            yield
-        finally:
-            self._taken = False
-            self._ended.notify_all()
