@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from jqcow.device.base import Device
 from jqcow.ondisk import entries, layout
+from jqcow.ondisk.blank import refcount_clusters
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, Header
 from jqcow.ondisk.layout import ENTRY_BYTES, Geometry
 
@@ -108,15 +109,3 @@ class ImageBuilder:
             snapshots_offset=0,
             header_length=CREATED_HEADER_BYTES,
         )
-
-
-def refcount_clusters(geometry: Geometry, other_clusters: int) -> tuple[int, int]:
-    """Return (refcount table clusters, refcount blocks) that count ``other_clusters`` and themselves."""
-    table_clusters = blocks = 0
-    while True:
-        used = other_clusters + table_clusters + blocks
-        needed_blocks = -(-used // geometry.refcounts_per_cluster)
-        needed_table = geometry.clusters(needed_blocks * ENTRY_BYTES)
-        if (needed_table, needed_blocks) == (table_clusters, blocks):
-            return table_clusters, blocks
-        table_clusters, blocks = needed_table, needed_blocks

@@ -29,7 +29,7 @@ def blank_image(size: int, cluster_bits: int) -> BlankImage:
     if l1_size * ENTRY_BYTES > layout.MAX_L1_BYTES:
         raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
     l1_clusters = geometry.clusters(l1_size * ENTRY_BYTES)
-    table_clusters, block_count = _refcount_clusters(geometry, 1 + l1_clusters)
+    table_clusters, block_count = refcount_clusters(geometry, 1 + l1_clusters)
     table = geometry.cluster_bytes
     blocks = table + table_clusters * geometry.cluster_bytes
     l1_table = blocks + block_count * geometry.cluster_bytes
@@ -55,7 +55,7 @@ def blank_image(size: int, cluster_bits: int) -> BlankImage:
     return BlankImage(parts, used * geometry.cluster_bytes)
 
 
-def _refcount_clusters(geometry: Geometry, other_clusters: int) -> tuple[int, int]:
+def refcount_clusters(geometry: Geometry, other_clusters: int) -> tuple[int, int]:
     """Return (refcount table clusters, refcount blocks) that count ``other_clusters`` and themselves."""
     table_clusters, blocks = 1, 1
     while True:

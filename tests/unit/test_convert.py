@@ -10,11 +10,12 @@ import pytest
 
 import jqcow
 from jqcow.offline import convert as converting
-from jqcow.offline.build import ImageBuilder, refcount_clusters
+from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import first_difference
 from jqcow.offline.convert import convert, create_raw, nonzero_runs
 from jqcow.offline.disks import open_disk
 from jqcow.offline.info import probe_format, read_info
+from jqcow.ondisk.blank import refcount_clusters
 from jqcow.ondisk.layout import Geometry
 from jqcow.testing import SimulatedDevice
 
