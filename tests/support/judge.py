@@ -185,17 +185,21 @@ def write_on(device: SimulatedDevice, expectation: Expectation, found: bytes) ->
     session.close()
 
 
+RAW_BYTES_MAX = 8 << 40
+"""A raw file of a larger disk is more than ext4 holds: QEMU checks such an image, and compares nothing."""
+
+
 def judge_by_qemu(device: SimulatedDevice, windows: Windows, found: bytes) -> None:
     """QEMU finds no error and no leak in the recovered file, and reads what jqcow read."""
     with tempfile.TemporaryDirectory(prefix="jqcow-crash-") as folder:
         image, raw = Path(folder, "image.qcow2"), Path(folder, "read.raw")
         image.write_bytes(device.content())
         size = Header.unpack(device.content()[:SECTOR_BYTES]).size
-        _write_raw(raw, windows, found, size)
-        for command in (
-            ["qemu-img", "check", "-q", "-f", "qcow2", str(image)],
-            ["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", str(raw), str(image)],
-        ):
+        commands = [["qemu-img", "check", "-q", "-f", "qcow2", str(image)]]
+        if size <= RAW_BYTES_MAX:
+            _write_raw(raw, windows, found, size)
+            commands.append(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", str(raw), str(image)])
+        for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             require(done.returncode == 0, f"{command[1]} by QEMU", done.stdout + done.stderr)
 
