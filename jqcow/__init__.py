@@ -3,8 +3,11 @@
     with jqcow.create("disk.qcow2", 10 << 30) as image:
         image.pwrite(b"hello", 0)
         image.flush()
+        with image.transaction() as transaction:
+            transaction.pwrite(b"both of these", 4096)
+            transaction.pwrite(b"or neither", 8192)
 
-After a crash, opening with ``"r+"`` brings back everything that a flush acknowledged.
+After a crash, opening with ``"r+"`` brings back everything that a flush or a transaction acknowledged.
 """
 
 from jqcow._version import __version__
@@ -16,6 +19,7 @@ from jqcow.errors import (
     JqcowError,
     PoisonedError,
     ReadOnlyError,
+    TransactionError,
     UnsupportedFeatureError,
 )
 from jqcow.image import (
@@ -31,6 +35,7 @@ from jqcow.image import (
     open_device,
 )
 from jqcow.offline.check import CheckReport
+from jqcow.transaction import Receipt, Savepoint, Transaction
 
 __all__ = [
     "CheckReport",
@@ -46,7 +51,11 @@ __all__ = [
     "JqcowError",
     "PoisonedError",
     "ReadOnlyError",
+    "Receipt",
     "Recovered",
+    "Savepoint",
+    "Transaction",
+    "TransactionError",
     "UnsupportedFeatureError",
     "__version__",
     "create",

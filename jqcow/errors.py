@@ -8,9 +8,10 @@ end of the disk, a negative length) are a plain ``ValueError``, as everywhere in
     +-- FormatError (ValueError)          the bytes are not a qcow2 image, or break the specification
     |   +-- UnsupportedFeatureError       a feature that the header announces and jqcow refuses by name
     +-- CorruptionError                   ours, but broken: carries the structure and its offset
-    +-- ImageInUse (OSError)              another process holds the image's locks
+    +-- ImageInUse (OSError)              another user holds the image's locks
     +-- ReadOnlyError (OSError)           a change was asked of an image that cannot be changed
     |   +-- PoisonedError                 ... because a barrier failed earlier: the image must be reopened
+    +-- TransactionError (RuntimeError)   a call that the state of a transaction does not allow
     +-- ImageClosedError (ValueError)     the image was closed before the call
 """
 
@@ -48,7 +49,7 @@ class CorruptionError(JqcowError):
 
 
 class ImageInUse(JqcowError, OSError):
-    """Another process holds a lock on the image that conflicts with this use."""
+    """Another process, or another part of this one, uses the image in a way that excludes this use."""
 
     def __init__(self, message: str) -> None:
         super().__init__(errno.EAGAIN, message)
@@ -74,3 +75,7 @@ class ImageClosedError(JqcowError, ValueError):
 
     def __init__(self) -> None:
         super().__init__("the image is closed")
+
+
+class TransactionError(JqcowError, RuntimeError):
+    """The call does not fit the state of a transaction: it has ended, or the thread would wait for itself."""

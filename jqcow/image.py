@@ -1,7 +1,14 @@
 """The image: create, open, read, write, zero, discard, flush, checkpoint, close.
 
-Threads may share an image: every method takes the image's one lock, so each call sees the calls before
-it whole, and waits for a flush that another thread is in. A forked child must not use its parent's image.
+Threads may share an image. Three locks, always taken in this order, each by ``with`` alone:
+
+    the writer's   held by a change, and by a transaction from its begin to its end
+    the turn       held by a commit (engine/turn.py)
+    the lock       held by whoever looks at the image's state or changes it, never by a flush that waits
+
+So each call sees the calls before it whole. While a flush waits for the device other threads go on, and
+their flushes share the next barrier. A forked child must not use its parent's image.
+See docs/threads-and-locks.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,13 +30,14 @@ from jqcow.engine.journal import Scan
 from jqcow.engine.mapping import COMPRESSED, DATA, ZERO, MappedRun
 from jqcow.engine.medium import Medium
 from jqcow.engine.store import random_salt
-from jqcow.errors import ImageClosedError, PoisonedError, ReadOnlyError
+from jqcow.errors import ImageClosedError, ImageInUse, PoisonedError, ReadOnlyError, TransactionError
 from jqcow.offline.check import CheckReport, check_structure
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.transaction import Transaction
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -140,6 +149,7 @@ def open(
     mode: Mode = "r",
     *,
     journal_size: int | None = None,
+    force_share: bool = False,
 ) -> Image:
     """Open an existing image.
 
@@ -150,20 +160,27 @@ def open(
         path: the image.
         mode: ``"r"`` or ``"r+"``.
         journal_size: in bytes, of the journal that writing will use; None keeps what there is, or 8 MiB.
+        force_share: with ``"r"``, read also while another program writes, as ``qemu-img -U`` does. What is
+            read may then be old, mixed or wrong. A live journal is refused: it would be replayed while its
+            writer goes on.
 
     Raises:
-        ValueError: another mode, or a journal size that no journal can have.
+        ValueError: another mode, ``force_share`` for writing, or a journal size that no journal can have.
         FormatError: not a qcow2 image; UnsupportedFeatureError where jqcow refuses it by name.
         CorruptionError: the image is damaged.
-        ImageInUse: another process uses it.
+        ImageInUse: another process uses it, or this one by another `Image`.
         OSError: the host failed.
     """
     if mode not in ("r", "r+"):
         raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
     if journal_size is not None:
         _check_journal_size(journal_size)
-    device = FileDevice.open(path, writable=mode == "r+")
+    if force_share and mode != "r":
+        raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
+    device = FileDevice.open(path, writable=mode == "r+", share_writers=force_share)
     try:
+        if force_share:
+            refuse_live_journal(device)
         return open_device(device, mode, journal_size=journal_size)
     except BaseException:
         device.close()
@@ -204,6 +221,15 @@ def create_on_device(
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
 
 
+def refuse_live_journal(device: FileDevice) -> None:
+    """Raise ImageInUse if the file has a live journal: its writer goes on, so it cannot be replayed."""
+    if roots.is_live(device.pread(SECTOR_BYTES, 0)):
+        raise ImageInUse(
+            f"{device.path} has a live journal, which cannot be read beside its writer. "
+            "Close the program that holds the image, or open it without force_share if none does."
+        )
+
+
 def _write_blank(device: Device, size: int, cluster_bits: int) -> None:
     blank = blank_image(size, cluster_bits)
     device.truncate(blank.length)
@@ -241,7 +267,10 @@ class Image:
         self._store = opened.store
         self._data = DataPath(opened.store)
         self._mode: Mode = mode
-        self._lock = threading.RLock()
+        self._lock = opened.store.medium.lock
+        self._writer = threading.RLock()
+        self._transaction_thread: int | None = None
+        self._owner_pid = os.getpid()
         self._closed = False
         self.recovered = None if opened.scan is None else Recovered.from_scan(opened.scan)
 
@@ -249,7 +278,13 @@ class Image:
 
     @property
     def size(self) -> int:
-        """Size of the disk."""
+        """Size of the disk, as last committed or changed; a transaction's own size is its `size`."""
+        with self._own_lock():
+            self._store.enter()
+            return self._disk_bytes
+
+    @property
+    def _disk_bytes(self) -> int:
         return self._store.metadata.header.size
 
     @property
@@ -268,8 +303,8 @@ class Image:
         Raises:
             ImageClosedError: the image is closed.
         """
-        with self._lock:
-            self._require_open()
+        with self._own_lock():
+            self._enter()
             header, journal = self._store.metadata.header, self._store.journal
             live = None
             if journal is not None:
@@ -296,8 +331,8 @@ class Image:
             JqcowError: the metadata cannot be walked.
             OSError: the host failed.
         """
-        with self._lock:
-            self._require_open()
+        with self._own_lock():
+            self._enter()
             reserved = [(extent.offset, extent.length) for extent in self._live_extents()]
             return check_structure(self._store.view, self._store.view_bytes, reserved=reserved)
 
@@ -317,16 +352,18 @@ class Image:
             ValueError: the range reaches past the end.
             CorruptionError: a table on the way is damaged.
         """
-        length = self.size - offset if length is None else length
-        self._check_range(length, offset)
+        with self._own_lock():
+            self._enter()
+            length = self._disk_bytes - offset if length is None else length
+            self._check_range(length, offset)
         return self._joined_extents(length, offset)
 
     def _joined_extents(self, length: int, offset: int) -> Iterator[Extent]:
         end = offset + length
         joined: Extent | None = None
         while offset < end:
-            with self._lock:
-                self._require_open()
+            with self._own_lock():
+                self._enter()
                 run = self._data.mapping.run(offset, end - offset)
             extent = _as_extent(run, offset)
             if joined is not None and _follows(joined, extent):
@@ -350,15 +387,17 @@ class Image:
             CorruptionError: a table on the way is damaged.
             OSError: the host failed.
         """
-        self._check_range(length, offset)
+        with self._own_lock():
+            self._enter()
+            self._check_range(length, offset)
         buffer = bytearray(length)
         self.pread_into(buffer, offset)
         return bytes(buffer)
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` from the disk at ``offset``; errors as `pread`."""
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._lock:
-            self._require_open()
+        with memoryview(buffer) as whole, whole.cast("B") as view, self._own_lock():
+            self._enter()
             self._check_range(len(view), offset)
             self._data.read_into(view, offset)
 
@@ -374,13 +413,14 @@ class Image:
             ReadOnlyError: the image was opened with ``"r"``, or is read-only since a failed barrier.
             OSError: the host failed; the range may be old or new, all else is as before.
         """
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._lock:
-            self._require_writable()
-            self._check_range(len(view), offset)
-            if view:
-                self._data.write(view, offset)
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            self._change(
+                len(view),
+                offset,
+                lambda length, start: self._data.write(view[start - offset :][:length], start),
+            )
             if fua:
-                self._store.flush()
+                self.flush()
             return len(view)
 
     def write_zeroes(self, length: int, offset: int, unmap: bool = True) -> None:
@@ -389,37 +429,83 @@ class Image:
         ``unmap`` frees the clusters that the range covers whole; without it they stay allocated.
         Errors as `pwrite`.
         """
-        with self._lock:
-            self._require_writable()
-            self._check_range(length, offset)
-            if length:
-                self._data.write_zeroes(length, offset, unmap=unmap)
+        self._change(
+            length, offset, lambda length, start: self._data.write_zeroes(length, start, unmap=unmap)
+        )
 
     def discard(self, length: int, offset: int) -> None:
         """Free the clusters that a range covers whole: they read as zeros. The rest of it is left alone.
 
         Errors as `pwrite`.
         """
-        with self._lock:
-            self._require_writable()
-            self._check_range(length, offset)
-            if length:
-                self._data.discard(length, offset)
+        self._change(length, offset, self._data.discard)
+
+    def _change(self, length: int, offset: int, change: Callable[[int, int], None]) -> None:
+        """Call ``change(length, offset)`` for each part of a range, and keep what is staged within bounds."""
+        lock = self._own_lock(changing=True)
+        with self._writer:
+            with lock:
+                self._enter_to_change()
+                self._check_range(length, offset)
+                parts = self._data.spans(offset, length)
+            for start, part in parts:
+                with lock:
+                    self._enter_to_change()
+                    change(part, start)
+                self._store.commit_if_large()
 
     def resize(self, size: int) -> None:
-        """Make the disk larger; what is added reads as zeros. Durable with the next `flush`.
+        """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
+
+        Atomic. Growing is durable with the next `flush`; shrinking is a transaction, and durable on return.
 
         Raises:
-            ValueError: not a multiple of 512, or smaller than the disk is.
+            ValueError: not a multiple of 512.
             ReadOnlyError, OSError: as `pwrite`; the size is as before.
         """
-        with self._lock:
-            self._require_writable()
-            _check_disk_size(size)
-            if size < self.size:
-                raise ValueError(f"the disk has {self.size} bytes and cannot shrink to {size}")
-            if size > self.size:
-                self._data.grow(size)
+        _check_disk_size(size)
+        if size < self.size:
+            with self.transaction() as transaction:
+                transaction.resize(size)
+            return
+        lock = self._own_lock(changing=True)
+        with self._writer, lock:
+            self._enter_to_change()
+            if size > self._disk_bytes:
+                self._data.resize(size)
+
+    # Transactions
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Make all changes inside atomic and durable together.
+
+        Entering waits for other transactions and commits what was written before. Inside, use the
+        transaction's own methods; other threads' changes wait, their reads see the last committed state.
+        `flush` makes nothing of the transaction durable. At the end of the block it is committed, and the
+        receipt is in ``receipt``; an exception, or `Transaction.rollback`, undoes all of it.
+
+        Raises:
+            TransactionError: this thread has a transaction open on this image.
+            ReadOnlyError: the image cannot be changed.
+            OSError: entering or committing failed; nothing of the transaction happened.
+        """
+        lock = self._own_lock(changing=True)
+        # Held by the generator's frame: it is released even if this generator is never resumed.
+        with self._writer:
+            transaction = Transaction(self._data, self._own_lock, self._enter, self._require_writable)
+            try:
+                self._transaction_thread = threading.get_ident()
+                with lock:
+                    self._enter_to_change()
+                self._store.begin_transaction()
+                yield transaction
+                if transaction.is_open:
+                    transaction._commit()
+            finally:
+                # No call, so that nothing can come in between. The next change undoes what was not committed.
+                self._transaction_thread = None
+                transaction._open = False
 
     def flush(self) -> None:
         """Make everything that was written durable.
@@ -428,24 +514,29 @@ class Image:
             ReadOnlyError: the image is read-only since a failed barrier.
             OSError: nothing more is durable than before. After a failed barrier the image is read-only.
         """
-        with self._lock:
-            self._require_open()
+        with self._own_lock():
+            self._enter()
             if self._mode == "r+":
                 self._require_writable()
-                self._store.flush()
+        if self._mode == "r+":
+            self._store.flush(self._require_writable)
 
     def checkpoint(self) -> None:
         """Flush, and bring everything that the journal holds to its home.
 
         Errors as `flush`; the journal stays valid, and a later checkpoint tries again.
         """
-        with self._lock:
-            self._require_writable()
+        lock = self._own_lock(changing=True)
+        with self._writer:
+            with lock:
+                self._enter()
+                self._require_writable()
             self._store.checkpoint()
 
     def as_file(self) -> ImageFile:
         """Return the disk as a raw binary file, for `io.BufferedRandom` and all that takes a file."""
-        self._require_open()
+        with self._own_lock():
+            self._enter()
         return ImageFile(self)
 
     # Closing
@@ -453,19 +544,31 @@ class Image:
     def close(self) -> None:
         """Flush, checkpoint, and leave a standard qcow2 image. Closing again does nothing.
 
-        After a failed barrier nothing is written: the next opening recovers the image.
+        After a failed barrier nothing is written: the next opening recovers the image. In a forked child this
+        only drops the child's descriptor.
 
         Raises:
+            TransactionError: this thread has a transaction open on this image.
             OSError: the host failed; the image is closed all the same, and stays recoverable.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            try:
-                if self._mode == "r+" and not self._store.medium.poisoned:
-                    self._store.clean()
-            finally:
+        if self._is_foreign:
+            self._store.medium.device.close()
+            return
+        lock = self._own_lock(changing=True)
+        with self._writer:
+            self._close(lock)
+
+    def _close(self, lock: threading.RLock) -> None:
+        """Close, with no change under way."""
+        try:
+            with lock:
+                self._store.enter(alone=True)
+                tidy = self._mode == "r+" and not self._closed and not self._store.medium.poisoned
+            if tidy:
+                self._store.clean()
+        finally:
+            with self._store.turn.taken, lock:
+                self._closed = True
                 self._store.medium.device.close()
 
     def __enter__(self) -> Image:
@@ -474,28 +577,69 @@ class Image:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if self._transaction_thread == threading.get_ident():
+            # The end of a ``with image.transaction()`` was cut off on the way to here, by an exception.
+            self._close(self._lock)
+        else:
+            self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else self._mode
-        return f"<jqcow.Image of {self.size} bytes, {state}>"
+        return f"<jqcow.Image of {self._disk_bytes} bytes, {state}>"
 
-    # Arguments
+    # Before anything else
 
-    def _require_open(self) -> None:
+    @property
+    def _is_foreign(self) -> bool:
+        return os.getpid() != self._owner_pid
+
+    def _own_lock(self, *, changing: bool = False) -> threading.RLock:
+        """Return the lock, to be taken by ``with``; refuse whom it would keep waiting forever.
+
+        A forked child has a copy of the locks as they were, and of nothing that could release them.
+        """
+        if self._is_foreign:
+            raise ImageInUse(
+                f"the image belongs to process {self._owner_pid}, which this one was forked from: "
+                "open it anew, once that process has closed it"
+            )
+        if changing and self._transaction_thread == threading.get_ident():
+            raise TransactionError("this thread has a transaction open: use its own methods")
+        for taken in (self._lock, self._store.turn.taken, *((self._writer,) if changing else ())):
+            if _is_mine(taken):
+                raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
+        return self._lock
+
+    def _enter(self) -> None:
+        """First thing with the lock taken."""
+        self._store.enter()
         if self._closed:
             raise ImageClosedError
 
+    def _enter_to_change(self) -> None:
+        """First thing with the lock taken, and the writer's."""
+        self._store.enter(alone=True)
+        self._require_writable()
+        self._store.turn.changing()
+
     def _require_writable(self) -> None:
-        self._require_open()
+        if self._closed:
+            raise ImageClosedError
         if self._mode != "r+":
             raise ReadOnlyError("the image is open for reading only")
         if self._store.medium.poisoned:
             raise PoisonedError("the image is read-only since a barrier failed: reopen it to recover")
 
     def _check_range(self, length: int, offset: int) -> None:
-        if length < 0 or offset < 0 or offset + length > self.size:
-            raise ValueError(f"{length} bytes at {offset} are not within the disk of {self.size} bytes")
+        if length < 0 or offset < 0 or offset + length > self._disk_bytes:
+            raise ValueError(
+                f"{length} bytes at {offset} are not within the disk of {self._disk_bytes} bytes"
+            )
+
+
+def _is_mine(lock: threading.RLock) -> bool:
+    """Return True if the calling thread has the lock: a finaliser runs in the midst of anything."""
+    return bool(lock._is_owned())  # type: ignore[attr-defined]
 
 
 def _as_extent(run: MappedRun, offset: int) -> Extent:
@@ -512,13 +656,18 @@ def _follows(before: Extent, after: Extent) -> bool:
 
 
 class ImageFile(io.RawIOBase):
-    """A disk as a raw binary file with a position. Closing it leaves the image open."""
+    """A disk as a raw binary file with a position.
+
+    Closing it leaves the image open, and flushes nothing: it may be closed by the garbage collector, at any
+    time.
+    """
 
     def __init__(self, image: Image) -> None:
         """Start at offset 0."""
         super().__init__()
         self._image = image
         self._position = 0
+        self._closing = False
 
     def readable(self) -> bool:
         """Always True."""
@@ -561,5 +710,10 @@ class ImageFile(io.RawIOBase):
     def flush(self) -> None:
         """Flush the image, unless it is closed or open for reading only."""
         super().flush()
-        if not self._image.closed and self.writable():
+        if not self._closing and not self._image.closed and self.writable():
             self._image.flush()
+
+    def close(self) -> None:
+        """Close the file alone."""
+        self._closing = True
+        super().close()

@@ -3,9 +3,10 @@
 
 # Commands, and the Debian package that brings each.
 system_needs=(
-    qemu-img:qemu-utils qemu-io:qemu-utils
+    qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
     mke2fs:e2fsprogs debugfs:e2fsprogs e2fsck:e2fsprogs
-    strace:strace gcc:gcc
+    mkfs.fat:dosfstools fsck.fat:dosfstools mcopy:mtools sfdisk:fdisk
+    mount:mount umount:mount strace:strace gcc:gcc
 )
 
 # Debian keeps mke2fs and its kin where an ordinary user does not look.
@@ -37,6 +38,17 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 }
 
 has_c_headers() { echo '#include <string.h>' | gcc -E - >/dev/null 2>&1; }
+
+# A root that may mount, as containers do not always allow, and a kernel with loop devices.
+can_mount() {
+    local folder status
+    [[ -e /dev/loop-control ]] || return
+    folder=$(mktemp -d)
+    { mount -t tmpfs tmpfs "$folder" && umount "$folder"; } 2>/dev/null
+    status=$?
+    rmdir "$folder"
+    return $status
+}
 
 # Print the Debian packages that the machine still lacks, one a line.
 missing_packages() {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 
 from jqcow.cli import common, copying, images, looking
 
 PROGRAM = "jqcow"
+_NEGATIVE = re.compile(r"-\.?\d", re.ASCII)
 
 _EPILOG = """\
 exit codes:
@@ -39,5 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return its exit code."""
-    arguments = build_parser().parse_args(common.arguments_of(argv))
+    arguments = build_parser().parse_args(_with_signed_size(common.arguments_of(argv)))
     return common.run(PROGRAM, lambda: int(arguments.command(arguments)))
+
+
+def _with_signed_size(arguments: Sequence[str]) -> Sequence[str]:
+    """Mark the last argument of ``resize`` as no option where it is a size with a minus sign."""
+    if list(arguments[:1]) == ["resize"] and _NEGATIVE.match(arguments[-1]) and arguments[-2] != "--":
+        return [*arguments[:-1], "--", arguments[-1]]
+    return arguments

@@ -45,6 +45,8 @@ _FILE_KINDS = {
 class FileDevice:
     """A :class:`jqcow.device.base.Device` on a regular file."""
 
+    _descriptor = -1
+
     def __init__(self, descriptor: int, path: str, *, writable: bool, target: str | None = None) -> None:
         """Take over an open descriptor; :meth:`open` and :meth:`create_temporary` are the ways in.
 
@@ -215,8 +217,12 @@ class FileDevice:
     def barrier(self, name: str) -> None:
         """Make everything changed before this call durable; ``name`` names the call site."""
         self._require_writable()
-        with self._naming_errors():
+        try:
             os.fdatasync(self._descriptor)
+        except OSError as error:
+            # Not by a call: an exception that came within it would take the place of this error.
+            error.filename = self._path
+            raise
 
     def truncate(self, size_bytes: int) -> None:
         """Set the length. Growth reads as zeros; shrinking discards what lay past the new end."""
@@ -277,6 +283,10 @@ class FileDevice:
                 os.unlink(self._path)
         finally:
             os.close(descriptor)
+
+    def __del__(self) -> None:
+        # Whoever lost the device, by an exception that came at the wrong moment, must not keep the locks.
+        self.close()
 
     def _seek(self, offset: int, whence: int) -> int | None:
         """Return the next data or hole from ``offset``; None past the last one."""

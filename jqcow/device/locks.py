@@ -52,6 +52,7 @@ class Permission(enum.IntFlag):
     RESIZE = 1 << 3
 
 
+_OTHER = "another process, or another part of this one,"
 _CHANGES = Permission.WRITE | Permission.RESIZE
 _USED_BY_OTHER = {
     Permission.CONSISTENT_READ: "is reading it",
@@ -104,7 +105,7 @@ def _take(descriptor: int, name: str, *, held: Permission, unshared: Permission)
             ) from error
         # A foreign program may hold an exclusive lock on one of the bytes.
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ImageInUse(_advise(name, "another process has locked it exclusively")) from error
+            raise ImageInUse(_advise(name, f"{_OTHER} has locked it exclusively")) from error
         error.filename = name
         raise
     if conflict:
@@ -125,10 +126,10 @@ def _find_conflict(descriptor: int, held: Permission, unshared: Permission) -> s
     """Return what another user does that excludes this one, or an empty string."""
     for permission in unshared:
         if _is_locked(descriptor, HOLD_OFFSET + _number(permission)):
-            return f"another process {_USED_BY_OTHER[permission]}"
+            return f"{_OTHER} {_USED_BY_OTHER[permission]}"
     for permission in held:
         if _is_locked(descriptor, UNSHARE_OFFSET + _number(permission)):
-            return f"another process that uses it does not let it {_WANTED[permission]}"
+            return f"{_OTHER} uses it and does not let it {_WANTED[permission]}"
     return ""
 
 

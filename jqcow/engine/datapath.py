@@ -4,7 +4,8 @@ A guest write in one breath: resolve the runs; where a cluster belongs to this g
 in place; otherwise allocate, write the data into the new clusters, and stage the entries that map them.
 Nothing maps the data before the record is durable.
 
-W1. A cluster is changed only if its refcount, staged changes included, is 1.
+W1. In place only where the refcount, staged changes included, is 1; in a transaction, only in clusters
+    that it allocated since its last savepoint.
 W2. A newly visible pair (guest range, host range) is zero-safe only if the guest's old content reads as
     zeros and the host range would read as zeros if its data never came. Every other pair is ordered.
 W3. A cluster that is not zero-safe is written whole.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from jqcow.engine.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, MappedRun
 from jqcow.engine.space import Run
 from jqcow.engine.store import Store
-from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import entries
 from jqcow.ondisk.entries import l2_entry
 
@@ -32,11 +33,15 @@ _ZEROS = bytes(ZERO_CHUNK_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A part of a guest request: ``length`` bytes at guest ``offset``, mapped as ``run``."""
+    """A part of a guest request: ``length`` bytes at guest ``offset``, mapped as ``run``.
+
+    ``in_place``: it may be written where it is (W1).
+    """
 
     offset: int
     length: int
     run: MappedRun
+    in_place: bool
 
 
 class DataPath:
@@ -80,9 +85,8 @@ class DataPath:
                 of it is as before.
         """
         self._start_change()
-        for start, length in self._spans(offset, len(data)):
+        for start, length in self.spans(offset, len(data)):
             self._write_span(data[start - offset : start - offset + length], start)
-            self.store.commit_if_large()
 
     def _start_change(self) -> None:
         self.store.prepare_to_change()
@@ -90,8 +94,8 @@ class DataPath:
             # A bit that jqcow does not know vouches for the data; going live clears it under a barrier.
             self.store.go_live()
 
-    def _spans(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """Cut a guest range where the metadata blocks of its L2 tables end."""
+    def spans(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Cut a guest range where the metadata blocks of its L2 tables end: (offset, length) of each part."""
         span_bytes = self.geometry.entries_per_block * self._cluster_bytes
         end = offset + length
         while offset < end:
@@ -106,13 +110,17 @@ class DataPath:
             UnsupportedFeatureError: a cluster is compressed, or shared.
             CorruptionError: a cluster holds metadata, or is mapped with refcount 0.
         """
-        pieces = []
+        pieces: list[_Piece] = []
         for run in self.mapping.runs(offset, length):
             if run.kind == COMPRESSED:
                 raise UnsupportedFeatureError("a compressed cluster", f"at guest offset {offset}")
+            piece = _Piece(offset, run.length, run, in_place=run.kind == DATA)
             if run.kind == DATA:
                 self._check_exclusive(run.host_offset, run.length)
-            pieces.append(_Piece(offset, run.length, run))
+            if run.kind == DATA and self.store.space.fresh is not None:
+                pieces += self._split_at_fresh(piece)
+            else:
+                pieces.append(piece)
             offset += run.length
         return pieces
 
@@ -120,14 +128,29 @@ class DataPath:
         """Raise unless the host clusters hold one guest range's data, and nothing else (W1, G2)."""
         first = host_offset // self._cluster_bytes
         for cluster in range(first, self.geometry.clusters(host_offset + length)):
-            self.refcounts.require_exclusive(cluster)
-            if cluster in self.refcounts.metadata_clusters:
-                where = cluster * self._cluster_bytes
-                raise CorruptionError("L2 table", where, "a guest cluster is mapped onto metadata")
+            self.refcounts.require_exclusive_data(cluster)
+
+    def _split_at_fresh(self, piece: _Piece) -> Iterator[_Piece]:
+        """Cut a data piece where clusters that may be overwritten meet such that may not (W1)."""
+        start, end = piece.offset, piece.offset + piece.length
+        first = piece.run.host_offset // self._cluster_bytes - start // self._cluster_bytes
+        while start < end:
+            in_place = self._may_overwrite(first + start // self._cluster_bytes)
+            reach = start
+            while reach < end and self._may_overwrite(first + reach // self._cluster_bytes) == in_place:
+                reach = min(end, reach - reach % self._cluster_bytes + self._cluster_bytes)
+            run = MappedRun(piece.run.kind, piece.run.host_offset + start - piece.offset, reach - start)
+            yield _Piece(start, reach - start, run, in_place)
+            start = reach
+
+    def _may_overwrite(self, cluster: int) -> bool:
+        """Return True if an exclusive data cluster may be written in place (W1)."""
+        fresh = self.store.space.fresh
+        return fresh is None or cluster in fresh
 
     def _write_span(self, data: memoryview, offset: int) -> None:
         pieces = self._pieces(offset, len(data))
-        if all(piece.run.kind == DATA for piece in pieces):
+        if all(piece.in_place for piece in pieces):
             self._write_pieces(pieces, data, offset)
             return
         with self.store.operation():
@@ -136,13 +159,13 @@ class DataPath:
     def _write_pieces(self, pieces: list[_Piece], data: memoryview, offset: int) -> None:
         for piece in pieces:
             part = data[piece.offset - offset : piece.offset - offset + piece.length]
-            if piece.run.kind == DATA:
+            if piece.in_place:
                 self.medium.pwrite(part, piece.run.host_offset)
             else:
                 self._write_new(piece, part)
 
     def _write_new(self, piece: _Piece, data: memoryview) -> None:
-        """Write data that needs another mapping: new clusters, or the kept clusters of a zero run."""
+        """Write data that needs another mapping: new clusters, or kept ones of a zero run."""
         first = piece.offset // self._cluster_bytes
         last = (piece.offset + piece.length - 1) // self._cluster_bytes
         cluster = first
@@ -152,8 +175,10 @@ class DataPath:
                 run = Run(kept // self._cluster_bytes, 1, zero_safe=False)
             else:
                 run = self.refcounts.allocate(self._unkept_count(piece, cluster, last))
+                if self.store.space.fresh is not None:
+                    self.store.space.fresh.update(range(run.start, run.start + run.count))
             self._write_run(piece, data, cluster, run)
-            self._map_run(cluster, run)
+            self._map_run(piece, cluster, run)
             cluster += run.count
 
     def _kept_cluster(self, piece: _Piece, guest_cluster: int) -> int:
@@ -163,7 +188,7 @@ class DataPath:
         host = self.mapping.entry_host(guest_cluster)
         if host:
             self._check_exclusive(host, self._cluster_bytes)
-        return host
+        return host if host and self._may_overwrite(host // self._cluster_bytes) else 0
 
     def _unkept_count(self, piece: _Piece, cluster: int, last: int) -> int:
         if piece.run.kind != ZERO:
@@ -180,19 +205,31 @@ class DataPath:
         start, end = max(guest_start, piece.offset), min(guest_end, piece.offset + piece.length)
         part = data[start - piece.offset : end - piece.offset]
         host_start = run.start * self._cluster_bytes
-        if run.zero_safe:
+        if run.zero_safe and piece.run.kind != DATA:
             self.medium.pwrite(part, host_start + start - guest_start)
             return
         # W2, W3: without the barrier in between, a crash could show what the host clusters held before.
         self.store.metadata.require_order()
         whole = bytearray(guest_end - guest_start)
+        if piece.run.kind == DATA:
+            old_start = piece.run.host_offset + guest_start - piece.offset
+            for edge, edge_end in ((guest_start, start), (end, guest_end)):
+                old = memoryview(whole)[edge - guest_start : edge_end - guest_start]
+                self.medium.pread_into(old, old_start + edge - guest_start)
         whole[start - guest_start : end - guest_start] = part
         self.medium.pwrite(whole, host_start)
 
-    def _map_run(self, guest_cluster: int, run: Run) -> None:
+    def _map_run(self, piece: _Piece, guest_cluster: int, run: Run) -> None:
         hosts = range(run.start, run.start + run.count)
         values = [l2_entry(cluster * self._cluster_bytes) for cluster in hosts]
+        replaced = []
+        if piece.run.kind != UNALLOCATED:
+            guest_clusters = range(guest_cluster, guest_cluster + run.count)
+            replaced = [self.mapping.entry_host(cluster) // self._cluster_bytes for cluster in guest_clusters]
         self.mapping.set_entries(guest_cluster, values, self.refcounts)
+        for old in replaced:
+            if old and old not in hosts:
+                self.refcounts.release(old)
 
     # Zero and discard
 
@@ -203,7 +240,7 @@ class DataPath:
             OSError: as `write`.
         """
         self._start_change()
-        for start, span in self._spans(offset, length):
+        for start, span in self.spans(offset, length):
             head, tail = self._whole_clusters(start, span)
             if head < tail:
                 self._zero_in_place(start, head - start)
@@ -211,7 +248,6 @@ class DataPath:
                 self._zero_in_place(tail, start + span - tail)
             else:
                 self._zero_in_place(start, span)
-            self.store.commit_if_large()
 
     def discard(self, length: int, offset: int) -> None:
         """Free the clusters that a guest range covers whole; they read as zeros. The rest stays as it is.
@@ -220,11 +256,10 @@ class DataPath:
             OSError: as `write`.
         """
         self._start_change()
-        for start, span in self._spans(offset, length):
+        for start, span in self.spans(offset, length):
             head, tail = self._whole_clusters(start, span)
             if head < tail:
                 self._set_whole(head, tail, lambda host: 0)
-            self.store.commit_if_large()
 
     def _zeroed_entry(self, host: int, *, unmap: bool) -> int:
         keeps = host and not unmap
@@ -273,16 +308,26 @@ class DataPath:
                 yield from range(first, first + self.geometry.clusters(run.length))
             start += run.length
 
-    # Growing the disk
+    # Resizing the disk
 
-    def grow(self, size_bytes: int) -> None:
-        """Make the disk larger; what is added reads as zeros.
+    def resize(self, size_bytes: int) -> None:
+        """Set the size of the disk. What is added reads as zeros; what is cut off is freed.
+
+        Cutting must be part of a transaction: it is more than one operation may stage.
 
         Raises:
             OSError: the disk has its old size.
         """
         self._start_change()
+        if size_bytes < self.store.metadata.header.size:
+            self._shrink(size_bytes)
+        else:
+            self._grow(size_bytes)
+
+    def _grow(self, size_bytes: int) -> None:
         old_size = self.store.metadata.header.size
+        # Whoever made the image may have left mapped what lies past its end.
+        self._free_past(old_size)
         with self.store.operation():
             # What lies behind the old end in its last cluster was never the guest's.
             self._zero_tail(old_size)
@@ -298,6 +343,36 @@ class DataPath:
         if pieces:
             self._write_pieces(pieces, zeros, size_bytes)
             self.store.metadata.require_order()
+
+    def _shrink(self, size_bytes: int) -> None:
+        self._free_past(size_bytes)
+        with self.store.operation():
+            # Whoever makes the disk larger again, with whatever program, must not find the old bytes.
+            self._zero_tail(size_bytes)
+            self.store.metadata.set_header(size=size_bytes)
+
+    def _free_past(self, size_bytes: int) -> None:
+        """Free the clusters that lie whole past a guest offset, and the L2 tables that map nothing else."""
+        first = self.geometry.clusters(size_bytes)
+        kept_tables = self.geometry.l1_entries_for(size_bytes)
+        end = kept_tables * self.geometry.l2_entries * self._cluster_bytes
+        for start, length in self.spans(
+            first * self._cluster_bytes, max(0, end - first * self._cluster_bytes)
+        ):
+            self._set_whole(start, start + length, lambda host: 0)
+        for l1_index, _ in self.mapping.l2_tables(kept_tables):
+            self._drop_table(l1_index)
+
+    def _drop_table(self, l1_index: int) -> None:
+        """Free an L2 table and all that it maps."""
+        table_bytes = self.geometry.l2_entries * self._cluster_bytes
+        start = l1_index * table_bytes
+        with self.store.operation():
+            for cluster in self._mapped_clusters(start, start + table_bytes):
+                host = self.mapping.entry_host(cluster)
+                if host:
+                    self.refcounts.release(host // self._cluster_bytes)
+            self.mapping.drop_l2_table(l1_index, self.refcounts)
 
 
 def _fill_zeros(buffer: memoryview) -> None:

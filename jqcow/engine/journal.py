@@ -1,7 +1,8 @@
 """The write-ahead journal: appending frames, and finding them again.
 
 The range has two halves, used in turn; an epoch is one filling of a half. Whoever calls `append` places
-the barrier that makes the frame durable, then calls `accept`, or `revoke` where anything failed.
+the barrier that makes the frame durable, then calls `accept`, or `revoke` where anything failed: until
+then the frame is ``pending``.
 
 J1. A frame starts at a multiple of 4096 bytes behind the frame before it: no append rewrites a block
     that holds an earlier frame.
@@ -11,6 +12,8 @@ J3. Sequence numbers never restart; an epoch's frames join without a gap.
 J4. The first frame of an epoch starts with the header and declares the epoch before it checkpointed.
 J5. What an epoch decodes to, and what it zeroes, is bounded (`decoded_limit`, `zeroed_limit`): so are the
     memory and the time of replay. The writer keeps to the same bounds as the scan.
+J6. A revoked frame's first block is overwritten before the next append or barrier: it cannot come back to
+    life once a barrier has completed.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def zeroed_limit(half_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Append:
-    """A frame that was written and is not yet known to be durable. ``offset`` is a host offset."""
+    """A frame that is being written, or not yet known to be durable. ``offset`` is a host offset."""
 
     offset: int
     length: int
@@ -74,6 +77,7 @@ class Journal:
         self.position = 0
         self.decoded_bytes = 0
         self.zeroed_bytes = 0
+        self.pending: Append | None = None
 
     @property
     def epoch_is_empty(self) -> bool:
@@ -94,37 +98,37 @@ class Journal:
         """Write a frame behind the last one. Durable only after the caller's barrier.
 
         Raises:
-            OSError: the write failed; the frame was revoked.
+            OSError: the write failed; the frame is to be revoked.
         """
+        if self.pending is not None:
+            raise RuntimeError("the frame before was neither accepted nor revoked")
         frame = frames.frame_payload(payload, self.extent.salt, self.epoch, self.sequence + 1)
         offset = self.extent.half_offset(self.epoch) + self.position
-        append = Append(offset, len(frame), self.sequence + 1, payload)
-        try:
-            self.medium.pwrite(frame, offset)
-        except BaseException:
-            self.revoke(append)
-            raise
+        append = self.pending = Append(offset, len(frame), self.sequence + 1, payload)
+        self.medium.pwrite(frame, offset)
         return append
 
     def accept(self, append: Append) -> None:
         """The frame is durable: the next one goes behind it."""
-        self.sequence = append.sequence
-        self.position += append.length
-        self.decoded_bytes += append.payload.decoded_length
-        self.zeroed_bytes += append.payload.zeroed_length
+        position = self.position + append.length
+        decoded_bytes = self.decoded_bytes + append.payload.decoded_length
+        zeroed_bytes = self.zeroed_bytes + append.payload.zeroed_length
+        # No call in between: an exception that comes at any time finds all of this done, or nothing.
+        self.sequence, self.position, self.pending = append.sequence, position, None
+        self.decoded_bytes, self.zeroed_bytes = decoded_bytes, zeroed_bytes
 
     def revoke(self, append: Append) -> None:
-        """Overwrite the start of a frame that failed, so that it cannot come back to life.
+        """Overwrite the start of a frame that failed, so that it cannot come back to life (J6).
 
         Where even that fails nobody can tell what replay would find: the image turns read-only.
         """
-        if self.medium.poisoned:
-            return
-        try:
-            self.medium.pwrite(bytes(FRAME_ALIGNMENT), append.offset)
-        except BaseException:
-            self.medium.poison()
-            raise
+        if not self.medium.poisoned:
+            try:
+                self.medium.pwrite(bytes(FRAME_ALIGNMENT), append.offset)
+            except OSError:
+                self.medium.poisoned = True
+                raise
+        self.pending = None
 
     def start_epoch(self) -> None:
         """The running epoch is in its homes: go on in the other half."""

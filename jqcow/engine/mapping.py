@@ -67,6 +67,14 @@ class Mapping:
         self._check_host("L1 table", entry_offset, offset, 1)
         return offset
 
+    def l2_tables(self, l1_index: int) -> Iterator[tuple[int, int]]:
+        """Yield the L2 tables from ``l1_index`` on: (L1 index, host offset). Each may be dropped then."""
+        while l1_index < self.metadata.header.l1_size:
+            table = self.l2_table(l1_index)
+            if table:
+                yield l1_index, table
+            l1_index += 1 if table else self._absent_tables(l1_index)
+
     def run(self, offset: int, length: int) -> MappedRun:
         """Return the first run of one kind at guest ``offset``: at most ``length`` bytes, within one block.
 
@@ -176,6 +184,12 @@ class Mapping:
         self.metadata.set_entry(header.l1_table_offset + l1_index * ENTRY_BYTES, entries.l1_entry(table))
         return table
 
+    def drop_l2_table(self, l1_index: int, refcounts: Refcounts) -> None:
+        """Stage an L1 entry without an L2 table, and free the table."""
+        table = self.l2_table(l1_index)
+        self.metadata.set_entry(self.metadata.header.l1_table_offset + l1_index * ENTRY_BYTES, 0)
+        refcounts.release_metadata(table // self._cluster_bytes)
+
     def grow_l1(self, l1_size: int, refcounts: Refcounts) -> None:
         """Give the L1 table at least ``l1_size`` entries, in other clusters; the new entries are 0."""
         header = self.metadata.header
@@ -207,12 +221,8 @@ class Mapping:
         first = header.refcount_table_offset // self._cluster_bytes
         for position in range(header.refcount_table_clusters):
             yield "refcount table", first + position
-        l1_index = 0
-        while l1_index < header.l1_size:
-            table = self.l2_table(l1_index)
-            if table:
-                yield "L2 table", table // self._cluster_bytes
-            l1_index += 1 if table else self._absent_tables(l1_index)
+        for _, table in self.l2_tables(0):
+            yield "L2 table", table // self._cluster_bytes
 
 
 def survey(mapping: Mapping, refcounts: Refcounts) -> set[int]:

@@ -10,15 +10,15 @@ sees; what a crash would leave is decided by the layer they are in:
 
 D1. A staged change reaches its home only as a log image of a durable record: never from here.
 D2. A log image stays in memory, byte for byte as logged, until it is home.
-D3. An operation is all or nothing: what raises inside `operation` restores every block, the header and
-    the ordering of the cut.
+D3. An operation is all or nothing: rolling it back restores every block, the header and the ordering
+    of the cut.
 D4. A new metadata cluster is zeroed in the record that brings it, before its blocks.
+D5. A user transaction's changes are seen by itself alone until its record is durable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from jqcow.engine.medium import Medium
@@ -57,12 +57,24 @@ class Layer:
 
 @dataclass
 class _Undo:
-    """What an operation changed first: the staged values from before, None where nothing was staged."""
+    """What an operation changed first: the staged values from before, None where nothing was staged.
 
+    ``top`` is where the operation's newest bytes go, ``zeros`` the clusters that it was the first to zero.
+    """
+
+    top: dict[int, Block]
     blocks: dict[int, Block | None] = field(default_factory=dict)
-    zeros: dict[int, int] | None = None
+    zeros: list[int] = field(default_factory=list)
     area: HeaderArea | None = None
     ordered: bool = False
+
+
+@dataclass(frozen=True)
+class MetadataMark:
+    """What a transaction had staged, and the newest blocks that it saw."""
+
+    staged: Layer
+    newest: dict[int, Block]
 
 
 class Metadata:
@@ -76,6 +88,8 @@ class Metadata:
         self._staged = Layer()
         self._in_flight: Layer | None = None
         self._newest: dict[int, Block] = {}
+        self._private: dict[int, Block] | None = None
+        self._sees_private = False
         self._clean: dict[int, bytes] = {}
         self._undo: _Undo | None = None
         self._zero_block = bytes(self.geometry.block_bytes)
@@ -85,6 +99,8 @@ class Metadata:
     @property
     def area(self) -> HeaderArea:
         """The header as the engine sees it now."""
+        if self._private is not None and not self._sees_private:
+            return self.committed_area
         if self._staged.area is not None:
             return self._staged.area
         if self._in_flight is not None and self._in_flight.area is not None:
@@ -98,7 +114,7 @@ class Metadata:
 
     def block(self, offset: int) -> Block:
         """Return the newest bytes of the block at ``offset``; not to be changed by the caller."""
-        found = self._newest.get(offset)
+        found = self._top.get(offset) or self._newest.get(offset)
         if found is not None:
             return found
         clean = self._clean.get(offset)
@@ -117,10 +133,15 @@ class Metadata:
         """Lay the newest blocks over bytes read from the device at ``offset`` (block-aligned)."""
         size = self.geometry.block_bytes
         for position in range(0, len(buffer), size):
-            newest = self._newest.get(offset + position)
+            newest = self._top.get(offset + position) or self._newest.get(offset + position)
             if newest is not None:
                 piece = min(size, len(buffer) - position)
                 buffer[position : position + piece] = newest[:piece]
+
+    @property
+    def _top(self) -> dict[int, Block]:
+        """Where the newest bytes are looked for first, and where staged ones go."""
+        return self._private if self._private is not None and self._sees_private else self._newest
 
     def _keep_clean(self, offset: int, block: bytes) -> None:
         if len(self._clean) >= CLEAN_BLOCKS_MAX:
@@ -129,36 +150,44 @@ class Metadata:
 
     # Staging, only inside an operation
 
-    @contextmanager
-    def operation(self) -> Iterator[None]:
-        """Make the changes inside all or nothing (D3). Operations do not nest."""
+    @property
+    def in_operation(self) -> bool:
+        """True from `begin` until the operation is finished or rolled back."""
+        return self._undo is not None
+
+    def begin(self) -> None:
+        """Start an operation: until `finish` its changes can be taken back (D3). Operations do not nest."""
         if self._undo is not None:
             raise RuntimeError("metadata operations do not nest")
-        self._undo = _Undo(area=self._staged.area, ordered=self._staged.ordered)
-        try:
-            yield
-        except BaseException:
-            self._roll_back(self._undo)
-            raise
-        finally:
-            self._undo = None
+        if self._private is not None and not self._sees_private:
+            raise RuntimeError("a transaction is open: only it may stage")
+        self._undo = _Undo(self._top, area=self._staged.area, ordered=self._staged.ordered)
 
-    def _roll_back(self, undo: _Undo) -> None:
+    def finish(self) -> None:
+        """The operation succeeded."""
+        self._undo = None
+
+    def roll_back(self) -> None:
+        """Take the operation back. Where this is cut off it can be done again."""
+        undo = self._undo
+        if undo is None:
+            return
         for offset, before in undo.blocks.items():
             if before is None:
                 self._staged.blocks.pop(offset, None)
             else:
                 self._staged.blocks[offset] = before
-        if undo.zeros is not None:
-            self._staged.zeros = undo.zeros
+        for cluster in undo.zeros:
+            self._staged.zeros.pop(cluster, None)
         self._staged.area = undo.area
         self._staged.ordered = undo.ordered
         for offset in undo.blocks:
             newest = self._find_newest(offset)
             if newest is None:
-                self._newest.pop(offset, None)
+                undo.top.pop(offset, None)
             else:
-                self._newest[offset] = newest
+                undo.top[offset] = newest
+        self._undo = None
 
     def _find_newest(self, offset: int) -> Block | None:
         """Return the bytes of the topmost layer that holds the block, or None if it is clean."""
@@ -181,7 +210,7 @@ class Metadata:
         copy = bytearray(self.block(offset))
         undo.blocks.setdefault(offset, self._staged.blocks.get(offset))
         self._staged.blocks[offset] = copy
-        self._newest[offset] = copy
+        self._top[offset] = copy
         return copy
 
     def set_entry(self, offset: int, value: int) -> None:
@@ -192,13 +221,14 @@ class Metadata:
     def zero_cluster(self, cluster_offset: int) -> None:
         """Stage a new metadata cluster: all its blocks read as zeros (D4)."""
         undo = self._require_operation()
-        if undo.zeros is None:
-            undo.zeros = dict(self._staged.zeros)
+        if cluster_offset not in self._staged.zeros:
+            undo.zeros.append(cluster_offset)
         self._staged.zeros[cluster_offset] = self.geometry.cluster_bytes
         end = cluster_offset + self.geometry.cluster_bytes
         for offset in range(cluster_offset, end, self.geometry.block_bytes):
-            undo.blocks.setdefault(offset, self._staged.blocks.pop(offset, None))
-            self._newest[offset] = self._zero_block
+            undo.blocks.setdefault(offset, self._staged.blocks.get(offset))
+            self._staged.blocks.pop(offset, None)
+            self._top[offset] = self._zero_block
 
     def set_header(self, **fields: int) -> None:
         """Stage other values of the header's fixed fields."""
@@ -215,6 +245,51 @@ class Metadata:
             raise RuntimeError("metadata is staged only inside an operation")
         return self._undo
 
+    # Transactions: a private view over the committed state
+
+    @property
+    def in_transaction(self) -> bool:
+        """True while a user transaction stages its changes."""
+        return self._private is not None
+
+    def begin_transaction(self) -> None:
+        """From here on staged changes are seen only in the private view (D5); nothing may be staged."""
+        if self.has_staged or self._private is not None:
+            raise RuntimeError("a transaction starts with nothing staged")
+        self._private = {}
+
+    def select_view(self, *, private: bool) -> None:
+        """Choose what is seen: the transaction's own state, or what all others see.
+
+        Whoever takes the lock chooses, before anything else: nobody relies on who had it before.
+        """
+        self._sees_private = private
+
+    def mark(self) -> MetadataMark:
+        """Return the transaction's state, for `return_to`. Blocks staged so far are not edited again."""
+        if self._private is None:
+            raise RuntimeError("no transaction is open")
+        staged = self._staged
+        copy = Layer(dict(staged.zeros), dict(staged.blocks), staged.area, staged.ordered)
+        return MetadataMark(copy, dict(self._private))
+
+    def return_to(self, mark: MetadataMark) -> None:
+        """Undo what the transaction staged since ``mark``, which stays valid."""
+        staged, newest = mark.staged, dict(mark.newest)
+        copy = Layer(dict(staged.zeros), dict(staged.blocks), staged.area, staged.ordered)
+        self._staged, self._private = copy, newest
+
+    def end_transaction(self) -> None:
+        """The transaction's record is durable, or there was nothing to commit: everyone sees its changes."""
+        self._newest.update(self._private or {})
+        self._private = None
+
+    def abandon_transaction(self) -> None:
+        """Forget all that the transaction staged, also what is in flight."""
+        if self._private is None:
+            return
+        self._staged, self._in_flight, self._private = Layer(), None, None
+
     # From staged to logged to home
 
     @property
@@ -227,6 +302,11 @@ class Metadata:
         """How many blocks the next record would hold."""
         return len(self._staged.blocks)
 
+    @property
+    def staged_zeros(self) -> int:
+        """How many clusters the next record would zero."""
+        return len(self._staged.zeros)
+
     def cut(self) -> Layer:
         """Freeze what is staged: it travels in the next record. Only between operations."""
         if self._undo is not None or self._in_flight is not None:
@@ -236,22 +316,25 @@ class Metadata:
 
     def uncut(self) -> None:
         """The record failed: what it held is staged again, under what was staged since."""
-        failed, newer = self._require_in_flight(), self._staged
-        self._in_flight = None
+        failed, newer = self._in_flight, self._staged
+        if failed is None:
+            return
         for cluster, length in newer.zeros.items():
             for offset in range(cluster, cluster + length, self.geometry.block_bytes):
                 failed.blocks.pop(offset, None)
-        self._staged = Layer(
+        both = Layer(
             failed.zeros | newer.zeros,
             failed.blocks | newer.blocks,
             newer.area or failed.area,
             failed.ordered or newer.ordered,
         )
+        self._staged, self._in_flight = both, None
 
     def publish(self) -> None:
-        """The record is durable: its blocks are log images now."""
-        durable = self._require_in_flight()
-        self._in_flight = None
+        """The record is durable: its blocks are log images now. If cut off it can be done again."""
+        durable = self._in_flight
+        if durable is None:
+            return
         for cluster, length in durable.zeros.items():
             for offset in range(cluster, cluster + length, self.geometry.block_bytes):
                 self.images[offset] = self._zero_block
@@ -259,11 +342,7 @@ class Metadata:
             self.images[offset] = bytes(data)
         if durable.area is not None:
             self.committed_area = durable.area
-
-    def _require_in_flight(self) -> Layer:
-        if self._in_flight is None:
-            raise RuntimeError("no record is in flight")
-        return self._in_flight
+        self._in_flight = None
 
     def replay(self, operations: Iterator[Operation]) -> None:
         """Take the operations of a scanned journal as log images, in order.
@@ -303,8 +382,9 @@ class Metadata:
         """The checkpoint's barrier completed: log images are clean blocks now."""
         for offset, data in self.images.items():
             if self._newest.get(offset) is not None and not self._is_newer(offset):
-                del self._newest[offset]
+                # In this order: without the newest bytes a clean block that is older would be seen.
                 self._keep_clean(offset, data)
+                del self._newest[offset]
             else:
                 self._clean.pop(offset, None)
         self.images = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jqcow.engine import features
 from jqcow.engine.journal import Scan
 from jqcow.engine.medium import Medium
-from jqcow.engine.store import NewSalt, Store, random_salt
+from jqcow.engine.store import NewSalt, Store, random_salt, read_root_copy
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import MAGIC, Header, HeaderArea
@@ -89,8 +89,3 @@ def read_header(medium: Medium) -> HeaderArea:
     if header.cluster_bits > MAX_CLUSTER_BITS:
         raise FormatError(f"cluster_bits {header.cluster_bits} is not in 9-21")
     return HeaderArea.parse(medium.pread(1 << header.cluster_bits, 0))
-
-
-def read_root_copy(medium: Medium) -> bytes | None:
-    """Return the root that the root copy holds, or None where there is no valid copy."""
-    return roots.unpack_root_copy(medium.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET))

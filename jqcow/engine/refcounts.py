@@ -116,8 +116,7 @@ class Refcounts:
             OSError: the host has no space for a refcount block.
             CorruptionError: a cluster that should be free is not.
         """
-        if self.space.is_short and not self.space.unknown:
-            self._search_free()
+        self._search_if_short()
         run = self.space.take(count)
         self.metadata_clusters.difference_update(range(run.start, run.start + run.count))
         self._raise(run.start, run.count)
@@ -218,25 +217,20 @@ class Refcounts:
         return (self.space.frontier + table_clusters + new_blocks) // self.geometry.refcounts_per_cluster
 
     def release(self, cluster: int) -> None:
-        """Take one reference from a data cluster; the last one frees it.
+        """Take the reference from a data cluster, which frees it.
 
         Raises:
-            CorruptionError: the cluster holds metadata, which a guest's entry must not free.
+            CorruptionError, UnsupportedFeatureError: as `require_exclusive_data`.
         """
-        if cluster in self.metadata_clusters:
-            offset = cluster * self.geometry.cluster_bytes
-            raise CorruptionError("L2 table", offset, "a guest cluster is mapped onto metadata")
-        self._lower(cluster)
+        self.require_exclusive_data(cluster)
+        self._set(cluster, 0)
         self.space.free_data(cluster)
 
     def release_metadata(self, cluster: int) -> None:
         """Take the reference from a metadata cluster, which frees it."""
-        self._lower(cluster)
-        self.space.free_metadata(cluster)
-
-    def _lower(self, cluster: int) -> None:
         self.require_exclusive(cluster)
         self._set(cluster, 0)
+        self.space.free_metadata(cluster)
 
     def require_exclusive(self, cluster: int) -> None:
         """Raise unless a cluster in use has refcount 1.
@@ -254,11 +248,36 @@ class Refcounts:
                 "a cluster shared without a snapshot", f"refcount {value} at host offset {offset:#x}"
             )
 
+    def require_exclusive_data(self, cluster: int) -> None:
+        """Raise unless a cluster that a guest's entry names has refcount 1, and holds no metadata (G2).
+
+        Raises:
+            CorruptionError: it holds metadata, which a guest's entry must not change or free.
+            CorruptionError, UnsupportedFeatureError: as `require_exclusive`.
+        """
+        self.require_exclusive(cluster)
+        if cluster in self.metadata_clusters:
+            offset = cluster * self.geometry.cluster_bytes
+            raise CorruptionError("L2 table", offset, "a guest cluster is mapped onto metadata")
+
     # Free clusters below the end of the file
 
     def start_search(self, end_cluster: int) -> None:
         """Search the refcounts for free clusters, as allocation asks for them, up to ``end_cluster``."""
         self._scan_cluster, self._scan_end = 0, end_cluster
+
+    def recycle(self) -> None:
+        """When short of clusters that read as zeros, make some ready for use after the next barrier.
+
+        Raises:
+            OSError: the host failed; nothing is lost.
+        """
+        self._search_if_short()
+        self.space.recycle()
+
+    def _search_if_short(self) -> None:
+        if self.space.is_short and not self.space.unknown:
+            self._search_free()
 
     def _search_free(self) -> None:
         for _ in range(SCAN_BLOCKS_PER_TAKE):

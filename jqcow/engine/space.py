@@ -15,12 +15,15 @@ S2. A freed metadata cluster is handed out only after a durable frame declares t
 S3. A cluster is zero-safe only if it lies past the largest size since the last barrier, or this process
     punched it under a completed barrier. Clusters of a failed operation are unknown.
 S4. Clusters of a live journal range are never handed out.
+S5. Clusters of a transaction whose record failed wait for a barrier: the record may come back to life.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
+import sys
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from jqcow.engine.medium import Medium
@@ -40,51 +43,57 @@ class Run:
 
 
 class ClusterRuns:
-    """A set of cluster indices, kept as sorted runs; ``cluster_count`` is how many it holds."""
+    """A set of cluster indices, kept as sorted runs [start, end).
+
+    Each change is one assignment: an exception that comes at any time finds it done, or not begun.
+    """
 
     def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        self.cluster_count = 0
+        self._runs: list[tuple[int, int]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._starts)
+        return bool(self._runs)
 
     def __contains__(self, cluster: int) -> bool:
-        place = bisect_right(self._starts, cluster) - 1
-        return place >= 0 and cluster < self._ends[place]
+        place = bisect_right(self._runs, (cluster, sys.maxsize)) - 1
+        return place >= 0 and cluster < self._runs[place][1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield (start, count) in order."""
-        return ((start, end - start) for start, end in zip(self._starts, self._ends, strict=True))
+        return ((start, end - start) for start, end in self._runs)
+
+    def holds(self, count: int) -> bool:
+        """Return True if there are at least ``count`` clusters in the set."""
+        held = 0
+        for _, length in self:
+            held += length
+            if held >= count:
+                return True
+        return count <= 0
 
     def add(self, start: int, count: int) -> None:
         """Add a run that does not overlap the set: a cluster listed twice would be handed out twice."""
-        place = bisect_right(self._starts, start)
-        end = start + count
-        overlaps_next = place < len(self._starts) and self._starts[place] < end
-        if overlaps_next or (place and self._ends[place - 1] > start):
+        runs, end = self._runs, start + count
+        first = past = bisect_left(runs, (start, start))
+        overlaps_next = first < len(runs) and runs[first][0] < end
+        if overlaps_next or (first and runs[first - 1][1] > start):
             raise RuntimeError(f"free clusters {start}-{end} are listed already")
-        self.cluster_count += count
-        if place and self._ends[place - 1] == start:
-            place -= 1
-            start = self._starts[place]
-            del self._starts[place], self._ends[place]
-        if place < len(self._starts) and self._starts[place] == end:
-            end = self._ends[place]
-            del self._starts[place], self._ends[place]
-        self._starts.insert(place, start)
-        self._ends.insert(place, end)
+        if first and runs[first - 1][1] == start:
+            first -= 1
+            start = runs[first][0]
+        if past < len(runs) and runs[past][0] == end:
+            end = runs[past][1]
+            past += 1
+        runs[first:past] = [(start, end)]
 
     def take(self, count: int) -> tuple[int, int]:
         """Remove and return the lowest run, at most ``count`` clusters of it: (start, count)."""
-        start, end = self._starts[0], self._ends[0]
+        start, end = self._runs[0]
         taken = min(count, end - start)
-        self.cluster_count -= taken
         if start + taken == end:
-            del self._starts[0], self._ends[0]
+            del self._runs[0]
         else:
-            self._starts[0] = start + taken
+            self._runs[0] = (start + taken, end)
         return start, taken
 
 
@@ -96,6 +105,15 @@ class Frees:
     metadata: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class SpaceMark:
+    """Where a transaction stood: how many runs it had taken, and what it had freed."""
+
+    taken: int
+    data: frozenset[int]
+    metadata: frozenset[int]
+
+
 @dataclass
 class _Undo:
     taken: list[Run] = field(default_factory=list)
@@ -103,8 +121,16 @@ class _Undo:
     metadata: list[int] = field(default_factory=list)
 
 
+_Waiting = dict[tuple[int, int], int]
+"""Runs (start, count) that wait for a barrier, each with how many barriers had started before."""
+
+
 class Space:
-    """The pools of free clusters of one image that is open for writing."""
+    """The pools of free clusters of one image that is open for writing.
+
+    An exception may cut any method off, at any point. A cluster on its way from one place to another is
+    then in neither, and so not handed out until the image is opened again; it is never in both.
+    """
 
     def __init__(self, medium: Medium, geometry: Geometry) -> None:
         self.medium = medium
@@ -113,15 +139,18 @@ class Space:
         self.reserved: list[tuple[int, int]] = []
         self.zero_safe = ClusterRuns()
         self.unknown = ClusterRuns()
-        self._settling: list[tuple[int, int]] = []
-        self._retired: list[tuple[int, int]] = []
+        self.fresh: set[int] | None = None
+        """In a transaction: the clusters allocated since its start or last savepoint; None outside."""
+        self._settling: _Waiting = {}
+        self._retired: _Waiting = {}
         self._released: list[tuple[int, int]] = []
         self._staged = Frees()
         self._in_flight: Frees | None = None
         self._metadata_frees: list[tuple[int, set[int]]] = []
         self._undo: _Undo | None = None
+        self._transaction: list[Run] | None = None
         self._host_punches = True
-        medium.on_barrier.append(self._barrier_completed)
+        medium.listeners.append(self._barrier_completed)
 
     def is_pending(self, cluster: int) -> bool:
         """Return True for a free cluster that must not be handed out yet, or is listed already."""
@@ -132,29 +161,28 @@ class Space:
             or (in_flight is not None and (cluster in in_flight.data or cluster in in_flight.metadata))
             or any(cluster in clusters for _, clusters in self._metadata_frees)
             or any(start <= cluster < end for start, end in self.reserved)
-            or any(
-                start <= cluster < start + count
-                for runs in (self._settling, self._retired, self._released)
-                for start, count in runs
-            )
+            or any(start <= cluster < start + count for runs in self._waiting_runs() for start, count in runs)
             or cluster in self.zero_safe
             or cluster in self.unknown
         )
+
+    def _waiting_runs(self) -> tuple[Iterable[tuple[int, int]], ...]:
+        return (self._settling, self._retired, self._released)
 
     # Handing out
 
     @property
     def is_short(self) -> bool:
         """True when zero-safe clusters run out and none are on their way: unknown ones are to be recycled."""
-        return self.zero_safe.cluster_count < RECYCLE_CLUSTERS and not self._settling
+        return not self.zero_safe.holds(RECYCLE_CLUSTERS) and not self._settling
 
     def take(self, count: int) -> Run:
         """Take up to ``count`` clusters, zero-safe ones first; at least one."""
-        if self.is_short:
-            self._recycle()
+        self.recycle()
         if self.zero_safe:
             run = Run(*self.zero_safe.take(count), zero_safe=True)
-        elif self.unknown and not self._host_punches:
+        elif self.unknown and (self._transaction is not None or not self._host_punches):
+            # All data of a transaction is ordered: its clusters need not be zero-safe, only written whole.
             run = Run(*self.unknown.take(count), zero_safe=False)
         else:
             return self.take_at_frontier(count)
@@ -174,9 +202,13 @@ class Space:
         if self._undo is not None:
             self._undo.taken.append(run)
 
-    def _recycle(self) -> None:
-        """Give a few unknown clusters back to the host, for use after the next barrier (S3)."""
-        wanted = RECYCLE_CLUSTERS
+    def recycle(self) -> None:
+        """When short, give a few unknown clusters back to the host, for use after the next barrier (S3).
+
+        Raises:
+            OSError: the host failed; the clusters stay unknown.
+        """
+        wanted = RECYCLE_CLUSTERS if self.is_short else 0
         while wanted and self.unknown and self._host_punches:
             start, taken = self.unknown.take(wanted)
             self._punch(start, taken)
@@ -191,7 +223,7 @@ class Space:
             self.unknown.add(start, count)
             raise
         if self._host_punches:
-            self._settling.append((start, count))
+            self._settling[start, count] = self.medium.barriers_started
         else:
             self.unknown.add(start, count)
 
@@ -204,35 +236,89 @@ class Space:
 
     # Operations
 
+    @property
+    def in_operation(self) -> bool:
+        """True from `begin` until the operation is finished or rolled back."""
+        return self._undo is not None
+
     def begin(self) -> None:
         """Start to note what an operation takes and frees."""
         self._undo = _Undo()
 
     def finish(self) -> None:
         """The operation succeeded."""
-        self._undo = None
+        undo, self._undo = self._undo, None
+        if undo is not None and self._transaction is not None:
+            self._transaction += undo.taken
 
     def roll_back(self) -> None:
         """The operation failed: what it took is free again with unknown content (S3)."""
-        undo, self._undo = self._undo, None
+        undo = self._undo
         if undo is None:
             return
-        for run in undo.taken:
-            self.unknown.add(run.start, run.count)
         self._staged.data.difference_update(undo.data)
         self._staged.metadata.difference_update(undo.metadata)
+        self._undo = None
+        for run in undo.taken:
+            self.unknown.add(run.start, run.count)
+
+    # Transactions
+
+    def begin_transaction(self) -> None:
+        """Start to note what a user transaction takes; nothing may be staged."""
+        self._transaction, self.fresh = [], set()
+
+    def mark(self) -> SpaceMark:
+        """Return where a transaction stands, for `return_to`. Its fresh clusters are closed."""
+        self.fresh = set()
+        return SpaceMark(
+            len(self._require_transaction()), frozenset(self._staged.data), frozenset(self._staged.metadata)
+        )
+
+    def return_to(self, mark: SpaceMark) -> None:
+        """Undo what the transaction took and freed since ``mark``."""
+        taken = self._require_transaction()
+        given_up = taken[mark.taken :]
+        self.fresh, self._staged = set(), Frees(set(mark.data), set(mark.metadata))
+        del taken[mark.taken :]
+        for run in given_up:
+            self.unknown.add(run.start, run.count)
+
+    def end_transaction(self) -> None:
+        """The transaction is durable: what it took is in use."""
+        self._transaction = self.fresh = None
+
+    def abandon_transaction(self) -> None:
+        """The transaction's record failed. Should it come back to life it needs its clusters (S5)."""
+        if self._transaction is None:
+            return
+        now = self.medium.barriers_started
+        taken = {cluster for run in self._transaction for cluster in range(run.start, run.start + run.count)}
+        retired = self._retired | dict.fromkeys(_as_runs(taken), now)
+        self._retired, self._staged = retired, Frees()
+        self._transaction = self.fresh = self._in_flight = None
+
+    def _require_transaction(self) -> list[Run]:
+        if self._transaction is None:
+            raise RuntimeError("no transaction is open")
+        return self._transaction
 
     def free_data(self, cluster: int) -> None:
         """A staged change frees a data cluster."""
-        self._staged.data.add(cluster)
         if self._undo is not None:
             self._undo.data.append(cluster)
+        self._staged.data.add(cluster)
 
     def free_metadata(self, cluster: int) -> None:
         """A staged change frees a metadata cluster."""
-        self._staged.metadata.add(cluster)
         if self._undo is not None:
             self._undo.metadata.append(cluster)
+        self._staged.metadata.add(cluster)
+
+    @property
+    def staged_frees(self) -> int:
+        """How many clusters the staged changes free."""
+        return len(self._staged.data) + len(self._staged.metadata)
 
     # Records and barriers
 
@@ -248,17 +334,20 @@ class Space:
             self._in_flight = None
 
     def publish(self, epoch: int) -> None:
-        """A record of ``epoch`` is durable: its data frees are released, its metadata frees wait (S1, S2)."""
-        frees, self._in_flight = self._in_flight, None
-        for freeing_epoch, clusters in list(self._metadata_frees):
+        """A record of ``epoch`` is durable: its data frees are released, its metadata frees wait (S1, S2).
+
+        If cut off it can be done again.
+        """
+        frees = Frees() if self._in_flight is None else self._in_flight
+        released = self._released + _as_runs(frees.data)
+        waiting = [(epoch, frees.metadata)] if frees.metadata else []
+        for freeing_epoch, clusters in self._metadata_frees:
             if freeing_epoch < epoch:
-                self._metadata_frees.remove((freeing_epoch, clusters))
-                self._released += _as_runs(clusters)
-        if frees is None:
-            return
-        self._released += _as_runs(frees.data)
-        if frees.metadata:
-            self._metadata_frees.append((epoch, frees.metadata))
+                released += _as_runs(clusters)
+            else:
+                waiting.append((freeing_epoch, clusters))
+        # No call in between: an exception that comes at any time finds all of this done, or nothing.
+        self._released, self._metadata_frees, self._in_flight = released, waiting, None
 
     def retire(self, offset: int, length: int) -> None:
         """List a journal range that was given up; free once a barrier has made the other root durable."""
@@ -267,7 +356,7 @@ class Space:
         if (start, end) in self.reserved:
             self.reserved.remove((start, end))
         self.frontier = max(self.frontier, end)
-        self._retired.append((start, end - start))
+        self._retired[start, end - start] = self.medium.barriers_started
 
     def reserve(self, offset: int, length: int) -> None:
         """Keep the clusters of a live journal range from being handed out (S4)."""
@@ -281,20 +370,38 @@ class Space:
         self.reserved.remove((start, end))
 
     def give_back(self) -> None:
-        """Punch what durable records freed; what cannot be punched is unknown."""
-        while self._released:
-            self._punch(*self._released.pop())
+        """Punch what durable records freed; what cannot be punched is unknown.
 
-    def _barrier_completed(self) -> None:
-        for start, count in self._settling:
-            self.zero_safe.add(start, count)
-        self._settling = []
-        self._released += self._retired
-        self._retired = []
+        The commit before it is durable, whatever the host says now. So an error is not the caller's: it would
+        read as if the commit had failed. It is raised when the cluster is punched anew, for its next use.
+        """
+        while self._released:
+            with suppress(OSError):
+                self._punch(*self._released.pop())
+
+    def _barrier_completed(self, number: int) -> None:
+        for run in _covered(self._settling, number):
+            del self._settling[run]
+            self.zero_safe.add(*run)
+        for run in _covered(self._retired, number):
+            del self._retired[run]
+            self._released.append(run)
+
+
+def _covered(waiting: _Waiting, number: int) -> list[tuple[int, int]]:
+    """Return the runs that were listed before barrier ``number`` started."""
+    return [run for run, started_before in waiting.items() if started_before < number]
 
 
 def _as_runs(clusters: set[int]) -> list[tuple[int, int]]:
-    runs = ClusterRuns()
+    runs: list[tuple[int, int]] = []
+    start = end = -1
     for cluster in sorted(clusters):
-        runs.add(cluster, 1)
-    return list(runs)
+        if cluster != end:
+            if end > start:
+                runs.append((start, end - start))
+            start = cluster
+        end = cluster + 1
+    if end > start:
+        runs.append((start, end - start))
+    return runs

@@ -2,8 +2,8 @@
 
 This is where barriers are placed, each once, each named; docs/crash-consistency argues them one by one.
 
-T1. A record is appended only when all that it relies on is durable: the data of ordered pairs, the
-    opening frame and root copy before the root that names them.
+T1. A record is appended only when all that it relies on is durable: the data of ordered pairs, all data of
+    a transaction, the opening frame and root copy before the root that names them.
 T2. What a flush acknowledges is in a record (or in place) under a completed barrier.
 T3. Homes are written only from durable records, and by `_write_homes` alone.
 T4. An epoch ends only after all its log images are home under a completed barrier.
@@ -18,17 +18,19 @@ T8. A record is never longer than a half; a longer one moves the journal to a la
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 
 from jqcow.engine import journal as journals
-from jqcow.engine.journal import Append, Journal
+from jqcow.engine.journal import Journal
 from jqcow.engine.mapping import Mapping, survey
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Layer, Metadata
 from jqcow.engine.refcounts import Refcounts
 from jqcow.engine.space import Space
+from jqcow.engine.turn import Turn
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import layout
@@ -40,10 +42,45 @@ from jqcow.ondisk.root import DEFAULT_JOURNAL_BYTES, MAX_JOURNAL_BYTES, JournalR
 
 NewSalt = Callable[[], bytes]
 
+STAGED_ZERO_BYTES_MAX = journals.ZEROED_BYTES_MIN // 4
+"""New metadata clusters of changes that are not committed: a record must not zero more than an epoch may."""
+STAGED_FREE_BYTES_MAX = 1 << 30
+"""Clusters freed by changes that are not committed keep their space on the host: no more than this."""
+
 
 def random_salt() -> bytes:
     """Return a salt that no journal had before."""
     return secrets.token_bytes(roots.SALT_BYTES)
+
+
+def read_root_copy(medium: Medium) -> bytes | None:
+    """Return the root that the root copy holds, or None where there is no valid copy."""
+    return roots.unpack_root_copy(medium.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET))
+
+
+class Operation:
+    """The metadata changes of one operation, as a context manager: all of them, or none."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __enter__(self) -> None:
+        self._store.begin_operation()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._store.end_operation(succeeded=kind is None)
+
+
+@dataclass
+class _Commit:
+    """A commit under way: what was cut, and how many changes that covers. ``durable`` after its barrier."""
+
+    changes: int
+    of_transaction: bool
+    layer: Layer = field(default_factory=Layer)
+    durable: bool = False
 
 
 class Store:
@@ -68,15 +105,16 @@ class Store:
         self.journal_bytes = journal_bytes
         self._new_salt = new_salt
         # A killed process may have left its last sector-0 write in flight.
-        self._root_unsettled = True
+        self._root_is_settled = False
+        self._root_written = 0
+        self._root_in_doubt = False
         self._root_copy_is_stale = False
         self._surveyed = False
-        medium.on_barrier.append(self._root_settled)
-
-    @property
-    def is_live(self) -> bool:
-        """True while the image has a live journal: sector 0 is the root."""
-        return self.journal is not None
+        self._operation_succeeded = False
+        self._commit: _Commit | None = None
+        self.lock = medium.lock
+        self.turn = Turn()
+        medium.listeners.append(self._barrier_completed)
 
     # The metadata as it is now, for checking
 
@@ -98,30 +136,76 @@ class Store:
 
     # One operation
 
-    @contextmanager
-    def operation(self) -> Iterator[None]:
+    def operation(self) -> Operation:
         """Make the metadata changes inside all or nothing; the image is live from the first one on.
 
         Raises:
             OSError: the journal could not be set up, or what the body raises.
         """
+        return Operation(self)
+
+    def begin_operation(self) -> None:
+        """For `Operation`: start to note what changes."""
         self.go_live()
+        self._operation_succeeded = False
         self.space.begin()
-        try:
-            with self.metadata.operation():
-                yield
-        except BaseException:
+        self.metadata.begin()
+
+    def end_operation(self, *, succeeded: bool) -> None:
+        """For `Operation`: keep what changed, or take it back. Where this is cut off, `enter` goes on."""
+        self._operation_succeeded = succeeded
+        self._settle_operation()
+
+    def _settle_operation(self) -> None:
+        if self._operation_succeeded:
+            self.metadata.finish()
+            self.space.finish()
+        else:
+            self.metadata.roll_back()
             self.space.roll_back()
-            raise
-        self.space.finish()
+        self._operation_succeeded = False
+
+    # Coming in
+
+    def enter(self, *, private: bool = False, alone: bool = False) -> None:
+        """Called by whoever takes the lock, before anything else: bring to an end what was cut off.
+
+        An exception can come between any two steps, also in the cleaning up after another one. What was
+        under way then is still noted as such; as nobody can be in the middle of it who does not hold the
+        lock, it is finished or taken back here.
+
+        Args:
+            private: see the open transaction's own state.
+            alone: the caller keeps all others from changing the image: a transaction that is still open was
+                left, and is undone.
+        """
+        self.metadata.select_view(private=private)
+        if self.metadata.in_operation or self.space.in_operation:
+            self._settle_operation()
+        if self._commit is not None and self._commit.durable:
+            self._end_commit()
+        if alone:
+            self.abandon_transaction()
+        if self._root_in_doubt:
+            # What sector 0 holds is not known, and a move that failed could not put it right.
+            self.medium.poisoned = True
+
+    # Large changes
 
     def commit_if_large(self) -> None:
-        """Between operations: keep what is staged, and so memory and the next record, within bounds.
+        """Between changes, with the lock free: keep memory and the next record within bounds.
 
         Raises:
             OSError: as `flush`.
         """
-        if self.journal is not None and self.metadata.staged_blocks > self._staged_limit(self.journal):
+        if self.journal is None or self.metadata.in_transaction:
+            return
+        cluster_bytes = self.geometry.cluster_bytes
+        if (
+            self.metadata.staged_blocks > self._staged_limit(self.journal)
+            or self.metadata.staged_zeros * cluster_bytes > STAGED_ZERO_BYTES_MAX
+            or self.space.staged_frees * cluster_bytes > STAGED_FREE_BYTES_MAX
+        ):
             self.flush()
 
     def _staged_limit(self, journal: Journal) -> int:
@@ -160,19 +244,23 @@ class Store:
             self._settle_root()
             before = self.medium.pread(SECTOR_BYTES, 0)
             self.refcounts.allocate_homes()
+            # Under the next barrier they become zero-safe: new clusters need not go behind the journal.
+            self.refcounts.recycle()
             journal = self._lay_journal(self.journal_bytes, epoch=1, live=())
-            with self._given_up_on_error(journal.extent):
+            try:
                 # Durable now: the opening frame and the root copy. The root that names them comes next.
                 self.medium.barrier("live.prepare")
-                with self._kept_on_error(before):
-                    self.medium.pwrite(roots.pack_root(clean.header, journal.extent), 0)
-                    if clean.header.autoclear_features:
-                        # Durable now: the cleared autoclear bits. Data may change what they vouch for.
-                        self.medium.barrier("live.autoclear")
+                self._write_root(roots.pack_root(clean.header, journal.extent))
+                if clean.header.autoclear_features:
+                    # Durable now: the cleared autoclear bits. Data may change what they vouch for.
+                    self.medium.barrier("live.autoclear")
+            except BaseException:
+                self._give_up(journal.extent, before)
+                raise
         except BaseException:
             self.metadata.committed_area = clean
             raise
-        self.journal, self._root_copy_is_stale = journal, False
+        self.journal, self._root_copy_is_stale, self._root_in_doubt = journal, False, False
 
     def _lay_journal(self, length: int, epoch: int, live: tuple[bytes, ...], sequence: int = 0) -> Journal:
         """Write a new journal range behind the end of the file, its frames and the root copy.
@@ -219,88 +307,196 @@ class Store:
             self.space.frontier = max(frontier, self.geometry.clusters(extent.end))
 
     def _write_root_copy(self, extent: JournalRange) -> None:
-        if self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET:
+        if self._has_root_copy:
             self._root_copy_is_stale = True
             root = roots.pack_root(self.metadata.committed_area.header, extent)
             self.medium.pwrite(roots.pack_root_copy(root), roots.ROOT_COPY_OFFSET)
 
-    @contextmanager
-    def _given_up_on_error(self, extent: JournalRange) -> Iterator[None]:
-        """Where the body fails, nothing will use the new range; free it once a barrier makes that certain."""
-        try:
-            yield
-        except BaseException:
-            self.space.retire(extent.offset, extent.length)
-            raise
+    def _write_root(self, root: bytes) -> None:
+        """Write sector 0. It is in doubt until the caller knows which state goes on, and then not settled."""
+        self._root_in_doubt = True
+        self._root_is_settled, self._root_written = False, self.medium.barriers_started
+        self.medium.pwrite(root, 0)
 
-    @contextmanager
-    def _kept_on_error(self, before: bytes) -> Iterator[None]:
-        """Where the body fails to change the root, write sector 0 as it was before (T6)."""
-        self._root_unsettled = True
-        try:
-            yield
-        except BaseException:
-            self._root_unsettled = True
-            if not self.medium.poisoned:
-                self._write_back(before)
-            raise
+    def _give_up(self, extent: JournalRange, before: bytes) -> None:
+        """A change of the root failed: write sector 0 as it was ``before`` if it may be changed (T6).
 
-    def _write_back(self, sector: bytes) -> None:
-        try:
-            self.medium.pwrite(sector, 0)
-        except BaseException:
-            self.medium.poison()
-            raise
+        Nothing will use the new range; it is freed once a barrier has made that certain.
+        """
+        if self._root_in_doubt and not self.medium.poisoned:
+            try:
+                self._write_root(before)
+            except OSError:
+                self.medium.poisoned = True
+                raise
+        self._root_in_doubt = False
+        self.space.retire(extent.offset, extent.length)
 
     def _settle_root(self) -> None:
-        if self._root_unsettled:
+        if not self._root_is_settled:
             # Durable now: sector 0 as it reads, whoever wrote it last. The root copy is written next.
             self.medium.barrier("root.settle")
 
-    def _root_settled(self) -> None:
-        self._root_unsettled = False
+    def _barrier_completed(self, number: int) -> None:
+        if self._root_written < number:
+            self._root_is_settled = True
 
     # Commit: one barrier
 
-    def flush(self) -> None:
+    def flush(self, check: Callable[[], None] | None = None) -> None:
         """Make every completed change durable: data in place, new data, and the metadata that maps it.
+
+        Called with the lock free, as is all that commits. Other threads may go on meanwhile; their flushes
+        share the next commit.
 
         Raises:
             OSError: nothing is acknowledged. After a failed write the next flush tries anew; after a
-                failed barrier the image is read-only.
+                failed barrier the image is read-only. Also what ``check`` raises, which is called just before
+                a commit, as much may have happened while another one was waited for.
         """
-        if self.journal is None or not self.metadata.has_staged:
-            # Durable now: data written in place, and whatever an earlier process left unsynced.
-            self.medium.barrier("flush.data")
+        with self.lock:
+            self.enter()
+            ticket = self.turn.changes
+        if self._others_cover(ticket):
             return
-        layer = self._cut()
-        append: Append | None = None
+        under_way = threading.Lock()
+        with self.turn.taken, under_way:
+            self.turn.under_way = under_way
+            self._settle_commit()
+            if self.turn.is_covered(ticket):
+                return
+            if check is not None:
+                with self.lock:
+                    check()
+            self._run_commit()
+
+    def _others_cover(self, ticket: int) -> bool:
+        """Wait while others commit; return True once everything up to ``ticket`` is durable."""
+        ended = None
+        while True:
+            with self.lock:
+                if self.turn.is_covered(ticket):
+                    return True
+                under_way = self.turn.under_way
+            if under_way is ended:
+                return False
+            with under_way:
+                ended = under_way
+
+    def _run_commit(self, *, of_transaction: bool = False) -> None:
+        """Commit what is staged: cut, log, and publish or take back. The turn is taken, the lock is free."""
         try:
-            if layer.ordered:
-                # Durable now: the data of ordered pairs. The record that maps it may land from here on.
-                self.medium.barrier("flush.ordered")
-            payload = self._make_room(layer)
-            append = self.journal.append(payload)
-            # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.
-            self.medium.barrier("flush.record")
-        except BaseException:
-            if append is not None:
-                self.journal.revoke(append)
-            self._uncut()
-            raise
-        with self.medium.all_or_poisoned():
-            self.journal.accept(append)
-            self.metadata.publish()
-            self.space.publish(self.journal.epoch)
-        self.space.give_back()
+            with self.lock:
+                self.enter()
+                self._commit = commit = _Commit(self.turn.changes, of_transaction)
+                if self.metadata.has_staged and of_transaction == self.metadata.in_transaction:
+                    self._cut(commit)
+            self._log(commit)
+            commit.durable = True
+        finally:
+            with self.lock:
+                self.enter()
+                self._end_commit()
+        with self.lock:
+            self.enter()
+            self.space.give_back()
 
-    def _cut(self) -> Layer:
+    def _cut(self, commit: _Commit) -> None:
         self.space.cut()
-        return self.metadata.cut()
+        commit.layer = self.metadata.cut()
+        # T1: a transaction's data must not be half there (P3), also where the pairs are zero-safe.
+        commit.layer.ordered |= commit.of_transaction
 
-    def _uncut(self) -> None:
-        self.metadata.uncut()
-        self.space.uncut()
+    def _log(self, commit: _Commit) -> None:
+        """Make one record of the cut durable."""
+        layer = commit.layer
+        if layer.is_empty:
+            # Durable now: data written in place, and whatever an earlier process left unsynced.
+            self.medium.barrier("flush.data", unlocked=True)
+            return
+        if layer.ordered:
+            # Durable now: the data of ordered pairs. The record that maps it may land from here on.
+            self.medium.barrier("flush.ordered", unlocked=True)
+        with self.lock:
+            self.enter()
+            payload = self._make_room(layer)
+            self._require_journal().append(payload)
+        # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.
+        self.medium.barrier("flush.record", unlocked=True)
+
+    def _settle_commit(self) -> None:
+        """Called by whoever takes the turn: bring a commit to an end that was cut off."""
+        with self.lock:
+            self.enter()
+            self._end_commit()
+
+    def _end_commit(self) -> None:
+        """Publish a commit that is durable, take back one that is not. Where cut off it can be done again."""
+        commit = self._commit
+        if commit is None:
+            return
+        if commit.durable:
+            self._publish(commit)
+        else:
+            self._take_back(commit)
+        self._commit = None
+
+    def _publish(self, commit: _Commit) -> None:
+        if not commit.layer.is_empty:
+            journal = self._require_journal()
+            if journal.pending is not None:
+                journal.accept(journal.pending)
+            self.metadata.publish()
+            self.space.publish(journal.epoch)
+        if commit.of_transaction:
+            self.metadata.end_transaction()
+            self.space.end_transaction()
+        self.turn.cover(commit.changes)
+
+    def _take_back(self, commit: _Commit) -> None:
+        try:
+            if self.journal is not None and self.journal.pending is not None:
+                # The record must not come back to life.
+                self.journal.revoke(self.journal.pending)
+        finally:
+            if commit.of_transaction:
+                self.abandon_transaction()
+            else:
+                self.metadata.uncut()
+                self.space.uncut()
+
+    # User transactions
+
+    def begin_transaction(self) -> None:
+        """Commit what is staged; from here on staged changes belong to the transaction.
+
+        Raises:
+            OSError: as `flush`; no transaction is open.
+        """
+        self.flush()
+        with self.lock:
+            self.enter()
+            self.turn.changing()
+            self.prepare_to_change()
+            self.go_live()
+            self.space.begin_transaction()
+            self.metadata.begin_transaction()
+
+    def commit_transaction(self) -> int:
+        """Make the transaction durable, whole; return the sequence of its record (or of the last one).
+
+        Raises:
+            OSError: nothing of the transaction happened.
+        """
+        with self.turn.taken:
+            self._settle_commit()
+            self._run_commit(of_transaction=True)
+            return self._require_journal().sequence
+
+    def abandon_transaction(self) -> None:
+        """Undo the whole transaction, also one whose record failed. Where cut off it can be done again."""
+        self.metadata.abandon_transaction()
+        self.space.abandon_transaction()
 
     def _make_room(self, layer: Layer) -> EncodedPayload:
         """Encode the layer for the place where its frame goes; end the epoch or move where it must.
@@ -349,17 +545,23 @@ class Store:
         Raises:
             OSError: the log stays live, and the checkpoint can be tried again (unless a barrier failed).
         """
-        self.flush()
-        if self.journal is not None and not self.journal.epoch_is_empty:
-            self._end_epoch()
+        with self.turn.taken:
+            self._settle_commit()
+            self._run_commit()
+            with self.lock:
+                self.enter()
+                if self.journal is not None and not self.journal.epoch_is_empty:
+                    self._end_epoch()
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, *, closing: bool = False) -> None:
         self._write_homes()
+        if not closing and not self.metadata.in_transaction:
+            # After the homes: a cluster that was freed may be among them. What a transaction took looks free.
+            self.refcounts.recycle()
         # Durable now: every log image of the epoch is home. The next epoch's first frame says so.
         self.medium.barrier("checkpoint.homes")
-        with self.medium.all_or_poisoned():
-            self.metadata.images_are_home()
-            self._require_journal().start_epoch()
+        self.metadata.images_are_home()
+        self._require_journal().start_epoch()
 
     def _write_homes(self) -> None:
         """Write the log images of durable records to their homes (T3), and grow the file to hold all (T7)."""
@@ -380,15 +582,17 @@ class Store:
         self._settle_root()
         journal = self._lay_journal(length, epoch, live, sequence)
         header = self.metadata.committed_area.header
-        with self._given_up_on_error(journal.extent):
+        try:
             # Durable now: the new range and the root copy. The root that names them comes next.
             self.medium.barrier("move.range")
-            with self._kept_on_error(roots.pack_root(header, old)):
-                self.medium.pwrite(roots.pack_root(header, journal.extent), 0)
-                # Durable now: the root names the new range. Homes are written from here on, and the old
-                # range's frames need not be durable: a failed barrier may have lost them.
-                self.medium.barrier("move.root")
-        self.journal, self._root_copy_is_stale = journal, False
+            self._write_root(roots.pack_root(header, journal.extent))
+            # Durable now: the root names the new range. Homes are written from here on, and the old
+            # range's frames need not be durable: a failed barrier may have lost them.
+            self.medium.barrier("move.root")
+        except BaseException:
+            self._give_up(journal.extent, roots.pack_root(header, old))
+            raise
+        self.journal, self._root_copy_is_stale, self._root_in_doubt = journal, False, False
         self.space.retire(old.offset, old.length)
 
     # Recovery and clean close
@@ -465,10 +669,15 @@ class Store:
         A copy that is torn or names another range was begun while sector 0 was durable (T5), so nothing
         has to be rewritten; and nothing could stand in for sector 0 while that were in flight.
         """
-        if self.geometry.cluster_bytes <= roots.ROOT_COPY_OFFSET:
+        if not self._has_root_copy:
             return True
-        root = roots.unpack_root_copy(self.medium.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET))
+        root = read_root_copy(self.medium)
         return root is not None and roots.unpack_root(root)[1] == extent
+
+    @property
+    def _has_root_copy(self) -> bool:
+        """True where offset 4096 is in the header cluster."""
+        return self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET
 
     def clean(self) -> None:
         """Make the image standard qcow2: everything home, sector 0 as any program knows it, journal gone.
@@ -477,21 +686,35 @@ class Store:
             OSError: the image stays live and recoverable, unless only the last step failed: then it is
                 clean, and the journal's clusters are not given back.
         """
-        if self.journal is None:
-            if self._root_copy_is_stale or self._finds_root_copy():
-                self._settle_root()
-                self._clear_root_copy()
-            # Durable now: data written in place; no root copy that a crash or a failed start left.
-            self.medium.barrier("close.data")
-            return
-        if self.metadata.has_staged:
-            self.flush()
+        with self.turn.taken:
+            self._settle_commit()
+            with self.lock:
+                self.enter()
+                has_staged = self.metadata.has_staged
+            if has_staged:
+                self._run_commit()
+            with self.lock:
+                self.enter()
+                if self.journal is None:
+                    self._close_clean()
+                else:
+                    self._bring_home()
+                self.turn.cover(self.turn.changes)
+
+    def _close_clean(self) -> None:
+        if self._root_copy_is_stale or (self._has_root_copy and read_root_copy(self.medium) is not None):
+            self._settle_root()
+            self._clear_root_copy()
+        # Durable now: data written in place; no root copy that a crash or a failed start left.
+        self.medium.barrier("close.data")
+
+    def _bring_home(self) -> None:
         if self._root_copy_is_stale:
             # A move failed after it wrote the copy; sector 0 is about to rely on it.
             self._settle_root()
             self._write_root_copy(self._require_journal().extent)
         self._write_header_tail()
-        self._end_epoch()
+        self._end_epoch(closing=True)
         self._clear_root()
         self._release_journal()
 
@@ -508,7 +731,7 @@ class Store:
             self.medium.pwrite(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"), 0)
             # Durable now: sector 0 in standard layout. The journal and the root copy may go.
             self.medium.barrier("close.clear")
-        except OSError:
+        except BaseException:
             # The journal is intact, so the live root is right whatever the disk holds.
             self.medium.device.pwrite(live_root, 0)
             raise
@@ -519,20 +742,12 @@ class Store:
         self.space.give_back()
         self._clear_root_copy()
         used_bytes = self.refcounts.used_end() * self.geometry.cluster_bytes
-        if used_bytes <= extent.offset:
-            self.medium.shrink(used_bytes)
-        else:
+        if used_bytes > extent.offset:
             self.medium.punch(extent.offset, extent.length)
-            self.medium.shrink(max(used_bytes, 0))
+        self.medium.shrink(used_bytes)
         # Durable now: the file without the journal. Closing is complete.
         self.medium.barrier("close.release")
 
-    def _finds_root_copy(self) -> bool:
-        copy = self.medium.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET)
-        return (
-            self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET and roots.unpack_root_copy(copy) is not None
-        )
-
     def _clear_root_copy(self) -> None:
-        if self.geometry.cluster_bytes > roots.ROOT_COPY_OFFSET:
+        if self._has_root_copy:
             self.medium.pwrite(bytes(roots.ROOT_COPY_BYTES), roots.ROOT_COPY_OFFSET)

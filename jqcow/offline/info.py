@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jqcow.device.base import Device
-from jqcow.device.file import FileDevice
 from jqcow.offline.check import CheckReport, check_structure
-from jqcow.offline.records import View
+from jqcow.offline.records import View, open_to_look
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
@@ -74,18 +73,21 @@ def raw_size(device: Device) -> int:
     return layout.round_up(device.size(), SECTOR_BYTES)
 
 
-def read_info(path: str | os.PathLike[str], image_format: Format | None = None) -> ImageFacts:
+def read_info(
+    path: str | os.PathLike[str], image_format: Format | None = None, *, force_share: bool = False
+) -> ImageFacts:
     """Return the facts about an image file; a live journal is read, not replayed into the file.
 
     Args:
         path: the file.
         image_format: None tells it by the magic.
+        force_share: look also while another program writes, unless its journal is live.
 
     Raises:
         JqcowError: not an image of this format, damaged, or in use by a writer.
         OSError: the host failed.
     """
-    device = FileDevice.open(path, writable=False)
+    device = open_to_look(path, force_share=force_share)
     try:
         known = image_format or probe_format(device)
         view = View(device) if known == "qcow2" else None
@@ -126,14 +128,16 @@ def _live_journal(view: View) -> LiveJournal | None:
     return LiveJournal(extent.offset, extent.length, scan.epoch, len(scan.frames), torn)
 
 
-def check_file(path: str | os.PathLike[str]) -> CheckReport:
+def check_file(path: str | os.PathLike[str], *, force_share: bool = False) -> CheckReport:
     """Check the refcounts and tables of an image file; a live image is checked as replayed. Writes nothing.
+
+    ``force_share`` looks also while another program writes, unless its journal is live.
 
     Raises:
         JqcowError: the metadata cannot be walked, or the image is in use by a writer.
         OSError: the host failed.
     """
-    device = FileDevice.open(path, writable=False)
+    device = open_to_look(path, force_share=force_share)
     try:
         view = View(device)
         return check_structure(view.read, view.size(), reserved=view.reserved)

@@ -10,7 +10,7 @@ from jqcow import _native
 from jqcow.device.file import FileDevice
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.offline.info import STAT_BLOCK_BYTES, Format, probe_format, raw_size
-from jqcow.offline.records import View
+from jqcow.offline.records import View, open_to_look
 from jqcow.ondisk import entries
 from jqcow.ondisk import header as headers
 from jqcow.ondisk.layout import ENTRY_BYTES
@@ -42,7 +42,12 @@ class MapExtent:
 
 
 def map_file(
-    path: str | os.PathLike[str], image_format: Format | None, start: int = 0, length: int | None = None
+    path: str | os.PathLike[str],
+    image_format: Format | None,
+    start: int = 0,
+    length: int | None = None,
+    *,
+    force_share: bool = False,
 ) -> list[MapExtent]:
     """Return what a range of the disk in a file holds; a live journal is replayed in memory.
 
@@ -51,12 +56,13 @@ def map_file(
         image_format: None tells it by the magic.
         start: guest offset; past the end of the disk there is nothing.
         length: at most so many bytes; None: to the end of the disk.
+        force_share: look also while another program writes, unless its journal is live.
 
     Raises:
         JqcowError: not an image of this format, damaged, unsupported or in use by a writer.
         OSError: the host failed.
     """
-    device = FileDevice.open(path, writable=False)
+    device = open_to_look(path, force_share=force_share)
     try:
         view = View(device) if (image_format or probe_format(device)) == "qcow2" else None
         size = raw_size(device) if view is None else view.header.size

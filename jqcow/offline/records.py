@@ -17,6 +17,7 @@ from jqcow.device.file import FileDevice
 from jqcow.engine import journal as journals
 from jqcow.engine.journal import Scan
 from jqcow.errors import CorruptionError
+from jqcow.image import refuse_live_journal
 from jqcow.ondisk import entries
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
@@ -200,6 +201,27 @@ class JournalListing:
     halves: tuple[HalfUse, HalfUse]
     torn_tail: TornTailFound | None
     records: tuple[Record, ...]
+
+
+def open_to_look(path: str | os.PathLike[str], *, force_share: bool) -> FileDevice:
+    """Open a file for reading.
+
+    Args:
+        path: the file.
+        force_share: also while another program writes; what is read may then be old, mixed or wrong.
+
+    Raises:
+        ImageInUse: a writer has the file; with ``force_share``, its journal is live.
+        OSError: the host failed.
+    """
+    device = FileDevice.open(path, writable=False, share_writers=force_share)
+    try:
+        if force_share:
+            refuse_live_journal(device)
+    except BaseException:
+        device.close()
+        raise
+    return device
 
 
 def read_journal(path: str | os.PathLike[str]) -> JournalListing | None:

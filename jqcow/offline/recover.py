@@ -17,7 +17,7 @@ from jqcow.device.file import FileDevice
 from jqcow.engine import recovery
 from jqcow.engine.journal import Scan
 from jqcow.engine.medium import Medium
-from jqcow.engine.store import Store, random_salt
+from jqcow.engine.store import Store, random_salt, read_root_copy
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.offline.check import check_structure
 from jqcow.ondisk import header as headers
@@ -176,7 +176,7 @@ def _state(medium: Medium) -> State:
     sector = medium.pread(SECTOR_BYTES, 0)
     if roots.is_live(sector):
         return "live"
-    if sector[: len(headers.MAGIC)] != headers.MAGIC and recovery.read_root_copy(medium) is not None:
+    if sector[: len(headers.MAGIC)] != headers.MAGIC and read_root_copy(medium) is not None:
         return "live by root copy"
     return "clean"
 

@@ -23,6 +23,7 @@ from jqcow.testing.device import (
     Write,
 )
 from jqcow.testing.faults import EVERYTHING, Fault, FaultPlan
+from jqcow.testing.faulty import FaultyDevice
 from jqcow.testing.lab import CrashFailure, LabOptions, Laboratory, Workload
 from jqcow.testing.model import FlushMark, Operation, SectorModel, Violation
 from jqcow.testing.report import IntervalRow, LabReport, Ledger, WorkloadRow
@@ -37,6 +38,7 @@ __all__ = [
     "CrashState",
     "Fault",
     "FaultPlan",
+    "FaultyDevice",
     "FlushMark",
     "GarbageRule",
     "InFlight",

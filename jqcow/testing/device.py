@@ -123,8 +123,8 @@ class SimulatedDevice:
     ``barrier_listeners``  called as ``listener(name, device)`` before a barrier completes or fails
     ``change_listeners``   called as ``listener(call, device)`` before each call that changes the device
 
-    Calls are serialised by a lock, which is held while a listener runs. The device raises
-    ``OSError(EBADF)`` when it is closed, or read-only and asked to change.
+    Calls are serialised by a lock, which is held while a listener runs, but not while a fault delays a
+    call. The device raises ``OSError(EBADF)`` when it is closed, or read-only and asked to change.
     """
 
     def __init__(
@@ -161,6 +161,8 @@ class SimulatedDevice:
         self._changes: list[Change] = []
         self._last_change = 0
         self._lost_through = 0
+        # Counts how often the numbers of changes started anew.
+        self._generation = 0
 
     # The device protocol: reading
 
@@ -188,13 +190,6 @@ class SimulatedDevice:
         target = memoryview(buffer).cast("B")
         target[:] = self.pread(len(target), offset)
 
-    def is_hole(self, offset: int, length: int) -> bool:
-        """Return True if no sector of the range was written since it was punched, cut off or made."""
-        with self._lock:
-            _check_range(offset, length)
-            self._begin("is_hole", changes=False)
-            return self._data.isdisjoint(self._sectors(offset, min(length, max(0, self._size - offset))))
-
     # The device protocol: changing
 
     def pwrite(self, buffer: ReadBuffer, offset: int) -> None:
@@ -203,14 +198,14 @@ class SimulatedDevice:
             data = bytes(buffer)
             _check_range(offset, len(data))
             fault = self._begin("pwrite")
-            wanted = data if fault is None else data[: fault.applied_bytes]
-            applied = wanted[: self._bytes_with_room(offset, len(wanted))]
-            if applied:
-                self._write(offset, applied)
-            if fault is not None:
-                raise fault.exception()
-            if len(applied) < len(data):
-                raise no_space()
+            for part in self._applied_parts(fault, offset, len(data)):
+                length = self._bytes_with_room(part.start, len(part))
+                if length:
+                    self._write(part.start, data[part.start - offset :][:length])
+                if length < len(part):
+                    self._strike(fault)
+                    raise no_space()
+            self._strike(fault)
 
     def truncate(self, size_bytes: int) -> None:
         """Set the length. Growth reads as zeros; shrinking discards what lay past the new end."""
@@ -219,46 +214,47 @@ class SimulatedDevice:
             fault = self._begin("truncate")
             if fault is None or fault.applied_bytes:
                 self._truncate(size_bytes)
-            if fault is not None:
-                raise fault.exception()
+            self._strike(fault)
 
     def allocate(self, offset: int, length: int) -> None:
         """Reserve host space for a range; the device grows to its end. A full disk raises ``ENOSPC``."""
         with self._lock:
             _check_range(offset, length)
             fault = self._begin("allocate")
-            applied = length if fault is None else min(length, fault.applied_bytes)
-            if self._bytes_with_room(offset, applied) < applied:
-                raise no_space()
-            if applied:
-                self._allocate(offset, applied)
-            if fault is not None:
-                raise fault.exception()
+            for part in self._applied_parts(fault, offset, length):
+                if self._bytes_with_room(part.start, len(part)) < len(part):
+                    raise no_space()
+                self._allocate(part.start, len(part))
+            self._strike(fault)
 
     def punch(self, offset: int, length: int) -> bool:
         """Give a range back to the host; it then reads as zeros. Return False if the host cannot."""
         with self._lock:
             _check_range(offset, length)
             fault = self._begin("punch")
-            applied = length if fault is None else min(length, fault.applied_bytes)
-            if applied and self.can_punch:
-                self._punch(offset, applied)
-            if fault is not None:
-                raise fault.exception()
+            for part in self._applied_parts(fault, offset, length) if self.can_punch else ():
+                self._punch(part.start, len(part))
+            self._strike(fault)
             return self.can_punch
 
     def barrier(self, name: str) -> None:
-        """Make everything changed before this call durable, unless a fault or ``drop_barriers`` forbids."""
+        """Make everything changed before this call durable, unless a fault or ``drop_barriers`` forbids.
+
+        What changes while a fault delays the barrier is not covered by it.
+        """
         with self._lock:
             self._check_open()
             for listener in list(self.barrier_listeners):
                 listener(name, self)
             self.barriers[name] += 1
             fault = self.faults.count("barrier", name) if self.faults is not None else None
-            if fault is not None:
-                self._fail_barrier(fault)
-            if name not in self.drop_barriers:
-                self._make_durable()
+            covered = self._generation, self._last_change
+            self._wait(fault)
+            if fault is not None and fault.applied_bytes != EVERYTHING:
+                self._fail_barrier(fault, covered)
+            elif name not in self.drop_barriers:
+                self._make_durable(covered)
+            self._strike(fault)
 
     def close(self) -> None:
         """Close the device. Makes nothing durable; closing twice is allowed."""
@@ -278,6 +274,18 @@ class SimulatedDevice:
         """The changes that a crash may lose, in order: lost ones of failed barriers, then pending ones."""
         with self._lock:
             return tuple(self._changes)
+
+    @property
+    def used_bytes(self) -> int:
+        """Host space that is taken: written and reserved sectors. ``FaultPlan.capacity_bytes`` bounds it."""
+        with self._lock:
+            return len(self._backed) * self.sector_bytes
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """Return True if no sector of the range was written since it was punched, cut off or made."""
+        with self._lock:
+            _check_range(offset, length)
+            return self._data.isdisjoint(self._sectors(offset, min(length, max(0, self._size - offset))))
 
     def content(self) -> bytes:
         """Return what reads see now, also when closed."""
@@ -314,6 +322,7 @@ class SimulatedDevice:
             heir._changes = list(self._changes)
             heir._last_change = self._last_change
             heir._lost_through = self._lost_through
+            heir._generation = self._generation
             return heir
 
     def crash(self, state: DurableState) -> SimulatedDevice:
@@ -342,9 +351,31 @@ class SimulatedDevice:
             for listener in list(self.change_listeners):
                 listener(call, self)
         fault = self.faults.count(call) if self.faults is not None else None
-        if fault is not None and not changes:
-            raise fault.exception()
+        self._wait(fault)
+        if not changes:
+            self._strike(fault)
         return fault
+
+    def _wait(self, fault: Fault | None) -> None:
+        """Hold a delayed call up, and let others go on meanwhile."""
+        if fault is None or fault.wait is None:
+            return
+        self._lock.release()
+        try:
+            fault.wait()
+        finally:
+            self._lock.acquire()
+        self._check_open()
+
+    def _strike(self, fault: Fault | None) -> None:
+        if fault is not None:
+            fault.strike()
+
+    def _applied_parts(self, fault: Fault | None, offset: int, length: int) -> list[range]:
+        """Return what of a request happens."""
+        if fault is None:
+            return [range(offset, offset + length)] if length else []
+        return fault.applied_parts(offset, length, self.sector_bytes)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -354,7 +385,7 @@ class SimulatedDevice:
         """Return how much of a range, from its start, the host has space for."""
         if self.faults is None or not length:
             return length
-        free = self.faults.free_bytes(len(self._backed) * self.sector_bytes) // self.sector_bytes
+        free = self.faults.free_bytes(self.used_bytes) // self.sector_bytes
         for sector in self._sectors(offset, length):
             if sector in self._backed:
                 continue
@@ -463,27 +494,48 @@ class SimulatedDevice:
 
     # Barriers
 
-    def _make_durable(self) -> None:
-        settled = [s for s, history in self._histories.items() if history[-1].change > self._lost_through]
-        for sector in settled:
-            del self._histories[sector]
-        self._settle_size()
+    def _make_durable(self, covered: tuple[int, int]) -> None:
+        """End the histories up to ``covered``: a generation of numbers, and the number of a change in it."""
+        generation, through = covered
+        if generation != self._generation:
+            # Another barrier completed meanwhile and left nothing in flight: all that is covered was in it.
+            return
+        if through == self._last_change and not self._lost_through:
+            self._histories.clear()
+        for sector, history in list(self._histories.items()):
+            self._settle_sector(sector, history, through)
+        self._settle_size(through)
         self._forget_past_the_end()
         uncertain = {number for number, _ in self._sizes}
         uncertain.update(version.change for history in self._histories.values() for version in history)
-        self._changes = [change for change in self._changes if change.number in uncertain]
+        self._changes = [c for c in self._changes if c.number in uncertain or c.number > through]
         if not self._changes:
             self._lost_through = 0
             self._last_change = 0
+            self._generation += 1
 
-    def _settle_size(self) -> None:
-        if self._sizes[-1][0] > self._lost_through:
-            self._sizes = [(0, self._size)]
+    def _settle_sector(self, sector: int, history: list[Version], through: int) -> None:
+        later = [version for version in history if version.change > through]
+        newest = history[-1 - len(later)]
+        if newest.change <= self._lost_through:
+            return
+        if later:
+            self._histories[sector] = [Version(0, newest.value, newest.is_data), *later]
+        else:
+            del self._histories[sector]
+
+    def _settle_size(self, through: int) -> None:
+        later = [pair for pair in self._sizes if pair[0] > through]
+        newest, size_bytes = self._sizes[-1 - len(later)]
+        if newest > self._lost_through:
+            self._sizes = [(0, size_bytes), *later]
             return
         # Bytes that this barrier made durable cannot lie past the end, whatever became of the lost size.
-        pending = (c for c in self._changes if isinstance(c, Write) and c.number > self._lost_through)
+        pending = (
+            c for c in self._changes if isinstance(c, Write) and self._lost_through < c.number <= through
+        )
         least = max((change.end for change in pending), default=0)
-        sizes = [(number, max(size, least)) for number, size in self._sizes]
+        sizes = [(number, size if number > through else max(size, least)) for number, size in self._sizes]
         self._sizes = sizes if any(size != self._size for _, size in sizes) else [(0, self._size)]
 
     def _forget_past_the_end(self) -> None:
@@ -493,14 +545,11 @@ class SimulatedDevice:
             for sector in [sector for sector in self._histories if sector >= past]:
                 del self._histories[sector]
 
-    def _fail_barrier(self, fault: Fault) -> None:
-        error = fault.exception()
-        if fault.applied_bytes == EVERYTHING:
-            self._make_durable()
-        elif isinstance(error, OSError):
+    def _fail_barrier(self, fault: Fault, covered: tuple[int, int]) -> None:
+        generation, through = covered
+        if isinstance(fault.exception(), OSError) and generation == self._generation:
             # The kernel reports a write-back error once and marks the pages clean: later barriers skip them.
-            self._lost_through = self._last_change
-        raise error
+            self._lost_through = max(self._lost_through, through)
 
 
 def _check_range(offset: int, length: int) -> None:

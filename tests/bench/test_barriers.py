@@ -10,6 +10,7 @@ import pytest
 from tools.benchmark.__main__ import main
 from tools.benchmark.barriers import AMORTISED_MAX, Comparison, Counts, Spread, compare_barriers
 from tools.benchmark.speed import compare_speed
+from tools.benchmark.threads import count_shared
 
 FLUSHES = 600
 
@@ -51,3 +52,11 @@ def test_speed_is_measured_in_pairs(tmp_path: Path) -> None:
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["barriers", "--flushes", "20", "--directory", str(tmp_path), "--output", "json"]) in (0, 1)
     assert json.loads(capsys.readouterr().out)["spread"]["between"] == {"1": 19}
+
+
+def test_threads_share_barriers(tmp_path: Path) -> None:
+    """How many depends on the host's disk; tests/threads keeps the promise on a device of known speed."""
+    share = count_shared(tmp_path, threads=8, flushes=400)
+    assert share.flushes == 400
+    assert 400 / 8 <= share.sync_calls < 400
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -244,6 +246,98 @@ def test_converted_disks_are_equal(image: Path, tmp_path: Path, capsys: pytest.C
         json.loads(qemu("check", "--output=json", path)).get("allocated-clusters") for path in (back, theirs)
     ]
     assert allocated[0] == allocated[1]
+
+
+# resize
+
+
+@pytest.mark.parametrize(
+    "size", ["5M", "-3M", "+2M", "1234432", "-1536", "7340155", "+300", "0", "-10M", "64G"]
+)
+@pytest.mark.parametrize("make", [make_by_jqcow, make_preallocated])
+def test_resize_is_that_of_qemu_img(
+    tmp_path: Path, cluster_size: int, make: Callable[[Path, int], None], size: str
+) -> None:
+    """Both ways the same sizes are taken and refused, and the guest sees the same bytes."""
+    ours_path, theirs_path = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2"
+    make(ours_path, cluster_size)
+    shutil.copy(ours_path, theirs_path)
+    whole_sectors = int(re.sub(r"\D", "", size)) % 512 == 0 or size[-1].isalpha()
+    theirs = subprocess.run(["qemu-img", "resize", "-q", "--shrink", theirs_path, size], check=False)
+    found = main.main(["resize", "-q", "--shrink", str(ours_path), size])
+    if not whole_sectors:
+        # jqcow rounds up where qemu-img refuses.
+        assert (found, theirs.returncode) == (0, 1)
+        with jqcow.open(ours_path) as image:
+            rounded = image.size
+        assert rounded % 512 == 0
+        qemu("resize", "-q", "--shrink", theirs_path, rounded)
+    else:
+        assert found == theirs.returncode
+    require_equal_disks(ours_path, theirs_path)
+    assert "No errors" in qemu("check", ours_path)
+    # Where the disk grows again jqcow shows zeros, whoever cut it; qemu-img shows the old end of a cluster.
+    for path in (ours_path, theirs_path):
+        assert main.main(["resize", "-q", str(path), "128G"]) == 0
+        assert "No errors" in qemu("check", path)
+    require_equal_disks(ours_path, theirs_path)
+
+
+def require_equal_disks(one: Path, other: Path) -> None:
+    sizes = [json.loads(qemu("info", "--output=json", path))["virtual-size"] for path in (one, other)]
+    assert sizes[0] == sizes[1]
+    assert "identical" in qemu("compare", "-f", "qcow2", "-F", "qcow2", one, other)
+
+
+def test_shrinking_must_be_asked_for_in_both(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    make_by_qemu(path, 65536)
+    before = path.read_bytes()
+    for size in ("5M", "-5M"):
+        qemu("resize", path, size, codes=(1,))
+        assert main.main(["resize", str(path), size]) == 1
+    assert path.read_bytes() == before
+
+
+def test_shrinking_frees_as_many_clusters(tmp_path: Path, cluster_size: int) -> None:
+    allocated = []
+    for name, shrink in (
+        ("ours", lambda path: main.main(["resize", "-q", "--shrink", str(path), "1M"])),
+        ("theirs", lambda path: qemu("resize", "-q", "--shrink", path, "1M")),
+    ):
+        path = tmp_path / f"{name}.qcow2"
+        make_by_qemu(path, cluster_size)
+        shrink(path)
+        allocated.append(json.loads(qemu("check", "--output=json", path))["allocated-clusters"])
+    assert allocated[0] == allocated[1]
+
+
+# Beside a writer
+
+
+def test_force_share_looks_as_qemu_img_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu("create", "-q", "-f", "qcow2", path, "10M")
+    qemu_io(path, "write -P 1 0 1M", "write -P 2 7M 70k")
+    command = ["qemu-io", "-f", "qcow2", str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdin is not None and writer.stdout is not None
+        # The answer shows that the image is open.
+        writer.stdin.write("length\n")
+        writer.stdin.flush()
+        assert "10 MiB" in writer.stdout.readline()
+        for name in ("info", "check", "map"):
+            assert ours(capsys, name, path)[0] == 4
+            qemu(name, path, codes=(1,))
+            code, told = ours(capsys, name, "-U", "--output=json", path)
+            assert code == 0
+            found, theirs = json.loads(told), json.loads(qemu(name, "-U", "--output=json", path))
+            if isinstance(theirs, dict):
+                theirs.pop("children", None)
+                assert found == theirs
+            else:
+                assert plain(found) == plain(theirs)
+        writer.communicate("quit\n", timeout=20)
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Literal
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +22,7 @@ from hypothesis.stateful import (
 import jqcow
 from jqcow import _native
 from jqcow.testing import CrashSpace, SectorModel, SimulatedDevice
+from jqcow.transaction import Savepoint, Transaction
 
 SECTOR_BYTES = 512
 JOURNAL_BYTES = 64 << 10
@@ -29,6 +32,17 @@ CRASH_STATES_TRIED = 12
 
 fractions = st.floats(min_value=0, max_value=1, exclude_max=True)
 seeds = st.integers(min_value=0, max_value=2**32 - 1)
+Step = tuple[str, float, float, int]
+steps = st.tuples(
+    st.sampled_from(("write", "write", "zeroes", "discard", "resize", "savepoint", "return")),
+    fractions,
+    fractions,
+    seeds,
+)
+
+
+class Undone(Exception):
+    """Leaves a transaction."""
 
 
 def counted_salts() -> Callable[[], bytes]:
@@ -47,7 +61,7 @@ class ImageMachine(RuleBasedStateMachine):
     def create(self, share: float, can_punch: bool) -> None:
         """Start with an empty image of any size."""
         self.new_salt = counted_salts()
-        size = int(share * CLUSTERS_MAX * self.cluster_bytes / SECTOR_BYTES) * SECTOR_BYTES
+        size = part_of(CLUSTERS_MAX * self.cluster_bytes, share)
         self.device = SimulatedDevice(can_punch=can_punch)
         self.device.drop_barriers.update(self.dropped_barriers)
         self.model = SectorModel(size)
@@ -65,10 +79,7 @@ class ImageMachine(RuleBasedStateMachine):
     @rule(start=fractions, length=fractions, seed=seeds, fua=st.booleans())
     def pwrite(self, start: float, length: float, seed: int, fua: bool) -> None:
         """Write at any byte, any length."""
-        offset, length_bytes = self.range_of(start, length)
-        data = random.Random(seed).randbytes(length_bytes)
-        with self.model.write(offset, data, durable=False):
-            self.image.pwrite(data, offset)
+        write_on(self.image, self.model, start, length, seed)
         if fua:
             self.image.pwrite(b"", 0, fua=True)
             self.promise_everything()
@@ -76,19 +87,12 @@ class ImageMachine(RuleBasedStateMachine):
     @rule(start=fractions, length=fractions, unmap=st.booleans())
     def write_zeroes(self, start: float, length: float, unmap: bool) -> None:
         """Zero any range."""
-        offset, length_bytes = self.range_of(start, length)
-        with self.model.zero(offset, length_bytes):
-            self.image.write_zeroes(length_bytes, offset, unmap=unmap)
+        zero_on(self.image, self.model, start, length, unmap=unmap)
 
     @rule(start=fractions, length=fractions)
     def discard(self, start: float, length: float) -> None:
         """Discard any range: the clusters that it covers whole read as zeros."""
-        offset, length_bytes = self.range_of(start, length)
-        head = -(-offset // self.cluster_bytes) * self.cluster_bytes
-        end = offset + length_bytes
-        tail = end if end == self.image.size else end - end % self.cluster_bytes
-        with self.model.discard(min(head, tail), max(0, tail - head)):
-            self.image.discard(length_bytes, offset)
+        discard_on(self.image, self.model, start, length, self.cluster_bytes)
 
     @rule()
     def flush(self) -> None:
@@ -116,6 +120,34 @@ class ImageMachine(RuleBasedStateMachine):
         size = self.image.size + sectors * SECTOR_BYTES
         self.image.resize(size)
         self.model.resize(size)
+
+    @rule(share=fractions)
+    def shrink(self, share: float) -> None:
+        """Cut the disk off anywhere; that is durable on return."""
+        size = part_of(self.image.size, share)
+        if size < self.image.size:
+            self.image.resize(size)
+            self.model.resize(size)
+            self.promise_everything()
+
+    @rule(script=st.lists(steps, max_size=8), ending=st.sampled_from(("commit", "rollback", "exception")))
+    def transaction(self, script: list[Step], ending: Literal["commit", "rollback", "exception"]) -> None:
+        """All of it is there, and durable, or nothing is; meanwhile nobody else sees it."""
+        with suppress(Undone), self.image.transaction() as transaction:
+            # Entering commits what was staged.
+            self.promise_everything()
+            draft = Draft(transaction, self.model.copy(), self.cluster_bytes)
+            for step in script:
+                draft.take(step)
+                self.reads_as_asked_for()
+            if ending == "rollback":
+                transaction.rollback()
+            elif ending == "exception":
+                raise Undone
+        if ending == "commit":
+            assert transaction.receipt is not None
+            self.model = draft.model
+            self.promise_everything()
 
     @rule()
     def reopen(self) -> None:
@@ -167,11 +199,6 @@ class ImageMachine(RuleBasedStateMachine):
 
     # What happens between requests
 
-    def range_of(self, start: float, length: float) -> tuple[int, int]:
-        """Return (offset, length) in bytes within the disk; half of the ranges reach its end."""
-        offset = int(start * (self.image.size + 1))
-        return offset, min(self.image.size - offset, int(length * 2 * (self.image.size - offset + 1)))
-
     def promise_everything(self) -> None:
         """All that has completed is durable."""
         with self.model.flush():
@@ -197,6 +224,80 @@ class ImageMachine(RuleBasedStateMachine):
         """Read; what a crash cut off a disk that had grown reads as zeros."""
         there = max(0, min(length, self.image.size - offset))
         return self.image.pread(there, offset if there else 0) + bytes(length - there)
+
+
+class Draft:
+    """An open transaction beside what its own reads must return."""
+
+    def __init__(self, transaction: Transaction, model: SectorModel, cluster_bytes: int) -> None:
+        self.transaction = transaction
+        self.model = model
+        self.cluster_bytes = cluster_bytes
+        self.savepoints: list[tuple[Savepoint, SectorModel]] = []
+
+    def take(self, step: Step) -> None:
+        """Do one thing inside; what is read is right afterwards."""
+        kind, start, length, seed = step
+        if kind == "write":
+            write_on(self.transaction, self.model, start, length, seed)
+        elif kind == "zeroes":
+            zero_on(self.transaction, self.model, start, length, unmap=bool(seed % 2))
+        elif kind == "discard":
+            discard_on(self.transaction, self.model, start, length, self.cluster_bytes)
+        elif kind == "resize":
+            size = part_of(CLUSTERS_MAX * self.cluster_bytes, start)
+            self.transaction.resize(size)
+            self.model.resize(size)
+        elif kind == "savepoint":
+            self.savepoints.append((self.transaction.savepoint(), self.model.copy()))
+        elif self.savepoints:
+            savepoint, model = self.savepoints[seed % len(self.savepoints)]
+            savepoint.rollback()
+            self.model = model.copy()
+            del self.savepoints[seed % len(self.savepoints) + 1 :]
+        assert self.transaction.size == self.model.size_bytes
+        violations = self.model.expect_now(self.transaction.pread)
+        assert not violations, str(violations[0])
+
+
+def range_of(size: int, start: float, length: float) -> tuple[int, int]:
+    """Return (offset, length) in bytes within a disk of ``size``; half of the ranges reach its end."""
+    offset = int(start * (size + 1))
+    return offset, min(size - offset, int(length * 2 * (size - offset + 1)))
+
+
+def part_of(size: int, share: float) -> int:
+    """Return a share of a size, in whole sectors."""
+    return int(share * size / SECTOR_BYTES) * SECTOR_BYTES
+
+
+def write_on(
+    disk: jqcow.Image | Transaction, model: SectorModel, start: float, length: float, seed: int
+) -> None:
+    offset, length_bytes = range_of(disk.size, start, length)
+    data = random.Random(seed).randbytes(length_bytes)
+    with model.write(offset, data):
+        disk.pwrite(data, offset)
+
+
+def zero_on(
+    disk: jqcow.Image | Transaction, model: SectorModel, start: float, length: float, *, unmap: bool
+) -> None:
+    offset, length_bytes = range_of(disk.size, start, length)
+    with model.zero(offset, length_bytes):
+        disk.write_zeroes(length_bytes, offset, unmap=unmap)
+
+
+def discard_on(
+    disk: jqcow.Image | Transaction, model: SectorModel, start: float, length: float, cluster_bytes: int
+) -> None:
+    """Discard a range: the clusters that it covers whole read as zeros."""
+    offset, length_bytes = range_of(disk.size, start, length)
+    head = -(-offset // cluster_bytes) * cluster_bytes
+    end = offset + length_bytes
+    tail = end if end == disk.size else end - end % cluster_bytes
+    with model.discard(min(head, tail), max(0, tail - head)):
+        disk.discard(length_bytes, offset)
 
 
 SETTINGS = settings(

@@ -15,7 +15,8 @@ from hashlib import blake2b
 import jqcow
 from jqcow.errors import PoisonedError
 from jqcow.ondisk.root import is_live
-from jqcow.testing import FaultPlan, SectorModel, SimulatedDevice, Violation
+from jqcow.testing import FaultPlan, SectorModel, SimulatedDevice
+from jqcow.transaction import Savepoint, Transaction
 
 SECTOR_BYTES = 512
 JOURNAL_BYTES = 64 << 10
@@ -68,7 +69,7 @@ class Windows:
         index, within = divmod(position, self.window_bytes)
         return index * self.stride_bytes + within
 
-    def reader(self, image: jqcow.Image) -> Callable[[int, int], bytes]:
+    def reader(self, image: jqcow.Image | Transaction) -> Callable[[int, int], bytes]:
         """Return a function that reads (length, position) in the model; past the disk's end are zeros."""
 
         def read(length: int, position: int) -> bytes:
@@ -77,12 +78,36 @@ class Windows:
             while position < end:
                 step = min(end - position, self.window_bytes - position % self.window_bytes)
                 guest = self.guest(position)
-                there = max(0, min(step, image.size - guest))
+                there = self.clip(position, step, image.size)
                 parts.append((image.pread(there, guest) if there else b"") + bytes(step - there))
                 position += step
             return b"".join(parts)
 
         return read
+
+    def clip(self, position: int, length: int, size_bytes: int) -> int:
+        """Return how much of a range lies in its window, and on a disk of ``size_bytes``."""
+        length = min(length, self.window_bytes - position % self.window_bytes)
+        return max(0, min(length, size_bytes - self.guest(position)))
+
+    def cut_off(self, sectors: SectorModel, size_bytes: int) -> None:
+        """The disk ends at ``size_bytes`` now: what lies behind reads as zeros, should it come back."""
+        for start in range(0, self.model_bytes, self.window_bytes):
+            kept = self.clip(start, self.window_bytes, size_bytes)
+            sectors.zero(start + kept, self.window_bytes - kept).complete()
+
+
+@dataclass
+class Rival:
+    """What else a crash may leave, whole, while a commit is in doubt: the disk with the transaction."""
+
+    windows: Windows
+    sectors: SectorModel
+    size_bytes: int
+
+    def copy(self) -> Rival:
+        """Return an independent copy."""
+        return replace(self, sectors=self.sectors.copy())
 
 
 @dataclass
@@ -95,6 +120,7 @@ class Expectation:
     ``lost``        True since a barrier failed: what is free may hold anything, ``closed`` is not promised
     ``vouched``     the guest's bytes that autoclear bits vouch for: with the bits set, exactly these
     ``extensions``  the header extensions, which no crash may change
+    ``rival``       where a commit did not return, or failed: the disk with all of the transaction (P3)
     """
 
     windows: Windows
@@ -105,24 +131,56 @@ class Expectation:
     lost: bool = False
     vouched: bytes | None = None
     extensions: bytes = b""
+    rival: Rival | None = None
 
     def copy(self) -> Expectation:
         """Return an independent copy."""
-        return replace(self, sectors=self.sectors.copy())
+        rival = None if self.rival is None else self.rival.copy()
+        return replace(self, sectors=self.sectors.copy(), rival=rival)
 
-    def check(self, image: jqcow.Image) -> list[Violation]:
-        """Return the sectors of a recovered image that are none of their versions."""
-        return self.sectors.check(self.windows.reader(image))
+    def check(self, image: jqcow.Image) -> list[str]:
+        """Return what is wrong with a recovered image: nothing, if one of the disks that may be is there."""
+        wrong = _compare(image, self.windows, self.sectors, self.sizes)
+        if wrong and self.rival is not None:
+            rival = _compare(image, self.windows, self.rival.sectors, (self.rival.size_bytes,))
+            return [*wrong, "and with the transaction", *rival] if rival else []
+        return wrong
 
-    def expect_now(self, image: jqcow.Image) -> list[Violation]:
+    def expect_now(self, image: jqcow.Image | Transaction) -> list[str]:
         """Return the sectors of the running image that do not read as asked for."""
-        return self.sectors.expect_now(self.windows.reader(image))
+        return list(map(str, self.sectors.expect_now(self.windows.reader(image))))
+
+    def adopt_rival(self) -> None:
+        """The transaction is there, and durable."""
+        if self.rival is not None:
+            self.sectors, self.sizes, self.rival = self.rival.sectors, (self.rival.size_bytes,), None
+
+    @contextmanager
+    def change(self, position: int, data: bytes, *, durable: bool = False) -> Iterator[None]:
+        """Wrap a change of a range: afterwards it reads as ``data``, if nothing is raised.
+
+        On a disk to which a failed commit came back, the change may be there or not.
+        """
+        if self.rival is not None:
+            length = self.windows.clip(position, len(data), self.rival.size_bytes)
+            self.rival.sectors.write(position, data[:length])
+        with self.sectors.write(position, data, durable=durable):
+            yield
 
     def observe(self, image: jqcow.Image) -> None:
         """A process was killed, and the next one reads what is there: that is the current version now.
 
-        It is no more durable than before: all older versions stay possible until a flush.
+        It is no more durable than before: all older versions stay possible until a flush. But recovery
+        has made durable which transactions there are.
         """
+        if self.rival is not None and _compare(image, self.windows, self.sectors, self.sizes):
+            self.sectors, self.sizes = self.rival.sectors, (self.rival.size_bytes,)
+        self.rival = None
+        if self.lost:
+            # What a failed barrier lost still reads as if it were there.
+            self.forget_order()
+            self.sizes = (*self.sizes, image.size)
+            return
         read = self.windows.reader(image)
         for offset in range(0, self.sectors.size_bytes, SECTOR_BYTES):
             if len(self.sectors.versions(offset)) > 1:
@@ -132,12 +190,92 @@ class Expectation:
     def forget_order(self) -> None:
         """A barrier failed: what it should have kept may come or go until it is written again."""
         self.lost = True
-        for offset in range(0, self.sectors.size_bytes, SECTOR_BYTES):
-            versions = self.sectors.versions(offset)
-            if len(versions) > 1:
-                for version in versions:
-                    # An operation that never completes leaves old and new possible, also after a flush.
-                    self.sectors.write(offset, version)
+        for sectors in (self.sectors, *([self.rival.sectors] if self.rival else [])):
+            for offset in range(0, sectors.size_bytes, SECTOR_BYTES):
+                versions = sectors.versions(offset)
+                if len(versions) > 1:
+                    for version in versions:
+                        # An operation that never completes leaves old and new possible, also after a flush.
+                        sectors.write(offset, version)
+
+
+def _compare(image: jqcow.Image, windows: Windows, sectors: SectorModel, sizes: tuple[int, ...]) -> list[str]:
+    if image.size not in sizes:
+        return [f"the disk has {image.size} bytes, not {' or '.join(map(str, sizes))}"]
+    return list(map(str, sectors.check(windows.reader(image))))
+
+
+class Draft:
+    """A transaction of a `Session`: what it asks for, and what it expects to read."""
+
+    def __init__(self, session: Session, transaction: Transaction) -> None:
+        """Start with what the session expects of its image."""
+        self.session = session
+        self.transaction = transaction
+        self.sectors = session.expectation.sectors.copy()
+        self.size_bytes = session.live.size
+
+    @property
+    def windows(self) -> Windows:
+        """Those of the session."""
+        return self.session.expectation.windows
+
+    def write(self, position: int, length: int) -> None:
+        """Write bytes that no sector ever held before."""
+        length = self.windows.clip(position, length, self.size_bytes)
+        if length:
+            data = self.session.fresh_data(length, position)
+            with self.sectors.write(position, data):
+                self.transaction.pwrite(data, self.windows.guest(position))
+
+    def write_zeroes(self, position: int, length: int, *, unmap: bool) -> None:
+        """Make a range read as zeros."""
+        length = self.windows.clip(position, length, self.size_bytes)
+        if length:
+            with self.sectors.zero(position, length):
+                self.transaction.write_zeroes(length, self.windows.guest(position), unmap=unmap)
+
+    def discard(self, position: int, length: int) -> None:
+        """Discard a range: its whole clusters read as zeros, the rest is as it was."""
+        length = self.windows.clip(position, length, self.size_bytes)
+        head, tail = self.session.whole_clusters(position, length, self.size_bytes)
+        if length:
+            with self.sectors.discard(head, max(0, tail - head)):
+                self.transaction.discard(length, self.windows.guest(position))
+
+    def resize(self, size_bytes: int) -> None:
+        """Set the size of the disk. A resize that fails leaves it as it was."""
+        self.transaction.resize(size_bytes)
+        self.windows.cut_off(self.sectors, size_bytes)
+        self.size_bytes = size_bytes
+
+    def savepoint(self) -> tuple[Savepoint, SectorModel, int]:
+        """Return a state to go back to."""
+        return self.transaction.savepoint(), self.sectors.copy(), self.size_bytes
+
+    def return_to(self, savepoint: tuple[Savepoint, SectorModel, int]) -> None:
+        """Go back to a state; it stays valid."""
+        point, sectors, size_bytes = savepoint
+        point.rollback()
+        self.sectors, self.size_bytes = sectors.copy(), size_bytes
+
+    def rollback(self) -> None:
+        """Undo all, and end."""
+        self.transaction.rollback()
+
+    def look(self) -> None:
+        """The transaction reads its own state; everyone else the last committed one."""
+        violations = self.sectors.expect_now(self.windows.reader(self.transaction))
+        assert not violations, f"the transaction reads something else: {violations[0]}"
+        assert self.transaction.size == self.size_bytes, "the transaction's disk has another size"
+        self.session.look()
+
+    def as_rival(self) -> Rival:
+        """Return the disk that the commit makes, were it durable."""
+        sectors = self.sectors.copy()
+        # A commit is durable: of each sector there is what a read may return now.
+        sectors.flush_end(sectors.flush_begin())
+        return Rival(self.windows, sectors, self.size_bytes)
 
 
 @dataclass
@@ -175,7 +313,7 @@ class Session:
     def open(self) -> None:
         """Open for writing; a live image is recovered."""
         self.image = self.new_image()
-        if self._was_killed:
+        if self._was_killed or self.expectation.rival is not None:
             violations = self.expectation.check(self.image)
             assert not violations, f"a killed writer left something else: {violations[0]}"
             self.expectation.observe(self.image)
@@ -209,10 +347,10 @@ class Session:
         length = self._clip(position, length)
         if not length:
             return
-        data = self._fresh(length, position)
+        data = self.fresh_data(length, position)
         self._changes()
-        with self.expectation.sectors.write(position, data, durable=fua):
-            self.live.pwrite(data, self._guest(position))
+        with self.expectation.change(position, data, durable=fua):
+            self.live.pwrite(data, self._guest(position), fua=fua)
         if fua:
             # The flush in it covers all, as any flush.
             self.flush()
@@ -222,22 +360,35 @@ class Session:
         length = self._clip(position, length)
         if length:
             self._changes()
-            with self.expectation.sectors.zero(position, length):
+            with self.expectation.change(position, bytes(length)):
                 self.live.write_zeroes(length, self._guest(position), unmap=unmap)
 
     def discard(self, position: int, length: int) -> None:
         """Discard a range: its whole clusters read as zeros, the rest is as it was."""
         length = self._clip(position, length)
-        head, tail = self._whole_clusters(position, length)
+        head, tail = self.whole_clusters(position, length, self.live.size)
         if length:
             self._changes()
-            with self.expectation.sectors.discard(head, max(0, tail - head)):
+            with self.expectation.change(head, bytes(max(0, tail - head))):
                 self.live.discard(length, self._guest(position))
 
     def resize(self, size_bytes: int) -> None:
-        """Make the disk larger."""
+        """Set the size of the disk: a larger one with the next flush, a smaller one at once and durably."""
+        if size_bytes < self.live.size and self.expectation.rival is not None:
+            # One commit at a time can be in doubt.
+            self.flush()
         before = self.expectation.sizes
         self._changes()
+        if size_bytes < self.live.size:
+            # What was written before becomes durable first, or with it; a crash may show it without.
+            rival = self.expectation.sectors.copy()
+            rival.flush_end(rival.flush_begin())
+            self.expectation.windows.cut_off(rival, size_bytes)
+            rival.flush_end(rival.flush_begin())
+            self.expectation.rival = Rival(self.expectation.windows, rival, size_bytes)
+            self.live.resize(size_bytes)
+            self.expectation.adopt_rival()
+            return
         self.expectation.sizes = (size_bytes, *before)
         self.live.resize(size_bytes)
         self.expectation.sizes = (*before, size_bytes)
@@ -257,7 +408,32 @@ class Session:
         size = self.live.size
         with self.expectation.sectors.flush():
             yield
-        self.expectation.sizes = (size,)
+        self.expectation.sizes, self.expectation.rival = (size,), None
+
+    @contextmanager
+    def transaction(self) -> Iterator[Draft]:
+        """Open a transaction; at the end of the body it is committed, unless it was rolled back.
+
+        Entering is a promise like a flush. A commit that fails is in doubt until the next flush: a crash may
+        bring it back, whole.
+        """
+        self._changes()
+        manager = self.live.transaction()
+        with self._promise():
+            transaction = manager.__enter__()
+        draft = Draft(self, transaction)
+        try:
+            yield draft
+        except BaseException as error:
+            assert not manager.__exit__(type(error), error, error.__traceback__)
+            raise
+        if self.image is None:
+            # Killed within: nothing of the process goes on, its locks are gone with it.
+            return
+        if transaction.is_open:
+            self.expectation.rival = draft.as_rival()
+        manager.__exit__(None, None, None)
+        self.expectation.adopt_rival()
 
     # Errors of the host
 
@@ -278,7 +454,7 @@ class Session:
         if self.image is not None and self.image.closed:
             # What a failed close did not make durable is as if the process had been killed.
             self.kill()
-        if any(fault.barrier_name or fault.call == "barrier" for fault in plan.fired) or self.is_poisoned:
+        if plan.lost_changes or self.is_poisoned:
             self.recover_from_poison()
         self.look()
 
@@ -323,19 +499,19 @@ class Session:
         return self.expectation.windows.guest(position)
 
     def _clip(self, position: int, length: int) -> int:
-        """Return how much of a range lies in its window and on the disk, in whole sectors."""
-        windows = self.expectation.windows
-        length = min(length, windows.window_bytes - position % windows.window_bytes)
-        return max(0, min(length, self.live.size - self._guest(position)))
+        """Return how much of a range lies in its window and on the disk."""
+        return self.expectation.windows.clip(position, length, self.live.size)
 
-    def _whole_clusters(self, position: int, length: int) -> tuple[int, int]:
+    def whole_clusters(self, position: int, length: int, size_bytes: int) -> tuple[int, int]:
+        """Return the positions of the whole clusters of a range: (start, end)."""
         cluster_bytes = self.live.info().cluster_size
         head = -(-position // cluster_bytes) * cluster_bytes
         end = position + length
-        at_disk_end = self._guest(position) + length == self.live.size
+        at_disk_end = self._guest(position) + length == size_bytes
         return head, end if at_disk_end else end - end % cluster_bytes
 
-    def _fresh(self, length: int, position: int) -> bytes:
+    def fresh_data(self, length: int, position: int) -> bytes:
+        """Return bytes for a write at a position that no other write has."""
         self.written += 1
         words = []
         for sector in range(position // SECTOR_BYTES, (position + length - 1) // SECTOR_BYTES + 1):

@@ -1,8 +1,8 @@
 """Mutants: jqcow with one barrier or one rule taken away, and the trial that must then break a promise.
 
-A trial is a workload of the campaign, cut in every interval (``root:``: where sector 0 is in flight, with
-garbage in its block), or a scenario. Run as a module it judges the jqcow that it imports, so that a patched
-copy can be judged in a process of its own::
+A trial is a workload of the campaign, cut in every interval (``deep:``: with more states of each; ``root:``:
+where sector 0 is in flight, with garbage in its block), a program of the simulation, or a scenario. Run as a
+module it judges the jqcow that it imports, so that a patched copy can be judged in a process of its own::
 
     python -m tests.support.mutants TRIAL...
 
@@ -30,11 +30,16 @@ from jqcow.testing.crash import GARBAGE_BLOCK_BYTES
 from tests.support.images import Expectation
 from tests.support.judge import Judge
 from tests.support.scenarios import SCENARIOS
+from tests.support.simulation import Program
+from tests.support.simulation import run as run_program
 from tests.support.workloads import workload_named
 
 SCENARIO = "scenario:"
 ROOT = "root:"
+DEEP = "deep:"
+SIMULATION = "simulation:"
 BUDGET = 16
+DEEP_BUDGET = 64
 ROOT_BUDGET = 32
 RED, GREEN = 1, 0
 
@@ -70,10 +75,10 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.release": ("reopened/4096/0",),
 }
 
-MEDIUM, JOURNAL, METADATA, SPACE, REFCOUNTS, MAPPING, STORE, DATAPATH = (
+MEDIUM, JOURNAL, METADATA, SPACE, REFCOUNTS, MAPPING, STORE, DATAPATH, TURN = (
     f"jqcow/engine/{name}.py"
     for name in (
-        "medium", "journal", "metadata", "space", "refcounts", "mapping", "store", "datapath",
+        "medium", "journal", "metadata", "space", "refcounts", "mapping", "store", "datapath", "turn",
     )
 )  # fmt: skip
 
@@ -81,8 +86,37 @@ MUTANTS = (
     Mutant(
         "M1",
         MEDIUM,
-        (("        self.poisoned = True\n        yield\n        self.poisoned = False", "        yield"),),
+        (("                self.poisoned = True\n                raise\n", "                raise\n"),),
         ("barrier-fails/4096/0", "barrier-fails/4096/1"),
+    ),
+    Mutant(
+        "M2",
+        MEDIUM,
+        (
+            (
+                "        self.high_water = max(self.high_water, end)\n",
+                "        self.high_water = self.size()\n",
+            ),
+        ),
+        (DEEP + "move-fails-first/4096/0",),
+    ),
+    Mutant(
+        "M3",
+        SPACE,
+        (("if started_before < number]", "if True]"),),
+        ("overlapping/4096/0",),
+    ),
+    Mutant(
+        "M4",
+        MEDIUM,
+        (("        with self._syncing:\n            self.require_healthy()\n", "        if True:\n"),),
+        (SCENARIO + "flush-beside-a-failed-barrier",),
+    ),
+    Mutant(
+        "M5",
+        MEDIUM,
+        (("        if padding and offset + len(buffer) > self.device.size():\n", "        if False:\n"),),
+        (SIMULATION + "512/qemu/0/65536 fua:24576:1 write:27136:651 cut:6:8192 flush write:27136:768",),
     ),
     Mutant(
         "J1",
@@ -92,11 +126,11 @@ MUTANTS = (
     ),
     Mutant(
         "J2",
-        JOURNAL,
+        STORE,
         (
             (
-                "            self.revoke(append)\n            raise\n        return append",
-                "            self.accept(append)\n            raise\n        return append",
+                "                self.journal.revoke(self.journal.pending)\n",
+                "                self.journal.accept(self.journal.pending)\n",
             ),
         ),
         ("host-fails/4096/0", "host-fails/4096/1", "host-fails/4096/2"),
@@ -130,6 +164,17 @@ MUTANTS = (
         ("move/4096/0",),
     ),
     Mutant(
+        "J6",
+        JOURNAL,
+        (
+            (
+                "                self.medium.pwrite(bytes(FRAME_ALIGNMENT), append.offset)\n",
+                "                pass\n",
+            ),
+        ),
+        ("commit-fails-first/4096/0",),
+    ),
+    Mutant(
         "D1",
         METADATA,
         (
@@ -153,7 +198,23 @@ MUTANTS = (
         ),
         ("reopened/4096/0",),
     ),
-    Mutant("D3", METADATA, (("self._roll_back(self._undo)", "pass"),), ("host-fails/4096/0",)),
+    Mutant(
+        "D3",
+        STORE,
+        (("            self.metadata.roll_back()\n", "            self.metadata.finish()\n"),),
+        ("host-fails/4096/0",),
+    ),
+    Mutant(
+        "D5",
+        METADATA,
+        (
+            (
+                "return self._private if self._private is not None and self._sees_private else self._newest",
+                "return self._newest",
+            ),
+        ),
+        ("transactions/4096/0",),
+    ),
     Mutant(
         "D4",
         METADATA,
@@ -164,18 +225,18 @@ MUTANTS = (
         "S1",
         SPACE,
         (("        self._staged.data.add(cluster)\n", "        self.unknown.add(cluster, 1)\n"),),
-        ("unpunchable/4096/0", "unpunchable/4096/1"),
+        ("host-fails-dirty/4096/0", "transactions-dirty/4096/0"),
     ),
     Mutant(
         "S2",
         SPACE,
         (
             (
-                "self._metadata_frees.append((epoch, frees.metadata))",
-                "self._released += _as_runs(frees.metadata)",
+                "        waiting = [(epoch, frees.metadata)] if frees.metadata else []\n",
+                "        waiting = []\n        released += _as_runs(frees.metadata)\n",
             ),
         ),
-        ("reuse-tables/512/0", "reuse-tables/512/1"),
+        ("reuse-tables/512/2", "reuse-tables/512/3"),
     ),
     Mutant(
         "S3",
@@ -198,6 +259,18 @@ MUTANTS = (
             ),
         ),
         ("reopened/4096/0",),
+    ),
+    Mutant(
+        "S5",
+        SPACE,
+        (
+            (
+                "        self._retired, self._staged = retired, Frees()\n",
+                "        for run in self._transaction:\n            self.unknown.add(run.start, run.count)\n"
+                "        self._staged = Frees()\n",
+            ),
+        ),
+        ("commit-fails-first/4096/0",),
     ),
     Mutant(
         "R1",
@@ -251,11 +324,17 @@ MUTANTS = (
     ),
     Mutant(
         "G2",
-        DATAPATH,
-        (("if cluster in self.refcounts.metadata_clusters:", "if False:"),),
+        REFCOUNTS,
+        (("if cluster in self.metadata_clusters:", "if False:"),),
         (SCENARIO + "entry-into-metadata",),
     ),
     Mutant("W1", REFCOUNTS, (("if value > 1:", "if False:"),), (SCENARIO + "shared-cluster",)),
+    Mutant(
+        "W1",
+        DATAPATH,
+        (("return fresh is None or cluster in fresh", "return True"),),
+        ("transactions/4096/0",),
+    ),
     Mutant(
         "W2",
         DATAPATH,
@@ -291,16 +370,27 @@ MUTANTS = (
         ),
         tuple(f"host-fails-dirty/4096/{seed}" for seed in range(4)),
     ),
-    Mutant("T1", STORE, (("            if layer.ordered:\n", "            if False:\n"),), ("reuse/4096/0",)),
-    Mutant("T2", STORE, (('self.medium.barrier("flush.record")', "pass"),), ("reopened/4096/0",)),
+    Mutant("T1", STORE, (("        if layer.ordered:\n", "        if False:\n"),), ("reuse/4096/0",)),
+    Mutant(
+        "T1",
+        STORE,
+        (("        commit.layer.ordered |= commit.of_transaction\n", ""),),
+        ("transactions-new/4096/0",),
+    ),
+    Mutant(
+        "T2",
+        STORE,
+        (('self.medium.barrier("flush.record", unlocked=True)', "pass"),),
+        ("reopened/4096/0",),
+    ),
     Mutant(
         "T3",
         STORE,
         (
             (
-                "        layer = self._cut()\n",
-                "        layer = self._cut()\n"
-                "        for offset, block in layer.blocks.items():\n"
+                "        commit.layer = self.metadata.cut()\n",
+                "        commit.layer = self.metadata.cut()\n"
+                "        for offset, block in commit.layer.blocks.items():\n"
                 "            self.medium.pwrite(bytes(block), offset)\n",
             ),
         ),
@@ -316,13 +406,28 @@ MUTANTS = (
     Mutant(
         "T6",
         STORE,
-        (("                self._write_back(before)\n", "                pass\n"),),
+        (("                self._write_root(before)\n", "                pass\n"),),
         ("going-live-fails/4096/0", "going-live-fails/4096/1"),
     ),
     Mutant(
         "T7",
         STORE,
-        (("self.medium.shrink(max(used_bytes, 0))", "self.medium.shrink(extent.offset)"),),
+        (("self.medium.shrink(used_bytes)", "self.medium.shrink(extent.offset)"),),
+        ("reopened/4096/0",),
+    ),
+    Mutant(
+        "C1",
+        TURN,
+        (
+            ("        self.taken = threading.RLock()\n", "        self.taken = contextlib.nullcontext()\n"),
+            ("import threading\n", "import contextlib\nimport threading\n"),
+        ),
+        (SCENARIO + "checkpoint-while-flushing",),
+    ),
+    Mutant(
+        "C2",
+        STORE,
+        (("            ticket = self.turn.changes\n", "            ticket = 0\n"),),
         ("reopened/4096/0",),
     ),
     Mutant(
@@ -383,6 +488,12 @@ def judge_trial(trial: str, drop_barriers: tuple[str, ...] = ()) -> str | None:
     """Run a trial. Returns what broke, None if every promise held."""
     if trial.startswith(SCENARIO):
         action = SCENARIOS[trial.removeprefix(SCENARIO)]
+    elif trial.startswith(SIMULATION):
+        program = Program.parse(trial.removeprefix(SIMULATION))
+
+        def action() -> None:
+            run_program(program)
+
     elif trial.startswith(ROOT):
         workload = workload_named(trial.removeprefix(ROOT))
 
@@ -390,8 +501,9 @@ def judge_trial(trial: str, drop_barriers: tuple[str, ...] = ()) -> str | None:
             garble_sector_0(workload, drop_barriers)
 
     else:
-        laboratory = Laboratory(Judge(), options=LabOptions(budget=BUDGET, seed=1))
-        workload = workload_named(trial)
+        budget = DEEP_BUDGET if trial.startswith(DEEP) else BUDGET
+        laboratory = Laboratory(Judge(), options=LabOptions(budget=budget, seed=1))
+        workload = workload_named(trial.removeprefix(DEEP))
 
         def action() -> None:
             laboratory.run(workload, drop_barriers=drop_barriers)

@@ -9,16 +9,25 @@ import errno
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import Event, Thread, current_thread
 
 import jqcow
 from jqcow.errors import JqcowError
 from jqcow.ondisk.header import Header
-from jqcow.testing import FaultPlan, SectorModel, SimulatedDevice
-from tests.support.images import JOURNAL_BYTES, Expectation, Session, Windows, open_simulated
-from tests.support.judge import PromiseBroken, require
+from jqcow.testing import Fault, FaultPlan, SectorModel, SimulatedDevice, enumerate_states
+from tests.support.images import (
+    JOURNAL_BYTES,
+    SECTOR_BYTES,
+    Expectation,
+    Session,
+    Windows,
+    open_simulated,
+)
+from tests.support.judge import Judge, PromiseBroken, require
 
 CLUSTER_BYTES = 4096
 COPIED = 1 << 63
+NO_EXTENSIONS = bytes(8)
 
 
 @dataclass
@@ -122,9 +131,93 @@ def checkpoint_on_full_disk() -> None:
     session.look()
 
 
+def checkpoint_while_flushing() -> None:
+    """P1: what a flush acknowledged is there, whatever others ask for while it waits for the device."""
+    windows = Windows.of(CLUSTER_BYTES)
+    device = SimulatedDevice()
+    expectation = Expectation(
+        windows, SectorModel(windows.model_bytes), (windows.disk_bytes,), extensions=NO_EXTENSIONS
+    )
+    session = Session(device, expectation)
+    session.create(CLUSTER_BYTES, windows.disk_bytes)
+    session.write(0, CLUSTER_BYTES)
+    session.flush()
+    acknowledged = Event()
+    other = Thread(target=session.live.checkpoint)
+    original = device.barrier
+
+    def barrier(name: str) -> None:
+        if current_thread() is other:
+            acknowledged.wait()
+            original(name)
+            return
+        original(name)
+        if name == "flush.record" and other.ident is None:
+            other.start()
+            # It should wait for the flush; one that does not needs only a moment to do harm.
+            other.join(timeout=0.2)
+
+    session.write(CLUSTER_BYTES, CLUSTER_BYTES)
+    vars(device)["barrier"] = barrier
+    session.flush()
+    try:
+        for state in enumerate_states(device, budget=64):
+            Judge()(device.crash(state), expectation.copy(), state)
+    finally:
+        acknowledged.set()
+        other.join()
+    session.close()
+
+
+def flush_beside_a_failed_barrier() -> None:
+    """P1: of two barriers that overlap one fails; the host tells that to one of them alone."""
+    windows = Windows.of(CLUSTER_BYTES)
+    device = SimulatedDevice()
+    expectation = Expectation(
+        windows, SectorModel(windows.model_bytes), (windows.disk_bytes,), extensions=NO_EXTENSIONS
+    )
+    session = Session(device, expectation)
+    session.create(CLUSTER_BYTES, windows.disk_bytes)
+    session.write(0, CLUSTER_BYTES)
+    session.close()
+    session.open()
+    session.write(0, SECTOR_BYTES)
+    started, go_on = Event(), Event()
+
+    def wait() -> None:
+        started.set()
+        go_on.wait()
+
+    delayed, failing = (
+        Fault.delay(wait, barrier_name="flush.data"),
+        Fault(errno.EIO, barrier_name="root.settle"),
+    )
+    device.faults = FaultPlan(delayed, failing)
+    flush = Thread(target=session.flush)
+    flush.start()
+    started.wait()
+
+    def go_live() -> None:
+        with suppress(OSError):
+            session.live.pwrite(b"x" * SECTOR_BYTES, CLUSTER_BYTES)
+
+    other = Thread(target=go_live)
+    other.start()
+    # It should wait for the flush; one that does not needs only a moment to do harm.
+    other.join(timeout=0.2)
+    go_on.set()
+    flush.join()
+    other.join()
+    # The session took part in the flush: where it returned, its sectors have one version.
+    crashed = open_simulated(SimulatedDevice(device.durable_content()))
+    require(not expectation.check(crashed), "P1: a flush was acknowledged", expectation.check(crashed)[:1])
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "unaligned-entry": unaligned_entry,
     "entry-into-metadata": entry_into_metadata,
     "shared-cluster": shared_cluster,
     "checkpoint-on-full-disk": checkpoint_on_full_disk,
+    "checkpoint-while-flushing": checkpoint_while_flushing,
+    "flush-beside-a-failed-barrier": flush_beside_a_failed_barrier,
 }

@@ -86,7 +86,7 @@ def test_human_sizes_are_those_of_qemu_img(length: int, text: str) -> None:
     assert common.human_size(length) == text
 
 
-# create, info, check, resize
+# create, resize, info, check
 
 
 def test_create_refuses_what_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,18 +167,96 @@ def lose_refcount_of_data(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_resize_grows_only(image: Path, crashed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("resize", image, "+2M") == 0
-    assert run("resize", image, "20M") == 0
-    assert run("resize", image, "1M") == 1
-    assert "does not shrink" in capsys.readouterr().err
-    assert run("resize", "-f", "raw", image, "30M") == 1
+def size_of(path: Path) -> int:
+    with jqcow.open(path) as image:
+        return image.size
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("20M", 20 * MIB),
+        ("+2M", 12 * MIB),
+        ("+1", 10 * MIB + 512),
+        ("1000", 1024),
+        ("-2M", 8 * MIB),
+        ("-0.5M", 10 * MIB - MIB // 2),
+        ("10M", 10 * MIB),
+    ],
+)
+def test_resize_to_and_by(image: Path, size: str, expected: int) -> None:
+    assert run("resize", "-q", "--shrink", image, size) == 0
+    assert size_of(image) == expected
+    assert run("check", "-q", image) == 0
+
+
+def test_resize_takes_a_signed_size_after_two_dashes(image: Path) -> None:
+    assert run("resize", "--shrink", image, "--", "-1M") == 0
+    assert size_of(image) == 9 * MIB
+
+
+def test_shrinking_is_asked_for_and_says_what_is_lost(
+    image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = image.read_bytes()
+    assert run("resize", image, "-6M") == 1
+    told = capsys.readouterr().err
+    assert "64 KiB of data behind the new end would be lost" in told
+    assert "--shrink" in told
+    assert run("resize", image, "6M") == 1
+    assert "no data would be lost" in capsys.readouterr().err
+    assert image.read_bytes() == before
+    assert run("resize", "--shrink", image, "-6M") == 0
+    assert capsys.readouterr().out == "Image resized.\nData behind the new end, now lost: 64 KiB.\n"
     with jqcow.open(image) as made:
-        assert made.size == 20 * MIB
-    assert run("resize", "-q", crashed, "+1M") == 0
+        assert made.size == 4 * MIB
+        assert made.pread(CLUSTER, 0) == b"a" * CLUSTER
+    assert run("resize", image, "10M") == 0
+    assert capsys.readouterr().out == "Image resized.\n"
+    with jqcow.open(image) as made:
+        assert not any(made.pread(CLUSTER, 5 * MIB))
+
+
+@pytest.mark.parametrize("size", ["0", "-10M", "-20M", "+-1M", "--1M", "1X", "+", ""])
+def test_resize_refuses_sizes_that_no_disk_has(
+    image: Path, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = image.read_bytes()
+    try:
+        assert run("resize", "--shrink", image, size) == 1
+    except SystemExit as left:
+        assert left.code == 1
+    assert capsys.readouterr().err.startswith("jqcow")
+    assert image.read_bytes() == before
+
+
+def test_resize_of_other_images(image: Path, crashed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("resize", "-f", "raw", image, "30M") == 1
+    assert run("resize", crashed, "+1M") == 0
+    assert "recovered first" in capsys.readouterr().err
     with jqcow.open(crashed) as made:
         assert made.recovered is None
         assert made.size == 11 * MIB
+
+
+def test_resize_chooses_the_size_of_its_journal(
+    image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = []
+    resize = jqcow.Image.resize
+
+    def resize_and_look(opened: jqcow.Image, size: int) -> None:
+        resize(opened, size)
+        journal = opened.info().journal
+        lengths.append(None if journal is None else journal.length)
+
+    monkeypatch.setattr(jqcow.Image, "resize", resize_and_look)
+    assert run("resize", "-q", image, "+1M") == 0
+    assert run("resize", "-q", "--journal-size", "64k", image, "+1M") == 0
+    assert lengths == [8 * MIB, 65536]
+    assert run("resize", "--journal-size", "10k", image, "+1M") == 1
+    assert "multiple of 8192 from 64 KiB to 1 GiB" in capsys.readouterr().err
+    assert size_of(image) == 12 * MIB
 
 
 # map, journal
@@ -310,7 +388,34 @@ def test_an_image_in_use(image: Path, tmp_path: Path, capsys: pytest.CaptureFixt
             ("convert", image, tmp_path / "x"),
         ):
             assert run(*case) == 4, case
-    assert "in use" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{image} is in use: another process, or another part of this one, has it open for writing" in told
+    assert "Close the program that holds it" in told
+
+
+def test_force_share_looks_beside_a_writer(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = []
+    for command in ("info", "check", "map"):
+        assert run(command, "--output=json", image) == 0
+        alone.append(capsys.readouterr().out)
+    with jqcow.open(image, "r+") as writer:
+        for command, told in zip(("info", "check", "map"), alone, strict=True):
+            assert run(command, image) == 4
+            assert run(command, "-U", "--output=json", image) == 0
+            assert capsys.readouterr().out == told
+        writer.pwrite(b"x", 9 * MIB)
+        for command in ("info", "check", "map"):
+            assert run(command, "--force-share", image) == 4
+            assert "live journal" in capsys.readouterr().err
+    assert run("info", "-U", "-f", "raw", image) == 0
+
+
+def test_force_share_maps_part_of_a_disk(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for limits in (("-s", "5M", "-l", "1M"), ("-s", "11M"), ("-l", "100M")):
+        assert run("map", "--output=json", *limits, image) == 0
+        alone = capsys.readouterr().out
+        assert run("map", "-U", "--output=json", *limits, image) == 0
+        assert capsys.readouterr().out == alone
 
 
 def test_an_unsupported_image(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,7 @@ class TestRevoke:
         with pytest.raises(OSError):
             journal.append(payload(7))
         device.faults = None
+        revoke_pending(journal)
         assert sequences(scan(device)) == [1, 2]
         assert not journal.medium.poisoned
         fill(journal, 1)
@@ -147,13 +148,61 @@ class TestRevoke:
         device.faults = FaultPlan(Fault(errno.EIO, call="pwrite", repeats=True))
         with pytest.raises(OSError):
             journal.append(payload(7))
+        assert not journal.medium.poisoned
+        with pytest.raises(OSError):
+            revoke_pending(journal)
         assert journal.medium.poisoned
+
+    def test_nothing_is_written_after_a_failed_barrier(self) -> None:
+        """M1; the next opening decides by what the disk holds, and nobody appends any more."""
+        journal, device = make_journal()
+        fill(journal, 2)
+        journal.append(payload(7))
+        device.faults = FaultPlan(Fault(errno.EIO, call="barrier"))
+        with pytest.raises(OSError):
+            journal.medium.barrier("test")
+        before = device.content()
+        revoke_pending(journal)
+        assert device.content() == before
 
     def test_revoked_frame_is_not_found(self) -> None:
         journal, device = make_journal()
         fill(journal, 2)
         journal.revoke(journal.append(payload(7)))
         assert sequences(scan(device)) == [1, 2]
+        assert journal.pending is None and journal.sequence == 2
+
+    def test_one_frame_is_pending_at_a_time(self) -> None:
+        """J2: the next append waits until the one before is durable, or revoked."""
+        journal, device = make_journal()
+        append = journal.append(payload(0, first=True))
+        assert journal.pending is append and journal.epoch_is_empty
+        with pytest.raises(RuntimeError, match="neither accepted nor revoked"):
+            journal.append(payload(1))
+        journal.accept(append)
+        assert journal.pending is None and not journal.epoch_is_empty
+        fill(journal, 1)
+        assert sequences(scan(device)) == [1, 2]
+
+    def test_failed_write_is_pending(self) -> None:
+        """J2: whoever goes on after the error cannot append over a frame that may be there."""
+        journal, device = make_journal()
+        fill(journal, 1)
+        device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
+        with pytest.raises(OSError):
+            journal.append(payload(7))
+        assert journal.pending is not None
+        with pytest.raises(RuntimeError, match="neither accepted nor revoked"):
+            journal.append(payload(8))
+        revoke_pending(journal)
+        fill(journal, 1)
+        assert sequences(scan(device)) == [1, 2]
+
+
+def revoke_pending(journal: Journal) -> None:
+    """What the caller of a failed append does."""
+    assert journal.pending is not None
+    journal.revoke(journal.pending)
 
 
 def put_frame(device: SimulatedDevice, slot: int, **changes: Any) -> None:

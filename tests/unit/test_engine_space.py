@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 
 from jqcow.engine.medium import Medium
 from jqcow.engine.space import RECYCLE_CLUSTERS, ClusterRuns, Run, Space
 from jqcow.ondisk.layout import Geometry
-from jqcow.testing import SimulatedDevice
+from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 
 CLUSTER = 512
 GEOMETRY = Geometry(9)
@@ -36,18 +38,31 @@ class TestClusterRuns:
                 taken = set(range(start, start + count))
                 assert start == min(model) and taken <= model
                 model -= taken
-            assert runs.cluster_count == len(model) and bool(runs) == bool(model)
+            assert bool(runs) == bool(model)
+            assert runs.holds(0) and runs.holds(1) == bool(model)
+            assert runs.holds(len(model)) and not runs.holds(len(model) + 1)
             listed = [range(start, start + count) for start, count in runs]
             assert {cluster for part in listed for cluster in part} == model
             assert all(left.stop < right.start for left, right in itertools.pairwise(listed))
         assert all((cluster in runs) == (cluster in model) for cluster in range(310))
 
 
-def make_space(clusters: int = 0, *, can_punch: bool = True) -> tuple[Space, Medium]:
+def cluster_count(runs: ClusterRuns) -> int:
+    return sum(length for _, length in runs)
+
+
+def make_space_on_device(
+    clusters: int = 0, *, can_punch: bool = True
+) -> tuple[Space, Medium, SimulatedDevice]:
     device = SimulatedDevice(b"\xaa" * (clusters * CLUSTER), can_punch=can_punch)
     medium = Medium(device)
     space = Space(medium, GEOMETRY)
     space.frontier = clusters
+    return space, medium, device
+
+
+def make_space(clusters: int = 0, *, can_punch: bool = True) -> tuple[Space, Medium]:
+    space, medium, _ = make_space_on_device(clusters, can_punch=can_punch)
     return space, medium
 
 
@@ -155,13 +170,13 @@ class TestSpace:
         space.unknown.add(10, 50)
         space.take(1)
         space.take(100)
-        assert space.unknown.cluster_count == 50 - RECYCLE_CLUSTERS
+        assert cluster_count(space.unknown) == 50 - RECYCLE_CLUSTERS
         medium.barrier("test")
-        assert space.zero_safe.cluster_count == RECYCLE_CLUSTERS
+        assert cluster_count(space.zero_safe) == RECYCLE_CLUSTERS
         assert space.take(100) == Run(10, RECYCLE_CLUSTERS, zero_safe=True)
-        assert space.unknown.cluster_count == 50 - RECYCLE_CLUSTERS
+        assert cluster_count(space.unknown) == 50 - RECYCLE_CLUSTERS
         space.take(1)
-        assert space.unknown.cluster_count == 50 - 2 * RECYCLE_CLUSTERS
+        assert cluster_count(space.unknown) == 50 - 2 * RECYCLE_CLUSTERS
 
     def test_what_the_refcounts_call_free_is_unknown(self) -> None:
         """A hole that the host shows is no proof: the punching may have been lost in a failed barrier."""
@@ -186,3 +201,198 @@ class TestSpace:
         space.give_back()
         medium.barrier("test")
         assert space.take(3) == Run(4, 3, zero_safe=True)
+
+
+class TestWaitingForABarrier:
+    """M3: a barrier covers what was done before it started, whoever else has one under way."""
+
+    def test_punched_during_a_barrier(self) -> None:
+        """S3: the punch may be lost; the cluster is zero-safe under the next barrier."""
+        space, medium, device = make_space_on_device(8)
+        space.unknown.add(3, 1)
+
+        def recycle(*_: object) -> None:
+            space.take(1)
+
+        device.barrier_listeners.append(recycle)
+        medium.barrier("test")
+        device.barrier_listeners.clear()
+        assert medium.pread(CLUSTER, 3 * CLUSTER) == bytes(CLUSTER)
+        assert space.is_pending(3) and 3 not in space.zero_safe
+        medium.barrier("test")
+        assert 3 in space.zero_safe
+
+    def test_journal_given_up_during_a_barrier(self) -> None:
+        space, medium, device = make_space_on_device(4)
+        space.reserve(4 * CLUSTER, 8 * CLUSTER)
+        device.barrier_listeners.append(lambda *_: space.retire(4 * CLUSTER, 8 * CLUSTER))
+        medium.barrier("test")
+        device.barrier_listeners.clear()
+        space.give_back()
+        assert all(space.is_pending(cluster) for cluster in range(4, 12))
+        assert medium.device.size() == 4 * CLUSTER and not device.changes
+        medium.barrier("test")
+        space.give_back()
+        medium.barrier("test")
+        assert list(space.zero_safe) == [(4, 8)]
+
+
+class TestFailedPunch:
+    """The record that freed the cluster is durable: an error must not deny it."""
+
+    def test_is_not_raised_when_clusters_are_given_back(self) -> None:
+        space, medium, device = make_space_on_device(8)
+        for cluster in (2, 4, 6):
+            space.free_data(cluster)
+        space.cut()
+        space.publish(epoch=1)
+        device.faults = FaultPlan(Fault(errno.EIO, at=2, call="punch"))
+        space.give_back()
+        assert device.faults.fired
+        medium.barrier("test")
+        assert (cluster_count(space.zero_safe), cluster_count(space.unknown)) == (2, 1)
+        (failed,) = [start for start, _ in space.unknown]
+        assert medium.pread(CLUSTER, failed * CLUSTER) == b"\xaa" * CLUSTER
+
+    def test_is_raised_when_the_cluster_is_needed(self) -> None:
+        """It stays listed, unknown, and the next allocation tries again."""
+        space, medium, device = make_space_on_device(8)
+        space.unknown.add(3, 1)
+        device.faults = FaultPlan(Fault(errno.EIO, call="punch"))
+        with pytest.raises(OSError) as caught:
+            space.take(1)
+        assert caught.value.errno == errno.EIO
+        assert list(space.unknown) == [(3, 1)] and not space.zero_safe
+        assert space.take(1).start == 8
+        medium.barrier("test")
+        assert space.take(1) == Run(3, 1, zero_safe=True)
+
+
+class TestTransaction:
+    def test_fresh_clusters_are_closed_by_a_mark(self) -> None:
+        """What a savepoint may come back to is not written in place."""
+        space, _ = make_space(4)
+        space.begin_transaction()
+        assert space.fresh == set()
+        space.fresh.add(7)
+        mark = space.mark()
+        assert space.fresh == set()
+        space.fresh.add(8)
+        space.return_to(mark)
+        assert space.fresh == set()
+
+    @pytest.mark.parametrize("end", [Space.end_transaction, Space.abandon_transaction])
+    def test_outside_no_cluster_is_fresh_or_closed(self, end: Callable[[Space], None]) -> None:
+        space, _ = make_space(4)
+        assert space.fresh is None
+        space.begin_transaction()
+        end(space)
+        assert space.fresh is None
+
+    def test_return_to_a_mark(self) -> None:
+        """What was taken since then is free with unknown content (S3); what was freed is in use."""
+        space, _ = make_space(16)
+        space.begin_transaction()
+        change(space, take=2, data=[1], metadata=[2])
+        mark = space.mark()
+        for _ in range(2):
+            taken = change(space, take=3, data=[3], metadata=[4])
+            space.return_to(mark)
+            assert [space.is_pending(cluster) for cluster in (1, 2, 3, 4)] == [True, True, False, False]
+            assert list(space.unknown) == [(taken, 3)]
+            assert not space.is_pending(16)
+            # Out of the way of the next turn.
+            space.unknown.take(3)
+
+    def test_failed_operation_is_not_undone_again(self) -> None:
+        """Its clusters are unknown already: listed twice they would be handed out twice."""
+        space, _ = make_space(16)
+        space.begin_transaction()
+        mark = space.mark()
+        space.begin()
+        space.take(2)
+        space.free_data(1)
+        space.roll_back()
+        change(space, take=1, data=[2], metadata=[])
+        space.return_to(mark)
+        assert list(space.unknown) == [(16, 3)]
+        assert not space.is_pending(1) and not space.is_pending(2)
+
+    def test_committed(self) -> None:
+        """What it took is in use, what it freed goes the way of all frees."""
+        space, medium = make_space(16)
+        space.begin_transaction()
+        change(space, take=2, data=[1], metadata=[])
+        space.cut()
+        space.publish(epoch=1)
+        space.end_transaction()
+        space.give_back()
+        medium.barrier("test")
+        assert list(space.zero_safe) == [(1, 1)] and not space.unknown
+        assert space.take_at_frontier(1).start == 18
+
+    def test_abandoned_waits_for_a_barrier(self) -> None:
+        """S5: a failed record that comes back to life finds the clusters that it names untouched."""
+        space, medium = make_space(16)
+        space.begin_transaction()
+        change(space, take=2, data=[1], metadata=[2])
+        space.cut()
+        medium.pwrite(b"of the transaction", 16 * CLUSTER)
+        space.abandon_transaction()
+        space.abandon_transaction()
+        assert space.fresh is None
+        assert not space.is_pending(1) and not space.is_pending(2)
+        space.give_back()
+        assert space.is_pending(16) and space.take(2).start == 18
+        assert medium.pread(18, 16 * CLUSTER) == b"of the transaction"
+        medium.barrier("test")
+        assert space.take(2).start == 20
+        space.give_back()
+        assert medium.pread(18, 16 * CLUSTER) == bytes(18)
+        assert space.take(2).start == 22
+        medium.barrier("test")
+        assert space.take(2) == Run(16, 2, zero_safe=True)
+
+    def test_abandoned_frees_do_not_travel_in_the_next_record(self) -> None:
+        space, medium = make_space(16)
+        space.begin_transaction()
+        change(space, take=1, data=[1], metadata=[2])
+        space.cut()
+        change(space, take=1, data=[3], metadata=[4])
+        space.abandon_transaction()
+        space.uncut()
+        for epoch in (1, 2):
+            space.cut()
+            space.publish(epoch)
+            medium.barrier("test")
+            space.give_back()
+            medium.barrier("test")
+        assert not any(space.is_pending(cluster) for cluster in (1, 2, 3, 4))
+
+    def test_marks_are_of_an_open_transaction(self) -> None:
+        space, _ = make_space(16)
+        with pytest.raises(RuntimeError, match="no transaction"):
+            space.mark()
+        space.begin_transaction()
+        mark = space.mark()
+        space.end_transaction()
+        with pytest.raises(RuntimeError, match="no transaction"):
+            space.return_to(mark)
+
+    def test_outside_a_transaction_there_is_nothing_to_abandon(self) -> None:
+        space, _ = make_space(16)
+        change(space, take=1, data=[1], metadata=[2])
+        space.abandon_transaction()
+        assert space.is_pending(1) and space.is_pending(2)
+
+
+def change(space: Space, *, take: int, data: list[int], metadata: list[int]) -> int:
+    """One operation that succeeds: take clusters at the end, free some; return the first one taken."""
+    space.begin()
+    run = space.take_at_frontier(take)
+    for cluster in data:
+        space.free_data(cluster)
+    for cluster in metadata:
+        space.free_metadata(cluster)
+    space.finish()
+    return run.start

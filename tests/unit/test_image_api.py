@@ -306,8 +306,18 @@ class TestPoisoned:
             assert recovered.pread(4, 0) == b"safe"
 
 
+FORBIDDEN_TO_CHILDREN: dict[str, Request] = {
+    **READS,
+    **CHANGES,
+    "flush": jqcow.Image.flush,
+    "size": lambda image: image.size,
+    "transaction": lambda image: image.transaction().__enter__(),
+}
+
+
 class TestFork:
-    def test_child_cannot_change_its_parents_image(self, tmp_path: Path) -> None:
+    def test_child_cannot_use_its_parents_image(self, tmp_path: Path) -> None:
+        """Not even read: the locks that it has a copy of may be held by threads that it does not have."""
         with jqcow.create(tmp_path / "image.qcow2", SIZE) as image:
             image.pwrite(b"parent", 0)
             image.flush()
@@ -315,15 +325,26 @@ class TestFork:
             if child == 0:
                 status = 1
                 try:
-                    image.pwrite(b"child!", 0)
-                except jqcow.ReadOnlyError:
-                    status = 0
+                    status = 0 if refuses_everything(image) else 2
                 finally:
                     os._exit(status)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
             assert image.pread(6, 0) == b"parent"
             image.pwrite(b"still!", 0)
         assert jqcow.open(tmp_path / "image.qcow2").pread(6, 0) == b"still!"
+
+
+def refuses_everything(image: jqcow.Image) -> bool:
+    """Return True if each request raises ImageInUse, and names the process that owns the image."""
+    for request in FORBIDDEN_TO_CHILDREN.values():
+        try:
+            request(image)
+        except jqcow.ImageInUse as error:
+            if str(os.getppid()) not in str(error):
+                return False
+        else:
+            return False
+    return True
 
 
 class TestThreads:
@@ -398,13 +419,62 @@ class TestResize:
         assert image.pread(100, SIZE - 100) == b"x" * 100
         assert not any(image.pread(2 * SIZE + 1536, SIZE))
 
-    @pytest.mark.parametrize(
-        ("size", "words"), [(SIZE - 512, "cannot shrink"), (SIZE + 1, "multiple of 512")]
-    )
-    def test_wrong_sizes(self, image: jqcow.Image, size: int, words: str) -> None:
-        with pytest.raises(ValueError, match=words):
+    @pytest.mark.parametrize("size", [SIZE + 1, SIZE - 1, 1, -512])
+    def test_wrong_sizes(self, image: jqcow.Image, size: int) -> None:
+        with pytest.raises(ValueError, match="multiple of 512"):
             image.resize(size)
+        with image.transaction() as transaction, pytest.raises(ValueError, match="multiple of 512"):
+            transaction.resize(size)
         assert image.size == SIZE
+
+    @pytest.mark.parametrize("size", [0, 512, 7 * CLUSTER, 7 * CLUSTER + 1536, SIZE - 512])
+    def test_what_is_cut_off_is_gone(self, image: jqcow.Image, size: int) -> None:
+        """Also the part of a cluster that stays: it does not come back when the disk grows again."""
+        data = os.urandom(SIZE)
+        image.pwrite(data, 0)
+        image.resize(size)
+        assert image.size == size
+        assert image.pread(size, 0) == data[:size]
+        with pytest.raises(ValueError, match="not within the disk"):
+            image.pread(1, size)
+        kept = sum(extent.length for extent in image.extents() if extent.kind == "data")
+        assert kept == size
+        image.resize(SIZE)
+        assert image.pread(SIZE, 0) == data[:size] + bytes(SIZE - size)
+        assert image.check().ok
+
+    def test_cut_off_clusters_are_used_again(self, device: SimulatedDevice, image: jqcow.Image) -> None:
+        image.pwrite(b"x" * (SIZE // 2), 0)
+        image.flush()
+        grown = device.size()
+        for _ in range(4):
+            image.resize(0)
+            image.resize(SIZE)
+            image.flush()
+            image.pwrite(b"y" * (SIZE // 4), 0)
+            image.flush()
+        assert device.size() == grown
+        assert image.check().ok
+
+    def test_shrinking_is_durable_on_return(self, device: SimulatedDevice, image: jqcow.Image) -> None:
+        image.pwrite(b"x" * SIZE, 0)
+        image.resize(CLUSTER)
+        powerless = SimulatedDevice(device.durable_content())
+        with jqcow.open_device(powerless, "r+", journal_size=JOURNAL) as recovered:
+            assert recovered.size == CLUSTER
+            assert recovered.pread(CLUSTER, 0) == b"x" * CLUSTER
+            assert recovered.check().ok
+
+    def test_failed_shrinking_changes_nothing(self, device: SimulatedDevice, image: jqcow.Image) -> None:
+        data = os.urandom(SIZE)
+        image.pwrite(data, 0)
+        image.flush()
+        device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
+        with pytest.raises(OSError):
+            image.resize(CLUSTER)
+        assert image.size == SIZE and image.pread(SIZE, 0) == data
+        image.resize(CLUSTER)
+        assert image.size == CLUSTER and image.check().ok
 
     def test_more_than_the_l1_table_can_map(self, image: jqcow.Image) -> None:
         with pytest.raises(jqcow.UnsupportedFeatureError, match="L1 table of more than 32 MiB"):

@@ -23,9 +23,20 @@ def public_members(owner: type) -> list[str]:
     return [name for name in {*fields, *members} if not name.startswith("_")]
 
 
-def is_documented(name: str) -> bool:
-    """Return True if the page has the name in code, alone or with its arguments."""
-    return re.search(rf"`(?:jqcow\.|Image\.)?{re.escape(name)}[`(]", TEXT) is not None
+def is_documented(name: str, text: str = TEXT) -> bool:
+    """Return True if a text has the name in code, alone or with its arguments."""
+    return re.search(rf"`(?:\w+\.)*{re.escape(name)}[`(]", text) is not None
+
+
+def section_of(name: str) -> str:
+    """Return the section that a class has for itself or shares with others of its kind."""
+    for level in ("###", "##"):
+        found = re.search(
+            rf"^{level} `{name}`\n(.*?)(?=^#{{2,{len(level)}}} |\Z)", TEXT, re.DOTALL | re.MULTILINE
+        )
+        if found is not None:
+            return found[1]
+    return TEXT[TEXT.index("## Reports") : TEXT.index("## Errors")]
 
 
 def test_every_public_name_is_documented() -> None:
@@ -41,20 +52,45 @@ def test_every_public_name_is_documented() -> None:
         jqcow.ImageInfo,
         jqcow.JournalInfo,
         jqcow.CheckReport,
+        jqcow.Transaction,
+        jqcow.Savepoint,
+        jqcow.Receipt,
     ],
 )
 def test_every_public_member_is_documented(owner: type) -> None:
-    assert [name for name in public_members(owner) if not is_documented(name)] == []
+    section = section_of(owner.__name__)
+    assert [name for name in public_members(owner) if not is_documented(name, section)] == []
 
 
 @pytest.mark.parametrize(
     "function",
-    [jqcow.create, jqcow.open, jqcow.Image.pwrite, jqcow.Image.write_zeroes, jqcow.Image.extents],
-    ids=lambda function: function.__name__,
+    [
+        jqcow.create,
+        jqcow.open,
+        jqcow.Image.pread,
+        jqcow.Image.pread_into,
+        jqcow.Image.pwrite,
+        jqcow.Image.write_zeroes,
+        jqcow.Image.discard,
+        jqcow.Image.resize,
+        jqcow.Image.extents,
+        jqcow.Image.transaction,
+        jqcow.Transaction.pread,
+        jqcow.Transaction.pread_into,
+        jqcow.Transaction.pwrite,
+        jqcow.Transaction.write_zeroes,
+        jqcow.Transaction.discard,
+        jqcow.Transaction.resize,
+        jqcow.Transaction.savepoint,
+        jqcow.Transaction.rollback,
+        jqcow.Savepoint.rollback,
+    ],
+    ids=lambda function: function.__qualname__,
 )
 def test_signatures_are_those_of_the_code(function: Any) -> None:
     """Names, order and defaults of the arguments."""
-    shown = re.search(rf"`{function.__name__}\(([^`]*)\)`", TEXT)
+    owner, _, name = function.__qualname__.rpartition(".")
+    shown = re.search(rf"`(?:{owner}\.)?{name}\(([^`]*)\)`", section_of(owner) if owner else TEXT)
     assert shown is not None
     parts = []
     for parameter in inspect.signature(function).parameters.values():
@@ -74,7 +110,7 @@ def test_errors_are_in_their_tree() -> None:
     drawing = TEXT[TEXT.index("```text") : TEXT.index("| error |")]
     for error in errors:
         assert re.search(rf"\b{error.__name__}\b", drawing)
-        for other in ("OSError", "ValueError"):
+        for other in ("OSError", "RuntimeError", "ValueError"):
             if other in [base.__name__ for base in error.__bases__]:
                 assert f"{error.__name__} ({other})" in drawing
 

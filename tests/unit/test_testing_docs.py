@@ -30,6 +30,11 @@ def test_example_fails_without_its_barrier_and_replays(example: dict[str, Any]) 
         example["laboratory"].replay(example["workload"], example["line"], drop_barriers={"sync"})
 
 
+def test_example_of_faults_leaves_a_consistent_image(example: dict[str, Any]) -> None:
+    assert example["found"] == [b"kept", bytes(4), bytes(4), b"last"]
+    assert example["consistent"]
+
+
 def test_every_public_name_is_documented() -> None:
     text = PAGE.read_text()
     missing = [

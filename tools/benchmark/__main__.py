@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tools.benchmark.barriers import compare_barriers
 from tools.benchmark.speed import compare_speed
+from tools.benchmark.threads import count_shared
 
 
 @contextmanager
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     parts = parser.add_subparsers(dest="part", required=True)
     barriers = parts.add_parser("barriers", parents=[common], help="count sync-like system calls")
     barriers.add_argument("--flushes", type=int, default=10_000)
+    threads = parts.add_parser("threads", parents=[common], help="count them when threads flush together")
+    threads.add_argument("--flushes", type=int, default=10_000, help="of all threads together")
+    threads.add_argument("--threads", type=int, default=8)
     speed = parts.add_parser("speed", parents=[common], help="time the same work by both")
     speed.add_argument("--rounds", type=int, default=5)
     speed.add_argument("--size", type=int, default=256, metavar="MIB", help="bytes written in sequence")
@@ -43,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
             counts = compare_barriers(folder, options.flushes)
             text, data = counts.format_table(), dataclasses.asdict(counts)
             status = 0 if counts.kept else 1
+        elif options.part == "threads":
+            share = count_shared(folder, options.threads, options.flushes)
+            text, data, status = share.format_table(), dataclasses.asdict(share), 0 if share.kept else 1
         else:
             speeds = compare_speed(folder, options.rounds, options.size << 20)
             text, data, status = speeds.format_table(), dataclasses.asdict(speeds), 0

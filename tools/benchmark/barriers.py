@@ -119,8 +119,8 @@ def compare_barriers(folder: Path, flushes: int) -> Comparison:
 def count_jqcow(folder: Path, flushes: int) -> tuple[Counts, Spread]:
     """Count jqcow's calls, flush by flush, without those of creating and closing."""
     image, trace = folder / "jqcow.qcow2", folder / "jqcow.trace"
-    done = _trace(trace, [sys.executable, "-m", "tools.benchmark.writer", str(image), str(flushes)])
-    calls = list(_read_trace(trace))
+    done = run_traced(trace, [sys.executable, "-m", "tools.benchmark.writer", str(image), str(flushes)])
+    calls = list(read_trace(trace))
     trace.unlink()
     image.unlink()
     # The first mark stands after the creation, the others each after a flush; closing comes behind them.
@@ -145,20 +145,21 @@ def count_qemu(folder: Path, flushes: int) -> Counts:
         steps = (f"write {index * CLUSTER_BYTES} {WRITE_BYTES}\nflush\n" for index in range(count))
         script.write_text("".join(steps))
         with script.open() as commands:
-            _trace(trace, ["qemu-io", "-t", "writeback", "-f", "qcow2", str(image)], commands.fileno())
-        calls.append(list(_read_trace(trace)))
+            run_traced(trace, ["qemu-io", "-t", "writeback", "-f", "qcow2", str(image)], commands.fileno())
+        calls.append(list(read_trace(trace)))
         for path in (image, trace, script):
             path.unlink()
     idle, busy = (Counter(found) for found in calls)
     return _counts("QEMU", flushes, (busy - idle).elements(), calls[1])
 
 
-def _trace(trace: Path, command: list[str], stdin: int | None = None) -> subprocess.CompletedProcess[str]:
+def run_traced(trace: Path, command: list[str], stdin: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command under strace, which writes the calls that count, and the marks, to ``trace``."""
     strace = ["strace", "-f", "-qq", "-e", f"trace={TRACED}", "-e", "signal=none", "-o", str(trace)]
     return subprocess.run([*strace, *command], check=True, text=True, stdin=stdin, capture_output=True)
 
 
-def _read_trace(trace: Path) -> Iterator[str]:
+def read_trace(trace: Path) -> Iterator[str]:
     """Yield the name of each sync-like call, ``mark`` for a mark, ``synchronous open`` for such an open."""
     with trace.open(errors="replace") as file:
         for line in file:

@@ -1,0 +1,220 @@
+"""User transactions: any number of changes, atomic and durable together.
+
+Inside, a transaction reads its own state; everyone else reads the last committed one. Its writes go to
+fresh clusters, also where the guest cluster was allocated, so that leaving them out leaves the old disk.
+Committing switches the mapping in one record.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jqcow.engine.datapath import DataPath
+from jqcow.engine.metadata import MetadataMark
+from jqcow.engine.space import SpaceMark
+from jqcow.errors import TransactionError
+from jqcow.ondisk.layout import SECTOR_BYTES
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a commit returned: ``sequence`` of the durable record that holds the transaction."""
+
+    sequence: int
+
+
+class Savepoint:
+    """A state of a transaction to come back to; any number of times, until the transaction ends."""
+
+    def __init__(self, transaction: Transaction, metadata: MetadataMark, space: SpaceMark) -> None:
+        """Not for users: see `Transaction.savepoint`."""
+        self._transaction = transaction
+        self._metadata = metadata
+        self._space = space
+
+    def rollback(self) -> None:
+        """Undo every change of the transaction since this savepoint was made.
+
+        Raises:
+            TransactionError: the transaction has ended, or went back behind this savepoint.
+        """
+        self._transaction._return_to(self)
+
+
+class Transaction:
+    """An open transaction on an image; see `Image.transaction`. Offsets and lengths are in bytes.
+
+    Its methods may be called by one thread at a time. ``receipt`` is set by a commit.
+    """
+
+    def __init__(
+        self,
+        data: DataPath,
+        lock: Callable[[], threading.RLock],
+        enter: Callable[[], None],
+        check_writable: Callable[[], None],
+    ) -> None:
+        """Not for users.
+
+        ``lock`` returns the image's lock, or refuses the calling process. The other two are called with it
+        taken: ``enter`` refuses a closed image, ``check_writable`` one that cannot be changed.
+        """
+        self._data = data
+        self._store = data.store
+        self._image_lock = lock
+        self._enter_image = enter
+        self._check_writable = check_writable
+        self._open = True
+        self._savepoints: list[Savepoint] = []
+        self._going_back: tuple[MetadataMark, SpaceMark] | None = None
+        self.receipt: Receipt | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """False after the commit, a rollback or an error that ended it."""
+        return self._open
+
+    @property
+    def size(self) -> int:
+        """Size of the disk as the transaction sees it."""
+        with self._image_lock():
+            self._enter()
+            return self._store.metadata.header.size
+
+    def _enter(self) -> None:
+        """With the lock taken: see the transaction's own state from here on."""
+        self._enter_image()
+        if not self._open:
+            raise TransactionError("the transaction has ended")
+        self._store.enter(private=True)
+        if self._going_back is not None:
+            self._go_back()
+
+    def _enter_to_change(self) -> None:
+        self._enter()
+        self._check_writable()
+
+    def _check_range(self, length: int, offset: int) -> None:
+        size = self._store.metadata.header.size
+        if length < 0 or offset < 0 or offset + length > size:
+            raise ValueError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Return the disk's bytes as the transaction sees them; errors as `Image.pread`."""
+        with self._image_lock():
+            self._enter()
+            self._check_range(length, offset)
+            buffer = bytearray(length)
+            self._data.read_into(memoryview(buffer), offset)
+            return bytes(buffer)
+
+    def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
+        """Fill ``buffer`` with the disk's bytes as the transaction sees them; errors as `Image.pread`."""
+        with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
+            self._enter()
+            self._check_range(len(view), offset)
+            self._data.read_into(view, offset)
+
+    def pwrite(self, buffer: ReadableBuffer, offset: int) -> int:
+        """Write ``buffer``; return its length. A failed write leaves the transaction open.
+
+        Raises:
+            TransactionError: the transaction has ended.
+            ValueError, OSError: as `Image.pwrite`.
+        """
+        with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
+            self._enter_to_change()
+            self._check_range(len(view), offset)
+            if view:
+                self._data.write(view, offset)
+            return len(view)
+
+    def write_zeroes(self, length: int, offset: int, unmap: bool = True) -> None:
+        """Make a range read as zeros; see `Image.write_zeroes`."""
+        with self._image_lock():
+            self._enter_to_change()
+            self._check_range(length, offset)
+            if length:
+                self._data.write_zeroes(length, offset, unmap=unmap)
+
+    def discard(self, length: int, offset: int) -> None:
+        """Free the clusters that a range covers whole; see `Image.discard`."""
+        with self._image_lock():
+            self._enter_to_change()
+            self._check_range(length, offset)
+            if length:
+                self._data.discard(length, offset)
+
+    def resize(self, size: int) -> None:
+        """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
+
+        Raises:
+            ValueError: not a multiple of 512.
+            TransactionError, OSError: as `pwrite`.
+        """
+        if size < 0 or size % SECTOR_BYTES:
+            raise ValueError(f"the size of a disk is a multiple of 512 bytes, not {size}")
+        with self._image_lock():
+            self._enter_to_change()
+            if size == self._store.metadata.header.size:
+                return
+            # A resize is several operations. Whatever cuts it off, the next call goes back to here.
+            self._going_back = self._mark()
+            self._data.resize(size)
+            self._going_back = None
+
+    # Going back
+
+    def savepoint(self) -> Savepoint:
+        """Remember the transaction's state. The next write to any cluster takes a fresh one again.
+
+        Raises:
+            TransactionError: the transaction has ended.
+        """
+        with self._image_lock():
+            self._enter()
+            savepoint = Savepoint(self, *self._mark())
+            self._savepoints.append(savepoint)
+            return savepoint
+
+    def _mark(self) -> tuple[MetadataMark, SpaceMark]:
+        """Take a mark. What is in fresh clusters so far belongs to it: they are closed."""
+        return self._store.metadata.mark(), self._store.space.mark()
+
+    def _go_back(self) -> None:
+        """Return to the mark that is noted. Where this is cut off, the next call goes on."""
+        if self._going_back is not None:
+            metadata, space = self._going_back
+            self._store.metadata.return_to(metadata)
+            self._store.space.return_to(space)
+            self._going_back = None
+
+    def _return_to(self, savepoint: Savepoint) -> None:
+        with self._image_lock():
+            self._enter()
+            if savepoint not in self._savepoints:
+                raise TransactionError("the transaction went back behind this savepoint")
+            self._going_back = savepoint._metadata, savepoint._space
+            del self._savepoints[self._savepoints.index(savepoint) + 1 :]
+            self._go_back()
+
+    def rollback(self) -> None:
+        """Undo everything and end the transaction; leaving the ``with`` block then does nothing."""
+        with self._image_lock():
+            self._enter()
+            self._open = False
+            self._store.abandon_transaction()
+
+    # Ending, for Image.transaction
+
+    def _commit(self) -> None:
+        with self._image_lock():
+            self._enter_to_change()
+            self._open = False
+        self.receipt = Receipt(self._store.commit_transaction())

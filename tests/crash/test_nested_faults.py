@@ -1,0 +1,159 @@
+"""A fault at every call of work with transactions, and a second one while the first is dealt with.
+
+The second fault strikes within the rollback, the retry of sector 0, or whatever the engine does before the
+error reaches the user. Afterwards the image is used, or its process killed and its recovery fails as well, or
+the power cut. Each case is judged: errors are raised (P5), and nothing acknowledged is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from itertools import pairwise
+from random import Random
+
+import pytest
+
+from jqcow.testing import EVERYTHING, CrashSpace, Fault, FaultPlan
+from tests.support import transactions, workloads
+from tests.support.images import SECTOR_BYTES, Session
+from tests.support.judge import Judge, judge_closed, judge_running, recover, recover_and_close
+from tests.support.workloads import Start
+
+Story = Callable[[Session, Random], None]
+STORIES: dict[str, tuple[Story, Callable[[int, Random], Start], int]] = {
+    # The story, what it starts from, and its cluster size.
+    "transactions": (transactions.transactions, workloads.used_image, 4096),
+    "transactions-dirty": (transactions.transactions, workloads.unpunchable_image, 1024),
+    "savepoints": (transactions.savepoints, workloads.full_image, 4096),
+    "rollbacks": (transactions.rollbacks, workloads.dirty_image, 512),
+    "too-large": (transactions.too_large, workloads.used_image, 4096),
+    "resizes": (transactions.resizes, workloads.full_image, 8192),
+    "reuse": (transactions.reuse_after_transactions, workloads.full_image, 4096),
+}
+STARTS = {
+    name: prepare(cluster_bytes, Random(f"nested faults {name}"))
+    for name, (_, prepare, cluster_bytes) in STORIES.items()
+}
+KINDS = {
+    "EIO": (errno.EIO, 0),
+    "ENOSPC": (errno.ENOSPC, 0),
+    "short": (errno.EIO, SECTOR_BYTES),
+    "late": (errno.EIO, EVERYTHING),
+}
+CASES_OF_A_STORY = 48
+STATES_OF_A_CASE = 2
+
+
+def new_session(name: str) -> Session:
+    return Session(STARTS[name].device(), STARTS[name].expectation(), written=1 << 16)
+
+
+def tell(name: str, session: Session) -> None:
+    """Do all that the story tells: the same on every run."""
+    STORIES[name][0](session, Random(f"nested faults {name}"))
+
+
+def calls_of(name: str) -> int:
+    session = new_session(name)
+    session.device.faults = plan = FaultPlan()
+    tell(name, session)
+    return plan.total
+
+
+def fault_at(number: int, random: Random) -> Fault:
+    error, applied_bytes = KINDS[random.choice(list(KINDS))]
+    return Fault(error, at=number, applied_bytes=applied_bytes)
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_two_faults_in_a_row(name: str) -> None:
+    """The cases of one story: first faults spread over all of its calls, second ones close behind."""
+    random = Random(f"faults of {name}")
+    total = calls_of(name)
+    nested = retries = 0
+    for number in spread(total, random):
+        second = number + random.choice((1, 1, 1, 2, 2, 3, 4, 6))
+        session = new_session(name)
+        plan = FaultPlan(fault_at(number, random), fault_at(second, random))
+        try:
+            retries += break_and_judge(name, session, plan, random)
+        except BaseException as error:
+            error.add_note(f"{name}: {plan.faults}, met by {plan.fired_calls}")
+            raise
+        nested += len(plan.fired) == 2
+    # Most rollbacks need no call of the device; all retries do.
+    assert nested and retries > CASES_OF_A_STORY // 2, "hardly a second fault struck"
+
+
+def spread(total: int, random: Random) -> list[int]:
+    """Return numbers of calls, one out of each of as many equal parts as there are cases."""
+    edges = [1 + total * part // CASES_OF_A_STORY for part in range(CASES_OF_A_STORY + 1)]
+    return [random.randrange(low, max(high, low + 1)) for low, high in pairwise(edges)]
+
+
+def break_and_judge(name: str, session: Session, plan: FaultPlan, random: Random) -> bool:
+    """Judge one case. Return True if the retry failed too."""
+    with session.faults(plan):
+        tell(name, session)
+    assert plan.fired, "the call was not reached"
+    # An error of a punch is kept from the user: what it frees is only not known to be zeros.
+    if set(plan.fired_calls) != {"punch"}:
+        assert session.faults_seen == 1, "the error did not reach the user"
+    judge_failing_recovery(session, random)
+    judge_power_cuts(session, random)
+    # The same work fails once more, and then succeeds.
+    again = FaultPlan(fault_at(random.randint(1, 40), random))
+    with session.faults(again):
+        begin_anew(name, session)
+    judge_power_cuts(session, random)
+    begin_anew(name, session)
+    session.look()
+    session.close()
+    judge_closed(session.device, session.expectation)
+    return bool(again.fired)
+
+
+def begin_anew(name: str, session: Session) -> None:
+    if session.image is not None:
+        session.close()
+    tell(name, session)
+
+
+def judge_failing_recovery(session: Session, random: Random) -> None:
+    """Were the process killed now, the next one could fail at two calls, and the one after it finds all."""
+    twin, expectation = session.device.killed(), session.expectation.copy()
+    for _ in range(2):
+        fault = fault_at(random.randint(1, 60), random)
+        twin.faults = plan = FaultPlan(fault, Fault(errno.EIO, at=fault.at + random.randint(1, 3)))
+        try:
+            recover_and_close(twin)
+        except OSError:
+            assert plan.fired
+        if plan.lost_changes:
+            expectation.forget_order()
+        twin.faults = None
+    image = recover(twin)
+    judge_running(image, expectation)
+    image.close()
+    judge_closed(twin, expectation)
+
+
+def judge_power_cuts(session: Session, random: Random) -> None:
+    """Were the power cut now, what is left would keep the promises; so would a cut of the failed recovery."""
+    device = session.device.killed()
+    expectation = session.expectation.copy()
+    device.faults = plan = FaultPlan(fault_at(random.randint(10, 60), random))
+    for recovered in (False, True):
+        if recovered:
+            try:
+                recover_and_close(device)
+            except OSError:
+                assert plan.fired
+            if plan.lost_changes:
+                expectation.forget_order()
+            # What recovery brings home depends on what the killed process left unsynced.
+            expectation.closed = None
+        space = CrashSpace(device.in_flight(), seed=random.randrange(1 << 16))
+        for state in space.states(STATES_OF_A_CASE):
+            Judge()(device.crash(state), expectation.copy(), state)

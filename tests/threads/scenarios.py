@@ -1,0 +1,317 @@
+"""What an image is doing when something goes wrong, and what must hold afterwards.
+
+A scenario brings a small image into an interesting state, then does one thing. Whatever cuts that short, the
+image must be fit for use: each promise is looked at by `Trial.judge`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import jqcow
+from jqcow.offline.check import check_structure
+from jqcow.testing import SectorModel, SimulatedDevice, enumerate_states
+from tests.support.held import is_taken
+
+SECTOR = 512
+CLUSTER = 4096
+DISK = 48 * CLUSTER
+JOURNAL = 65536
+
+Act = Callable[["Trial"], None]
+
+
+def filled(byte: int, length: int) -> bytes:
+    """Return bytes that tell their sector, too: shifted data would be seen."""
+    return b"".join(bytes([byte, index % 251]) * (SECTOR // 2) for index in range(-(-length // SECTOR)))[
+        :length
+    ]
+
+
+@cache
+def prepared_image() -> bytes:
+    """Return a clean image with some clusters in use, and one freed in the middle."""
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, DISK, cluster_size=CLUSTER, journal_size=JOURNAL) as image:
+        image.pwrite(filled(1, 12 * CLUSTER), 0)
+        image.pwrite(filled(2, 3 * CLUSTER), 20 * CLUSTER)
+    with jqcow.open_device(_reopened(device), "r+") as image:
+        image.discard(2 * CLUSTER, 4 * CLUSTER)
+    return device.content()
+
+
+def _reopened(device: SimulatedDevice) -> SimulatedDevice:
+    device.reopen()
+    return device
+
+
+class Trial:
+    """One image on a device, with a model that follows it."""
+
+    def __init__(self, *, live: bool) -> None:
+        self.device = SimulatedDevice(prepared_image())
+        self.image = jqcow.open_device(self.device, "r+", journal_size=JOURNAL)
+        self.model = SectorModel(DISK, self.image.pread(DISK, 0))
+        self.outcomes: list[bytes] = []
+        """For an atomic change: the contents that the whole disk may have afterwards."""
+        self.may_be_poisoned = False
+        """A failed barrier makes an image read-only; an interrupt alone must not."""
+        if live:
+            self.write(3, CLUSTER, 30 * CLUSTER)
+            self.flush()
+            self.write(4, 2 * CLUSTER, 31 * CLUSTER)
+
+    # What a program does
+
+    def write(self, byte: int, length: int, offset: int) -> None:
+        data = filled(byte, length)
+        with self.model.write(offset, data):
+            self.image.pwrite(data, offset)
+
+    def zero(self, length: int, offset: int, *, unmap: bool) -> None:
+        with self.model.zero(offset, length):
+            self.image.write_zeroes(length, offset, unmap=unmap)
+
+    def discard(self, length: int, offset: int) -> None:
+        with self.model.discard(offset, length):
+            self.image.discard(length, offset)
+
+    def flush(self) -> None:
+        with self.model.flush():
+            self.image.flush()
+
+    def settle(self) -> None:
+        """Wait for what is staged: then an atomic change has two outcomes for the whole disk."""
+        self.flush()
+        self.outcomes = [self.image.pread(self.image.size, 0)]
+
+    def expect(self, *changes: tuple[int, bytes]) -> None:
+        """These writes, all of them, are the other outcome."""
+        content = bytearray(self.outcomes[0])
+        for offset, data in changes:
+            content[offset : offset + len(data)] = data
+        self.outcomes.append(bytes(content))
+
+    # What must hold
+
+    def judge(self) -> None:
+        """Look at everything that an exception, or a failing device, must not have broken."""
+        assert not is_taken(self.image._writer), "the writer's lock was left taken"
+        assert not is_taken(self.image._store.turn.taken), "the turn was left taken"
+        assert not is_taken(self.image._lock), "the lock was left taken"
+        if not self.image.closed:
+            self.image.info()
+        poisoned = self.image._store.medium.poisoned
+        assert self.may_be_poisoned or not poisoned
+        if poisoned and not self.image.closed:
+            self.image.close()
+        elif not self.image.closed:
+            self.judge_open_image()
+            with self.model.flush():
+                self.image.close()
+        self.judge_closed_image()
+
+    def judge_open_image(self) -> None:
+        report = self.image.check()
+        assert not report.counts, report.findings
+        self.judge_content()
+        self.work_in_another_thread()
+        self.judge_crash_states()
+        report = self.image.check()
+        assert not report.counts, report.findings
+
+    def judge_content(self) -> None:
+        """Every sector is as it was or as asked for; the disk of an atomic change is so as a whole."""
+        content = self.image.pread(self.image.size, 0)
+        if self.outcomes:
+            assert content in self.outcomes, "an atomic change happened in part"
+            self.model.reset_to(content)
+            self.outcomes = []
+        violations = self.model.expect_now(self.image.pread)
+        assert not violations, violations[0]
+
+    def work_in_another_thread(self) -> None:
+        """Others are not blocked; what they flush is durable."""
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.write(9, 3 * CLUSTER, 8 * CLUSTER + SECTOR)
+                self.discard(CLUSTER, 0)
+                with self.image.transaction() as transaction:
+                    data = filled(10, 2 * CLUSTER)
+                    with self.model.write(20 * CLUSTER, data):
+                        transaction.pwrite(data, 20 * CLUSTER)
+                self.write(11, CLUSTER, 2 * CLUSTER)
+                self.flush()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), "another thread is blocked"
+        assert not errors, repr(errors[0])
+
+    def judge_crash_states(self) -> None:
+        """What is acknowledged survives a power cut now, and one a little later."""
+        self.judge_crash(SimulatedDevice(self.device.durable_content()), self.model)
+        self.write(12, 2 * CLUSTER, 25 * CLUSTER)
+        for state in enumerate_states(self.device, seed=1, budget=4):
+            self.judge_crash(self.device.crash(state), self.model.copy())
+
+    def judge_crash(self, device: SimulatedDevice, model: SectorModel) -> None:
+        with jqcow.open_device(device, "r+") as image:
+            if self.outcomes:
+                assert image.pread(image.size, 0) in self.outcomes, "an atomic change happened in part"
+            else:
+                violations = model.check(image.pread)
+                assert not violations, violations[0]
+            report = image.check()
+            assert not report.counts, report.findings
+
+    def judge_closed_image(self) -> None:
+        """The next program finds what was flushed, and leaves a sound image."""
+        device = self.device.killed()
+        self.judge_crash(device, self.model)
+        content = device.content()
+        report = check_structure(
+            lambda length, offset: content[offset:][:length].ljust(length, b"\0"), len(content)
+        )
+        assert not report.counts, report.findings
+
+
+# The scenarios
+
+
+def allocating_write(trial: Trial) -> None:
+    trial.write(5, 2 * CLUSTER + SECTOR, 14 * CLUSTER + SECTOR)
+
+
+def overwrite(trial: Trial) -> None:
+    trial.write(6, 3 * CLUSTER, SECTOR)
+
+
+def write_zeroes(trial: Trial) -> None:
+    trial.zero(4 * CLUSTER, SECTOR, unmap=False)
+
+
+def write_zeroes_unmap(trial: Trial) -> None:
+    trial.zero(3 * CLUSTER, 20 * CLUSTER, unmap=True)
+
+
+def discard(trial: Trial) -> None:
+    trial.discard(6 * CLUSTER, 2 * CLUSTER)
+
+
+def write_over_discarded(trial: Trial) -> None:
+    trial.discard(3 * CLUSTER, 0)
+    trial.flush()
+    trial.write(7, 4 * CLUSTER, 4 * CLUSTER)
+    trial.flush()
+
+
+def flush(trial: Trial) -> None:
+    trial.flush()
+
+
+def flush_nothing(trial: Trial) -> None:
+    trial.flush()
+    trial.flush()
+
+
+def checkpoint(trial: Trial) -> None:
+    with trial.model.flush():
+        trial.image.checkpoint()
+
+
+def close(trial: Trial) -> None:
+    with trial.model.flush():
+        trial.image.close()
+
+
+def read(trial: Trial) -> None:
+    trial.image.pread(DISK, 0)
+    list(trial.image.extents())
+    trial.image.info()
+
+
+def commit(trial: Trial) -> None:
+    trial.settle()
+    trial.expect(
+        (0, filled(7, 3 * CLUSTER)), (14 * CLUSTER, filled(8, CLUSTER)), (20 * CLUSTER, bytes(CLUSTER))
+    )
+    with trial.image.transaction() as transaction:
+        transaction.pwrite(filled(7, 3 * CLUSTER), 0)
+        transaction.pwrite(filled(8, CLUSTER), 14 * CLUSTER)
+        transaction.discard(CLUSTER, 20 * CLUSTER)
+
+
+def commit_nothing(trial: Trial) -> None:
+    trial.settle()
+    with trial.image.transaction():
+        pass
+
+
+def rollback(trial: Trial) -> None:
+    trial.settle()
+    with trial.image.transaction() as transaction:
+        transaction.pwrite(filled(7, 3 * CLUSTER), CLUSTER)
+        transaction.rollback()
+
+
+def leave_by_exception(trial: Trial) -> None:
+    trial.settle()
+    try:
+        with trial.image.transaction() as transaction:
+            transaction.pwrite(filled(7, 3 * CLUSTER), CLUSTER)
+            transaction.write_zeroes(CLUSTER, 20 * CLUSTER)
+            raise KeyError
+    except KeyError:
+        pass
+
+
+def savepoint(trial: Trial) -> None:
+    trial.settle()
+    trial.expect((0, filled(7, CLUSTER)), (16 * CLUSTER, filled(8, CLUSTER)))
+    with trial.image.transaction() as transaction:
+        transaction.pwrite(filled(7, CLUSTER), 0)
+        point = transaction.savepoint()
+        transaction.pwrite(filled(13, 2 * CLUSTER), 0)
+        transaction.discard(CLUSTER, 20 * CLUSTER)
+        point.rollback()
+        transaction.pwrite(filled(8, CLUSTER), 16 * CLUSTER)
+
+
+def grow(trial: Trial) -> None:
+    trial.settle()
+    trial.outcomes.append(trial.outcomes[0] + bytes(700 * CLUSTER))
+    trial.image.resize(DISK + 700 * CLUSTER)
+
+
+def shrink(trial: Trial) -> None:
+    trial.settle()
+    trial.outcomes.append(trial.outcomes[0][: 31 * CLUSTER])
+    trial.image.resize(31 * CLUSTER)
+
+
+def move(trial: Trial) -> None:
+    """A transaction whose record is larger than a half of the journal, which therefore moves."""
+    trial.settle()
+    trial.expect((0, filled(7, CLUSTER)))
+    table_reach = CLUSTER // 8 * CLUSTER
+    with trial.image.transaction() as transaction:
+        transaction.resize(DISK + 11 * table_reach)
+        for number in range(1, 11):
+            transaction.pwrite(filled(8, SECTOR), number * table_reach)
+        transaction.pwrite(filled(7, CLUSTER), 0)
+        transaction.resize(DISK)
+
+
+SCENARIOS: tuple[Act, ...] = (
+    allocating_write, overwrite, write_zeroes, write_zeroes_unmap, discard, write_over_discarded, flush,
+    flush_nothing, checkpoint, close, read, commit, commit_nothing, rollback, leave_by_exception, savepoint,
+    grow, shrink, move,
+)  # fmt: skip

@@ -1,0 +1,123 @@
+"""An exception thrown at any point leaves an image that can be used, also by other threads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+from collections import Counter
+
+import pytest
+
+from jqcow.testing import EVERYTHING, Fault, FaultPlan
+from tests.threads.interrupts import Interrupted, Interrupter
+from tests.threads.scenarios import SCENARIOS, Act, Trial
+
+SAMPLES = 25
+"""Points of one scenario that a test run tries; `python -m tests.threads.every_point` tries all."""
+
+FAILURES = 15
+"""Pairs of a failing call and an interrupt for each scenario."""
+
+SECTOR = 512
+
+every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda act: act.__name__)
+clean_and_live = pytest.mark.parametrize("live", [False, True], ids=["clean", "live"])
+
+
+def try_point(scenario: Act, *, live: bool, at: int) -> None:
+    trial = Trial(live=live)
+    interrupter = Interrupter(at)
+    assert interrupter.run(lambda: scenario(trial)), "the scenario ended before the point"
+    try:
+        trial.judge()
+    except BaseException as error:
+        error.add_note(f"{scenario.__name__}, live {live}, interrupted at point {at}: {interrupter.where}")
+        raise
+
+
+def count_points(scenario: Act, *, live: bool) -> int:
+    interrupter = Interrupter()
+    trial = Trial(live=live)
+    assert not interrupter.run(lambda: scenario(trial))
+    trial.judge()
+    return interrupter.points
+
+
+@every_scenario
+@clean_and_live
+def test_interrupted_between_bytecodes(scenario: Act, live: bool) -> None:
+    points = count_points(scenario, live=live)
+    chosen = random.Random(f"{scenario.__name__}/{live}").sample(range(1, points + 1), min(points, SAMPLES))
+    for at in sorted(chosen):
+        try_point(scenario, live=live, at=at)
+
+
+@every_scenario
+@clean_and_live
+@pytest.mark.parametrize("applied", [0, EVERYTHING], ids=["before", "after"])
+def test_interrupted_in_a_call_of_the_device(scenario: Act, live: bool, applied: int) -> None:
+    trial = Trial(live=live)
+    trial.device.faults = plan = FaultPlan()
+    scenario(trial)
+    for at in range(1, plan.total + 1):
+        trial = Trial(live=live)
+        trial.device.faults = FaultPlan(Fault(Interrupted(), at, applied_bytes=applied))
+        with pytest.raises(Interrupted):
+            scenario(trial)
+        trial.device.faults = None
+        try:
+            trial.judge()
+        except BaseException as error:
+            error.add_note(f"interrupted in call {at} of the device")
+            raise
+
+
+@every_scenario
+def test_interrupted_while_a_failure_of_the_host_is_handled(scenario: Act) -> None:
+    """Two faults at once: the device fails a call, and the interrupt comes soon after."""
+    trial = Trial(live=True)
+    trial.device.faults = plan = FaultPlan()
+    scenario(trial)
+    chosen = random.Random(scenario.__name__)
+    for _ in range(FAILURES if plan.total else 0):
+        at, points_later = chosen.randint(1, plan.total), chosen.randint(1, 60)
+        try_point_after_failure(scenario, at, points_later, applied=chosen.choice((0, SECTOR, EVERYTHING)))
+
+
+def try_point_after_failure(scenario: Act, at: int, points_later: int, *, applied: int) -> None:
+    trial = Trial(live=True)
+    interrupter = Interrupter()
+
+    class Plan(FaultPlan):
+        def count(self, call: str, barrier_name: str | None = None) -> Fault | None:
+            fault = super().count(call, barrier_name)
+            if fault is not None:
+                # Of sector 0 it must be known what it holds; two faults in a row leave it unknown.
+                trial.may_be_poisoned = call == "barrier" or trial.image._store._root_in_doubt
+                interrupter.at = interrupter.points + points_later
+            return fault
+
+    trial.device.faults = Plan(Fault(errno.EIO, at, applied_bytes=applied))
+    with contextlib.suppress(OSError):
+        interrupter.run(lambda: scenario(trial))
+    trial.device.faults = None
+    try:
+        trial.judge()
+    except BaseException as error:
+        error.add_note(f"call {at} of the device failed, {points_later} points later: {interrupter.where}")
+        raise
+
+
+def test_the_scenarios_reach_what_they_are_for() -> None:
+    barriers: Counter[str] = Counter()
+    for scenario in SCENARIOS:
+        for live in (False, True):
+            trial = Trial(live=live)
+            scenario(trial)
+            barriers += trial.device.barriers
+    names = {
+        "live.prepare", "root.settle", "flush.data", "flush.ordered", "flush.record", "checkpoint.homes",
+        "move.range", "move.root", "close.data", "close.clear", "close.release",
+    }  # fmt: skip
+    assert names <= barriers.keys()

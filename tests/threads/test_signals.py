@@ -1,0 +1,190 @@
+"""Real signals at random moments: what Ctrl-C does to a program with threads."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import jqcow
+from jqcow.testing import SectorModel
+from tests.threads.interrupts import TRACED, TRACED_TOO, Interrupted
+
+CLUSTER = 4096
+DISK = 64 * CLUSTER
+INTERRUPTS = 150
+OTHERS = 48 * CLUSTER
+"""From here on the disk belongs to the other thread."""
+
+
+class Alarm:
+    """Raises `Interrupted` a random time after it was set, but only out of jqcow's own code."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.delivered = 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.armed:
+            return
+        if self._is_inside(frame):
+            self.armed = False
+            self.delivered += 1
+            raise Interrupted
+        signal.setitimer(signal.ITIMER_REAL, 0.0001)
+
+    def _is_inside(self, frame: FrameType | None) -> bool:
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if name.startswith(TRACED) or name in TRACED_TOO:
+                return True
+            frame = frame.f_back
+        return False
+
+    def set(self, seconds: float) -> None:
+        self.armed = True
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def clear(self) -> None:
+        self.armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class Program:
+    """The main thread's work: random calls, each told to a model first."""
+
+    def __init__(self, image: jqcow.Image, model: SectorModel, seed: int) -> None:
+        self.image = image
+        self.model = model
+        self.random = random.Random(seed)
+        self.count = 0
+
+    def step(self) -> None:
+        self.random.choice((self.write, self.write, self.zero, self.discard, self.flush, self.commit))()
+
+    def part(self, alignment: int) -> tuple[int, int]:
+        start = self.random.randrange(OTHERS // alignment)
+        length = self.random.randint(1, min(5 * CLUSTER, OTHERS - start * alignment) // alignment)
+        return length * alignment, start * alignment
+
+    def data(self, length: int) -> bytes:
+        self.count += 1
+        return self.count.to_bytes(4, "big") * (length // 4)
+
+    def write(self) -> None:
+        length, offset = self.part(512)
+        data = self.data(length)
+        with self.model.write(offset, data):
+            self.image.pwrite(data, offset)
+
+    def zero(self) -> None:
+        length, offset = self.part(512)
+        unmap = self.random.random() < 0.5
+        with self.model.zero(offset, length):
+            self.image.write_zeroes(length, offset, unmap=unmap)
+
+    def discard(self) -> None:
+        length, offset = self.part(CLUSTER)
+        with self.model.discard(offset, length):
+            self.image.discard(length, offset)
+
+    def flush(self) -> None:
+        mark = self.model.flush_begin()
+        self.image.flush()
+        self.model.flush_end(mark)
+
+    def commit(self) -> None:
+        """Two writes that are there together or not at all."""
+        (length, offset), (length2, offset2) = self.part(512), self.part(512)
+        first, second = self.data(length), self.data(length2)
+        with (
+            self.model.write(offset, first),
+            self.model.write(offset2, second),
+            self.image.transaction() as transaction,
+        ):
+            transaction.pwrite(first, offset)
+            point = transaction.savepoint()
+            transaction.pwrite(second[: length // 2], offset)
+            point.rollback()
+            transaction.pwrite(second, offset2)
+        # What the two have in common holds the second.
+        with self.model.write(offset2, second):
+            pass
+
+
+def test_interrupted_by_signals(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    image = jqcow.create(path, DISK, cluster_size=CLUSTER, journal_size=65536)
+    model = SectorModel(OTHERS)
+    alarm = Alarm()
+    before = signal.signal(signal.SIGALRM, alarm.handle)
+    stop = threading.Event()
+    other = OtherThread(image, stop)
+    other.start()
+    try:
+        for seed in range(INTERRUPTS):
+            run_until_interrupted(alarm, Program(image, model, seed).step, seed)
+            violations = model.expect_now(image.pread)
+            assert not violations, f"seed {seed}: {violations[0]}"
+            report = image.check()
+            assert not report.counts, f"seed {seed}: {report.findings}"
+            other.require_progress()
+    finally:
+        alarm.clear()
+        signal.signal(signal.SIGALRM, before)
+        stop.set()
+        other.join(20)
+    assert not other.is_alive()
+    assert alarm.delivered == INTERRUPTS
+    image.close()
+    subprocess.run(["qemu-img", "check", "-q", path], check=True)
+    with jqcow.open(path) as found:
+        assert not model.expect_now(found.pread)
+
+
+def run_until_interrupted(alarm: Alarm, step: Callable[[], None], seed: int) -> None:
+    alarm.set(random.Random(f"alarm {seed}").uniform(0.00001, 0.003))
+    try:
+        while True:
+            step()
+    except Interrupted:
+        pass
+    finally:
+        alarm.clear()
+
+
+class OtherThread(threading.Thread):
+    """Writes and flushes in its own part; nobody's interrupt may stop it."""
+
+    def __init__(self, image: jqcow.Image, stop: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.image = image
+        self.stop = stop
+        self.rounds = 0
+        self.moved_on = threading.Condition()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while not self.stop.is_set():
+                data = self.rounds.to_bytes(4, "big") * 512
+                offset = OTHERS + self.rounds % 7 * 2048
+                self.image.pwrite(data, offset)
+                self.image.flush()
+                assert self.image.pread(2048, offset) == data
+                with self.moved_on:
+                    self.rounds += 1
+                    self.moved_on.notify_all()
+        except BaseException as error:
+            self.error = error
+
+    def require_progress(self) -> None:
+        with self.moved_on:
+            rounds = self.rounds
+            assert self.moved_on.wait_for(lambda: self.rounds > rounds or self.error, 20), "blocked"
+        if self.error is not None:
+            raise self.error
