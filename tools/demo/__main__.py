@@ -9,6 +9,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from demo.cuts import WriterError
 from demo.filesystem import MIB, ToolError
 from demo.story import tell
 
@@ -19,7 +20,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(prog="tools/try", description=__doc__)
     parser.add_argument("--seed", type=int, help="repeat the run with that seed")
-    parser.add_argument("--size", type=int, default=64, metavar="MIB", help="size of the disk (default 64)")
+    parser.add_argument("--size", type=int, default=16, metavar="MIB", help="size of the disk (default 16)")
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep the images there")
     parser.add_argument("--no-barrier", action="store_true", help="let barriers do nothing")
     options = parser.parse_args(arguments)
@@ -46,6 +47,9 @@ def main(arguments: list[str]) -> int:
         except ToolError as error:
             print(f"tools/try: {error}", file=sys.stderr)
             return 2
+        except WriterError as error:
+            print(f"   BROKEN: {error}", flush=True)
+            return 1
     if options.keep is not None:
         print(f"   The images are in {directory}.")
     return 1 if telling.broken else 0

@@ -1,145 +1,149 @@
-"""Two ways to end a writer before its time: SIGKILL, and a power cut on a simulated disk."""
+"""Two ways to end a writer before its time: SIGKILL, and power cuts of a simulated disk."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import jqcow
-from demo.filesystem import ToolError, Versions
-from demo.plan import Plan, write_batches
-from jqcow.testing import CrashSpace, CrashState, InFlight, SimulatedDevice, Write
+from demo.filesystem import History
+from demo.steps import Step, load_steps, write_steps
+from demo.verdict import Judge, Tally
+from jqcow.testing import (
+    CrashState,
+    LabOptions,
+    Laboratory,
+    LabReport,
+    Ledger,
+    SimulatedDevice,
+    Workload,
+)
 
-STATES_LOOKED_AT = 64
+# The smallest one: it is filled several times during the run, so cuts come amid checkpoints too.
+JOURNAL_BYTES = 64 << 10
+# Each process cuts the writer during a part of the steps.
+PROCESSES = 2
+LONGEST_LAST_MOMENT_SECONDS = 0.02
+
+
+class WriterError(Exception):
+    """A writer process failed by itself: jqcow broke a promise, the machine lacks nothing."""
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What a power cut did to the writes in flight: how many reached the disk whole, not at all, in part."""
+class Killing:
+    """A writer's end: how many steps it acknowledged, and whether the signal came before it was done."""
 
-    landed: int
-    dropped: int
-    torn: int
-
-    @property
-    def is_telling(self) -> bool:
-        """True if some write was dropped and another one torn."""
-        return self.dropped > 0 and self.torn > 0
+    acknowledged: int
+    was_killed: bool
 
 
-@dataclass(frozen=True)
-class PowerCut:
-    """The disk after a power cut, and how many batches were acknowledged before it."""
-
-    content: bytes
-    acknowledged_batches: int
-    fate: Fate
-
-
-class _PowerFails(Exception):
-    """The moment of the power cut."""
-
-
-def start_writer(
-    image_path: Path, versions: Versions, seed: int, first_batch: int = 0
-) -> subprocess.Popen[bytes]:
-    """Start the writer as a process; it tells on its standard output which batches are acknowledged."""
-    disks = (image_path, versions.old_path, versions.new_path)
-    arguments = [*map(str, disks), str(seed), str(first_batch)]
-    return subprocess.Popen([sys.executable, "-m", "demo.writer", *arguments], stdout=subprocess.PIPE)
-
-
-def kill_writer(image_path: Path, versions: Versions, plan: Plan, seed: int) -> int:
-    """Run the writer, kill it somewhere in the middle, and return how many batches it acknowledged."""
-    random = Random(f"{seed}/kill")
-    wanted = random.randrange(len(plan.batches) * 3 // 10, len(plan.batches) * 6 // 10)
-    with start_writer(image_path, versions, seed) as writer:
+def kill_writer(image_path: Path, steps_path: Path, first: int, wanted: int, random: Random) -> Killing:
+    """Start a writer at a step, and kill it soon after it has acknowledged ``wanted`` steps."""
+    with _start_writer(image_path, steps_path, first) as writer:
         assert writer.stdout is not None
+        writer.stdout.readline()  # it has begun
         acknowledged = sum(1 for _ in zip(range(wanted), writer.stdout, strict=False))
-        time.sleep(random.uniform(0, 0.002))
+        time.sleep(random.uniform(0, LONGEST_LAST_MOMENT_SECONDS))
         writer.kill()
         # What it acknowledged between the line that was waited for and the signal counts too.
         acknowledged += len(writer.stdout.readlines())
-    if acknowledged == len(plan.batches) or writer.returncode >= 0:
-        raise ToolError(f"the writer was not killed: it ended with status {writer.returncode}")
-    return acknowledged
+    if writer.returncode > 0:
+        raise WriterError(f"the writer ended with status {writer.returncode}")
+    return Killing(acknowledged, writer.returncode < 0)
 
 
-def finish_writing(image_path: Path, versions: Versions, seed: int, first_batch: int) -> int:
-    """Let a new writer process go on from a batch to the end; return how many batches it acknowledged."""
-    with start_writer(image_path, versions, seed, first_batch) as writer:
+def finish_writing(image_path: Path, steps_path: Path, first: int) -> int:
+    """Let a new writer process go on from a step to the end; return how many steps it acknowledged."""
+    with _start_writer(image_path, steps_path, first) as writer:
         assert writer.stdout is not None
-        acknowledged = len(writer.stdout.readlines())
+        acknowledged = len(writer.stdout.readlines()) - 1
     if writer.returncode:
-        raise ToolError(f"the writer ended with status {writer.returncode}")
+        raise WriterError(f"the writer ended with status {writer.returncode}")
     return acknowledged
 
 
-def cut_power(image: bytes, plan: Plan, seed: int, *, barriers_work: bool) -> PowerCut:
-    """Run the writer on a simulated disk and cut the power at a point that the seed gives."""
-    random = Random(f"{seed}/power")
-    cut_after = random.randrange(len(plan.batches) * 3 // 10, len(plan.batches) * 6 // 10)
-    in_flight_wanted = random.randint(3, 9)
-    # A record is in flight when its barrier begins: two of three cuts come then, the others amid the data.
-    at_barrier = random.randrange(3) < 2
-    device = SimulatedDevice(image)
-    acknowledged: list[None] = []
-    moments: list[InFlight] = []
-
-    def watch(name: str, device: SimulatedDevice) -> None:
-        if len(acknowledged) >= cut_after and len(device.changes) >= in_flight_wanted:
-            moments.append(device.in_flight())
-            raise _PowerFails
-
-    def disable(name: str, device: SimulatedDevice) -> None:
-        device.drop_barriers.add(name)
-
-    if not barriers_work:
-        device.barrier_listeners.append(disable)
-    (device.barrier_listeners if at_barrier else device.change_listeners).append(watch)
-    try:
-        opened = jqcow.open_device(device, "r+", new_salt=lambda: random.randbytes(16))
-        write_batches(opened, plan, 0, lambda: acknowledged.append(None))
-    except _PowerFails:
-        pass
-    # The first moment counts: what the engine did to roll back, it did after the power was gone.
-    moment = moments[0]
-    state, fate = _telling_state(moment, random.getrandbits(32))
-    return PowerCut(state.content(), len(acknowledged), fate)
+def _start_writer(image_path: Path, steps_path: Path, first: int) -> subprocess.Popen[bytes]:
+    """Start the writer as a process; it tells that it has begun, and of each acknowledged step."""
+    arguments = [str(image_path), str(steps_path), str(first)]
+    return subprocess.Popen([sys.executable, "-m", "demo.writer", *arguments], stdout=subprocess.PIPE)
 
 
-def _telling_state(moment: InFlight, seed: int) -> tuple[CrashState, Fate]:
-    """Choose a random outcome of the cut, one with dropped and torn writes if there is any."""
-    space = CrashSpace(moment, seed=seed)
-    first: tuple[CrashState, Fate] | None = None
-    for index in range(STATES_LOOKED_AT):
-        state = space.state(f"changes:{index}:{seed}")
-        fate = _fate_of(moment, state.content())
-        first = first or (state, fate)
-        if fate.is_telling:
-            return state, fate
-    if first is None:
-        raise ToolError("nothing was in flight when the power was cut")
-    return first
+@dataclass(frozen=True)
+class CutPlan:
+    """How to cut: with what image, how often between two barriers, and what to take from the writer."""
+
+    image_path: Path
+    history: History
+    seed: int
+    budget: int
+    transactions: bool = True
+    barriers_work: bool = True
 
 
-def _fate_of(moment: InFlight, content: bytes) -> Fate:
-    counts = {True: 0, False: 0, None: 0}
-    for change in moment.changes:
-        if isinstance(change, Write):
-            counts[_has_landed(change, content, moment.sector_bytes)] += 1
-    return Fate(landed=counts[True], dropped=counts[False], torn=counts[None])
+@dataclass
+class _Progress:
+    """The laboratory's model: how many steps are acknowledged."""
+
+    acknowledged: int = 0
+
+    def copy(self) -> _Progress:
+        return _Progress(self.acknowledged)
+
+    def acknowledge(self) -> None:
+        self.acknowledged += 1
 
 
-def _has_landed(write: Write, content: bytes, sector_bytes: int) -> bool | None:
-    """Return True if a write is on the disk, False if not, None if a part of it is."""
-    landed = {
-        content[write.offset + start : write.offset + start + sector_bytes]
-        == write.data[start : start + sector_bytes]
-        for start in range(0, len(write.data), sector_bytes)
-    }
-    return None if len(landed) == 2 else landed.pop()
+def cut_power(plan: CutPlan, directory: Path) -> tuple[Tally, LabReport]:
+    """Run the writer and cut its power between all barriers; return what was left, and the states."""
+    tally, ledger = Tally(), Ledger()
+    folders = [directory / f"cuts-{part}" for part in range(PROCESSES)]
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        for part_tally, part_ledger in pool.map(_cut_part, [plan] * PROCESSES, folders, range(PROCESSES)):
+            tally.add(part_tally)
+            ledger.merge(part_ledger)
+    return tally, ledger.report()
+
+
+def _cut_part(plan: CutPlan, directory: Path, part: int) -> tuple[Tally, Ledger]:
+    """Cut the power during one part of the steps; the disk begins with the parts before."""
+    directory.mkdir(exist_ok=True)
+    judge = Judge(plan.history, directory)
+    steps = load_steps(plan.history.steps_path)
+    first, end = (len(steps) * number // PROCESSES for number in (part, part + 1))
+    earlier = SimulatedDevice(plan.image_path.read_bytes())
+    _run_writer(plan, earlier, steps[:first], _Progress())
+    content = earlier.content()
+
+    def run(device: SimulatedDevice, progress: _Progress) -> None:
+        if not plan.barriers_work:
+            device.barrier_listeners.append(_disable)
+        _run_writer(plan, device, steps[first:end], progress)
+
+    def look(device: SimulatedDevice, progress: _Progress, state: CrashState) -> None:
+        judge.judge(device, progress.acknowledged)
+
+    laboratory = Laboratory(look, options=LabOptions(budget=plan.budget, seed=plan.seed))
+    laboratory.run(
+        Workload(f"part {part}", run, lambda: _Progress(first), make_device=lambda: SimulatedDevice(content))
+    )
+    return judge.tally, laboratory.ledger
+
+
+def _run_writer(plan: CutPlan, device: SimulatedDevice, steps: Sequence[Step], progress: _Progress) -> None:
+    salts = Random(f"{plan.seed}/salts")
+    with jqcow.open_device(
+        device, "r+", journal_size=JOURNAL_BYTES, new_salt=lambda: salts.randbytes(16)
+    ) as image:
+        write_steps(image, steps, progress.acknowledge, transactions=plan.transactions)
+
+
+def _disable(name: str, device: SimulatedDevice) -> None:
+    """Make a barrier do nothing, just before it would."""
+    device.drop_barriers.add(name)

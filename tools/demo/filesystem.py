@@ -1,4 +1,4 @@
-"""A file system of this machine, in two versions, and the proof that a disk holds one of them."""
+"""A file system of this machine, and a history of changes to it: each leaves a file system that is whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from demo.plan import BLOCK_BYTES
+from demo.steps import BLOCK_BYTES, STEP_COUNT, Step, save_steps
 
 MIB = 1 << 20
 FILE_BYTES_MAX = MIB
@@ -31,16 +31,21 @@ class ToolError(Exception):
 
 
 @dataclass(frozen=True)
-class Versions:
-    """Two versions of one file system as raw disks, and what each file of the second must hold."""
+class History:
+    """A file system as it was made, on a raw disk, and the steps that change it, in a file.
 
-    old_path: Path
-    new_path: Path
-    old_count: int
-    old_bytes: int
+    ``digests`` are those of the whole disk: entry n after n steps. ``last_hashes`` are the files at the end.
+    """
+
+    first_path: Path
+    steps_path: Path
+    digests: tuple[bytes, ...]
+    file_count: int
+    file_bytes: int
     removed_count: int
     added_count: int
-    new_hashes: FileHashes
+    block_count: int
+    last_hashes: FileHashes
 
 
 def run_tool(
@@ -55,25 +60,58 @@ def run_tool(
     return result
 
 
-def make_versions(directory: Path, disk_bytes: int, seed: int) -> Versions:
-    """Make both versions in ``directory``: about half the disk is filled, then an eighth of it replaced."""
+def is_clean(disk_path: Path) -> bool:
+    """Return True if e2fsck, which changes nothing here, finds nothing to mend."""
+    return run_tool("e2fsck", "-fn", disk_path, accept=tuple(range(256))).returncode == 0
+
+
+def disk_digest(disk: bytes) -> bytes:
+    """Return what tells the states of a disk apart."""
+    return hashlib.sha256(disk).digest()
+
+
+def make_history(directory: Path, disk_bytes: int, seed: int) -> History:
+    """Make a file system that fills half the disk, and steps that replace an eighth of the disk."""
     random = Random(f"{seed}/files")
     tree, additions = directory / "tree", directory / "additions"
     sources = _source_files()
-    old_bytes = _copy_files(sources, tree, disk_bytes // 2)
-    if old_bytes < disk_bytes // 8 or not _copy_files(sources, additions, disk_bytes // 8):
+    file_bytes = _copy_files(sources, tree, disk_bytes // 2)
+    if file_bytes < disk_bytes // 8 or not _copy_files(sources, additions, disk_bytes // 8):
         raise ToolError(f"{', '.join(map(str, SOURCES))}: too few files for a disk of this size")
-    old_hashes, added_hashes = hash_tree(tree), hash_tree(additions)
-    removed = random.sample(sorted(old_hashes), len(old_hashes) // 8)
-    old_path, new_path = directory / "old.raw", directory / "new.raw"
-    _make_ext4(tree, old_path, disk_bytes, random)
-    shutil.copyfile(old_path, new_path)
-    _change_files(new_path, removed, additions, sorted(added_hashes))
-    new_hashes = {path: value for path, value in old_hashes.items() if path not in set(removed)}
-    new_hashes |= {f"added/{path}": value for path, value in added_hashes.items()}
-    return Versions(
-        old_path, new_path, len(old_hashes), old_bytes, len(removed), len(added_hashes), new_hashes
+    hashes, added_hashes = hash_tree(tree), hash_tree(additions)
+    removed = random.sample(sorted(hashes), len(hashes) // 8)
+    added = sorted(added_hashes)
+    first_path, disk_path = directory / "first.raw", directory / "changing.raw"
+    _make_ext4(tree, first_path, disk_bytes, random)
+    shutil.copyfile(first_path, disk_path)
+    digests = [_digest_of_clean(disk_path)]
+    steps = []
+    for number in range(STEP_COUNT):
+        before = disk_path.read_bytes()
+        _change_files(disk_path, removed[number::STEP_COUNT], additions, added[number::STEP_COUNT])
+        digests.append(_digest_of_clean(disk_path))
+        steps.append(Step.between(before, disk_path.read_bytes(), random))
+    steps_path = directory / "steps"
+    save_steps(steps, steps_path)
+    last_hashes = {path: value for path, value in hashes.items() if path not in set(removed)}
+    last_hashes |= {f"added/{path}": value for path, value in added_hashes.items()}
+    return History(
+        first_path=first_path,
+        steps_path=steps_path,
+        digests=tuple(digests),
+        file_count=len(hashes),
+        file_bytes=file_bytes,
+        removed_count=len(removed),
+        added_count=len(added),
+        block_count=sum(len(step.blocks) for step in steps),
+        last_hashes=last_hashes,
     )
+
+
+def _digest_of_clean(disk_path: Path) -> bytes:
+    if not is_clean(disk_path):
+        raise ToolError("debugfs left a file system that e2fsck finds fault with")
+    return disk_digest(disk_path.read_bytes())
 
 
 def _source_files() -> Iterator[tuple[Path, str]]:
@@ -118,9 +156,10 @@ def _make_ext4(tree: Path, disk_path: Path, disk_bytes: int, random: Random) -> 
 
 def _change_files(disk_path: Path, removed: list[str], additions: Path, added: list[str]) -> None:
     """Remove and add files in a file system, without mounting it."""
-    commands = [f"rm /{path}" for path in removed] + ["mkdir /added"]
+    commands = [f"rm /{path}" for path in removed]
     folders = sorted({str(parent) for path in added for parent in Path(path).parents} - {"."})
-    commands += [f"mkdir /added/{folder}" for folder in folders]
+    # A directory that an earlier step has made is there already: debugfs says so, and goes on.
+    commands += ["mkdir /added", *(f"mkdir /added/{folder}" for folder in folders)]
     for path in added:
         folder, name = os.path.split(path)
         commands += [f"cd /added/{folder}", f"write {additions / path} {name}"]

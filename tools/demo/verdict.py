@@ -1,57 +1,102 @@
-"""What a disk holds after a crash, block by block: old, new, or something that was never written."""
+"""What a crash left: judged by recovering it, by QEMU's check, by e2fsck, and by comparing the whole disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from demo.plan import BLOCK_BYTES, Plan, block_of
+import jqcow
+from demo.filesystem import History, disk_digest, is_clean, run_tool
+from jqcow.testing import SimulatedDevice
 
-SECTOR_BYTES = 512
+CHUNK_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Blocks of a disk by what they hold. ``lost``: acknowledged, and not new. ``foreign``: neither."""
+@dataclass
+class Tally:
+    """Counts of crashes by what they left.
 
-    acknowledged: int
-    lost: int
-    new: int
-    old: int
-    mixed: int
-    foreign: int
+    ``unrecovered``  jqcow could not open the image again
+    ``unsound``      qemu-img check found errors or leaks
+    ``unclean``      e2fsck found a broken file system
+    ``lost``         an acknowledged step was not there
+    ``partial``      the disk was in no state that the steps could have led to by then
+    ``ahead``        the step in flight was there, whole, though it was not acknowledged
+    """
+
+    crashes: int = 0
+    unrecovered: int = 0
+    unsound: int = 0
+    unclean: int = 0
+    lost: int = 0
+    partial: int = 0
+    ahead: int = 0
 
     @property
-    def holds(self) -> bool:
-        """True if every acknowledged block is new, and every sector of the others old or new."""
-        return not self.lost and not self.foreign
+    def recovered(self) -> int:
+        """How many crashes left an image that could be judged further."""
+        return self.crashes - self.unrecovered
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of another tally."""
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+
+    def note_disk(self, disk: bytes, disk_path: Path, acknowledged: int, history: History) -> int | None:
+        """Count a recovered disk, which is also in a file; return the steps it has, None if partial."""
+        digest = disk_digest(disk)
+        steps = history.digests.index(digest) if digest in history.digests else None
+        self.unclean += not is_clean(disk_path)
+        # No writer is more than one step ahead of what it has told.
+        if steps is None or steps > acknowledged + 1:
+            self.partial += 1
+            return None
+        self.lost += steps < acknowledged
+        self.ahead += steps > acknowledged
+        return steps
 
 
-def judge(disk: bytes, plan: Plan, acknowledged: set[int]) -> Verdict:
-    """Compare a disk with its two versions.
+class Judge:
+    """Recovers what crashes of a simulated disk have left, and counts what is there."""
 
-    An acknowledged block must be new. Of every other block, written or not, each sector must be old or new:
-    a disk promises whole sectors only, so a block that was cut off may hold both.
-    """
-    counts = dict.fromkeys(("lost", "new", "old", "mixed", "foreign"), 0)
-    written = {block for batch in plan.batches for block in batch}
-    for number in range(len(plan.new) // BLOCK_BYTES):
-        found, old, new = (block_of(version, number) for version in (disk, plan.old, plan.new))
-        if number in acknowledged:
-            counts["lost"] += found != new
-        elif number in written or found != old:
-            counts[_nature(found, old, new)] += 1
-    if len(disk) != len(plan.new):
-        counts["foreign"] += 1
-    return Verdict(acknowledged=len(acknowledged), **counts)
+    def __init__(self, history: History, directory: Path) -> None:
+        """Keep the scratch files in ``directory``."""
+        self._history = history
+        self._image = _Mirror(directory / "image.qcow2")
+        self._disk = _Mirror(directory / "disk.raw")
+        self.tally = Tally()
+
+    def judge(self, device: SimulatedDevice, acknowledged: int) -> None:
+        """Recover the device and count what it holds; ``acknowledged`` steps must be there."""
+        self.tally.crashes += 1
+        try:
+            with jqcow.open_device(device, "r+") as image:
+                disk = image.pread(image.size, 0)
+        except jqcow.JqcowError:
+            self.tally.unrecovered += 1
+            return
+        self._image.show(device.content())
+        check = run_tool("qemu-img", "check", "-q", self._image.path, accept=(0, 1, 2, 3))
+        self.tally.unsound += check.returncode != 0
+        self._disk.show(disk)
+        self.tally.note_disk(disk, self._disk.path, acknowledged, self._history)
 
 
-def _nature(found: bytes, old: bytes, new: bytes) -> str:
-    if found == new:
-        return "new"
-    if found == old:
-        return "old"
-    for start in range(0, BLOCK_BYTES, SECTOR_BYTES):
-        sector = slice(start, start + SECTOR_BYTES)
-        if found[sector] not in (old[sector], new[sector]):
-            return "foreign"
-    return "mixed"
+class _Mirror:
+    """A file for tools to look at. Only what differs from the last content is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._content = b""
+
+    def show(self, content: bytes) -> None:
+        """Make the file hold ``content``."""
+        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+            file.truncate(len(content))
+            for start in range(0, len(content), CHUNK_BYTES):
+                chunk = content[start : start + CHUNK_BYTES]
+                before = self._content[start : start + CHUNK_BYTES].ljust(len(chunk), b"\0")
+                if chunk != before:
+                    file.seek(start)
+                    file.write(chunk)
+        self._content = content

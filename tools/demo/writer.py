@@ -1,4 +1,4 @@
-"""The writer, as a process of its own: one line on its standard output for each acknowledged batch."""
+"""The writer, as a process of its own: a line on its standard output when it begins, and for each step."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 import jqcow
-from demo.plan import Plan, write_batches
+from demo.steps import load_steps, write_steps
 
 
 def main(arguments: list[str]) -> None:
-    """Turn the disk of IMAGE from OLD into NEW, in the order of SEED, beginning with batch FIRST."""
-    image_path, old_path, new_path, seed, first_batch = arguments
-    plan = Plan.between(Path(old_path), Path(new_path), int(seed))
+    """Make the steps of the file STEPS on the disk of IMAGE, beginning with step FIRST."""
+    image_path, steps_path, first = arguments
+    steps = load_steps(Path(steps_path))[int(first) :]
     with jqcow.open(image_path, "r+") as image:
-        write_batches(image, plan, int(first_batch), lambda: print("acknowledged", flush=True))
+        print("begun", flush=True)
+        write_steps(image, steps, lambda: print("acknowledged", flush=True))
 
 
 if __name__ == "__main__":
