@@ -60,9 +60,15 @@ def test_a_recorded_process_survives_power_cuts(tmp_path: Path, seed: int, clust
 
 
 def test_threads_whose_changes_overlap_barriers(tmp_path: Path) -> None:
-    session = record_session(tmp_path, 4, cluster_bytes=4096, threads=4, operations=60)
-    check_recording(session)
-    assert changes_during_barriers(session) > 0
+    # The scheduler decides: on a busy host the threads may take turns for long.
+    for seed in range(4, 24):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        session = record_session(folder, seed, cluster_bytes=4096, threads=4, operations=60)
+        check_recording(session)
+        if changes_during_barriers(session):
+            break
+    assert changes_during_barriers(session), "in no session did a thread change anything while a barrier ran"
     crash(session, Ledger(), budget=BUDGET)
 
 
