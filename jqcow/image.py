@@ -132,7 +132,7 @@ def create(
         OSError: the host failed; nothing is left under the name.
     """
     _check_journal_size(journal_size)
-    _check_disk_size(size)
+    layout.check_disk_size(size)
     cluster_bits = _cluster_bits(cluster_size)
     device = FileDevice.create_temporary(path)
     try:
@@ -214,7 +214,7 @@ def create_on_device(
 ) -> Image:
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
     _check_journal_size(journal_size)
-    _check_disk_size(size)
+    layout.check_disk_size(size)
     _write_blank(device, size, _cluster_bits(cluster_size))
     # Durable now: the empty image. Nobody has seen it yet.
     device.barrier("create.blank")
@@ -235,11 +235,6 @@ def _write_blank(device: Device, size: int, cluster_bits: int) -> None:
     device.truncate(blank.length)
     for offset, data in blank.parts:
         device.pwrite(data, offset)
-
-
-def _check_disk_size(size: int) -> None:
-    if size < 0 or size % SECTOR_BYTES:
-        raise ValueError(f"the size of a disk is a multiple of 512 bytes, not {size}")
 
 
 def _cluster_bits(cluster_size: int) -> int:
@@ -355,7 +350,7 @@ class Image:
         with self._own_lock():
             self._enter()
             length = self._disk_bytes - offset if length is None else length
-            self._check_range(length, offset)
+            self._data.check_range(length, offset)
         return self._joined_extents(length, offset)
 
     def _joined_extents(self, length: int, offset: int) -> Iterator[Extent]:
@@ -389,7 +384,7 @@ class Image:
         """
         with self._own_lock():
             self._enter()
-            self._check_range(length, offset)
+            self._data.check_range(length, offset)
         buffer = bytearray(length)
         self.pread_into(buffer, offset)
         return bytes(buffer)
@@ -398,7 +393,7 @@ class Image:
         """Fill ``buffer`` from the disk at ``offset``; errors as `pread`."""
         with memoryview(buffer) as whole, whole.cast("B") as view, self._own_lock():
             self._enter()
-            self._check_range(len(view), offset)
+            self._data.check_range(len(view), offset)
             self._data.read_into(view, offset)
 
     # Writing
@@ -446,7 +441,7 @@ class Image:
         with self._writer:
             with lock:
                 self._enter_to_change()
-                self._check_range(length, offset)
+                self._data.check_range(length, offset)
                 parts = self._data.spans(offset, length)
             for start, part in parts:
                 with lock:
@@ -463,7 +458,7 @@ class Image:
             ValueError: not a multiple of 512.
             ReadOnlyError, OSError: as `pwrite`; the size is as before.
         """
-        _check_disk_size(size)
+        layout.check_disk_size(size)
         if size < self.size:
             with self.transaction() as transaction:
                 transaction.resize(size)
@@ -629,12 +624,6 @@ class Image:
             raise ReadOnlyError("the image is open for reading only")
         if self._store.medium.poisoned:
             raise PoisonedError("the image is read-only since a barrier failed: reopen it to recover")
-
-    def _check_range(self, length: int, offset: int) -> None:
-        if length < 0 or offset < 0 or offset + length > self._disk_bytes:
-            raise ValueError(
-                f"{length} bytes at {offset} are not within the disk of {self._disk_bytes} bytes"
-            )
 
 
 def _is_mine(lock: threading.RLock) -> bool:

@@ -16,7 +16,7 @@ from jqcow.engine.datapath import DataPath
 from jqcow.engine.metadata import MetadataMark
 from jqcow.engine.space import SpaceMark
 from jqcow.errors import TransactionError
-from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk import layout
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -100,16 +100,11 @@ class Transaction:
         self._enter()
         self._check_writable()
 
-    def _check_range(self, length: int, offset: int) -> None:
-        size = self._store.metadata.header.size
-        if length < 0 or offset < 0 or offset + length > size:
-            raise ValueError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
-
     def pread(self, length: int, offset: int) -> bytes:
         """Return the disk's bytes as the transaction sees them; errors as `Image.pread`."""
         with self._image_lock():
             self._enter()
-            self._check_range(length, offset)
+            self._data.check_range(length, offset)
             buffer = bytearray(length)
             self._data.read_into(memoryview(buffer), offset)
             return bytes(buffer)
@@ -118,7 +113,7 @@ class Transaction:
         """Fill ``buffer`` with the disk's bytes as the transaction sees them; errors as `Image.pread`."""
         with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
             self._enter()
-            self._check_range(len(view), offset)
+            self._data.check_range(len(view), offset)
             self._data.read_into(view, offset)
 
     def pwrite(self, buffer: ReadableBuffer, offset: int) -> int:
@@ -130,7 +125,7 @@ class Transaction:
         """
         with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
             self._enter_to_change()
-            self._check_range(len(view), offset)
+            self._data.check_range(len(view), offset)
             if view:
                 self._data.write(view, offset)
             return len(view)
@@ -139,7 +134,7 @@ class Transaction:
         """Make a range read as zeros; see `Image.write_zeroes`."""
         with self._image_lock():
             self._enter_to_change()
-            self._check_range(length, offset)
+            self._data.check_range(length, offset)
             if length:
                 self._data.write_zeroes(length, offset, unmap=unmap)
 
@@ -147,7 +142,7 @@ class Transaction:
         """Free the clusters that a range covers whole; see `Image.discard`."""
         with self._image_lock():
             self._enter_to_change()
-            self._check_range(length, offset)
+            self._data.check_range(length, offset)
             if length:
                 self._data.discard(length, offset)
 
@@ -158,8 +153,7 @@ class Transaction:
             ValueError: not a multiple of 512.
             TransactionError, OSError: as `pwrite`.
         """
-        if size < 0 or size % SECTOR_BYTES:
-            raise ValueError(f"the size of a disk is a multiple of 512 bytes, not {size}")
+        layout.check_disk_size(size)
         with self._image_lock():
             self._enter_to_change()
             if size == self._store.metadata.header.size:

@@ -55,6 +55,12 @@ class DataPath:
         self.geometry = store.geometry
         self._cluster_bytes = store.geometry.cluster_bytes
 
+    def check_range(self, length: int, offset: int) -> None:
+        """Raise ValueError unless a guest range lies within the disk."""
+        size = self.store.metadata.header.size
+        if length < 0 or offset < 0 or offset + length > size:
+            raise ValueError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
+
     # Read
 
     def read_into(self, buffer: memoryview, offset: int) -> None:

@@ -3,8 +3,8 @@
 M1. A barrier that failed is final: it is not tried again, and no change reaches the device after it.
 M2. ``high_water`` is at least every size that the file may have after a crash: a range past it reads as
     zeros in every crash state unless it is written later.
-M3. What was changed while a barrier ran is not covered by it. Barriers are numbered as they start, and
-    may overlap: what was changed when ``barriers_started`` was n is covered by each barrier above n.
+M3. What was changed while a barrier ran is not covered by it. Barriers are numbered as they start, and one
+    may start while another runs: what was changed when ``barriers_started`` was n is covered by each above n.
 M4. The device gets one barrier at a time, and none after one that failed.
 M5. The file ends where a sector does.
 """

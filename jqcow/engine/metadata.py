@@ -54,6 +54,10 @@ class Layer:
         blocks = [BlockOperation(offset, bytes(data)) for offset, data in sorted(self.blocks.items())]
         return [*header, *zeros, *blocks]
 
+    def copy(self) -> Layer:
+        """Return a layer of the same blocks; changing what it holds leaves this one alone."""
+        return Layer(dict(self.zeros), dict(self.blocks), self.area, self.ordered)
+
 
 @dataclass
 class _Undo:
@@ -189,6 +193,10 @@ class Metadata:
                 undo.top[offset] = newest
         self._undo = None
 
+    def _blocks(self, offset: int, length: int) -> range:
+        """Return the offsets of the blocks in a range."""
+        return range(offset, offset + length, self.geometry.block_bytes)
+
     def _find_newest(self, offset: int) -> Block | None:
         """Return the bytes of the topmost layer that holds the block, or None if it is clean."""
         for layer in (self._staged, self._in_flight):
@@ -224,8 +232,7 @@ class Metadata:
         if cluster_offset not in self._staged.zeros:
             undo.zeros.append(cluster_offset)
         self._staged.zeros[cluster_offset] = self.geometry.cluster_bytes
-        end = cluster_offset + self.geometry.cluster_bytes
-        for offset in range(cluster_offset, end, self.geometry.block_bytes):
+        for offset in self._blocks(cluster_offset, self.geometry.cluster_bytes):
             undo.blocks.setdefault(offset, self._staged.blocks.get(offset))
             self._staged.blocks.pop(offset, None)
             self._top[offset] = self._zero_block
@@ -269,15 +276,12 @@ class Metadata:
         """Return the transaction's state, for `return_to`. Blocks staged so far are not edited again."""
         if self._private is None:
             raise RuntimeError("no transaction is open")
-        staged = self._staged
-        copy = Layer(dict(staged.zeros), dict(staged.blocks), staged.area, staged.ordered)
-        return MetadataMark(copy, dict(self._private))
+        return MetadataMark(self._staged.copy(), dict(self._private))
 
     def return_to(self, mark: MetadataMark) -> None:
         """Undo what the transaction staged since ``mark``, which stays valid."""
-        staged, newest = mark.staged, dict(mark.newest)
-        copy = Layer(dict(staged.zeros), dict(staged.blocks), staged.area, staged.ordered)
-        self._staged, self._private = copy, newest
+        staged, newest = mark.staged.copy(), dict(mark.newest)
+        self._staged, self._private = staged, newest
 
     def end_transaction(self) -> None:
         """The transaction's record is durable, or there was nothing to commit: everyone sees its changes."""
@@ -320,7 +324,7 @@ class Metadata:
         if failed is None:
             return
         for cluster, length in newer.zeros.items():
-            for offset in range(cluster, cluster + length, self.geometry.block_bytes):
+            for offset in self._blocks(cluster, length):
                 failed.blocks.pop(offset, None)
         both = Layer(
             failed.zeros | newer.zeros,
@@ -336,7 +340,7 @@ class Metadata:
         if durable is None:
             return
         for cluster, length in durable.zeros.items():
-            for offset in range(cluster, cluster + length, self.geometry.block_bytes):
+            for offset in self._blocks(cluster, length):
                 self.images[offset] = self._zero_block
         for offset, data in durable.blocks.items():
             self.images[offset] = bytes(data)
@@ -358,7 +362,7 @@ class Metadata:
                         raise CorruptionError("journal", 0, "its headers have different geometries")
                     self.committed_area = area
                 case ZeroOperation(start, length):
-                    for offset in range(start, start + length, self.geometry.block_bytes):
+                    for offset in self._blocks(start, length):
                         self.images[offset] = self._zero_block
                 case BlockOperation(offset, data):
                     self.images[offset] = data

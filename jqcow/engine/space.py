@@ -4,6 +4,8 @@ A free cluster is in exactly one of these places:
 
     staged frees     freed by a change that is not yet in a durable record
     metadata frees   freed metadata: their old log images may still be replayed
+    retired          of a journal range or transaction that was given up; free once a barrier has completed
+    released         free, to be given back to the host next
     settling         free, and given back to the host; they read as zeros once a barrier has completed
     zero-safe        read as zeros in every crash state until they are written
     unknown          free, with old bytes in them

@@ -77,3 +77,9 @@ class Geometry:
     def l1_entries_for(self, disk_bytes: int) -> int:
         """Return how many L1 entries a disk of ``disk_bytes`` needs."""
         return -(-disk_bytes // (self.cluster_bytes * self.l2_entries))
+
+
+def check_disk_size(size: int) -> None:
+    """Raise ValueError unless a disk can have this many bytes: a whole number of sectors."""
+    if size < 0 or size % SECTOR_BYTES:
+        raise ValueError(f"the size of a disk is a multiple of 512 bytes, not {size}")

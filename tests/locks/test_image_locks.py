@@ -19,12 +19,11 @@ import pytest
 import jqcow
 from jqcow import ImageInUse
 from jqcow.ondisk.root import is_live
+from tests.support.holders import WAIT_SECONDS, qemu_io
 
 CLUSTER = 4096
 DISK = 1 << 20
 Mode = Literal["r", "r+"]
-
-WAIT_SECONDS = 20
 
 
 @pytest.fixture
@@ -43,22 +42,6 @@ def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 # Who may hold an image
-
-
-@contextlib.contextmanager
-def qemu_io(path: Path, *options: str) -> Iterator[None]:
-    command = ["qemu-io", *options, "-f", "qcow2", str(path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin and process.stdout
-    try:
-        # The answer to a command shows that the image is open, and so locked.
-        process.stdin.write("length\n")
-        process.stdin.flush()
-        assert "1 MiB" in process.stdout.readline()
-        yield
-    finally:
-        process.communicate("quit\n", timeout=WAIT_SECONDS)
-    assert process.returncode == 0
 
 
 @contextlib.contextmanager

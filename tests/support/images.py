@@ -205,6 +205,13 @@ def _compare(image: jqcow.Image, windows: Windows, sectors: SectorModel, sizes: 
     return list(map(str, sectors.check(windows.reader(image))))
 
 
+def _settled(sectors: SectorModel) -> SectorModel:
+    """Return a copy in which all is durable: of each sector there is what a read may return now."""
+    copy = sectors.copy()
+    copy.flush_end(copy.flush_begin())
+    return copy
+
+
 class Draft:
     """A transaction of a `Session`: what it asks for, and what it expects to read."""
 
@@ -272,10 +279,7 @@ class Draft:
 
     def as_rival(self) -> Rival:
         """Return the disk that the commit makes, were it durable."""
-        sectors = self.sectors.copy()
-        # A commit is durable: of each sector there is what a read may return now.
-        sectors.flush_end(sectors.flush_begin())
-        return Rival(self.windows, sectors, self.size_bytes)
+        return Rival(self.windows, _settled(self.sectors), self.size_bytes)
 
 
 @dataclass
@@ -382,10 +386,8 @@ class Session:
         if size_bytes < self.live.size:
             # What was written before becomes durable first, or with it; a crash may show it without.
             rival = self.expectation.sectors.copy()
-            rival.flush_end(rival.flush_begin())
             self.expectation.windows.cut_off(rival, size_bytes)
-            rival.flush_end(rival.flush_begin())
-            self.expectation.rival = Rival(self.expectation.windows, rival, size_bytes)
+            self.expectation.rival = Rival(self.expectation.windows, _settled(rival), size_bytes)
             self.live.resize(size_bytes)
             self.expectation.adopt_rival()
             return

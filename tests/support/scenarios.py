@@ -113,13 +113,21 @@ def shared_cluster() -> None:
     require(other == b"\x33" * CLUSTER_BYTES, "P1: another guest cluster changed")
 
 
+def _new_session() -> Session:
+    """Return a session on an empty image of small clusters."""
+    windows = Windows.of(CLUSTER_BYTES)
+    expectation = Expectation(
+        windows, SectorModel(windows.model_bytes), (windows.disk_bytes,), extensions=NO_EXTENSIONS
+    )
+    session = Session(SimulatedDevice(), expectation)
+    session.create(CLUSTER_BYTES, windows.disk_bytes)
+    return session
+
+
 def checkpoint_on_full_disk() -> None:
     """P5: what was accepted before the disk was full can be brought home while it is."""
-    windows = Windows.of(CLUSTER_BYTES)
-    device = SimulatedDevice()
-    expectation = Expectation(windows, SectorModel(windows.model_bytes), (windows.disk_bytes,))
-    session = Session(device, expectation)
-    session.create(CLUSTER_BYTES, windows.disk_bytes)
+    session = _new_session()
+    device, windows = session.device, session.expectation.windows
     for index in range(windows.count):
         session.write(index * windows.window_bytes, CLUSTER_BYTES)
     device.faults = FaultPlan(full_from=1)
@@ -133,13 +141,8 @@ def checkpoint_on_full_disk() -> None:
 
 def checkpoint_while_flushing() -> None:
     """P1: what a flush acknowledged is there, whatever others ask for while it waits for the device."""
-    windows = Windows.of(CLUSTER_BYTES)
-    device = SimulatedDevice()
-    expectation = Expectation(
-        windows, SectorModel(windows.model_bytes), (windows.disk_bytes,), extensions=NO_EXTENSIONS
-    )
-    session = Session(device, expectation)
-    session.create(CLUSTER_BYTES, windows.disk_bytes)
+    session = _new_session()
+    device, expectation = session.device, session.expectation
     session.write(0, CLUSTER_BYTES)
     session.flush()
     acknowledged = Event()
@@ -171,13 +174,8 @@ def checkpoint_while_flushing() -> None:
 
 def flush_beside_a_failed_barrier() -> None:
     """P1: of two barriers that overlap one fails; the host tells that to one of them alone."""
-    windows = Windows.of(CLUSTER_BYTES)
-    device = SimulatedDevice()
-    expectation = Expectation(
-        windows, SectorModel(windows.model_bytes), (windows.disk_bytes,), extensions=NO_EXTENSIONS
-    )
-    session = Session(device, expectation)
-    session.create(CLUSTER_BYTES, windows.disk_bytes)
+    session = _new_session()
+    device, expectation = session.device, session.expectation
     session.write(0, CLUSTER_BYTES)
     session.close()
     session.open()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -10,13 +9,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jqcow.device import FileDevice, locks
 from jqcow.errors import ImageInUse, UnsupportedFeatureError
+from tests.support.holders import qemu_io
 
 
 @pytest.fixture
@@ -24,25 +23,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
     return path
-
-
-@contextlib.contextmanager
-def qemu_io(image: Path, *options: str) -> Iterator[None]:
-    """Hold the image open in a running qemu-io."""
-    command = ["qemu-io", *options, "-f", "qcow2", str(image)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin and process.stdout
-    try:
-        # The answer to a command shows that the image is open, and so locked.
-        process.stdin.write("length\n")
-        process.stdin.flush()
-        assert "1 MiB" in process.stdout.readline()
-        yield
-    finally:
-        process.stdin.write("quit\n")
-        process.stdin.close()
-        process.stdout.close()
-        assert process.wait(timeout=20) == 0
 
 
 def qemu_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
