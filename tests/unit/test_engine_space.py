@@ -237,6 +237,33 @@ class TestWaitingForABarrier:
         assert list(space.zero_safe) == [(4, 8)]
 
 
+class TestInterruptedPublishing:
+    def test_what_waits_for_the_next_epoch_is_not_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """S2: an exception that comes at any time finds all of it done, or nothing."""
+        space, _ = make_space(8)
+        space.begin()
+        space.free_data(2)
+        space.free_metadata(3)
+        space.finish()
+        space.cut()
+
+        def interrupted(_: set[int]) -> list[tuple[int, int]]:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("jqcow.engine.space._as_runs", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                space.publish(1)
+        assert space.is_pending(2) and space.is_pending(3)
+        space.publish(1)
+        space.give_back()
+        assert space.is_pending(3), "it waits for a frame of the next epoch"
+        space.publish(2)
+        space.give_back()
+        space.medium.barrier("test")
+        assert list(space.zero_safe) == [(2, 2)]
+
+
 class TestFailedPunch:
     """The record that freed the cluster is durable: an error must not deny it."""
 
@@ -269,6 +296,32 @@ class TestFailedPunch:
 
 
 class TestTransaction:
+    def test_clusters_taken_back_are_used_again_within_it(self) -> None:
+        """Its data is ordered, so they need not read as zeros; the file does not grow."""
+        space, _ = make_space(8)
+        space.begin_transaction()
+        for _ in range(20):
+            mark = space.mark()
+            space.begin()
+            taken = 0
+            while taken < 30:
+                taken += space.take(30 - taken).count
+            space.finish()
+            space.return_to(mark)
+        assert space.frontier <= 8 + 30 + RECYCLE_CLUSTERS
+
+    def test_a_rollback_of_many_small_changes_gives_back_few_runs(self) -> None:
+        """Each run is punched by a call of its own."""
+        space, medium = make_space(8)
+        space.begin_transaction()
+        for _ in range(100):
+            change(space, take=1, data=[], metadata=[])
+        space.abandon_transaction()
+        medium.barrier("test")
+        space.give_back()
+        medium.barrier("test")
+        assert list(space.zero_safe) == [(8, 100)]
+
     def test_fresh_clusters_are_closed_by_a_mark(self) -> None:
         """What a savepoint may come back to is not written in place."""
         space, _ = make_space(4)

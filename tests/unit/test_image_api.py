@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import errno
+import gc
+import io
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -516,3 +518,81 @@ def test_error_tree() -> None:
     assert issubclass(jqcow.ImageClosedError, ValueError)
     assert jqcow.ImageInUse("busy").errno == errno.EAGAIN
     assert jqcow.CorruptionError("L2 table", 4096, "torn").offset == 4096
+
+
+class TestFinalisers:
+    """The garbage collector runs them in the midst of a call, in the thread that has the locks."""
+
+    def test_closing_a_file_needs_no_lock(self, image: jqcow.Image) -> None:
+        file = image.as_file()
+        with image._lock:
+            file.close()
+        assert file.closed and not image.closed
+
+    def test_a_buffered_file_may_be_collected_at_any_time(self, image: jqcow.Image) -> None:
+        """Its finaliser flushes, and would wait for the lock that its own thread has."""
+        file = io.BufferedReader(image.as_file())  # type: ignore[type-var]
+        assert file.read(4) == bytes(4)
+        with image._lock:
+            del file
+            gc.collect()
+        assert image.pread(4, 0) == bytes(4)
+
+    @pytest.mark.parametrize("name", [*READS, *CHANGES, "flush"])
+    def test_a_request_under_the_lock_is_refused(self, image: jqcow.Image, name: str) -> None:
+        request = {**READS, **CHANGES, "flush": jqcow.Image.flush}[name]
+        with image._lock, pytest.raises(RuntimeError, match="in use by this thread"):
+            request(image)
+        request(image)
+
+    def test_a_change_during_a_commit_is_refused(self, image: jqcow.Image) -> None:
+        with image._store.turn.taken, pytest.raises(RuntimeError, match="in use by this thread"):
+            image.pwrite(b"x", 0)
+
+
+class TestStagedLimits:
+    """What is not flushed must fit the next record, and must not fill the host's disk."""
+
+    def test_new_tables_are_committed_before_no_record_holds_them(self, tmp_path: Path) -> None:
+        cluster = 2 << 20
+        reach = cluster * cluster // 8
+        with jqcow.create(tmp_path / "disk.qcow2", 40 * reach, cluster_size=cluster) as image:
+            for number in range(40):
+                image.pwrite(b"x" * 512, number * reach)
+            journal = image.info().journal
+            assert journal is not None
+            assert journal.sequence > 2 and journal.length == 8 << 20
+
+    def test_freed_clusters_are_committed(self, image: jqcow.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("jqcow.engine.store.STAGED_FREE_BYTES_MAX", 10 * CLUSTER)
+        for _ in range(60):
+            image.pwrite(b"x" * CLUSTER, 0)
+            image.discard(CLUSTER, 0)
+        assert image._store.space.staged_frees <= 11
+        assert image.info().file_size < 60 * CLUSTER + JOURNAL
+
+
+class TestOldBytes:
+    """What lies behind the end of a disk does not come back, whoever makes it larger."""
+
+    def test_behind_the_end_in_the_last_cluster(self, device: SimulatedDevice, image: jqcow.Image) -> None:
+        image.pwrite(b"x" * 2 * CLUSTER, 0)
+        image.resize(CLUSTER + 512)
+        (*_, last) = image.extents()
+        assert last.host_offset is not None
+        place = last.host_offset + last.length - 512
+        image.close()
+        tail = device.content()[place : place + CLUSTER]
+        assert tail == b"x" * 512 + bytes(CLUSTER - 512)
+
+    def test_mapped_past_the_end_by_another_program(
+        self, device: SimulatedDevice, image: jqcow.Image
+    ) -> None:
+        image.pwrite(b"x" * CLUSTER, 20 * CLUSTER)
+        image.close()
+        content = bytearray(device.content())
+        content[24:32] = (8 * CLUSTER).to_bytes(8, "big")
+        with jqcow.open_device(SimulatedDevice(bytes(content)), "r+", journal_size=JOURNAL) as other:
+            other.resize(SIZE)
+            assert other.pread(SIZE - 8 * CLUSTER, 8 * CLUSTER) == bytes(SIZE - 8 * CLUSTER)
+            assert other.check().ok

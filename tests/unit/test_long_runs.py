@@ -79,6 +79,16 @@ def test_sessions_leave_no_journal_on_the_disk(path: Path) -> None:
     assert path.stat().st_size < sessions * (SMALLEST_JOURNAL + 4 * CLUSTER_BYTES)
 
 
+def test_sessions_that_add_to_the_disk_use_the_place_of_earlier_journals(path: Path) -> None:
+    """Otherwise each would leave the file longer by a journal."""
+    sessions = 40
+    long_runs.create(path, 1 << 20).close()
+    for number in range(sessions):
+        with jqcow.open(path, "r+", journal_size=SMALLEST_JOURNAL) as image:
+            image.pwrite(bytes([number + 1]) * CLUSTER_BYTES, number * CLUSTER_BYTES)
+    assert path.stat().st_size < sessions * CLUSTER_BYTES + 4 * SMALLEST_JOURNAL
+
+
 def test_crashes_without_a_clean_close() -> None:
     """Recovery lays each journal past the end of the file. The old ones are holes from then on."""
     device = SimulatedDevice()
