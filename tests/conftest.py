@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 from collections.abc import Generator
 from typing import TypeVar
 
@@ -13,7 +15,12 @@ from jqcow import _native
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
+REAL_STDERR = pytest.StashKey[int]()
 IN_CI = os.environ.get("CI") == "true"
+
+# The longest test takes about a minute on a busy machine. One that hangs is ended, with every thread's stack:
+# its worker is lost, the test fails, the others go on.
+HANGING_SECONDS = 900
 
 # No deadline: how long an example takes says more about the machine than about the code.
 settings.register_profile("jqcow", deadline=None, print_blob=True)
@@ -30,10 +37,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Before pytest captures what goes to the standard error.
+    config.stash[REAL_STDERR] = os.dup(sys.__stderr__.fileno()) if sys.__stderr__ is not None else -1
     try:
         _native.select(config.getoption("--kernels"))
     except ImportError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    stderr = item.config.stash[REAL_STDERR]
+    if stderr >= 0:
+        faulthandler.dump_traceback_later(HANGING_SECONDS, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_report_header() -> str:
