@@ -11,36 +11,39 @@ After a crash, opening with ``"r+"`` brings back everything that a flush or a tr
 """
 
 from jqcow._version import __version__
+from jqcow.engine.repair import RepairReport
 from jqcow.errors import (
     CorruptionError,
+    FileAccessDenied,
     FormatError,
     ImageClosedError,
     ImageInUse,
     JqcowError,
     PoisonedError,
     ReadOnlyError,
+    SnapshotNotFound,
     TransactionError,
     UnsupportedFeatureError,
 )
 from jqcow.image import (
     Extent,
     Image,
-    ImageFile,
     ImageInfo,
     JournalInfo,
     Recovered,
-    create,
-    create_on_device,
-    open,
-    open_device,
 )
+from jqcow.imagefile import ImageFile
 from jqcow.offline.check import CheckReport
+from jqcow.ondisk.naming import NamedFile
+from jqcow.ondisk.snapshots import Snapshot
+from jqcow.opening import create, create_on_device, open, open_device
 from jqcow.transaction import Receipt, Savepoint, Transaction
 
 __all__ = [
     "CheckReport",
     "CorruptionError",
     "Extent",
+    "FileAccessDenied",
     "FormatError",
     "Image",
     "ImageClosedError",
@@ -49,11 +52,15 @@ __all__ = [
     "ImageInfo",
     "JournalInfo",
     "JqcowError",
+    "NamedFile",
     "PoisonedError",
     "ReadOnlyError",
     "Receipt",
     "Recovered",
+    "RepairReport",
     "Savepoint",
+    "Snapshot",
+    "SnapshotNotFound",
     "Transaction",
     "TransactionError",
     "UnsupportedFeatureError",

@@ -8,10 +8,12 @@ end of the disk, a negative length) are a plain ``ValueError``, as everywhere in
     +-- FormatError (ValueError)          the bytes are not a qcow2 image, or break the specification
     |   +-- UnsupportedFeatureError       a feature that the header announces and jqcow refuses by name
     +-- CorruptionError                   ours, but broken: carries the structure and its offset
+    +-- FileAccessDenied (PermissionError) an image names another file, and the caller did not allow it
     +-- ImageInUse (OSError)              another user holds the image's locks
     +-- ReadOnlyError (OSError)           a change was asked of an image that cannot be changed
     |   +-- PoisonedError                 ... because a barrier failed earlier: the image must be reopened
     +-- TransactionError (RuntimeError)   a call that the state of a transaction does not allow
+    +-- SnapshotNotFound (LookupError)    the image has no snapshot of this id or name
     +-- ImageClosedError (ValueError)     the image was closed before the call
 """
 
@@ -48,6 +50,26 @@ class CorruptionError(JqcowError):
         self.offset = offset
 
 
+class FileAccessDenied(JqcowError, PermissionError):
+    """An image names another file that it needs, and the caller did not allow that file to be opened.
+
+    ``image`` names the file, ``purpose`` says what it is for (``backing``), ``name`` is the name as stored,
+    and ``path`` the file that it means. That file was not touched.
+    """
+
+    def __init__(self, image: str, purpose: str, name: str, path: str) -> None:
+        place = "" if name == path else f", which is {path!r}"
+        message = (
+            f"{image} needs the {purpose} file that it names: {name!r}{place}. A name inside an image is "
+            "followed only where you allow it: --allow-files, or allow_files in Python"
+        )
+        super().__init__(errno.EACCES, message)
+        self.image = image
+        self.purpose = purpose
+        self.name = name
+        self.path = path
+
+
 class ImageInUse(JqcowError, OSError):
     """Another process, or another part of this one, uses the image in a way that excludes this use."""
 
@@ -75,6 +97,14 @@ class ImageClosedError(JqcowError, ValueError):
 
     def __init__(self) -> None:
         super().__init__("the image is closed")
+
+
+class SnapshotNotFound(JqcowError, LookupError):
+    """The image has no internal snapshot with this id or name."""
+
+    def __init__(self, id_or_name: str) -> None:
+        super().__init__(f"there is no snapshot with the id or name {id_or_name!r}")
+        self.id_or_name = id_or_name
 
 
 class TransactionError(JqcowError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The image: create, open, read, write, zero, discard, flush, checkpoint, close.
+"""The image: read, write, zero, discard, snapshot, flush, checkpoint, close.
 
 Threads may share an image. Three locks, always taken in this order, each by ``with`` alone:
 
@@ -13,36 +13,42 @@ See docs/threads-and-locks.
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from jqcow.device.base import Device
+from jqcow.backing import Chain
+from jqcow.device.base import Backing
 from jqcow.device.file import FileDevice
 from jqcow.engine import recovery
 from jqcow.engine.datapath import DataPath
 from jqcow.engine.journal import Scan
-from jqcow.engine.mapping import COMPRESSED, DATA, ZERO, MappedRun
-from jqcow.engine.medium import Medium
-from jqcow.engine.store import random_salt
-from jqcow.errors import ImageClosedError, ImageInUse, PoisonedError, ReadOnlyError, TransactionError
+from jqcow.engine.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, MappedRun
+from jqcow.engine.repair import RepairReport
+from jqcow.errors import (
+    ImageClosedError,
+    ImageInUse,
+    PoisonedError,
+    ReadOnlyError,
+    TransactionError,
+)
+from jqcow.imagefile import ImageFile
 from jqcow.offline.check import CheckReport, check_structure
 from jqcow.ondisk import header as headers
-from jqcow.ondisk import layout
+from jqcow.ondisk import layout, naming
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.blank import blank_image
-from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.naming import NamedFile
+from jqcow.ondisk.snapshots import Snapshot
 from jqcow.transaction import Transaction
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-DEFAULT_CLUSTER_BYTES = 65536
 Mode = Literal["r", "r+"]
 ExtentKind = Literal["data", "zero", "unallocated", "compressed"]
 _KINDS: dict[int, ExtentKind] = {DATA: "data", ZERO: "zero", COMPRESSED: "compressed"}
@@ -53,14 +59,15 @@ class Extent:
     """A guest range of one kind; ``offset`` and ``length`` in bytes.
 
     ``host_offset`` is where the range lies in the file, None where nothing of it does. A ``zero`` extent
-    reads as zeros though it may keep clusters; ``unallocated`` reads as zeros too, as there is no backing
-    file.
+    reads as zeros though it may keep clusters; ``unallocated`` reads as zeros too, as no file has it.
+    ``depth`` tells which file of the chain it was found in: 0 is the image, 1 its backing file, and so on.
     """
 
     offset: int
     length: int
     kind: ExtentKind
     host_offset: int | None
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,10 @@ class JournalInfo:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What the header says; sizes in bytes. ``journal`` is None while the image is clean."""
+    """What the header says; sizes in bytes. ``journal`` is None while the image is clean.
+
+    Of an image that was opened to read a snapshot, ``virtual_size`` is the snapshot's.
+    """
 
     virtual_size: int
     cluster_size: int
@@ -106,167 +116,32 @@ class Recovered:
         return cls(scan.epoch, first, scan.sequence, scan.torn_tail is not None)
 
 
-def create(
-    path: str | os.PathLike[str],
-    size: int,
-    *,
-    cluster_size: int = DEFAULT_CLUSTER_BYTES,
-    overwrite: bool = False,
-    journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
-) -> Image:
-    """Create an image and return it open for reading and writing.
-
-    The file appears under its name at once and whole; it and its directory are durable on return.
-
-    Args:
-        path: where; an existing file is refused unless ``overwrite``.
-        size: of the disk in bytes, a multiple of 512.
-        cluster_size: in bytes, a power of two from 512 to 2 MiB.
-        overwrite: replace an existing file, if nobody uses it.
-        journal_size: in bytes, of the journal that writing will use; a multiple of 8192 from 64 KiB to 1 GiB.
-
-    Raises:
-        ValueError: a size that no image can have.
-        FileExistsError: the file exists.
-        ImageInUse: the file to be replaced is in use.
-        OSError: the host failed; nothing is left under the name.
-    """
-    _check_journal_size(journal_size)
-    layout.check_disk_size(size)
-    cluster_bits = _cluster_bits(cluster_size)
-    device = FileDevice.create_temporary(path)
-    try:
-        _write_blank(device, size, cluster_bits)
-        device.publish(overwrite)
-        return open_device(device, "r+", journal_size=journal_size)
-    except BaseException:
-        device.close()
-        raise
-
-
-def open(
-    path: str | os.PathLike[str],
-    mode: Mode = "r",
-    *,
-    journal_size: int | None = None,
-    force_share: bool = False,
-) -> Image:
-    """Open an existing image.
-
-    ``"r"`` never writes a byte: a live journal is replayed into memory. ``"r+"`` recovers a crashed image
-    first. A clean image is changed only by the first write.
-
-    Args:
-        path: the image.
-        mode: ``"r"`` or ``"r+"``.
-        journal_size: in bytes, of the journal that writing will use; None keeps what there is, or 8 MiB.
-        force_share: with ``"r"``, read also while another program writes, as ``qemu-img -U`` does. What is
-            read may then be old, mixed or wrong. A live journal is refused: it would be replayed while its
-            writer goes on.
-
-    Raises:
-        ValueError: another mode, ``force_share`` for writing, or a journal size that no journal can have.
-        FormatError: not a qcow2 image; UnsupportedFeatureError where jqcow refuses it by name.
-        CorruptionError: the image is damaged.
-        ImageInUse: another process uses it, or this one by another `Image`.
-        OSError: the host failed.
-    """
-    if mode not in ("r", "r+"):
-        raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
-    if journal_size is not None:
-        _check_journal_size(journal_size)
-    if force_share and mode != "r":
-        raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
-    device = FileDevice.open(path, writable=mode == "r+", share_writers=force_share)
-    try:
-        if force_share:
-            refuse_live_journal(device)
-        return open_device(device, mode, journal_size=journal_size)
-    except BaseException:
-        device.close()
-        raise
-
-
-def open_device(
-    device: Device,
-    mode: Mode = "r",
-    *,
-    journal_size: int | None = None,
-    new_salt: Callable[[], bytes] = random_salt,
-) -> Image:
-    """Open the image on a device of your own; see `open`. `Image.close` closes the device.
-
-    ``new_salt`` makes the 16-byte salt of each new journal; a seeded one makes a simulation replayable.
-    """
-    opened = recovery.open_store(
-        Medium(device), writable=mode == "r+", journal_bytes=journal_size or 0, new_salt=new_salt
-    )
-    return Image(opened, mode)
-
-
-def create_on_device(
-    device: Device,
-    size: int,
-    *,
-    cluster_size: int = DEFAULT_CLUSTER_BYTES,
-    journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
-    new_salt: Callable[[], bytes] = random_salt,
-) -> Image:
-    """Create an image on an empty device of your own, durably, and return it open; see `create`."""
-    _check_journal_size(journal_size)
-    layout.check_disk_size(size)
-    _write_blank(device, size, _cluster_bits(cluster_size))
-    # Durable now: the empty image. Nobody has seen it yet.
-    device.barrier("create.blank")
-    return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
-
-
-def refuse_live_journal(device: FileDevice) -> None:
-    """Raise ImageInUse if the file has a live journal: its writer goes on, so it cannot be replayed."""
-    if roots.is_live(device.pread(SECTOR_BYTES, 0)):
-        raise ImageInUse(
-            f"{device.path} has a live journal, which cannot be read beside its writer. "
-            "Close the program that holds the image, or open it without force_share if none does."
-        )
-
-
-def _write_blank(device: Device, size: int, cluster_bits: int) -> None:
-    blank = blank_image(size, cluster_bits)
-    device.truncate(blank.length)
-    for offset, data in blank.parts:
-        device.pwrite(data, offset)
-
-
-def _cluster_bits(cluster_size: int) -> int:
-    bits = cluster_size.bit_length() - 1
-    if cluster_size <= 0 or 1 << bits != cluster_size:
-        raise ValueError(f"the cluster size must be a power of two, not {cluster_size}")
-    if not layout.MIN_CLUSTER_BITS <= bits <= layout.MAX_CLUSTER_BITS:
-        raise ValueError(f"the cluster size must be from 512 to 2 MiB, not {cluster_size}")
-    return bits
-
-
-def _check_journal_size(journal_size: int) -> None:
-    if not roots.MIN_JOURNAL_BYTES <= journal_size <= roots.MAX_JOURNAL_BYTES or journal_size % 8192:
-        raise ValueError("the journal's size must be a multiple of 8192 from 64 KiB to 1 GiB")
-
-
 class Image:
     """An open image. Offsets and lengths are in bytes, of the guest's disk.
 
     As a context manager it closes at the end, also after an exception: what was written before stays.
     """
 
-    def __init__(self, opened: recovery.Opened, mode: Mode) -> None:
+    def __init__(
+        self,
+        opened: recovery.Opened,
+        mode: Mode,
+        backing: Backing | None = None,
+        *,
+        copy_on_read: bool = False,
+    ) -> None:
         """Not for users: see `open` and `create`."""
+        self._copy_on_read = copy_on_read and backing is not None
         self._store = opened.store
-        self._data = DataPath(opened.store)
+        self._data = DataPath(opened.store, backing)
+        self._backing = backing
         self._mode: Mode = mode
         self._lock = opened.store.medium.lock
         self._writer = threading.RLock()
         self._transaction_thread: int | None = None
         self._owner_pid = os.getpid()
         self._closed = False
+        self.repaired: RepairReport | None = opened.repaired
         self.recovered = None if opened.scan is None else Recovered.from_scan(opened.scan)
 
     # What it is
@@ -280,7 +155,7 @@ class Image:
 
     @property
     def _disk_bytes(self) -> int:
-        return self._store.metadata.header.size
+        return self._data.mapping.disk_bytes
 
     @property
     def mode(self) -> Mode:
@@ -291,6 +166,23 @@ class Image:
     def closed(self) -> bool:
         """True after `close`."""
         return self._closed
+
+    @property
+    def backing_file(self) -> NamedFile | None:
+        """What the header names as the file below, None if it names none.
+
+        Raises:
+            FormatError, UnsupportedFeatureError: a name that jqcow refuses.
+        """
+        with self._own_lock():
+            self._enter()
+            return naming.backing_file_of(self._store.metadata.area, self._name)
+
+    @property
+    def _name(self) -> str:
+        """Path of the image, as it was opened; of a device of the caller's own, nothing."""
+        device = self._store.medium.device
+        return device.path if isinstance(device, FileDevice) else ""
 
     def info(self) -> ImageInfo:
         """Return what the header says.
@@ -306,7 +198,7 @@ class Image:
                 extent = journal.extent
                 live = JournalInfo(extent.offset, extent.length, journal.epoch, journal.sequence)
             return ImageInfo(
-                virtual_size=header.size,
+                virtual_size=self._disk_bytes,
                 cluster_size=1 << header.cluster_bits,
                 file_size=self._store.medium.size(),
                 version=header.version,
@@ -360,16 +252,32 @@ class Image:
             with self._own_lock():
                 self._enter()
                 run = self._data.mapping.run(offset, end - offset)
-            extent = _as_extent(run, offset)
-            if joined is not None and _follows(joined, extent):
-                joined = Extent(joined.offset, joined.length + extent.length, joined.kind, joined.host_offset)
-            else:
-                if joined is not None:
-                    yield joined
-                joined = extent
+            for extent in self._found_for(run, offset):
+                if joined is not None and _follows(joined, extent):
+                    joined = replace(joined, length=joined.length + extent.length)
+                else:
+                    if joined is not None:
+                        yield joined
+                    joined = extent
             offset += run.length
         if joined is not None:
             yield joined
+
+    def _found_for(self, run: MappedRun, offset: int) -> Iterator[Extent]:
+        """Yield what a run of the image's own tables is, or what lies below it."""
+        if run.kind != UNALLOCATED or self._backing is None:
+            yield _as_extent(run, offset)
+            return
+        inside = max(0, min(run.length, self._backing.size - offset))
+        if inside and isinstance(self._backing, Chain):
+            for part in self._backing.parts(inside, offset):
+                depth = 0 if part.kind is None else part.depth + 1
+                yield Extent(part.offset, part.length, part.kind or "unallocated", part.host_offset, depth)
+        elif inside:
+            is_zero = self._backing.reads_as_zeros(inside, offset)
+            yield Extent(offset, inside, "zero" if is_zero else "data", None, 1)
+        if inside < run.length:
+            yield Extent(offset + inside, run.length - inside, "unallocated", None)
 
     # Reading
 
@@ -391,10 +299,41 @@ class Image:
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` from the disk at ``offset``; errors as `pread`."""
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._own_lock():
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            with self._own_lock():
+                self._enter()
+                self._data.check_range(len(view), offset)
+                self._data.read_into(view, offset)
+                copies = self._copy_on_read and self._data.reads_from_below(len(view), offset)
+            if copies:
+                self._copy_up(len(view), offset)
+
+    def _copy_up(self, length: int, offset: int) -> None:
+        """Copy what was read from below, unless a transaction is open: a later read of it will."""
+        if self._transaction_thread is not None:
+            return
+        lock = self._own_lock(changing=True)
+        with self._writer:
+            for start, part in self._data.spans(offset, length):
+                with lock:
+                    self._enter_to_change()
+                    self._data.check_range(part, start)
+                    self._data.copy_up(part, start)
+                self._store.commit_if_large()
+
+    def reads_as_zeros(self, length: int, offset: int) -> bool:
+        """Return True if a range is known to read as zeros, by the tables of the image and of those below.
+
+        Nothing of the data is read: False may mean data that is zero.
+
+        Raises:
+            ValueError: the range reaches past the end.
+            CorruptionError: a table on the way is damaged.
+        """
+        with self._own_lock():
             self._enter()
-            self._data.check_range(len(view), offset)
-            self._data.read_into(view, offset)
+            self._data.check_range(length, offset)
+            return self._data.reads_as_zeros(length, offset)
 
     # Writing
 
@@ -449,25 +388,55 @@ class Image:
                     change(part, start)
                 self._store.commit_if_large()
 
+    def pwrite_compressed(self, buffer: ReadableBuffer, offset: int, level: int | None = None) -> int:
+        """Write whole clusters compressed, as the image's header says how; return the buffer's length.
+
+        A cluster that would not get smaller is written as it is. The disk reads the same either way; writing
+        to a compressed cluster later stores it uncompressed.
+
+        Args:
+            buffer: whole clusters, or what is left to the end of the disk.
+            offset: of a cluster.
+            level: of the compression; None: the method's own default.
+
+        Raises:
+            ValueError: not whole clusters, or they reach past the end.
+            ReadOnlyError, OSError: as `pwrite`; the failed cluster is as before.
+        """
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            with self._own_lock():
+                self._enter()
+                self._data.check_whole_clusters(len(view), offset)
+            self._change(
+                len(view),
+                offset,
+                lambda length, start: self._data.write_compressed(
+                    view[start - offset :][:length], start, level
+                ),
+            )
+            return len(view)
+
     def resize(self, size: int) -> None:
         """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
 
-        Atomic. Growing is durable with the next `flush`; shrinking is a transaction, and durable on return.
+        Atomic. Growing is durable with the next `flush`. Shrinking, and growing over a longer backing file,
+        is a transaction, and durable on return.
 
         Raises:
             ValueError: not a multiple of 512.
             ReadOnlyError, OSError: as `pwrite`; the size is as before.
         """
         layout.check_disk_size(size)
-        if size < self.size:
-            with self.transaction() as transaction:
-                transaction.resize(size)
-            return
         lock = self._own_lock(changing=True)
         with self._writer, lock:
             self._enter_to_change()
-            if size > self._disk_bytes:
+            if size == self._disk_bytes:
+                return
+            if self._data.is_one_operation(size):
                 self._data.resize(size)
+                return
+        with self.transaction() as transaction:
+            transaction.resize(size)
 
     # Transactions
 
@@ -501,6 +470,61 @@ class Image:
                 # No call, so that nothing can come in between. The next change undoes what was not committed.
                 self._transaction_thread = None
                 transaction._open = False
+
+    # Snapshots
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Return the internal snapshots, in the order of the image's table.
+
+        Raises:
+            FormatError, CorruptionError: the snapshot table is not one that an image can have.
+        """
+        with self._own_lock():
+            self._enter()
+            return self._store.snapshots.read_table().snapshots
+
+    def create_snapshot(self, name: str, date: datetime | None = None) -> Snapshot:
+        """Keep the disk as it is now as an internal snapshot; durable on return.
+
+        It is a transaction: it waits for changes under way, and holds all that was written before. Names
+        need not differ; the id does.
+
+        Args:
+            name: 1 to 255 bytes of UTF-8.
+            date: what to date it; None: now.
+
+        Raises:
+            ValueError: a name or date that no snapshot can have.
+            UnsupportedFeatureError: the image has as many snapshots as it can have, or its refcounts are too
+                narrow to count another user of its clusters.
+            TransactionError, ReadOnlyError, OSError: as `transaction`; there is no snapshot.
+        """
+        with self.transaction() as transaction:
+            return transaction.create_snapshot(name, date)
+
+    def apply_snapshot(self, id_or_name: str) -> None:
+        """Make the disk what it was when a snapshot was made, its size included; durable on return.
+
+        What the disk held until now is gone, unless another snapshot has it. The snapshot stays.
+
+        Args:
+            id_or_name: the id, or the name where no snapshot has this id.
+
+        Raises:
+            SnapshotNotFound: there is no such snapshot.
+            UnsupportedFeatureError, TransactionError, ReadOnlyError, OSError: as `create_snapshot`; the disk
+                is as before.
+        """
+        with self.transaction() as transaction:
+            transaction.apply_snapshot(id_or_name)
+
+    def delete_snapshot(self, id_or_name: str) -> None:
+        """Give up a snapshot, and the space of what it alone holds; durable on return.
+
+        Errors as `apply_snapshot`; the snapshot is still there.
+        """
+        with self.transaction() as transaction:
+            transaction.delete_snapshot(id_or_name)
 
     def flush(self) -> None:
         """Make everything that was written durable.
@@ -547,11 +571,18 @@ class Image:
             OSError: the host failed; the image is closed all the same, and stays recoverable.
         """
         if self._is_foreign:
-            self._store.medium.device.close()
+            self._close_files()
             return
         lock = self._own_lock(changing=True)
         with self._writer:
             self._close(lock)
+
+    def _close_files(self) -> None:
+        try:
+            self._store.medium.device.close()
+        finally:
+            if self._backing is not None:
+                self._backing.close()
 
     def _close(self, lock: threading.RLock) -> None:
         """Close, with no change under way."""
@@ -564,7 +595,7 @@ class Image:
         finally:
             with self._store.turn.taken, lock:
                 self._closed = True
-                self._store.medium.device.close()
+                self._close_files()
 
     def __enter__(self) -> Image:
         return self
@@ -637,72 +668,8 @@ def _as_extent(run: MappedRun, offset: int) -> Extent:
 
 
 def _follows(before: Extent, after: Extent) -> bool:
-    if before.kind != after.kind or before.kind == "compressed":
+    if (before.kind, before.depth) != (after.kind, after.depth) or before.kind == "compressed":
         return False
     if before.host_offset is None or after.host_offset is None:
         return before.host_offset is after.host_offset
     return before.host_offset + before.length == after.host_offset
-
-
-class ImageFile(io.RawIOBase):
-    """A disk as a raw binary file with a position.
-
-    Closing it leaves the image open, and flushes nothing: it may be closed by the garbage collector, at any
-    time.
-    """
-
-    def __init__(self, image: Image) -> None:
-        """Start at offset 0."""
-        super().__init__()
-        self._image = image
-        self._position = 0
-        self._closing = False
-
-    def readable(self) -> bool:
-        """Always True."""
-        return True
-
-    def writable(self) -> bool:
-        """True if the image was opened for writing."""
-        return self._image.mode == "r+"
-
-    def seekable(self) -> bool:
-        """Always True."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move the position; past the end is allowed, as in files."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._image.size}
-        if whence not in base or base[whence] + offset < 0:
-            raise ValueError(f"cannot seek to {offset} from {whence}")
-        self._position = base[whence] + offset
-        return self._position
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Read up to the end of the disk."""
-        with memoryview(buffer) as whole, whole.cast("B") as view:
-            length = min(len(view), max(0, self._image.size - self._position))
-            self._image.pread_into(view[:length], min(self._position, self._image.size))
-        self._position += length
-        return length
-
-    def write(self, buffer: Any) -> int:
-        """Write at the position; what would lie past the end raises ValueError, as a disk does not grow."""
-        written = self._image.pwrite(buffer, self._position)
-        self._position += written
-        return written
-
-    def flush(self) -> None:
-        """Flush the image, unless it is closed or open for reading only."""
-        super().flush()
-        if not self._closing and not self._image.closed and self.writable():
-            self._image.flush()
-
-    def close(self) -> None:
-        """Close the file alone."""
-        self._closing = True
-        super().close()

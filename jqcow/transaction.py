@@ -7,19 +7,28 @@ Committing switches the mapping in one record.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from jqcow.engine.datapath import DataPath
 from jqcow.engine.metadata import MetadataMark
+from jqcow.engine.snapshots import NewSnapshot
 from jqcow.engine.space import SpaceMark
 from jqcow.errors import TransactionError
-from jqcow.ondisk import layout
+from jqcow.ondisk import layout, naming
+from jqcow.ondisk.naming import BackingFormat
+from jqcow.ondisk.snapshots import Snapshot
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+
+MAX_NAME_BYTES = 255
+"""The longest name of a snapshot that QEMU shows whole."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,22 @@ class Receipt:
     """What a commit returned: ``sequence`` of the durable record that holds the transaction."""
 
     sequence: int
+
+
+def new_snapshot(name: str, date: datetime | None) -> NewSnapshot:
+    """Return what a snapshot is to be called and dated; None: now.
+
+    Raises:
+        ValueError: a name that no snapshot can have, or a date outside 1970 to 2106.
+    """
+    encoded = name.encode("utf-8", "surrogateescape")
+    if not encoded or len(encoded) > MAX_NAME_BYTES or b"\0" in encoded:
+        raise ValueError(f"the name of a snapshot has 1 to {MAX_NAME_BYTES} bytes, none of them 0: {name!r}")
+    moment = datetime.now(UTC) if date is None else date
+    seconds = math.floor(moment.timestamp())
+    if not 0 <= seconds < 1 << 32:
+        raise ValueError(f"a snapshot is dated from 1970 to 2106, not {moment}")
+    return NewSnapshot(name, seconds, moment.microsecond * 1000)
 
 
 class Savepoint:
@@ -163,6 +188,97 @@ class Transaction:
             self._data.resize(size)
             self._going_back = None
 
+    def pwrite_compressed(self, buffer: ReadableBuffer, offset: int, level: int | None = None) -> int:
+        """Write whole clusters compressed; see `Image.pwrite_compressed`."""
+        with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
+            self._enter_to_change()
+            self._data.check_whole_clusters(len(view), offset)
+            if view:
+                self._data.write_compressed(view, offset, level)
+            return len(view)
+
+    # Snapshots
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Return the snapshots as the transaction sees them; errors as `Image.snapshots`."""
+        with self._image_lock():
+            self._enter()
+            return self._store.snapshots.read_table().snapshots
+
+    def create_snapshot(self, name: str, date: datetime | None = None) -> Snapshot:
+        """Make a snapshot of the disk as the transaction sees it; see `Image.create_snapshot`."""
+        new = new_snapshot(name, date)
+        with self._image_lock():
+            self._enter_to_change()
+            with self._store.operation():
+                return self._store.snapshots.create(new)
+
+    def apply_snapshot(self, id_or_name: str) -> None:
+        """Make the disk what it was when a snapshot was made; see `Image.apply_snapshot`."""
+        with self._image_lock():
+            self._enter_to_change()
+            snapshot = self._store.snapshots.find(id_or_name)
+            with self._store.operation():
+                self._store.snapshots.apply(snapshot)
+
+    def delete_snapshot(self, id_or_name: str) -> None:
+        """Give up a snapshot; see `Image.delete_snapshot`."""
+        with self._image_lock():
+            self._enter_to_change()
+            snapshot = self._store.snapshots.find(id_or_name)
+            with self._store.operation():
+                self._store.snapshots.delete(snapshot)
+
+    # Below the image
+
+    def set_backing_file(self, name: str | None, backing_format: BackingFormat | None = None) -> None:
+        """Name another backing file in the header, or none. Nothing is copied and nothing is opened.
+
+        Whoever opens the image next sees the other file's disk where this one has nothing of its own; until
+        then this image goes on with what it has. `jqcow.offline.rebase` keeps what the disk reads.
+
+        Args:
+            name: stored as it is, relative to the directory of the image; None: no backing file.
+            backing_format: of the file, needed with it.
+
+        Raises:
+            ValueError: a name that cannot be stored.
+            FormatError: the header has no room for it.
+            TransactionError, OSError: as `pwrite`.
+        """
+        with self._image_lock():
+            self._enter_to_change()
+            area = naming.name_backing_file(self._store.metadata.area, name, backing_format)
+            with self._store.operation():
+                self._store.metadata.set_area(area)
+
+    def hide_below(self, length: int, offset: int) -> None:
+        """Make whole clusters read as zeros whatever file is put below them.
+
+        `write_zeroes` leaves out what reads as zeros by the present backing file.
+
+        Raises:
+            ValueError: not whole clusters, or they reach past the end.
+            TransactionError, OSError: as `pwrite`.
+        """
+        with self._image_lock():
+            self._enter_to_change()
+            self._data.check_whole_clusters(length, offset)
+            if length:
+                self._data.hide_below(length, offset)
+
+    def make_empty(self) -> None:
+        """Give up all that the disk has of its own: what is below shows, or zeros. Its size stays.
+
+        Raises:
+            TransactionError, OSError: as `pwrite`.
+        """
+        with self._image_lock():
+            self._enter_to_change()
+            self._going_back = self._mark()
+            self._data.make_empty()
+            self._going_back = None
+
     # Going back
 
     def savepoint(self) -> Savepoint:
@@ -179,14 +295,12 @@ class Transaction:
 
     def _mark(self) -> tuple[MetadataMark, SpaceMark]:
         """Take a mark. What is in fresh clusters so far belongs to it: they are closed."""
-        return self._store.metadata.mark(), self._store.space.mark()
+        return self._store.mark()
 
     def _go_back(self) -> None:
         """Return to the mark that is noted. Where this is cut off, the next call goes on."""
         if self._going_back is not None:
-            metadata, space = self._going_back
-            self._store.metadata.return_to(metadata)
-            self._store.space.return_to(space)
+            self._store.return_to(self._going_back)
             self._going_back = None
 
     def _return_to(self, savepoint: Savepoint) -> None:

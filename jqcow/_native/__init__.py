@@ -21,11 +21,14 @@ from jqcow._native.twins import (
     crc32c,
     is_zero,
     l2_run,
+    refcount_add,
     refcount_find_used,
     refcount_find_zero,
     refcount_get,
     refcount_last_used,
+    refcount_run,
     refcount_set,
+    set_copied,
 )
 
 KERNELS = (
@@ -33,11 +36,14 @@ KERNELS = (
     "crc32c",
     "is_zero",
     "l2_run",
+    "refcount_add",
     "refcount_find_used",
     "refcount_find_zero",
     "refcount_get",
     "refcount_last_used",
+    "refcount_run",
     "refcount_set",
+    "set_copied",
 )
 
 __all__ = [
@@ -53,12 +59,15 @@ __all__ = [
     "crc32c",
     "is_zero",
     "l2_run",
+    "refcount_add",
     "refcount_find_used",
     "refcount_find_zero",
     "refcount_get",
     "refcount_last_used",
+    "refcount_run",
     "refcount_set",
     "select",
+    "set_copied",
 ]
 
 _serving: ModuleType = twins

@@ -67,6 +67,20 @@ def refcount_last_used(buffer: Buffer, order: int) -> int:
     return lib.jqcow_refcount_last_used(view, order, entry_count)  # type: ignore[no-any-return]
 
 
+def refcount_run(buffer: Buffer, order: int, start: int, stop: int) -> tuple[int, int]:
+    """See :func:`jqcow._native.twins.refcount_run`."""
+    view = _from_buffer(buffer)
+    twins.check_refcount_run(len(view), order, start, stop)
+    return lib.jqcow_refcount_get(view, start, order), lib.jqcow_refcount_run(view, order, start, stop)
+
+
+def refcount_add(buffer: WritableBuffer, order: int, start: int, stop: int, delta: int) -> int:
+    """See :func:`jqcow._native.twins.refcount_add`."""
+    view = _from_buffer(buffer, require_writable=True)
+    twins.check_refcount_range(len(view), order, start, stop)
+    return lib.jqcow_refcount_add(view, order, start, stop, delta)  # type: ignore[no-any-return]
+
+
 def count_table_references(
     table: Buffer, offset_mask: int, cluster_bits: int, counts: CountBuffer, cluster_limit: int
 ) -> TableReferences:
@@ -88,3 +102,10 @@ def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[in
     packed = lib.jqcow_l2_run(view, index, min(limit, len(view) // 8 - index), cluster_bits)
     kind = packed & 3
     return kind, twins.first_host_offset(table, index, kind), packed >> 2
+
+
+def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool) -> None:
+    """See :func:`jqcow._native.twins.set_copied`."""
+    view = _from_buffer(table, require_writable=True)
+    twins.check_table_range(len(view), start, stop)
+    lib.jqcow_set_copied(view, start, stop, copied)

@@ -249,6 +249,32 @@ int64_t jqcow_refcount_last_used(const void *block, int order, size_t entry_coun
     return -1;
 }
 
+uint64_t jqcow_refcount_run(const void *block, int order, size_t start, size_t stop)
+{
+    uint64_t value = jqcow_refcount_get(block, start, order);
+    size_t index = start + 1;
+
+    while (index < stop && jqcow_refcount_get(block, index, order) == value)
+        index++;
+    return index - start;
+}
+
+int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, int64_t delta)
+{
+    uint64_t largest = order == 6 ? ~(uint64_t)0 : ((uint64_t)1 << (1 << order)) - 1;
+    uint64_t amount = delta < 0 ? -(uint64_t)delta : (uint64_t)delta;
+
+    for (size_t index = start; index < stop; index++) {
+        uint64_t value = jqcow_refcount_get(block, index, order);
+        if (delta < 0 ? value < amount : largest - value < amount)
+            return (int64_t)index;
+    }
+    for (size_t index = start; index < stop; index++)
+        jqcow_refcount_set(block, index, order,
+                           jqcow_refcount_get(block, index, order) + (uint64_t)delta);
+    return -1;
+}
+
 /* L1 and L2 tables */
 
 #define ENTRY_COMPRESSED ((uint64_t)1 << 62)
@@ -295,16 +321,24 @@ uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster
     const uint8_t *bytes = (const uint8_t *)table + index * 8;
     uint64_t first = load_big64(bytes);
     enum run_kind kind = kind_of(first);
-    uint64_t offset = first & ENTRY_OFFSET;
+    uint64_t expected = first;
     uint64_t count = 1;
 
     if (kind == RUN_COMPRESSED)
         limit = 1;
     for (; count < limit; count++) {
         uint64_t entry = load_big64(bytes + count * 8);
-        offset += (uint64_t)1 << cluster_bits;
-        if (kind_of(entry) != kind || (kind == RUN_DATA && (entry & ENTRY_OFFSET) != offset))
+        expected += (uint64_t)1 << cluster_bits;
+        if (kind_of(entry) != kind || (kind == RUN_DATA && entry != expected))
             break;
     }
     return (count << 2) | kind;
+}
+
+void jqcow_set_copied(void *table, size_t start, size_t stop, int copied)
+{
+    uint8_t *bytes = table;
+
+    for (size_t index = start; index < stop; index++)
+        bytes[index * 8] = (uint8_t)((bytes[index * 8] & 0x7f) | (copied ? 0x80 : 0));
 }

@@ -18,6 +18,9 @@ void jqcow_refcount_set(void *block, size_t index, int order, uint64_t value);
 int64_t jqcow_refcount_find_zero(const void *block, int order, size_t start, size_t stop);
 int64_t jqcow_refcount_find_used(const void *block, int order, size_t start, size_t stop);
 int64_t jqcow_refcount_last_used(const void *block, int order, size_t entry_count);
+uint64_t jqcow_refcount_run(const void *block, int order, size_t start, size_t stop);
+/* Changes nothing where an entry would leave its range; returns the index of that one, or -1. */
+int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, int64_t delta);
 
 /* tally receives the entries out of range, the unaligned ones and the compressed ones. */
 void jqcow_count_table_references(const void *table, size_t entry_count, uint64_t offset_mask,
@@ -26,3 +29,5 @@ void jqcow_count_table_references(const void *table, size_t entry_count, uint64_
 
 /* Returns the number of entries in the run, shifted left by 2, plus the kind of the run. */
 uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits);
+
+void jqcow_set_copied(void *table, size_t start, size_t stop, int copied);

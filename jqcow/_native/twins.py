@@ -118,6 +118,37 @@ def refcount_last_used(buffer: Buffer, order: int) -> int:
     return (len(entries.tobytes().rstrip(b"\0")) - 1) // entries.itemsize
 
 
+def refcount_run(buffer: Buffer, order: int, start: int, stop: int) -> tuple[int, int]:
+    """Return ``(value, count)``: entry ``start``, and how many from there, below ``stop``, are equal to it.
+
+    Raises IndexError for a range outside the block or without an entry.
+    """
+    view = byte_view(buffer)
+    check_refcount_run(len(view), order, start, stop)
+    entries = _entries(view, order, start, stop)
+    first = entries[0]
+    count = next((index for index, entry in enumerate(entries) if entry != first), len(entries))
+    return refcount_get(view, start, order), count
+
+
+def refcount_add(buffer: WritableBuffer, order: int, start: int, stop: int, delta: int) -> int:
+    """Add ``delta`` to the entries in [start, stop) and return -1.
+
+    Where an entry would get below 0 or past what it can hold, change nothing and return the index of the
+    first such.
+    """
+    view = byte_view(buffer)
+    check_refcount_range(len(view), order, start, stop)
+    values = [refcount_get(view, index, order) + delta for index in range(start, stop)]
+    largest = (1 << (1 << order)) - 1
+    for index, value in enumerate(values, start):
+        if not 0 <= value <= largest:
+            return index
+    for index, value in enumerate(values, start):
+        refcount_set(view, index, order, value)
+    return -1
+
+
 def count_table_references(
     table: Buffer, offset_mask: int, cluster_bits: int, counts: CountBuffer, cluster_limit: int
 ) -> TableReferences:
@@ -153,9 +184,10 @@ def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[in
     """Return ``(kind, host_offset, count)`` of the extent that starts at entry ``index`` of an L2 table.
 
     Entries are standard ones of 8 bytes; an extent has at most ``limit`` of them. ``kind`` is UNALLOCATED
-    (neither offset nor zero flag), ZERO (bit 0 set; the offsets need not be contiguous), DATA (each host
-    offset one cluster past the one before) or COMPRESSED (one entry; ``host_offset`` is then bits 0 to 61,
-    the raw descriptor). Raises IndexError for an index outside the table or a limit below 1.
+    (neither offset nor zero flag), ZERO (bit 0 set; the offsets need not be contiguous), DATA (each entry is
+    that before it plus a cluster, so all else in them is equal) or COMPRESSED (one entry; ``host_offset`` is
+    then bits 0 to 61, the raw descriptor). Raises IndexError for an index outside the
+    table or a limit below 1.
     """
     view = byte_view(table)
     check_l2_range(len(view), index, limit)
@@ -163,15 +195,27 @@ def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[in
     kind = _run_kind(first)
     if kind == COMPRESSED:
         return kind, first & (_ENTRY_COMPRESSED - 1), 1
-    host_offset = expected = first & _ENTRY_OFFSET
+    host_offset = first & _ENTRY_OFFSET
+    expected = first
     stop = min(index + limit, len(view) // 8)
     count = 1
     for (entry,) in _ENTRY.iter_unpack(view[(index + 1) * 8 : stop * 8]):
         expected += 1 << cluster_bits
-        if _run_kind(entry) != kind or (kind == DATA and entry & _ENTRY_OFFSET != expected):
+        if _run_kind(entry) != kind or (kind == DATA and entry != expected):
             break
         count += 1
     return kind, host_offset, count
+
+
+def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool) -> None:
+    """Set or clear the COPIED flag (bit 63) of the entries in [start, stop) of an L1 or L2 table.
+
+    Raises IndexError for a range outside the table.
+    """
+    view = byte_view(table)
+    check_table_range(len(view), start, stop)
+    for index in range(start, stop):
+        view[index * 8] = view[index * 8] & 0x7F | (0x80 if copied else 0)
 
 
 def first_host_offset(table: Buffer, index: int, kind: int) -> int:
@@ -214,6 +258,13 @@ def check_refcount_range(length_bytes: int, order: int, start: int, stop: int) -
         raise IndexError(f"refcount range {start} to {stop} lies outside a block of {length_bytes} bytes")
 
 
+def check_refcount_run(length_bytes: int, order: int, start: int, stop: int) -> None:
+    """Raise IndexError unless [start, stop) holds an entry, and lies within a block of ``length_bytes``."""
+    check_refcount_range(length_bytes, order, start, stop)
+    if start == stop:
+        raise IndexError("a run has at least one refcount")
+
+
 def check_refcount_value(value: int, order: int) -> None:
     """Raise OverflowError unless ``value`` fits ``2**order`` bits."""
     if value < 0 or value >> (1 << order):
@@ -230,6 +281,12 @@ def check_l2_range(length_bytes: int, index: int, limit: int) -> None:
     """Raise IndexError unless the table has an entry ``index`` and ``limit`` is at least 1."""
     if not 0 <= index < length_bytes // 8 or limit < 1:
         raise IndexError(f"L2 index {index} with limit {limit} lies outside a table of {length_bytes} bytes")
+
+
+def check_table_range(length_bytes: int, start: int, stop: int) -> None:
+    """Raise IndexError unless [start, stop) lies within a table of ``length_bytes``."""
+    if not 0 <= start <= stop <= length_bytes // 8:
+        raise IndexError(f"entries {start} to {stop} lie outside a table of {length_bytes} bytes")
 
 
 def _run_kind(entry: int) -> int:

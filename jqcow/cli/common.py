@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -88,10 +88,10 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", dest="quiet", action="store_true", help="print errors only")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, names: str = "cluster_size=SIZE") -> None:
     """Add ``-o name=value,...``, of a new image."""
     parser.add_argument(
-        "-o", dest="options", metavar="OPTIONS", default="", help="cluster_size=SIZE, of a new qcow2 image"
+        "-o", dest="options", metavar="OPTIONS", default="", help=f"{names}, of a new qcow2 image"
     )
 
 
@@ -101,14 +101,24 @@ def cluster_size_of(options: str, image_format: str, default: int) -> int:
     Raises:
         ValueError: another option than jqcow has.
     """
-    cluster_size = default
+    value = named_options(options, image_format, ("cluster_size",)).get("cluster_size")
+    return default if value is None else parse_size(value, unit=1)
+
+
+def named_options(options: str, image_format: str, names: Container[str]) -> dict[str, str]:
+    """Return what ``-o`` options say of these names; the last one counts.
+
+    Raises:
+        ValueError: another option, save for those that ask for what jqcow does anyway.
+    """
+    found: dict[str, str] = {}
     for option in filter(None, options.split(",")):
         name, _, value = option.partition("=")
-        if image_format == "qcow2" and name == "cluster_size" and value:
-            cluster_size = parse_size(value, unit=1)
+        if image_format == "qcow2" and name in names and value:
+            found[name] = value
         elif image_format != "qcow2" or (name, value) not in _ACCEPTED_OPTIONS:
             raise ValueError(f"the option '{option}' of -o is not supported for {image_format}")
-    return cluster_size
+    return found
 
 
 def run(program: str, command: Callable[[], int]) -> int:

@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypedDict, cast
 
 from jqcow.cli import common
 from jqcow.cli.common import human_size
 from jqcow.device.file import FileDevice
 from jqcow.offline.compare import Progress
-from jqcow.offline.convert import DEFAULT_CLUSTER_BYTES, ConvertReport, convert
+from jqcow.offline.compressing import CompressionType
+from jqcow.offline.convert import ConvertReport, convert
 from jqcow.offline.info import Format, probe_format
 
 ProgressKind = Literal["none", "bar", "lines", "json"]
@@ -35,7 +36,23 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "-O", dest="target_format", choices=common.FORMATS, default="raw", help="format (default: raw)"
     )
-    common.add_options(parser)
+    common.add_options(parser, "cluster_size=SIZE, compression_type=zlib|zstd")
+    parser.add_argument(
+        "-c", dest="compressed", action="store_true", help="compress the clusters of a qcow2 image"
+    )
+    parser.add_argument(
+        "--compression-level",
+        type=int,
+        metavar="LEVEL",
+        help="1-9 for zlib (default: 6), 1-22 for zstd (default: 3)",
+    )
+    parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="copy a snapshot, by id or name")
+    parser.add_argument(
+        "--allow-files", action="store_true", help="open the backing files that images of the chain name"
+    )
+    parser.add_argument(
+        "--probe", action="store_true", help="tell formats of backing files that are not stored by the magic"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
     parser.add_argument(
         "--verify", action="store_true", help="reread source and target and compare them, before naming it"
@@ -56,14 +73,19 @@ def add_parsers(commands: Any) -> None:
 def convert_command(arguments: argparse.Namespace) -> int:
     """Convert a disk."""
     source, target = arguments.source, arguments.target
-    cluster_size = common.cluster_size_of(arguments.options, arguments.target_format, DEFAULT_CLUSTER_BYTES)
+    options = _image_options(arguments.options, arguments.target_format)
     with common.about(source), shown_progress(_progress_kind(arguments), sys.stderr) as progress:
         report = convert(
             source,
             target,
             source_format=arguments.format or _probe(source, quiet=arguments.quiet),
+            snapshot=arguments.snapshot,
+            allow_files=arguments.allow_files,
+            probe=arguments.probe,
             target_format=arguments.target_format,
-            cluster_size=cluster_size,
+            compressed=arguments.compressed,
+            compression_level=arguments.compression_level,
+            **options,
             overwrite=arguments.overwrite,
             verify=arguments.verify,
             progress=progress,
@@ -73,6 +95,24 @@ def convert_command(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         print("\n".join(_report_lines(report)))
     return common.EXIT_OK
+
+
+class _ImageOptions(TypedDict, total=False):
+    """What ``-o`` can say, in the words of `convert`."""
+
+    cluster_size: int
+    compression_type: CompressionType
+
+
+def _image_options(options: str, target_format: Format) -> _ImageOptions:
+    found = common.named_options(options, target_format, ("cluster_size", "compression_type"))
+    known = _ImageOptions()
+    if "cluster_size" in found:
+        known["cluster_size"] = common.parse_size(found["cluster_size"], unit=1)
+    if "compression_type" in found:
+        # convert refuses another type, by name.
+        known["compression_type"] = cast(CompressionType, found["compression_type"])
+    return known
 
 
 def _probe(source: str, *, quiet: bool) -> Format:
@@ -94,6 +134,9 @@ def _report_lines(report: ConvertReport) -> Iterator[str]:
     yield f"{report.source} ({report.source_format}) is now {report.target} ({report.target_format})"
     disk, written = human_size(report.virtual_size), human_size(report.written_bytes)
     yield f"  a disk of {disk}, {written} of it not zero, in {report.seconds:.2f} s"
+    if report.compression_type is not None:
+        whole, packed = human_size(report.compressed_bytes), human_size(report.packed_bytes)
+        yield f"  {whole} of it compressed to {packed} ({report.compression_type})"
     if report.verify_seconds is not None:
         yield f"  verified: source and target are equal ({report.verify_seconds:.2f} s)"
 

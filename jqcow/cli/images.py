@@ -9,10 +9,11 @@ from typing import Any
 import jqcow
 from jqcow.cli import common
 from jqcow.cli.common import human_size
-from jqcow.image import DEFAULT_CLUSTER_BYTES
 from jqcow.offline.convert import create_raw
+from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
 from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.opening import DEFAULT_CLUSTER_BYTES
 
 _SIGNS = {"+": 1, "-": -1}
 
@@ -32,9 +33,20 @@ def _add_create(commands: Any) -> None:
     )
     common.add_options(create)
     create.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    create.add_argument(
+        "-b", dest="backing_file", metavar="BASE", help="backing file; a relative name is relative to IMAGE"
+    )
+    create.add_argument(
+        "-F", dest="backing_format", metavar="FORMAT", choices=common.FORMATS, help="format of BASE"
+    )
+    create.add_argument(
+        "-u", dest="unsafe", action="store_true", help="do not open BASE, which need not exist"
+    )
     common.add_quiet(create)
     create.add_argument("image", metavar="IMAGE")
-    create.add_argument("size", metavar="SIZE", help="of the disk, rounded up to 512 bytes")
+    create.add_argument(
+        "size", metavar="SIZE", nargs="?", help="of the disk, rounded up to 512 bytes (default: that of BASE)"
+    )
     create.set_defaults(command=create_command)
 
 
@@ -60,19 +72,58 @@ def _add_resize(commands: Any) -> None:
 
 def create_command(arguments: argparse.Namespace) -> int:
     """Create an image."""
-    size = common.parse_size(arguments.size)
+    _check_backing_options(arguments)
     cluster_size = common.cluster_size_of(arguments.options, arguments.format, DEFAULT_CLUSTER_BYTES)
     with common.about(arguments.image):
-        if arguments.format == "raw":
-            create_raw(arguments.image, size, overwrite=arguments.overwrite)
-        else:
-            jqcow.create(
-                arguments.image, size, cluster_size=cluster_size, overwrite=arguments.overwrite
-            ).close()
+        size = _size_of_new(arguments)
+        _create(arguments, size, cluster_size)
     if not arguments.quiet:
         clusters = f" cluster_size={cluster_size}" if arguments.format == "qcow2" else ""
-        print(f"Formatting '{arguments.image}', fmt={arguments.format}{clusters} size={size}")
+        base = ""
+        if arguments.backing_file is not None:
+            base = f" backing_file={arguments.backing_file} backing_fmt={arguments.backing_format}"
+        print(f"Formatting '{arguments.image}', fmt={arguments.format}{clusters} size={size}{base}")
     return common.EXIT_OK
+
+
+def _check_backing_options(arguments: argparse.Namespace) -> None:
+    """Raise CommandError where -b, -F, -u and SIZE do not go together."""
+    if arguments.backing_file is None:
+        if arguments.backing_format is not None or arguments.unsafe:
+            raise common.CommandError("-F and -u are about a backing file: name it with -b")
+        if arguments.size is None:
+            raise common.CommandError("a new image needs a size")
+    elif arguments.format == "raw":
+        raise common.CommandError("a raw file cannot have a backing file")
+    elif arguments.backing_format is None:
+        raise common.CommandError("a backing file needs its format: -F qcow2 or -F raw")
+    elif arguments.unsafe and arguments.size is None:
+        raise common.CommandError("with -u the backing file is not opened, so the size must be given")
+
+
+def _size_of_new(arguments: argparse.Namespace) -> int:
+    """Return the size given, or that of the base, which is opened unless -u is given."""
+    found = 0
+    if arguments.backing_file is not None and not arguments.unsafe:
+        found = base_size(arguments.image, arguments.backing_file, arguments.backing_format)
+    return found if arguments.size is None else common.parse_size(arguments.size)
+
+
+def _create(arguments: argparse.Namespace, size: int, cluster_size: int) -> None:
+    path, overwrite = arguments.image, arguments.overwrite
+    if arguments.format == "raw":
+        create_raw(path, size, overwrite=overwrite)
+    elif arguments.backing_file is None:
+        jqcow.create(path, size, cluster_size=cluster_size, overwrite=overwrite).close()
+    else:
+        create_overlay(
+            path,
+            size,
+            cluster_size=cluster_size,
+            backing_file=arguments.backing_file,
+            backing_format=arguments.backing_format,
+            overwrite=overwrite,
+        )
 
 
 # resize

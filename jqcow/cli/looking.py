@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from jqcow.cli import common
+from jqcow.cli import common, snapshots
 from jqcow.cli.common import human_size, plural
+from jqcow.offline.chain import read_chain
 from jqcow.offline.check import CheckReport
 from jqcow.offline.info import (
     ImageFacts,
@@ -20,6 +21,7 @@ from jqcow.offline.info import (
 )
 from jqcow.offline.map import MapExtent, map_file
 from jqcow.offline.records import JournalListing, Record, read_journal
+from jqcow.ondisk.naming import protocol_of, resolve
 
 _COMPAT = {2: "0.10", 3: "1.1"}
 _MAP_ROW = "{:<16}{:<16}{:<16}{}"
@@ -28,6 +30,9 @@ _MAP_ROW = "{:<16}{:<16}{:<16}{}"
 def add_parsers(commands: Any) -> None:
     """Add the subcommands of this module."""
     info = commands.add_parser("info", help="say what an image is", description="Say what an image is.")
+    info.add_argument(
+        "--backing-chain", action="store_true", help="say it of every file of the backing chain, too"
+    )
     info.set_defaults(command=info_command)
     check = commands.add_parser(
         "check",
@@ -55,16 +60,38 @@ def add_parsers(commands: Any) -> None:
         parser.add_argument(
             "-U", "--force-share", action="store_true", help="look also while another program writes"
         )
+    for parser in (info, mapping):
+        _add_allow_files(parser)
     for parser in (info, check, mapping, journal):
         common.add_output(parser)
         parser.add_argument("image", metavar="IMAGE")
+
+
+def _add_allow_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-files",
+        action="store_true",
+        help="open the files that images name inside (default: refuse them)",
+    )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="tell the format of a backing file by its magic where the image does not say it",
+    )
+
+
+def _following(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the library is to do about the files that images name."""
+    return {"allow": arguments.allow_files, "probe": arguments.probe, "force_share": arguments.force_share}
 
 
 # info
 
 
 def info_command(arguments: argparse.Namespace) -> int:
-    """Print what an image is."""
+    """Print what an image is, or what each file of its backing chain is."""
+    if arguments.backing_chain:
+        return _chain_info(arguments)
     with common.about(arguments.image):
         facts = read_info(arguments.image, arguments.format, force_share=arguments.force_share)
     if arguments.output == "json":
@@ -74,10 +101,23 @@ def info_command(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
+def _chain_info(arguments: argparse.Namespace) -> int:
+    with common.about(arguments.image):
+        chain = read_chain(arguments.image, arguments.format, **_following(arguments))
+    if arguments.output == "json":
+        common.print_json([_info_json(facts) for facts in chain])
+    else:
+        print("\n\n".join("\n".join(_info_lines(facts)) for facts in chain))
+    return common.EXIT_OK
+
+
 def _info_json(facts: ImageFacts) -> dict[str, Any]:
     """Return the facts with qemu-img's names; what only jqcow knows is under ``jqcow-journal``."""
-    told: dict[str, Any] = {"virtual-size": facts.virtual_size, "filename": facts.filename}
     special = facts.qcow2
+    told: dict[str, Any] = {}
+    if special is not None and special.snapshots:
+        told["snapshots"] = [snapshots.snapshot_json(snapshot) for snapshot in special.snapshots]
+    told |= {"virtual-size": facts.virtual_size, "filename": facts.filename}
     if special is not None:
         told["cluster-size"] = special.cluster_size
     told |= {"format": facts.format, "actual-size": facts.actual_size}
@@ -92,8 +132,13 @@ def _info_json(facts: ImageFacts) -> dict[str, Any]:
 
 
 def _backing(name: str, backing_format: str | None, filename: str) -> dict[str, Any]:
-    told = {"backing-filename": name, "full-backing-filename": os.path.join(os.path.dirname(filename), name)}
+    told = {"backing-filename": name, "full-backing-filename": _full_name(name, filename)}
     return told if backing_format is None else told | {"backing-filename-format": backing_format}
+
+
+def _full_name(name: str, filename: str) -> str:
+    """Return the path that a backing file name means; one with a protocol is no path, and stays."""
+    return name if protocol_of(name) is not None else resolve(name, filename)
 
 
 def _specific(special: Qcow2Facts) -> dict[str, Any]:
@@ -119,15 +164,17 @@ def _info_lines(facts: ImageFacts) -> Iterator[str]:
         return
     yield f"cluster_size: {special.cluster_size}"
     if special.backing_file is not None:
-        yield f"backing file: {special.backing_file}"
+        path = _full_name(special.backing_file, facts.filename)
+        actual = "" if path == special.backing_file else f" (actual path: {path})"
+        yield f"backing file: {special.backing_file}{actual}"
     if special.backing_format is not None:
         yield f"backing file format: {special.backing_format}"
+    if special.snapshots:
+        yield from snapshots.snapshot_lines(special.snapshots)
     yield "Format specific information:"
     for name, value in _specific(special).items():
         shown = str(value).lower() if isinstance(value, bool) else value
         yield f"    {name.replace('-', ' ')}: {shown}"
-    if special.snapshot_count:
-        yield f"Snapshots: {special.snapshot_count}"
     if special.journal is not None:
         journal = special.journal
         records = plural(journal.record_count, "record")
@@ -220,8 +267,7 @@ def map_command(arguments: argparse.Namespace) -> int:
     start = common.parse_size(arguments.start_offset, unit=1)
     length = None if arguments.max_length is None else common.parse_size(arguments.max_length, unit=1)
     with common.about(arguments.image):
-        shared = arguments.force_share
-        extents = map_file(arguments.image, arguments.format, start, length, force_share=shared)
+        extents = map_file(arguments.image, arguments.format, start, length, **_following(arguments))
     if arguments.output == "json":
         print("[" + ",\n".join(_json_line(extent) for extent in extents) + "]")
         return common.EXIT_OK
@@ -229,12 +275,17 @@ def map_command(arguments: argparse.Namespace) -> int:
     for extent in extents:
         if extent.compressed:
             raise common.CommandError(
-                f"{arguments.image}: compressed clusters have no offset to map to: use --output=json"
+                f"{_shown(extent.path)}: compressed clusters have no offset to map to: use --output=json"
             )
         if extent.data and not extent.zero and extent.offset is not None:
             place = _hex(extent.start), _hex(extent.length), _hex(extent.offset)
-            print(_MAP_ROW.format(*place, arguments.image))
+            print(_MAP_ROW.format(*place, _shown(extent.path)))
     return common.EXIT_OK
+
+
+def _shown(path: str) -> str:
+    """Return a path as it can be printed: a name inside an image may be any bytes."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _hex(number: int) -> str:

@@ -253,6 +253,12 @@ class FileDevice:
         with self._naming_errors():
             return _fallocate(self._descriptor, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
 
+    def identity(self) -> tuple[int, int]:
+        """Return what tells the file from all others, whatever its name: device and inode."""
+        with self._naming_errors():
+            state = os.fstat(self._descriptor)
+        return state.st_dev, state.st_ino
+
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, length) in bytes of the parts of a range that may hold data, in order.
 

@@ -8,7 +8,6 @@ from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.root import FEATURE_NAME_STRUCT
 
 INCOMPATIBLE_TYPE = 0
-_REFCOUNT_ORDER_WRITTEN = 4
 
 
 def refuse_reading(area: HeaderArea) -> None:
@@ -23,33 +22,26 @@ def refuse_reading(area: HeaderArea) -> None:
         raise UnsupportedFeatureError(f"incompatible feature {_feature_names(area, unknown)}")
     if header.crypt_method:
         raise UnsupportedFeatureError("encryption", f"crypt_method {header.crypt_method}")
-    if header.backing_file_offset:
-        raise UnsupportedFeatureError("a backing file")
     known_compression = header.incompatible_features & headers.INCOMPATIBLE_COMPRESSION
     if bool(known_compression) != bool(header.compression_type) or header.compression_type > 1:
         raise UnsupportedFeatureError(f"compression type {header.compression_type}")
 
 
-def refuse_writing(area: HeaderArea) -> None:
-    """Raise UnsupportedFeatureError if writing could damage the image or make it lie."""
+def refuse_writing(area: HeaderArea, *, repairing: bool = False) -> None:
+    """Raise UnsupportedFeatureError if writing could damage the image or make it lie.
+
+    ``repairing`` allows an image that is marked corrupt: it is repaired and checked before anything else.
+    """
     refuse_reading(area)
     header = area.header
     if header.version < 3:
         raise UnsupportedFeatureError(
             "writing to a version 2 image", "it has no feature bits; amend it to version 3"
         )
-    if header.incompatible_features & headers.INCOMPATIBLE_CORRUPT:
+    if header.incompatible_features & headers.INCOMPATIBLE_CORRUPT and not repairing:
         raise UnsupportedFeatureError("writing to an image marked corrupt", "repair it first")
-    if header.incompatible_features & headers.INCOMPATIBLE_DIRTY:
-        raise UnsupportedFeatureError(
-            "writing to an image with the dirty bit", "its refcounts must be rebuilt first"
-        )
-    if header.nb_snapshots:
-        raise UnsupportedFeatureError("writing to an image with internal snapshots")
     if area.find(headers.EXTENSION_BITMAPS) is not None:
         raise UnsupportedFeatureError("writing to an image with persistent bitmaps")
-    if header.refcount_order != _REFCOUNT_ORDER_WRITTEN:
-        raise UnsupportedFeatureError(f"writing with {1 << header.refcount_order}-bit refcounts")
 
 
 def _feature_names(area: HeaderArea, bits: int) -> str:

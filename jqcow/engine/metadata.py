@@ -242,6 +242,11 @@ class Metadata:
         self._require_operation()
         self._staged.area = self.area.with_header(replace(self.header, **fields))
 
+    def set_area(self, area: HeaderArea) -> None:
+        """Stage another header, extensions and backing file name included."""
+        self._require_operation()
+        self._staged.area = area
+
     def require_order(self) -> None:
         """The data that this operation maps must be durable before the record that maps it."""
         self._require_operation()

@@ -9,21 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jqcow.engine import features
+from jqcow.engine import repair as repairing
 from jqcow.engine.journal import Scan
 from jqcow.engine.medium import Medium
+from jqcow.engine.repair import RepairReport, What
 from jqcow.engine.store import NewSalt, Store, random_salt, read_root_copy
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import MAGIC, Header, HeaderArea
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC, Header, HeaderArea
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, SECTOR_BYTES
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened image: its store, and what the journal held if there was a live one."""
+    """An opened image: its store, what the journal held if there was a live one, and what was repaired."""
 
     store: Store
     scan: Scan | None
+    repaired: RepairReport | None = None
 
 
 def open_store(
@@ -33,8 +36,12 @@ def open_store(
     journal_bytes: int = 0,
     use_root_copy: bool = False,
     new_salt: NewSalt = random_salt,
+    repair: What | None = None,
 ) -> Opened:
     """Open the image on ``medium``; a live one is recovered first where it is opened for writing.
+
+    Then the refcounts are made right where that was asked for, or where the dirty bit says that they may
+    be wrong.
 
     Args:
         medium: the device.
@@ -42,6 +49,7 @@ def open_store(
         journal_bytes: length of the next journal, 0 for the default (or what the live image has).
         use_root_copy: where sector 0 has no valid magic, take the root from its copy.
         new_salt: makes the salt of each new journal; a seeded one makes a simulation replayable.
+        repair: what to repair, with "all" also an image marked corrupt; None: what the dirty bit asks for.
 
     Raises:
         FormatError: not a qcow2 image, or one that breaks the specification.
@@ -54,19 +62,26 @@ def open_store(
         sector = read_root_copy(medium) or sector
     if roots.is_live(sector):
         store, scan = Store.open_live(medium, sector, journal_bytes=journal_bytes, new_salt=new_salt)
-        _check_usable(store.metadata.area, writable=writable)
+        _check_usable(store.metadata.area, writable=writable, repairing=repair == "all")
         if writable:
-            store.recover(sector, scan)
-        return Opened(store, scan)
+            store.recover(sector, scan, repairing=repair is not None)
+        return Opened(store, scan, _repair(store, repair) if writable else None)
     area = read_header(medium)
-    _check_usable(area, writable=writable)
+    _check_usable(area, writable=writable, repairing=repair == "all")
     length = journal_bytes or roots.DEFAULT_JOURNAL_BYTES
-    return Opened(Store(medium, area, journal_bytes=length, new_salt=new_salt), None)
+    store = Store(medium, area, journal_bytes=length, new_salt=new_salt)
+    return Opened(store, None, _repair(store, repair) if writable else None)
 
 
-def _check_usable(area: HeaderArea, *, writable: bool) -> None:
+def _repair(store: Store, what: What | None) -> RepairReport | None:
+    if what is None and not store.metadata.header.incompatible_features & INCOMPATIBLE_DIRTY:
+        return None
+    return repairing.repair(store, what or "all")
+
+
+def _check_usable(area: HeaderArea, *, writable: bool, repairing: bool) -> None:
     if writable:
-        features.refuse_writing(area)
+        features.refuse_writing(area, repairing=repairing)
     else:
         features.refuse_reading(area)
     header = area.header

@@ -4,11 +4,14 @@ R1. A refcount is raised in the operation, and so in the record, that makes the 
 R2. A cluster is handed out only if its refcount, staged changes included, is 0.
 R3. The home of a metadata cluster is allocated on the host before a record names it, and that of every
     older one before the first record: a full disk fails the operation, not the checkpoint.
+R4. Compressed data is packed only into sectors that no durable or staged entry names: behind what this
+    process packed last, and never after the host cluster was freed or its packing was undone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NoReturn
 
 from jqcow import _native
 from jqcow.engine.metadata import Metadata
@@ -32,6 +35,12 @@ class Refcounts:
         self.metadata_clusters: set[int] = set()
         self._scan_cluster = 0
         self._scan_end = 0
+        self._packed = 0
+
+    @property
+    def largest(self) -> int:
+        """The largest refcount that the image's refcount width holds."""
+        return (1 << (1 << self.geometry.refcount_order)) - 1
 
     # Reading
 
@@ -103,9 +112,34 @@ class Refcounts:
                 return piece * self.geometry.refcounts_per_block + last
         return -1
 
+    def runs(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (start, count, refcount) of clusters in a row that have the same refcount."""
+        end = start + count
+        while start < end:
+            step, block, position = self._place(start, end)
+            if block:
+                data = self.metadata.block(block)
+                order = self.geometry.refcount_order
+                value, length = _native.refcount_run(data, order, position, position + step)
+            else:
+                value, length = 0, step
+            yield start, length, value
+            start += length
+
+    def _place(self, start: int, end: int) -> tuple[int, int, int]:
+        """Return where the refcounts of [start, end) begin: how many lie in one block, its offset, the index.
+
+        The offset is 0 where there is no refcount block.
+        """
+        index, within = divmod(start, self.geometry.refcounts_per_cluster)
+        piece, position = divmod(within, self.geometry.refcounts_per_block)
+        step = min(end - start, self.geometry.refcounts_per_block - position)
+        block = self.refcount_block(index)
+        return step, block and block + piece * self.geometry.block_bytes, position
+
     def is_free(self, start: int, end: int) -> bool:
         """Return True if all clusters in [start, end) have refcount 0."""
-        return all(self.get(cluster) == 0 for cluster in range(start, end))
+        return not any(refcount for _, _, refcount in self.runs(start, end - start))
 
     # Allocation, inside an operation
 
@@ -159,22 +193,66 @@ class Refcounts:
             self.metadata.medium.allocate(start * cluster_bytes, count * cluster_bytes)
 
     def _raise(self, start: int, count: int) -> None:
-        for cluster in range(start, start + count):
-            before = self.get(cluster)
-            if before:
-                raise CorruptionError(
-                    "refcount block",
-                    cluster * self.geometry.cluster_bytes,
-                    f"a free cluster has refcount {before}",
-                )
-            self._set(cluster, 1)
+        """Give free clusters refcount 1."""
+        order = self.geometry.refcount_order
+        for first, block, position, stop in self._blocks_for(start, count):
+            data = self.metadata.edit(block)
+            used = _native.refcount_find_used(data, order, position, stop)
+            if used >= 0:
+                place = (first + used - position) * self.geometry.cluster_bytes
+                refcount = _native.refcount_get(data, used, order)
+                raise CorruptionError("refcount block", place, f"a free cluster has refcount {refcount}")
+            _native.refcount_add(data, order, position, stop, 1)
 
-    def _set(self, cluster: int, value: int) -> None:
-        index, within = divmod(cluster, self.geometry.refcounts_per_cluster)
-        block = self.refcount_block(index) or self._add_block(index)
-        piece, position = divmod(within, self.geometry.refcounts_per_block)
-        data = self.metadata.edit(block + piece * self.geometry.block_bytes)
-        _native.refcount_set(data, position, self.geometry.refcount_order, value)
+    def _add(self, start: int, count: int, delta: int) -> None:
+        """Change the refcounts of clusters in a row by ``delta``.
+
+        Raises:
+            CorruptionError: one of them would get below 0.
+            UnsupportedFeatureError: one of them would not fit the refcount's width.
+        """
+        for first, block, position, stop in self._blocks_for(start, count):
+            data = self.metadata.edit(block)
+            failed = _native.refcount_add(data, self.geometry.refcount_order, position, stop, delta)
+            if failed >= 0:
+                self._refuse(first + failed - position, delta)
+
+    def _take(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Take a reference from each cluster; return the runs (start, count) that have none left."""
+        order, freed = self.geometry.refcount_order, []
+        for first, block, position, stop in self._blocks_for(start, count):
+            data = self.metadata.edit(block)
+            failed = _native.refcount_add(data, order, position, stop, -1)
+            if failed >= 0:
+                self._refuse(first + failed - position, -1)
+            at = position
+            while at < stop:
+                refcount, length = _native.refcount_run(data, order, at, stop)
+                if not refcount:
+                    freed.append((first + at - position, length))
+                at += length
+        return freed
+
+    def _blocks_for(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the metadata blocks that hold the refcounts of clusters in a row; missing ones are added.
+
+        Each with the first cluster, the block's host offset, and the range [index, end) of refcounts in it.
+        """
+        end = start + count
+        while start < end:
+            step, block, position = self._place(start, end)
+            if block:
+                yield start, block, position, position + step
+                start += step
+            else:
+                self._add_block(start // self.geometry.refcounts_per_cluster)
+
+    def _refuse(self, cluster: int, delta: int) -> NoReturn:
+        offset = cluster * self.geometry.cluster_bytes
+        if delta < 0:
+            raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
+        detail = f"the cluster at host offset {offset:#x} has no room for another reference"
+        raise UnsupportedFeatureError(f"a refcount above {self.largest}", detail)
 
     def _add_block(self, index: int) -> int:
         """Add the refcount block ``index``. Its own refcount may be in itself, or in a further new block."""
@@ -208,57 +286,118 @@ class Refcounts:
         self.metadata.set_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
         self._raise(run.start, run.count)
         first_old = header.refcount_table_offset // self.geometry.cluster_bytes
-        for cluster in range(first_old, first_old + header.refcount_table_clusters):
-            self.release_metadata(cluster)
+        self.release_metadata(first_old, header.refcount_table_clusters)
 
     def _last_block_index(self, table_clusters: int) -> int:
         """Index of the last refcount block that a new table at the frontier, and its blocks, would need."""
         new_blocks = table_clusters // self.geometry.refcounts_per_cluster + 2
         return (self.space.frontier + table_clusters + new_blocks) // self.geometry.refcounts_per_cluster
 
-    def release(self, cluster: int) -> None:
-        """Take the reference from a data cluster, which frees it.
+    # Sharing, inside an operation
+
+    def share(self, start: int, count: int) -> None:
+        """Add a reference to each of the clusters, which are in use.
 
         Raises:
-            CorruptionError, UnsupportedFeatureError: as `require_exclusive_data`.
+            CorruptionError: one of them is free.
+            UnsupportedFeatureError: its refcount does not fit the refcount's width.
         """
-        self.require_exclusive_data(cluster)
-        self._set(cluster, 0)
-        self.space.free_data(cluster)
+        for run_start, _, before in self.runs(start, count):
+            if not before:
+                self._refuse(run_start, -1)
+        self._add(start, count, 1)
 
-    def release_metadata(self, cluster: int) -> None:
-        """Take the reference from a metadata cluster, which frees it."""
-        self.require_exclusive(cluster)
-        self._set(cluster, 0)
-        self.space.free_metadata(cluster)
-
-    def require_exclusive(self, cluster: int) -> None:
-        """Raise unless a cluster in use has refcount 1.
+    def release(self, start: int, count: int = 1) -> None:
+        """Take a reference from each of the data clusters; those without another one are free.
 
         Raises:
-            CorruptionError: its refcount is 0.
-            UnsupportedFeatureError: it is shared; without internal snapshots no known program does that.
+            CorruptionError: one of them is free already, or holds metadata.
         """
-        value = self.get(cluster)
+        for cluster, run_count in self._take(start, count):
+            for freed in range(cluster, cluster + run_count):
+                self._check_holds_data(freed)
+            if cluster <= self._packed // self.geometry.cluster_bytes < cluster + run_count:
+                self.stop_packing()
+            self.space.free_data(cluster, run_count)
+
+    def release_metadata(self, start: int, count: int = 1) -> None:
+        """Take a reference from each of the metadata clusters; those without another one are free."""
+        for cluster, run_count in self._take(start, count):
+            self.space.free_metadata(cluster, run_count)
+
+    def data_refcount(self, cluster: int) -> int:
+        """Return the refcount of a cluster that a guest's entry names; it holds no metadata (G2).
+
+        Raises:
+            CorruptionError: its refcount is 0, or it holds metadata, which a guest's entry must not change.
+            UnsupportedFeatureError: it is shared, but there is no snapshot to share it with: two guest
+                clusters have it, or the refcount is wrong.
+        """
+        refcount = self.get(cluster)
         offset = cluster * self.geometry.cluster_bytes
-        if value == 0:
+        if refcount == 0:
             raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
-        if value > 1:
+        self._check_holds_data(cluster)
+        if refcount > 1 and not self.metadata.header.nb_snapshots:
             raise UnsupportedFeatureError(
-                "a cluster shared without a snapshot", f"refcount {value} at host offset {offset:#x}"
+                "a cluster shared without a snapshot", f"refcount {refcount} at host offset {offset:#x}"
             )
+        return refcount
 
-    def require_exclusive_data(self, cluster: int) -> None:
-        """Raise unless a cluster that a guest's entry names has refcount 1, and holds no metadata (G2).
-
-        Raises:
-            CorruptionError: it holds metadata, which a guest's entry must not change or free.
-            CorruptionError, UnsupportedFeatureError: as `require_exclusive`.
-        """
-        self.require_exclusive(cluster)
+    def _check_holds_data(self, cluster: int) -> None:
         if cluster in self.metadata_clusters:
             offset = cluster * self.geometry.cluster_bytes
             raise CorruptionError("L2 table", offset, "a guest cluster is mapped onto metadata")
+
+    # Correcting, inside an operation
+
+    def correct(self, start: int, count: int, refcount: int, references: int) -> None:
+        """Give clusters in a row the refcount ``references`` instead of ``refcount``.
+
+        Raises:
+            UnsupportedFeatureError: it does not fit the refcount's width.
+            OSError: the host has no space for a refcount block.
+        """
+        self._add(start, count, references - refcount)
+        if not references:
+            # What they hold is not known: as if it were metadata, whose old blocks may still be replayed.
+            self.space.free_metadata(start, count)
+        elif not refcount:
+            self.space.withdraw(start, count)
+
+    # Packing compressed data, inside an operation
+
+    def allocate_packed(self, length: int) -> int:
+        """Allocate whole sectors for ``length`` bytes of one compressed cluster; return their host offset.
+
+        They follow those that were packed before, in the same host cluster while there is room (R4).
+
+        Raises:
+            OSError, CorruptionError: as `allocate`.
+        """
+        cluster_bytes = self.geometry.cluster_bytes
+        length = layout.round_up(length, layout.SECTOR_BYTES)
+        left = -self._packed % cluster_bytes
+        current = self._packed // cluster_bytes
+        if left and self.get(current) < self.largest:
+            if length <= left:
+                return self._pack(self._packed, length, (current,))
+            new = self.allocate(1).start
+            if new == current + 1:
+                return self._pack(self._packed, length, (current,))
+        else:
+            new = self.allocate(1).start
+        return self._pack(new * cluster_bytes, length, ())
+
+    def _pack(self, offset: int, length: int, shared: tuple[int, ...]) -> int:
+        for cluster in shared:
+            self.share(cluster, 1)
+        self._packed = offset + length
+        return offset
+
+    def stop_packing(self) -> None:
+        """Pack what comes next into another host cluster (R4)."""
+        self._packed = 0
 
     # Free clusters below the end of the file
 

@@ -88,6 +88,26 @@ class ClusterRuns:
             past += 1
         runs[first:past] = [(start, end)]
 
+    def discard(self, start: int, count: int) -> None:
+        """Remove what the set holds of a run."""
+        runs, end = self._runs, start + count
+        first = bisect_left(runs, (start, start))
+        if first and runs[first - 1][1] > start:
+            first -= 1
+        past = max(first, bisect_left(runs, (end, end)))
+        kept = []
+        if first < past and runs[first][0] < start:
+            kept.append((runs[first][0], start))
+        if first < past and runs[past - 1][1] > end:
+            kept.append((end, runs[past - 1][1]))
+        runs[first:past] = kept
+
+    def copy(self) -> ClusterRuns:
+        """Return a set of the same clusters."""
+        copied = ClusterRuns()
+        copied._runs = list(self._runs)
+        return copied
+
     def take(self, count: int) -> tuple[int, int]:
         """Remove and return the lowest run, at most ``count`` clusters of it: (start, count)."""
         start, end = self._runs[0]
@@ -101,10 +121,23 @@ class ClusterRuns:
 
 @dataclass
 class Frees:
-    """Clusters freed by changes that travel in one record."""
+    """Clusters freed by changes that travel in one record; ``count`` tells roughly how many."""
 
-    data: set[int] = field(default_factory=set)
-    metadata: set[int] = field(default_factory=set)
+    data: ClusterRuns = field(default_factory=ClusterRuns)
+    metadata: ClusterRuns = field(default_factory=ClusterRuns)
+    count: int = 0
+
+    def copy(self) -> Frees:
+        """Return the same frees; changing what they hold leaves these alone."""
+        return Frees(self.data.copy(), self.metadata.copy(), self.count)
+
+    def take_back(self, undo: _Undo) -> None:
+        """Forget what an operation freed."""
+        for start, count in undo.data:
+            self.data.discard(start, count)
+        for start, count in undo.metadata:
+            self.metadata.discard(start, count)
+        self.count = max(0, self.count - sum(count for _, count in (*undo.data, *undo.metadata)))
 
 
 @dataclass(frozen=True)
@@ -112,15 +145,14 @@ class SpaceMark:
     """Where a transaction stood: how many runs it had taken, and what it had freed."""
 
     taken: int
-    data: frozenset[int]
-    metadata: frozenset[int]
+    frees: Frees
 
 
 @dataclass
 class _Undo:
     taken: list[Run] = field(default_factory=list)
-    data: list[int] = field(default_factory=list)
-    metadata: list[int] = field(default_factory=list)
+    data: list[tuple[int, int]] = field(default_factory=list)
+    metadata: list[tuple[int, int]] = field(default_factory=list)
 
 
 _Waiting = dict[tuple[int, int], int]
@@ -148,7 +180,7 @@ class Space:
         self._released: list[tuple[int, int]] = []
         self._staged = Frees()
         self._in_flight: Frees | None = None
-        self._metadata_frees: list[tuple[int, set[int]]] = []
+        self._metadata_frees: list[tuple[int, ClusterRuns]] = []
         self._undo: _Undo | None = None
         self._transaction: list[Run] | None = None
         self._host_punches = True
@@ -190,6 +222,16 @@ class Space:
             return self.take_at_frontier(count)
         self._note_taken(run)
         return run
+
+    def withdraw(self, start: int, count: int) -> None:
+        """Take clusters off the lists of free ones: they turned out to be in use."""
+        self.zero_safe.discard(start, count)
+        self.unknown.discard(start, count)
+        for waiting in (self._settling, self._retired):
+            for run_start, run_count in [run for run in waiting if _overlap(run, (start, count))]:
+                # What is left of the run stays out of use until the image is opened again.
+                del waiting[run_start, run_count]
+        self._released = [run for run in self._released if not _overlap(run, (start, count))]
 
     def take_at_frontier(self, count: int) -> Run:
         """Take exactly ``count`` clusters in a row, past the end of everything."""
@@ -258,8 +300,7 @@ class Space:
         undo = self._undo
         if undo is None:
             return
-        self._staged.data.difference_update(undo.data)
-        self._staged.metadata.difference_update(undo.metadata)
+        self._staged.take_back(undo)
         self._undo = None
         for run in undo.taken:
             self.unknown.add(run.start, run.count)
@@ -273,15 +314,13 @@ class Space:
     def mark(self) -> SpaceMark:
         """Return where a transaction stands, for `return_to`. Its fresh clusters are closed."""
         self.fresh = set()
-        return SpaceMark(
-            len(self._require_transaction()), frozenset(self._staged.data), frozenset(self._staged.metadata)
-        )
+        return SpaceMark(len(self._require_transaction()), self._staged.copy())
 
     def return_to(self, mark: SpaceMark) -> None:
         """Undo what the transaction took and freed since ``mark``."""
         taken = self._require_transaction()
         given_up = taken[mark.taken :]
-        self.fresh, self._staged = set(), Frees(set(mark.data), set(mark.metadata))
+        self.fresh, self._staged = set(), mark.frees.copy()
         del taken[mark.taken :]
         for run in given_up:
             self.unknown.add(run.start, run.count)
@@ -295,8 +334,10 @@ class Space:
         if self._transaction is None:
             return
         now = self.medium.barriers_started
-        taken = {cluster for run in self._transaction for cluster in range(run.start, run.start + run.count)}
-        retired = self._retired | dict.fromkeys(_as_runs(taken), now)
+        taken = ClusterRuns()
+        for run in self._transaction:
+            taken.add(run.start, run.count)
+        retired = self._retired | dict.fromkeys(taken, now)
         self._retired, self._staged = retired, Frees()
         self._transaction = self.fresh = self._in_flight = None
 
@@ -305,22 +346,24 @@ class Space:
             raise RuntimeError("no transaction is open")
         return self._transaction
 
-    def free_data(self, cluster: int) -> None:
-        """A staged change frees a data cluster."""
+    def free_data(self, start: int, count: int = 1) -> None:
+        """A staged change frees data clusters."""
         if self._undo is not None:
-            self._undo.data.append(cluster)
-        self._staged.data.add(cluster)
+            self._undo.data.append((start, count))
+        self._staged.data.add(start, count)
+        self._staged.count += count
 
-    def free_metadata(self, cluster: int) -> None:
-        """A staged change frees a metadata cluster."""
+    def free_metadata(self, start: int, count: int = 1) -> None:
+        """A staged change frees metadata clusters."""
         if self._undo is not None:
-            self._undo.metadata.append(cluster)
-        self._staged.metadata.add(cluster)
+            self._undo.metadata.append((start, count))
+        self._staged.metadata.add(start, count)
+        self._staged.count += count
 
     @property
     def staged_frees(self) -> int:
-        """How many clusters the staged changes free."""
-        return len(self._staged.data) + len(self._staged.metadata)
+        """About how many clusters the staged changes free: an exception may have cut the counting off."""
+        return self._staged.count
 
     # Records and barriers
 
@@ -330,10 +373,16 @@ class Space:
 
     def uncut(self) -> None:
         """The record failed: its frees are staged again."""
-        if self._in_flight is not None:
-            self._staged.data |= self._in_flight.data
-            self._staged.metadata |= self._in_flight.metadata
-            self._in_flight = None
+        failed = self._in_flight
+        if failed is None:
+            return
+        both = failed.copy()
+        for start, count in self._staged.data:
+            both.data.add(start, count)
+        for start, count in self._staged.metadata:
+            both.metadata.add(start, count)
+        both.count += self._staged.count
+        self._staged, self._in_flight = both, None
 
     def publish(self, epoch: int) -> None:
         """A record of ``epoch`` is durable: its data frees are released, its metadata frees wait (S1, S2).
@@ -341,11 +390,11 @@ class Space:
         If cut off it can be done again.
         """
         frees = Frees() if self._in_flight is None else self._in_flight
-        released = self._released + _as_runs(frees.data)
+        released = self._released + list(frees.data)
         waiting = [(epoch, frees.metadata)] if frees.metadata else []
         for freeing_epoch, clusters in self._metadata_frees:
             if freeing_epoch < epoch:
-                released += _as_runs(clusters)
+                released += list(clusters)
             else:
                 waiting.append((freeing_epoch, clusters))
         # No call in between: an exception that comes at any time finds all of this done, or nothing.
@@ -390,20 +439,11 @@ class Space:
             self._released.append(run)
 
 
+def _overlap(run: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return True if two runs (start, count) have a cluster in common."""
+    return run[0] < other[0] + other[1] and other[0] < run[0] + run[1]
+
+
 def _covered(waiting: _Waiting, number: int) -> list[tuple[int, int]]:
     """Return the runs that were listed before barrier ``number`` started."""
     return [run for run, started_before in waiting.items() if started_before < number]
-
-
-def _as_runs(clusters: set[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    start = end = -1
-    for cluster in sorted(clusters):
-        if cluster != end:
-            if end > start:
-                runs.append((start, end - start))
-            start = cluster
-        end = cluster + 1
-    if end > start:
-        runs.append((start, end - start))
-    return runs

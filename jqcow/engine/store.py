@@ -25,18 +25,19 @@ from types import TracebackType
 
 from jqcow.engine import journal as journals
 from jqcow.engine.journal import Journal
-from jqcow.engine.mapping import Mapping, survey
+from jqcow.engine.mapping import Mapping
 from jqcow.engine.medium import Medium
-from jqcow.engine.metadata import Layer, Metadata
+from jqcow.engine.metadata import Layer, Metadata, MetadataMark
 from jqcow.engine.refcounts import Refcounts
-from jqcow.engine.space import Space
+from jqcow.engine.snapshots import Snapshots
+from jqcow.engine.space import Space, SpaceMark
 from jqcow.engine.turn import Turn
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import EncodedPayload, HeaderOperation
-from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, HeaderArea
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.root import DEFAULT_JOURNAL_BYTES, MAX_JOURNAL_BYTES, JournalRange
 
@@ -101,6 +102,7 @@ class Store:
         self.space = Space(medium, self.geometry)
         self.refcounts = Refcounts(self.metadata, self.space)
         self.mapping = Mapping(self.metadata, self.space)
+        self.snapshots = Snapshots(self.metadata, self.mapping, self.refcounts)
         self.journal: Journal | None = None
         self.journal_bytes = journal_bytes
         self._new_salt = new_salt
@@ -110,6 +112,8 @@ class Store:
         self._root_in_doubt = False
         self._root_copy_is_stale = False
         self._surveyed = False
+        self.kept_bytes = 0
+        """The file is never cut below this: refcounts that are known to be wrong do not tell its end."""
         self._operation_succeeded = False
         self._commit: _Commit | None = None
         self.lock = medium.lock
@@ -161,6 +165,7 @@ class Store:
             self.metadata.finish()
             self.space.finish()
         else:
+            self.refcounts.stop_packing()
             self.metadata.roll_back()
             self.space.roll_back()
         self._operation_succeeded = False
@@ -220,11 +225,25 @@ class Store:
             CorruptionError: changing this image would destroy it.
         """
         if not self._surveyed:
-            self.refcounts.metadata_clusters = survey(self.mapping, self.refcounts)
-            file_end = self.geometry.clusters(self.medium.size())
-            self.space.frontier = max(self.space.frontier, file_end, self.refcounts.used_end())
+            self.refcounts.metadata_clusters = self.snapshots.survey()
+            self._find_frontier()
             self.refcounts.start_search(self.space.frontier)
             self._surveyed = True
+
+    def prepare_to_repair(self) -> None:
+        """As `prepare_to_change`, where refcounts may be wrong: nothing below the frontier is free (F1).
+
+        Raises:
+            CorruptionError: a metadata cluster is used twice.
+        """
+        if not self._surveyed:
+            self.refcounts.metadata_clusters = set(self.snapshots.find_metadata())
+            self._find_frontier()
+            self._surveyed = True
+
+    def _find_frontier(self) -> None:
+        file_end = self.geometry.clusters(self.medium.size())
+        self.space.frontier = max(self.space.frontier, file_end, self.refcounts.used_end())
 
     def go_live(self) -> None:
         """Set up the journal before the first metadata change. Nothing to do if the image is live.
@@ -495,8 +514,20 @@ class Store:
 
     def abandon_transaction(self) -> None:
         """Undo the whole transaction, also one whose record failed. Where cut off it can be done again."""
+        if self.metadata.in_transaction:
+            self.refcounts.stop_packing()
         self.metadata.abandon_transaction()
         self.space.abandon_transaction()
+
+    def mark(self) -> tuple[MetadataMark, SpaceMark]:
+        """Return the open transaction's state, for `return_to`. Its fresh clusters are closed."""
+        return self.metadata.mark(), self.space.mark()
+
+    def return_to(self, mark: tuple[MetadataMark, SpaceMark]) -> None:
+        """Undo what the transaction did since ``mark``. Where cut off it can be done again."""
+        self.refcounts.stop_packing()
+        self.metadata.return_to(mark[0])
+        self.space.return_to(mark[1])
 
     def _make_room(self, layer: Layer) -> EncodedPayload:
         """Encode the layer for the place where its frame goes; end the epoch or move where it must.
@@ -641,16 +672,24 @@ class Store:
         if not self.refcounts.is_free(start, end):
             raise CorruptionError("journal", extent.offset, "its clusters have a refcount")
 
-    def recover(self, sector: bytes, scan: journals.Scan) -> None:
+    def recover(self, sector: bytes, scan: journals.Scan, *, repairing: bool = False) -> None:
         """Bring a crashed image home: what `open_live` replayed into memory becomes durable.
 
         What was read is not thereby durable, and a durable frame must not be put at risk by rewriting it:
         nothing is written into the range that was read, and no home before the frames are safe elsewhere.
 
+        Args:
+            sector: the root as it was read.
+            scan: the journal as it was read.
+            repairing: the refcounts may be wrong, and are made right next.
+
         Raises:
             OSError: recovery can be tried again, from the start.
         """
-        self.prepare_to_change()
+        if repairing or self.metadata.header.incompatible_features & INCOMPATIBLE_DIRTY:
+            self.prepare_to_repair()
+        else:
+            self.prepare_to_change()
         # Durable now: what a killed writer left unsynced, a root copy in flight among it.
         self.medium.barrier("recover.settle")
         if self._root_copy_serves(scan.extent):
@@ -741,7 +780,7 @@ class Store:
         self.journal = None
         self.space.give_back()
         self._clear_root_copy()
-        used_bytes = self.refcounts.used_end() * self.geometry.cluster_bytes
+        used_bytes = max(self.kept_bytes, self.refcounts.used_end() * self.geometry.cluster_bytes)
         if used_bytes > extent.offset:
             self.medium.punch(extent.offset, extent.length)
         self.medium.shrink(used_bytes)

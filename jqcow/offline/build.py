@@ -2,7 +2,10 @@
 
 It is written into a file that nobody sees yet, so nothing of it has to survive a crash, and it needs no
 journal: the layout is header, L1 table, then data and L2 tables in the order of the guest, then refcounts.
-Every cluster of the file is used once, so all refcounts are 1.
+
+Compressed clusters are packed one behind another, each from the start of a sector, across the border of two
+host clusters where these are neighbours. The refcount of a host cluster is the number of compressed clusters
+that touch it; of all others it is 1.
 """
 
 from __future__ import annotations
@@ -10,15 +13,21 @@ from __future__ import annotations
 from jqcow.device.base import Device
 from jqcow.ondisk import entries, layout
 from jqcow.ondisk.blank import refcount_clusters
-from jqcow.ondisk.header import CREATED_HEADER_BYTES, Header
-from jqcow.ondisk.layout import ENTRY_BYTES, Geometry
+from jqcow.ondisk.compression import COMPRESSION_ZLIB
+from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header
+from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES, Geometry
+
+REFCOUNT_BYTES = 2
+REFCOUNT_ONE = (1).to_bytes(REFCOUNT_BYTES, "big")
 
 
 class ImageBuilder:
     """Builds a version 3 image on an empty device. Offsets and lengths in bytes."""
 
-    def __init__(self, device: Device, size: int, cluster_bits: int) -> None:
-        """Start an image of a disk of ``size`` bytes.
+    def __init__(
+        self, device: Device, size: int, cluster_bits: int, compression_type: int = COMPRESSION_ZLIB
+    ) -> None:
+        """Start an image of a disk of ``size`` bytes; the header announces the compression type.
 
         Raises:
             ValueError: the disk needs an L1 table larger than 32 MiB.
@@ -26,6 +35,7 @@ class ImageBuilder:
         self._device = device
         self._size = size
         self._geometry = Geometry(cluster_bits)
+        self._compression_type = compression_type
         l1_size = self._geometry.l1_entries_for(size)
         if l1_size * ENTRY_BYTES > layout.MAX_L1_BYTES:
             raise ValueError(f"a disk of {size} bytes needs clusters larger than {1 << cluster_bits} bytes")
@@ -34,6 +44,8 @@ class ImageBuilder:
         self._l2_index = -1
         self._l2_table = bytearray()
         self._reached = 0
+        self._packed_end = 0
+        self._shared_refcounts: dict[int, bytearray] = {}
 
     @property
     def cluster_bytes(self) -> int:
@@ -45,8 +57,7 @@ class ImageBuilder:
 
         The last cluster of the disk may be cut at the disk's end.
         """
-        if offset % self.cluster_bytes or offset < self._reached:
-            raise ValueError("clusters are built in the order of the guest, whole")
+        self._reach(offset, len(data))
         host = self._next_cluster * self.cluster_bytes
         self._device.pwrite(data, host)
         count = self._geometry.clusters(len(data))
@@ -54,16 +65,53 @@ class ImageBuilder:
         self._next_cluster += count
         first = offset // self.cluster_bytes
         for cluster in range(first, first + count):
-            self._map(cluster, host + (cluster - first) * self.cluster_bytes)
-        self._reached = offset + count * self.cluster_bytes
+            self._map(cluster, entries.l2_entry(host + (cluster - first) * self.cluster_bytes))
 
-    def _map(self, guest_cluster: int, host_offset: int) -> None:
+    def write_compressed(self, stream: bytes, offset: int) -> None:
+        """Map the guest cluster at ``offset`` to its compressed content; offsets only rise."""
+        self._reach(offset, self.cluster_bytes)
+        length = layout.round_up(len(stream), SECTOR_BYTES)
+        host = self._pack(length)
+        self._device.pwrite(stream.ljust(length, b"\0"), host)
+        entry = entries.compressed_entry(host, length, self._geometry.cluster_bits)
+        self._map(offset // self.cluster_bytes, entry)
+
+    def _reach(self, offset: int, length_bytes: int) -> None:
+        if offset % self.cluster_bytes or offset < self._reached:
+            raise ValueError("clusters are built in the order of the guest, whole")
+        self._reached = offset + layout.round_up(length_bytes, self.cluster_bytes)
+
+    def _pack(self, length_bytes: int) -> int:
+        """Return where the next compressed cluster goes, with its host clusters taken and counted."""
+        fresh = self._next_cluster * self.cluster_bytes
+        host = self._packed_end
+        room = -host % self.cluster_bytes
+        if room == 0 or (length_bytes > room and host + room != fresh):
+            host = fresh
+        else:
+            self._share(host // self.cluster_bytes)
+        self._packed_end = host + length_bytes
+        self._next_cluster = max(self._next_cluster, self._geometry.clusters(self._packed_end))
+        return host
+
+    def _share(self, host_cluster: int) -> None:
+        """Count one more user of a host cluster. Refcount blocks of ones alone are not kept in memory."""
+        block, within = divmod(host_cluster, self._geometry.refcounts_per_cluster)
+        refcounts = self._shared_refcounts.get(block)
+        if refcounts is None:
+            refcounts = bytearray(REFCOUNT_ONE * self._geometry.refcounts_per_cluster)
+            self._shared_refcounts[block] = refcounts
+        place = slice(within * REFCOUNT_BYTES, (within + 1) * REFCOUNT_BYTES)
+        count = int.from_bytes(refcounts[place], "big") + 1
+        refcounts[place] = count.to_bytes(REFCOUNT_BYTES, "big")
+
+    def _map(self, guest_cluster: int, entry: int) -> None:
         l2_index, within = divmod(guest_cluster, self._geometry.l2_entries)
         if l2_index != self._l2_index:
             self._finish_l2_table()
             self._l2_index = l2_index
             self._l2_table = bytearray(self.cluster_bytes)
-        entries.ENTRY.pack_into(self._l2_table, within * ENTRY_BYTES, entries.l2_entry(host_offset))
+        entries.ENTRY.pack_into(self._l2_table, within * ENTRY_BYTES, entry)
 
     def _finish_l2_table(self) -> None:
         if self._l2_index < 0:
@@ -87,13 +135,16 @@ class ImageBuilder:
         for index in range(block_count):
             first = index * geometry.refcounts_per_cluster
             count = min(geometry.refcounts_per_cluster, used - first)
-            self._device.pwrite(b"\0\1" * count, blocks + index * cluster_bytes)
+            refcounts = self._shared_refcounts.get(index, REFCOUNT_ONE * count)[: count * REFCOUNT_BYTES]
+            self._device.pwrite(refcounts, blocks + index * cluster_bytes)
             entry = entries.ENTRY.pack(blocks + index * cluster_bytes)
             self._device.pwrite(entry, table + index * ENTRY_BYTES)
         self._device.pwrite(self._l1_table, cluster_bytes)
         self._device.pwrite(self._header(table, table_clusters).pack(), 0)
 
     def _header(self, refcount_table_offset: int, refcount_table_clusters: int) -> Header:
+        # The bit is set where the type is not zlib, and only there (specification, "Incompatible features").
+        is_other_type = self._compression_type != COMPRESSION_ZLIB
         return Header(
             version=3,
             backing_file_offset=0,
@@ -107,5 +158,7 @@ class ImageBuilder:
             refcount_table_clusters=refcount_table_clusters,
             nb_snapshots=0,
             snapshots_offset=0,
+            incompatible_features=INCOMPATIBLE_COMPRESSION if is_other_type else 0,
             header_length=CREATED_HEADER_BYTES,
+            compression_type=self._compression_type,
         )

@@ -9,28 +9,29 @@ It is stricter in four points, which count as ``errors`` (or leaks) but not as Q
 
 - metadata and something else share a cluster, with refcounts that allow it;
 - an entry points into a reserved range (the journal);
-- the L1 table is too small for the disk (QEMU does not open the image);
+- an L1 table is too small for its disk (QEMU does not open the image, or not this snapshot);
 - a refcount past the end of the file is a leak.
 
+Internal snapshots share L2 tables and data with the disk and with each other, which is their purpose; their
+L1 tables share with nothing. As in QEMU, COPIED flags are judged in the tables of the active disk alone, and
+how many clusters are allocated, fragmented or compressed is said of it alone.
+
 Time and memory are bounded by the file's size and the tables' limits: a table that is pointed to many
-times is walked once.
+times is walked once, and so is what several L1 tables have in common.
 """
 
 from __future__ import annotations
 
 import enum
-import mmap
-import struct
-import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from jqcow import _native
 from jqcow.errors import UnsupportedFeatureError
-from jqcow.ondisk import entries
+from jqcow.offline.tables import REFCOUNT_CODES, Code, decode_refcounts, layers, nonzero_entries, zeroed
+from jqcow.ondisk import entries, layout, snapshots
 from jqcow.ondisk.header import (
     AUTOCLEAR_BITMAPS,
     INCOMPATIBLE_COMPRESSION,
@@ -41,13 +42,17 @@ from jqcow.ondisk.header import (
     INCOMPATIBLE_JOURNAL,
     Header,
 )
-from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES
+from jqcow.ondisk.layout import ENTRY_BYTES, MAX_L1_BYTES, SECTOR_BYTES
+from jqcow.ondisk.snapshots import TableEntry
 
 Read = Callable[[int, int], bytes]
 """Reads (length, offset) in bytes from the image file; what lies past its end reads as zeros."""
 
 MAX_CLUSTERS = 1 << 28
 """The largest file, in clusters, that is checked: 16 TiB with clusters of 64 KiB. It bounds memory."""
+
+MAX_SNAPSHOT_L1_BYTES = 1 << 32
+"""The most that the L1 tables of all snapshots may take: else a few snapshots bind a check for hours."""
 
 KEPT_FINDINGS = 100
 
@@ -58,13 +63,11 @@ _REFUSED_FEATURES = {
     INCOMPATIBLE_EXTENDED_L2: "extended L2 entries",
 }
 
-_GROUP_BYTES = SECTOR_BYTES
-_GROUP_STRUCT = struct.Struct(f">{_GROUP_BYTES // ENTRY_BYTES}Q")
-_ZERO_GROUP = bytes(_GROUP_BYTES)
 _COMPARED_CLUSTERS = 8192
-_LAZY_BYTES = 1 << 20
-_Code = Literal["B", "H", "I", "Q"]
-_REFCOUNT_CODES: dict[int, _Code] = {3: "B", 4: "H", 5: "I", 6: "Q"}
+_L1_STEP_BYTES = 1 << 20
+
+_OWNERS = ("nothing", "header", "refcount table", "refcount block", "L1 table", "snapshot table", "L2 table")
+"""What owns a cluster of metadata; the first stands for a cluster that no metadata owns."""
 
 
 class Kind(enum.StrEnum):
@@ -80,6 +83,9 @@ class Kind(enum.StrEnum):
     OVERLAP = "overlap"
     RESERVED_RANGE = "entry into a reserved range"
     L1_TOO_SMALL = "L1 table too small"
+    L1_TOO_LARGE = "L1 table too large"
+    INCOMPLETE_SNAPSHOT = "incomplete snapshot"
+    TOO_MANY_REFERENCES = "more references than a refcount can count"
 
 
 _LEAKS = (Kind.LEAK, Kind.LEAK_PAST_END)
@@ -157,9 +163,10 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
         reserved: ranges (offset, length) in bytes that nothing may use, as the journal's.
 
     Raises:
-        FormatError: not a qcow2 image, or a header that breaks the specification.
+        FormatError: not a qcow2 image, or a header or snapshot table that breaks the specification.
         CorruptionError: the header places a table where none can be.
-        UnsupportedFeatureError: a feature that the checker does not know, or a file of too many clusters.
+        UnsupportedFeatureError: a feature that the checker does not know, a file of too many clusters, or
+            L1 tables of snapshots that take more than MAX_SNAPSHOT_L1_BYTES.
     """
     header = Header.unpack(read(min(file_bytes, SECTOR_BYTES), 0))
     header.validate()
@@ -175,8 +182,6 @@ def _refuse_unknown(header: Header) -> None:
             raise UnsupportedFeatureError(name, "the checker does not know it")
     if unknown:
         raise UnsupportedFeatureError(f"incompatible features {unknown:#x}")
-    if header.nb_snapshots:
-        raise UnsupportedFeatureError("internal snapshots", "the checker does not know them")
     if header.crypt_method:
         raise UnsupportedFeatureError("encryption", "the checker does not know it")
     if header.autoclear_features & AUTOCLEAR_BITMAPS:
@@ -200,7 +205,9 @@ class _Check:
     """One walk through an image.
 
     Metadata is claimed first, each cluster by the structure that owns it; then the L2 tables are
-    walked, so that an entry that points into metadata is seen.
+    walked, so that an entry that points into metadata is seen. ``active_pointers`` and ``snapshot_pointers``
+    count for each cluster the entries of the disk's L1 table, and of the snapshots', that say that it is an
+    L2 table.
     """
 
     def __init__(
@@ -220,12 +227,14 @@ class _Check:
             (offset >> self.cluster_bits, self.geometry.clusters(offset + length))
             for offset, length in reserved
         ]
-        self.count_code: _Code = "Q" if header.refcount_order > 5 else "I"
-        self.count_limit = (1 << 8 * array(self.count_code).itemsize) - 1
-        self.references = _zeroed(self.count_code, self.cluster_count)
-        self.refcounts = _zeroed(_REFCOUNT_CODES.get(header.refcount_order, "B"), self.cluster_count)
+        self.count_code: Code = "Q" if header.refcount_order > 5 else "I"
+        self.refcount_max = (1 << (1 << header.refcount_order)) - 1
+        self.references = zeroed(self.count_code, self.cluster_count)
+        self.refcounts = zeroed(REFCOUNT_CODES.get(header.refcount_order, "B"), self.cluster_count)
+        self.owners = zeroed("B", self.cluster_count)
+        self.active_pointers = zeroed("I", self.cluster_count)
+        self.snapshot_pointers = zeroed("Q", self.cluster_count if header.nb_snapshots else 0)
         self.blocks: dict[int, int] = {}
-        self.owners: dict[int, str] = {}
         self.findings = _Findings()
         self.allocated = self.fragmented = self.compressed = self.zeros = 0
 
@@ -234,8 +243,10 @@ class _Check:
         header = self.header
         self.claim("header", 0, self.cluster_bytes, "header", 0)
         self.walk_refcount_table()
-        for table, repeats in self.walk_l1_table().items():
-            self.walk_l2_table(table, repeats)
+        self.walk_active_l1_table()
+        if header.nb_snapshots:
+            self.walk_snapshots()
+        self.walk_l2_tables()
         self.compare()
         return CheckReport(
             counts=dict(self.findings.counts),
@@ -248,10 +259,8 @@ class _Check:
             zero_clusters=self.zeros,
         )
 
-    def claim(
-        self, owner: str, offset: int, length: int, source: str, source_offset: int, count: int = 1
-    ) -> bool:
-        """Count ``count`` references to the clusters of a metadata structure, and note their owner.
+    def claim(self, owner: str, offset: int, length: int, source: str, source_offset: int) -> bool:
+        """Count a reference to each cluster of a metadata structure, and note their owner.
 
         ``source`` at ``source_offset`` is what points to it. Returns False, having counted nothing, if
         the structure reaches past the end of the file.
@@ -259,22 +268,35 @@ class _Check:
         if not length:
             return True
         first = offset >> self.cluster_bits
-        last = (offset + length - 1) >> self.cluster_bits
-        if last >= self.cluster_count:
-            self.findings.add(Kind.PAST_END, source, source_offset, f"{owner} at {offset:#x}", count)
+        end = self.geometry.clusters(offset + length)
+        if end > self.cluster_count:
+            self.findings.add(Kind.PAST_END, source, source_offset, f"{owner} at {offset:#x}")
             return False
-        for cluster in range(first, last + 1):
-            other = self.owners.setdefault(cluster, owner)
-            if self.references[cluster]:
-                place = cluster << self.cluster_bits
-                self.findings.add(Kind.OVERLAP, owner, place, f"the cluster is also in use as {other}")
-            self.refer(cluster, source, source_offset, count)
+        for cluster in range(first, end):
+            self.claim_cluster(owner, cluster, source, source_offset, 1)
         return True
 
+    def claim_cluster(self, owner: str, cluster: int, source: str, source_offset: int, count: int) -> None:
+        """Count references of metadata to a cluster inside the file, which nothing else may use."""
+        other = self.owners[cluster] or _OWNERS.index(owner)
+        self.owners[cluster] = other
+        if self.references[cluster]:
+            detail = f"the cluster is also in use as {_OWNERS[other]}"
+            self.findings.add(Kind.OVERLAP, owner, cluster << self.cluster_bits, detail)
+        self.refer(cluster, source, source_offset, count)
+
     def refer(self, cluster: int, source: str, source_offset: int, count: int) -> None:
-        """Count references to a cluster inside the file."""
-        # Saturates: a hostile table can be pointed to often enough to overflow the counter.
-        self.references[cluster] = min(self.references[cluster] + count, self.count_limit)
+        """Count references to a cluster inside the file, up to what a refcount can say."""
+        total = self.references[cluster] + count
+        if total > self.refcount_max:
+            # As in QEMU, each further reference is an error of its own.
+            detail = (
+                f"{cluster << self.cluster_bits:#x} has {total} references, at most {self.refcount_max} count"
+            )
+            excess = total - self.refcount_max
+            self.findings.add(Kind.TOO_MANY_REFERENCES, source, source_offset, detail, excess)
+            total = self.refcount_max
+        self.references[cluster] = total
         for first, end in self.reserved:
             if first <= cluster < end:
                 detail = f"it points to {cluster << self.cluster_bits:#x}"
@@ -288,7 +310,7 @@ class _Check:
         self.claim("refcount table", header.refcount_table_offset, length, "header", 48)
         table = self.read(length, header.refcount_table_offset)
         seen_past_end: set[int] = set()
-        for index, entry in _nonzero_entries(table):
+        for index, entry in nonzero_entries(table):
             place = header.refcount_table_offset + index * ENTRY_BYTES
             block = entry & entries.REFCOUNT_TABLE_OFFSET_MASK
             if entry & entries.REFCOUNT_TABLE_RESERVED:
@@ -312,7 +334,7 @@ class _Check:
         order = self.header.refcount_order
         if inside:
             inside_bytes = (inside << order) + 7 >> 3
-            self.refcounts[first : first + inside] = _decode_refcounts(data[:inside_bytes], order)[:inside]
+            self.refcounts[first : first + inside] = decode_refcounts(data[:inside_bytes], order)[:inside]
         whole_bytes, bits = divmod(inside << order, 8)
         outside = bytearray(data[whole_bytes:])
         if bits:
@@ -323,82 +345,179 @@ class _Check:
 
     def report_leaks_past_end(self, first: int, data: bytes | bytearray) -> None:
         """Report the nonzero refcounts in ``data``, which starts with that of cluster ``first``."""
-        for cluster, refcount in enumerate(_decode_refcounts(data, self.header.refcount_order), first):
+        for cluster, refcount in enumerate(decode_refcounts(data, self.header.refcount_order), first):
             if refcount:
                 detail = f"refcount {refcount} of a cluster past the end of the file"
                 place = cluster << self.cluster_bits
                 self.findings.add(Kind.LEAK_PAST_END, "cluster", place, detail)
 
-    def walk_l1_table(self) -> Counter[int]:
-        """Claim the L1 table and the L2 tables; return how often each L2 table is pointed to."""
+    def walk_active_l1_table(self) -> None:
+        """Claim the L1 table of the disk and the L2 tables that it points to."""
         header = self.header
-        offset = header.l1_table_offset
+        length = header.l1_size * ENTRY_BYTES
         if header.l1_size < self.geometry.l1_entries_for(header.size):
             self.findings.add(Kind.L1_TOO_SMALL, "header", 36, f"{header.l1_size} entries")
-        pointers: Counter[int] = Counter()
-        places: dict[int, int] = {}
-        length = header.l1_size * ENTRY_BYTES
-        self.claim("L1 table", offset, length, "header", 40)
-        for index, entry in _nonzero_entries(self.read(length, offset)):
-            place = offset + index * ENTRY_BYTES
-            table = entry & entries.OFFSET_MASK
-            if entry & entries.L1_RESERVED:
-                self.findings.add(Kind.RESERVED_BITS, "L1 entry", place, f"{entry:#018x}")
-            if table & (self.cluster_bytes - 1):
-                self.findings.add(Kind.UNALIGNED, "L1 entry", place, f"{entry:#018x}")
-                continue
-            if not table:
-                if entry & entries.COPIED:
-                    self.findings.add(Kind.COPIED_FLAG, "L1 entry", place, "COPIED without an L2 table")
-                continue
-            self.check_copied("L1 entry", place, entry, table >> self.cluster_bits, 1)
-            pointers[table] += 1
-            places.setdefault(table, place)
-        return Counter(
-            {
-                table: count
-                for table, count in pointers.items()
-                if self.claim("L2 table", table, self.cluster_bytes, "L1 entry", places[table], count)
-            }
-        )
+        self.claim("L1 table", header.l1_table_offset, length, "header", 40)
+        self.walk_l1_entries(header.l1_table_offset, length, self.active_pointers, 1)
 
-    def walk_l2_table(self, offset: int, repeats: int) -> None:
-        """Check one L2 table that ``repeats`` L1 entries point to."""
+    def walk_snapshots(self) -> None:
+        """Claim the snapshot table, the L1 tables of all snapshots and the L2 tables that they point to.
+
+        L1 tables that overlap, as only hostile ones do, are read once where they do, and count as often as
+        they are there.
+        """
+        header = self.header
+        start = end = header.snapshots_offset
+        ranges: list[tuple[int, int]] = []
+        for entry in snapshots.read_entries(self.read, start, header.nb_snapshots, header=header):
+            end = entry.offset + entry.length
+            if self.check_snapshot(entry) and entry.snapshot.l1_size:
+                offset = entry.snapshot.l1_table_offset
+                ranges.append((offset, offset + entry.snapshot.l1_size * ENTRY_BYTES))
+        self.claim("snapshot table", start, end - start, "header", 64)
+        # What there is of a table that reaches past the end of the file still counts.
+        file_end = layout.round_up(self.file_bytes, ENTRY_BYTES)
+        present = [(first, min(last, file_end)) for first, last in ranges if first < file_end]
+        total = sum(last - first for first, last, _ in layers(present))
+        if total > MAX_SNAPSHOT_L1_BYTES:
+            raise UnsupportedFeatureError(f"snapshots with L1 tables of {total} bytes in all")
+        self.claim_snapshot_tables(ranges)
+        for first, last, depth in layers(present):
+            self.walk_l1_entries(first, last - first, self.snapshot_pointers, depth)
+
+    def check_snapshot(self, entry: TableEntry) -> bool:
+        """Check an entry of the snapshot table; return whether its L1 table can be walked."""
+        snapshot, place = entry.snapshot, entry.offset
+        length = snapshot.l1_size * ENTRY_BYTES
+        if self.header.version >= 3 and entry.extra_bytes < snapshots.REQUIRED_EXTRA_BYTES:
+            detail = f"{entry.extra_bytes} bytes of extra data"
+            self.findings.add(Kind.INCOMPLETE_SNAPSHOT, "snapshot table entry", place, detail)
+        elif snapshot.l1_size < self.geometry.l1_entries_for(snapshot.disk_bytes):
+            self.findings.add(
+                Kind.L1_TOO_SMALL, "snapshot table entry", place + 8, f"{snapshot.l1_size} entries"
+            )
+        if snapshot.l1_table_offset & (self.cluster_bytes - 1):
+            detail = f"{snapshot.l1_table_offset:#x}"
+            self.findings.add(Kind.UNALIGNED, "snapshot table entry", place, detail)
+            return False
+        if length > MAX_L1_BYTES:
+            detail = f"{snapshot.l1_size} entries"
+            self.findings.add(Kind.L1_TOO_LARGE, "snapshot table entry", place + 8, detail)
+            return False
+        if self.geometry.clusters(snapshot.l1_table_offset + length) > self.cluster_count and length:
+            detail = f"L1 table at {snapshot.l1_table_offset:#x}"
+            self.findings.add(Kind.PAST_END, "snapshot table entry", place, detail)
+        return True
+
+    def claim_snapshot_tables(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Claim the clusters of the L1 tables, given as (start, end) in bytes, that lie in the file."""
+        table = self.header.snapshots_offset
+        clusters = [(first >> self.cluster_bits, self.geometry.clusters(end)) for first, end in ranges]
+        inside = [(first, end) for first, end in clusters if end <= self.cluster_count]
+        for first, end, depth in layers(inside):
+            for cluster in range(first, end):
+                self.claim_cluster("L1 table", cluster, "snapshot table", table, depth)
+                if depth > 1:
+                    place, detail = cluster << self.cluster_bits, f"the L1 table of {depth} snapshots"
+                    self.findings.add(Kind.OVERLAP, "L1 table", place, detail, depth - 1)
+
+    def walk_l1_entries(self, offset: int, length: int, pointers: memoryview, repeats: int) -> None:
+        """Check ``length`` bytes of L1 entries that ``repeats`` L1 tables hold; count and claim L2 tables.
+
+        ``pointers`` is where the entries are counted: active_pointers or snapshot_pointers.
+        """
+        is_active = pointers is self.active_pointers
+        for start in range(offset, offset + length, _L1_STEP_BYTES):
+            data = self.read(min(_L1_STEP_BYTES, offset + length - start), start)
+            for index, entry in nonzero_entries(data):
+                place = start + index * ENTRY_BYTES
+                cluster = self.check_l1_entry(place, entry, repeats)
+                if cluster is None:
+                    continue
+                if is_active:
+                    self.check_copied("L1 entry", place, entry, cluster, 1)
+                if cluster >= self.cluster_count:
+                    table = cluster << self.cluster_bits
+                    self.findings.add(Kind.PAST_END, "L1 entry", place, f"L2 table at {table:#x}", repeats)
+                    continue
+                if self.is_known_l2_table(cluster):
+                    self.refer(cluster, "L1 entry", place, repeats)
+                else:
+                    self.claim_cluster("L2 table", cluster, "L1 entry", place, repeats)
+                pointers[cluster] += repeats
+
+    def check_l1_entry(self, place: int, entry: int, repeats: int) -> int | None:
+        """Check an L1 entry that is not zero; return the cluster of its L2 table if it has one."""
+        table = entry & entries.OFFSET_MASK
+        if entry & entries.L1_RESERVED:
+            self.findings.add(Kind.RESERVED_BITS, "L1 entry", place, f"{entry:#018x}", repeats)
+        if table & (self.cluster_bytes - 1):
+            self.findings.add(Kind.UNALIGNED, "L1 entry", place, f"{entry:#018x}", repeats)
+            return None
+        if not table:
+            if entry & entries.COPIED:
+                detail = "COPIED without an L2 table"
+                self.findings.add(Kind.COPIED_FLAG, "L1 entry", place, detail, repeats)
+            return None
+        return table >> self.cluster_bits
+
+    def is_known_l2_table(self, cluster: int) -> bool:
+        """Return whether an L1 entry was met that says that this cluster is an L2 table."""
+        if self.active_pointers[cluster]:
+            return True
+        return bool(self.header.nb_snapshots and self.snapshot_pointers[cluster])
+
+    def walk_l2_tables(self) -> None:
+        """Walk each L2 table once, with the number of L1 entries that point to it."""
+        for start in range(0, self.cluster_count, _COMPARED_CLUSTERS):
+            stop = start + _COMPARED_CLUSTERS
+            kinds = self.owners[start:stop]
+            if _native.is_zero(kinds):
+                continue
+            active, others = self.active_pointers[start:stop], self.snapshot_pointers[start:stop]
+            counts = zip(active, others or bytes(len(active)), strict=True)
+            for cluster, (of_disk, of_snapshots) in enumerate(counts, start):
+                if of_disk or of_snapshots:
+                    self.walk_l2_table(cluster << self.cluster_bits, of_disk, of_disk + of_snapshots)
+
+    def walk_l2_table(self, offset: int, active: int, repeats: int) -> None:
+        """Check one L2 table that ``repeats`` L1 entries point to, ``active`` of them of the active disk."""
         following = 0
         reserved = entries.L2_RESERVED | (entries.ZERO if self.header.version == 2 else 0)
         unaligned = self.cluster_bytes - 1
-        for index, entry in _nonzero_entries(self.read(self.cluster_bytes, offset)):
+        for index, entry in nonzero_entries(self.read(self.cluster_bytes, offset)):
             place = offset + index * ENTRY_BYTES
             if entry & entries.COMPRESSED:
-                self.check_compressed(place, entry, repeats)
+                self.check_compressed(place, entry, active, repeats)
                 continue
             if entry & reserved:
                 self.findings.add(Kind.RESERVED_BITS, "L2 entry", place, f"{entry:#018x}", repeats)
             if entry & entries.ZERO:
-                self.zeros += repeats
+                self.zeros += active
             host = entry & entries.OFFSET_MASK
             if not host:
                 continue
-            self.allocated += repeats
+            self.allocated += active
             if following and host != following:
-                self.fragmented += repeats
+                self.fragmented += active
             following = host + self.cluster_bytes
             if host & unaligned:
                 self.findings.add(Kind.UNALIGNED, "L2 entry", place, f"{entry:#018x}", repeats)
                 continue
             cluster = host >> self.cluster_bits
-            self.check_copied("L2 entry", place, entry, cluster, repeats)
+            if active:
+                self.check_copied("L2 entry", place, entry, cluster, active)
             self.refer_data(place, cluster, f"data at {host:#x}", repeats)
 
-    def check_compressed(self, place: int, entry: int, repeats: int) -> None:
+    def check_compressed(self, place: int, entry: int, active: int, repeats: int) -> None:
         """Check the L2 entry of a compressed cluster and count the clusters that its data touches."""
-        self.allocated += repeats
-        self.compressed += repeats
-        self.fragmented += repeats
+        self.allocated += active
+        self.compressed += active
+        self.fragmented += active
         if entry & entries.COPIED:
             detail = "COPIED on a compressed cluster"
             self.findings.add(Kind.COPIED_FLAG, "L2 entry", place, detail, repeats)
-        offset, length = _compressed_extent(entry, self.cluster_bits)
+        offset, length = entries.compressed_extent(entry, self.cluster_bits)
         last = (offset + length - 1) >> self.cluster_bits
         # As in QEMU: less than a cluster past the end of the file is fine, more is one error.
         if last >= self.cluster_count and offset + length - self.file_bytes >= self.cluster_bytes:
@@ -413,8 +532,8 @@ class _Check:
         if cluster >= self.cluster_count:
             self.findings.add(Kind.PAST_END, "L2 entry", place, target, repeats)
             return
-        if cluster in self.owners:
-            detail = f"{target}, which is in use as {self.owners[cluster]}"
+        if self.owners[cluster]:
+            detail = f"{target}, which is in use as {_OWNERS[self.owners[cluster]]}"
             self.findings.add(Kind.OVERLAP, "L2 entry", place, detail, repeats)
         self.refer(cluster, "L2 entry", place, repeats)
 
@@ -435,7 +554,7 @@ class _Check:
         order = self.header.refcount_order
         first_bit = slot << order
         data = self.read(max(1 << order >> 3, 1), self.blocks[index] + first_bit // 8)
-        return _decode_refcounts(data, order)[first_bit % 8 >> order]
+        return decode_refcounts(data, order)[first_bit % 8 >> order]
 
     def compare(self) -> None:
         """Compare refcounts with references, cluster by cluster where they differ."""
@@ -450,7 +569,8 @@ class _Check:
             for cluster, (stored, counted) in enumerate(zip(refcounts, references, strict=True), start):
                 if stored != counted:
                     kind = Kind.LEAK if stored > counted else Kind.REFCOUNT_TOO_LOW
-                    used_as = self.owners.get(cluster, "data" if counted else "nothing")
+                    owner = self.owners[cluster]
+                    used_as = "data" if counted and not owner else _OWNERS[owner]
                     detail = f"refcount {stored}, references {counted}, in use as {used_as}"
                     self.findings.add(kind, "cluster", cluster << self.cluster_bits, detail)
 
@@ -470,53 +590,3 @@ class _Check:
             if last >= 0:
                 return last + 1
         return 0
-
-
-def _zeroed(code: _Code, count: int) -> memoryview:
-    """Return ``count`` zeros of an array type code, without touching the memory of a large array."""
-    size_bytes = count * array(code).itemsize
-    store = bytearray(size_bytes) if size_bytes < _LAZY_BYTES else mmap.mmap(-1, size_bytes)
-    return memoryview(store).cast("B").cast(code)
-
-
-def _nonzero_entries(table: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (index, entry) of the entries that are not zero; most of a table often is."""
-    whole = len(table) - len(table) % _GROUP_BYTES
-    for position in range(0, whole, _GROUP_BYTES):
-        group = table[position : position + _GROUP_BYTES]
-        if group != _ZERO_GROUP:
-            index = position // ENTRY_BYTES
-            for entry in _GROUP_STRUCT.unpack(group):
-                if entry:
-                    yield index, entry
-                index += 1
-    for position in range(whole, len(table), ENTRY_BYTES):
-        (entry,) = entries.ENTRY.unpack_from(table, position)
-        if entry:
-            yield position // ENTRY_BYTES, entry
-
-
-def _decode_refcounts(data: bytes | bytearray, order: int) -> array[int]:
-    """Return the refcounts of ``1 << order`` bits in ``data``."""
-    if order >= 3:
-        refcounts = array(_REFCOUNT_CODES[order], bytes(data))
-        if sys.byteorder == "little":
-            refcounts.byteswap()
-        return refcounts
-    width = 1 << order
-    mask = (1 << width) - 1
-    # Refcounts of less than a byte start at the least significant bit.
-    return array("B", [byte >> shift & mask for byte in data for shift in range(0, 8, width)])
-
-
-def _compressed_extent(entry: int, cluster_bits: int) -> tuple[int, int]:
-    """Return host offset and length in bytes of the sectors that hold a compressed cluster.
-
-    The specification's descriptor: from bit ``62 - (cluster_bits - 8)`` to 61 the number of further
-    sectors, below that the host offset of the first byte.
-    """
-    offset_bits = 62 - (cluster_bits - 8)
-    descriptor = entry & (entries.COMPRESSED - 1)
-    offset = descriptor & (1 << offset_bits) - 1
-    sectors = (descriptor >> offset_bits) + 1
-    return offset, sectors * SECTOR_BYTES - offset % SECTOR_BYTES

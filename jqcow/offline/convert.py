@@ -2,14 +2,18 @@
 
 The target is written under a temporary name beside its final one, made durable, and named last. Only what
 may hold data is read, and only what is not zero is written: whole clusters in a qcow2 image, and steps of
-4096 bytes in a raw file, as in qemu-img.
+4096 bytes in a raw file, as in qemu-img. In a compressed image a cluster is stored as it is where compression
+would save no sector.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +22,11 @@ from jqcow.device.file import FileDevice
 from jqcow.errors import JqcowError
 from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import Progress, first_difference
+from jqcow.offline.compressing import CompressingWriter, Compression, CompressionType
 from jqcow.offline.disks import Disk, disk_on, open_disk, windows
 from jqcow.offline.info import Format
 from jqcow.ondisk import layout
+from jqcow.ondisk.naming import FilePolicy
 
 BUFFER_BYTES = 2 << 20
 RAW_UNIT_BYTES = 4096
@@ -39,6 +45,9 @@ class ConvertReport:
         virtual_size: of the disk.
         read_bytes: what was read from the source: all that may hold data.
         written_bytes: what of it was not zero.
+        compression_type: ``zlib`` or ``zstd`` where clusters were to be compressed, else None.
+        compressed_bytes: what of ``written_bytes`` is in compressed clusters.
+        packed_bytes: what these take in the target, in whole sectors.
         target_bytes: length of the target file.
         seconds: of the conversion, durability included, verification not.
         verify_seconds: of rereading and comparing both, None if it was not asked for.
@@ -51,13 +60,48 @@ class ConvertReport:
     virtual_size: int
     read_bytes: int
     written_bytes: int
+    compression_type: CompressionType | None
+    compressed_bytes: int
+    packed_bytes: int
     target_bytes: int
     seconds: float
     verify_seconds: float | None
 
 
+@dataclass(frozen=True)
+class _Form:
+    """What the target is to be; ``compression`` is what a qcow2 header announces, used or not."""
+
+    format: Format
+    cluster_size: int
+    is_compressed: bool
+    compression: Compression
+
+    def __post_init__(self) -> None:
+        smallest, largest = 1 << layout.MIN_CLUSTER_BITS, 1 << layout.MAX_CLUSTER_BITS
+        size = self.cluster_size
+        if size & (size - 1) or not smallest <= size <= largest:
+            raise ValueError(f"the cluster size must be a power of two from 512 to 2 MiB, not {size}")
+        if self.format == "raw" and (self.is_compressed or self.compression != Compression()):
+            raise ValueError("a raw file cannot be compressed")
+        if self.compression.level is not None and not self.is_compressed:
+            raise ValueError("a compression level is of use only where clusters are compressed")
+
+
+@dataclass(frozen=True)
+class _Amounts:
+    """What a copy came to; the fields are those of `ConvertReport`."""
+
+    read_bytes: int
+    written_bytes: int
+    compressed_bytes: int
+    packed_bytes: int
+
+
 class _Target(Protocol):
     unit: int
+    compressed_bytes: int
+    packed_bytes: int
 
     def write(self, data: memoryview, offset: int) -> None: ...
 
@@ -66,6 +110,8 @@ class _Target(Protocol):
 
 class _RawTarget:
     """Writes a raw file; what is not written stays a hole."""
+
+    compressed_bytes = packed_bytes = 0
 
     def __init__(self, device: FileDevice, size: int) -> None:
         self.unit = RAW_UNIT_BYTES
@@ -82,9 +128,11 @@ class _RawTarget:
 class _ImageTarget:
     """Builds a qcow2 image."""
 
-    def __init__(self, device: FileDevice, size: int, cluster_size: int) -> None:
-        self.unit = cluster_size
-        self._builder = ImageBuilder(device, size, cluster_size.bit_length() - 1)
+    compressed_bytes = packed_bytes = 0
+
+    def __init__(self, builder: ImageBuilder) -> None:
+        self.unit = builder.cluster_bytes
+        self._builder = builder
 
     def write(self, data: memoryview, offset: int) -> None:
         self._builder.write(data, offset)
@@ -93,13 +141,38 @@ class _ImageTarget:
         self._builder.finish()
 
 
+class _CompressedTarget:
+    """Builds a qcow2 image of compressed clusters."""
+
+    compressed_bytes = packed_bytes = 0
+
+    def __init__(self, builder: ImageBuilder, writer: CompressingWriter) -> None:
+        self.unit = builder.cluster_bytes
+        self._builder = builder
+        self._writer = writer
+
+    def write(self, data: memoryview, offset: int) -> None:
+        self._writer.write(data, offset)
+
+    def finish(self) -> None:
+        self._writer.flush()
+        self.compressed_bytes, self.packed_bytes = self._writer.compressed_bytes, self._writer.packed_bytes
+        self._builder.finish()
+
+
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
     source_format: Format | None = None,
+    snapshot: str | None = None,
+    allow_files: FilePolicy = False,
+    probe: bool = False,
     target_format: Format = "qcow2",
     cluster_size: int = DEFAULT_CLUSTER_BYTES,
+    compressed: bool = False,
+    compression_type: CompressionType = "zlib",
+    compression_level: int | None = None,
     overwrite: bool = False,
     verify: bool = False,
     progress: Progress = lambda done, total: None,
@@ -110,28 +183,36 @@ def convert(
         source: the file to read; locked against writers meanwhile.
         target: the file to make; it appears under this name when it is whole and durable.
         source_format: None tells it by the magic.
+        snapshot: id or name of an internal snapshot of the source, to be copied instead of its disk.
+        allow_files: whether the backing files may be opened that the source names, as in `jqcow.open`. What
+            they have is copied too: the target has no backing file.
+        probe: tell formats of backing files that are not stored by their magic.
         target_format: ``raw`` or ``qcow2``.
         cluster_size: of a qcow2 target, in bytes.
+        compressed: compress the clusters of a qcow2 target.
+        compression_type: ``zlib`` or ``zstd``; the header of a qcow2 target announces it in any case.
+        compression_level: 1 to 9 for zlib, 1 to 22 for zstd; None is 6 and 3.
         overwrite: replace an existing file, if nobody uses it.
         verify: reread both and compare them before the target gets its name.
         progress: called with the bytes of the disk that are done, and all of them.
 
     Raises:
-        ValueError: a cluster size that no image can have, or source and target are the same file.
+        ValueError: a cluster size that no image can have, a compression that the target cannot have, a
+            snapshot of a raw file, or source and target are the same file.
         FileExistsError: the target exists.
+        FileAccessDenied: the source names a backing file, and that is not allowed.
         JqcowError: the source cannot be read, one of the files is in use, or the verification found a
             difference; there is no target then.
         OSError: the host failed; there is no target then.
     """
-    _check_cluster_size(cluster_size)
+    form = _Form(target_format, cluster_size, compressed, Compression(compression_type, compression_level))
     _check_target(source, target, overwrite=overwrite)
     started = time.perf_counter()
-    with open_disk(source, source_format) as (disk, known_format):
+    opened = open_disk(source, source_format, snapshot=snapshot, allow_files=allow_files, probe=probe)
+    with opened as (disk, known_format):
         device = FileDevice.create_temporary(target)
         try:
-            read_bytes, written_bytes = _copy(
-                disk, _make_target(device, disk, target_format, cluster_size), progress
-            )
+            amounts = _copy(disk, device, form, progress)
             verify_seconds = _verify(disk, device, target_format) if verify else None
             target_bytes = device.size()
             device.publish(overwrite)
@@ -143,18 +224,12 @@ def convert(
             target=os.fspath(target),
             target_format=target_format,
             virtual_size=disk.size,
-            read_bytes=read_bytes,
-            written_bytes=written_bytes,
+            **dataclasses.asdict(amounts),
+            compression_type=form.compression.type if compressed else None,
             target_bytes=target_bytes,
             seconds=time.perf_counter() - started - (verify_seconds or 0),
             verify_seconds=verify_seconds,
         )
-
-
-def _check_cluster_size(cluster_size: int) -> None:
-    smallest, largest = 1 << layout.MIN_CLUSTER_BITS, 1 << layout.MAX_CLUSTER_BITS
-    if cluster_size & (cluster_size - 1) or not smallest <= cluster_size <= largest:
-        raise ValueError(f"the cluster size must be a power of two from 512 to 2 MiB, not {cluster_size}")
 
 
 def _check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -169,28 +244,39 @@ def _check_target(source: str | os.PathLike[str], target: str | os.PathLike[str]
         FileDevice.open(target, writable=True).close()
 
 
-def _make_target(device: FileDevice, disk: Disk, target_format: Format, cluster_size: int) -> _Target:
-    if target_format == "raw":
-        return _RawTarget(device, disk.size)
-    return _ImageTarget(device, disk.size, cluster_size)
+@contextmanager
+def _target(device: FileDevice, disk: Disk, form: _Form) -> Iterator[_Target]:
+    if form.format == "raw":
+        yield _RawTarget(device, disk.size)
+        return
+    builder = ImageBuilder(device, disk.size, form.cluster_size.bit_length() - 1, form.compression.number)
+    if not form.is_compressed:
+        yield _ImageTarget(builder)
+        return
+    writer = CompressingWriter(builder, form.compression)
+    try:
+        yield _CompressedTarget(builder, writer)
+    finally:
+        writer.close()
 
 
-def _copy(disk: Disk, target: _Target, progress: Progress) -> tuple[int, int]:
-    """Copy what is not zero; return the bytes read and the bytes written."""
+def _copy(disk: Disk, device: FileDevice, form: _Form, progress: Progress) -> _Amounts:
+    """Copy what is not zero."""
     read_bytes = written_bytes = 0
     buffer = bytearray(BUFFER_BYTES)
     progress(0, disk.size)
-    for offset, length in windows(disk, target.unit, BUFFER_BYTES):
-        data = memoryview(buffer)[:length]
-        disk.read_into(data, offset)
-        read_bytes += length
-        for start, end in nonzero_runs(data, target.unit):
-            target.write(data[start:end], offset + start)
-            written_bytes += end - start
-        progress(offset + length, disk.size)
-    target.finish()
-    progress(disk.size, disk.size)
-    return read_bytes, written_bytes
+    with _target(device, disk, form) as target:
+        for offset, length in windows(disk, target.unit, BUFFER_BYTES):
+            data = memoryview(buffer)[:length]
+            disk.read_into(data, offset)
+            read_bytes += length
+            for start, end in nonzero_runs(data, target.unit):
+                target.write(data[start:end], offset + start)
+                written_bytes += end - start
+            progress(offset + length, disk.size)
+        target.finish()
+        progress(disk.size, disk.size)
+        return _Amounts(read_bytes, written_bytes, target.compressed_bytes, target.packed_bytes)
 
 
 def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:

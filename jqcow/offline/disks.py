@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from jqcow.device.file import FileDevice
-from jqcow.image import Image, open_device
+from jqcow.image import Image
 from jqcow.offline.info import Format, probe_format, raw_size
+from jqcow.ondisk.naming import FilePolicy
+from jqcow.opening import open_to_read
 
 
 class Disk(Protocol):
@@ -71,23 +73,44 @@ class ImageDisk:
 
 
 def disk_on(device: FileDevice, disk_format: Format) -> Disk:
-    """Return the disk on an open file, which stays open."""
+    """Return the disk on an open file, which stays open. It names no other file."""
     # The image is never closed: closing would close the device, which is the caller's.
-    return RawDisk(device) if disk_format == "raw" else ImageDisk(open_device(device, "r"))
+    return RawDisk(device) if disk_format == "raw" else ImageDisk(open_to_read(device))
 
 
 @contextmanager
-def open_disk(path: str | os.PathLike[str], disk_format: Format | None) -> Iterator[tuple[Disk, Format]]:
+def open_disk(
+    path: str | os.PathLike[str],
+    disk_format: Format | None,
+    *,
+    snapshot: str | None = None,
+    allow_files: FilePolicy = False,
+    probe: bool = False,
+) -> Iterator[tuple[Disk, Format]]:
     """Open a disk for reading, locked against writers; None tells the format by its magic.
 
+    Args:
+        path: the file.
+        disk_format: None tells it by its magic.
+        snapshot: id or name of an internal snapshot to read instead of the disk.
+        allow_files: whether the files may be opened that the image names, as in `jqcow.open`.
+        probe: tell formats of backing files that are not stored by their magic.
+
     Raises:
-        JqcowError: not an image of this format, damaged, unsupported or in use.
+        ValueError: a snapshot of a raw file.
+        JqcowError: not an image of this format, damaged, unsupported or in use, or a file is not allowed.
         OSError: the host failed.
     """
     device = FileDevice.open(path, writable=False)
     try:
         known = disk_format or probe_format(device)
-        yield disk_on(device, known), known
+        if known == "raw" and snapshot is not None:
+            raise ValueError(f"{os.fspath(path)} is a raw file, which has no snapshots")
+        if known == "raw":
+            yield RawDisk(device), known
+        else:
+            with open_to_read(device, snapshot=snapshot, allow_files=allow_files, probe=probe) as image:
+                yield ImageDisk(image), known
     finally:
         device.close()
 

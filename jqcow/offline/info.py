@@ -1,4 +1,4 @@
-"""What an image file is: its header's facts and what it takes on the host, without following anything."""
+"""What an image file is: its header's facts, its snapshots and what it takes on the host."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from jqcow.device.base import Device
 from jqcow.offline.check import CheckReport, check_structure
 from jqcow.offline.records import View, open_to_look
 from jqcow.ondisk import header as headers
-from jqcow.ondisk import layout
+from jqcow.ondisk import layout, snapshots
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import MAGIC
 from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.snapshots import Snapshot
 
 Format = Literal["qcow2", "raw"]
 STAT_BLOCK_BYTES = 512
@@ -45,7 +46,7 @@ class Qcow2Facts:
     extended_l2: bool
     backing_file: str | None
     backing_format: str | None
-    snapshot_count: int
+    snapshots: tuple[Snapshot, ...]
     journal: LiveJournal | None
 
 
@@ -114,9 +115,31 @@ def _qcow2_facts(view: View) -> Qcow2Facts:
         extended_l2=bool(incompatible & headers.INCOMPATIBLE_EXTENDED_L2),
         backing_file=name.decode("utf-8", "replace") if header.backing_file_offset else None,
         backing_format=backing_format.data.decode("utf-8", "replace") if backing_format else None,
-        snapshot_count=header.nb_snapshots,
+        snapshots=_snapshots(view),
         journal=_live_journal(view),
     )
+
+
+def _snapshots(view: View) -> tuple[Snapshot, ...]:
+    header = view.header
+    table = snapshots.parse_table(view.read, header.snapshots_offset, header.nb_snapshots, header=header)
+    return table.snapshots
+
+
+def read_snapshots(path: str | os.PathLike[str], *, force_share: bool = False) -> tuple[Snapshot, ...]:
+    """Return the internal snapshots of an image file in the order of its table; a live image's as replayed.
+
+    ``force_share`` looks also while another program writes, unless its journal is live.
+
+    Raises:
+        JqcowError: not a qcow2 image, a damaged snapshot table, or an image in use by a writer.
+        OSError: the host failed.
+    """
+    device = open_to_look(path, force_share=force_share)
+    try:
+        return _snapshots(View(device))
+    finally:
+        device.close()
 
 
 def _live_journal(view: View) -> LiveJournal | None:

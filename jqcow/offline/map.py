@@ -1,19 +1,33 @@
-"""What a guest range holds and where: the facts that ``qemu-img map`` prints, for whole images."""
+"""What a guest range holds and where: the facts that ``qemu-img map`` prints, for images and chains.
+
+A range that an image has no entry for is looked up in the file below, as far as the disk of that one reaches;
+what lies behind its end, and what no file of the chain holds, reads as zeros.
+"""
 
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from jqcow import _native
 from jqcow.device.file import FileDevice
-from jqcow.errors import CorruptionError, UnsupportedFeatureError
-from jqcow.offline.info import STAT_BLOCK_BYTES, Format, probe_format, raw_size
-from jqcow.offline.records import View, open_to_look
+from jqcow.errors import CorruptionError, JqcowError, UnsupportedFeatureError
+from jqcow.offline.chain import Layer, open_layers
+from jqcow.offline.info import STAT_BLOCK_BYTES, Format
+from jqcow.offline.records import View
 from jqcow.ondisk import entries
 from jqcow.ondisk import header as headers
 from jqcow.ondisk.layout import ENTRY_BYTES
+from jqcow.ondisk.naming import FilePolicy
+
+_CACHED_TABLE_BYTES = 32 << 20
+_CACHE_ENTRY_BYTES = 256
+"""What remembering one table takes besides its bytes: a hostile image may have millions of empty ones."""
+
+_L1_ENTRIES_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +37,13 @@ class MapExtent:
     Attributes:
         start: guest offset.
         length: of the range.
-        depth: 0, as there is no backing file.
-        present: the range has entries of its own.
+        depth: which file of the chain says so: 0 is the image itself, 1 the file below it.
+        present: that file has entries for the range.
         zero: it reads as zeros.
         data: it is read from ``offset``, or decompressed.
-        offset: host offset of the range, None where it has none.
+        offset: host offset of the range in that file, None where it has none.
         compressed: the data is compressed.
+        path: of that file.
     """
 
     start: int
@@ -39,6 +54,7 @@ class MapExtent:
     data: bool
     offset: int | None
     compressed: bool = False
+    path: str = ""
 
 
 def map_file(
@@ -47,6 +63,8 @@ def map_file(
     start: int = 0,
     length: int | None = None,
     *,
+    allow: FilePolicy = False,
+    probe: bool = False,
     force_share: bool = False,
 ) -> list[MapExtent]:
     """Return what a range of the disk in a file holds; a live journal is replayed in memory.
@@ -56,26 +74,115 @@ def map_file(
         image_format: None tells it by the magic.
         start: guest offset; past the end of the disk there is nothing.
         length: at most so many bytes; None: to the end of the disk.
+        allow: which files named inside images may be opened.
+        probe: tell the format of a backing file by its magic where it is not stored.
         force_share: look also while another program writes, unless its journal is live.
 
     Raises:
+        FileAccessDenied: there is a backing file, and the policy does not allow it.
         JqcowError: not an image of this format, damaged, unsupported or in use by a writer.
         OSError: the host failed.
     """
-    device = open_to_look(path, force_share=force_share)
-    try:
-        view = View(device) if (image_format or probe_format(device)) == "qcow2" else None
-        size = raw_size(device) if view is None else view.header.size
+    with ExitStack() as opened:
+        layers: list[Layer] = []
+        for layer in open_layers(path, image_format, allow=allow, probe=probe, force_share=force_share):
+            opened.callback(layer.device.close)
+            layers.append(layer)
+        size = layers[0].size
         start = min(start, size)
         length = size - start if length is None else min(length, size - start)
-        if view is None:
-            return list(map_raw(device, start, length))
-        extents = map_image(view, start, length)
-        host_bytes = os.stat(path).st_blocks * STAT_BLOCK_BYTES
-        is_sparse = _holds_less_than_it_counts(view, host_bytes)
-        return list(_with_holes(device, extents) if is_sparse else extents)
-    finally:
-        device.close()
+        return list(map_chain(layers, start, length))
+
+
+def map_chain(layers: list[Layer], start: int, length: int) -> Iterator[MapExtent]:
+    """Yield what a guest range of a chain holds, neighbours of one kind joined; ``layers`` from the top.
+
+    Raises:
+        UnsupportedFeatureError: an external data file, extended L2 entries or encryption in one of the files.
+        CorruptionError: a table on the way is not one that an image can have.
+    """
+    tables = _Tables()
+    disks = [_LayerMap(layer, tables) for layer in layers]
+    return _joined(_from_top_down(disks, start, length))
+
+
+def _from_top_down(disks: list[_LayerMap], start: int, length: int) -> Iterator[MapExtent]:
+    # A stack instead of recursion: a chain may be deeper than Python's calls may nest.
+    waiting = [(0, disks[0].extents(start, length))]
+    while waiting:
+        depth, extents = waiting[-1]
+        extent = next(extents, None)
+        if extent is None:
+            waiting.pop()
+            continue
+        reach = 0
+        if not extent.present and depth + 1 < len(disks):
+            reach = max(0, min(extent.length, disks[depth + 1].size - extent.start))
+        if reach < extent.length:
+            rest = replace(extent, start=extent.start + reach, length=extent.length - reach)
+            if not reach:
+                yield replace(extent, depth=depth, path=disks[depth].path)
+                continue
+            waiting.append((depth, iter((rest,))))
+        waiting.append((depth + 1, disks[depth + 1].extents(extent.start, reach)))
+
+
+class _LayerMap:
+    """What the disk of one file holds, whatever is below it."""
+
+    def __init__(self, layer: Layer, tables: _Tables) -> None:
+        self.path = layer.path
+        self.size = layer.size
+        self._device = layer.device
+        self._view = layer.view
+        self._tables = tables
+        self._is_sparse = False
+        if layer.view is not None:
+            with self._naming_the_file():
+                _refuse(layer.view)
+                host_bytes = os.stat(layer.path).st_blocks * STAT_BLOCK_BYTES
+                self._is_sparse = _holds_less_than_it_counts(layer.view, host_bytes)
+
+    def extents(self, start: int, length: int) -> Iterator[MapExtent]:
+        """Yield the parts of a range of this disk; offset and length in bytes."""
+        with self._naming_the_file():
+            if self._view is None:
+                yield from map_raw(self._device, start, length)
+                return
+            extents = _joined(_pieces(self._view, self._tables, start, length))
+            yield from _with_holes(self._device, extents) if self._is_sparse else extents
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except JqcowError as error:
+            error.add_note(f"in {self.path}")
+            raise
+
+
+class _Tables:
+    """The L2 tables read last, of all files of a chain: fragments of one file share those of another."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, view: View, index: int) -> bytes:
+        """Return the L2 table of an L1 entry, nothing where there is none or all of it is 0."""
+        key = id(view), index
+        table = self._tables.get(key)
+        if table is None:
+            table = _l2_table(view, index)
+            if _native.is_zero(table):
+                table = b""
+            self._tables[key] = table
+            self._bytes += len(table) + _CACHE_ENTRY_BYTES
+            while self._bytes > _CACHED_TABLE_BYTES:
+                self._bytes -= len(self._tables.popitem(last=False)[1]) + _CACHE_ENTRY_BYTES
+        else:
+            self._tables.move_to_end(key)
+        return table
 
 
 def _holds_less_than_it_counts(view: View, host_bytes: int) -> bool:
@@ -134,16 +241,10 @@ def _raw_extent(start: int, length: int, *, data: bool) -> MapExtent:
     return MapExtent(start, length, 0, present=True, zero=not data, data=data, offset=start)
 
 
-def map_image(view: View, start: int, length: int) -> Iterator[MapExtent]:
-    """Yield what a guest range of a qcow2 image holds, neighbours of one kind joined.
-
-    Raises:
-        UnsupportedFeatureError: a backing file, an external data file or extended L2 entries.
-        CorruptionError: a table on the way is not one that an image can have.
-    """
-    _refuse(view)
+def _joined(extents: Iterable[MapExtent]) -> Iterator[MapExtent]:
+    """Join neighbours of one kind."""
     joined: MapExtent | None = None
-    for extent in _pieces(view, start, length):
+    for extent in extents:
         if joined is not None and _follows(joined, extent):
             joined = replace(joined, length=joined.length + extent.length)
             continue
@@ -156,8 +257,6 @@ def map_image(view: View, start: int, length: int) -> Iterator[MapExtent]:
 
 def _refuse(view: View) -> None:
     header = view.header
-    if header.backing_file_offset:
-        raise UnsupportedFeatureError("a backing file")
     if header.incompatible_features & headers.INCOMPATIBLE_EXTERNAL_DATA:
         raise UnsupportedFeatureError("an external data file")
     if header.incompatible_features & headers.INCOMPATIBLE_EXTENDED_L2:
@@ -170,28 +269,28 @@ def _refuse(view: View) -> None:
 
 
 def _follows(before: MapExtent, after: MapExtent) -> bool:
-    if (before.present, before.zero, before.data, before.compressed) != (
-        after.present,
-        after.zero,
-        after.data,
-        after.compressed,
-    ):
+    if _kind(before) != _kind(after):
         return False
     if before.offset is None or after.offset is None:
         return before.offset is after.offset
     return before.offset + before.length == after.offset
 
 
-def _pieces(view: View, start: int, length: int) -> Iterator[MapExtent]:
-    """Yield a cluster, or all that one missing L2 table would map, at a time."""
-    geometry, header = view.geometry, view.header
+def _kind(extent: MapExtent) -> tuple[int, bool, bool, bool, bool]:
+    return extent.depth, extent.present, extent.zero, extent.data, extent.compressed
+
+
+def _pieces(view: View, tables: _Tables, start: int, length: int) -> Iterator[MapExtent]:
+    """Yield a cluster, or all that missing L2 tables would map, at a time."""
+    geometry = view.geometry
     table_bytes = geometry.l2_entries * geometry.cluster_bytes
     position, end = start, start + length
     while position < end:
         index = position // table_bytes
-        reach = min(end, (index + 1) * table_bytes)
-        table = _l2_table(view, index) if index < header.l1_size else b""
-        if not any(table):
+        missing = _missing_tables(view, index)
+        reach = min(end, (index + max(1, missing)) * table_bytes)
+        table = b"" if missing else tables.get(view, index)
+        if not table:
             yield MapExtent(position, reach - position, 0, present=False, zero=True, data=False, offset=None)
             position = reach
             continue
@@ -199,8 +298,21 @@ def _pieces(view: View, start: int, length: int) -> Iterator[MapExtent]:
             within_table, within = divmod(position - index * table_bytes, geometry.cluster_bytes)
             (entry,) = entries.ENTRY.unpack_from(table, within_table * ENTRY_BYTES)
             count = min(reach - position, geometry.cluster_bytes - within)
-            yield _entry_extent(entry, position, count, within, version=header.version)
+            yield _entry_extent(entry, position, count, within, version=view.header.version)
             position += count
+
+
+def _missing_tables(view: View, index: int) -> int:
+    """Return how many L1 entries in a row from ``index`` on have no L2 table, or fewer of them."""
+    left = view.header.l1_size - index
+    if left <= 0:
+        # All the rest: a hostile header may claim a disk far larger than its L1 table can map.
+        return view.header.size
+    place = view.header.l1_table_offset + index * ENTRY_BYTES
+    if any(view.read(ENTRY_BYTES, place)):
+        return 0
+    window = view.read(min(left, _L1_ENTRIES_AT_ONCE) * ENTRY_BYTES, place)
+    return (len(window) - len(window.lstrip(b"\0"))) // ENTRY_BYTES
 
 
 def _l2_table(view: View, index: int) -> bytes:

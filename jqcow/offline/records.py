@@ -17,12 +17,18 @@ from jqcow.device.file import FileDevice
 from jqcow.engine import journal as journals
 from jqcow.engine.journal import Scan
 from jqcow.errors import CorruptionError
-from jqcow.image import refuse_live_journal
-from jqcow.ondisk import entries
+from jqcow.offline.tables import layers, nonzero_entries
+from jqcow.ondisk import entries, snapshots
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import MAGIC, Header, HeaderArea
 from jqcow.ondisk.layout import ENTRY_BYTES, MAX_CLUSTER_BITS, SECTOR_BYTES, Geometry
+from jqcow.ondisk.snapshots import Snapshot
+from jqcow.opening import refuse_live_journal
+
+_L1_STEP_BYTES = 1 << 20
+_SEARCHED_L1_BYTES = 256 << 20
+"""How much of the snapshots' L1 tables is searched for what a record changes; no honest image has more."""
 
 
 class View:
@@ -289,6 +295,32 @@ class _Meanings:
         self._refcount_table = range(header.refcount_table_offset, header.refcount_table_offset + table_bytes)
         self._l2_tables = dict(self._pointers(self._l1, entries.OFFSET_MASK))
         self._refcount_blocks = dict(self._pointers(self._refcount_table, entries.REFCOUNT_TABLE_OFFSET_MASK))
+        place, count = header.snapshots_offset, header.nb_snapshots
+        table = snapshots.parse_table(view.read, place, count, header=header)
+        self._snapshot_table = range(place, place + table.length_bytes)
+        by_place = {snapshot.l1_table_offset: snapshot for snapshot in table.snapshots if snapshot.l1_size}
+        self._snapshot_l1 = [by_place[offset] for offset in sorted(by_place)]
+        self._snapshot_l1_offsets = sorted(by_place)
+        self._snapshot_l2_tables = self._find_snapshot_l2_tables(table.snapshots)
+
+    def _find_snapshot_l2_tables(self, found: tuple[Snapshot, ...]) -> set[int]:
+        """Return the host offsets of L2 tables of snapshots that the journal writes to."""
+        scan, cluster_bytes = self._view.scan, self._geometry.cluster_bytes
+        changed = {
+            operation.offset // cluster_bytes * cluster_bytes
+            for operation in (() if scan is None else scan.operations)
+            if not isinstance(operation, HeaderOperation)
+        }
+        tables: set[int] = set()
+        spans = [(each.l1_table_offset, each.l1_table_offset + each.l1_size * ENTRY_BYTES) for each in found]
+        left = _SEARCHED_L1_BYTES
+        for first, last, _ in layers(spans):
+            for start in range(first, min(last, first + left), _L1_STEP_BYTES):
+                data = self._view.read(min(_L1_STEP_BYTES, last - start), start)
+                offsets = {entry & entries.OFFSET_MASK for _, entry in nonzero_entries(data)}
+                tables |= offsets & changed
+                left -= len(data)
+        return tables
 
     def _pointers(self, table: range, mask: int) -> Iterator[tuple[int, int]]:
         """Yield (host offset, index) of what a table points to."""
@@ -309,6 +341,8 @@ class _Meanings:
                     f"header: a disk of {header.size} bytes, L1 table of {header.l1_size} entries at "
                     f"{header.l1_table_offset:#x}, refcount table at {header.refcount_table_offset:#x}"
                 )
+                if header.nb_snapshots:
+                    meaning += f", {header.nb_snapshots} snapshots at {header.snapshots_offset:#x}"
                 return RecordedOperation("header", 0, len(data), meaning)
             case ZeroOperation(offset, length):
                 return RecordedOperation("zero", offset, length, f"new {self._meaning(offset, length)}")
@@ -336,7 +370,25 @@ class _Meanings:
         if offset in self._refcount_table:
             first = (offset - self._refcount_table.start) // ENTRY_BYTES
             return f"refcount table, entries {first} to {first + length // ENTRY_BYTES - 1}"
+        if offset in self._snapshot_table:
+            return f"snapshot table of {self._view.header.nb_snapshots}"
+        snapshot = self._snapshot_with_l1_at(offset)
+        if snapshot is not None:
+            first = (offset - snapshot.l1_table_offset) // ENTRY_BYTES
+            count = min(length // ENTRY_BYTES, snapshot.l1_size - first)
+            return f"L1 table of snapshot {snapshot.id!r}, entries {first} to {first + count - 1}"
+        if cluster in self._snapshot_l2_tables:
+            return "L2 table of a snapshot"
         return "metadata that a later record gave up"
+
+    def _snapshot_with_l1_at(self, offset: int) -> Snapshot | None:
+        """Return the snapshot whose L1 table holds the entry at a host offset."""
+        index = bisect.bisect_right(self._snapshot_l1_offsets, offset) - 1
+        if index < 0:
+            return None
+        snapshot = self._snapshot_l1[index]
+        within = offset - snapshot.l1_table_offset
+        return snapshot if within < snapshot.l1_size * ENTRY_BYTES else None
 
     def _guest(self, first_cluster: int, count: int) -> str:
         """Return a guest range in words, cut at the end of the disk."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.ondisk import layout
-from jqcow.ondisk.header import CREATED_HEADER_BYTES, Header
+from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header, HeaderArea
 from jqcow.ondisk.layout import ENTRY_BYTES, Geometry
+from jqcow.ondisk.naming import name_backing_file
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,29 @@ class BlankImage:
     length: int
 
 
-def blank_image(size: int, cluster_bits: int) -> BlankImage:
-    """Lay out an empty version 3 image of a disk of ``size`` bytes.
+def blank_image(
+    size: int,
+    cluster_bits: int,
+    *,
+    refcount_order: int = 4,
+    compression_type: int = 0,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+) -> BlankImage:
+    """Lay out an empty version 3 image.
+
+    Args:
+        size: of the disk in bytes.
+        cluster_bits: binary logarithm of the cluster size in bytes.
+        refcount_order: binary logarithm of the refcount width in bits.
+        compression_type: of clusters that will be compressed: 0 zlib, 1 zstd.
+        backing_file: name to be stored, relative to the directory of the image; None for no backing file.
+        backing_format: ``raw`` or ``qcow2``, with a backing file.
 
     Raises:
-        ValueError: the disk needs an L1 table larger than 32 MiB.
+        ValueError: the disk needs an L1 table larger than 32 MiB, or `name_backing_file` refuses the name.
     """
-    geometry = Geometry(cluster_bits)
+    geometry = Geometry(cluster_bits, refcount_order)
     l1_size = geometry.l1_entries_for(size)
     if l1_size * ENTRY_BYTES > layout.MAX_L1_BYTES:
         raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
@@ -46,13 +63,33 @@ def blank_image(size: int, cluster_bits: int) -> BlankImage:
         refcount_table_clusters=table_clusters,
         nb_snapshots=0,
         snapshots_offset=0,
+        incompatible_features=INCOMPATIBLE_COMPRESSION if compression_type else 0,
+        refcount_order=refcount_order,
         header_length=CREATED_HEADER_BYTES,
+        compression_type=compression_type,
     )
+    area = HeaderArea(header, (), header.pack())
+    if backing_file is not None or backing_format is not None:
+        area = name_backing_file(area, backing_file, backing_format)
     used = 1 + table_clusters + block_count + l1_clusters
     offsets = [blocks + index * geometry.cluster_bytes for index in range(block_count)]
     entries = b"".join(offset.to_bytes(ENTRY_BYTES, "big") for offset in offsets)
-    parts = ((0, header.pack()), (table, entries), (blocks, _refcounts(geometry, used)))
+    parts = ((0, area.data), (table, entries), (blocks, _refcounts(geometry, used)))
     return BlankImage(parts, used * geometry.cluster_bytes)
+
+
+def cluster_bits_of(cluster_size: int) -> int:
+    """Return the binary logarithm of a cluster size in bytes.
+
+    Raises:
+        ValueError: not a power of two from 512 bytes to 2 MiB.
+    """
+    bits = cluster_size.bit_length() - 1
+    if cluster_size <= 0 or 1 << bits != cluster_size:
+        raise ValueError(f"the cluster size must be a power of two, not {cluster_size}")
+    if not layout.MIN_CLUSTER_BITS <= bits <= layout.MAX_CLUSTER_BITS:
+        raise ValueError(f"the cluster size must be from 512 to 2 MiB, not {cluster_size}")
+    return bits
 
 
 def refcount_clusters(geometry: Geometry, other_clusters: int) -> tuple[int, int]:
@@ -68,7 +105,8 @@ def refcount_clusters(geometry: Geometry, other_clusters: int) -> tuple[int, int
 
 
 def _refcounts(geometry: Geometry, used: int) -> bytes:
-    refcounts = bytearray(used << geometry.refcount_order >> 3)
+    # Narrow refcounts end within a byte.
+    refcounts = bytearray(((used << geometry.refcount_order) + 7) >> 3)
     for cluster in range(used):
         _native.refcount_set(refcounts, cluster, geometry.refcount_order, 1)
     return bytes(refcounts)

@@ -45,6 +45,8 @@ if V2_STRUCT.size != V2_BYTES or V3_STRUCT.size != V3_BYTES:
     raise RuntimeError("the header layout does not have the size that the specification gives")
 CREATED_HEADER_BYTES = 112
 EXTENSION_STRUCT = struct.Struct(">II")
+MAX_BACKING_NAME_BYTES = 1023
+"""The longest backing file name (qcow2 specification, ``backing_file_size``)."""
 
 INCOMPATIBLE_DIRTY = 1 << 0
 INCOMPATIBLE_CORRUPT = 1 << 1
@@ -216,7 +218,7 @@ class HeaderArea:
         extensions, used = _parse_extensions(area, start, header.backing_file_offset)
         if header.backing_file_offset:
             end = header.backing_file_offset + header.backing_file_size
-            if header.backing_file_size > 1023 or end > 1 << header.cluster_bits:
+            if header.backing_file_size > MAX_BACKING_NAME_BYTES or end > 1 << header.cluster_bits:
                 raise FormatError("the backing file name is too long or outside the first cluster")
             used = max(used, end)
         return cls(header, extensions, bytes(area[:used]).ljust(used, b"\0"))
@@ -226,6 +228,36 @@ class HeaderArea:
         # Fields behind the known ones are kept: a longer header is valid, and they are not jqcow's to clear.
         known = header.pack()[: V3_BYTES + 1]
         return HeaderArea(header, self.extensions, known + self.data[len(known) :])
+
+    @property
+    def backing_file_name(self) -> bytes | None:
+        """The name of the backing file as stored; None without one."""
+        start = self.header.backing_file_offset
+        return self.data[start : start + self.header.backing_file_size] if start else None
+
+    def with_backing_file(self, name: bytes | None, backing_format: bytes | None) -> HeaderArea:
+        """Return the area with another backing file name and format, or with none.
+
+        The layout is QEMU's: fixed fields, the format of the backing file, the other extensions in their
+        order and with their data, the end of the list, the name.
+
+        Raises:
+            FormatError: the first cluster does not hold it.
+        """
+        kept = tuple(found for found in self.extensions if found.type != EXTENSION_BACKING_FORMAT)
+        if backing_format is not None:
+            kept = (Extension(EXTENSION_BACKING_FORMAT, backing_format), *kept)
+        fixed_bytes = V2_BYTES if self.header.version == 2 else self.header.header_length
+        listed = b"".join(extension.pack() for extension in (*kept, Extension(EXTENSION_END, b"")))
+        name_offset = fixed_bytes + len(listed) if name is not None else 0
+        header = replace(self.header, backing_file_offset=name_offset, backing_file_size=len(name or b""))
+        fixed = self.with_header(header).data[:fixed_bytes].ljust(fixed_bytes, b"\0")
+        data = fixed + listed + (name or b"")
+        if len(data) > 1 << header.cluster_bits:
+            raise FormatError(
+                f"a header of {len(data)} bytes does not fit in a cluster of {1 << header.cluster_bits} bytes"
+            )
+        return HeaderArea(header, kept, data)
 
     def find(self, extension_type: int) -> Extension | None:
         """Return the first extension of this type, or None."""

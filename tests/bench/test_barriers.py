@@ -9,6 +9,7 @@ import pytest
 
 from tools.benchmark.__main__ import main
 from tools.benchmark.barriers import AMORTISED_MAX, Comparison, Counts, Spread, compare_barriers
+from tools.benchmark.compress import compare_compression
 from tools.benchmark.speed import compare_speed
 from tools.benchmark.threads import count_shared
 
@@ -47,6 +48,15 @@ def test_speed_is_measured_in_pairs(tmp_path: Path) -> None:
     assert [len(pair.jqcow_seconds) for pair in speeds.pairs] == [1, 1, 1]
     assert all(pair.ratio > 0 for pair in speeds.pairs)
     assert speeds.format_table().count("\n") == 7
+
+
+def test_compression_is_measured_in_pairs(tmp_path: Path) -> None:
+    """The size is a promise: a stream takes at most a sector more than QEMU's."""
+    works = compare_compression(tmp_path, rounds=1, size=8 << 20)
+    assert [work.compression_type for work in works.works] == ["zlib", "zstd"]
+    assert all(work.ratio > 0 and work.size_ratio < 1.02 for work in works.works)
+    assert works.format_table().count("\n") == 6
+    assert not list(tmp_path.iterdir())
 
 
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

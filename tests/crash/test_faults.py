@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from random import Random
 
 import pytest
 
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
-from tests.support.images import SECTOR_BYTES, Expectation, Session
+from tests.support.expectation import SECTOR_BYTES, Expectation
+from tests.support.images import Session
 from tests.support.judge import judge_closed, judge_running, recover
+from tests.support.snapshots import each_once
+from tests.support.starts import full_image
 from tests.support.stories import mixed
-from tests.support.workloads import full_image
 
 CLUSTER_BYTES = 4096
+Story = Callable[[Session], None]
+STORIES: dict[str, Story] = {"mixed": mixed, "snapshots": each_once}
 START = full_image(CLUSTER_BYTES, Random("faults"))
 GROUPS = 8
 
@@ -42,14 +47,14 @@ def failed_punches(session: Session) -> list[tuple[int, int]]:
     return session.device.failed_punches
 
 
-def count_calls() -> int:
+def count_calls(story: Story) -> int:
     session = new_session()
     session.device.faults = plan = FaultPlan()
-    mixed(session)
+    story(session)
     return plan.total
 
 
-CALLS = count_calls()
+CALLS = {name: count_calls(story) for name, story in STORIES.items()}
 FAULTS = {
     "EIO": (errno.EIO, 0),
     "ENOSPC": (errno.ENOSPC, 0),
@@ -60,22 +65,23 @@ FAULTS = {
 
 @pytest.mark.parametrize("group", range(GROUPS))
 @pytest.mark.parametrize("kind", FAULTS)
-def test_each_call_may_fail_once(kind: str, group: int) -> None:
+@pytest.mark.parametrize("name", STORIES)
+def test_each_call_may_fail_once(name: str, kind: str, group: int) -> None:
     """The error reaches the caller as it is; the image stays right, and the same work succeeds afterwards.
 
     One error may be kept from the caller, that of a punch: see `test_failed_punch_leaves_unknown_clusters`.
     """
     error, applied_bytes = FAULTS[kind]
-    for number in range(1 + group, CALLS + 1, GROUPS):
-        fail_at(Fault(error, at=number, applied_bytes=applied_bytes))
+    for number in range(1 + group, CALLS[name] + 1, GROUPS):
+        fail_at(STORIES[name], Fault(error, at=number, applied_bytes=applied_bytes))
 
 
-def fail_at(fault: Fault) -> None:
+def fail_at(story: Story, fault: Fault) -> None:
     session = new_session()
     plan = FaultPlan(fault)
     with session.faults(plan):
         try:
-            mixed(session)
+            story(session)
         except OSError as error:
             assert error.errno == fault.error, f"call {fault.at} raised {error!r}"
             raise
@@ -83,7 +89,7 @@ def fail_at(fault: Fault) -> None:
     if not failed_punches(session):
         assert session.faults_seen == 1, f"the error of call {fault.at} did not reach the caller"
     judge_killed(session)
-    mixed(session)
+    story(session)
     assert session.image is None
     judge_closed(session.device, session.expectation)
 

@@ -1,4 +1,4 @@
-"""A fault at every call of work with transactions, and a second one while the first is dealt with.
+"""A fault at every call of some work, with transactions and snapshots, and a second one just behind it.
 
 The second fault strikes within the rollback, the retry of sector 0, or whatever the engine does before the
 error reaches the user. Afterwards the image is used, or its process killed and its recovery fails as well, or
@@ -15,21 +15,26 @@ from random import Random
 import pytest
 
 from jqcow.testing import EVERYTHING, CrashSpace, Fault, FaultPlan
-from tests.support import transactions, workloads
-from tests.support.images import SECTOR_BYTES, Session
+from tests.support import snapshots, starts, transactions
+from tests.support.expectation import SECTOR_BYTES
+from tests.support.images import Session
 from tests.support.judge import Judge, judge_closed, judge_running, recover, recover_and_close
-from tests.support.workloads import Start
+from tests.support.starts import Start
 
 Story = Callable[[Session, Random], None]
 STORIES: dict[str, tuple[Story, Callable[[int, Random], Start], int]] = {
     # The story, what it starts from, and its cluster size.
-    "transactions": (transactions.transactions, workloads.used_image, 4096),
-    "transactions-dirty": (transactions.transactions, workloads.unpunchable_image, 1024),
-    "savepoints": (transactions.savepoints, workloads.full_image, 4096),
-    "rollbacks": (transactions.rollbacks, workloads.dirty_image, 512),
-    "too-large": (transactions.too_large, workloads.used_image, 4096),
-    "resizes": (transactions.resizes, workloads.full_image, 8192),
-    "reuse": (transactions.reuse_after_transactions, workloads.full_image, 4096),
+    "transactions": (transactions.transactions, starts.used_image, 4096),
+    "transactions-dirty": (transactions.transactions, starts.unpunchable_image, 1024),
+    "savepoints": (transactions.savepoints, starts.full_image, 4096),
+    "rollbacks": (transactions.rollbacks, starts.dirty_image, 512),
+    "too-large": (transactions.too_large, starts.used_image, 4096),
+    "resizes": (transactions.resizes, starts.full_image, 8192),
+    "reuse": (transactions.reuse_after_transactions, starts.full_image, 4096),
+    "snapshots": (snapshots.between_writes, starts.snapshots_image, 4096),
+    "snapshots-transactions": (snapshots.in_transactions, starts.snapshots_unpunchable_image, 1024),
+    "snapshots-sizes": (snapshots.other_sizes, starts.used_image, 512),
+    "compressed": (snapshots.compressed, starts.snapshots_image, 8192),
 }
 STARTS = {
     name: prepare(cluster_bytes, Random(f"nested faults {name}"))

@@ -48,35 +48,21 @@ def require_refused(path: Path, mode: jqcow.image.Mode, words: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
-def test_refcount_widths_are_read_and_16_bits_written(tmp_path: Path, bits: int) -> None:
+def test_refcount_widths_are_read_and_written(tmp_path: Path, bits: int) -> None:
     path = make(tmp_path / "image.qcow2", f"refcount_bits={bits}")
     assert require_readable(path).refcount_bits == bits
-    if bits == 16:
-        jqcow.open(path, "r+").close()
-    else:
-        require_refused(path, "r+", f"{bits}-bit refcounts")
+    with jqcow.open(path, "r+") as image:
+        image.pwrite(b"x" * 200_000, 1 << 20)
+        image.discard(65536, 65536)
+        assert image.check().ok
+    done("qemu-img", "check", "-q", path)
+    qemu_io(path, f"read -P {ord('x')} 1M 200000", "read -P 0 64k 64k")
 
 
 def test_version_2_is_read(tmp_path: Path) -> None:
     path = make(tmp_path / "image.qcow2", "compat=0.10")
     assert require_readable(path).version == 2
     require_refused(path, "r+", "version 2")
-
-
-def test_internal_snapshots_are_read(tmp_path: Path) -> None:
-    path = make(tmp_path / "image.qcow2")
-    done("qemu-img", "snapshot", "-c", "first", path)
-    qemu_io(path, "write -P 0x11 128k 64k")
-    before = path.read_bytes()
-    with jqcow.open(path) as image:
-        assert image.pread(65536, 65536) == PATTERN
-        assert image.pread(65536, 131072) == b"\x11" * 65536
-        assert image.info().snapshot_count == 1
-    assert path.read_bytes() == before
-    require_refused(path, "r+", "internal snapshots")
-    done("qemu-img", "snapshot", "-d", "first", path)
-    with jqcow.open(path, "r+") as image:
-        image.pwrite(b"x", 0)
 
 
 def test_bitmaps_are_read_past(tmp_path: Path) -> None:
@@ -88,11 +74,6 @@ def test_bitmaps_are_read_past(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     require_refused(path, "r+", "persistent bitmaps")
     assert "changes" in done("qemu-img", "info", path)
-
-
-def with_backing_file(path: Path) -> None:
-    base = make(path.with_name("base.qcow2"))
-    done("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path)
 
 
 def with_data_file(path: Path) -> None:
@@ -135,7 +116,6 @@ def with_extended_l2(path: Path) -> None:
 @pytest.mark.parametrize(
     ("create", "words"),
     [
-        (with_backing_file, "backing file"),
         (with_data_file, "external data file"),
         (with_encryption, "encryption"),
         (with_old_encryption, "encryption"),
@@ -152,37 +132,33 @@ def test_what_could_be_misread_is_refused(
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
-def test_compressed_clusters_are_refused_when_touched(tmp_path: Path, compression: str) -> None:
-    """The rest of such an image is read and written; the compressed cluster is not harmed."""
+def test_compressed_clusters_are_read_and_written_over(tmp_path: Path, compression: str) -> None:
     source = make(tmp_path / "source.qcow2")
+    qemu_io(source, "write -P 0x77 192k 256k")
     path = tmp_path / "image.qcow2"
     options = f"compression_type={compression}"
     done("qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2", "-o", options, source, path)
     with jqcow.open(path, "r+") as image:
         assert image.info().compression_type == compression
         assert [extent.kind for extent in image.extents(65536, 65536)] == ["compressed"]
-        for touch in (
-            lambda: image.pread(1, 65536),
-            lambda: image.pwrite(b"x", 65536 + 5),
-            lambda: image.write_zeroes(65536, 65536),
-            lambda: image.discard(65536, 65536),
-        ):
-            with pytest.raises(jqcow.UnsupportedFeatureError, match="compressed"):
-                touch()
-        image.pwrite(b"y" * 100_000, 1 << 20)
+        assert image.pread(65536, 65536) == PATTERN
+        image.pwrite(b"x", 65536 + 5)
+        image.write_zeroes(65536, 196608)
+        image.discard(65536, 262144)
+        image.pwrite_compressed(b"y" * 65536, 327680)
+        image.pwrite(b"z" * 100_000, 1 << 20)
         assert image.check().ok
     done("qemu-img", "check", "-q", path)
-    qemu_io(path, "read -P 0x5a 64k 64k", f"read -P {ord('y')} 1M 100000")
-
-
-def test_dirty_image_is_refused_for_writing(tmp_path: Path) -> None:
-    """QEMU died with lazy refcounts: the refcounts may be wrong until they are rebuilt."""
-    path = make(tmp_path / "image.qcow2", "lazy_refcounts=on")
-    content = bytearray(path.read_bytes())
-    content[79] |= 1
-    path.write_bytes(content)
-    assert require_readable(path).dirty
-    require_refused(path, "r+", "dirty bit")
+    qemu_io(
+        path,
+        "read -P 0x5a 65536 5",
+        f"read -P {ord('x')} 65541 1",
+        "read -P 0x5a 65542 65530",
+        "read -P 0 196608 131072",
+        f"read -P {ord('y')} 327680 65536",
+        "read -P 0x77 393216 65536",
+        f"read -P {ord('z')} 1M 100000",
+    )
 
 
 def test_image_marked_corrupt_is_refused_for_writing(tmp_path: Path) -> None:

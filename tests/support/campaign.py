@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from jqcow.testing import CrashFailure, LabOptions, Laboratory, LabReport, Ledger
 from tests.support.judge import Judge, recover_and_close
-from tests.support.sources import barrier_names
+from tests.support.sources import engine_barrier_names
 from tests.support.workloads import FAMILIES, workload_named
 
 MAX_SHARE = 0.01
@@ -131,14 +131,14 @@ def _is_met(plan: Plan, total: Outcome) -> bool:
 def quiet_barriers(report: LabReport) -> list[str]:
     """Return the barriers of the source that no state comes from: no interval that ends there gave one."""
     ends = {row.name.split(" -> ")[1] for row in report.intervals if row.distinct}
-    return [name for name in barrier_names() if name not in ends]
+    return [name for name in engine_barrier_names() if name not in ends]
 
 
 def format_barriers(report: LabReport) -> Iterable[str]:
     """Yield a table: each barrier of the source, its calls, and the states cut just before and after it."""
     calls = dict(report.barriers)
     yield f"{'barrier':<20}  {'calls':>8}  {'before':>9}  {'after':>9}"
-    for name in barrier_names():
+    for name in engine_barrier_names():
         before = sum(row.distinct for row in report.intervals if row.name.endswith(f"-> {name}"))
         starts = (name, f"recovery: {name}")
         after = sum(row.distinct for row in report.intervals if row.name.split(" -> ")[0] in starts)

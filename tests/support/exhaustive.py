@@ -31,11 +31,13 @@ from jqcow.testing import (
     Laboratory,
     LabReport,
     Ledger,
+    SectorModel,
     SimulatedDevice,
     Workload,
 )
 from tests.support.exhaustive_operations import OPERATIONS, Places, start
-from tests.support.images import SECTOR_BYTES, Expectation, Session
+from tests.support.expectation import SECTOR_BYTES, Expectation
+from tests.support.images import Session
 from tests.support.judge import Judge, judge_closed, recover_and_close
 
 STATES_MAX = 128
@@ -66,7 +68,7 @@ class Plan:
     """
 
     depth: int = 3
-    cluster_bytes: int = 512
+    cluster_bytes: int = 1024
     only: Sequence = ()
     part: tuple[int, int] = (1, 1)
     states: int = STATES_MAX
@@ -149,10 +151,16 @@ def fingerprint(expectation: Expectation, state: CrashState) -> bytes:
         expectation.vouched,
         expectation.extensions,
         rival and rival.size_bytes,
+        _versions(expectation.sectors),
+        rival and _versions(rival.sectors),
     ]
-    for sectors in (expectation.sectors, *([rival.sectors] if rival else [])):
-        parts += [sectors.versions(offset) for offset in range(0, sectors.size_bytes, SECTOR_BYTES)]
+    for snapshots in (expectation.snapshots, rival.snapshots if rival else ()):
+        parts.append([(taken.name, taken.size_bytes, _versions(taken.sectors)) for taken in snapshots])
     return blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def _versions(sectors: SectorModel) -> list[tuple[bytes, ...]]:
+    return [sectors.versions(offset) for offset in range(0, sectors.size_bytes, SECTOR_BYTES)]
 
 
 class Run:

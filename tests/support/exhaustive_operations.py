@@ -14,19 +14,22 @@ from contextlib import contextmanager
 
 from jqcow.device.base import ReadBuffer
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SectorModel, SimulatedDevice
-from tests.support.images import JOURNAL_BYTES, SECTOR_BYTES, Draft, Expectation, Session, Windows
-from tests.support.workloads import GARBAGE, Start, free_clusters
+from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
+from tests.support.images import JOURNAL_BYTES, Draft, Session
+from tests.support.starts import GARBAGE, Start, free_clusters
 
-DATA, ZERO, FREE, DISCARDED, GONE = "data", "zero", "free", "discarded", "gone"
+DATA, ZERO, FREE, DISCARDED, GONE, PACKED = "data", "zero", "free", "discarded", "gone", "compressed"
 PLACE_CLUSTERS = 2
 WINDOW_PLACES = 4
 WINDOW_COUNT = 3
-LAYOUT = (DATA, ZERO, DISCARDED, DATA, DATA, DISCARDED, FREE, FREE, FREE, FREE, GONE, GONE)
+LAYOUT = (DATA, ZERO, DISCARDED, DATA, PACKED, DISCARDED, FREE, FREE, FREE, FREE, GONE, GONE)
 """The places of the three windows at the start."""
 PREFERENCE = (3, 2, 1, 8, 6, 0, 9, 5, 4, 7, 10, 11)
 """The places in the order in which operations take them, before any was changed."""
 START_SIZE = 2
 """Index into `disk_sizes`."""
+IN_SNAPSHOT = (0, 4)
+"""The places that the snapshot of the start has too; of the second one the first cluster is compressed."""
 DIRTY_EVERY = 8
 """One free cluster in so many holds old bytes: each one recycled doubles the states of an interval."""
 
@@ -61,15 +64,22 @@ def disk_sizes(cluster_bytes: int) -> tuple[int, ...]:
 def start(cluster_bytes: int) -> Start:
     """Return a clean image with data, discarded clusters, and zero entries with and without a cluster.
 
-    The third window has no L2 table yet. Some of the free clusters, and the end of the file, hold old bytes.
+    A snapshot shares some data and a compressed cluster with the disk. The third window has no L2 table yet.
+    Some of the free clusters, and the end of the file, hold old bytes.
     """
     windows, size_bytes = windows_of(cluster_bytes), disk_sizes(cluster_bytes)[START_SIZE]
     place_bytes = PLACE_CLUSTERS * cluster_bytes
-    device, sectors = SimulatedDevice(), SectorModel(windows.model_bytes)
-    session = Session(device, Expectation(windows, sectors, (size_bytes,), exists=False))
+    device, expectation = (
+        SimulatedDevice(),
+        Expectation(windows, SectorModel(windows.model_bytes), (size_bytes,)),
+    )
+    session = Session(device, expectation)
     session.create(cluster_bytes, size_bytes)
+    session.write(0, place_bytes)
+    session.write_compressed(IN_SNAPSHOT[1] * place_bytes, cluster_bytes, noise=0)
+    session.create_snapshot()
     for place, kind in enumerate(LAYOUT):
-        if kind in (DATA, ZERO, DISCARDED):
+        if kind in (DATA, ZERO, DISCARDED) and place not in IN_SNAPSHOT:
             session.write(place * place_bytes, place_bytes)
     for place, kind in enumerate(LAYOUT):
         if kind == DISCARDED:
@@ -82,7 +92,8 @@ def start(cluster_bytes: int) -> Start:
     for cluster in free_clusters(bytes(content))[::DIRTY_EVERY]:
         content[cluster * cluster_bytes : (cluster + 1) * cluster_bytes] = GARBAGE * cluster_bytes
     content += GARBAGE * (cluster_bytes + SECTOR_BYTES // 2)
-    return Start(windows, bytes(content), sectors.current_content(), size_bytes)
+    guest = expectation.sectors.current_content()
+    return Start(windows, bytes(content), guest, size_bytes, snapshots=expectation.snapshots)
 
 
 class Places:
@@ -148,7 +159,7 @@ def overwrite(session: Session, places: Places) -> None:
 
 def sub_cluster_write(session: Session, places: Places) -> None:
     """Write less than a cluster, across the border of two, on whatever was changed last."""
-    position = places.pick(DATA, ZERO, FREE, DISCARDED)
+    position = places.pick(DATA, PACKED, ZERO, FREE, DISCARDED)
     session.write(position + places.cluster_bytes - 200, 300)
     places.changed(position)
 
@@ -161,17 +172,32 @@ def write_over_discarded(session: Session, places: Places) -> None:
 
 
 def discard(session: Session, places: Places) -> None:
-    """Discard data."""
-    position = places.pick(DATA)
+    """Discard data, compressed or not."""
+    position = places.pick(DATA, PACKED)
     session.discard(position, places.place_bytes)
     places.changed(position, discarded=True)
 
 
 def zeroes(session: Session, places: Places) -> None:
-    """Zero two clusters of data: one is kept, the other one freed."""
-    position = places.pick(DATA)
+    """Zero two clusters of data: one is kept, unless it is compressed, the other one freed."""
+    position = places.pick(DATA, PACKED)
     session.write_zeroes(position, places.cluster_bytes, unmap=False)
     session.write_zeroes(position + places.cluster_bytes, places.cluster_bytes, unmap=True)
+    places.changed(position)
+
+
+def compressed_write(session: Session, places: Places) -> None:
+    """Write two clusters compressed where nothing is mapped: they share a host cluster."""
+    position = places.pick(FREE, DISCARDED)
+    session.write_compressed(position, places.place_bytes, noise=0)
+    places.changed(position)
+
+
+def overwrite_of_compressed(session: Session, places: Places) -> None:
+    """Write to a part of a compressed cluster, and compress the one behind it anew."""
+    position = places.pick(PACKED)
+    session.write(position + 100, places.cluster_bytes // 2)
+    session.write_compressed(position + places.cluster_bytes, places.cluster_bytes, noise=0)
     places.changed(position)
 
 
@@ -207,6 +233,24 @@ def resize_down(session: Session, places: Places) -> None:
     """Shrink to the next size; the smallest loses a cluster at a time."""
     smaller = [size for size in disk_sizes(places.cluster_bytes) if size < session.live.size]
     session.resize(smaller[-1] if smaller else session.live.size - places.cluster_bytes)
+
+
+# Snapshots
+
+
+def snapshot_create(session: Session, places: Places) -> None:
+    """Make a snapshot."""
+    session.create_snapshot()
+
+
+def snapshot_apply(session: Session, places: Places) -> None:
+    """Make the disk what the newest snapshot holds."""
+    session.apply_snapshot(-1)
+
+
+def snapshot_delete(session: Session, places: Places) -> None:
+    """Give up the newest snapshot."""
+    session.delete_snapshot(-1)
 
 
 # Transactions
@@ -311,6 +355,8 @@ OPERATIONS: dict[str, Operation] = {
     "overwrite": overwrite,
     "sub-cluster-write": sub_cluster_write,
     "write-over-discarded": write_over_discarded,
+    "compressed-write": compressed_write,
+    "overwrite-of-compressed": overwrite_of_compressed,
     "discard": discard,
     "zeroes": zeroes,
     "flush": flush,
@@ -319,6 +365,9 @@ OPERATIONS: dict[str, Operation] = {
     "savepoint-rollback": savepoint_rollback,
     "resize-up": resize_up,
     "resize-down": resize_down,
+    "snapshot-create": snapshot_create,
+    "snapshot-apply": snapshot_apply,
+    "snapshot-delete": snapshot_delete,
     "checkpoint": checkpoint,
     "close-and-reopen": close_and_reopen,
     "failed-write": failed_write,

@@ -1,26 +1,41 @@
-"""Images on a simulated device, and what a crash may leave of them.
+"""Images on a simulated device, and those who use them.
 
 A `Session` is a user of one image: whatever it asks of the image it also tells the `Expectation`, which a
-judge later holds against a crashed device. The disk is seen through *windows*: ranges that lie an L2 table's
-reach apart, so that a small model meets many tables.
+judge later holds against a crashed device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from hashlib import blake2b
+from random import Random
+from typing import Literal
 
 import jqcow
-from jqcow.errors import PoisonedError
+from jqcow.errors import PoisonedError, UnsupportedFeatureError
 from jqcow.ondisk.root import is_live
 from jqcow.testing import FaultPlan, SectorModel, SimulatedDevice
 from jqcow.transaction import Savepoint, Transaction
+from tests.support.below import find_below
+from tests.support.expectation import (
+    SECTOR_BYTES,
+    AllTaken,
+    Expectation,
+    Rival,
+    Taken,
+    Windows,
+    compare_snapshots,
+    settled,
+)
 
-SECTOR_BYTES = 512
 JOURNAL_BYTES = 64 << 10
-WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 65536: 3}
+NOISE = (0, 0, 2, 0, 5, 8)
+"""Of eight sectors of compressed writes, in turn: how many do not compress."""
+DATE = datetime(2024, 2, 29, tzinfo=UTC)
+"""Of all snapshots: a run is the same every time."""
 
 
 def salts_of(device: SimulatedDevice) -> Callable[[], bytes]:
@@ -34,182 +49,34 @@ def salts_of(device: SimulatedDevice) -> Callable[[], bytes]:
     return new_salt
 
 
-def open_simulated(device: SimulatedDevice, mode: jqcow.image.Mode = "r+") -> jqcow.Image:
+def open_simulated(
+    device: SimulatedDevice,
+    mode: jqcow.image.Mode = "r+",
+    snapshot: str | None = None,
+    repair: Literal["leaks", "all"] | None = None,
+) -> jqcow.Image:
     """Open the image on a device, closed before or not, with salts that a replay meets again."""
     device.reopen()
-    return jqcow.open_device(device, mode, journal_size=JOURNAL_BYTES, new_salt=salts_of(device))
+    salts = salts_of(device)
+    return jqcow.open_device(
+        device,
+        mode,
+        journal_size=JOURNAL_BYTES,
+        new_salt=salts,
+        snapshot=snapshot,
+        repair=repair,
+        backing=find_below,
+    )
 
 
-@dataclass(frozen=True)
-class Windows:
-    """The parts of a disk that are used: ``count`` ranges of ``window_bytes``, one every ``stride_bytes``."""
+@dataclass(frozen=True, eq=False)
+class DraftPoint:
+    """A state of a draft to go back to; it stays as it is."""
 
-    count: int
-    window_bytes: int
-    stride_bytes: int
-
-    @classmethod
-    def of(cls, cluster_bytes: int, count: int = 4) -> Windows:
-        """Return windows that start where L2 tables do."""
-        window_bytes = WINDOW_CLUSTERS[cluster_bytes] * cluster_bytes
-        return cls(count, window_bytes, cluster_bytes * cluster_bytes // 8)
-
-    @property
-    def model_bytes(self) -> int:
-        """Bytes in all windows."""
-        return self.count * self.window_bytes
-
-    @property
-    def disk_bytes(self) -> int:
-        """Size of a disk that shows all windows."""
-        return self.count * self.stride_bytes
-
-    def guest(self, position: int) -> int:
-        """Return the guest offset of a position in the model."""
-        index, within = divmod(position, self.window_bytes)
-        return index * self.stride_bytes + within
-
-    def reader(self, image: jqcow.Image | Transaction) -> Callable[[int, int], bytes]:
-        """Return a function that reads (length, position) in the model; past the disk's end are zeros."""
-
-        def read(length: int, position: int) -> bytes:
-            parts = []
-            end = position + length
-            while position < end:
-                step = min(end - position, self.window_bytes - position % self.window_bytes)
-                guest = self.guest(position)
-                there = self.clip(position, step, image.size)
-                parts.append((image.pread(there, guest) if there else b"") + bytes(step - there))
-                position += step
-            return b"".join(parts)
-
-        return read
-
-    def clip(self, position: int, length: int, size_bytes: int) -> int:
-        """Return how much of a range lies in its window, and on a disk of ``size_bytes``."""
-        length = min(length, self.window_bytes - position % self.window_bytes)
-        return max(0, min(length, size_bytes - self.guest(position)))
-
-    def cut_off(self, sectors: SectorModel, size_bytes: int) -> None:
-        """The disk ends at ``size_bytes`` now: what lies behind reads as zeros, should it come back."""
-        for start in range(0, self.model_bytes, self.window_bytes):
-            kept = self.clip(start, self.window_bytes, size_bytes)
-            sectors.zero(start + kept, self.window_bytes - kept).complete()
-
-
-@dataclass
-class Rival:
-    """What else a crash may leave, whole, while a commit is in doubt: the disk with the transaction."""
-
-    windows: Windows
+    savepoint: Savepoint
     sectors: SectorModel
     size_bytes: int
-
-    def copy(self) -> Rival:
-        """Return an independent copy."""
-        return replace(self, sectors=self.sectors.copy())
-
-
-@dataclass
-class Expectation:
-    """What a crash may leave. ``copy`` makes it a model for the laboratory.
-
-    ``sizes``       sizes that the disk may have; the last is the current one
-    ``exists``      False until the image was created: nobody was told of it
-    ``closed``      the file's bytes since a clean close, while nothing was asked of the image: exactly these
-    ``lost``        True since a barrier failed: what is free may hold anything, ``closed`` is not promised
-    ``vouched``     the guest's bytes that autoclear bits vouch for: with the bits set, exactly these
-    ``extensions``  the header extensions, which no crash may change
-    ``rival``       where a commit did not return, or failed: the disk with all of the transaction (P3)
-    """
-
-    windows: Windows
-    sectors: SectorModel
-    sizes: tuple[int, ...]
-    exists: bool = True
-    closed: bytes | None = None
-    lost: bool = False
-    vouched: bytes | None = None
-    extensions: bytes = b""
-    rival: Rival | None = None
-
-    def copy(self) -> Expectation:
-        """Return an independent copy."""
-        rival = None if self.rival is None else self.rival.copy()
-        return replace(self, sectors=self.sectors.copy(), rival=rival)
-
-    def check(self, image: jqcow.Image) -> list[str]:
-        """Return what is wrong with a recovered image: nothing, if one of the disks that may be is there."""
-        wrong = _compare(image, self.windows, self.sectors, self.sizes)
-        if wrong and self.rival is not None:
-            rival = _compare(image, self.windows, self.rival.sectors, (self.rival.size_bytes,))
-            return [*wrong, "and with the transaction", *rival] if rival else []
-        return wrong
-
-    def expect_now(self, image: jqcow.Image | Transaction) -> list[str]:
-        """Return the sectors of the running image that do not read as asked for."""
-        return list(map(str, self.sectors.expect_now(self.windows.reader(image))))
-
-    def adopt_rival(self) -> None:
-        """The transaction is there, and durable."""
-        if self.rival is not None:
-            self.sectors, self.sizes, self.rival = self.rival.sectors, (self.rival.size_bytes,), None
-
-    @contextmanager
-    def change(self, position: int, data: bytes, *, durable: bool = False) -> Iterator[None]:
-        """Wrap a change of a range: afterwards it reads as ``data``, if nothing is raised.
-
-        On a disk to which a failed commit came back, the change may be there or not.
-        """
-        if self.rival is not None:
-            length = self.windows.clip(position, len(data), self.rival.size_bytes)
-            self.rival.sectors.write(position, data[:length])
-        with self.sectors.write(position, data, durable=durable):
-            yield
-
-    def observe(self, image: jqcow.Image) -> None:
-        """A process was killed, and the next one reads what is there: that is the current version now.
-
-        It is no more durable than before: all older versions stay possible until a flush. But recovery
-        has made durable which transactions there are.
-        """
-        if self.rival is not None and _compare(image, self.windows, self.sectors, self.sizes):
-            self.sectors, self.sizes = self.rival.sectors, (self.rival.size_bytes,)
-        self.rival = None
-        if self.lost:
-            # What a failed barrier lost still reads as if it were there.
-            self.forget_order()
-            self.sizes = (*self.sizes, image.size)
-            return
-        read = self.windows.reader(image)
-        for offset in range(0, self.sectors.size_bytes, SECTOR_BYTES):
-            if len(self.sectors.versions(offset)) > 1:
-                self.sectors.write(offset, read(SECTOR_BYTES, offset)).complete()
-        self.sizes = (*self.sizes, image.size)
-
-    def forget_order(self) -> None:
-        """A barrier failed: what it should have kept may come or go until it is written again."""
-        self.lost = True
-        for sectors in (self.sectors, *([self.rival.sectors] if self.rival else [])):
-            for offset in range(0, sectors.size_bytes, SECTOR_BYTES):
-                versions = sectors.versions(offset)
-                if len(versions) > 1:
-                    for version in versions:
-                        # An operation that never completes leaves old and new possible, also after a flush.
-                        sectors.write(offset, version)
-
-
-def _compare(image: jqcow.Image, windows: Windows, sectors: SectorModel, sizes: tuple[int, ...]) -> list[str]:
-    if image.size not in sizes:
-        return [f"the disk has {image.size} bytes, not {' or '.join(map(str, sizes))}"]
-    return list(map(str, sectors.check(windows.reader(image))))
-
-
-def _settled(sectors: SectorModel) -> SectorModel:
-    """Return a copy in which all is durable: of each sector there is what a read may return now."""
-    copy = sectors.copy()
-    copy.flush_end(copy.flush_begin())
-    return copy
+    snapshots: AllTaken
 
 
 class Draft:
@@ -221,6 +88,7 @@ class Draft:
         self.transaction = transaction
         self.sectors = session.expectation.sectors.copy()
         self.size_bytes = session.live.size
+        self.snapshots = session.expectation.snapshots
 
     @property
     def windows(self) -> Windows:
@@ -234,6 +102,14 @@ class Draft:
             data = self.session.fresh_data(length, position)
             with self.sectors.write(position, data):
                 self.transaction.pwrite(data, self.windows.guest(position))
+
+    def write_compressed(self, position: int, length: int) -> None:
+        """Write whole clusters compressed, from the one at a position on."""
+        position, length = self.session.as_clusters(position, length, self.size_bytes)
+        if length:
+            data = self.session.packable_data(length, position)
+            with self.sectors.write(position, data):
+                self.transaction.pwrite_compressed(data, self.windows.guest(position))
 
     def write_zeroes(self, position: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros."""
@@ -256,15 +132,41 @@ class Draft:
         self.windows.cut_off(self.sectors, size_bytes)
         self.size_bytes = size_bytes
 
-    def savepoint(self) -> tuple[Savepoint, SectorModel, int]:
-        """Return a state to go back to."""
-        return self.transaction.savepoint(), self.sectors.copy(), self.size_bytes
+    def create_snapshot(self) -> None:
+        """Keep the disk as the transaction has it now. Where a refcount does not fit nothing happens."""
+        name = self.session.fresh_name()
+        with suppress(UnsupportedFeatureError):
+            self.transaction.create_snapshot(name, DATE)
+            self.snapshots += (Taken(name, settled(self.sectors), self.size_bytes),)
 
-    def return_to(self, savepoint: tuple[Savepoint, SectorModel, int]) -> None:
+    def apply_snapshot(self, number: int) -> None:
+        """Make the disk what one of the snapshots holds, if there is one."""
+        if self.snapshots:
+            taken = self.snapshots[number % len(self.snapshots)]
+            with suppress(UnsupportedFeatureError):
+                self.transaction.apply_snapshot(taken.name)
+                self.sectors, self.size_bytes = taken.sectors.copy(), taken.size_bytes
+
+    def delete_snapshot(self, number: int) -> None:
+        """Give up one of the snapshots, if there is one."""
+        if self.snapshots:
+            taken = self.snapshots[number % len(self.snapshots)]
+            self.transaction.delete_snapshot(taken.name)
+            self.snapshots = tuple(kept for kept in self.snapshots if kept is not taken)
+
+    def savepoint(self) -> DraftPoint:
+        """Return a state to go back to."""
+        point = self.transaction.savepoint()
+        return DraftPoint(point, self.sectors.copy(), self.size_bytes, self.snapshots)
+
+    def return_to(self, point: DraftPoint) -> None:
         """Go back to a state; it stays valid."""
-        point, sectors, size_bytes = savepoint
-        point.rollback()
-        self.sectors, self.size_bytes = sectors.copy(), size_bytes
+        point.savepoint.rollback()
+        self.sectors, self.size_bytes, self.snapshots = (
+            point.sectors.copy(),
+            point.size_bytes,
+            point.snapshots,
+        )
 
     def rollback(self) -> None:
         """Undo all, and end."""
@@ -275,11 +177,13 @@ class Draft:
         violations = self.sectors.expect_now(self.windows.reader(self.transaction))
         assert not violations, f"the transaction reads something else: {violations[0]}"
         assert self.transaction.size == self.size_bytes, "the transaction's disk has another size"
+        wrong = compare_snapshots(self.transaction, self.windows, self.snapshots)
+        assert not wrong, f"the transaction has other snapshots: {wrong[0]}"
         self.session.look()
 
     def as_rival(self) -> Rival:
         """Return the disk that the commit makes, were it durable."""
-        return Rival(self.windows, _settled(self.sectors), self.size_bytes)
+        return Rival(self.windows, settled(self.sectors), self.size_bytes, self.snapshots)
 
 
 @dataclass
@@ -317,6 +221,7 @@ class Session:
     def open(self) -> None:
         """Open for writing; a live image is recovered."""
         self.image = self.new_image()
+        self.expectation.damaged = False
         if self._was_killed or self.expectation.rival is not None:
             violations = self.expectation.check(self.image)
             assert not violations, f"a killed writer left something else: {violations[0]}"
@@ -359,6 +264,15 @@ class Session:
             # The flush in it covers all, as any flush.
             self.flush()
 
+    def write_compressed(self, position: int, length: int, noise: int | None = None) -> None:
+        """Write whole clusters compressed, from the one at a position on. ``noise``: see `packable_data`."""
+        position, length = self.as_clusters(position, length, self.live.size)
+        if length:
+            data = self.packable_data(length, position, noise)
+            self._changes()
+            with self.expectation.change(position, data):
+                self.live.pwrite_compressed(data, self._guest(position))
+
     def write_zeroes(self, position: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros."""
         length = self._clip(position, length)
@@ -378,22 +292,70 @@ class Session:
 
     def resize(self, size_bytes: int) -> None:
         """Set the size of the disk: a larger one with the next flush, a smaller one at once and durably."""
-        if size_bytes < self.live.size and self.expectation.rival is not None:
-            # One commit at a time can be in doubt.
-            self.flush()
+        if size_bytes < self.live.size:
+            sectors = self.expectation.sectors.copy()
+            self.expectation.windows.cut_off(sectors, size_bytes)
+            self._transact(lambda: self.live.resize(size_bytes), sectors=sectors, size_bytes=size_bytes)
+            return
         before = self.expectation.sizes
         self._changes()
-        if size_bytes < self.live.size:
-            # What was written before becomes durable first, or with it; a crash may show it without.
-            rival = self.expectation.sectors.copy()
-            self.expectation.windows.cut_off(rival, size_bytes)
-            self.expectation.rival = Rival(self.expectation.windows, _settled(rival), size_bytes)
-            self.live.resize(size_bytes)
-            self.expectation.adopt_rival()
-            return
         self.expectation.sizes = (size_bytes, *before)
         self.live.resize(size_bytes)
         self.expectation.sizes = (*before, size_bytes)
+
+    def create_snapshot(self) -> None:
+        """Keep the disk as it is now, durably. Where a refcount does not fit nothing happens."""
+        name, expectation = self.fresh_name(), self.expectation
+        taken = Taken(name, settled(expectation.sectors), self.live.size)
+        snapshots = (*expectation.snapshots, taken)
+        self._transact(lambda: self.live.create_snapshot(name, DATE), snapshots=snapshots)
+
+    def apply_snapshot(self, number: int) -> None:
+        """Make the disk what one of the snapshots holds, durably, if there is one."""
+        if self.expectation.snapshots:
+            taken = self.expectation.snapshots[number % len(self.expectation.snapshots)]
+            self._transact(
+                lambda: self.live.apply_snapshot(taken.name),
+                sectors=taken.sectors,
+                size_bytes=taken.size_bytes,
+            )
+
+    def delete_snapshot(self, number: int) -> None:
+        """Give up one of the snapshots, durably, if there is one."""
+        if self.expectation.snapshots:
+            taken = self.expectation.snapshots[number % len(self.expectation.snapshots)]
+            kept = tuple(other for other in self.expectation.snapshots if other is not taken)
+            self._transact(lambda: self.live.delete_snapshot(taken.name), snapshots=kept)
+
+    def _transact(
+        self,
+        act: Callable[[], object],
+        *,
+        sectors: SectorModel | None = None,
+        size_bytes: int | None = None,
+        snapshots: AllTaken | None = None,
+    ) -> None:
+        """Do what is a transaction of its own; after it there are these sectors, this size, these snapshots.
+
+        What was written before becomes durable first, or with it; a crash may show it without.
+        """
+        if self.expectation.rival is not None:
+            # One commit at a time can be in doubt.
+            self.flush()
+        self._changes()
+        self.expectation.rival = Rival(
+            self.expectation.windows,
+            settled(self.expectation.sectors if sectors is None else sectors),
+            self.live.size if size_bytes is None else size_bytes,
+            self.expectation.snapshots if snapshots is None else snapshots,
+        )
+        try:
+            act()
+        except UnsupportedFeatureError:
+            # A refcount would not fit. The transaction was undone, and never logged.
+            self.expectation.rival = None
+            return
+        self.expectation.adopt_rival()
 
     def flush(self) -> None:
         """Flush: what was asked before is promised now."""
@@ -512,6 +474,19 @@ class Session:
         at_disk_end = self._guest(position) + length == size_bytes
         return head, end if at_disk_end else end - end % cluster_bytes
 
+    def as_clusters(self, position: int, length: int, size_bytes: int) -> tuple[int, int]:
+        """Return position and length of the whole clusters that a range touches, on the disk."""
+        cluster_bytes = self.live.info().cluster_size
+        start, end = position - position % cluster_bytes, position + length
+        return start, self.expectation.windows.clip(
+            start, -(-(end - start) // cluster_bytes) * cluster_bytes, size_bytes
+        )
+
+    def fresh_name(self) -> str:
+        """Return a name that no other snapshot has."""
+        self.written += 1
+        return f"snapshot-{self.written}"
+
     def fresh_data(self, length: int, position: int) -> bytes:
         """Return bytes for a write at a position that no other write has."""
         self.written += 1
@@ -520,6 +495,16 @@ class Session:
             words.append(((self.written << 32) | (sector << 1) | 1).to_bytes(8, "big") * (SECTOR_BYTES // 8))
         start = position % SECTOR_BYTES
         return b"".join(words)[start : start + length]
+
+    def packable_data(self, length: int, position: int, noise: int | None = None) -> bytes:
+        """Return `fresh_data` of whole sectors: ``noise`` of eight do not compress; None: some, or none."""
+        data = bytearray(self.fresh_data(length, position))
+        noise = NOISE[self.written % len(NOISE)] if noise is None else noise
+        for start in range(0, length, SECTOR_BYTES):
+            if (position + start) // SECTOR_BYTES % 8 < noise:
+                random = Random(f"{self.written} {position + start}")
+                data[start : start + SECTOR_BYTES] = random.randbytes(SECTOR_BYTES)
+        return bytes(data)
 
     def _changes(self) -> None:
         self.expectation.closed = None

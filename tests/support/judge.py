@@ -17,17 +17,12 @@ from jqcow.engine.recovery import open_store
 from jqcow.errors import CorruptionError, JqcowError
 from jqcow.offline.check import check_structure
 from jqcow.ondisk.header import MAGIC, Header, HeaderArea
+from jqcow.ondisk.naming import backing_file_of
 from jqcow.ondisk.root import is_live
 from jqcow.testing import CrashState, SimulatedDevice
-from tests.support.images import (
-    JOURNAL_BYTES,
-    SECTOR_BYTES,
-    Expectation,
-    Session,
-    Windows,
-    open_simulated,
-    salts_of,
-)
+from tests.support.below import Below, find_below, name_of
+from tests.support.expectation import SECTOR_BYTES, Expectation, Shown, Windows
+from tests.support.images import JOURNAL_BYTES, Session, open_simulated, salts_of
 
 READ_ONLY_EVERY = 4
 WRITE_ON_EVERY = 8
@@ -61,7 +56,8 @@ def recover(device: SimulatedDevice) -> jqcow.Image:
         use_root_copy=True,
         new_salt=salts_of(device),
     )
-    return jqcow.Image(opened, "r+")
+    named = backing_file_of(opened.store.metadata.area, "")
+    return jqcow.Image(opened, "r+", None if named is None else find_below(named))
 
 
 def recover_and_close(device: SimulatedDevice) -> None:
@@ -92,10 +88,10 @@ class Judge:
         _check_vouched(device, expectation)
         read_only = None
         if token % READ_ONLY_EVERY == 0 and device.pread(len(MAGIC), 0) == MAGIC:
-            read_only = read_without_writing(device, expectation.windows)
+            read_only = read_without_writing(device, expectation.windows, exact=not expectation.damaged)
         image = recover(device)
         judge_running(image, expectation)
-        found = expectation.windows.reader(image)(expectation.windows.model_bytes, 0)
+        found = read_all(image, expectation.windows)
         require(read_only in (None, found), "P4: read-only opening shows what recovery brings back")
         image.close()
         judge_closed(device, expectation)
@@ -103,7 +99,7 @@ class Judge:
             self.qemu_judged += 1
             judge_by_qemu(device, expectation.windows, found)
         if token % WRITE_ON_EVERY == 0:
-            write_on(device, expectation, found)
+            write_on(device, expectation)
 
 
 def _may_be_anything(device: SimulatedDevice) -> None:
@@ -121,21 +117,46 @@ def _check_vouched(device: SimulatedDevice, expectation: Expectation) -> None:
     sector = device.pread(SECTOR_BYTES, 0)
     if sector[: len(MAGIC)] != MAGIC or not Header.unpack(sector).autoclear_features:
         return
-    found = read_without_writing(device, expectation.windows)
-    require(found == expectation.vouched, "P1: autoclear bits vouch for data that changed")
+    found = read_without_writing(device, expectation.windows, exact=True)
+    require(found.disk == expectation.vouched, "P1: autoclear bits vouch for data that changed")
 
 
-def read_without_writing(device: SimulatedDevice, windows: Windows) -> bytes:
-    """Return the guest's bytes by a read-only opening, which must not change the file."""
+@dataclass(frozen=True)
+class Found:
+    """What the windows of a disk show, and those of each of its snapshots: (name, size, bytes)."""
+
+    disk: bytes
+    snapshots: tuple[tuple[str, int, bytes], ...]
+
+
+def read_all(image: jqcow.Image, windows: Windows) -> Found:
+    """Read a disk and its snapshots."""
+    shown = [(taken.name, Shown(image, taken)) for taken in image.snapshots()]
+    length = windows.model_bytes
+    return Found(
+        windows.reader(image)(length, 0),
+        tuple((name, snapshot.size, windows.reader(snapshot)(length, 0)) for name, snapshot in shown),
+    )
+
+
+def read_without_writing(device: SimulatedDevice, windows: Windows, *, exact: bool) -> Found:
+    """Return the guest's bytes by read-only openings, which must not change the file.
+
+    Where the refcounts were never ``exact``, replay alone does not make them so.
+    """
     before = device.content()
     image = open_simulated(device, "r")
-    found = windows.reader(image)(windows.model_bytes, 0)
+    disk, names = windows.reader(image)(windows.model_bytes, 0), [taken.name for taken in image.snapshots()]
     report = image.check()
-    require(report.ok, "P2: replay in memory", report.findings[:1])
+    require(report.ok or not exact, "P2: replay in memory", report.findings[:1])
     image.close()
+    snapshots = []
+    for name in names:
+        with open_simulated(device, "r", snapshot=name) as image:
+            snapshots.append((name, image.size, windows.reader(image)(windows.model_bytes, 0)))
     device.reopen()
     require(device.content() == before, "P4: reading changed the file")
-    return found
+    return Found(disk, tuple(snapshots))
 
 
 def judge_running(image: jqcow.Image, expectation: Expectation) -> None:
@@ -158,20 +179,21 @@ def judge_closed(device: SimulatedDevice, expectation: Expectation) -> None:
     report = check_structure(read, len(content))
     require(report.ok, "P2: after a clean close", report.findings[:1])
     area = HeaderArea.parse(content[: report.image_end_offset])
-    require(
-        area.data[area.header.header_length :] == expectation.extensions, "P2: the header extensions changed"
-    )
+    extensions = area.data[area.header.header_length :]
+    allowed = (expectation.extensions, *expectation.renamed)
+    require(extensions in allowed, "P2: the header extensions changed")
     open_simulated(device).close()
     require(device.content() == content, "P4: recovering again changed the file")
 
 
-def write_on(device: SimulatedDevice, expectation: Expectation, found: bytes) -> None:
-    """The recovered image can be used: it takes writes, a discard and a flush, and is exact after them."""
+def write_on(device: SimulatedDevice, expectation: Expectation) -> None:
+    """The recovered image can be used: it takes writes, a discard and a flush, and is exact after them.
+
+    Its snapshots stay as they are meanwhile, and can be deleted.
+    """
     later = expectation.copy()
-    later.sectors.reset_to(found)
-    later.rival = None
-    session = Session(device, later, written=1 << 20)
-    session.open()
+    session = Session(device, later, written=1 << 20, image=open_simulated(device))
+    later.adopt(session.live)
     window_bytes = expectation.windows.window_bytes
     for index in range(expectation.windows.count):
         session.write(index * window_bytes + window_bytes // 2, SECTOR_BYTES * 3)
@@ -179,6 +201,7 @@ def write_on(device: SimulatedDevice, expectation: Expectation, found: bytes) ->
     session.discard(0, window_bytes // 2)
     session.write(window_bytes // 4, SECTOR_BYTES)
     session.look()
+    session.delete_snapshot(0)
     session.close()
     judge_closed(device, expectation)
     session.open()
@@ -190,19 +213,45 @@ RAW_BYTES_MAX = 8 << 40
 """A raw file of a larger disk is more than ext4 holds: QEMU checks such an image, and compares nothing."""
 
 
-def judge_by_qemu(device: SimulatedDevice, windows: Windows, found: bytes) -> None:
-    """QEMU finds no error and no leak in the recovered file, and reads what jqcow read."""
+def judge_by_qemu(device: SimulatedDevice, windows: Windows, found: Found) -> None:
+    """QEMU finds no error and no leak in the recovered file, and reads what jqcow read.
+
+    Of the snapshots it reads the first.
+    """
     with tempfile.TemporaryDirectory(prefix="jqcow-crash-") as folder:
         image, raw = Path(folder, "image.qcow2"), Path(folder, "read.raw")
         image.write_bytes(device.content())
         size = Header.unpack(device.content()[:SECTOR_BYTES]).size
+        below = below_of(device.content())
+        if below is not None:
+            if max(size, below.size) > RAW_BYTES_MAX:
+                return
+            _write_raw(Path(folder, name_of(below)), below.windows, below.content, below.size)
         commands = [["qemu-img", "check", "-q", "-f", "qcow2", str(image)]]
         if size <= RAW_BYTES_MAX:
-            _write_raw(raw, windows, found, size)
+            _write_raw(raw, windows, found.disk, size)
             commands.append(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", str(raw), str(image)])
+        for name, snapshot_size, content in found.snapshots[:1]:
+            if size <= RAW_BYTES_MAX:
+                expected, shown = Path(folder, "snapshot.raw"), Path(folder, "shown.raw")
+                # QEMU shows a snapshot with the size that the disk has now.
+                _write_raw(expected, windows, content, min(snapshot_size, size))
+                chosen = ["-l", f"snapshot.name={name}"]
+                commands += [
+                    ["qemu-img", "convert", "-f", "qcow2", *chosen, "-O", "raw", str(image), str(shown)],
+                    ["truncate", "-s", str(min(snapshot_size, size)), str(shown)],
+                    ["qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", str(expected), str(shown)],
+                ]
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             require(done.returncode == 0, f"{command[1]} by QEMU", done.stdout + done.stderr)
+
+
+def below_of(content: bytes) -> Below | None:
+    """Return the disk below a clean image, None where there is none."""
+    header = Header.unpack(content[:SECTOR_BYTES])
+    named = backing_file_of(HeaderArea.parse(content[: 1 << header.cluster_bits]), "")
+    return None if named is None else find_below(named)
 
 
 def _write_raw(path: Path, windows: Windows, found: bytes, size: int) -> None:

@@ -56,11 +56,7 @@ def _homes(device: SimulatedDevice) -> list[Range]:
     twin = device.killed()
     try:
         store = open_store(Medium(twin), writable=False).store
-        clusters = {cluster for _, cluster in store.mapping.metadata_clusters()}
-        clusters |= {
-            store.refcounts.refcount_block(index) // store.geometry.cluster_bytes
-            for index in range(store.refcounts.table_entries)
-        }
+        clusters = store.snapshots.survey()
     except JqcowError:
         return []
     size = store.geometry.cluster_bytes

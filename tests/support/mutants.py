@@ -27,14 +27,15 @@ from jqcow.testing import (
     enumerate_states,
 )
 from jqcow.testing.crash import GARBAGE_BLOCK_BYTES
-from tests.support.images import Expectation
+from tests.support.expectation import Expectation
 from tests.support.judge import Judge
-from tests.support.scenarios import SCENARIOS
+from tests.support.scenarios import DROPPING_SCENARIOS, SCENARIOS
 from tests.support.simulation import Program
 from tests.support.simulation import run as run_program
 from tests.support.workloads import workload_named
 
 SCENARIO = "scenario:"
+DROPPING = "dropping:"
 ROOT = "root:"
 DEEP = "deep:"
 SIMULATION = "simulation:"
@@ -73,12 +74,14 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.data": ("in-place/4096/0",),
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
+    "commit.base": ("dropping:commit",),
 }
 
-MEDIUM, JOURNAL, METADATA, SPACE, REFCOUNTS, MAPPING, STORE, DATAPATH, TURN = (
+MEDIUM, JOURNAL, METADATA, SPACE, REFCOUNTS, MAPPING, STORE, DATAPATH, TURN, SNAPSHOTS = (
     f"jqcow/engine/{name}.py"
     for name in (
         "medium", "journal", "metadata", "space", "refcounts", "mapping", "store", "datapath", "turn",
+        "snapshots",
     )
 )  # fmt: skip
 
@@ -224,7 +227,7 @@ MUTANTS = (
     Mutant(
         "S1",
         SPACE,
-        (("        self._staged.data.add(cluster)\n", "        self.unknown.add(cluster, 1)\n"),),
+        (("        self._staged.data.add(start, count)\n", "        self.unknown.add(start, count)\n"),),
         ("host-fails-dirty/4096/0", "transactions-dirty/4096/0"),
     ),
     Mutant(
@@ -233,7 +236,7 @@ MUTANTS = (
         (
             (
                 "        waiting = [(epoch, frees.metadata)] if frees.metadata else []\n",
-                "        waiting = []\n        released += _as_runs(frees.metadata)\n",
+                "        waiting = []\n        released += list(frees.metadata)\n",
             ),
         ),
         ("reuse-tables/512/2", "reuse-tables/512/3"),
@@ -287,7 +290,7 @@ MUTANTS = (
         "R2",
         REFCOUNTS,
         (
-            ("            if before:\n", "            if False:\n"),
+            ("            if used >= 0:\n", "            if False:\n"),
             (
                 "            free = _native.refcount_find_zero(data, order, position, limit)\n",
                 "            free = position\n",
@@ -317,6 +320,88 @@ MUTANTS = (
         (SCENARIO + "checkpoint-on-full-disk",),
     ),
     Mutant(
+        "R4",
+        STORE,
+        (
+            (
+                "            self.refcounts.stop_packing()\n            self.metadata.roll_back()\n",
+                "            self.metadata.roll_back()\n",
+            ),
+        ),
+        (
+            SIMULATION
+            + "4096/empty/0/65536 write:0:1 flush fail:pwrite:1:EIO:0 packed:32768:1 packed:65536:1",
+        ),
+    ),
+    Mutant(
+        "R4",
+        STORE,
+        (
+            (
+                "        self.refcounts.stop_packing()\n        self.metadata.return_to(mark[0])\n",
+                "        self.metadata.return_to(mark[0])\n",
+            ),
+        ),
+        tuple(f"compressed-undone/4096/{seed}" for seed in range(4)),
+    ),
+    Mutant(
+        "R4",
+        STORE,
+        (
+            (
+                "        if self.metadata.in_transaction:\n            self.refcounts.stop_packing()\n",
+                "",
+            ),
+        ),
+        tuple(f"compressed-undone/4096/{seed}" for seed in range(4)),
+    ),
+    Mutant(
+        "R4",
+        REFCOUNTS,
+        (("                self.stop_packing()\n", "                pass\n"),),
+        tuple(f"compressed/4096/{seed}" for seed in range(4)),
+    ),
+    Mutant(
+        "N1",
+        SNAPSHOTS,
+        (("                self.refcounts.share(start, count)\n", "                pass\n"),),
+        ("snapshots/4096/0",),
+    ),
+    Mutant(
+        "N1",
+        SNAPSHOTS,
+        (("            self.refcounts.share(table // self.geometry.cluster_bytes, 1)\n", ""),),
+        ("snapshots/4096/0",),
+    ),
+    Mutant(
+        "N1",
+        SNAPSHOTS,
+        (("        self._release(self.l1_of(snapshot))\n", ""),),
+        ("snapshots/4096/0", "snapshots/4096/1"),
+    ),
+    Mutant(
+        "N2",
+        SNAPSHOTS,
+        (
+            (
+                "        self._share(active)\n        self.set_copied_flags()\n",
+                "        self._share(active)\n",
+            ),
+        ),
+        ("snapshots/4096/0",),
+    ),
+    Mutant(
+        "N2",
+        SNAPSHOTS,
+        (
+            (
+                "        self._release(self.l1_of(snapshot))\n        self.set_copied_flags()\n",
+                "        self._release(self.l1_of(snapshot))\n",
+            ),
+        ),
+        ("snapshots/4096/0", "snapshots/4096/1"),
+    ),
+    Mutant(
         "G1",
         MAPPING,
         (("if host % self._cluster_bytes or host < self._cluster_bytes:", "if False:"),),
@@ -328,18 +413,82 @@ MUTANTS = (
         (("if cluster in self.metadata_clusters:", "if False:"),),
         (SCENARIO + "entry-into-metadata",),
     ),
-    Mutant("W1", REFCOUNTS, (("if value > 1:", "if False:"),), (SCENARIO + "shared-cluster",)),
+    Mutant(
+        "G3",
+        MAPPING,
+        (("if shared and refcounts.get(shared // self._cluster_bytes) == 1:", "if shared:"),),
+        ("snapshots/4096/0",),
+    ),
     Mutant(
         "W1",
         DATAPATH,
-        (("return fresh is None or cluster in fresh", "return True"),),
+        (("return copied and not is_shared and (", "return not is_shared and ("),),
+        (SCENARIO + "two-owners",),
+    ),
+    Mutant(
+        "W1",
+        DATAPATH,
+        (("return copied and not is_shared and (", "return copied and ("),),
+        (SCENARIO + "stale-copied-flag",),
+    ),
+    Mutant(
+        "W1",
+        DATAPATH,
+        ((" and (fresh is None or cluster in fresh)", ""),),
         ("transactions/4096/0",),
+    ),
+    Mutant(
+        "F1",
+        STORE,
+        (
+            (
+                "            self.refcounts.metadata_clusters = set(self.snapshots.find_metadata())\n"
+                "            self._find_frontier()\n",
+                "            self.refcounts.metadata_clusters = set(self.snapshots.find_metadata())\n"
+                "            self._find_frontier()\n"
+                "            self.refcounts.start_search(self.space.frontier)\n",
+            ),
+        ),
+        ("repair/4096/0", "repair/4096/1", "repair-snapshots/4096/0"),
+    ),
+    Mutant(
+        "W2",
+        DATAPATH,
+        (
+            (
+                "            return self._backing_reads_as_zeros(guest_end - guest_start, guest_start)\n",
+                "            return True\n",
+            ),
+        ),
+        ("overlay/4096/0", "overlay-reuse/4096/0", "copy-on-read/4096/0"),
     ),
     Mutant(
         "W2",
         DATAPATH,
         (("        self.store.metadata.require_order()\n        whole", "        whole"),),
         ("reuse/4096/0",),
+    ),
+    Mutant(
+        "W2",
+        DATAPATH,
+        (
+            (
+                "            self.store.metadata.require_order()\n            host = ",
+                "            host = ",
+            ),
+        ),
+        ("compressed-new/4096/0",),
+    ),
+    Mutant(
+        "W3",
+        DATAPATH,
+        (
+            (
+                "self.read_into(memoryview(whole)[edge - guest_start : edge_end - guest_start], edge)",
+                "pass",
+            ),
+        ),
+        ("snapshots-cow/4096/0",),
     ),
     Mutant(
         "W3",
@@ -486,7 +635,13 @@ def garble_sector_0(workload: Workload[Expectation], drop_barriers: tuple[str, .
 
 def judge_trial(trial: str, drop_barriers: tuple[str, ...] = ()) -> str | None:
     """Run a trial. Returns what broke, None if every promise held."""
-    if trial.startswith(SCENARIO):
+    if trial.startswith(DROPPING):
+        scenario = DROPPING_SCENARIOS[trial.removeprefix(DROPPING)]
+
+        def action() -> None:
+            scenario(drop_barriers)
+
+    elif trial.startswith(SCENARIO):
         action = SCENARIOS[trial.removeprefix(SCENARIO)]
     elif trial.startswith(SIMULATION):
         program = Program.parse(trial.removeprefix(SIMULATION))

@@ -13,16 +13,11 @@ from threading import Event, Thread, current_thread
 
 import jqcow
 from jqcow.errors import JqcowError
+from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.header import Header
 from jqcow.testing import Fault, FaultPlan, SectorModel, SimulatedDevice, enumerate_states
-from tests.support.images import (
-    JOURNAL_BYTES,
-    SECTOR_BYTES,
-    Expectation,
-    Session,
-    Windows,
-    open_simulated,
-)
+from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
+from tests.support.images import JOURNAL_BYTES, Session, open_simulated
 from tests.support.judge import Judge, PromiseBroken, require
 
 CLUSTER_BYTES = 4096
@@ -39,13 +34,17 @@ class Crafted:
     l2_table: int
 
     @classmethod
-    def new(cls) -> Crafted:
-        """Return an image with guest clusters 0 to 2 allocated."""
+    def new(cls, *, empty_snapshot: bool = False, snapshot: bool = False) -> Crafted:
+        """Return an image with guest clusters 0 to 2 allocated, and a snapshot from before or after that."""
         device = SimulatedDevice()
         image = jqcow.create_on_device(
             device, 1 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES
         )
+        if empty_snapshot:
+            image.create_snapshot("empty")
         image.pwrite(b"\x33" * (3 * CLUSTER_BYTES), 0)
+        if snapshot:
+            image.create_snapshot("kept")
         image.close()
         content = bytearray(device.content())
         header = Header.unpack(bytes(content[:512]))
@@ -69,9 +68,13 @@ class Crafted:
         place = block + host_offset // CLUSTER_BYTES * 2
         self.content[place : place + 2] = value.to_bytes(2, "big")
 
+    def device(self) -> SimulatedDevice:
+        """Return a device that holds the image."""
+        return SimulatedDevice(bytes(self.content))
+
     def open(self) -> jqcow.Image:
         """Open the image for writing."""
-        return open_simulated(SimulatedDevice(bytes(self.content)))
+        return open_simulated(self.device())
 
 
 def _must_refuse(promise: str, action: Callable[[], object]) -> None:
@@ -98,19 +101,40 @@ def entry_into_metadata() -> None:
     _must_refuse("P6: a guest write destroyed the L1 table", lambda: image.pwrite(b"x" * 512, CLUSTER_BYTES))
 
 
-def shared_cluster() -> None:
-    """P1: a write to one owner of a cluster does not show in the other; it may be refused."""
-    crafted = Crafted.new()
+def two_owners() -> None:
+    """P1: two guest clusters have one host cluster, and both are written: each is old or new after a crash.
+
+    The first write leaves the host cluster to the other one, but not durably.
+    """
+    crafted = Crafted.new(empty_snapshot=True)
     shared, given_up = crafted.entry(0) & ~COPIED, crafted.entry(1) & ~COPIED
     for guest_cluster in (0, 1):
         crafted.set_entry(guest_cluster, shared)
     crafted.set_refcount(shared, 2)
     crafted.set_refcount(given_up, 0)
-    image = crafted.open()
-    with suppress(JqcowError):
-        image.pwrite(b"\x44" * 512, 0)
-    other = image.pread(CLUSTER_BYTES, CLUSTER_BYTES)
-    require(other == b"\x33" * CLUSTER_BYTES, "P1: another guest cluster changed")
+    device = crafted.device()
+    image = open_simulated(device)
+    for guest_cluster in (0, 1):
+        image.pwrite(bytes([0x44 + guest_cluster]) * SECTOR_BYTES, guest_cluster * CLUSTER_BYTES)
+    for state in enumerate_states(device, budget=64):
+        with open_simulated(device.crash(state)) as crashed:
+            for guest_cluster in (0, 1):
+                found = crashed.pread(1, guest_cluster * CLUSTER_BYTES)[0]
+                require(found in (0x33, 0x44 + guest_cluster), "P1: another guest cluster changed", found)
+
+
+def stale_copied_flag() -> None:
+    """P1: a flag says that a cluster belongs to the disk alone, and the refcount that a snapshot has it too.
+
+    So another program leaves it that is cut off between the two.
+    """
+    crafted = Crafted.new(snapshot=True)
+    crafted.set_entry(0, crafted.entry(0) | COPIED)
+    device = crafted.device()
+    with open_simulated(device) as image:
+        image.pwrite(b"\x44" * SECTOR_BYTES, 0)
+    with open_simulated(device, "r", snapshot="kept") as kept:
+        require(kept.pread(CLUSTER_BYTES, 0) == b"\x33" * CLUSTER_BYTES, "P1: the snapshot changed")
 
 
 def _new_session() -> Session:
@@ -211,10 +235,29 @@ def flush_beside_a_failed_barrier() -> None:
     require(not expectation.check(crashed), "P1: a flush was acknowledged", expectation.check(crashed)[:1])
 
 
+def commit_into_a_raw_base(drop_barriers: tuple[str, ...]) -> None:
+    """The overlay is emptied when the base has all of it, durably: a power cut then takes nothing away."""
+    base = SimulatedDevice(bytes(1 << 20))
+    base.drop_barriers = set(drop_barriers)
+    top = SimulatedDevice()
+    image = jqcow.create_on_device(top, 1 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES)
+    image.pwrite(b"\x44" * 10_000, 5000)
+    with raw_base(base) as raw:
+        copy_into(image, raw)
+    with image.transaction() as transaction:
+        transaction.make_empty()
+    found = base.durable_content()
+    require(found[5000:15_000] == b"\x44" * 10_000, "P1: what the overlay had", "not durable in the base")
+
+
+DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {"commit": commit_into_a_raw_base}
+"""Those that show the need of a barrier: they are told which ones do nothing."""
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "unaligned-entry": unaligned_entry,
     "entry-into-metadata": entry_into_metadata,
-    "shared-cluster": shared_cluster,
+    "two-owners": two_owners,
+    "stale-copied-flag": stale_copied_flag,
     "checkpoint-on-full-disk": checkpoint_on_full_disk,
     "checkpoint-while-flushing": checkpoint_while_flushing,
     "flush-beside-a-failed-barrier": flush_beside_a_failed_barrier,

@@ -8,7 +8,9 @@ failing program can be minimised (`tests.support.simulation_minimise`). Programs
 The steps, with their arguments (``POS`` and ``LEN`` in bytes of the model, see `Windows`):
 
     write:POS:LEN  fua:POS:LEN  zeroes:POS:LEN  unmap:POS:LEN  discard:POS:LEN
+    packed:POS:LEN              a compressed write of the clusters that the range touches
     resize:WINDOW:INSIDE        to the start of that window, and so many bytes more
+    snapshot  apply:NUMBER  delete:NUMBER    of those there are, modulo their count
     flush  checkpoint  look  open  close  kill
     begin  commit  rollback  abort  savepoint  return:NUMBER  outgrow
     fail:CALL:AT:ERROR:APPLIED  the host fails a call, counted from the next step on; several make one plan
@@ -37,24 +39,31 @@ from typing import Any, ClassVar, NamedTuple
 import jqcow
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.testing import EVERYTHING, CrashSpace, CrashState, Fault, FaultPlan, SimulatedDevice
-from tests.support import workloads
-from tests.support.images import SECTOR_BYTES, Draft, Expectation, Session, salts_of
+from tests.support import qemu_starts, starts
+from tests.support.expectation import SECTOR_BYTES, AllTaken, Expectation
+from tests.support.images import Draft, Session, salts_of
 from tests.support.judge import Judge, judge_closed, recover, recover_and_close
 from tests.support.layouts import GarbageRule
+from tests.support.snapshots import SNAPSHOTS_MAX
+from tests.support.starts import Start
 from tests.support.transactions import outgrow
-from tests.support.workloads import Start
 
 STARTS: dict[str, Callable[[int, Random], Start]] = {
-    "empty": workloads.empty_file,
-    "used": workloads.used_image,
-    "full": workloads.full_image,
-    "dirty": workloads.dirty_image,
-    "holed": workloads.holed_image,
-    "unpunchable": workloads.unpunchable_image,
-    "vouched": workloads.vouched_image,
-    "long-header": workloads.long_header_image,
-    "half-moved": workloads.half_moved_image,
-    "qemu": workloads.qemu_image,
+    "empty": starts.empty_file,
+    "used": starts.used_image,
+    "full": starts.full_image,
+    "dirty": starts.dirty_image,
+    "holed": starts.holed_image,
+    "unpunchable": starts.unpunchable_image,
+    "vouched": starts.vouched_image,
+    "long-header": starts.long_header_image,
+    "half-moved": starts.half_moved_image,
+    "qemu": qemu_starts.qemu_image,
+    "snapshots": starts.snapshots_image,
+    "snapshots-unpunchable": starts.snapshots_unpunchable_image,
+    "qemu-snapshots": qemu_starts.qemu_snapshots_image,
+    "qemu-compressed": qemu_starts.qemu_compressed_image,
+    "narrow": qemu_starts.narrow_image,
 }
 LARGE_ONLY = ("long-header", "half-moved")
 """Starts for clusters of 8 KiB and more."""
@@ -391,6 +400,10 @@ class Simulation:
         windows = self._expectation.windows
         return window * windows.stride_bytes + inside % windows.window_bytes // SECTOR_BYTES * SECTOR_BYTES
 
+    def _snapshot(self, user: Session | Draft, there: AllTaken) -> None:
+        if len(there) < SNAPSHOTS_MAX:
+            user.create_snapshot()
+
     def _close(self) -> None:
         if self._session.image is not None:
             self._session.close()
@@ -411,7 +424,11 @@ class Simulation:
         "zeroes": lambda self, *place: self._session.write_zeroes(*place, unmap=False),
         "unmap": lambda self, *place: self._session.write_zeroes(*place, unmap=True),
         "discard": lambda self, *place: self._session.discard(*place),
+        "packed": lambda self, *place: self._session.write_compressed(*place),
         "resize": _resize,
+        "snapshot": lambda self: self._snapshot(self._session, self._expectation.snapshots),
+        "apply": lambda self, number: self._session.apply_snapshot(number),
+        "delete": lambda self, number: self._session.delete_snapshot(number),
         "flush": lambda self: self._session.flush(),
         "checkpoint": lambda self: self._session.checkpoint(),
         "look": lambda self: self._look(),
@@ -449,6 +466,10 @@ class Simulation:
         "zeroes": lambda self, draft, *place: draft.write_zeroes(*place, unmap=False),
         "unmap": lambda self, draft, *place: draft.write_zeroes(*place, unmap=True),
         "discard": lambda self, draft, *place: draft.discard(*place),
+        "packed": lambda self, draft, *place: draft.write_compressed(*place),
+        "snapshot": lambda self, draft: self._snapshot(draft, draft.snapshots),
+        "apply": lambda self, draft, number: draft.apply_snapshot(number),
+        "delete": lambda self, draft, number: draft.delete_snapshot(number),
         "resize": lambda self, draft, *place: draft.resize(self._size_at(*place)),
         "flush": lambda self, draft: self._session.flush(),
         "look": lambda self, draft: self._look(),
@@ -610,11 +631,7 @@ class Simulation:
             self._session = self._new_session(written)
             return
         image = recover(device)
-        found = expectation.windows.reader(image)(expectation.windows.model_bytes, 0)
-        expectation.sectors.reset_to(found)
-        if expectation.lost:
-            expectation.forget_order()
-        expectation.sizes, expectation.rival, expectation.closed = (image.size,), None, None
+        expectation.adopt(image)
         self._session = self._use(device, expectation, written)
         self._session.image = image
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from tests.support.images import SECTOR_BYTES, Windows
+from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.simulation import LARGE_ONLY, STARTS, Program, Step
 
 CLUSTER_SIZES = (512, 1024, 4096, 8192, 65536)
@@ -17,8 +17,8 @@ START_SEEDS = 4
 CALLS = (
     *("pwrite",) * 3, *("any",) * 2, *("barrier",) * 2, "allocate", "punch", "truncate", "pread",
 )  # fmt: skip
-PHASE_WEIGHTS = (8, 9, 4, 2)
-"""Of plain work, transactions, resizes, and many flushes."""
+PHASE_WEIGHTS = (8, 9, 4, 2, 7)
+"""Of plain work, transactions, resizes, many flushes, and snapshots."""
 
 RESIZED_TO = (0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 8)
 APPLIED: tuple[int | str, ...] = (0, 0, 512, 4096, "all")
@@ -52,7 +52,7 @@ class _Writer:
         """Yield the steps: phases, each with something that may go wrong."""
         for _ in range(self.random.randint(2, 5)):
             yield from self._trouble()
-            phases = (self._plain, self._transaction, self._resizes, self._flushes)
+            phases = (self._plain, self._transaction, self._resizes, self._flushes, self._snapshots)
             yield from self.random.choices(phases, PHASE_WEIGHTS)[0]()
             if self.random.random() < 0.3:
                 yield Step(self.random.choice(("close", "kill", "kill", "checkpoint", "look")))
@@ -83,6 +83,8 @@ class _Writer:
                 yield Step(self.random.choice(("flush", "look", "look")))
             elif chance < 0.36:
                 yield self._resize()
+            elif chance < 0.46:
+                yield self._snapshot()
             else:
                 yield self._change()
             if self.random.random() < 0.06:
@@ -98,6 +100,19 @@ class _Writer:
             yield self._change()
             if self.random.random() < 0.5:
                 yield Step("flush")
+
+    def _snapshots(self) -> Iterator[Step]:
+        for _ in range(self.random.randint(1, 5)):
+            yield self._snapshot()
+            for _ in range(self.random.randrange(3)):
+                yield self._change()
+            if self.random.random() < 0.3:
+                yield Step("flush")
+
+    def _snapshot(self) -> Step:
+        """Return a step that makes, applies or deletes a snapshot."""
+        kind = self.random.choice(("snapshot", "snapshot", "apply", "delete"))
+        return Step(kind) if kind == "snapshot" else Step(kind, (self.random.randrange(4),))
 
     def _flushes(self) -> Iterator[Step]:
         """So many records that an epoch ends."""
@@ -115,7 +130,7 @@ class _Writer:
         yield Step("flush")
 
     def _change(self) -> Step:
-        kinds = ("write",) * 8 + ("fua",) + ("zeroes", "unmap", "discard", "discard", "unmap")
+        kinds = ("write",) * 8 + ("packed",) * 3 + ("fua", "zeroes", "unmap", "discard", "discard", "unmap")
         kind = self.random.choice(kinds)
         cluster = self.random.choice(self.favourites)
         if self.random.random() < 0.4:

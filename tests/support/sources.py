@@ -35,6 +35,11 @@ def barrier_names() -> list[str]:
     return [name for name, _ in barrier_calls()]
 
 
+def engine_barrier_names() -> list[str]:
+    """Return the names of the barriers that an image places: not those of commands on whole files."""
+    return [name for name, module in barrier_calls() if not module.startswith("jqcow/offline/")]
+
+
 def engine_rules() -> list[tuple[str, str]]:
     """Return (rule, module) of every rule that stands at the top of an engine module."""
     found = []

@@ -6,7 +6,8 @@ import errno
 from random import Random
 
 from jqcow.testing import EVERYTHING, Fault, FaultPlan
-from tests.support.images import SECTOR_BYTES, Session
+from tests.support.expectation import SECTOR_BYTES
+from tests.support.images import Session
 
 
 def scribble(session: Session, random: Random) -> None:

@@ -15,8 +15,8 @@ from random import Random
 import jqcow
 from jqcow.testing import FaultPlan, SimulatedDevice
 from tests.support.images import JOURNAL_BYTES, Session
+from tests.support.starts import Start, full_image
 from tests.support.stories import mixed
-from tests.support.workloads import Start, full_image
 
 CLUSTER_BYTES = 4096
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 from random import Random
 
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
-from tests.support.images import SECTOR_BYTES, Draft, Session
+from tests.support.expectation import SECTOR_BYTES
+from tests.support.images import Draft, Session
 from tests.support.stories import cluster_bytes_of, scribble, scribble_on
 
 OUTGROWING_RESIZES = {512: 70, 1024: 34}

@@ -70,6 +70,11 @@ class Trial:
         with self.model.write(offset, data):
             self.image.pwrite(data, offset)
 
+    def write_compressed(self, byte: int, length: int, offset: int) -> None:
+        data = filled(byte, length)
+        with self.model.write(offset, data):
+            self.image.pwrite_compressed(data, offset)
+
     def zero(self, length: int, offset: int, *, unmap: bool) -> None:
         with self.model.zero(offset, length):
             self.image.write_zeroes(length, offset, unmap=unmap)
@@ -297,6 +302,49 @@ def shrink(trial: Trial) -> None:
     trial.image.resize(31 * CLUSTER)
 
 
+def snapshot_create(trial: Trial) -> None:
+    trial.settle()
+    trial.image.create_snapshot("kept")
+
+
+def snapshot_apply(trial: Trial) -> None:
+    """Back to a snapshot, and again: what was written in between is never seen."""
+    trial.settle()
+    trial.image.create_snapshot("kept")
+    with trial.image.transaction() as transaction:
+        transaction.apply_snapshot("kept")
+        transaction.pwrite(filled(7, CLUSTER), CLUSTER)
+        transaction.apply_snapshot("kept")
+
+
+def snapshot_delete(trial: Trial) -> None:
+    trial.settle()
+    trial.image.create_snapshot("kept")
+    trial.expect((0, filled(7, 3 * CLUSTER)))
+    with trial.image.transaction() as transaction:
+        transaction.pwrite(filled(7, 3 * CLUSTER), 0)
+        transaction.delete_snapshot("kept")
+
+
+def write_over_shared(trial: Trial) -> None:
+    """Data and a table that a snapshot has too: written, zeroed, discarded."""
+    trial.flush()
+    trial.image.create_snapshot("kept")
+    trial.write(7, 2 * CLUSTER, SECTOR)
+    trial.zero(2 * CLUSTER, 4 * CLUSTER, unmap=False)
+    trial.discard(2 * CLUSTER, 20 * CLUSTER)
+    trial.flush()
+
+
+def compressed(trial: Trial) -> None:
+    """Packed side by side, over data and over each other, and then written to."""
+    trial.write_compressed(7, 3 * CLUSTER, CLUSTER)
+    trial.write_compressed(8, 2 * CLUSTER, 2 * CLUSTER)
+    trial.write(9, SECTOR, 2 * CLUSTER + SECTOR)
+    trial.flush()
+    trial.discard(2 * CLUSTER, CLUSTER)
+
+
 def move(trial: Trial) -> None:
     """A transaction whose record is larger than a half of the journal, which therefore moves."""
     trial.settle()
@@ -313,5 +361,5 @@ def move(trial: Trial) -> None:
 SCENARIOS: tuple[Act, ...] = (
     allocating_write, overwrite, write_zeroes, write_zeroes_unmap, discard, write_over_discarded, flush,
     flush_nothing, checkpoint, close, read, commit, commit_nothing, rollback, leave_by_exception, savepoint,
-    grow, shrink, move,
+    grow, shrink, snapshot_create, snapshot_apply, snapshot_delete, write_over_shared, compressed, move,
 )  # fmt: skip

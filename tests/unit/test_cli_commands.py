@@ -331,6 +331,46 @@ def test_convert_reports_as_json(image: Path, tmp_path: Path, capsys: pytest.Cap
     assert run("convert", image, tmp_path / "b.raw") == 1
 
 
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_convert_tells_how_much_it_compressed(
+    kind: str, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("convert", "-O", "qcow2", "-c", "-o", f"compression_type={kind},cluster_size=4k", image)
+    assert run(*command, "--output=json", tmp_path / "b.qcow2") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["compression-type"], told["compressed-bytes"]) == (kind, 2 * CLUSTER)
+    # A sector for each cluster of 4096 bytes.
+    assert told["packed-bytes"] == 2 * CLUSTER // 8
+    assert run(*command, "--overwrite", "--compression-level=9", tmp_path / "b.qcow2") == 0
+    assert f"  128 KiB of it compressed to 16 KiB ({kind})\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-c",), "a raw file cannot be compressed"),
+        (("-O", "qcow2", "-o", "compression_type=lz4"), "must be zlib or zstd, not lz4"),
+        (("-O", "raw", "-o", "compression_type=zstd"), "not supported for raw"),
+        (("-O", "qcow2", "--compression-level=3"), "of use only"),
+        (("-O", "qcow2", "-c", "--compression-level=0"), "from 1 to 9"),
+        (("-O", "qcow2", "-c", "--compression-level=x"), "invalid int value"),
+    ],
+)
+def test_convert_refuses_other_compressions(
+    options: tuple[str, ...],
+    message: str,
+    image: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        assert run("convert", *options, image, tmp_path / "b") == 1
+    except SystemExit as left:
+        assert left.code == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
 def test_progress_as_json_lines(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("convert", "-q", "--progress=json", image, tmp_path / "b.raw") == 0
     steps = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import struct
+import threading
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,12 +17,16 @@ import jqcow
 from jqcow.offline import convert as converting
 from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import first_difference
-from jqcow.offline.convert import convert, create_raw, nonzero_runs
+from jqcow.offline.compressing import CompressionType
+from jqcow.offline.convert import ConvertReport, convert, create_raw, nonzero_runs
 from jqcow.offline.disks import open_disk
 from jqcow.offline.info import probe_format, read_info
 from jqcow.ondisk.blank import refcount_clusters
+from jqcow.ondisk.entries import compressed_entry
+from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header
 from jqcow.ondisk.layout import Geometry
 from jqcow.testing import SimulatedDevice
+from tests.support.compressed import compressible, mixed_disk, streams_of
 
 MIB = 1 << 20
 
@@ -218,3 +227,172 @@ def test_the_builder_refuses_to_go_back() -> None:
     for offset in (8192, 4096, 16384 + 512):
         with pytest.raises(ValueError, match="in the order of the guest"):
             builder.write(memoryview(b"x" * 4096), offset)
+
+
+# Compressed
+
+
+def compressed(raw: Path, target: Path, **options: Any) -> ConvertReport:
+    return convert(raw, target, source_format="raw", compressed=True, overwrite=True, **options)
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_the_number_of_threads_changes_no_byte(
+    tmp_path: Path, kind: CompressionType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.raw").write_bytes(mixed_disk(6 * MIB, seed=1))
+    contents = set()
+    for count in (1, 2, 7):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=count: set(range(count)))
+        compressed(tmp_path / "a.raw", tmp_path / "b.qcow2", compression_type=kind)
+        contents.add((tmp_path / "b.qcow2").read_bytes())
+    assert len(contents) == 1
+
+
+def test_what_does_not_shrink_is_stored_as_it_is(tmp_path: Path) -> None:
+    noise = random.Random(1).randbytes(MIB)
+    (tmp_path / "a.raw").write_bytes(noise + bytes(MIB))
+    report = compressed(tmp_path / "a.raw", tmp_path / "b.qcow2")
+    assert (report.written_bytes, report.compressed_bytes, report.packed_bytes) == (MIB, 0, 0)
+    assert report.compression_type == "zlib"
+    with jqcow.open(tmp_path / "b.qcow2") as image:
+        assert image.pread(2 * MIB, 0) == noise + bytes(MIB)
+
+
+def test_a_cluster_is_compressed_if_that_saves_a_sector(tmp_path: Path) -> None:
+    noise = random.Random(1).randbytes(4096)
+    for saved, expected in ((300, 0), (700, 4096)):
+        (tmp_path / "a.raw").write_bytes(noise[: 4096 - saved] + bytes(saved))
+        report = compressed(tmp_path / "a.raw", tmp_path / "b.qcow2", cluster_size=4096)
+        assert report.compressed_bytes == expected
+
+
+def test_a_level_trades_time_for_space(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(compressible(2 * MIB, seed=1))
+    for kind, levels in (("zlib", (1, 9)), ("zstd", (1, 19))):
+        fast, small = (
+            compressed(tmp_path / "a.raw", tmp_path / "b", compression_type=kind, compression_level=level)
+            for level in levels
+        )
+        assert small.packed_bytes < fast.packed_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_format": "raw"}, "raw file cannot be compressed"),
+        ({"target_format": "raw", "compressed": False, "compression_type": "zstd"}, "raw file"),
+        ({"compressed": False, "compression_level": 1}, "of use only"),
+        ({"compression_level": 10}, "from 1 to 9"),
+        ({"compression_type": "zstd", "compression_level": 23}, "from 1 to 22"),
+        ({"compression_type": "lz4"}, "zlib or zstd, not lz4"),
+    ],
+)
+def test_impossible_compressions_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    create_raw(tmp_path / "a.raw", MIB)
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "a.raw", tmp_path / "b", **{"compressed": True, **options})
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_type_without_compressed_clusters_is_announced_all_the_same(tmp_path: Path) -> None:
+    create_raw(tmp_path / "a.raw", MIB)
+    report = convert(tmp_path / "a.raw", tmp_path / "b", source_format="raw", compression_type="zstd")
+    assert report.compression_type is None
+    header = Header.unpack((tmp_path / "b").read_bytes()[:CREATED_HEADER_BYTES])
+    assert (header.compression_type, header.incompatible_features) == (1, INCOMPATIBLE_COMPRESSION)
+
+
+def test_no_thread_and_no_target_outlive_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.raw").write_bytes(compressible(8 * MIB, seed=1))
+
+    def full(self: ImageBuilder, stream: bytes, offset: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ImageBuilder, "write_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        compressed(tmp_path / "a.raw", tmp_path / "b.qcow2")
+    assert not [thread for thread in threading.enumerate() if "compress" in thread.name]
+    assert not (tmp_path / "b.qcow2").exists()
+    assert no_partial_file(tmp_path)
+
+
+def test_memory_does_not_grow_with_the_disk(tmp_path: Path) -> None:
+    """64 MiB in clusters of which each is compressed; two threads hold two batches each."""
+    with (tmp_path / "a.raw").open("wb") as file:
+        for seed in range(16):
+            file.write(compressible(MIB, seed) * 4)
+    tracemalloc.start()
+    try:
+        compressed(tmp_path / "a.raw", tmp_path / "b.qcow2")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 24 * MIB
+
+
+# The builder
+
+
+def pieces(streams: list[int | None], cluster_bits: int) -> tuple[SimulatedDevice, list[tuple[int, int]]]:
+    """Build clusters of these compressed lengths (None: not compressed); return where the streams lie."""
+    device, cluster_bytes = SimulatedDevice(), 1 << cluster_bits
+    builder = ImageBuilder(device, len(streams) * cluster_bytes, cluster_bits)
+    for index, length in enumerate(streams):
+        if length is None:
+            builder.write(memoryview(b"x" * cluster_bytes), index * cluster_bytes)
+        else:
+            builder.write_compressed(b"c" * length, index * cluster_bytes)
+    builder.finish()
+    return device, [(host, length) for _, host, length in streams_of(device.content())]
+
+
+def refcounts_of(device: SimulatedDevice, cluster_bits: int) -> list[int]:
+    """Return the refcounts of the first refcount block."""
+    table = int.from_bytes(device.pread(8, 48), "big")
+    block = int.from_bytes(device.pread(8, table), "big")
+    count = device.size() >> cluster_bits
+    return list(struct.unpack(f">{count}H", device.pread(2 * count, block)))
+
+
+def test_streams_are_packed_across_neighbouring_host_clusters() -> None:
+    device, places = pieces([1, 513, 3000, 2000], 12)
+    assert places == [(8192, 512), (8704, 1024), (9728, 3072), (12800, 2048)]
+    # Header, L1 table, two packed clusters, L2 table, refcount table, refcount block.
+    assert refcounts_of(device, 12) == [1, 1, 3, 2, 1, 1, 1]
+    assert device.size() == 7 * 4096
+
+
+def test_a_stream_does_not_cross_what_lies_between() -> None:
+    device, places = pieces([3000, None, 512, 1000, 100], 12)
+    assert places == [(8192, 3072), (11264, 512), (16384, 1024), (17408, 512)]
+    assert refcounts_of(device, 12) == [1, 1, 2, 1, 2, 1, 1, 1]
+
+
+def test_a_host_cluster_can_have_as_many_streams_as_sectors() -> None:
+    device, places = pieces([5] * 4097, 21)
+    assert places[4095:] == [(3 * 2 * MIB - 512, 512), (3 * 2 * MIB, 512)]
+    assert refcounts_of(device, 21)[:4] == [1, 1, 4096, 1]
+
+
+def test_what_lies_behind_a_stream_in_its_cluster_is_zero() -> None:
+    device, ((host, _),) = pieces([700], 12)
+    assert device.pread(4096, host) == b"c" * 700 + bytes(4096 - 700)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "bits", "fields"),
+    [
+        (0x10000, 512, 16, (0x10000, 0)),
+        (0x10001, 512, 16, (0x10001, 1)),
+        (0x101FF, 1, 16, (0x101FF, 0)),
+        ((1 << 54) - 512, 65535, 16, ((1 << 54) - 512, 127)),
+        ((1 << 49) - 512, 2 << 20, 21, ((1 << 49) - 512, 4095)),
+        ((1 << 56) - 512, 600, 9, ((1 << 56) - 512, 1)),
+    ],
+)
+def test_compressed_entries(offset: int, length: int, bits: int, fields: tuple[int, int]) -> None:
+    entry = compressed_entry(offset, length, bits)
+    width = 62 - (bits - 8)
+    assert entry >> 62 == 1
+    assert (entry & ((1 << width) - 1), (entry & ((1 << 62) - 1)) >> width) == fields

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -247,11 +247,11 @@ class TestInterruptedPublishing:
         space.finish()
         space.cut()
 
-        def interrupted(_: set[int]) -> list[tuple[int, int]]:
+        def interrupted(_: ClusterRuns) -> Iterator[tuple[int, int]]:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr("jqcow.engine.space._as_runs", interrupted)
+            patched.setattr(ClusterRuns, "__iter__", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 space.publish(1)
         assert space.is_pending(2) and space.is_pending(3)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from jqcow import _native
-from jqcow.ondisk import entries, frame, header, layout, root
+from jqcow.ondisk import entries, frame, header, layout, root, snapshots
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 ROW = re.compile(r"^\s*(?:(Byte|Bit)\s+)?(\d+)(?:\s*-\s*(\d+))?:\s+(.*\S)\s*$")
@@ -120,6 +120,25 @@ def test_refcount_table_entry() -> None:
     assert mask(table, "host offset") == entries.REFCOUNT_TABLE_OFFSET_MASK
 
 
+def test_compressed_descriptor() -> None:
+    text = section("Mapping: L1 and L2 tables")
+    assert "x = 62 - (cluster_bits - 8)" in text
+    offset_bits, sector_bits = map(int, re.findall(r"offset has (\d+) bits and the number (\d+)", text)[0])
+    highest = (1 << offset_bits) - 1
+    entry = entries.COMPRESSED | ((1 << sector_bits) - 1) << offset_bits | highest
+    assert entries.compressed_extent(entry, 16) == (highest, 255 * layout.SECTOR_BYTES + 1)
+
+
+def test_snapshot_table() -> None:
+    fixed, extra = tables(section("Snapshots"))
+    assert spans(fixed) == fields_of(snapshots.FIXED_STRUCT.format)
+    assert spans(extra) == fields_of(snapshots.EXTRA_STRUCT.format)
+    assert fixed[-1].last + 1 == snapshots.FIXED_BYTES
+    assert number_after("Snapshots", r"starts at a multiple of (\d+)") == snapshots.ALIGNMENT_BYTES
+    assert number_after("Snapshots", r"more than (\d+) bytes of it") == snapshots.MAX_EXTRA_BYTES
+    assert extra[1].last + 1 == snapshots.REQUIRED_EXTRA_BYTES
+
+
 def test_live_root() -> None:
     bit = header.INCOMPATIBLE_JOURNAL.bit_length() - 1
     assert number_after("The live root", r"feature bit (\d+) set") == bit
@@ -185,13 +204,19 @@ def test_limits() -> None:
     assert limits["host offset"] == f"below 2^{layout.MAX_HOST_OFFSET.bit_length() - 1}"
     assert limits["L1 table"] == f"{layout.MAX_L1_BYTES >> 20} MiB"
     assert limits["refcount table"].startswith(f"{layout.MAX_REFCOUNT_TABLE_BYTES >> 20} MiB")
+    assert limits["snapshots"] == (
+        f"{snapshots.MAX_SNAPSHOTS}, in a table of {snapshots.MAX_TABLE_BYTES >> 20} MiB; "
+        f"an L1 table of {layout.MAX_L1_BYTES >> 20} MiB each"
+    )
     assert limits["journal range"] == (
         f"{root.MIN_JOURNAL_BYTES >> 10} KiB to {root.MAX_JOURNAL_BYTES >> 30} GiB, "
         f"{root.DEFAULT_JOURNAL_BYTES >> 20} MiB unless chosen otherwise"
     )
 
 
-@pytest.mark.parametrize("module", [header, entries, root, frame], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [header, entries, snapshots, root, frame], ids=lambda module: module.__name__
+)
 def test_module_docstrings_hold_the_same_tables(module: ModuleType) -> None:
     documented = list(tables(DOCUMENT))
     own = list(tables(module.__doc__ or ""))

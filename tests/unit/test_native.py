@@ -262,7 +262,8 @@ class TestL2Run:
         [
             ([0, 0, COPIED, 0x10000], (_native.UNALLOCATED, 0, 3)),
             ([1, 0x10001, 0x50001 | COPIED, 0], (_native.ZERO, 0, 3)),
-            ([0x30000 | COPIED, 0x40000, 0x50000 | COPIED, 0x70000], (_native.DATA, 0x30000, 3)),
+            ([0x30000 | COPIED, 0x40000 | COPIED, 0x50000, 0x60000], (_native.DATA, 0x30000, 2)),
+            ([0x30000, 0x40000, 0x50000, 0x70000], (_native.DATA, 0x30000, 3)),
             ([0x30000, 0x30000], (_native.DATA, 0x30000, 1)),
             ([0x30000, 0x40001], (_native.DATA, 0x30000, 1)),
             ([COMPRESSED | 0x12345, COMPRESSED | 0x12345], (_native.COMPRESSED, 0x12345, 1)),
@@ -298,6 +299,86 @@ class TestL2Run:
         for index, limit in ((2, 1), (-1, 1), (0, 0)):
             with pytest.raises(IndexError):
                 kernels.l2_run(bytes(16), index, limit, 16)
+
+
+class TestRefcountRuns:
+    @given(
+        values=st.lists(st.sampled_from([0, 1, 1, 2, 3, 255, 65535]), min_size=8, max_size=64),
+        order=st.sampled_from(ORDERS),
+        delta=st.sampled_from([-2, -1, 1, 3]),
+        data=st.data(),
+    )
+    def test_equal(self, values: list[int], order: int, delta: int, data: st.DataObject) -> None:
+        largest = (1 << (1 << order)) - 1
+        block = bytearray(len(values) * 8)
+        for index, value in enumerate(values):
+            twins.refcount_set(block, index, order, min(value, largest))
+        start = data.draw(st.integers(0, len(values) - 1))
+        stop = data.draw(st.integers(start + 1, len(values)))
+        assert bindings.refcount_run(block, order, start, stop) == twins.refcount_run(
+            block, order, start, stop
+        )
+        by_c, by_twin = bytearray(block), bytearray(block)
+        failed_at = bindings.refcount_add(by_c, order, start, stop, delta)
+        assert failed_at == twins.refcount_add(by_twin, order, start, stop, delta)
+        assert by_c == by_twin
+        assert failed_at < 0 or by_c == block
+
+    @IMPLEMENTATIONS
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_a_run_ends_where_the_value_changes(self, kernels: ModuleType, order: int) -> None:
+        block = bytearray(128)
+        for index in range(3, 9):
+            kernels.refcount_set(block, index, order, 1)
+        assert kernels.refcount_run(block, order, 0, 16) == (0, 3)
+        assert kernels.refcount_run(block, order, 3, 16) == (1, 6)
+        assert kernels.refcount_run(block, order, 4, 7) == (1, 3)
+
+    @IMPLEMENTATIONS
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_adding_stays_within_bounds_or_changes_nothing(self, kernels: ModuleType, order: int) -> None:
+        block = bytearray(64)
+        assert kernels.refcount_add(block, order, 1, 5, 1) == -1
+        assert [kernels.refcount_get(block, index, order) for index in range(6)] == [0, 1, 1, 1, 1, 0]
+        before = bytes(block)
+        assert kernels.refcount_add(block, order, 1, 6, -1) == 5
+        kernels.refcount_set(block, 3, order, (1 << (1 << order)) - 1)
+        full = bytes(block)
+        assert kernels.refcount_add(block, order, 1, 5, 1) == (1 if order == 0 else 3)
+        assert block == full
+        kernels.refcount_set(block, 3, order, 1)
+        assert block == before
+        assert kernels.refcount_add(block, order, 1, 5, -1) == -1
+        assert not any(block)
+
+    @IMPLEMENTATIONS
+    def test_refusals(self, kernels: ModuleType) -> None:
+        for start, stop in ((4, 5), (-1, 2), (2, 2)):
+            with pytest.raises(IndexError):
+                kernels.refcount_run(bytes(8), 4, start, stop)
+        with pytest.raises(IndexError):
+            kernels.refcount_add(bytearray(8), 4, 0, 5, 1)
+
+
+class TestSetCopied:
+    @given(entries=st.lists(l2_entries(16), min_size=1, max_size=30), copied=st.booleans(), data=st.data())
+    def test_equal(self, entries: list[int], copied: bool, data: st.DataObject) -> None:
+        start = data.draw(st.integers(0, len(entries)))
+        stop = data.draw(st.integers(start, len(entries)))
+        by_c, by_twin = bytearray(pack_table(entries)), bytearray(pack_table(entries))
+        bindings.set_copied(by_c, start, stop, copied)
+        twins.set_copied(by_twin, start, stop, copied)
+        flag = COPIED if copied else 0
+        expected = [
+            entry & ~COPIED | flag if start <= at < stop else entry for at, entry in enumerate(entries)
+        ]
+        assert by_c == by_twin == pack_table(expected)
+
+    @IMPLEMENTATIONS
+    def test_refusals(self, kernels: ModuleType) -> None:
+        for start, stop in ((0, 3), (-1, 1), (2, 1)):
+            with pytest.raises(IndexError):
+                kernels.set_copied(bytearray(16), start, stop, True)
 
 
 @IMPLEMENTATIONS

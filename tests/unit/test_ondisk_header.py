@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import struct
 import subprocess
 from dataclasses import replace
@@ -225,3 +226,91 @@ def test_mutated_headers_give_only_errors_of_jqcow(data: st.DataObject) -> None:
     with contextlib.suppress(JqcowError):
         area = HeaderArea.parse(bytes(image[: data.draw(st.integers(0, 512))]))
         assert len(area.data) <= area.header.geometry.cluster_bytes
+
+
+# Another backing file
+
+
+EXTENSIONS = st.lists(
+    st.builds(
+        Extension,
+        st.integers(1, (1 << 32) - 1).filter(lambda kind: kind != EXTENSION_BACKING_FORMAT),
+        st.binary(max_size=70),
+    ),
+    max_size=6,
+)
+NAMES = st.binary(min_size=1, max_size=1023)
+
+
+def area_of(*extensions: Extension, header: Header = SOUND) -> HeaderArea:
+    listed = b"".join(extension.pack() for extension in extensions)
+    return HeaderArea.parse(header.pack() + listed + bytes(8))
+
+
+@given(EXTENSIONS, NAMES, st.sampled_from([b"raw", b"qcow2", None]), st.sampled_from([2, 3]))
+def test_a_backing_file_is_put_in_and_taken_out(
+    extensions: list[Extension], name: bytes, backing_format: bytes | None, version: int
+) -> None:
+    before = area_of(*extensions, header=Header.unpack(replace(SOUND, version=version).pack()))
+    named = before.with_backing_file(name, backing_format)
+    again = HeaderArea.parse(named.data)
+    assert again == named
+    assert again.backing_file_name == name
+    found = again.find(EXTENSION_BACKING_FORMAT)
+    assert (found and found.data) == backing_format
+    kept = [extension for extension in again.extensions if extension.type != EXTENSION_BACKING_FORMAT]
+    assert kept == extensions
+    assert named.with_backing_file(b"other", b"raw").with_backing_file(name, backing_format) == named
+    assert named.with_backing_file(None, None) == before
+    assert before.backing_file_name is None
+
+
+def test_bytes_of_a_longer_header_are_kept() -> None:
+    header = replace(SOUND, header_length=128)
+    data = header.pack()[:120] + b"unknown!"
+    named = HeaderArea.parse(data + bytes(8)).with_backing_file(b"base", b"raw")
+    assert named.data[112:128] == bytes(8) + b"unknown!"
+    assert named.data.endswith(bytes(8) + b"base")
+
+
+@pytest.mark.parametrize(("length", "fits"), [(376, True), (377, False)])
+def test_a_name_must_fit_in_the_first_cluster(length: int, fits: bool) -> None:
+    area = area_of(header=replace(SOUND, cluster_bits=9, l1_size=1))
+    if fits:
+        assert len(area.with_backing_file(b"x" * length, b"qcow2").data) == 512
+        return
+    with pytest.raises(FormatError, match="does not fit in a cluster of 512"):
+        area.with_backing_file(b"x" * length, b"qcow2")
+
+
+@pytest.mark.parametrize(
+    "options", ["compat=1.1", "compat=0.10", "cluster_size=512", "compression_type=zstd", "cluster_size=2M"]
+)
+def test_the_layout_is_what_qemu_makes_of_it(tmp_path: Path, options: str) -> None:
+    qemu_image(tmp_path / "base")
+    plain = qemu_image(tmp_path / "plain", "-o", options)
+    named = qemu_image(tmp_path / "named", "-o", options, "-b", "base", "-F", "qcow2")
+    cluster_bytes = 1 << Header.unpack(plain).cluster_bits
+    ours = HeaderArea.parse(plain).with_backing_file(b"base", b"qcow2")
+    assert ours.data.ljust(cluster_bytes, b"\0") == named[:cluster_bytes]
+    bare = HeaderArea.parse(named).with_backing_file(None, None)
+    assert bare.data.ljust(cluster_bytes, b"\0") == plain[:cluster_bytes]
+
+
+def test_qemu_reads_back_name_and_format_and_keeps_other_extensions(tmp_path: Path) -> None:
+    image = bytearray(qemu_image(tmp_path / "image"))
+    foreign = Extension(0x12345678, b"not known to anyone")
+    area = HeaderArea.parse(image)
+    start = len(area.data) - 8
+    image[start : start + len(foreign.pack())] = foreign.pack()
+    named = HeaderArea.parse(image).with_backing_file("dir/a näme".encode(), b"raw")
+    image[: len(named.data)] = named.data
+    (tmp_path / "image").write_bytes(image)
+    command = ["qemu-img", "info", "--output=json", str(tmp_path / "image")]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert (told["backing-filename"], told["backing-filename-format"]) == ("dir/a näme", "raw")
+    rename = ["qemu-img", "rebase", "-u", "-b", "other", "-F", "qcow2", str(tmp_path / "image")]
+    subprocess.run(rename, check=True)
+    theirs = HeaderArea.parse((tmp_path / "image").read_bytes())
+    assert theirs == named.with_backing_file(b"other", b"qcow2")
+    assert theirs.find(0x12345678) == foreign

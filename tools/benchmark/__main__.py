@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tools.benchmark.barriers import compare_barriers
+from tools.benchmark.compress import compare_compression
 from tools.benchmark.speed import compare_speed
 from tools.benchmark.threads import count_shared
 
@@ -41,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     speed = parts.add_parser("speed", parents=[common], help="time the same work by both")
     speed.add_argument("--rounds", type=int, default=5)
     speed.add_argument("--size", type=int, default=256, metavar="MIB", help="bytes written in sequence")
+    compress = parts.add_parser("compress", parents=[common], help="time convert -c by both")
+    compress.add_argument("--rounds", type=int, default=5)
+    compress.add_argument("--size", type=int, default=128, metavar="MIB", help="of the disk")
     options = parser.parse_args(arguments)
     with directory_for(options.directory) as folder:
         if options.part == "barriers":
@@ -50,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.part == "threads":
             share = count_shared(folder, options.threads, options.flushes)
             text, data, status = share.format_table(), dataclasses.asdict(share), 0 if share.kept else 1
+        elif options.part == "compress":
+            works = compare_compression(folder, options.rounds, options.size << 20)
+            text, data, status = works.format_table(), dataclasses.asdict(works), 0
         else:
             speeds = compare_speed(folder, options.rounds, options.size << 20)
             text, data, status = speeds.format_table(), dataclasses.asdict(speeds), 0

@@ -1,0 +1,92 @@
+"""Commands about internal snapshots: the list of them, as qemu-img prints it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jqcow.cli import common
+from jqcow.cli.common import human_size
+from jqcow.offline.info import read_snapshots
+from jqcow.ondisk.snapshots import Snapshot
+
+_NANOSECONDS = 10**9
+_COLUMNS = ("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the subcommand of this module."""
+    snapshot = commands.add_parser(
+        "snapshot", help="list internal snapshots", description="List the internal snapshots of an image."
+    )
+    snapshot.set_defaults(command=snapshot_command)
+    action = snapshot.add_mutually_exclusive_group(required=True)
+    action.add_argument("-l", dest="list", action="store_true", help="list all snapshots; nothing is written")
+    snapshot.add_argument(
+        "-U", "--force-share", action="store_true", help="look also while another program writes"
+    )
+    common.add_output(snapshot)
+    snapshot.add_argument("image", metavar="IMAGE")
+
+
+def snapshot_command(arguments: argparse.Namespace) -> int:
+    """Print the snapshots of an image."""
+    with common.about(arguments.image):
+        found = read_snapshots(arguments.image, force_share=arguments.force_share)
+    if arguments.output == "json":
+        common.print_json([snapshot_json(snapshot) for snapshot in found])
+    elif found:
+        print("\n".join(snapshot_lines(found)))
+    return common.EXIT_OK
+
+
+def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
+    """Return a snapshot as JSON values with qemu-img's names; what is not UTF-8 is replaced."""
+    seconds, nanoseconds = divmod(snapshot.vm_clock_nanoseconds, _NANOSECONDS)
+    told: dict[str, Any] = {} if snapshot.icount is None else {"icount": snapshot.icount}
+    return told | {
+        "vm-clock-nsec": nanoseconds,
+        "name": _as_text(snapshot.name),
+        "date-sec": snapshot.date_seconds,
+        "date-nsec": snapshot.date_nanoseconds,
+        "vm-clock-sec": seconds,
+        "id": _as_text(snapshot.id),
+        "vm-state-size": snapshot.vm_state_bytes,
+    }
+
+
+def snapshot_lines(snapshots: Iterable[Snapshot]) -> Iterator[str]:
+    """Yield the lines of the list of snapshots, as qemu-img prints them; dates in the local time zone."""
+    yield "Snapshot list:"
+    yield _row(*_COLUMNS)
+    for snapshot in snapshots:
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.date_seconds))
+        icount = "" if snapshot.icount is None else str(snapshot.icount)
+        size, clock = human_size(snapshot.vm_state_bytes), _clock(snapshot.vm_clock_nanoseconds)
+        yield _row(_printable(snapshot.id), _printable(snapshot.name), size, date, clock, icount)
+
+
+def _row(identifier: str, name: str, size: str, date: str, clock: str, icount: str) -> str:
+    return f"{_padded(identifier, 9)} {_padded(name, 16)} {size:>8}{date:>20}{clock:>13}{icount:>11}"
+
+
+def _padded(text: str, width: int) -> str:
+    # qemu-img's columns are as wide in bytes.
+    return text + " " * (width - len(text.encode()))
+
+
+def _clock(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, _NANOSECONDS)
+    minutes, hours = seconds // 60, seconds // 3600
+    return f"{hours:02}:{minutes % 60:02}:{seconds % 60:02}.{rest // 10**6:03}"
+
+
+def _as_text(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _printable(text: str) -> str:
+    """Return a text that cannot steer a terminal: a name comes from whoever made the image."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in _as_text(text))

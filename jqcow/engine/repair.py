@@ -1,0 +1,183 @@
+"""Refcounts made right: every reference counted anew, and what differs changed, in one transaction.
+
+Leaks, refcounts that are too low, COPIED flags: these follow from the tables, so they can be made right. A
+table that is itself damaged, or used twice, is not touched, and raises before anything is changed.
+
+F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from jqcow import _native
+from jqcow.engine.snapshots import Snapshots
+from jqcow.engine.store import Store
+from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
+
+What = Literal["leaks", "all"]
+
+MAX_CLUSTERS = 1 << 28
+"""The largest file, in clusters, whose references are counted: 16 TiB with clusters of 64 KiB."""
+_COUNTER_ORDER = 5
+_COUNTER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What was wrong, in clusters, and is now right.
+
+    Attributes:
+        leaks: their refcounts were higher than the references to them.
+        too_low: their refcounts were lower.
+        copied_flags: COPIED flags that said something else than the refcount.
+    """
+
+    leaks: int = 0
+    too_low: int = 0
+    copied_flags: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """True if anything was wrong."""
+        return bool(self.leaks or self.too_low or self.copied_flags)
+
+
+class References:
+    """How many references there are to each cluster of an image, counted from its tables alone."""
+
+    def __init__(self, snapshots: Snapshots, file_clusters: int) -> None:
+        """Count, up to the end of the file or of the refcounts.
+
+        Raises:
+            CorruptionError: a table is damaged or used twice, or something lies past the end of the file.
+            UnsupportedFeatureError: a file of more than MAX_CLUSTERS clusters.
+        """
+        self._snapshots = snapshots
+        self._cluster_bytes = snapshots.geometry.cluster_bytes
+        self.file_clusters = file_clusters
+        length = max(file_clusters, snapshots.refcounts.used_end())
+        if length > MAX_CLUSTERS:
+            raise UnsupportedFeatureError(f"counting the references to {length} clusters")
+        # Untouched pages take no memory: an image is often much smaller than its file is long.
+        self._length = length
+        self._counts = memoryview(mmap.mmap(-1, max(1, length) * _COUNTER_BYTES))
+        self.metadata = snapshots.find_metadata()
+        self._metadata_in_order = sorted(self.metadata)
+        for cluster, users in self.metadata.items():
+            self._count("metadata", cluster, 1, users)
+        self._count_data()
+
+    def _count_data(self) -> None:
+        """Walk every L2 table once, however many L1 tables point to it."""
+        users: Counter[int] = Counter()
+        for l1 in self._snapshots.l1_tables():
+            users.update(table for _, table in self._snapshots.mapping.l2_tables(0, l1))
+        for table, count in users.items():
+            for start, length in self._snapshots.mapping.references(table):
+                self._check_holds_data(table, start, length)
+                self._count("L2 table", start, length, count)
+
+    def _check_holds_data(self, table: int, start: int, length: int) -> None:
+        place = bisect_left(self._metadata_in_order, start)
+        if place < len(self._metadata_in_order) and self._metadata_in_order[place] < start + length:
+            offset = self._metadata_in_order[place] * self._cluster_bytes
+            raise CorruptionError("L2 table", table, f"it maps metadata at {offset:#x}")
+
+    def _count(self, structure: str, start: int, length: int, count: int) -> None:
+        offset = start * self._cluster_bytes
+        if start + length > self.file_clusters:
+            raise CorruptionError(structure, offset, "it lies past the end of the file")
+        if _native.refcount_add(self._counts, _COUNTER_ORDER, start, start + length, count) >= 0:
+            raise CorruptionError(structure, offset, "it has more than 2**32 references")
+
+    def differences(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (start, count, refcount, references) of clusters in a row where the two differ."""
+        position = 0
+        for start, count, refcount in self._snapshots.refcounts.runs(0, self._length):
+            while position < start + count:
+                end = start + count
+                references, equal = _native.refcount_run(self._counts, _COUNTER_ORDER, position, end)
+                if references != refcount:
+                    yield position, equal, refcount, references
+                position += equal
+
+
+def repair(store: Store, what: What) -> RepairReport:
+    """Make an image's refcounts right, in a transaction of its own, and clear the dirty bit.
+
+    Called with no other user of the image, as it is opened. ``"leaks"`` only takes away what is too much.
+
+    Raises:
+        CorruptionError: a table is damaged, or used twice; nothing is changed.
+        UnsupportedFeatureError: a cluster has more references than its refcount's width counts.
+        OSError: nothing is changed.
+    """
+    with store.lock:
+        store.enter()
+        store.prepare_to_repair()
+        references = References(store.snapshots, store.geometry.clusters(store.view_bytes))
+        dirty = store.metadata.header.incompatible_features & INCOMPATIBLE_DIRTY
+        differs = next(references.differences(), None) is not None
+        if not dirty and not differs and not store.snapshots.set_copied_flags(change=False):
+            store.refcounts.start_search(store.space.frontier)
+            return RepairReport()
+    store.begin_transaction()
+    with store.lock:
+        store.enter(private=True)
+        with store.operation():
+            report, is_sound = _stage(store.snapshots, references, what)
+            _clear_features(store, dirty)
+    store.commit_transaction()
+    with store.lock:
+        store.enter()
+        if is_sound:
+            store.refcounts.start_search(store.space.frontier)
+        else:
+            store.kept_bytes = references.file_clusters * store.geometry.cluster_bytes
+    return report
+
+
+def clear_corrupt_bit(store: Store) -> None:
+    """Declare the image sound, durably: whoever calls this has checked it.
+
+    Raises:
+        OSError: the bit stays.
+    """
+    with store.lock:
+        store.enter()
+        store.prepare_to_change()
+        with store.operation():
+            _clear_features(store, INCOMPATIBLE_CORRUPT)
+    store.flush()
+
+
+def _clear_features(store: Store, bits: int) -> None:
+    if bits:
+        features = store.metadata.header.incompatible_features & ~bits
+        store.metadata.set_header(incompatible_features=features)
+
+
+def _stage(snapshots: Snapshots, references: References, what: What) -> tuple[RepairReport, bool]:
+    """Stage the right refcounts and COPIED flags; return what was wrong, and whether nothing is any more."""
+    # The table's own clusters first: it may have to be moved for the others.
+    differences = sorted(references.differences(), key=lambda found: found[0] not in references.metadata)
+    leaks = too_low = 0
+    for start, count, refcount, counted in differences:
+        if refcount > counted:
+            leaks += count
+        else:
+            too_low += count
+            if what == "leaks":
+                continue
+        snapshots.refcounts.correct(start, count, refcount, counted)
+    if what == "leaks" and too_low:
+        # By refcounts that are still too low, COPIED would allow writing where others read.
+        return RepairReport(leaks), False
+    return RepairReport(leaks, too_low, snapshots.set_copied_flags()), True

@@ -1,0 +1,303 @@
+"""Internal snapshots (qcow2 specification, "Snapshots"): made, applied and deleted, each in one operation.
+
+A snapshot is a copy of the active L1 table; the L2 tables and the data that both reach are shared, and
+counted once for each. A change of shared data goes to a new cluster, a change of a shared L2 table to a copy
+(mapping.py, G3).
+
+N1. Everything that an L1 table reaches is counted once for that table, in the record that makes or drops
+    the table's place in the image.
+N2. After each of these operations COPIED is set in the active tables exactly where the refcount is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jqcow import _native
+from jqcow.engine.mapping import L1Table, Mapping
+from jqcow.engine.metadata import Metadata
+from jqcow.engine.refcounts import Refcounts
+from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
+from jqcow.ondisk import entries
+from jqcow.ondisk import snapshots as tables
+from jqcow.ondisk.layout import ENTRY_BYTES
+from jqcow.ondisk.snapshots import Snapshot, SnapshotTable
+
+ID_DIGITS_MAX = 18
+"""Ids of more digits are names like any other: they are not counted on."""
+
+
+@dataclass(frozen=True)
+class NewSnapshot:
+    """What a snapshot is to be called; times in seconds and nanoseconds since 1970."""
+
+    name: str
+    date_seconds: int
+    date_nanoseconds: int
+
+
+class Snapshots:
+    """The snapshots of one image. What changes them is called inside an operation of a transaction."""
+
+    def __init__(self, metadata: Metadata, mapping: Mapping, refcounts: Refcounts) -> None:
+        self.metadata = metadata
+        self.mapping = mapping
+        self.refcounts = refcounts
+        self.geometry = metadata.geometry
+
+    # Looking
+
+    def read_table(self) -> SnapshotTable:
+        """Return the snapshot table as the engine sees it now.
+
+        Raises:
+            FormatError, CorruptionError: it is not one that an image can have.
+        """
+        header = self.metadata.header
+        if not header.nb_snapshots:
+            return SnapshotTable((), 0)
+        return tables.parse_table(self._read, header.snapshots_offset, header.nb_snapshots, header=header)
+
+    def _read(self, length: int, offset: int) -> bytes:
+        parts, end = [], offset + length
+        while offset < end:
+            within = offset % self.geometry.block_bytes
+            parts.append(bytes(self.metadata.block(offset - within)[within : within + end - offset]))
+            offset += len(parts[-1])
+        return b"".join(parts)
+
+    def find(self, id_or_name: str) -> Snapshot:
+        """Return the snapshot with this id or, where there is none, the first with this name.
+
+        Raises:
+            SnapshotNotFound: there is neither.
+        """
+        found = self.read_table().snapshots
+        for snapshot in found:
+            if snapshot.id == id_or_name:
+                return snapshot
+        for snapshot in found:
+            if snapshot.name == id_or_name:
+                return snapshot
+        raise SnapshotNotFound(id_or_name)
+
+    @staticmethod
+    def l1_of(snapshot: Snapshot) -> L1Table:
+        """Return where a snapshot's L1 table is."""
+        return L1Table(snapshot.l1_table_offset, snapshot.l1_size, snapshot.disk_bytes)
+
+    def show(self, id_or_name: str) -> None:
+        """Show a snapshot instead of the disk, in an image opened for reading.
+
+        Raises:
+            SnapshotNotFound: there is no such snapshot.
+            CorruptionError: its L1 table is too small for its disk.
+        """
+        snapshot = self.find(id_or_name)
+        if snapshot.l1_size < self.geometry.l1_entries_for(snapshot.disk_bytes):
+            # Otherwise a few bytes could announce a disk that takes years to walk.
+            detail = f"{snapshot.l1_size} entries are too few for {snapshot.disk_bytes} bytes"
+            raise CorruptionError("snapshot's L1 table", snapshot.l1_table_offset, detail)
+        self.mapping.shown = self.l1_of(snapshot)
+
+    # Changing, inside an operation
+
+    def create(self, new: NewSnapshot) -> Snapshot:
+        """Make a snapshot of the disk as it is now.
+
+        Raises:
+            UnsupportedFeatureError: the image has as many snapshots as it can have, or a refcount would not
+                fit its width.
+            OSError: the host has no space for the tables.
+        """
+        old = self.read_table()
+        if len(old.snapshots) >= tables.MAX_SNAPSHOTS:
+            raise UnsupportedFeatureError(f"more than {tables.MAX_SNAPSHOTS} snapshots")
+        active = self.mapping.l1
+        self._share(active)
+        self.set_copied_flags()
+        snapshot = Snapshot(
+            l1_table_offset=self._copy_l1(active, active.entry_count),
+            l1_size=active.entry_count,
+            id=_next_id(old.snapshots),
+            name=new.name,
+            date_seconds=new.date_seconds,
+            date_nanoseconds=new.date_nanoseconds,
+            vm_clock_nanoseconds=0,
+            vm_state_bytes=0,
+            disk_bytes=active.disk_bytes,
+            icount=None,
+        )
+        self._write_table(old, (*old.snapshots, snapshot))
+        return snapshot
+
+    def apply(self, snapshot: Snapshot) -> None:
+        """Make the disk what it was when the snapshot was made, its size included.
+
+        Raises:
+            UnsupportedFeatureError: a refcount would not fit its width.
+            OSError: the host has no space for the tables.
+        """
+        active, taken = self.mapping.l1, self.l1_of(snapshot)
+        self._share(taken)
+        entry_count = max(taken.entry_count, self.geometry.l1_entries_for(taken.disk_bytes))
+        offset = self._copy_l1(taken, entry_count)
+        self._release(active)
+        self.metadata.set_header(l1_table_offset=offset, l1_size=entry_count, size=taken.disk_bytes)
+        self.set_copied_flags()
+
+    def delete(self, snapshot: Snapshot) -> None:
+        """Give up a snapshot, and all that it alone holds."""
+        old = self.read_table()
+        self._release(self.l1_of(snapshot))
+        self.set_copied_flags()
+        self._write_table(old, tuple(kept for kept in old.snapshots if kept != snapshot))
+
+    def _share(self, l1: L1Table) -> None:
+        for _, table in self.mapping.l2_tables(0, l1):
+            for start, count in self.mapping.references(table):
+                self.refcounts.share(start, count)
+            self.refcounts.share(table // self.geometry.cluster_bytes, 1)
+
+    def _release(self, l1: L1Table) -> None:
+        """Give up an L1 table and its references to all that it reaches (N1)."""
+        for _, table in self.mapping.l2_tables(0, l1):
+            for start, count in self.mapping.references(table):
+                self.refcounts.release(start, count)
+            self.refcounts.release_metadata(table // self.geometry.cluster_bytes)
+        first = l1.offset // self.geometry.cluster_bytes
+        self.refcounts.release_metadata(first, self.geometry.clusters(l1.entry_count * ENTRY_BYTES))
+
+    def _copy_l1(self, l1: L1Table, entry_count: int) -> int:
+        """Copy an L1 table to new clusters, which may have more entries; return their host offset."""
+        length = entry_count * ENTRY_BYTES
+        if not length:
+            return 0
+        offset = self.refcounts.allocate_metadata(self.geometry.clusters(length))
+        self.mapping.copy_table(l1.offset, offset, l1.entry_count * ENTRY_BYTES)
+        return offset
+
+    def _write_table(self, old: SnapshotTable, snapshots: tuple[Snapshot, ...]) -> None:
+        """Write the snapshot table anew, in other clusters, and give up the old one."""
+        data = tables.pack_table(snapshots)
+        if len(data) > tables.MAX_TABLE_BYTES:
+            raise UnsupportedFeatureError("a snapshot table of more than 64 MiB")
+        offset = self.refcounts.allocate_metadata(self.geometry.clusters(len(data))) if data else 0
+        for position in range(0, len(data), self.geometry.block_bytes):
+            part = data[position : position + self.geometry.block_bytes]
+            self.metadata.edit(offset + position)[: len(part)] = part
+        old_offset = self.metadata.header.snapshots_offset
+        self.metadata.set_header(nb_snapshots=len(snapshots), snapshots_offset=offset)
+        if old.length_bytes:
+            first = old_offset // self.geometry.cluster_bytes
+            self.refcounts.release_metadata(first, self.geometry.clusters(old.length_bytes))
+
+    # The COPIED flags of the active tables
+
+    def set_copied_flags(self, *, change: bool = True) -> int:
+        """Make every COPIED flag that the active L1 table reaches say whether the refcount is 1 (N2).
+
+        Returns how many of them did not. Without ``change`` they stay as they are.
+        """
+        wrong = 0
+        for l1_index, table in self.mapping.l2_tables(0):
+            cluster = table // self.geometry.cluster_bytes
+            entry = entries.l1_entry(table, copied=self.refcounts.get(cluster) == 1)
+            if self.mapping.l1_entry(l1_index) != entry:
+                wrong += 1
+                if change:
+                    self.mapping.set_l1_entry(l1_index, entry)
+            for block in range(table, table + self.geometry.cluster_bytes, self.geometry.block_bytes):
+                wrong += self._set_copied_in_block(block, change=change)
+        return wrong
+
+    def _set_copied_in_block(self, block: int, *, change: bool) -> int:
+        wrong = 0
+        for run in self.mapping.standard_runs(block):
+            position = run.position
+            for _, count, refcount in self.refcounts.runs(run.cluster, run.count):
+                copied = refcount == 1
+                if run.copied != copied:
+                    wrong += count
+                    if change:
+                        _native.set_copied(self.metadata.edit(block), position, position + count, copied)
+                position += count
+        return wrong
+
+    # What holds metadata
+
+    def l1_tables(self) -> list[L1Table]:
+        """Return all L1 tables: the active one, and those of the snapshots."""
+        return [self.mapping.l1, *(self.l1_of(snapshot) for snapshot in self.read_table().snapshots)]
+
+    def find_metadata(self) -> dict[int, int]:
+        """Return the clusters that hold metadata, with how many users each of them has.
+
+        Raises:
+            CorruptionError: one of them has two uses.
+        """
+        return self._survey().uses
+
+    def survey(self) -> set[int]:
+        """Return the clusters that hold metadata, each of them checked to be counted, and for one use.
+
+        Done once before the first change: an allocator that finds a live table "free" destroys the image.
+
+        Raises:
+            CorruptionError: a metadata cluster has two uses, or more users than its refcount tells.
+        """
+        survey = self._survey()
+        survey.check_counted(self.refcounts)
+        return set(survey.uses)
+
+    def _survey(self) -> _Survey:
+        survey, mapping = _Survey(self.geometry.cluster_bytes), self.mapping
+        survey.add(mapping.metadata_clusters())
+        blocks = self.refcounts.blocks_from_top()
+        survey.add(("refcount block", block // self.geometry.cluster_bytes) for _, block in blocks)
+        first = self.metadata.header.snapshots_offset // self.geometry.cluster_bytes
+        count = self.geometry.clusters(self.read_table().length_bytes)
+        survey.add(("snapshot table", cluster) for cluster in range(first, first + count))
+        for number, l1 in enumerate(self.l1_tables()):
+            if number:
+                survey.add(mapping.l1_clusters(l1))
+            l2_tables = [table // self.geometry.cluster_bytes for _, table in mapping.l2_tables(0, l1)]
+            if len(l2_tables) != len(set(l2_tables)):
+                raise CorruptionError("L1 table", l1.offset, "it names an L2 table twice")
+            survey.add((("L2 table", cluster) for cluster in l2_tables), shared=True)
+        return survey
+
+
+class _Survey:
+    """Which metadata clusters there are, each with the structure that it belongs to, and how many users."""
+
+    def __init__(self, cluster_bytes: int) -> None:
+        self.uses: dict[int, int] = {}
+        self._cluster_bytes = cluster_bytes
+        self._structures: dict[int, str] = {}
+
+    def add(self, clusters: Iterable[tuple[str, int]], *, shared: bool = False) -> None:
+        """Add a user to each cluster. ``shared``: other L1 tables may use it too, as the same structure."""
+        for structure, cluster in clusters:
+            known = self._structures.setdefault(cluster, structure)
+            if cluster in self.uses and not (shared and known == structure):
+                offset = cluster * self._cluster_bytes
+                raise CorruptionError(structure, offset, "the cluster holds other metadata too")
+            self.uses[cluster] = self.uses.get(cluster, 0) + 1
+
+    def check_counted(self, refcounts: Refcounts) -> None:
+        """Raise CorruptionError where a cluster has more users than its refcount tells."""
+        for cluster, uses in self.uses.items():
+            refcount = refcounts.get(cluster)
+            if refcount < uses:
+                offset = cluster * self._cluster_bytes
+                detail = f"its refcount is {refcount}" + (f", its users are {uses}" if uses > 1 else "")
+                raise CorruptionError(self._structures[cluster], offset, detail)
+
+
+def _next_id(snapshots: Iterable[Snapshot]) -> str:
+    """Return the id of a new snapshot, as QEMU counts: 1 more than the highest that is a number."""
+    ids = (snapshot.id for snapshot in snapshots)
+    numbers = (int(name) for name in ids if name.isascii() and name.isdigit() and len(name) <= ID_DIGITS_MAX)
+    return str(max(numbers, default=0) + 1)

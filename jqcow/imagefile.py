@@ -1,0 +1,73 @@
+"""A disk as a raw binary file."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jqcow.image import Image
+
+
+class ImageFile(io.RawIOBase):
+    """A disk as a raw binary file with a position.
+
+    Closing it leaves the image open, and flushes nothing: it may be closed by the garbage collector, at any
+    time.
+    """
+
+    def __init__(self, image: Image) -> None:
+        """Start at offset 0."""
+        super().__init__()
+        self._image = image
+        self._position = 0
+        self._closing = False
+
+    def readable(self) -> bool:
+        """Always True."""
+        return True
+
+    def writable(self) -> bool:
+        """True if the image was opened for writing."""
+        return self._image.mode == "r+"
+
+    def seekable(self) -> bool:
+        """Always True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move the position; past the end is allowed, as in files."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._image.size}
+        if whence not in base or base[whence] + offset < 0:
+            raise ValueError(f"cannot seek to {offset} from {whence}")
+        self._position = base[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read up to the end of the disk."""
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            length = min(len(view), max(0, self._image.size - self._position))
+            self._image.pread_into(view[:length], min(self._position, self._image.size))
+        self._position += length
+        return length
+
+    def write(self, buffer: Any) -> int:
+        """Write at the position; what would lie past the end raises ValueError, as a disk does not grow."""
+        written = self._image.pwrite(buffer, self._position)
+        self._position += written
+        return written
+
+    def flush(self) -> None:
+        """Flush the image, unless it is closed or open for reading only."""
+        super().flush()
+        if not self._closing and not self._image.closed and self.writable():
+            self._image.flush()
+
+    def close(self) -> None:
+        """Close the file alone."""
+        self._closing = True
+        super().close()

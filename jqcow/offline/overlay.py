@@ -1,0 +1,81 @@
+"""Overlays: new, empty images that name a backing file and show its disk until they are written to."""
+
+from __future__ import annotations
+
+import os
+
+from jqcow.device.file import FileDevice
+from jqcow.offline.info import Format, read_info
+from jqcow.ondisk import layout
+from jqcow.ondisk.blank import blank_image, cluster_bits_of
+from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.naming import decode_name, resolve
+
+
+def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: Format) -> int:
+    """Return the size of the disk that an image at ``path`` would have below it: bytes, whole sectors.
+
+    The base is opened by the name that its overlay is to store. Nothing that the base itself names is.
+
+    Args:
+        path: where the overlay is to be, which need not exist.
+        backing_file: name of the base, relative to the directory of the overlay.
+        backing_format: of the base.
+
+    Raises:
+        JqcowError: a name that cannot be stored or has a protocol, or a base that is no image of this format,
+            damaged or in use.
+        OSError: the host failed. A note names the overlay.
+    """
+    overlay = os.fspath(path)
+    decode_name(os.fsencode(backing_file))
+    base = resolve(backing_file, overlay)
+    try:
+        facts = read_info(base, backing_format)
+    except OSError as error:
+        error.add_note(f"{base} would be the backing file of {overlay}")
+        raise
+    return layout.round_up(facts.virtual_size, SECTOR_BYTES)
+
+
+def create_overlay(
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    cluster_size: int,
+    backing_file: str,
+    backing_format: Format,
+    overwrite: bool = False,
+) -> None:
+    """Create an empty qcow2 image over a backing file, durably. The backing file is not opened.
+
+    Args:
+        path: where; an existing file is refused unless ``overwrite``.
+        size: of the disk in bytes, a multiple of 512; that of the backing file may be another.
+        cluster_size: in bytes, a power of two from 512 to 2 MiB.
+        backing_file: name to be stored as it is: relative to the directory of the new image.
+        backing_format: of the backing file.
+        overwrite: replace an existing file, if nobody uses it.
+
+    Raises:
+        ValueError: a size that no image can have, a name that cannot be stored, or that of the image itself.
+        UnsupportedFeatureError: a name with a protocol.
+        FileExistsError: the file exists.
+        ImageInUse: the file to be replaced is in use.
+        OSError: the host failed; nothing is left under the name.
+    """
+    layout.check_disk_size(size)
+    cluster_bits = cluster_bits_of(cluster_size)
+    blank = blank_image(size, cluster_bits, backing_file=backing_file, backing_format=backing_format)
+    overlay = os.fspath(path)
+    # By name, not by inode: a hard link keeps the base when this name of it is replaced.
+    if os.path.realpath(resolve(backing_file, overlay)) == os.path.realpath(overlay):
+        raise ValueError(f"{overlay} would be its own backing file")
+    device = FileDevice.create_temporary(path)
+    try:
+        device.truncate(blank.length)
+        for offset, data in blank.parts:
+            device.pwrite(data, offset)
+        device.publish(overwrite)
+    finally:
+        device.close()

@@ -1,0 +1,80 @@
+"""Tables and counters as the walks of whole images need them: decoded fast, and bounded in memory."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from jqcow.ondisk import entries
+from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES
+
+_GROUP_BYTES = SECTOR_BYTES
+_GROUP_STRUCT = struct.Struct(f">{_GROUP_BYTES // ENTRY_BYTES}Q")
+_ZERO_GROUP = bytes(_GROUP_BYTES)
+_LAZY_BYTES = 1 << 20
+
+Code = Literal["B", "H", "I", "Q"]
+"""An array type code: unsigned integers of 1, 2, 4 and 8 bytes."""
+
+REFCOUNT_CODES: dict[int, Code] = {3: "B", 4: "H", 5: "I", 6: "Q"}
+"""What holds the refcounts of a refcount order; narrower ones take a byte each."""
+
+
+def zeroed(code: Code, count: int) -> memoryview:
+    """Return ``count`` zeros of an array type code, without touching the memory of a large array."""
+    size_bytes = count * array(code).itemsize
+    store = bytearray(size_bytes) if size_bytes < _LAZY_BYTES else mmap.mmap(-1, size_bytes)
+    return memoryview(store).cast("B").cast(code)
+
+
+def nonzero_entries(table: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (index, entry) of the entries that are not zero; most of a table often is."""
+    whole = len(table) - len(table) % _GROUP_BYTES
+    for position in range(0, whole, _GROUP_BYTES):
+        group = table[position : position + _GROUP_BYTES]
+        if group != _ZERO_GROUP:
+            index = position // ENTRY_BYTES
+            for entry in _GROUP_STRUCT.unpack(group):
+                if entry:
+                    yield index, entry
+                index += 1
+    for position in range(whole, len(table), ENTRY_BYTES):
+        (entry,) = entries.ENTRY.unpack_from(table, position)
+        if entry:
+            yield position // ENTRY_BYTES, entry
+
+
+def decode_refcounts(data: bytes | bytearray, order: int) -> array[int]:
+    """Return the refcounts of ``1 << order`` bits in ``data``."""
+    if order >= 3:
+        refcounts = array(REFCOUNT_CODES[order], bytes(data))
+        if sys.byteorder == "little":
+            refcounts.byteswap()
+        return refcounts
+    width = 1 << order
+    mask = (1 << width) - 1
+    # Refcounts of less than a byte start at the least significant bit.
+    return array("B", [byte >> shift & mask for byte in data for shift in range(0, 8, width)])
+
+
+def layers(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, end, depth) of the union of ranges (start, end), cut wherever a range starts or ends.
+
+    ``depth`` tells how many of the ranges cover the piece: however often ranges overlap, a walk over the
+    pieces sees every place once.
+    """
+    changes: Counter[int] = Counter()
+    for start, end in ranges:
+        changes[start] += 1
+        changes[end] -= 1
+    depth = previous = 0
+    for place in sorted(changes):
+        if depth and place > previous:
+            yield previous, place, depth
+        depth += changes[place]
+        previous = place

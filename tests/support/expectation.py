@@ -1,0 +1,286 @@
+"""What a crash may leave of an image: its disk, its snapshots, and what a commit in doubt adds.
+
+The disk is seen through *windows*: ranges that lie an L2 table's reach apart, so that a small model meets
+many tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import jqcow
+from jqcow.engine.datapath import DataPath
+from jqcow.engine.mapping import Mapping
+from jqcow.engine.snapshots import Snapshots
+from jqcow.ondisk.snapshots import Snapshot
+from jqcow.testing import SectorModel
+from jqcow.transaction import Transaction
+
+SECTOR_BYTES = 512
+WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 65536: 3}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The parts of a disk that are used: ``count`` ranges of ``window_bytes``, one every ``stride_bytes``."""
+
+    count: int
+    window_bytes: int
+    stride_bytes: int
+
+    @classmethod
+    def of(cls, cluster_bytes: int, count: int = 4) -> Windows:
+        """Return windows that start where L2 tables do."""
+        window_bytes = WINDOW_CLUSTERS[cluster_bytes] * cluster_bytes
+        return cls(count, window_bytes, cluster_bytes * cluster_bytes // 8)
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes in all windows."""
+        return self.count * self.window_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of a disk that shows all windows."""
+        return self.count * self.stride_bytes
+
+    def guest(self, position: int) -> int:
+        """Return the guest offset of a position in the model."""
+        index, within = divmod(position, self.window_bytes)
+        return index * self.stride_bytes + within
+
+    def reader(self, image: jqcow.Image | Transaction | Shown) -> Callable[[int, int], bytes]:
+        """Return a function that reads (length, position) in the model; past the disk's end are zeros."""
+
+        def read(length: int, position: int) -> bytes:
+            parts = []
+            end = position + length
+            while position < end:
+                step = min(end - position, self.window_bytes - position % self.window_bytes)
+                guest = self.guest(position)
+                there = self.clip(position, step, image.size)
+                parts.append((image.pread(there, guest) if there else b"") + bytes(step - there))
+                position += step
+            return b"".join(parts)
+
+        return read
+
+    def clip(self, position: int, length: int, size_bytes: int) -> int:
+        """Return how much of a range lies in its window, and on a disk of ``size_bytes``."""
+        length = min(length, self.window_bytes - position % self.window_bytes)
+        return max(0, min(length, size_bytes - self.guest(position)))
+
+    def cut_off(self, sectors: SectorModel, size_bytes: int) -> None:
+        """The disk ends at ``size_bytes`` now: what lies behind reads as zeros, should it come back."""
+        for start in range(0, self.model_bytes, self.window_bytes):
+            kept = self.clip(start, self.window_bytes, size_bytes)
+            sectors.zero(start + kept, self.window_bytes - kept).complete()
+
+
+class Shown:
+    """A snapshot of an open image, read beside its disk; in a transaction, as the transaction sees it."""
+
+    def __init__(self, holder: jqcow.Image | Transaction, snapshot: Snapshot) -> None:
+        """Take one of the snapshots that ``holder`` lists."""
+        self._store, self._private = holder._store, isinstance(holder, Transaction)
+        self._data = DataPath(self._store, holder._data.backing)
+        self._data.mapping = Mapping(self._store.metadata, self._store.space)
+        self._data.mapping.shown = Snapshots.l1_of(snapshot)
+        self.size = snapshot.disk_bytes
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Return the bytes of the snapshot's disk."""
+        buffer = bytearray(length)
+        with self._store.lock:
+            self._store.enter(private=self._private)
+            self._data.check_range(length, offset)
+            self._data.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """A snapshot that must be there: its name, what its disk holds, and the size of that disk in bytes.
+
+    ``sectors`` are settled, and never changed. Only where an operation failed before the snapshot was made a
+    sector has more than one version.
+    """
+
+    name: str
+    sectors: SectorModel
+    size_bytes: int
+
+    def compare(self, windows: Windows, shown: Shown) -> list[str]:
+        """Return what is wrong with the snapshot as an image shows it."""
+        if shown.size != self.size_bytes:
+            return [f"snapshot {self.name} has {shown.size} bytes, not {self.size_bytes}"]
+        return [f"snapshot {self.name}: {found}" for found in self.sectors.check(windows.reader(shown))]
+
+
+AllTaken = tuple[Taken, ...]
+"""The snapshots of an image, in the order of its table."""
+
+
+def take_all(image: jqcow.Image, windows: Windows) -> AllTaken:
+    """Return the snapshots of an image as they are found."""
+    found = []
+    for snapshot in image.snapshots():
+        content = windows.reader(Shown(image, snapshot))(windows.model_bytes, 0)
+        found.append(Taken(snapshot.name, SectorModel(windows.model_bytes, content), snapshot.disk_bytes))
+    return tuple(found)
+
+
+def compare_snapshots(holder: jqcow.Image | Transaction, windows: Windows, snapshots: AllTaken) -> list[str]:
+    """Return what is wrong with the snapshots of an image, their order and sizes included."""
+    there = holder.snapshots()
+    names, expected = [found.name for found in there], [taken.name for taken in snapshots]
+    if names != expected:
+        return [f"the snapshots are {names}, not {expected}"]
+    wrong = []
+    for found, taken in zip(there, snapshots, strict=True):
+        wrong += taken.compare(windows, Shown(holder, found))
+    return wrong
+
+
+@dataclass
+class Rival:
+    """What else a crash may leave, whole, while a commit is in doubt: the disk with the transaction."""
+
+    windows: Windows
+    sectors: SectorModel
+    size_bytes: int
+    snapshots: AllTaken = ()
+
+    def copy(self) -> Rival:
+        """Return an independent copy."""
+        return replace(self, sectors=self.sectors.copy())
+
+
+@dataclass
+class Expectation:
+    """What a crash may leave. ``copy`` makes it a model for the laboratory.
+
+    ``sizes``       sizes that the disk may have; the last is the current one
+    ``exists``      False until the image was created: nobody was told of it
+    ``closed``      the file's bytes since a clean close, while nothing was asked of the image: exactly these
+    ``lost``        True since a barrier failed: what is free may hold anything, ``closed`` is not promised
+    ``vouched``     the guest's bytes that autoclear bits vouch for: with the bits set, exactly these
+    ``extensions``  the header extensions, which no crash may change
+    ``rival``       where a commit did not return, or failed: the disk with all of the transaction (P3)
+    ``snapshots``   the internal snapshots
+    ``damaged``     True until an opening has repaired the refcounts: reading alone does not
+    ``renamed``     what the header may have instead of ``extensions``: it was to name another backing file
+    """
+
+    windows: Windows
+    sectors: SectorModel
+    sizes: tuple[int, ...]
+    exists: bool = True
+    closed: bytes | None = None
+    lost: bool = False
+    vouched: bytes | None = None
+    extensions: bytes = b""
+    rival: Rival | None = None
+    snapshots: AllTaken = ()
+    damaged: bool = False
+    renamed: tuple[bytes, ...] = ()
+
+    def copy(self) -> Expectation:
+        """Return an independent copy."""
+        rival = None if self.rival is None else self.rival.copy()
+        return replace(self, sectors=self.sectors.copy(), rival=rival)
+
+    def check(self, image: jqcow.Image) -> list[str]:
+        """Return what is wrong with a recovered image: nothing, if one of the disks that may be is there."""
+        wrong = self._compare(image)
+        if wrong and self.rival is not None:
+            rival = self._compare_rival(image, self.rival)
+            return [*wrong, "and with the transaction", *rival] if rival else []
+        return wrong
+
+    def _compare(self, image: jqcow.Image) -> list[str]:
+        return _compare(image, self.windows, self.sectors, self.sizes, self.snapshots)
+
+    def _compare_rival(self, image: jqcow.Image, rival: Rival) -> list[str]:
+        return _compare(image, self.windows, rival.sectors, (rival.size_bytes,), rival.snapshots)
+
+    def expect_now(self, image: jqcow.Image | Transaction) -> list[str]:
+        """Return the sectors and snapshots of the running image that do not read as asked for."""
+        wrong = list(map(str, self.sectors.expect_now(self.windows.reader(image))))
+        return wrong + compare_snapshots(image, self.windows, self.snapshots)
+
+    def adopt_rival(self) -> None:
+        """The transaction is there, and durable."""
+        if self.rival is not None:
+            self._take(self.rival)
+            self.rival = None
+
+    def _take(self, rival: Rival) -> None:
+        self.sectors, self.sizes, self.snapshots = rival.sectors, (rival.size_bytes,), rival.snapshots
+
+    def adopt(self, image: jqcow.Image) -> None:
+        """After a crash: what was found is all that there is, durably."""
+        self.sectors.reset_to(self.windows.reader(image)(self.windows.model_bytes, 0))
+        self.snapshots = take_all(image, self.windows)
+        self.sizes, self.rival, self.closed = (image.size,), None, None
+
+    @contextmanager
+    def change(self, position: int, data: bytes, *, durable: bool = False) -> Iterator[None]:
+        """Wrap a change of a range: afterwards it reads as ``data``, if nothing is raised.
+
+        On a disk to which a failed commit came back, the change may be there or not.
+        """
+        if self.rival is not None:
+            length = self.windows.clip(position, len(data), self.rival.size_bytes)
+            self.rival.sectors.write(position, data[:length])
+        with self.sectors.write(position, data, durable=durable):
+            yield
+
+    def observe(self, image: jqcow.Image) -> None:
+        """A process was killed, and the next one reads what is there: that is the current version now.
+
+        It is no more durable than before: all older versions stay possible until a flush. But recovery
+        has made durable which transactions there are.
+        """
+        if self.rival is not None and self._compare(image):
+            self._take(self.rival)
+        self.rival = None
+        if self.lost:
+            # What a failed barrier lost still reads as if it were there.
+            self.forget_order()
+            self.sizes = (*self.sizes, image.size)
+            return
+        read = self.windows.reader(image)
+        for offset in range(0, self.sectors.size_bytes, SECTOR_BYTES):
+            if len(self.sectors.versions(offset)) > 1:
+                self.sectors.write(offset, read(SECTOR_BYTES, offset)).complete()
+        self.sizes = (*self.sizes, image.size)
+
+    def forget_order(self) -> None:
+        """A barrier failed: what it should have kept may come or go until it is written again."""
+        self.lost = True
+        for sectors in (self.sectors, *([self.rival.sectors] if self.rival else [])):
+            for offset in range(0, sectors.size_bytes, SECTOR_BYTES):
+                versions = sectors.versions(offset)
+                if len(versions) > 1:
+                    for version in versions:
+                        # An operation that never completes leaves old and new possible, also after a flush.
+                        sectors.write(offset, version)
+
+
+def _compare(
+    image: jqcow.Image, windows: Windows, sectors: SectorModel, sizes: tuple[int, ...], snapshots: AllTaken
+) -> list[str]:
+    if image.size not in sizes:
+        return [f"the disk has {image.size} bytes, not {' or '.join(map(str, sizes))}"]
+    wrong = list(map(str, sectors.check(windows.reader(image))))
+    return wrong + compare_snapshots(image, windows, snapshots)
+
+
+def settled(sectors: SectorModel) -> SectorModel:
+    """Return a copy in which all is durable: of each sector there is what a read may return now."""
+    copy = sectors.copy()
+    copy.flush_end(copy.flush_begin())
+    return copy
