@@ -276,14 +276,14 @@ def _open(
     return image
 
 
-def open_alone(path: str | os.PathLike[str], mode: Mode) -> Image:
+def open_alone(path: str | os.PathLike[str], mode: Mode, *, repair: What | None = None) -> Image:
     """Open an image without what is below it: where it has nothing of its own it reads as zeros.
 
-    For what works on the image's own tables: who reads its disk wants `open`. Errors as `open`.
+    For what works on the image's own tables: who reads its disk wants `open`. Arguments and errors as `open`.
     """
     device = FileDevice.open(path, writable=mode == "r+")
     try:
-        return _open(device, mode, find_backing=lambda store: None)
+        return _open(device, mode, repair=repair, find_backing=lambda store: None)
     except BaseException:
         device.close()
         raise

@@ -83,6 +83,20 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_allow_files(parser: argparse.ArgumentParser) -> None:
+    """Add ``--allow-files`` and ``--probe``, about the files that images name."""
+    parser.add_argument(
+        "--allow-files",
+        action="store_true",
+        help="open the files that images name inside (default: refuse them)",
+    )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="tell the format of a backing file by its magic where the image does not say it",
+    )
+
+
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add ``-q``."""
     parser.add_argument("-q", dest="quiet", action="store_true", help="print errors only")

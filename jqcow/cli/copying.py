@@ -47,12 +47,7 @@ def add_parsers(commands: Any) -> None:
         help="1-9 for zlib (default: 6), 1-22 for zstd (default: 3)",
     )
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="copy a snapshot, by id or name")
-    parser.add_argument(
-        "--allow-files", action="store_true", help="open the backing files that images of the chain name"
-    )
-    parser.add_argument(
-        "--probe", action="store_true", help="tell formats of backing files that are not stored by the magic"
-    )
+    common.add_allow_files(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
     parser.add_argument(
         "--verify", action="store_true", help="reread source and target and compare them, before naming it"

@@ -61,6 +61,7 @@ def _add_resize(commands: Any) -> None:
     resize.add_argument(
         "--shrink", action="store_true", help="allow a smaller disk: what lies behind its end is lost"
     )
+    common.add_allow_files(resize)
     resize.add_argument(
         "--journal-size", metavar="SIZE", help="of the journal while it works (default: 8M), from 64k to 1G"
     )
@@ -140,7 +141,8 @@ def resize_command(arguments: argparse.Namespace) -> int:
         None if arguments.journal_size is None else common.parse_size(arguments.journal_size, unit=1)
     )
     name = arguments.image
-    with common.about(name), jqcow.open(name, "r+", journal_size=journal_size) as image:
+    following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
+    with common.about(name), jqcow.open(name, "r+", journal_size=journal_size, **following) as image:
         if image.recovered is not None and not arguments.quiet:
             print("The image had crashed; it was recovered first.", file=sys.stderr)
         size = _new_size(image.size, change, sign)

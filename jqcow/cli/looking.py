@@ -1,4 +1,4 @@
-"""Commands that look into an image, and write nothing: info, check, map, journal."""
+"""Commands that look into an image: info, check, map, journal. Only `check -r` writes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from jqcow import RepairReport
 from jqcow.cli import common, snapshots
 from jqcow.cli.common import human_size, plural
 from jqcow.offline.chain import read_chain
@@ -22,6 +23,7 @@ from jqcow.offline.info import (
 from jqcow.offline.map import MapExtent, map_file
 from jqcow.offline.records import JournalListing, Record, read_journal
 from jqcow.ondisk.naming import protocol_of, resolve
+from jqcow.opening import open_alone
 
 _COMPAT = {2: "0.10", 3: "1.1"}
 _MAP_ROW = "{:<16}{:<16}{:<16}{}"
@@ -38,7 +40,13 @@ def add_parsers(commands: Any) -> None:
         "check",
         help="check refcounts and tables",
         description="Check refcounts and tables. An image with a live journal is checked as it will be "
-        "after recovery. Nothing is written.",
+        "after recovery. Nothing is written, unless -r is given.",
+    )
+    check.add_argument(
+        "-r",
+        dest="repair",
+        choices=("leaks", "all"),
+        help="first repair refcounts that are too high, or all; a crashed image is recovered before",
     )
     common.add_quiet(check)
     check.set_defaults(command=check_command)
@@ -61,23 +69,10 @@ def add_parsers(commands: Any) -> None:
             "-U", "--force-share", action="store_true", help="look also while another program writes"
         )
     for parser in (info, mapping):
-        _add_allow_files(parser)
+        common.add_allow_files(parser)
     for parser in (info, check, mapping, journal):
         common.add_output(parser)
         parser.add_argument("image", metavar="IMAGE")
-
-
-def _add_allow_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow-files",
-        action="store_true",
-        help="open the files that images name inside (default: refuse them)",
-    )
-    parser.add_argument(
-        "--probe",
-        action="store_true",
-        help="tell the format of a backing file by its magic where the image does not say it",
-    )
 
 
 def _following(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -189,6 +184,7 @@ def _info_lines(facts: ImageFacts) -> Iterator[str]:
 
 def check_command(arguments: argparse.Namespace) -> int:
     """Check an image; print the findings on stderr and the summary on stdout, as qemu-img does."""
+    repaired = _repair(arguments)
     with common.about(arguments.image):
         report, is_live = _checked(arguments)
     if is_live and not arguments.quiet:
@@ -196,12 +192,32 @@ def check_command(arguments: argparse.Namespace) -> int:
     for finding in report.findings:
         print(finding, file=sys.stderr)
     if arguments.output == "json":
-        common.print_json(_check_json(report, arguments.image))
+        common.print_json(_check_json(report, arguments.image, repaired))
     elif not arguments.quiet:
         print("\n".join(_check_lines(report)))
     if report.errors:
         return common.EXIT_CORRUPT
     return common.EXIT_LEAKS if report.leaks else common.EXIT_OK
+
+
+def _repair(arguments: argparse.Namespace) -> RepairReport:
+    """Repair an image where that was asked for, and say what was wrong."""
+    if arguments.repair is None:
+        return RepairReport()
+    if arguments.force_share:
+        raise common.CommandError("-r writes: it cannot be used beside another writer, with -U")
+    with common.about(arguments.image), open_alone(arguments.image, "r+", repair=arguments.repair) as image:
+        report = image.repaired or RepairReport()
+    if report.changed and arguments.output == "human" and not arguments.quiet:
+        print("The following inconsistencies were found and repaired:\n")
+        print(f"    {report.leaks} leaked clusters")
+        print(f"    {_corruptions(report)} corruptions\n")
+        print("Double checking the fixed image now...")
+    return report
+
+
+def _corruptions(report: RepairReport) -> int:
+    return report.too_low + report.copied_flags
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[CheckReport, bool]:
@@ -215,13 +231,15 @@ def _checked(arguments: argparse.Namespace) -> tuple[CheckReport, bool]:
     return check_file(arguments.image, force_share=shared), facts.qcow2.journal is not None
 
 
-def _check_json(report: CheckReport, filename: str) -> dict[str, Any]:
+def _check_json(report: CheckReport, filename: str, repaired: RepairReport) -> dict[str, Any]:
     """Return the report with qemu-img's names; like it, without the numbers that are 0 and may be."""
     optional = {
         "total-clusters": report.total_clusters,
         "allocated-clusters": report.allocated_clusters,
         "corruptions": report.errors,
         "leaks": report.leaks,
+        "corruptions-fixed": _corruptions(repaired),
+        "leaks-fixed": repaired.leaks,
         "fragmented-clusters": report.fragmented_clusters,
         "compressed-clusters": report.compressed_clusters,
     }

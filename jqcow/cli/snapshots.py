@@ -1,8 +1,9 @@
-"""Commands about internal snapshots: the list of them, as qemu-img prints it."""
+"""The command about internal snapshots: list, make, apply, delete; spelled as in qemu-img."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from jqcow.cli import common
 from jqcow.cli.common import human_size
 from jqcow.offline.info import read_snapshots
 from jqcow.ondisk.snapshots import Snapshot
+from jqcow.opening import open_alone
 
 _NANOSECONDS = 10**9
 _COLUMNS = ("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
@@ -19,11 +21,20 @@ _COLUMNS = ("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
 def add_parsers(commands: Any) -> None:
     """Add the subcommand of this module."""
     snapshot = commands.add_parser(
-        "snapshot", help="list internal snapshots", description="List the internal snapshots of an image."
+        "snapshot",
+        help="list, make, apply or delete internal snapshots",
+        description="List, make, apply or delete internal snapshots. Each change is whole or not at all, and "
+        "durable. A crashed image is recovered first.",
     )
     snapshot.set_defaults(command=snapshot_command)
     action = snapshot.add_mutually_exclusive_group(required=True)
     action.add_argument("-l", dest="list", action="store_true", help="list all snapshots; nothing is written")
+    action.add_argument("-c", dest="create", metavar="NAME", help="make a snapshot of the disk as it is")
+    action.add_argument(
+        "-a", dest="apply", metavar="SNAPSHOT", help="make the disk what it was: what it holds now is lost"
+    )
+    action.add_argument("-d", dest="delete", metavar="SNAPSHOT", help="delete a snapshot, by id or name")
+    common.add_quiet(snapshot)
     snapshot.add_argument(
         "-U", "--force-share", action="store_true", help="look also while another program writes"
     )
@@ -32,13 +43,31 @@ def add_parsers(commands: Any) -> None:
 
 
 def snapshot_command(arguments: argparse.Namespace) -> int:
-    """Print the snapshots of an image."""
+    """Print the snapshots of an image, or change them."""
+    if not arguments.list:
+        return _change(arguments)
     with common.about(arguments.image):
         found = read_snapshots(arguments.image, force_share=arguments.force_share)
     if arguments.output == "json":
         common.print_json([snapshot_json(snapshot) for snapshot in found])
     elif found:
         print("\n".join(snapshot_lines(found)))
+    return common.EXIT_OK
+
+
+def _change(arguments: argparse.Namespace) -> int:
+    if arguments.force_share or arguments.output == "json":
+        raise common.CommandError("-U and --output=json are about the list: use them with -l")
+    # What is below the image stays closed: snapshots share what is its own.
+    with common.about(arguments.image), open_alone(arguments.image, "r+") as image:
+        if image.recovered is not None and not arguments.quiet:
+            print("The image had crashed; it was recovered first.", file=sys.stderr)
+        if arguments.create is not None:
+            image.create_snapshot(arguments.create)
+        elif arguments.apply is not None:
+            image.apply_snapshot(arguments.apply)
+        else:
+            image.delete_snapshot(arguments.delete)
     return common.EXIT_OK
 
 

@@ -1,0 +1,87 @@
+"""Commands on backing chains: commit an overlay into its base, put it over another one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from jqcow.cli import common
+from jqcow.cli.common import human_size
+from jqcow.offline.commit import commit
+from jqcow.offline.rebase import rebase
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the subcommands of this module."""
+    parsers = _add_commit(commands), _add_rebase(commands)
+    for parser in parsers:
+        common.add_allow_files(parser)
+        common.add_output(parser)
+        common.add_quiet(parser)
+        parser.add_argument("image", metavar="IMAGE")
+
+
+def _add_commit(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "commit",
+        help="write an overlay into its backing file",
+        description="Write what an overlay has of its own into its backing file, and empty the overlay. "
+        "Whatever interrupts it, the overlay reads as before.",
+    )
+    parser.add_argument("-d", dest="keep", action="store_true", help="do not empty the overlay")
+    parser.set_defaults(command=commit_command)
+    return parser
+
+
+def _add_rebase(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "rebase",
+        help="give an overlay another backing file",
+        description="Give an overlay another backing file, whole or not at all. What would read otherwise is "
+        "copied into the overlay first.",
+    )
+    parser.add_argument(
+        "-b",
+        dest="backing_file",
+        metavar="FILE",
+        required=True,
+        help="the new backing file, as it is to be stored: relative to the overlay; empty for none",
+    )
+    parser.add_argument("-F", dest="backing_format", choices=common.FORMATS, help="format of the new one")
+    parser.add_argument(
+        "-u", dest="unsafe", action="store_true", help="change the name alone, and open no backing file"
+    )
+    parser.set_defaults(command=rebase_command)
+    return parser
+
+
+def commit_command(arguments: argparse.Namespace) -> int:
+    """Commit an overlay."""
+    following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
+    with common.about(arguments.image):
+        report = commit(arguments.image, keep=arguments.keep, **following)
+    if arguments.output == "json":
+        common.print_json(common.as_json(report))
+    elif not arguments.quiet:
+        print("Image committed.")
+        written, zeroed = human_size(report.written_bytes), human_size(report.zeroed_bytes)
+        print(f"{report.base}: {written} written, {zeroed} zeroed.")
+    return common.EXIT_OK
+
+
+def rebase_command(arguments: argparse.Namespace) -> int:
+    """Put an overlay over another backing file."""
+    name, image_format = arguments.backing_file or None, arguments.backing_format
+    if name is None and image_format is not None:
+        raise common.CommandError("-F is about a backing file: name it with -b")
+    if name is not None and image_format is None:
+        raise common.CommandError("a backing file needs its format: -F qcow2 or -F raw")
+    following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
+    with common.about(arguments.image):
+        report = rebase(arguments.image, name, image_format, unsafe=arguments.unsafe, **following)
+    if arguments.output == "json":
+        common.print_json(common.as_json(report))
+    elif report.copied_bytes and not arguments.quiet:
+        print(f"{human_size(report.copied_bytes)} copied into {arguments.image}.", file=sys.stderr)
+    return common.EXIT_OK
