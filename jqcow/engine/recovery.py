@@ -74,9 +74,10 @@ def open_store(
 
 
 def _repair(store: Store, what: What | None) -> RepairReport | None:
-    if what is None and not store.metadata.header.incompatible_features & INCOMPATIBLE_DIRTY:
-        return None
-    return repairing.repair(store, what or "all")
+    if store.metadata.header.incompatible_features & INCOMPATIBLE_DIRTY:
+        # What is too low must not stay: the bit is cleared, and the next opening would trust the refcounts.
+        what = "all"
+    return None if what is None else repairing.repair(store, what)
 
 
 def _check_usable(area: HeaderArea, *, writable: bool, repairing: bool) -> None:

@@ -19,7 +19,7 @@ from jqcow.engine.mapping import L1Table, Mapping
 from jqcow.engine.metadata import Metadata
 from jqcow.engine.refcounts import Refcounts
 from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
-from jqcow.ondisk import entries
+from jqcow.ondisk import entries, layout
 from jqcow.ondisk import snapshots as tables
 from jqcow.ondisk.layout import ENTRY_BYTES
 from jqcow.ondisk.snapshots import Snapshot, SnapshotTable
@@ -140,8 +140,12 @@ class Snapshots:
             OSError: the host has no space for the tables.
         """
         active, taken = self.mapping.l1, self.l1_of(snapshot)
-        self._share(taken)
         entry_count = max(taken.entry_count, self.geometry.l1_entries_for(taken.disk_bytes))
+        if entry_count * ENTRY_BYTES > layout.MAX_L1_BYTES:
+            # Otherwise a few bytes could ask for tables without bound.
+            detail = f"a disk of {taken.disk_bytes} bytes is too large"
+            raise CorruptionError("snapshot table", self.metadata.header.snapshots_offset, detail)
+        self._share(taken)
         offset = self._copy_l1(taken, entry_count)
         self._release(active)
         self.metadata.set_header(l1_table_offset=offset, l1_size=entry_count, size=taken.disk_bytes)

@@ -243,3 +243,20 @@ def test_large_tables_are_all_or_nothing(mapped_tebibyte: Path) -> None:
             if names:
                 image.delete_snapshot("new")
         check_clean(path)
+
+
+def test_a_snapshot_of_an_impossible_disk_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    with jqcow.create(path, MIB) as image:
+        image.pwrite(b"x" * 65536, 0)
+        image.create_snapshot("huge")
+    content = bytearray(path.read_bytes())
+    table = int.from_bytes(content[64:72], "big")
+    content[table + 48 : table + 56] = (1 << 56).to_bytes(8, "big")
+    path.write_bytes(content)
+    with jqcow.open(path, "r+") as image:
+        with pytest.raises(jqcow.CorruptionError, match="too large"):
+            image.apply_snapshot("huge")
+        assert image.pread(65536, 0) == b"x" * 65536 and image.size == MIB
+        image.delete_snapshot("huge")
+    check_clean(path)
