@@ -24,6 +24,8 @@ from jqcow.ondisk import snapshots as tables
 from jqcow.ondisk.layout import ENTRY_BYTES
 from jqcow.ondisk.snapshots import Snapshot, SnapshotTable
 
+MAX_METADATA_CLUSTERS = 1 << 23
+"""An image with more clusters of tables is not changed: it bounds memory."""
 ID_DIGITS_MAX = 18
 """Ids of more digits are names like any other: they are not counted on."""
 
@@ -256,7 +258,9 @@ class Snapshots:
         return set(survey.uses)
 
     def _survey(self) -> _Survey:
-        survey, mapping = _Survey(self.geometry.cluster_bytes), self.mapping
+        file_end = self.geometry.clusters(self.metadata.medium.size())
+        survey = _Survey(self.geometry.cluster_bytes, max(file_end, self.refcounts.used_end()))
+        mapping = self.mapping
         survey.add(mapping.metadata_clusters())
         blocks = self.refcounts.blocks_from_top()
         survey.add(("refcount block", block // self.geometry.cluster_bytes) for _, block in blocks)
@@ -276,19 +280,24 @@ class Snapshots:
 class _Survey:
     """Which metadata clusters there are, each with the structure that it belongs to, and how many users."""
 
-    def __init__(self, cluster_bytes: int) -> None:
+    def __init__(self, cluster_bytes: int, end_cluster: int) -> None:
         self.uses: dict[int, int] = {}
         self._cluster_bytes = cluster_bytes
+        self._end = end_cluster
         self._structures: dict[int, str] = {}
 
     def add(self, clusters: Iterable[tuple[str, int]], *, shared: bool = False) -> None:
         """Add a user to each cluster. ``shared``: other L1 tables may use it too, as the same structure."""
         for structure, cluster in clusters:
+            offset = cluster * self._cluster_bytes
+            if cluster >= self._end:
+                raise CorruptionError(structure, offset, "it lies past the end of the file, with refcount 0")
             known = self._structures.setdefault(cluster, structure)
             if cluster in self.uses and not (shared and known == structure):
-                offset = cluster * self._cluster_bytes
                 raise CorruptionError(structure, offset, "the cluster holds other metadata too")
             self.uses[cluster] = self.uses.get(cluster, 0) + 1
+            if len(self.uses) > MAX_METADATA_CLUSTERS:
+                raise UnsupportedFeatureError(f"more than {MAX_METADATA_CLUSTERS} clusters of metadata")
 
     def check_counted(self, refcounts: Refcounts) -> None:
         """Raise CorruptionError where a cluster has more users than its refcount tells."""

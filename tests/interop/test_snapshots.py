@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -260,3 +261,26 @@ def test_a_snapshot_of_an_impossible_disk_is_refused(tmp_path: Path) -> None:
         assert image.pread(65536, 0) == b"x" * 65536 and image.size == MIB
         image.delete_snapshot("huge")
     check_clean(path)
+
+
+@pytest.mark.parametrize("repair", [None, "all"])
+def test_tables_past_the_end_of_the_file_cost_nothing(tmp_path: Path, repair: Literal["all"] | None) -> None:
+    """Each of 65,536 snapshots names an L1 table of 32 MiB that is not there."""
+    path = tmp_path / "image.qcow2"
+    with jqcow.create(path, MIB, cluster_size=512) as image:
+        image.pwrite(b"x" * 512, 0)
+        image.create_snapshot("s")
+    content = bytearray(path.read_bytes())
+    content += bytes(-len(content) % 512)
+    content[60:72] = (65536).to_bytes(4, "big") + len(content).to_bytes(8, "big")
+    for number in range(65536):
+        place = (1 << 40) + number * (32 << 20)
+        fixed = place.to_bytes(8, "big") + (4 << 20).to_bytes(4, "big") + bytes((0, 1, 0, 1)) + bytes(20)
+        extra = bytes(3) + bytes((16,)) + bytes(8) + MIB.to_bytes(8, "big")
+        content += fixed + extra + b"aa" + bytes(6)
+    path.write_bytes(content)
+    with (
+        pytest.raises(jqcow.CorruptionError, match="past the end"),
+        jqcow.open(path, "r+", repair=repair) as image,
+    ):
+        image.write_zeroes(512, 0)
