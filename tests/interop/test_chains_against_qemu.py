@@ -7,12 +7,12 @@ import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from jqcow.cli import main
 from jqcow.offline.map import map_file
+from tests.interop.commands import ours, require_same_info, require_same_map
 from tests.interop.qemu import check_clean, done, qemu_io, run
 
 KIB = 1 << 10
@@ -23,43 +23,6 @@ SECTOR_BYTES = 512
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def ours(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    code = main.main([str(argument) for argument in arguments])
-    told = capsys.readouterr()
-    assert code == 0, told.err
-    return told.out
-
-
-def plain(extents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a map without the field that older versions of qemu-img do not have."""
-    return [{name: value for name, value in extent.items() if name != "compressed"} for extent in extents]
-
-
-def require_same_map(capsys: pytest.CaptureFixture[str], path: str, *limits: str) -> list[dict[str, Any]]:
-    """Both print the same map of a chain, as JSON and as text; return it."""
-    told = json.loads(ours(capsys, "map", "--allow-files", "--output=json", *limits, path))
-    assert plain(told) == plain(json.loads(done("qemu-img", "map", "--output=json", *limits, path)))
-    theirs = run("qemu-img", "map", *limits, path)
-    if theirs.returncode == 0:
-        assert ours(capsys, "map", "--allow-files", *limits, path) == theirs.stdout
-    else:
-        assert main.main(["map", "--allow-files", *limits, path]) == 1
-        assert any(extent.get("compressed") for extent in told)
-    return plain(told)
-
-
-def require_same_info(capsys: pytest.CaptureFixture[str], path: str) -> None:
-    command = ("info", "--backing-chain")
-    told = json.loads(ours(capsys, *command, "--allow-files", "--output=json", path))
-    theirs = json.loads(done("qemu-img", *command, "--output=json", path))
-    for facts in theirs:
-        facts.pop("children", None)
-    assert told == theirs
-    assert ours(capsys, *command, "--allow-files", path) == done("qemu-img", *command, path)
-    assert ours(capsys, "info", path) == done("qemu-img", "info", path)
 
 
 def fill_raw(path: str, chance: random.Random, size: int) -> None:
