@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +18,7 @@ from tests.support.mutants import (
     RED,
     Mutant,
     judge_trial,
+    patched_copy,
 )
 
 SECONDS_MAX = 120
@@ -72,14 +72,3 @@ def test_rule_is_needed(mutant: Mutant, tmp_path: Path) -> None:
     )
     assert done.returncode in (RED, GREEN), done.stderr
     assert done.returncode == RED, f"without {mutant.rule} every promise holds"
-
-
-def patched_copy(mutant: Mutant, folder: Path) -> None:
-    """Copy jqcow into a folder, with the mutant's changes."""
-    shutil.copytree(sources.PACKAGE, folder / "jqcow", ignore=shutil.ignore_patterns("__pycache__"))
-    module = folder / mutant.module
-    text = module.read_text(encoding="utf-8")
-    for fragment, replacement in mutant.changes:
-        assert text.count(fragment) == 1, f"{mutant.module} must hold once:\n{fragment}"
-        text = text.replace(fragment, replacement)
-    module.write_text(text, encoding="utf-8")

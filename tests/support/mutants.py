@@ -11,8 +11,10 @@ It exits with 1 and says what broke, or with 0 if every promise held.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from jqcow.testing import (
@@ -27,6 +29,7 @@ from jqcow.testing import (
     enumerate_states,
 )
 from jqcow.testing.crash import GARBAGE_BLOCK_BYTES
+from tests.support import sources
 from tests.support.expectation import Expectation
 from tests.support.judge import Judge
 from tests.support.scenarios import DROPPING_SCENARIOS, SCENARIOS
@@ -670,6 +673,17 @@ def judge_trial(trial: str, drop_barriers: tuple[str, ...] = ()) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def patched_copy(mutant: Mutant, folder: Path) -> None:
+    """Copy jqcow into a folder, with the mutant's changes."""
+    shutil.copytree(sources.PACKAGE, folder / "jqcow", ignore=shutil.ignore_patterns("__pycache__"))
+    module = folder / mutant.module
+    text = module.read_text(encoding="utf-8")
+    for fragment, replacement in mutant.changes:
+        assert text.count(fragment) == 1, f"{mutant.module} must hold once:\n{fragment}"
+        text = text.replace(fragment, replacement)
+    module.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
