@@ -303,6 +303,7 @@ def discard_on(
 SETTINGS = settings(
     # The twins are some times slower; what they are asked is the same.
     max_examples=200 if _native.active() == "c" else 60,
+    deadline=None,
     stateful_step_count=50,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

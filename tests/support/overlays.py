@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 from random import Random
 
+from jqcow.offline.commit import copy_into
 from jqcow.offline.rebase import copy_differences
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, Header, HeaderArea
-from jqcow.testing import EVERYTHING, Fault, FaultPlan, SectorModel
+from jqcow.testing import EVERYTHING, Fault, FaultPlan, SectorModel, SimulatedDevice
 from tests.support import starts
 from tests.support.below import Below, find_below_by_name, name_of
 from tests.support.expectation import SECTOR_BYTES, Windows
@@ -38,20 +39,25 @@ def some_disk(windows: Windows, cluster_bytes: int, random: Random) -> Below:
 def overlay_image(cluster_bytes: int, random: Random) -> Start:
     """An image over another disk, with data, zeros and nothing of its own."""
     windows = Windows.of(cluster_bytes)
-    size_bytes = some_size(windows, random)
-    device, session = new_session(windows, cluster_bytes, size_bytes)
     below = some_disk(windows, cluster_bytes, random)
-    with session.live.transaction() as transaction:
-        transaction.set_backing_file(name_of(below), "raw")
-    session.close()
-    expectation = session.expectation
-    expectation.sectors = SectorModel(windows.model_bytes, below.seen)
-    windows.cut_off(expectation.sectors, size_bytes)
-    session.open()
+    device, session = new_overlay(below, cluster_bytes, some_size(windows, random))
     for _ in range(5):
         scribble(session, random)
     session.close()
     return with_changes(start_of(device, session), extensions=extensions_in(device.content()))
+
+
+def new_overlay(below: Below, cluster_bytes: int, size_bytes: int) -> tuple[SimulatedDevice, Session]:
+    """Make an overlay that has nothing of its own yet, and open it."""
+    windows = below.windows
+    device, session = new_session(windows, cluster_bytes, size_bytes)
+    with session.live.transaction() as transaction:
+        transaction.set_backing_file(name_of(below), "raw")
+    session.close()
+    session.expectation.sectors = SectorModel(windows.model_bytes, below.seen)
+    windows.cut_off(session.expectation.sectors, size_bytes)
+    session.open()
+    return device, session
 
 
 def overlay_with_old_bytes(cluster_bytes: int, random: Random) -> Start:
@@ -108,6 +114,44 @@ def emptied(session: Session, random: Random) -> None:
             draft.look()
     scribble_on(session, random, 3, flush_every=2)
     session.close()
+
+
+def committed_into(session: Session, random: Random) -> None:
+    """Overlays of other sizes are committed into the image: all of an overlay at once, or nothing of it.
+
+    Whichever of both a crash leaves, an overlay that still has its own reads as before over it.
+    """
+    session.open()
+    windows = session.expectation.windows
+    for number in range(2):
+        scribble_on(session, random, 3, flush_every=2)
+        before = Below(windows, session.expectation.sectors.current_content(), session.live.size)
+        size_bytes = random.choice((some_size(windows, random), windows.stride_bytes, windows.disk_bytes))
+        _, overlay = new_overlay(before, _cluster_bytes(session), size_bytes)
+        overlay.written = 1 + number << 24
+        scribble_on(overlay, random, 4, flush_every=4)
+        shown = overlay.expectation.sectors.current_content()
+        with session.transaction() as draft:
+            # A commit opens the overlay alone: what it copies is its own.
+            _show_through(overlay, None)
+            copy_into(overlay.live, draft.transaction)
+            draft.size_bytes = max(draft.size_bytes, size_bytes)
+            draft.sectors = SectorModel(windows.model_bytes, before.seen)
+            for start in range(0, windows.model_bytes, windows.window_bytes):
+                length = windows.clip(start, windows.window_bytes, size_bytes)
+                draft.sectors.write(start, shown[start : start + length]).complete()
+            draft.look()
+        after = Below(windows, session.expectation.sectors.current_content(), session.live.size)
+        _show_through(overlay, after)
+        overlay.look()
+        overlay.close()
+    scribble_on(session, random, 3, flush_every=2)
+    session.close()
+
+
+def _show_through(overlay: Session, below: Below | None) -> None:
+    """Let an open overlay show another disk where it has nothing of its own."""
+    overlay.live._backing = overlay.live._data.backing = below
 
 
 def copied_up(session: Session, random: Random) -> None:

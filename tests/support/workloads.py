@@ -111,6 +111,8 @@ _OF_OVERLAYS = (
     Family("rebase", overlays.overlay_image, overlays.rebase),
     Family("rebase-dirty", overlays.overlay_with_old_bytes, overlays.rebase),
     Family("commit", overlays.overlay_image, overlays.emptied),
+    Family("commit-base", starts.unpunchable_image, overlays.committed_into),
+    Family("commit-base-overlay", overlays.overlay_image, overlays.committed_into),
     Family("repair", overlays.dirty_bit_image, overlays.repaired),
     Family("repair-snapshots", overlays.dirty_bit_snapshots_image, overlays.repaired),
     Family("repair-killed", overlays.dirty_bit_snapshots_image, overlays.repair_killed),
