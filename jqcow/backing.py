@@ -224,8 +224,10 @@ def open_chain(
             if len(layers) >= MAX_DEPTH:
                 raise UnsupportedFeatureError(f"a backing chain of more than {MAX_DEPTH} files")
             require_allowed(named, allow)
+            # Before the file is touched: what is refused by name is not opened.
+            stored = _stored_format(named, probe=probe)
             device = _open_file(named, share_writers=share_writers)
-            opened = _open_layer(named, device, open_image, seen, probe=probe)
+            opened = _open_layer(named, stored, device, open_image, seen)
             layers.append(opened.layer)
             named = opened.names
     except BaseException:
@@ -242,15 +244,24 @@ def _open_file(named: NamedFile, *, share_writers: bool) -> FileDevice:
         raise
 
 
+def _stored_format(named: NamedFile, *, probe: bool) -> BackingFormat | None:
+    """Return the format that the image stores; None where it stores none, and the file's magic may tell."""
+    stored = known_format(named)
+    if stored is None and not probe:
+        detail = f"{named.image} names {named.name!r}; a guess could take a guest's bytes for an image"
+        raise UnsupportedFeatureError("a backing file without a format", detail)
+    return stored
+
+
 def _open_layer(
-    named: NamedFile, device: FileDevice, open_image: OpenLayer, seen: set[tuple[int, int]], *, probe: bool
+    named: NamedFile,
+    stored: BackingFormat | None,
+    device: FileDevice,
+    open_image: OpenLayer,
+    seen: set[tuple[int, int]],
 ) -> Opened:
     """Return the layer on a file, which is closed where this raises."""
     try:
-        stored = known_format(named)
-        if stored is None and not probe:
-            detail = f"{named.image} names {named.name!r}; a guess could take a guest's bytes for an image"
-            raise UnsupportedFeatureError("a backing file without a format", detail)
         if device.identity() in seen:
             raise CorruptionError("backing file name", 0, f"the chain comes back to {named.path}")
         seen.add(device.identity())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 from jqcow.backing import Chain, Part, open_chain
 from jqcow.backing import Opened as OpenedLayer
@@ -19,15 +18,13 @@ from jqcow.image import Image, Mode
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.blank import BlankImage, blank_image, cluster_bits_of
+from jqcow.ondisk.blank import BlankImage, blank_image, cluster_bits_of, refcount_order_of
+from jqcow.ondisk.compression import CompressionType, compression_type_of
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import BackingFormat, FilePolicy, NamedFile
 
 DEFAULT_CLUSTER_BYTES = 65536
-MAX_REFCOUNT_BITS = 64
-CompressionType = Literal["zlib", "zstd"]
-_COMPRESSION_TYPES: dict[CompressionType, int] = {"zlib": 0, "zstd": 1}
 
 
 def create(
@@ -74,8 +71,8 @@ def create(
     blank = blank_image(
         size,
         cluster_bits_of(cluster_size),
-        refcount_order=_refcount_order(refcount_bits),
-        compression_type=_COMPRESSION_TYPES[compression_type],
+        refcount_order=refcount_order_of(refcount_bits),
+        compression_type=compression_type_of(compression_type),
         backing_file=backing_file,
         backing_format=backing_format,
     )
@@ -276,14 +273,17 @@ def _open(
     return image
 
 
-def open_alone(path: str | os.PathLike[str], mode: Mode, *, repair: What | None = None) -> Image:
+def open_alone(
+    path: str | os.PathLike[str], mode: Mode, *, journal_size: int | None = None, repair: What | None = None
+) -> Image:
     """Open an image without what is below it: where it has nothing of its own it reads as zeros.
 
     For what works on the image's own tables: who reads its disk wants `open`. Arguments and errors as `open`.
     """
+    _check_mode(mode, journal_size, force_share=False)
     device = FileDevice.open(path, writable=mode == "r+")
     try:
-        return _open(device, mode, repair=repair, find_backing=lambda store: None)
+        return _open(device, mode, journal_size=journal_size, repair=repair, find_backing=lambda store: None)
     except BaseException:
         device.close()
         raise
@@ -411,13 +411,6 @@ def _write_blank(device: Device, blank: BlankImage) -> None:
     device.truncate(blank.length)
     for offset, data in blank.parts:
         device.pwrite(data, offset)
-
-
-def _refcount_order(refcount_bits: int) -> int:
-    order = refcount_bits.bit_length() - 1
-    if refcount_bits <= 0 or 1 << order != refcount_bits or refcount_bits > MAX_REFCOUNT_BITS:
-        raise ValueError(f"a refcount has 1, 2, 4, 8, 16, 32 or 64 bits, not {refcount_bits}")
-    return order
 
 
 def _check_journal_size(journal_size: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jqcow.cli import common
 from jqcow.cli.common import human_size
+from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
 
@@ -17,6 +18,7 @@ def add_parsers(commands: Any) -> None:
     parsers = _add_commit(commands), _add_rebase(commands)
     for parser in parsers:
         common.add_allow_files(parser)
+        add_progress(parser)
         common.add_output(parser)
         common.add_quiet(parser)
         parser.add_argument("image", metavar="IMAGE")
@@ -59,8 +61,8 @@ def _add_rebase(commands: Any) -> argparse.ArgumentParser:
 def commit_command(arguments: argparse.Namespace) -> int:
     """Commit an overlay."""
     following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
-    with common.about(arguments.image):
-        report = commit(arguments.image, keep=arguments.keep, **following)
+    with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+        report = commit(arguments.image, keep=arguments.keep, **following, progress=progress)
     if arguments.output == "json":
         common.print_json(common.as_json(report))
     elif not arguments.quiet:
@@ -72,14 +74,16 @@ def commit_command(arguments: argparse.Namespace) -> int:
 
 def rebase_command(arguments: argparse.Namespace) -> int:
     """Put an overlay over another backing file."""
-    name, image_format = arguments.backing_file or None, arguments.backing_format
-    if name is None and image_format is not None:
-        raise common.CommandError("-F is about a backing file: name it with -b")
+    name = arguments.backing_file or None
+    # As in qemu-img, what -F says of no backing file is not looked at.
+    image_format = None if name is None else arguments.backing_format
     if name is not None and image_format is None:
         raise common.CommandError("a backing file needs its format: -F qcow2 or -F raw")
     following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
-    with common.about(arguments.image):
-        report = rebase(arguments.image, name, image_format, unsafe=arguments.unsafe, **following)
+    with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+        report = rebase(
+            arguments.image, name, image_format, unsafe=arguments.unsafe, **following, progress=progress
+        )
     if arguments.output == "json":
         common.print_json(common.as_json(report))
     elif report.copied_bytes and not arguments.quiet:

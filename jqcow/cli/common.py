@@ -102,21 +102,23 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", dest="quiet", action="store_true", help="print errors only")
 
 
+def add_journal_size(parser: argparse.ArgumentParser) -> None:
+    """Add ``--journal-size``, of what writes."""
+    parser.add_argument(
+        "--journal-size", metavar="SIZE", help="of the journal while it works (default: 8M), from 64k to 1G"
+    )
+
+
+def journal_size_of(arguments: argparse.Namespace) -> int | None:
+    """Return the journal's size in bytes, if it was given."""
+    return None if arguments.journal_size is None else parse_size(arguments.journal_size, unit=1)
+
+
 def add_options(parser: argparse.ArgumentParser, names: str = "cluster_size=SIZE") -> None:
     """Add ``-o name=value,...``, of a new image."""
     parser.add_argument(
         "-o", dest="options", metavar="OPTIONS", default="", help=f"{names}, of a new qcow2 image"
     )
-
-
-def cluster_size_of(options: str, image_format: str, default: int) -> int:
-    """Return the cluster size in ``-o`` options, or the default.
-
-    Raises:
-        ValueError: another option than jqcow has.
-    """
-    value = named_options(options, image_format, ("cluster_size",)).get("cluster_size")
-    return default if value is None else parse_size(value, unit=1)
 
 
 def named_options(options: str, image_format: str, names: Container[str]) -> dict[str, str]:

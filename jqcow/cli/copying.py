@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, TextIO, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from jqcow.cli import common
 from jqcow.cli.common import human_size
+from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.device.file import FileDevice
-from jqcow.offline.compare import Progress
-from jqcow.offline.compressing import CompressionType
 from jqcow.offline.convert import ConvertReport, convert
 from jqcow.offline.info import Format, probe_format
-
-ProgressKind = Literal["none", "bar", "lines", "json"]
-BAR_WIDTH = 40
-SECONDS_BETWEEN = 0.1
-LINE_PERCENT = 10
+from jqcow.ondisk.compression import CompressionType
 
 
 def add_parsers(commands: Any) -> None:
@@ -52,24 +44,19 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="reread source and target and compare them, before naming it"
     )
-    parser.add_argument("-p", dest="progress", action="store_const", const="auto", help="show progress")
-    parser.add_argument(
-        "--progress",
-        choices=("bar", "lines", "json"),
-        help="show progress as a bar, as lines, or as JSON lines, on stderr",
-    )
+    add_progress(parser)
     common.add_output(parser)
     common.add_quiet(parser)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET")
-    parser.set_defaults(command=convert_command, progress=None)
+    parser.set_defaults(command=convert_command)
 
 
 def convert_command(arguments: argparse.Namespace) -> int:
     """Convert a disk."""
     source, target = arguments.source, arguments.target
     options = _image_options(arguments.options, arguments.target_format)
-    with common.about(source), shown_progress(_progress_kind(arguments), sys.stderr) as progress:
+    with common.about(source), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = convert(
             source,
             target,
@@ -134,68 +121,3 @@ def _report_lines(report: ConvertReport) -> Iterator[str]:
         yield f"  {whole} of it compressed to {packed} ({report.compression_type})"
     if report.verify_seconds is not None:
         yield f"  verified: source and target are equal ({report.verify_seconds:.2f} s)"
-
-
-# Progress
-
-
-def _progress_kind(arguments: argparse.Namespace) -> ProgressKind:
-    if arguments.progress is None or (arguments.quiet and arguments.progress == "auto"):
-        return "none"
-    if arguments.progress == "auto":
-        return "bar" if sys.stderr.isatty() else "lines"
-    kind: ProgressKind = arguments.progress
-    return kind
-
-
-@contextmanager
-def shown_progress(kind: ProgressKind, stream: TextIO) -> Iterator[Progress]:
-    """Give a function that shows how far the work is, no oftener than people can read."""
-    shown = _Shown(kind, stream)
-    try:
-        yield shown
-    finally:
-        shown.end()
-
-
-class _Shown:
-    """Shows progress on a stream. Percentages only rise until a new pass (verification) begins."""
-
-    def __init__(self, kind: ProgressKind, stream: TextIO) -> None:
-        self._kind = kind
-        self._stream = stream
-        self._last_time = -SECONDS_BETWEEN
-        self._last_percent = -1
-        self._has_bar = False
-
-    def __call__(self, done: int, total: int) -> None:
-        percent = 100 * done // total if total else 100
-        if self._kind == "none" or percent == self._last_percent:
-            return
-        if (
-            self._kind == "lines"
-            and percent % LINE_PERCENT
-            and percent // LINE_PERCENT == (self._last_percent // LINE_PERCENT)
-        ):
-            return
-        now = time.monotonic()
-        if self._kind != "lines" and done not in (0, total) and now - self._last_time < SECONDS_BETWEEN:
-            return
-        self._last_time, self._last_percent = now, percent
-        self._show(done, total, percent)
-
-    def _show(self, done: int, total: int, percent: int) -> None:
-        if self._kind == "json":
-            print(json.dumps({"done-bytes": done, "total-bytes": total}), file=self._stream, flush=True)
-        elif self._kind == "lines":
-            print(f"{percent}% of {human_size(total)}", file=self._stream, flush=True)
-        else:
-            filled = "#" * (BAR_WIDTH * percent // 100)
-            self._stream.write(f"\r[{filled:<{BAR_WIDTH}}] {percent:3}% of {human_size(total)}")
-            self._stream.flush()
-            self._has_bar = True
-
-    def end(self) -> None:
-        """Leave the line of the bar."""
-        if self._has_bar:
-            self._stream.write("\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import jqcow
 from jqcow.cli import common
@@ -12,9 +12,11 @@ from jqcow.cli.common import human_size
 from jqcow.offline.convert import create_raw
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
+from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.opening import DEFAULT_CLUSTER_BYTES
 
+_OPTIONS = ("cluster_size", "refcount_bits", "compression_type", "backing_file", "backing_fmt")
 _SIGNS = {"+": 1, "-": -1}
 
 
@@ -31,7 +33,10 @@ def _add_create(commands: Any) -> None:
     create.add_argument(
         "-f", dest="format", choices=common.FORMATS, default="qcow2", help="format (default: qcow2)"
     )
-    common.add_options(create)
+    common.add_options(
+        create,
+        "cluster_size=SIZE, refcount_bits=BITS, compression_type=zlib|zstd, backing_file=, backing_fmt=",
+    )
     create.add_argument("--overwrite", action="store_true", help="replace an existing file")
     create.add_argument(
         "-b", dest="backing_file", metavar="BASE", help="backing file; a relative name is relative to IMAGE"
@@ -62,29 +67,56 @@ def _add_resize(commands: Any) -> None:
         "--shrink", action="store_true", help="allow a smaller disk: what lies behind its end is lost"
     )
     common.add_allow_files(resize)
-    resize.add_argument(
-        "--journal-size", metavar="SIZE", help="of the journal while it works (default: 8M), from 64k to 1G"
-    )
+    common.add_journal_size(resize)
     common.add_quiet(resize)
     resize.add_argument("image", metavar="IMAGE")
     resize.add_argument("size", metavar="[+|-]SIZE", help="the new size; with a sign, the difference")
     resize.set_defaults(command=resize_command)
 
 
+class _Wanted(TypedDict):
+    """How a new qcow2 image is to be, in the words of `jqcow.create`."""
+
+    cluster_size: int
+    refcount_bits: int
+    compression_type: CompressionType
+
+
 def create_command(arguments: argparse.Namespace) -> int:
     """Create an image."""
+    wanted = _take_options(arguments)
     _check_backing_options(arguments)
-    cluster_size = common.cluster_size_of(arguments.options, arguments.format, DEFAULT_CLUSTER_BYTES)
     with common.about(arguments.image):
         size = _size_of_new(arguments)
-        _create(arguments, size, cluster_size)
+        _create(arguments, size, wanted)
     if not arguments.quiet:
-        clusters = f" cluster_size={cluster_size}" if arguments.format == "qcow2" else ""
+        clusters = f" cluster_size={wanted['cluster_size']}" if arguments.format == "qcow2" else ""
         base = ""
         if arguments.backing_file is not None:
             base = f" backing_file={arguments.backing_file} backing_fmt={arguments.backing_format}"
         print(f"Formatting '{arguments.image}', fmt={arguments.format}{clusters} size={size}{base}")
     return common.EXIT_OK
+
+
+def _take_options(arguments: argparse.Namespace) -> _Wanted:
+    """Return what -o says of a qcow2 image; what it says of the base becomes that of -b and -F."""
+    found = common.named_options(arguments.options, arguments.format, _OPTIONS)
+    for option, name in (("backing_file", "backing_file"), ("backing_fmt", "backing_format")):
+        if option in found:
+            if getattr(arguments, name) not in (None, found[option]):
+                raise common.CommandError(f"{option} of -o contradicts -{'b' if name == option else 'F'}")
+            setattr(arguments, name, found[option])
+    if arguments.backing_format not in (None, *common.FORMATS):
+        raise common.CommandError(f"backing_fmt must be qcow2 or raw, not {arguments.backing_format}")
+    bits = found.get("refcount_bits", "16")
+    if not bits.isdecimal():
+        raise common.CommandError(f"refcount_bits must be a number, not '{bits}'")
+    return {
+        "cluster_size": common.parse_size(found.get("cluster_size", str(DEFAULT_CLUSTER_BYTES)), unit=1),
+        "refcount_bits": int(bits),
+        # create refuses another type, by name.
+        "compression_type": cast(CompressionType, found.get("compression_type", "zlib")),
+    }
 
 
 def _check_backing_options(arguments: argparse.Namespace) -> None:
@@ -110,17 +142,17 @@ def _size_of_new(arguments: argparse.Namespace) -> int:
     return found if arguments.size is None else common.parse_size(arguments.size)
 
 
-def _create(arguments: argparse.Namespace, size: int, cluster_size: int) -> None:
+def _create(arguments: argparse.Namespace, size: int, wanted: _Wanted) -> None:
     path, overwrite = arguments.image, arguments.overwrite
     if arguments.format == "raw":
         create_raw(path, size, overwrite=overwrite)
     elif arguments.backing_file is None:
-        jqcow.create(path, size, cluster_size=cluster_size, overwrite=overwrite).close()
+        jqcow.create(path, size, **wanted, overwrite=overwrite).close()
     else:
         create_overlay(
             path,
             size,
-            cluster_size=cluster_size,
+            **wanted,
             backing_file=arguments.backing_file,
             backing_format=arguments.backing_format,
             overwrite=overwrite,
@@ -137,9 +169,7 @@ def resize_command(arguments: argparse.Namespace) -> int:
     text: str = arguments.size
     sign = _SIGNS.get(text[:1], 0)
     change = common.parse_size(text[1:] if sign else text, unit=1)
-    journal_size = (
-        None if arguments.journal_size is None else common.parse_size(arguments.journal_size, unit=1)
-    )
+    journal_size = common.journal_size_of(arguments)
     name = arguments.image
     following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
     with common.about(name), jqcow.open(name, "r+", journal_size=journal_size, **following) as image:

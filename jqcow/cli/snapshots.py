@@ -34,6 +34,7 @@ def add_parsers(commands: Any) -> None:
         "-a", dest="apply", metavar="SNAPSHOT", help="make the disk what it was: what it holds now is lost"
     )
     action.add_argument("-d", dest="delete", metavar="SNAPSHOT", help="delete a snapshot, by id or name")
+    common.add_journal_size(snapshot)
     common.add_quiet(snapshot)
     snapshot.add_argument(
         "-U", "--force-share", action="store_true", help="look also while another program writes"
@@ -46,6 +47,8 @@ def snapshot_command(arguments: argparse.Namespace) -> int:
     """Print the snapshots of an image, or change them."""
     if not arguments.list:
         return _change(arguments)
+    if arguments.journal_size is not None:
+        raise common.CommandError("--journal-size is for what writes: -l does not")
     with common.about(arguments.image):
         found = read_snapshots(arguments.image, force_share=arguments.force_share)
     if arguments.output == "json":
@@ -59,7 +62,8 @@ def _change(arguments: argparse.Namespace) -> int:
     if arguments.force_share or arguments.output == "json":
         raise common.CommandError("-U and --output=json are about the list: use them with -l")
     # What is below the image stays closed: snapshots share what is its own.
-    with common.about(arguments.image), open_alone(arguments.image, "r+") as image:
+    journal_size = common.journal_size_of(arguments)
+    with common.about(arguments.image), open_alone(arguments.image, "r+", journal_size=journal_size) as image:
         if image.recovered is not None and not arguments.quiet:
             print("The image had crashed; it was recovered first.", file=sys.stderr)
         if arguments.create is not None:

@@ -10,15 +10,10 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 from jqcow.offline.build import ImageBuilder
-from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD, check_level, compress
+from jqcow.ondisk.compression import CompressionType, check_level, compress, compression_type_of
 from jqcow.ondisk.layout import SECTOR_BYTES, round_up
-
-CompressionType = Literal["zlib", "zstd"]
-COMPRESSION_TYPES: dict[CompressionType, int] = {"zlib": COMPRESSION_ZLIB, "zstd": COMPRESSION_ZSTD}
-"""The header's number of each compression type."""
 
 BATCH_BYTES = 256 << 10
 THREADS_MAX = 8
@@ -39,14 +34,12 @@ class Compression:
 
     def __post_init__(self) -> None:
         """Check the values, which may come from a command line."""
-        if self.type not in COMPRESSION_TYPES:
-            raise ValueError(f"the compression type must be zlib or zstd, not {self.type}")
         check_level(self.number, self.level)
 
     @property
     def number(self) -> int:
         """The header's ``compression_type``."""
-        return COMPRESSION_TYPES[self.type]
+        return compression_type_of(self.type)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from jqcow.device.file import FileDevice
 from jqcow.errors import JqcowError
 from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import Progress, first_difference
-from jqcow.offline.compressing import CompressingWriter, Compression, CompressionType
+from jqcow.offline.compressing import CompressingWriter, Compression
 from jqcow.offline.disks import Disk, disk_on, open_disk, windows
 from jqcow.offline.info import Format
 from jqcow.ondisk import layout
+from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.naming import FilePolicy
 
 BUFFER_BYTES = 2 << 20

@@ -7,7 +7,8 @@ import os
 from jqcow.device.file import FileDevice
 from jqcow.offline.info import Format, read_info
 from jqcow.ondisk import layout
-from jqcow.ondisk.blank import blank_image, cluster_bits_of
+from jqcow.ondisk.blank import blank_image, cluster_bits_of, refcount_order_of
+from jqcow.ondisk.compression import CompressionType, compression_type_of
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import decode_name, resolve
 
@@ -45,6 +46,8 @@ def create_overlay(
     cluster_size: int,
     backing_file: str,
     backing_format: Format,
+    refcount_bits: int = 16,
+    compression_type: CompressionType = "zlib",
     overwrite: bool = False,
 ) -> None:
     """Create an empty qcow2 image over a backing file, durably. The backing file is not opened.
@@ -55,6 +58,8 @@ def create_overlay(
         cluster_size: in bytes, a power of two from 512 to 2 MiB.
         backing_file: name to be stored as it is: relative to the directory of the new image.
         backing_format: of the backing file.
+        refcount_bits: width of the refcounts.
+        compression_type: how compressed clusters are stored.
         overwrite: replace an existing file, if nobody uses it.
 
     Raises:
@@ -66,7 +71,14 @@ def create_overlay(
     """
     layout.check_disk_size(size)
     cluster_bits = cluster_bits_of(cluster_size)
-    blank = blank_image(size, cluster_bits, backing_file=backing_file, backing_format=backing_format)
+    blank = blank_image(
+        size,
+        cluster_bits,
+        refcount_order=refcount_order_of(refcount_bits),
+        compression_type=compression_type_of(compression_type),
+        backing_file=backing_file,
+        backing_format=backing_format,
+    )
     overlay = os.fspath(path)
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.
     if os.path.realpath(resolve(backing_file, overlay)) == os.path.realpath(overlay):

@@ -92,6 +92,18 @@ def cluster_bits_of(cluster_size: int) -> int:
     return bits
 
 
+def refcount_order_of(refcount_bits: int) -> int:
+    """Return the binary logarithm of the width of a refcount in bits.
+
+    Raises:
+        ValueError: not a power of two from 1 to 64.
+    """
+    order = refcount_bits.bit_length() - 1
+    if refcount_bits <= 0 or 1 << order != refcount_bits or order > layout.MAX_REFCOUNT_ORDER:
+        raise ValueError(f"a refcount has 1, 2, 4, 8, 16, 32 or 64 bits, not {refcount_bits}")
+    return order
+
+
 def refcount_clusters(geometry: Geometry, other_clusters: int) -> tuple[int, int]:
     """Return (refcount table clusters, refcount blocks) that count ``other_clusters`` and themselves."""
     table_clusters, blocks = 1, 1

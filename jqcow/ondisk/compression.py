@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from typing import Literal
 
 import zstandard
 
@@ -23,6 +24,10 @@ from jqcow.errors import FormatError, UnsupportedFeatureError
 
 COMPRESSION_ZLIB = 0
 COMPRESSION_ZSTD = 1
+
+CompressionType = Literal["zlib", "zstd"]
+COMPRESSION_TYPES: dict[CompressionType, int] = {"zlib": COMPRESSION_ZLIB, "zstd": COMPRESSION_ZSTD}
+"""The header's number of each compression type."""
 
 LEVELS = {COMPRESSION_ZLIB: range(1, 10), COMPRESSION_ZSTD: range(1, 23)}
 """The levels that `compress` takes for each compression type."""
@@ -42,6 +47,17 @@ _ZSTD_SKIPPABLE_HEAD_BYTES = 8
 _ZSTD_BLOCK_BYTES_MAX = 128 << 10
 # Four bytes can expand to a block of 128 KiB: a piece of the stream gives at most 2 MiB.
 _ZSTD_PIECE_BYTES = 64
+
+
+def compression_type_of(name: CompressionType) -> int:
+    """Return the header's number of a compression type.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    if name not in COMPRESSION_TYPES:
+        raise ValueError(f"the compression type must be zlib or zstd, not {name}")
+    return COMPRESSION_TYPES[name]
 
 
 class _Contexts(threading.local):

@@ -24,6 +24,7 @@ MAX_HOST_OFFSET = 1 << 56
 """Host offsets end at bit 55 (qcow2 specification, L2 table entry)."""
 
 MAX_L1_BYTES = 32 << 20
+MAX_REFCOUNT_ORDER = 6
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 """The largest tables that QEMU opens; jqcow keeps to the same limits (they also bound memory)."""
 

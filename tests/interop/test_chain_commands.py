@@ -104,7 +104,6 @@ class TestCommitAndRebase:
         ("options", "words"),
         [
             (["-b", "x.raw"], "needs its format"),
-            (["-b", "", "-F", "raw"], "-F is about a backing file"),
             (["-b", "nbd:host", "-F", "raw", "-u"], "protocol"),
         ],
     )
