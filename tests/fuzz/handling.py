@@ -63,6 +63,7 @@ class Handling:
         with time_bound(SECONDS_MAX):
             self.look()
             self.use()
+            self.repair()
             self.salvage_root()
 
     def tolerate(self, what: str, action: Callable[[], object]) -> bool:
@@ -93,6 +94,19 @@ class Handling:
             self.read(image)
             self.tolerate("info", image.info)
             self.tolerate("check", image.check)
+            names: list[str] = []
+            self.tolerate("snapshots", lambda: names.extend(taken.id for taken in image.snapshots()))
+            self.tolerate("close", image.close)
+            for name in names[:2]:
+                self.look_at(name)
+
+    def look_at(self, name: str) -> None:
+        """Read one snapshot."""
+        self.device.reopen(read_only=True)
+        opened: list[jqcow.Image] = []
+        self.tolerate("open snapshot", lambda: opened.append(jqcow.open_device(self.device, snapshot=name)))
+        for image in opened:
+            self.read(image)
             self.tolerate("close", image.close)
 
     def read(self, image: jqcow.Image) -> None:
@@ -125,7 +139,13 @@ class Handling:
             length = min(self.chance.choice((512, 5000, 70_000)), image.size)
             offset = self.chance.choice((0, self.chance.randrange(image.size - length + 1)))
             data = (PATTERN * (length // len(PATTERN) + 1))[:length]
-            match self.chance.randrange(5):
+            match self.chance.randrange(8):
+                case 5:
+                    self.tolerate("snapshot", partial(image.create_snapshot, "made by the fuzzer"))
+                case 6:
+                    self.change_snapshot(image)
+                case 7:
+                    self.tolerate("compress", partial(self.compress, image))
                 case 0 | 1 | 2:
                     self.tolerate("write", partial(image.pwrite, data, offset))
                 case 3:
@@ -139,6 +159,36 @@ class Handling:
             self.tolerate("resize", lambda: image.resize(size + (1 << 20)))
         self.tolerate("check", image.check)
         self.tolerate("checkpoint", image.checkpoint)
+
+    def change_snapshot(self, image: jqcow.Image) -> None:
+        """Apply or delete a snapshot, if there is one."""
+
+        def change() -> None:
+            for taken in image.snapshots()[:1]:
+                use = image.apply_snapshot if self.chance.random() < 0.5 else image.delete_snapshot
+                use(taken.id)
+
+        self.tolerate("use snapshot", change)
+
+    def compress(self, image: jqcow.Image) -> None:
+        """Write the first cluster compressed."""
+        length = min(image.info().cluster_size, image.size)
+        image.pwrite_compressed((PATTERN * (length // len(PATTERN) + 1))[:length], 0)
+
+    def repair(self) -> None:
+        """Repair, and check what is there then."""
+        self.device = SparseDevice(self.case.content)
+        opened: list[jqcow.Image] = []
+        self.tolerate(
+            "repair",
+            lambda: opened.append(
+                jqcow.open_device(self.device, "r+", journal_size=JOURNAL_BYTES, repair="all")
+            ),
+        )
+        for image in opened:
+            self.tolerate("check repaired", image.check)
+            self.change(image)
+            self.tolerate("close", image.close)
 
     def require_metadata_intact(self, image: jqcow.Image) -> None:
         """Guest bytes never landed on a cluster that holds metadata."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from jqcow.ondisk.frame import (
 from jqcow.ondisk.header import EXTENSION_STRUCT, V3_STRUCT, Header
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.root import JOURNAL_STRUCT, JournalRange, pack_root_copy, unpack_root
+from jqcow.ondisk.snapshots import FIXED_BYTES
 from jqcow.testing import SimulatedDevice
 from tests.fuzz.sparse import SparseDevice
 
@@ -58,14 +60,32 @@ HEADER_FIELDS = {
 }
 """Offset and length in bytes of what a hostile hand would turn."""
 
+SNAPSHOT_FIELDS = {
+    "l1_table_offset": (0, 8),
+    "l1_size": (8, 4),
+    "id_size": (12, 2),
+    "name_size": (14, 2),
+    "vm_state_size": (32, 4),
+    "extra_data_size": (36, 4),
+    "vm_state_size_large": (40, 8),
+    "disk_size": (48, 8),
+    "icount": (56, 8),
+    "id": (64, 8),
+}
+"""The same of an entry of the snapshot table."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A good image: its bytes, its cluster size, and whether its journal is live."""
+    """A good image: its bytes, its cluster size, whether its journal is live, where its snapshot table is.
+
+    ``snapshots_offset`` is a host offset in bytes, 0: no snapshots.
+    """
 
     content: bytes
     cluster_bytes: int
     live: bool
+    snapshots_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,10 +109,11 @@ def samples() -> tuple[Sample, ...]:
     for cluster_bytes in CLUSTER_BYTES:
         for flushes in (1, 5, 12):
             made += _make_samples(cluster_bytes, flushes)
+            made += _make_samples(cluster_bytes, flushes, with_snapshots=True)
     return tuple(made)
 
 
-def _make_samples(cluster_bytes: int, flushes: int) -> list[Sample]:
+def _make_samples(cluster_bytes: int, flushes: int, *, with_snapshots: bool = False) -> list[Sample]:
     chance = random.Random(cluster_bytes + flushes)
     device = SimulatedDevice()
     size = DISK_CLUSTERS[cluster_bytes] * cluster_bytes
@@ -109,10 +130,23 @@ def _make_samples(cluster_bytes: int, flushes: int) -> list[Sample]:
         image.write_zeroes(
             cluster_bytes, offset // cluster_bytes * cluster_bytes, unmap=chance.random() < 0.5
         )
+        if with_snapshots:
+            _add_snapshots(image, chance, offset // cluster_bytes * cluster_bytes, cluster_bytes)
         image.flush()
-    live = Sample(device.content(), cluster_bytes, live=True)
+    table = image._store.metadata.header.snapshots_offset
+    live = Sample(device.content(), cluster_bytes, live=True, snapshots_offset=table)
     image.close()
-    return [live, Sample(device.content(), cluster_bytes, live=False)]
+    return [live, Sample(device.content(), cluster_bytes, live=False, snapshots_offset=table)]
+
+
+def _add_snapshots(image: jqcow.Image, chance: random.Random, offset: int, cluster_bytes: int) -> None:
+    """Make snapshots and compressed clusters that they share, a few of each."""
+    data = b"".join(chance.randbytes(cluster_bytes // 3).ljust(cluster_bytes, b"c") for _ in range(2))
+    image.pwrite_compressed(data, offset)
+    if len(image.snapshots()) == 3:
+        image.delete_snapshot(image.snapshots()[1].id)
+    image.create_snapshot(f"snapshot at {offset:#x}")
+    image.pwrite(chance.randbytes(700), offset)
 
 
 def make_case(number: int) -> Case:
@@ -245,6 +279,94 @@ def _tables(content: bytearray, sample: Sample) -> list[tuple[str, int]]:
             if entry:
                 found.append((name, entry & entries.OFFSET_MASK))
     return [(name, offset) for name, offset in found if offset < len(content)] or [("nothing", 0)]
+
+
+# Attacks on snapshots and compressed clusters
+
+
+def snapshot_entry(content: bytearray, sample: Sample, chance: random.Random) -> str:
+    """Put a nasty value into a field of the snapshot table, in any of its entries."""
+    table = sample.snapshots_offset
+    if not table or table + FIXED_BYTES > len(content):
+        return "nothing"
+    name = chance.choice(sorted(SNAPSHOT_FIELDS))
+    field, length = SNAPSHOT_FIELDS[name]
+    # The entries follow each other; most are about as long.
+    place = table + chance.choice((0, 0, 0, 88, 96)) + field
+    value = nasty(chance, sample, len(content))
+    _put(content, place, value, length)
+    return f"{name} = {value:#x}"
+
+
+def snapshot_mapping(content: bytearray, sample: Sample, chance: random.Random) -> str:
+    """Put a nasty value, or another table, into the L1 table of a snapshot or an L2 table below it."""
+    table = sample.snapshots_offset
+    l1 = int.from_bytes(content[table : table + 8], "big")
+    if not table or l1 + SECTOR_BYTES > len(content):
+        return "nothing"
+    found = [l1]
+    for index in range(4):
+        entry = int.from_bytes(content[l1 + index * 8 : l1 + index * 8 + 8], "big") & entries.OFFSET_MASK
+        if entry and entry < len(content):
+            found.append(entry)
+    base = chance.choice(found)
+    index = chance.choice((0, 0, 1, chance.randrange(sample.cluster_bytes // 8)))
+    value = chance.choice(
+        (nasty(chance, sample, len(content)), *(place for _, place in _tables(content, sample)))
+    )
+    value |= chance.choice((0, entries.COPIED))
+    _put(content, base + index * 8, value, 8)
+    return f"{base:#x}[{index}] = {value:#x}"
+
+
+def _compressed_entries(content: bytearray, sample: Sample) -> list[int]:
+    """Return where the descriptors of compressed clusters lie, in the file."""
+    found = []
+    for name, table in _tables(content, sample):
+        if name == "L2":
+            for place in range(table, min(table + sample.cluster_bytes, len(content) - 7), 8):
+                if content[place] & (entries.COMPRESSED >> 56):
+                    found.append(place)
+    return found
+
+
+def compressed_descriptor(content: bytearray, sample: Sample, chance: random.Random) -> str:
+    """Let a compressed cluster lie elsewhere: in metadata, past the end, over another one, or be long."""
+    found = _compressed_entries(content, sample)
+    if not found:
+        return "nothing"
+    place = chance.choice(found)
+    width = 62 - (sample.cluster_bytes.bit_length() - 1 - 8)
+    old = int.from_bytes(content[place : place + 8], "big") & (entries.COMPRESSED - 1)
+    host, sectors = old & ((1 << width) - 1), old >> width
+    match chance.randrange(4):
+        case 0:
+            host = nasty(chance, sample, len(content))
+        case 1:
+            host = chance.choice(_tables(content, sample))[1] + chance.randrange(sample.cluster_bytes)
+        case 2:
+            host += chance.choice((-SECTOR_BYTES, -1, 1, 100, SECTOR_BYTES, sample.cluster_bytes))
+        case _:
+            sectors = chance.getrandbits(62 - width)
+    value = entries.COMPRESSED | (sectors << width & (entries.COMPRESSED - 1)) | (host & ((1 << width) - 1))
+    _put(content, place, value | chance.choice((0, 0, entries.COPIED)), 8)
+    return f"at {place:#x}: {value:#x}"
+
+
+def compressed_stream(content: bytearray, sample: Sample, chance: random.Random) -> str:
+    """Replace a stream by one that gives too much, too little, or nothing at all."""
+    found = _compressed_entries(content, sample)
+    if not found:
+        return "nothing"
+    width = 62 - (sample.cluster_bytes.bit_length() - 1 - 8)
+    place = chance.choice(found)
+    host = int.from_bytes(content[place : place + 8], "big") & ((1 << width) - 1)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -12)
+    bomb = packer.compress(bytes(1 << 24)) + packer.flush()
+    streams = (bomb, bomb[:300], b"", chance.randbytes(700), b"\xff" * 600, b"\x00\x00\x00\xff\xff" * 100)
+    stream = chance.choice(streams)[: max(0, len(content) - host)]
+    content[host : host + len(stream)] = stream
+    return f"{len(stream)} bytes at {host:#x}"
 
 
 # Attacks on a live image
@@ -462,6 +584,11 @@ CLEAN_ATTACKS = (
     table_entry,
     table_entry,
     same_cluster_twice,
+    snapshot_entry,
+    snapshot_entry,
+    snapshot_mapping,
+    compressed_descriptor,
+    compressed_stream,
 )
 ATTACKS = (
     truncate,
@@ -470,6 +597,10 @@ ATTACKS = (
     extension,
     table_entry,
     same_cluster_twice,
+    snapshot_entry,
+    snapshot_mapping,
+    compressed_descriptor,
+    compressed_stream,
     root_journal,
     root_journal,
     frame_bytes,
