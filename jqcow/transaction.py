@@ -235,7 +235,8 @@ class Transaction:
         """Name another backing file in the header, or none. Nothing is copied and nothing is opened.
 
         Whoever opens the image next sees the other file's disk where this one has nothing of its own; until
-        then this image goes on with what it has. `jqcow.offline.rebase` keeps what the disk reads.
+        then this image goes on with what it has: so close it, and open it again, before more is zeroed or
+        discarded. `jqcow.offline.rebase` keeps what the disk reads.
 
         Args:
             name: stored as it is, relative to the directory of the image; None: no backing file.
