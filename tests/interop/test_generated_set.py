@@ -38,6 +38,7 @@ FACTORS = {
     "version": (3, 2),
     "disk": ("aligned", "unaligned"),
     "lazy": ("off", "on"),
+    "preallocation": ("off", "metadata", "full"),
 }
 DISK_BYTES = {512: 600 * 1024, 4096: 1 << 20, 65536: 3 << 20, 2 << 20: 14 << 20}
 
@@ -54,6 +55,9 @@ def allowed(row: Row) -> bool:
     forbidden = (
         has("backing", "none") and is_not("base", "-"),
         is_not("backing", "none") and has("base", "-"),
+        is_not("backing", "none") and is_not("preallocation", "off"),
+        # QEMU compresses nothing that has a cluster.
+        is_not("compression", "none") and is_not("preallocation", "off"),
         # A disk is whole sectors, and that is what such a cluster is.
         has("cluster", 512) and has("disk", "unaligned"),
         has("version", 2) and is_not("refcounts", 16),
@@ -294,6 +298,7 @@ def make(disk: Disk) -> None:
         "refcount_bits": row["refcounts"],
         "lazy_refcounts": row["lazy"],
         "compression_type": "zstd" if row["compression"] == "zstd" else "zlib",
+        "preallocation": row["preallocation"],
     }
     words = ",".join(f"{name}={value}" for name, value in options.items())
     done("qemu-img", "create", "-q", "-f", "qcow2", "-o", words, *below, disk.path, size)
