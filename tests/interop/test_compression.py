@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from jqcow.errors import FormatError
-from jqcow.offline.compressing import COMPRESSION_TYPES, CompressionType
 from jqcow.offline.convert import convert
-from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD, decompress
+from jqcow.ondisk.compression import (
+    COMPRESSION_TYPES,
+    COMPRESSION_ZLIB,
+    COMPRESSION_ZSTD,
+    CompressionType,
+    decompress,
+)
 from tests.interop.qemu import check_clean, compare, done, run
 from tests.support.compressed import compressible, mixed_disk, padded, plant, streams_of
 from tests.unit.test_ondisk_compression import BAD_DEFLATE, BAD_FRAMES, CONTENT, GOOD_FRAMES, deflated, frame

@@ -17,11 +17,11 @@ import jqcow
 from jqcow.offline import convert as converting
 from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import first_difference
-from jqcow.offline.compressing import CompressionType
 from jqcow.offline.convert import ConvertReport, convert, create_raw, nonzero_runs
 from jqcow.offline.disks import open_disk
 from jqcow.offline.info import probe_format, read_info
 from jqcow.ondisk.blank import refcount_clusters
+from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.entries import compressed_entry
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header
 from jqcow.ondisk.layout import Geometry
