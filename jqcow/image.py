@@ -27,9 +27,9 @@ from jqcow.device.base import Backing
 from jqcow.device.file import FileDevice
 from jqcow.engine import recovery
 from jqcow.engine.datapath import DataPath
-from jqcow.engine.journal import Scan
 from jqcow.engine.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, MappedRun
 from jqcow.engine.repair import RepairReport
+from jqcow.engine.scan import Scan
 from jqcow.errors import (
     ImageClosedError,
     ImageInUse,

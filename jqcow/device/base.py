@@ -12,7 +12,19 @@ from typing import Protocol
 ReadBuffer = bytes | bytearray | memoryview
 
 
-class Device(Protocol):
+class Reader(Protocol):
+    """What can be read like a file. All offsets and lengths are in bytes."""
+
+    def size(self) -> int:
+        """Return the current length in bytes."""
+        ...
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Return exactly ``length`` bytes from ``offset``; what lies past the end reads as zeros."""
+        ...
+
+
+class Device(Reader, Protocol):
     """A flat, growable array of bytes. All offsets and lengths are in bytes.
 
     Every method may raise the kernel's ``OSError``. After a failed write, punch, allocate or truncate
@@ -23,14 +35,6 @@ class Device(Protocol):
     @property
     def read_only(self) -> bool:
         """True when every changing method raises."""
-        ...
-
-    def size(self) -> int:
-        """Return the current length of the device in bytes."""
-        ...
-
-    def pread(self, length: int, offset: int) -> bytes:
-        """Return exactly ``length`` bytes from ``offset``; what lies past the end reads as zeros."""
         ...
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:

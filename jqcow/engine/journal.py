@@ -1,4 +1,4 @@
-"""The write-ahead journal: appending frames, and finding them again.
+"""The write-ahead journal: appending frames. `jqcow.engine.scan` finds them again.
 
 The range has two halves, used in turn; an epoch is one filling of a half. Whoever calls `append` places
 the barrier that makes the frame durable, then calls `accept`, or `revoke` where anything failed: until
@@ -18,41 +18,16 @@ J6. A revoked frame's first block is overwritten before the next append or barri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jqcow.device.base import Device
 from jqcow.engine.medium import Medium
-from jqcow.errors import CorruptionError
+from jqcow.engine.scan import decoded_limit, zeroed_limit
 from jqcow.ondisk import frame as frames
-from jqcow.ondisk.frame import (
-    FRAME_ALIGNMENT,
-    EncodedPayload,
-    FrameHeader,
-    HeaderOperation,
-    Operation,
-)
-from jqcow.ondisk.layout import Geometry
+from jqcow.ondisk.frame import FRAME_ALIGNMENT, EncodedPayload
 from jqcow.ondisk.root import JournalRange
 
-DECODED_HALVES_MAX = 16
-DECODED_BYTES_MAX = 256 << 20
-ZEROED_BYTES_MIN = 64 << 20
-CHECKED_HALVES_MAX = 8
-"""Frames whose CRC is wrong are few in an honest journal; reading them all again and again takes forever."""
-SERIAL_MAX = 1 << 63
-"""Epochs and sequences stay below this: a writer at one a nanosecond needs three centuries."""
 ZERO_CHUNK_BYTES = 1 << 20
-
-
-def decoded_limit(half_bytes: int) -> int:
-    """Return how many bytes the payloads of one epoch may decode to (J5)."""
-    return max(half_bytes, min(DECODED_HALVES_MAX * half_bytes, DECODED_BYTES_MAX))
-
-
-def zeroed_limit(half_bytes: int) -> int:
-    """Return how many bytes the zero operations of one epoch may name (J5)."""
-    return ZEROED_BYTES_MIN + half_bytes
 
 
 @dataclass(frozen=True)
@@ -151,164 +126,3 @@ def write_range(medium: Medium, extent: JournalRange, epoch: int, live: Sequence
     for frame in live:
         medium.pwrite(frame, position)
         position += len(frame)
-
-
-@dataclass(frozen=True)
-class ScannedFrame:
-    """A valid frame of the live epoch. ``offset`` is its host offset; ``raw`` the whole frame."""
-
-    offset: int
-    header: FrameHeader
-    operations: tuple[Operation, ...]
-    raw: bytes
-
-
-@dataclass(frozen=True)
-class TornTail:
-    """A frame that was begun and is not whole: it was never acknowledged."""
-
-    offset: int
-    epoch: int
-    sequence: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What the journal holds: the frames of the live epoch in order, and what was left out."""
-
-    extent: JournalRange
-    epoch: int
-    frames: tuple[ScannedFrame, ...]
-    stale_frames: int
-    torn_tail: TornTail | None
-
-    @property
-    def sequence(self) -> int:
-        """Sequence of the newest valid frame."""
-        return self.frames[-1].header.sequence
-
-    @property
-    def decoded_bytes(self) -> int:
-        """Length of all payloads of the live epoch, decoded."""
-        return sum(frame.header.decoded_length for frame in self.frames)
-
-    @property
-    def operations(self) -> Iterator[Operation]:
-        """All operations of the live epoch, in the order in which replay applies them."""
-        return (operation for frame in self.frames for operation in frame.operations)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    offset: int
-    header: FrameHeader
-
-
-def scan(device: Device | Medium, extent: JournalRange, geometry: Geometry) -> Scan:
-    """Find the live epoch: that of the valid frame with the highest (epoch, sequence).
-
-    Args:
-        device: only read.
-        extent: the journal range that the root names.
-        geometry: of the image.
-
-    Raises:
-        CorruptionError: no valid frame, or frames of the live epoch that do not join without a gap:
-            media damage, where guessing could lose acknowledged data.
-        UnsupportedFeatureError: a frame or operation that a newer jqcow wrote.
-    """
-    if extent.end > device.size():
-        raise CorruptionError("journal", extent.offset, "the range lies past the end of the file")
-    candidates = [found for half in (0, 1) for found in _valid_frames(device, extent, half)]
-    if not candidates:
-        raise CorruptionError("journal", extent.offset, "the feature bit is set and there is no valid frame")
-    newest = max(candidates, key=lambda found: (found.header.epoch, found.header.sequence))
-    epoch = newest.header.epoch
-    live = [found for found in candidates if found.header.epoch == epoch]
-    _check_joined(extent, epoch, live)
-    decoded = _decode(device, extent, geometry, live)
-    return Scan(extent, epoch, decoded, len(candidates) - len(live), _torn_tail(device, extent, newest))
-
-
-def _valid_frames(device: Device | Medium, extent: JournalRange, half: int) -> Iterator[_Candidate]:
-    """Yield every frame in a half whose salt and CRC are right."""
-    start = extent.half_offset(half)
-    content = memoryview(device.pread(extent.half_bytes, start))
-    position = torn_bytes = 0
-    while position < extent.half_bytes:
-        header = FrameHeader.unpack(content[position : position + frames.FRAME_HEADER_BYTES])
-        length = FRAME_ALIGNMENT
-        if (
-            header is not None
-            and header.salt == extent.salt
-            and header.frame_length <= len(content) - position
-        ):
-            if frames.crc_matches(content[position : position + header.frame_length]):
-                header.check_supported()
-                length = header.frame_length
-                yield _Candidate(start + position, header)
-            else:
-                torn_bytes += header.frame_length
-                if torn_bytes > CHECKED_HALVES_MAX * extent.half_bytes:
-                    raise CorruptionError(
-                        "journal", start + position, "it holds too many frames that are torn"
-                    )
-        position += length
-
-
-def _check_joined(extent: JournalRange, epoch: int, live: Sequence[_Candidate]) -> None:
-    expected_offset = extent.half_offset(epoch)
-    expected_sequence = live[0].header.sequence
-    for found in live:
-        header = found.header
-        if (found.offset, header.sequence) != (expected_offset, expected_sequence):
-            raise CorruptionError(
-                "journal", found.offset, f"epoch {epoch} has a gap before sequence {header.sequence}"
-            )
-        if header.sequence >= SERIAL_MAX or epoch >= SERIAL_MAX:
-            raise CorruptionError("journal frame", found.offset, "its epoch or sequence cannot be counted on")
-        if header.checkpointed_epoch != epoch - 1:
-            raise CorruptionError("journal frame", found.offset, "checkpointed_epoch is not epoch - 1")
-        expected_offset += header.frame_length
-        expected_sequence += 1
-
-
-def _decode(
-    device: Device | Medium, extent: JournalRange, geometry: Geometry, live: Sequence[_Candidate]
-) -> tuple[ScannedFrame, ...]:
-    if sum(found.header.decoded_length for found in live) > decoded_limit(extent.half_bytes):
-        raise CorruptionError("journal", extent.offset, "the live epoch decodes to more than a writer logs")
-    decoded = []
-    zeroed_bytes = 0
-    for found in live:
-        raw = device.pread(found.header.frame_length, found.offset)
-        payload = raw[frames.FRAME_HEADER_BYTES :][: found.header.payload_length]
-        operations = frames.decode_operations(
-            found.header, payload, geometry, extent.half_bytes, found.offset
-        )
-        zeroed_bytes += frames.zeroed_length(operations)
-        if zeroed_bytes > zeroed_limit(extent.half_bytes):
-            raise CorruptionError("journal", extent.offset, "the live epoch zeroes more than a writer logs")
-        decoded.append(ScannedFrame(found.offset, found.header, operations, raw))
-    first = decoded[0]
-    if not first.operations or not isinstance(first.operations[0], HeaderOperation):
-        raise CorruptionError("journal frame", first.offset, "an epoch does not start with the header")
-    return tuple(decoded)
-
-
-def _torn_tail(device: Device | Medium, extent: JournalRange, newest: _Candidate) -> TornTail | None:
-    """Look where the next frame would start: behind the newest one, or at the start of the other half."""
-    epoch, sequence = newest.header.epoch, newest.header.sequence
-    behind = newest.offset + newest.header.frame_length
-    places = [(extent.half_offset(epoch + 1), epoch + 1)]
-    if behind < extent.half_offset(epoch) + extent.half_bytes:
-        places.insert(0, (behind, epoch))
-    for offset, expected_epoch in places:
-        header = FrameHeader.unpack(device.pread(frames.FRAME_HEADER_BYTES, offset))
-        if header is None or header.salt != extent.salt:
-            continue
-        if (header.epoch, header.sequence) == (expected_epoch, sequence + 1):
-            reason = "its checksum does not match: the write was cut off"
-            return TornTail(offset, header.epoch, header.sequence, reason)
-    return None

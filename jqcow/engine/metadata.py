@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from jqcow.engine.medium import Medium
-from jqcow.errors import CorruptionError
+from jqcow.engine.scan import Replayed
 from jqcow.ondisk.entries import ENTRY
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import Header, HeaderArea
@@ -353,24 +353,10 @@ class Metadata:
             self.committed_area = durable.area
         self._in_flight = None
 
-    def replay(self, operations: Iterator[Operation]) -> None:
-        """Take the operations of a scanned journal as log images, in order.
-
-        Raises:
-            FormatError, CorruptionError: a header in the journal is damaged.
-        """
-        for operation in operations:
-            match operation:
-                case HeaderOperation(data):
-                    area = HeaderArea.parse(data)
-                    if area.header.geometry != self.geometry:
-                        raise CorruptionError("journal", 0, "its headers have different geometries")
-                    self.committed_area = area
-                case ZeroOperation(start, length):
-                    for offset in self._blocks(start, length):
-                        self.images[offset] = self._zero_block
-                case BlockOperation(offset, data):
-                    self.images[offset] = data
+    def take_replayed(self, replayed: Replayed) -> None:
+        """Take what a journal was replayed to as log images."""
+        self.committed_area = replayed.area
+        self.images = dict(replayed.blocks)
         self._newest.update(self.images)
 
     def image_runs(self) -> Iterator[tuple[int, bytes]]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from jqcow.engine import features
 from jqcow.engine import repair as repairing
-from jqcow.engine.journal import Scan
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport, What
+from jqcow.engine.scan import Scan
 from jqcow.engine.store import NewSalt, Store, random_salt, read_root_copy
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import root as roots

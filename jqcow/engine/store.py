@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from jqcow.engine import journal as journals
+from jqcow.engine import scan as scans
 from jqcow.engine.journal import Journal
 from jqcow.engine.mapping import Mapping
 from jqcow.engine.medium import Medium
@@ -43,7 +44,7 @@ from jqcow.ondisk.root import DEFAULT_JOURNAL_BYTES, MAX_JOURNAL_BYTES, JournalR
 
 NewSalt = Callable[[], bytes]
 
-STAGED_ZERO_BYTES_MAX = journals.ZEROED_BYTES_MIN // 4
+STAGED_ZERO_BYTES_MAX = scans.ZEROED_BYTES_MIN // 4
 """New metadata clusters of changes that are not committed: a record must not zero more than an epoch may."""
 STAGED_FREE_BYTES_MAX = 1 << 30
 """Clusters freed by changes that are not committed keep their space on the host: no more than this."""
@@ -631,7 +632,7 @@ class Store:
     @classmethod
     def open_live(
         cls, medium: Medium, sector: bytes, *, journal_bytes: int = 0, new_salt: NewSalt = random_salt
-    ) -> tuple[Store, journals.Scan]:
+    ) -> tuple[Store, scans.Scan]:
         """Read an image with a live journal: scan, and replay into memory. Not one byte is written.
 
         Args:
@@ -644,13 +645,13 @@ class Store:
             FormatError, CorruptionError: the root, a frame or the header in the journal is damaged.
         """
         cluster_bits, extent = roots.unpack_root(sector)
-        scan = journals.scan(medium, extent, layout.Geometry(cluster_bits))
-        first = scan.frames[0].operations[0]
-        area = HeaderArea.parse(first.data if isinstance(first, HeaderOperation) else b"")
+        geometry = layout.Geometry(cluster_bits)
+        scan = scans.scan(medium, extent, geometry)
+        replayed = scans.replay(scan.operations, geometry)
         length = max(journal_bytes, extent.length)
-        store = cls(medium, area, journal_bytes=length, new_salt=new_salt)
-        store.metadata.replay(scan.operations)
-        store._check_replayed(cluster_bits, extent)
+        store = cls(medium, replayed.area, journal_bytes=length, new_salt=new_salt)
+        store.metadata.take_replayed(replayed)
+        store._check_replayed(extent)
         store.space.reserve(extent.offset, extent.length)
         journal = Journal(medium, extent, scan.epoch, scan.sequence)
         journal.position = sum(len(frame.raw) for frame in scan.frames)
@@ -658,12 +659,8 @@ class Store:
         store.journal = journal
         return store, scan
 
-    def _check_replayed(self, cluster_bits: int, extent: JournalRange) -> None:
-        """Raise unless replay leaves the header cluster's geometry and the journal's clusters alone."""
-        if self.geometry.cluster_bits != cluster_bits:
-            raise CorruptionError(
-                "journal", extent.offset, "its header has another cluster size than the root"
-            )
+    def _check_replayed(self, extent: JournalRange) -> None:
+        """Raise unless replay leaves the journal's clusters alone."""
         roots.check_room(self.metadata.header, len(self.metadata.area.data))
         for offset in self.metadata.images:
             if extent.offset <= offset < extent.end:
@@ -672,7 +669,7 @@ class Store:
         if not self.refcounts.is_free(start, end):
             raise CorruptionError("journal", extent.offset, "its clusters have a refcount")
 
-    def recover(self, sector: bytes, scan: journals.Scan, *, repairing: bool = False) -> None:
+    def recover(self, sector: bytes, scan: scans.Scan, *, repairing: bool = False) -> None:
         """Bring a crashed image home: what `open_live` replayed into memory becomes durable.
 
         What was read is not thereby durable, and a durable frame must not be put at risk by rewriting it:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from jqcow import _native
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
-from jqcow.engine import journal as journals
-from jqcow.engine.journal import Scan
+from jqcow.engine import scan as scans
+from jqcow.engine.scan import Scan
 from jqcow.errors import CorruptionError
 from jqcow.offline.tables import layers, nonzero_entries
 from jqcow.ondisk import entries, snapshots
@@ -120,21 +120,10 @@ class View:
     def _replay(self, sector: bytes) -> HeaderArea:
         cluster_bits, extent = roots.unpack_root(sector)
         geometry = Geometry(cluster_bits)
-        self.scan = journals.scan(self.device, extent, geometry)
-        area: HeaderArea | None = None
-        zeros = bytes(geometry.block_bytes)
-        for operation in self.scan.operations:
-            match operation:
-                case HeaderOperation(data):
-                    area = HeaderArea.parse(data)
-                case ZeroOperation(start, length):
-                    for offset in range(start, start + length, geometry.block_bytes):
-                        self._blocks[offset] = zeros
-                case BlockOperation(offset, data):
-                    self._blocks[offset] = data
-        if area is None or area.header.cluster_bits != cluster_bits:
-            raise CorruptionError("journal", extent.offset, "its header has another geometry than the root")
-        return area
+        self.scan = scans.scan(self.device, extent, geometry)
+        replayed = scans.replay(self.scan.operations, geometry)
+        self._blocks = replayed.blocks
+        return replayed.area
 
 
 def _clean_area(device: Device, sector: bytes) -> HeaderArea:

@@ -15,8 +15,8 @@ from typing import Literal
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
 from jqcow.engine import recovery
-from jqcow.engine.journal import Scan
 from jqcow.engine.medium import Medium
+from jqcow.engine.scan import Scan
 from jqcow.engine.store import Store, random_salt, read_root_copy
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.offline.check import check_structure

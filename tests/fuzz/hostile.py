@@ -16,7 +16,7 @@ import msgpack
 import zstandard
 
 import jqcow
-from jqcow.engine import journal as journals
+from jqcow.engine import scan as scans
 from jqcow.ondisk import entries
 from jqcow.ondisk.frame import (
     ENCODING_PLAIN,
@@ -534,7 +534,7 @@ def _rewrite(
         return "nothing "
     try:
         geometry = Header.unpack(bytes(content[:SECTOR_BYTES])).geometry
-        scan = journals.scan(SparseDevice(bytes(content)), extent, geometry)
+        scan = scans.scan(SparseDevice(bytes(content)), extent, geometry)
     except jqcow.JqcowError:
         return "nothing "
     chosen = 0 if first else chance.randrange(len(scan.frames))

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from jqcow.engine import journal as journals
-from jqcow.engine.journal import Journal, Scan
+from jqcow.engine import scan as scans
+from jqcow.engine.journal import Journal
 from jqcow.engine.medium import Medium
+from jqcow.engine.scan import Scan
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.blank import blank_image
@@ -42,7 +43,7 @@ def fill(journal: Journal, count: int) -> None:
 
 
 def scan(device: SimulatedDevice) -> Scan:
-    return journals.scan(device, EXTENT, GEOMETRY)
+    return scans.scan(device, EXTENT, GEOMETRY)
 
 
 def sequences(found: Scan) -> list[int]:
@@ -85,7 +86,7 @@ class TestAppendAndScan:
         journal, _ = make_journal()
         big = EncodedPayload(1, b"x", EXTENT.half_bytes)
         assert journal.has_room(big)
-        journal.decoded_bytes = journals.DECODED_HALVES_MAX * EXTENT.half_bytes - 1
+        journal.decoded_bytes = scans.DECODED_HALVES_MAX * EXTENT.half_bytes - 1
         assert not journal.has_room(payload(1))
         journal.decoded_bytes = 0
         assert not journal.has_room(replace(big, decoded_length=EXTENT.half_bytes + 1))
@@ -223,7 +224,7 @@ class TestDamage:
         journal, device = make_journal()
         fill(journal, 3)
         with pytest.raises(CorruptionError, match="no valid frame"):
-            journals.scan(device, replace(EXTENT, salt=bytes(16)), GEOMETRY)
+            scans.scan(device, replace(EXTENT, salt=bytes(16)), GEOMETRY)
 
     def test_range_past_the_end_of_the_file(self) -> None:
         journal, device = make_journal()

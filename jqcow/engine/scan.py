@@ -1,0 +1,249 @@
+"""The journal read: which frames are live, and what they leave when they are replayed. Nothing here writes.
+
+The writer's rules J1 to J6 (`jqcow.engine.journal`) are what the scan relies on. The checker, the laboratory
+and whatever looks at an image file use this module of the engine and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from jqcow.device.base import Reader
+from jqcow.errors import CorruptionError
+from jqcow.ondisk import frame as frames
+from jqcow.ondisk.frame import (
+    FRAME_ALIGNMENT,
+    BlockOperation,
+    FrameHeader,
+    HeaderOperation,
+    Operation,
+    ZeroOperation,
+)
+from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.layout import Geometry
+from jqcow.ondisk.root import JournalRange
+
+DECODED_HALVES_MAX = 16
+DECODED_BYTES_MAX = 256 << 20
+ZEROED_BYTES_MIN = 64 << 20
+CHECKED_HALVES_MAX = 8
+"""Frames whose CRC is wrong are few in an honest journal; reading them all again and again takes forever."""
+SERIAL_MAX = 1 << 63
+"""Epochs and sequences stay below this: a writer at one a nanosecond needs three centuries."""
+
+
+def decoded_limit(half_bytes: int) -> int:
+    """Return how many bytes the payloads of one epoch may decode to (J5)."""
+    return max(half_bytes, min(DECODED_HALVES_MAX * half_bytes, DECODED_BYTES_MAX))
+
+
+def zeroed_limit(half_bytes: int) -> int:
+    """Return how many bytes the zero operations of one epoch may name (J5)."""
+    return ZEROED_BYTES_MIN + half_bytes
+
+
+@dataclass(frozen=True)
+class ScannedFrame:
+    """A valid frame of the live epoch. ``offset`` is its host offset; ``raw`` the whole frame."""
+
+    offset: int
+    header: FrameHeader
+    operations: tuple[Operation, ...]
+    raw: bytes
+
+
+@dataclass(frozen=True)
+class TornTail:
+    """A frame that was begun and is not whole: it was never acknowledged."""
+
+    offset: int
+    epoch: int
+    sequence: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the journal holds: the frames of the live epoch in order, and what was left out."""
+
+    extent: JournalRange
+    epoch: int
+    frames: tuple[ScannedFrame, ...]
+    stale_frames: int
+    torn_tail: TornTail | None
+
+    @property
+    def sequence(self) -> int:
+        """Sequence of the newest valid frame."""
+        return self.frames[-1].header.sequence
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Length of all payloads of the live epoch, decoded."""
+        return sum(frame.header.decoded_length for frame in self.frames)
+
+    @property
+    def operations(self) -> Iterator[Operation]:
+        """All operations of the live epoch, in the order in which replay applies them."""
+        return (operation for frame in self.frames for operation in frame.operations)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    offset: int
+    header: FrameHeader
+
+
+def scan(device: Reader, extent: JournalRange, geometry: Geometry) -> Scan:
+    """Find the live epoch: that of the valid frame with the highest (epoch, sequence).
+
+    Args:
+        device: only read.
+        extent: the journal range that the root names.
+        geometry: of the image.
+
+    Raises:
+        CorruptionError: no valid frame, or frames of the live epoch that do not join without a gap:
+            media damage, where guessing could lose acknowledged data.
+        UnsupportedFeatureError: a frame or operation that a newer jqcow wrote.
+    """
+    if extent.end > device.size():
+        raise CorruptionError("journal", extent.offset, "the range lies past the end of the file")
+    candidates = [found for half in (0, 1) for found in _valid_frames(device, extent, half)]
+    if not candidates:
+        raise CorruptionError("journal", extent.offset, "the feature bit is set and there is no valid frame")
+    newest = max(candidates, key=lambda found: (found.header.epoch, found.header.sequence))
+    epoch = newest.header.epoch
+    live = [found for found in candidates if found.header.epoch == epoch]
+    _check_joined(extent, epoch, live)
+    decoded = _decode(device, extent, geometry, live)
+    return Scan(extent, epoch, decoded, len(candidates) - len(live), _torn_tail(device, extent, newest))
+
+
+def _valid_frames(device: Reader, extent: JournalRange, half: int) -> Iterator[_Candidate]:
+    """Yield every frame in a half whose salt and CRC are right."""
+    start = extent.half_offset(half)
+    content = memoryview(device.pread(extent.half_bytes, start))
+    position = torn_bytes = 0
+    while position < extent.half_bytes:
+        header = FrameHeader.unpack(content[position : position + frames.FRAME_HEADER_BYTES])
+        length = FRAME_ALIGNMENT
+        if (
+            header is not None
+            and header.salt == extent.salt
+            and header.frame_length <= len(content) - position
+        ):
+            if frames.crc_matches(content[position : position + header.frame_length]):
+                header.check_supported()
+                length = header.frame_length
+                yield _Candidate(start + position, header)
+            else:
+                torn_bytes += header.frame_length
+                if torn_bytes > CHECKED_HALVES_MAX * extent.half_bytes:
+                    raise CorruptionError(
+                        "journal", start + position, "it holds too many frames that are torn"
+                    )
+        position += length
+
+
+def _check_joined(extent: JournalRange, epoch: int, live: Sequence[_Candidate]) -> None:
+    expected_offset = extent.half_offset(epoch)
+    expected_sequence = live[0].header.sequence
+    for found in live:
+        header = found.header
+        if (found.offset, header.sequence) != (expected_offset, expected_sequence):
+            raise CorruptionError(
+                "journal", found.offset, f"epoch {epoch} has a gap before sequence {header.sequence}"
+            )
+        if header.sequence >= SERIAL_MAX or epoch >= SERIAL_MAX:
+            raise CorruptionError("journal frame", found.offset, "its epoch or sequence cannot be counted on")
+        if header.checkpointed_epoch != epoch - 1:
+            raise CorruptionError("journal frame", found.offset, "checkpointed_epoch is not epoch - 1")
+        expected_offset += header.frame_length
+        expected_sequence += 1
+
+
+def _decode(
+    device: Reader, extent: JournalRange, geometry: Geometry, live: Sequence[_Candidate]
+) -> tuple[ScannedFrame, ...]:
+    if sum(found.header.decoded_length for found in live) > decoded_limit(extent.half_bytes):
+        raise CorruptionError("journal", extent.offset, "the live epoch decodes to more than a writer logs")
+    decoded = []
+    zeroed_bytes = 0
+    for found in live:
+        raw = device.pread(found.header.frame_length, found.offset)
+        payload = raw[frames.FRAME_HEADER_BYTES :][: found.header.payload_length]
+        operations = frames.decode_operations(
+            found.header, payload, geometry, extent.half_bytes, found.offset
+        )
+        zeroed_bytes += frames.zeroed_length(operations)
+        if zeroed_bytes > zeroed_limit(extent.half_bytes):
+            raise CorruptionError("journal", extent.offset, "the live epoch zeroes more than a writer logs")
+        decoded.append(ScannedFrame(found.offset, found.header, operations, raw))
+    first = decoded[0]
+    if not first.operations or not isinstance(first.operations[0], HeaderOperation):
+        raise CorruptionError("journal frame", first.offset, "an epoch does not start with the header")
+    return tuple(decoded)
+
+
+def _torn_tail(device: Reader, extent: JournalRange, newest: _Candidate) -> TornTail | None:
+    """Look where the next frame would start: behind the newest one, or at the start of the other half."""
+    epoch, sequence = newest.header.epoch, newest.header.sequence
+    behind = newest.offset + newest.header.frame_length
+    places = [(extent.half_offset(epoch + 1), epoch + 1)]
+    if behind < extent.half_offset(epoch) + extent.half_bytes:
+        places.insert(0, (behind, epoch))
+    for offset, expected_epoch in places:
+        header = FrameHeader.unpack(device.pread(frames.FRAME_HEADER_BYTES, offset))
+        if header is None or header.salt != extent.salt:
+            continue
+        if (header.epoch, header.sequence) == (expected_epoch, sequence + 1):
+            reason = "its checksum does not match: the write was cut off"
+            return TornTail(offset, header.epoch, header.sequence, reason)
+    return None
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What the operations of a journal leave: the newest header, and the newest blocks by host offset."""
+
+    area: HeaderArea
+    blocks: dict[int, bytes]
+
+
+def replay(operations: Iterable[Operation], geometry: Geometry) -> Replayed:
+    """Apply operations in order, in memory.
+
+    Args:
+        operations: of the live epoch; the first one is a header (J4).
+        geometry: of the image, as its root tells it.
+
+    Raises:
+        FormatError: a header that breaks the specification.
+        CorruptionError: a header is damaged, missing, or of another geometry than the root's or the first's.
+    """
+    area: HeaderArea | None = None
+    blocks: dict[int, bytes] = {}
+    zeros = bytes(geometry.block_bytes)
+    for operation in operations:
+        match operation:
+            case HeaderOperation(data):
+                area = _next_area(area, HeaderArea.parse(data), geometry)
+            case ZeroOperation(start, length):
+                for offset in range(start, start + length, geometry.block_bytes):
+                    blocks[offset] = zeros
+            case BlockOperation(offset, data):
+                blocks[offset] = data
+    if area is None:
+        raise CorruptionError("journal", 0, "it holds no header")
+    return Replayed(area, blocks)
+
+
+def _next_area(before: HeaderArea | None, area: HeaderArea, geometry: Geometry) -> HeaderArea:
+    """Return the next header that the journal holds: a geometry never changes in one journal."""
+    if before is None and area.header.cluster_bits != geometry.cluster_bits:
+        raise CorruptionError("journal", 0, "its header has another cluster size than the root")
+    if before is not None and area.header.geometry != before.header.geometry:
+        raise CorruptionError("journal", 0, "its headers have different geometries")
+    return area
