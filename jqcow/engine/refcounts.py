@@ -11,73 +11,101 @@ R4. Compressed data is packed only into sectors that no durable or staged entry 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from jqcow import _native
-from jqcow.engine.metadata import Metadata
-from jqcow.engine.space import ClusterRuns, Run, Space
+from jqcow.engine.blocks import View
+from jqcow.engine.changes import Run
+from jqcow.engine.clusters import ClusterRuns
+from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import layout
-from jqcow.ondisk.entries import REFCOUNT_TABLE_OFFSET_MASK, REFCOUNT_TABLE_RESERVED
-from jqcow.ondisk.layout import ENTRY_BYTES
+from jqcow.ondisk.entries import DamagedEntry, decode_refcount_table
+from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES, ClusterIndex, HostOffset
 
 SCAN_BLOCKS_PER_TAKE = 16
 """Refcount blocks searched for free clusters before the file grows instead."""
 
+TABLE_ENTRY_ORDER = 6
+"""A table entry is as wide as a refcount of this order."""
+
+
+class Piece(NamedTuple):
+    """Refcounts [position, stop) of the metadata block at ``block``, 0 where there is none: of ``first`` on."""
+
+    first: ClusterIndex
+    block: HostOffset
+    position: int
+    stop: int
+
+
+class Search:
+    """What one image knows of its host clusters: which hold metadata, and how far it was searched for free ones."""
+
+    def __init__(self) -> None:
+        self.metadata: set[ClusterIndex] = set()
+        self.cluster = 0
+        self.end = 0
+
+    def start(self, end: ClusterIndex) -> None:
+        """Search the refcounts for free clusters, as allocation asks for them, up to ``end``."""
+        self.cluster, self.end = 0, end
+
 
 class Refcounts:
-    """The refcounts of one image, read and changed through staged metadata blocks."""
+    """The refcounts of one image through one view. What changes them is called inside an operation."""
 
-    def __init__(self, metadata: Metadata, space: Space) -> None:
-        self.metadata = metadata
+    def __init__(self, view: View, space: Space, search: Search) -> None:
+        self.view = view
         self.space = space
-        self.geometry = metadata.geometry
-        self.metadata_clusters: set[int] = set()
-        self._scan_cluster = 0
-        self._scan_end = 0
-        self._packed = 0
+        self.search = search
+        self.geometry = view.geometry
+        self._order = view.geometry.refcount_order
 
     @property
     def largest(self) -> int:
         """The largest refcount that the image's refcount width holds."""
-        return (1 << (1 << self.geometry.refcount_order)) - 1
+        return (1 << (1 << self._order)) - 1
 
     # Reading
 
     @property
     def table_entries(self) -> int:
         """Entries in the refcount table."""
-        clusters = self.metadata.header.refcount_table_clusters
-        return clusters * self.geometry.cluster_bytes // ENTRY_BYTES
+        return self.view.header.refcount_table_clusters * self.geometry.cluster_bytes // ENTRY_BYTES
 
-    def refcount_block(self, index: int) -> int:
+    def refcount_block(self, index: int) -> HostOffset:
         """Return the host offset of the refcount block ``index``, 0 where all its refcounts are 0.
 
         Raises:
             CorruptionError: the refcount table entry is not one that an image can have.
         """
         if index >= self.table_entries:
-            return 0
-        entry_offset = self.metadata.header.refcount_table_offset + index * ENTRY_BYTES
-        entry = self.metadata.entry(entry_offset)
-        offset = entry & REFCOUNT_TABLE_OFFSET_MASK
-        if entry & REFCOUNT_TABLE_RESERVED or offset % self.geometry.cluster_bytes:
-            raise CorruptionError("refcount table", entry_offset, f"entry {entry:#x} is not valid")
-        if offset >= layout.MAX_HOST_OFFSET:
-            raise CorruptionError("refcount table", entry_offset, f"entry {entry:#x} is out of bounds")
-        return offset
+            return HostOffset(0)
+        place = HostOffset(self.view.header.refcount_table_offset + index * ENTRY_BYTES)
+        try:
+            return decode_refcount_table(self.view.entry(place), self.geometry)
+        except DamagedEntry as error:
+            raise CorruptionError("refcount table", place, str(error)) from error
 
-    def get(self, cluster: int) -> int:
+    def get(self, cluster: ClusterIndex) -> int:
         """Return the refcount of a host cluster, staged changes included."""
-        index, within = divmod(cluster, self.geometry.refcounts_per_cluster)
-        block = self.refcount_block(index)
-        if not block:
+        piece = self._piece(cluster, cluster + 1)
+        if not piece.block:
             return 0
-        piece, position = divmod(within, self.geometry.refcounts_per_block)
-        data = self.metadata.block(block + piece * self.geometry.block_bytes)
-        return _native.refcount_get(data, position, self.geometry.refcount_order)
+        return _native.refcount_get(self.view.block(piece.block), piece.position, self._order)
 
-    def used_end(self) -> int:
+    def _piece(self, start: int, end: int) -> Piece:
+        """Return where the refcounts of [start, end) begin, as many as lie in one metadata block."""
+        index, within = divmod(start, self.geometry.refcounts_per_cluster)
+        number, position = divmod(within, self.geometry.refcounts_per_block)
+        stop = min(position + end - start, self.geometry.refcounts_per_block)
+        block = self.refcount_block(index)
+        if block:
+            block = HostOffset(block + number * self.geometry.block_bytes)
+        return Piece(ClusterIndex(start), block, position, stop)
+
+    def used_end(self) -> ClusterIndex:
         """Return the cluster index behind the highest cluster with a nonzero refcount.
 
         Raises:
@@ -90,94 +118,101 @@ class Refcounts:
             seen.add(block)
             last = self._last_used(block)
             if last >= 0:
-                return index * self.geometry.refcounts_per_cluster + last + 1
-        return 0
+                return ClusterIndex(index * self.geometry.refcounts_per_cluster + last + 1)
+        return ClusterIndex(0)
 
-    def blocks_from_top(self) -> Iterator[tuple[int, int]]:
+    def blocks_from_top(self) -> Iterator[tuple[int, HostOffset]]:
         """Yield (index, host offset) of all refcount blocks, highest index first."""
-        table, per_block = self.metadata.header.refcount_table_offset, self.geometry.entries_per_block
+        table, per_block = self.view.header.refcount_table_offset, self.geometry.entries_per_block
         for base in reversed(range(0, self.table_entries, per_block)):
-            entries = self.metadata.block(table + base * ENTRY_BYTES)
-            # A table entry is as wide as a refcount of order 6.
-            for position in range(_native.refcount_last_used(entries, 6), -1, -1):
+            entries = self.view.block(HostOffset(table + base * ENTRY_BYTES))
+            for position in range(_native.refcount_last_used(entries, TABLE_ENTRY_ORDER), -1, -1):
                 block = self.refcount_block(base + position)
                 if block:
                     yield base + position, block
 
-    def _last_used(self, block: int) -> int:
-        for piece in reversed(range(self.geometry.cluster_bytes // self.geometry.block_bytes)):
-            data = self.metadata.block(block + piece * self.geometry.block_bytes)
-            last = _native.refcount_last_used(data, self.geometry.refcount_order)
+    def _last_used(self, block: HostOffset) -> int:
+        for number in reversed(range(self.geometry.cluster_bytes // self.geometry.block_bytes)):
+            data = self.view.block(HostOffset(block + number * self.geometry.block_bytes))
+            last = _native.refcount_last_used(data, self._order)
             if last >= 0:
-                return piece * self.geometry.refcounts_per_block + last
+                return number * self.geometry.refcounts_per_block + last
         return -1
 
-    def runs(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+    def runs(self, start: int, count: int) -> Iterator[tuple[ClusterIndex, int, int]]:
         """Yield (start, count, refcount) of clusters in a row that have the same refcount."""
         end = start + count
         while start < end:
-            step, block, position = self._place(start, end)
-            if block:
-                data = self.metadata.block(block)
-                order = self.geometry.refcount_order
-                value, length = _native.refcount_run(data, order, position, position + step)
-            else:
-                value, length = 0, step
-            yield start, length, value
+            piece = self._piece(start, end)
+            value, length = 0, piece.stop - piece.position
+            if piece.block:
+                data = self.view.block(piece.block)
+                value, length = _native.refcount_run(data, self._order, piece.position, piece.stop)
+            yield piece.first, length, value
             start += length
-
-    def _place(self, start: int, end: int) -> tuple[int, int, int]:
-        """Return where the refcounts of [start, end) begin: how many lie in one block, its offset, the index.
-
-        The offset is 0 where there is no refcount block.
-        """
-        index, within = divmod(start, self.geometry.refcounts_per_cluster)
-        piece, position = divmod(within, self.geometry.refcounts_per_block)
-        step = min(end - start, self.geometry.refcounts_per_block - position)
-        block = self.refcount_block(index)
-        return step, block and block + piece * self.geometry.block_bytes, position
 
     def is_free(self, start: int, end: int) -> bool:
         """Return True if all clusters in [start, end) have refcount 0."""
         return not any(refcount for _, _, refcount in self.runs(start, end - start))
 
-    # Allocation, inside an operation
+    # Taking clusters
 
-    def allocate(self, count: int) -> Run:
-        """Allocate up to ``count`` clusters in a row, at least one, with refcount 1.
+    def take(self, count: int) -> Run:
+        """Take up to ``count`` free clusters in a row, at least one; `count_in` gives them their refcount."""
+        self.search_if_short()
+        changes = self.view.changes
+        run = self.space.take(count, ordered=changes.fresh is not None)
+        self.search.metadata.difference_update(range(run.start, run.start + run.count))
+        return run
+
+    def count_in(self, run: Run) -> None:
+        """Give clusters that were taken for data refcount 1 (R1).
 
         Raises:
             OSError: the host has no space for a refcount block.
             CorruptionError: a cluster that should be free is not.
         """
-        self._search_if_short()
-        run = self.space.take(count)
-        self.metadata_clusters.difference_update(range(run.start, run.start + run.count))
-        self._raise(run.start, run.count)
-        return run
+        self.view.changes.taken.append(run)
+        self._raise(run)
 
-    def allocate_metadata(self, count: int = 1) -> int:
+    def _raise(self, run: Run) -> None:
+        """Give free clusters refcount 1 (R2)."""
+        for piece in self._edited_pieces(run.start, run.count):
+            data = self.view.edit(piece.block)
+            used = _native.refcount_find_used(data, self._order, piece.position, piece.stop)
+            if used >= 0:
+                place = self.geometry.offset_of(ClusterIndex(piece.first + used - piece.position))
+                refcount = _native.refcount_get(data, used, self._order)
+                raise CorruptionError("refcount block", place, f"a free cluster has refcount {refcount}")
+            _native.refcount_add(data, self._order, piece.position, piece.stop, 1)
+        self.space.count_in(run)
+
+    def allocate_metadata(self, count: int = 1) -> HostOffset:
         """Allocate ``count`` zeroed metadata clusters in a row; return their host offset.
 
         Raises:
             OSError: the host has no space for them.
         """
-        run = self.space.take(1) if count == 1 else self.space.take_at_frontier(count)
-        offset = self._prepare_home(run)
-        self._raise(run.start, run.count)
-        return offset
+        run = self._take_home(count)
+        self._raise(run)
+        return self.geometry.offset_of(run.start)
 
-    def _prepare_home(self, run: Run) -> int:
-        cluster_bytes = self.geometry.cluster_bytes
-        offset = run.start * cluster_bytes
-        if offset + run.count * cluster_bytes > layout.MAX_HOST_OFFSET:
+    def _take_home(self, count: int) -> Run:
+        """Take clusters for metadata, and allocate them on the host (R3)."""
+        changes = self.view.changes
+        if count == 1:
+            run = self.space.take(1, ordered=changes.fresh is not None)
+        else:
+            run = self.space.take_at_frontier(count)
+        changes.taken.append(run)
+        offset, length = self.geometry.offset_of(run.start), count * self.geometry.cluster_bytes
+        if offset + length > layout.MAX_HOST_OFFSET:
             raise UnsupportedFeatureError("a file of more than 64 PiB")
-        # R3: the checkpoint must not be the one that finds the disk full.
-        self.metadata.medium.allocate(offset, run.count * cluster_bytes)
-        for cluster in range(run.start, run.start + run.count):
-            self.metadata.zero_cluster(cluster * cluster_bytes)
-            self.metadata_clusters.add(cluster)
-        return offset
+        self.view.blocks.medium.allocate(offset, length)
+        for cluster in range(run.start, run.start + count):
+            self.view.zero_cluster(ClusterIndex(cluster))
+            self.search.metadata.add(ClusterIndex(cluster))
+        return run
 
     def allocate_homes(self) -> None:
         """Give every metadata cluster its space on the host: who made the image may have left holes (R3).
@@ -185,117 +220,65 @@ class Refcounts:
         Raises:
             OSError: the host has no space for them.
         """
-        cluster_bytes = self.geometry.cluster_bytes
-        runs = ClusterRuns()
-        for cluster in sorted(self.metadata_clusters):
-            runs.add(cluster, 1)
-        for start, count in runs:
-            self.metadata.medium.allocate(start * cluster_bytes, count * cluster_bytes)
+        for run in ClusterRuns(Run(cluster, 1) for cluster in sorted(self.search.metadata)):
+            offset = self.geometry.offset_of(run.start)
+            self.view.blocks.medium.allocate(offset, run.count * self.geometry.cluster_bytes)
 
-    def _raise(self, start: int, count: int) -> None:
-        """Give free clusters refcount 1."""
-        order = self.geometry.refcount_order
-        for first, block, position, stop in self._blocks_for(start, count):
-            data = self.metadata.edit(block)
-            used = _native.refcount_find_used(data, order, position, stop)
-            if used >= 0:
-                place = (first + used - position) * self.geometry.cluster_bytes
-                refcount = _native.refcount_get(data, used, order)
-                raise CorruptionError("refcount block", place, f"a free cluster has refcount {refcount}")
-            _native.refcount_add(data, order, position, stop, 1)
-
-    def _add(self, start: int, count: int, delta: int) -> None:
-        """Change the refcounts of clusters in a row by ``delta``.
-
-        Raises:
-            CorruptionError: one of them would get below 0.
-            UnsupportedFeatureError: one of them would not fit the refcount's width.
-        """
-        for first, block, position, stop in self._blocks_for(start, count):
-            data = self.metadata.edit(block)
-            failed = _native.refcount_add(data, self.geometry.refcount_order, position, stop, delta)
-            if failed >= 0:
-                self._refuse(first + failed - position, delta)
-
-    def _take(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Take a reference from each cluster; return the runs (start, count) that have none left."""
-        order, freed = self.geometry.refcount_order, []
-        for first, block, position, stop in self._blocks_for(start, count):
-            data = self.metadata.edit(block)
-            failed = _native.refcount_add(data, order, position, stop, -1)
-            if failed >= 0:
-                self._refuse(first + failed - position, -1)
-            at = position
-            while at < stop:
-                refcount, length = _native.refcount_run(data, order, at, stop)
-                if not refcount:
-                    freed.append((first + at - position, length))
-                at += length
-        return freed
-
-    def _blocks_for(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield the metadata blocks that hold the refcounts of clusters in a row; missing ones are added.
-
-        Each with the first cluster, the block's host offset, and the range [index, end) of refcounts in it.
-        """
+    def _edited_pieces(self, start: int, count: int) -> Iterator[Piece]:
+        """Yield the metadata blocks that hold the refcounts of clusters in a row; missing ones are added."""
         end = start + count
         while start < end:
-            step, block, position = self._place(start, end)
-            if block:
-                yield start, block, position, position + step
-                start += step
+            piece = self._piece(start, end)
+            if piece.block:
+                yield piece
+                start += piece.stop - piece.position
             else:
                 self._add_block(start // self.geometry.refcounts_per_cluster)
 
-    def _refuse(self, cluster: int, delta: int) -> NoReturn:
-        offset = cluster * self.geometry.cluster_bytes
-        if delta < 0:
-            raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
-        detail = f"the cluster at host offset {offset:#x} has no room for another reference"
-        raise UnsupportedFeatureError(f"a refcount above {self.largest}", detail)
-
-    def _add_block(self, index: int) -> int:
+    def _add_block(self, index: int) -> None:
         """Add the refcount block ``index``. Its own refcount may be in itself, or in a further new block."""
         if index >= self.table_entries:
             self._grow_table(index)
-            existing = self.refcount_block(index)
-            if existing:
-                return existing
-        run = self.space.take(1)
-        offset = self._prepare_home(run)
-        self.metadata.set_entry(self.metadata.header.refcount_table_offset + index * ENTRY_BYTES, offset)
-        self._raise(run.start, 1)
-        return offset
+            if self.refcount_block(index):
+                return
+        run = self._take_home(1)
+        table = self.view.header.refcount_table_offset
+        self.view.set_entry(HostOffset(table + index * ENTRY_BYTES), self.geometry.offset_of(run.start))
+        self._raise(run)
 
     def _grow_table(self, index: int) -> None:
         """Move the refcount table to more clusters, in a row past the end of the file."""
-        header = self.metadata.header
+        header = self.view.header
         old_entries = self.table_entries
-        entries = max(index + 1, old_entries * 3 // 2)
-        clusters = self.geometry.clusters(entries * ENTRY_BYTES)
-        while clusters * self.geometry.cluster_bytes // ENTRY_BYTES <= self._last_block_index(clusters):
-            clusters += 1
-        if clusters * self.geometry.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:
-            raise UnsupportedFeatureError("a refcount table of more than 8 MiB")
-        run = self.space.take_at_frontier(clusters)
-        offset = self._prepare_home(run)
+        clusters = self._table_clusters_for(max(index + 1, old_entries * 3 // 2))
+        run = self._take_home(clusters)
+        offset = self.geometry.offset_of(run.start)
         for position in range(0, old_entries * ENTRY_BYTES, self.geometry.block_bytes):
-            old = self.metadata.block(header.refcount_table_offset + position)
+            old = self.view.block(HostOffset(header.refcount_table_offset + position))
             if not _native.is_zero(old):
-                self.metadata.edit(offset + position)[:] = old
-        self.metadata.set_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
-        self._raise(run.start, run.count)
-        first_old = header.refcount_table_offset // self.geometry.cluster_bytes
+                self.view.edit(HostOffset(offset + position))[:] = old
+        self.view.set_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
+        self._raise(run)
+        first_old = self.geometry.cluster_of(HostOffset(header.refcount_table_offset))
         self.release_metadata(first_old, header.refcount_table_clusters)
 
-    def _last_block_index(self, table_clusters: int) -> int:
-        """Index of the last refcount block that a new table at the frontier, and its blocks, would need."""
-        new_blocks = table_clusters // self.geometry.refcounts_per_cluster + 2
-        return (self.space.frontier + table_clusters + new_blocks) // self.geometry.refcounts_per_cluster
+    def _table_clusters_for(self, entries: int) -> int:
+        """Return how many clusters a new table at the frontier needs, to count itself and its blocks too."""
+        geometry = self.geometry
+        clusters = geometry.clusters(entries * ENTRY_BYTES)
+        while True:
+            new_blocks = clusters // geometry.refcounts_per_cluster + 2
+            last_block = (self.space.frontier + clusters + new_blocks) // geometry.refcounts_per_cluster
+            if clusters * geometry.cluster_bytes // ENTRY_BYTES > last_block:
+                break
+            clusters += 1
+        if clusters * geometry.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:
+            raise UnsupportedFeatureError("a refcount table of more than 8 MiB")
+        return clusters
 
-    # Sharing, inside an operation
+    # Sharing and releasing
 
-    def share(self, start: int, count: int) -> None:
+    def share(self, start: ClusterIndex, count: int) -> None:
         """Add a reference to each of the clusters, which are in use.
 
         Raises:
@@ -307,25 +290,52 @@ class Refcounts:
                 self._refuse(run_start, -1)
         self._add(start, count, 1)
 
-    def release(self, start: int, count: int = 1) -> None:
+    def release(self, start: ClusterIndex, count: int = 1) -> None:
         """Take a reference from each of the data clusters; those without another one are free.
 
         Raises:
             CorruptionError: one of them is free already, or holds metadata.
         """
-        for cluster, run_count in self._take(start, count):
-            for freed in range(cluster, cluster + run_count):
-                self._check_holds_data(freed)
-            if cluster <= self._packed // self.geometry.cluster_bytes < cluster + run_count:
-                self.stop_packing()
-            self.space.free_data(cluster, run_count)
+        changes = self.view.changes
+        for run in self._take_reference(start, count):
+            for cluster in range(run.start, run.start + run.count):
+                self.check_holds_data(ClusterIndex(cluster))
+            self._stop_packing_in(run)
+            self.space.free(run.start, run.count)
+            changes.freed_data.append(run)
+            changes.freed_clusters += run.count
 
-    def release_metadata(self, start: int, count: int = 1) -> None:
+    def release_metadata(self, start: ClusterIndex, count: int = 1) -> None:
         """Take a reference from each of the metadata clusters; those without another one are free."""
-        for cluster, run_count in self._take(start, count):
-            self.space.free_metadata(cluster, run_count)
+        for run in self._take_reference(start, count):
+            self._free_as_metadata(run)
 
-    def data_refcount(self, cluster: int) -> int:
+    def _free_as_metadata(self, run: Run) -> None:
+        changes = self.view.changes
+        self.space.free(run.start, run.count)
+        changes.freed_metadata.append(run)
+        changes.freed_clusters += run.count
+
+    def _add(self, start: int, count: int, delta: int) -> None:
+        for piece in self._edited_pieces(start, count):
+            data = self.view.edit(piece.block)
+            failed = _native.refcount_add(data, self._order, piece.position, piece.stop, delta)
+            if failed >= 0:
+                self._refuse(ClusterIndex(piece.first + failed - piece.position), delta)
+
+    def _take_reference(self, start: int, count: int) -> list[Run]:
+        """Take a reference from each cluster; return the runs that have none left."""
+        self._add(start, count, -1)
+        return [Run(first, length) for first, length, left in self.runs(start, count) if not left]
+
+    def _refuse(self, cluster: ClusterIndex, delta: int) -> NoReturn:
+        offset = self.geometry.offset_of(cluster)
+        if delta < 0:
+            raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
+        detail = f"the cluster at host offset {offset:#x} has no room for another reference"
+        raise UnsupportedFeatureError(f"a refcount above {self.largest}", detail)
+
+    def data_refcount(self, cluster: ClusterIndex) -> int:
         """Return the refcount of a cluster that a guest's entry names; it holds no metadata (G2).
 
         Raises:
@@ -334,24 +344,27 @@ class Refcounts:
                 clusters have it, or the refcount is wrong.
         """
         refcount = self.get(cluster)
-        offset = cluster * self.geometry.cluster_bytes
+        if refcount == 1 and cluster not in self.search.metadata:
+            return 1
+        offset = self.geometry.offset_of(cluster)
         if refcount == 0:
             raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
-        self._check_holds_data(cluster)
-        if refcount > 1 and not self.metadata.header.nb_snapshots:
+        self.check_holds_data(cluster)
+        if refcount > 1 and not self.view.header.nb_snapshots:
             raise UnsupportedFeatureError(
                 "a cluster shared without a snapshot", f"refcount {refcount} at host offset {offset:#x}"
             )
         return refcount
 
-    def _check_holds_data(self, cluster: int) -> None:
-        if cluster in self.metadata_clusters:
-            offset = cluster * self.geometry.cluster_bytes
+    def check_holds_data(self, cluster: ClusterIndex) -> None:
+        """Raise CorruptionError if a cluster holds metadata: a guest's entry must not change it (G2)."""
+        if cluster in self.search.metadata:
+            offset = self.geometry.offset_of(cluster)
             raise CorruptionError("L2 table", offset, "a guest cluster is mapped onto metadata")
 
-    # Correcting, inside an operation
+    # Correcting
 
-    def correct(self, start: int, count: int, refcount: int, references: int) -> None:
+    def correct(self, start: ClusterIndex, count: int, refcount: int, references: int) -> None:
         """Give clusters in a row the refcount ``references`` instead of ``refcount``.
 
         Raises:
@@ -361,99 +374,72 @@ class Refcounts:
         self._add(start, count, references - refcount)
         if not references:
             # What they hold is not known: as if it were metadata, whose old blocks may still be replayed.
-            self.space.free_metadata(start, count)
+            self._free_as_metadata(Run(start, count))
         elif not refcount:
             self.space.withdraw(start, count)
 
-    # Packing compressed data, inside an operation
+    # Packing compressed data (R4)
 
-    def allocate_packed(self, length: int) -> int:
-        """Allocate whole sectors for ``length`` bytes of one compressed cluster; return their host offset.
+    def take_packed(self, length: int) -> tuple[HostOffset, Run | None]:
+        """Take whole sectors for ``length`` bytes of one compressed cluster.
 
-        They follow those that were packed before, in the same host cluster while there is room (R4).
-
-        Raises:
-            OSError, CorruptionError: as `allocate`.
+        They follow those that were packed before, in the same host cluster while there is room. Returns
+        their host offset, and the new cluster that was taken for them, if any.
         """
-        cluster_bytes = self.geometry.cluster_bytes
-        length = layout.round_up(length, layout.SECTOR_BYTES)
-        left = -self._packed % cluster_bytes
-        current = self._packed // cluster_bytes
-        if left and self.get(current) < self.largest:
-            if length <= left:
-                return self._pack(self._packed, length, (current,))
-            new = self.allocate(1).start
-            if new == current + 1:
-                return self._pack(self._packed, length, (current,))
-        else:
-            new = self.allocate(1).start
-        return self._pack(new * cluster_bytes, length, ())
+        geometry, packed_end = self.geometry, self.view.changes.packed_end
+        length = layout.round_up(length, SECTOR_BYTES)
+        left = -packed_end % geometry.cluster_bytes
+        current = ClusterIndex(packed_end // geometry.cluster_bytes)
+        has_room = bool(left) and self.get(current) < self.largest
+        run = None if has_room and length <= left else self.take(1)
+        if run is None or (has_room and run.start == current + 1):
+            return HostOffset(packed_end), run
+        return geometry.offset_of(run.start), run
 
-    def _pack(self, offset: int, length: int, shared: tuple[int, ...]) -> int:
-        for cluster in shared:
-            self.share(cluster, 1)
-        self._packed = offset + length
-        return offset
+    def count_in_packed(self, offset: HostOffset, length: int, run: Run | None) -> None:
+        """Count one more compressed cluster in the host clusters that `take_packed` gave for it."""
+        first = self.geometry.cluster_of(offset)
+        if run is None or run.start != first:
+            self.share(first, 1)
+        if run is not None:
+            self.count_in(run)
+        self.view.changes.packed_end = layout.round_up(offset + length, SECTOR_BYTES)
 
-    def stop_packing(self) -> None:
-        """Pack what comes next into another host cluster (R4)."""
-        self._packed = 0
+    def _stop_packing_in(self, run: Run) -> None:
+        changes = self.view.changes
+        if run.start <= changes.packed_end // self.geometry.cluster_bytes < run.start + run.count:
+            changes.packed_end = 0
 
     # Free clusters below the end of the file
 
-    def start_search(self, end_cluster: int) -> None:
-        """Search the refcounts for free clusters, as allocation asks for them, up to ``end_cluster``."""
-        self._scan_cluster, self._scan_end = 0, end_cluster
-
-    def recycle(self) -> None:
-        """When short of clusters that read as zeros, make some ready for use after the next barrier.
-
-        Raises:
-            OSError: the host failed; nothing is lost.
-        """
-        self._search_if_short()
-        self.space.recycle()
-
-    def _search_if_short(self) -> None:
-        if self.space.is_short and not self.space.unknown:
-            self._search_free()
-
-    def _search_free(self) -> None:
+    def search_if_short(self) -> None:
+        """When short of clusters that read as zeros, find some that are free and not listed."""
+        if not self.space.is_short or self.space.unknown:
+            return
         for _ in range(SCAN_BLOCKS_PER_TAKE):
-            if self._scan_cluster >= self._scan_end or self.space.unknown:
+            start = self.search.cluster
+            if start >= self.search.end or self.space.unknown:
                 return
-            start = self._scan_cluster
             per_block = self.geometry.refcounts_per_block
-            stop = min(self._scan_end, start - start % per_block + per_block)
+            stop = min(self.search.end, start - start % per_block + per_block)
             for run_start, run_end in self._free_runs(start, stop):
                 self._list_free(run_start, run_end)
-            self._scan_cluster = stop
+            self.search.cluster = stop
 
     def _free_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield [start, end) runs of refcount 0 within one metadata block of refcounts."""
-        index, within = divmod(start, self.geometry.refcounts_per_cluster)
-        block = self.refcount_block(index)
-        if not block:
-            yield start, stop
-            return
-        piece, position = divmod(within, self.geometry.refcounts_per_block)
-        data = self.metadata.block(block + piece * self.geometry.block_bytes)
-        order, base, limit = self.geometry.refcount_order, start - position, position + stop - start
-        while position < limit:
-            free = _native.refcount_find_zero(data, order, position, limit)
-            if free < 0:
-                return
-            used = _native.refcount_find_used(data, order, free, limit)
-            end = limit if used < 0 else used
-            yield base + free, base + end
-            position = end
+        return (
+            (first, first + count)
+            for first, count, refcount in self.runs(start, stop - start)
+            if not refcount
+        )
 
     def _list_free(self, start: int, end: int) -> None:
         run_start = start
         for cluster in range(start, end):
-            if self.space.is_pending(cluster):
+            if self.space.is_listed(ClusterIndex(cluster)):
                 if run_start < cluster:
-                    self.space.add_found(run_start, cluster - run_start)
+                    self.space.add_found(ClusterIndex(run_start), cluster - run_start)
                 run_start = cluster + 1
         if run_start < end:
-            self.space.add_found(run_start, end - run_start)
+            self.space.add_found(ClusterIndex(run_start), end - run_start)

@@ -2,8 +2,6 @@
 
 Leaks, refcounts that are too low, COPIED flags: these follow from the tables, so they can be made right. A
 table that is itself damaged, or used twice, is not touched, and raises before anything is changed.
-
-F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
 """
 
 from __future__ import annotations
@@ -16,10 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jqcow import _native
-from jqcow.engine.snapshots import Snapshots
-from jqcow.engine.store import Store
+from jqcow.engine.lifecycle import Lifecycle
+from jqcow.engine.tables import Tables
+from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
+from jqcow.ondisk.layout import ClusterIndex, HostOffset
 
 What = Literal["leaks", "all"]
 
@@ -52,23 +52,23 @@ class RepairReport:
 class References:
     """How many references there are to each cluster of an image, counted from its tables alone."""
 
-    def __init__(self, snapshots: Snapshots, file_clusters: int) -> None:
+    def __init__(self, tables: Tables, file_clusters: int) -> None:
         """Count, up to the end of the file or of the refcounts.
 
         Raises:
             CorruptionError: a table is damaged or used twice, or something lies past the end of the file.
             UnsupportedFeatureError: a file of more than MAX_CLUSTERS clusters.
         """
-        self._snapshots = snapshots
-        self._cluster_bytes = snapshots.geometry.cluster_bytes
+        self._tables = tables
+        self._cluster_bytes = tables.geometry.cluster_bytes
         self.file_clusters = file_clusters
-        length = max(file_clusters, snapshots.refcounts.used_end())
+        length = max(file_clusters, tables.refcounts.used_end())
         if length > MAX_CLUSTERS:
             raise UnsupportedFeatureError(f"counting the references to {length} clusters")
         # Untouched pages take no memory: an image is often much smaller than its file is long.
         self._length = length
         self._counts = memoryview(mmap.mmap(-1, max(1, length) * _COUNTER_BYTES))
-        self.metadata = snapshots.find_metadata()
+        self.metadata = tables.snapshots.find_metadata()
         self._metadata_in_order = sorted(self.metadata)
         for cluster, users in self.metadata.items():
             self._count("metadata", cluster, 1, users)
@@ -76,11 +76,11 @@ class References:
 
     def _count_data(self) -> None:
         """Walk every L2 table once, however many L1 tables point to it."""
-        users: Counter[int] = Counter()
-        for l1 in self._snapshots.l1_tables():
-            users.update(table for _, table in self._snapshots.mapping.l2_tables(0, l1))
+        users: Counter[HostOffset] = Counter()
+        for l1 in self._tables.snapshots.l1_tables():
+            users.update(table for _, table in self._tables.mapping.l2_tables(0, l1))
         for table, count in users.items():
-            for start, length in self._snapshots.mapping.references(table):
+            for start, length in self._tables.mapping.references(table):
                 self._check_holds_data(table, start, length)
                 self._count("L2 table", start, length, count)
 
@@ -100,7 +100,7 @@ class References:
     def differences(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield (start, count, refcount, references) of clusters in a row where the two differ."""
         position = 0
-        for start, count, refcount in self._snapshots.refcounts.runs(0, self._length):
+        for start, count, refcount in self._tables.refcounts.runs(0, self._length):
             while position < start + count:
                 end = start + count
                 references, equal = _native.refcount_run(self._counts, _COUNTER_ORDER, position, end)
@@ -109,7 +109,7 @@ class References:
                 position += equal
 
 
-def repair(store: Store, what: What) -> RepairReport:
+def repair(lifecycle: Lifecycle, what: What) -> RepairReport:
     """Make an image's refcounts right, in a transaction of its own, and clear the dirty bit.
 
     Called with no other user of the image, as it is opened. ``"leaks"`` only takes away what is too much.
@@ -119,52 +119,52 @@ def repair(store: Store, what: What) -> RepairReport:
         UnsupportedFeatureError: a cluster has more references than its refcount's width counts.
         OSError: nothing is changed.
     """
-    with store.lock:
-        store.enter()
-        store.prepare_to_repair()
-        references = References(store.snapshots, store.geometry.clusters(store.view_bytes))
-        dirty = store.metadata.header.incompatible_features & INCOMPATIBLE_DIRTY
-        differs = next(references.differences(), None) is not None
-        if not dirty and not differs and not store.snapshots.set_copied_flags(change=False):
-            store.refcounts.start_search(store.space.frontier)
-            return RepairReport()
-    store.begin_transaction()
-    with store.lock:
-        store.enter(private=True)
-        with store.operation():
-            report, is_sound = _stage(store.snapshots, references, what)
-            _clear_features(store, dirty)
-    store.commit_transaction()
-    with store.lock:
-        store.enter()
-        if is_sound:
-            store.refcounts.start_search(store.space.frontier)
-        else:
-            store.kept_bytes = references.file_clusters * store.geometry.cluster_bytes
+    public, geometry = lifecycle.public, lifecycle.geometry
+    lifecycle.prepare_to_repair()
+    view_bytes = max(lifecycle.medium.size(), geometry.offset_of(public.refcounts.used_end()))
+    references = References(public, geometry.clusters(view_bytes))
+    dirty = public.view.header.incompatible_features & INCOMPATIBLE_DIRTY
+    differs = next(references.differences(), None) is not None
+    if not dirty and not differs and not public.snapshots.set_copied_flags(change=False):
+        lifecycle.start_search()
+        return RepairReport()
+    lifecycle.go_live()
+    private = PrivateChanges(lifecycle)
+    try:
+        with lifecycle.medium.lock, private.tables.operation():
+            report, is_sound = _stage(private.tables, references, what)
+            _clear_features(private.tables, dirty)
+        private.commit()
+    except BaseException:
+        private.give_up()
+        raise
+    if is_sound:
+        lifecycle.start_search()
+    else:
+        lifecycle.kept_bytes = references.file_clusters * geometry.cluster_bytes
     return report
 
 
-def clear_corrupt_bit(store: Store) -> None:
+def clear_corrupt_bit(lifecycle: Lifecycle) -> None:
     """Declare the image sound, durably: whoever calls this has checked it.
 
     Raises:
         OSError: the bit stays.
     """
-    with store.lock:
-        store.enter()
-        store.prepare_to_change()
-        with store.operation():
-            _clear_features(store, INCOMPATIBLE_CORRUPT)
-    store.flush()
+    lifecycle.go_live()
+    with lifecycle.medium.lock, lifecycle.public.operation():
+        _clear_features(lifecycle.public, INCOMPATIBLE_CORRUPT)
+    lifecycle.commits.turn.is_clean = False
+    lifecycle.commits.flush(lifecycle.medium.require_healthy)
 
 
-def _clear_features(store: Store, bits: int) -> None:
+def _clear_features(tables: Tables, bits: int) -> None:
     if bits:
-        features = store.metadata.header.incompatible_features & ~bits
-        store.metadata.set_header(incompatible_features=features)
+        features = tables.view.header.incompatible_features & ~bits
+        tables.view.set_header(incompatible_features=features)
 
 
-def _stage(snapshots: Snapshots, references: References, what: What) -> tuple[RepairReport, bool]:
+def _stage(tables: Tables, references: References, what: What) -> tuple[RepairReport, bool]:
     """Stage the right refcounts and COPIED flags; return what was wrong, and whether nothing is any more."""
     # The table's own clusters first: it may have to be moved for the others.
     differences = sorted(references.differences(), key=lambda found: found[0] not in references.metadata)
@@ -176,8 +176,8 @@ def _stage(snapshots: Snapshots, references: References, what: What) -> tuple[Re
             too_low += count
             if what == "leaks":
                 continue
-        snapshots.refcounts.correct(start, count, refcount, counted)
+        tables.refcounts.correct(ClusterIndex(start), count, refcount, counted)
     if what == "leaks" and too_low:
         # By refcounts that are still too low, COPIED would allow writing where others read.
         return RepairReport(leaks), False
-    return RepairReport(leaks, too_low, snapshots.set_copied_flags()), True
+    return RepairReport(leaks, too_low, tables.snapshots.set_copied_flags()), True

@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jqcow import _native
+from jqcow.engine.blocks import View
 from jqcow.engine.mapping import L1Table, Mapping
-from jqcow.engine.metadata import Metadata
 from jqcow.engine.refcounts import Refcounts
 from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
-from jqcow.ondisk import entries, layout
+from jqcow.ondisk import layout
 from jqcow.ondisk import snapshots as tables
-from jqcow.ondisk.layout import ENTRY_BYTES
+from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, Geometry, HostOffset
 from jqcow.ondisk.snapshots import Snapshot, SnapshotTable
 
 MAX_METADATA_CLUSTERS = 1 << 23
@@ -40,13 +39,13 @@ class NewSnapshot:
 
 
 class Snapshots:
-    """The snapshots of one image. What changes them is called inside an operation of a transaction."""
+    """The snapshots of one image through one view. What changes them is called inside an operation."""
 
-    def __init__(self, metadata: Metadata, mapping: Mapping, refcounts: Refcounts) -> None:
-        self.metadata = metadata
+    def __init__(self, view: View, mapping: Mapping, refcounts: Refcounts) -> None:
+        self.view = view
         self.mapping = mapping
         self.refcounts = refcounts
-        self.geometry = metadata.geometry
+        self.geometry = view.geometry
 
     # Looking
 
@@ -56,18 +55,15 @@ class Snapshots:
         Raises:
             FormatError, CorruptionError: it is not one that an image can have.
         """
-        header = self.metadata.header
+        header = self.view.header
         if not header.nb_snapshots:
             return SnapshotTable((), 0)
-        return tables.parse_table(self._read, header.snapshots_offset, header.nb_snapshots, header=header)
-
-    def _read(self, length: int, offset: int) -> bytes:
-        parts, end = [], offset + length
-        while offset < end:
-            within = offset % self.geometry.block_bytes
-            parts.append(bytes(self.metadata.block(offset - within)[within : within + end - offset]))
-            offset += len(parts[-1])
-        return b"".join(parts)
+        return tables.parse_table(
+            lambda length, offset: self.view.read(HostOffset(offset), length),
+            header.snapshots_offset,
+            header.nb_snapshots,
+            header=header,
+        )
 
     def find(self, id_or_name: str) -> Snapshot:
         """Return the snapshot with this id or, where there is none, the first with this name.
@@ -87,10 +83,10 @@ class Snapshots:
     @staticmethod
     def l1_of(snapshot: Snapshot) -> L1Table:
         """Return where a snapshot's L1 table is."""
-        return L1Table(snapshot.l1_table_offset, snapshot.l1_size, snapshot.disk_bytes)
+        return L1Table(HostOffset(snapshot.l1_table_offset), snapshot.l1_size, snapshot.disk_bytes)
 
-    def show(self, id_or_name: str) -> None:
-        """Show a snapshot instead of the disk, in an image opened for reading.
+    def l1_to_show(self, id_or_name: str) -> L1Table:
+        """Return the L1 table of a snapshot, to be shown instead of the disk's.
 
         Raises:
             SnapshotNotFound: there is no such snapshot.
@@ -101,7 +97,7 @@ class Snapshots:
             # Otherwise a few bytes could announce a disk that takes years to walk.
             detail = f"{snapshot.l1_size} entries are too few for {snapshot.disk_bytes} bytes"
             raise CorruptionError("snapshot's L1 table", snapshot.l1_table_offset, detail)
-        self.mapping.shown = self.l1_of(snapshot)
+        return self.l1_of(snapshot)
 
     # Changing, inside an operation
 
@@ -146,11 +142,11 @@ class Snapshots:
         if entry_count * ENTRY_BYTES > layout.MAX_L1_BYTES:
             # Otherwise a few bytes could ask for tables without bound.
             detail = f"a disk of {taken.disk_bytes} bytes is too large"
-            raise CorruptionError("snapshot table", self.metadata.header.snapshots_offset, detail)
+            raise CorruptionError("snapshot table", self.view.header.snapshots_offset, detail)
         self._share(taken)
         offset = self._copy_l1(taken, entry_count)
         self._release(active)
-        self.metadata.set_header(l1_table_offset=offset, l1_size=entry_count, size=taken.disk_bytes)
+        self.view.set_header(l1_table_offset=offset, l1_size=entry_count, size=taken.disk_bytes)
         self.set_copied_flags()
 
     def delete(self, snapshot: Snapshot) -> None:
@@ -164,22 +160,22 @@ class Snapshots:
         for _, table in self.mapping.l2_tables(0, l1):
             for start, count in self.mapping.references(table):
                 self.refcounts.share(start, count)
-            self.refcounts.share(table // self.geometry.cluster_bytes, 1)
+            self.refcounts.share(self.geometry.cluster_of(table), 1)
 
     def _release(self, l1: L1Table) -> None:
         """Give up an L1 table and its references to all that it reaches (N1)."""
         for _, table in self.mapping.l2_tables(0, l1):
             for start, count in self.mapping.references(table):
                 self.refcounts.release(start, count)
-            self.refcounts.release_metadata(table // self.geometry.cluster_bytes)
-        first = l1.offset // self.geometry.cluster_bytes
+            self.refcounts.release_metadata(self.geometry.cluster_of(table))
+        first = self.geometry.cluster_of(l1.offset)
         self.refcounts.release_metadata(first, self.geometry.clusters(l1.entry_count * ENTRY_BYTES))
 
-    def _copy_l1(self, l1: L1Table, entry_count: int) -> int:
+    def _copy_l1(self, l1: L1Table, entry_count: int) -> HostOffset:
         """Copy an L1 table to new clusters, which may have more entries; return their host offset."""
         length = entry_count * ENTRY_BYTES
         if not length:
-            return 0
+            return HostOffset(0)
         offset = self.refcounts.allocate_metadata(self.geometry.clusters(length))
         self.mapping.copy_table(l1.offset, offset, l1.entry_count * ENTRY_BYTES)
         return offset
@@ -189,14 +185,14 @@ class Snapshots:
         data = tables.pack_table(snapshots)
         if len(data) > tables.MAX_TABLE_BYTES:
             raise UnsupportedFeatureError("a snapshot table of more than 64 MiB")
-        offset = self.refcounts.allocate_metadata(self.geometry.clusters(len(data))) if data else 0
+        offset = self.refcounts.allocate_metadata(self.geometry.clusters(len(data))) if data else HostOffset(0)
         for position in range(0, len(data), self.geometry.block_bytes):
             part = data[position : position + self.geometry.block_bytes]
-            self.metadata.edit(offset + position)[: len(part)] = part
-        old_offset = self.metadata.header.snapshots_offset
-        self.metadata.set_header(nb_snapshots=len(snapshots), snapshots_offset=offset)
+            self.view.edit(HostOffset(offset + position))[: len(part)] = part
+        old_offset = self.view.header.snapshots_offset
+        self.view.set_header(nb_snapshots=len(snapshots), snapshots_offset=offset)
         if old.length_bytes:
-            first = old_offset // self.geometry.cluster_bytes
+            first = self.geometry.cluster_of(HostOffset(old_offset))
             self.refcounts.release_metadata(first, self.geometry.clusters(old.length_bytes))
 
     # The COPIED flags of the active tables
@@ -208,27 +204,26 @@ class Snapshots:
         """
         wrong = 0
         for l1_index, table in self.mapping.l2_tables(0):
-            cluster = table // self.geometry.cluster_bytes
-            entry = entries.l1_entry(table, copied=self.refcounts.get(cluster) == 1)
-            if self.mapping.l1_entry(l1_index) != entry:
+            copied = self.refcounts.get(self.geometry.cluster_of(table)) == 1
+            if self.mapping.l1_is_copied(l1_index) != copied:
                 wrong += 1
                 if change:
-                    self.mapping.set_l1_entry(l1_index, entry)
+                    self.mapping.set_l1_entry(l1_index, table, copied=copied)
             for block in range(table, table + self.geometry.cluster_bytes, self.geometry.block_bytes):
-                wrong += self._set_copied_in_block(block, change=change)
+                wrong += self._set_copied_in_block(table, HostOffset(block), change=change)
         return wrong
 
-    def _set_copied_in_block(self, block: int, *, change: bool) -> int:
-        wrong = 0
-        for run in self.mapping.standard_runs(block):
-            position = run.position
+    def _set_copied_in_block(self, table: HostOffset, block: HostOffset, *, change: bool) -> int:
+        wrong, codec = 0, self.mapping.codec
+        for run in self.mapping.standard_runs(table, block):
+            index = run.index
             for _, count, refcount in self.refcounts.runs(run.cluster, run.count):
                 copied = refcount == 1
                 if run.copied != copied:
                     wrong += count
                     if change:
-                        _native.set_copied(self.metadata.edit(block), position, position + count, copied)
-                position += count
+                        codec.set_copied(self.view.edit(block), index, index + count, copied=copied)
+                index += count
         return wrong
 
     # What holds metadata
@@ -237,7 +232,7 @@ class Snapshots:
         """Return all L1 tables: the active one, and those of the snapshots."""
         return [self.mapping.l1, *(self.l1_of(snapshot) for snapshot in self.read_table().snapshots)]
 
-    def find_metadata(self) -> dict[int, int]:
+    def find_metadata(self) -> dict[ClusterIndex, int]:
         """Return the clusters that hold metadata, with how many users each of them has.
 
         Raises:
@@ -245,7 +240,7 @@ class Snapshots:
         """
         return self._survey().uses
 
-    def survey(self) -> set[int]:
+    def survey(self) -> set[ClusterIndex]:
         """Return the clusters that hold metadata, each of them checked to be counted, and for one use.
 
         Done once before the first change: an allocator that finds a live table "free" destroys the image.
@@ -258,19 +253,18 @@ class Snapshots:
         return set(survey.uses)
 
     def _survey(self) -> _Survey:
-        file_end = self.geometry.clusters(self.metadata.medium.size())
-        survey = _Survey(self.geometry.cluster_bytes, max(file_end, self.refcounts.used_end()))
-        mapping = self.mapping
-        survey.add(mapping.metadata_clusters())
-        blocks = self.refcounts.blocks_from_top()
-        survey.add(("refcount block", block // self.geometry.cluster_bytes) for _, block in blocks)
-        first = self.metadata.header.snapshots_offset // self.geometry.cluster_bytes
-        count = self.geometry.clusters(self.read_table().length_bytes)
-        survey.add(("snapshot table", cluster) for cluster in range(first, first + count))
+        geometry, mapping = self.geometry, self.mapping
+        file_end = geometry.clusters(self.view.blocks.medium.size())
+        survey = _Survey(geometry, max(file_end, self.refcounts.used_end()))
+        survey.add(mapping.fixed_clusters())
+        survey.add(("refcount block", geometry.cluster_of(at)) for _, at in self.refcounts.blocks_from_top())
+        first = geometry.cluster_of(HostOffset(self.view.header.snapshots_offset))
+        count = geometry.clusters(self.read_table().length_bytes)
+        survey.add(("snapshot table", ClusterIndex(cluster)) for cluster in range(first, first + count))
         for number, l1 in enumerate(self.l1_tables()):
             if number:
                 survey.add(mapping.l1_clusters(l1))
-            l2_tables = [table // self.geometry.cluster_bytes for _, table in mapping.l2_tables(0, l1)]
+            l2_tables = [geometry.cluster_of(table) for _, table in mapping.l2_tables(0, l1)]
             if len(l2_tables) != len(set(l2_tables)):
                 raise CorruptionError("L1 table", l1.offset, "it names an L2 table twice")
             survey.add((("L2 table", cluster) for cluster in l2_tables), shared=True)
@@ -280,16 +274,16 @@ class Snapshots:
 class _Survey:
     """Which metadata clusters there are, each with the structure that it belongs to, and how many users."""
 
-    def __init__(self, cluster_bytes: int, end_cluster: int) -> None:
-        self.uses: dict[int, int] = {}
-        self._cluster_bytes = cluster_bytes
-        self._end = end_cluster
-        self._structures: dict[int, str] = {}
+    def __init__(self, geometry: Geometry, end: int) -> None:
+        self.uses: dict[ClusterIndex, int] = {}
+        self._geometry = geometry
+        self._end = end
+        self._structures: dict[ClusterIndex, str] = {}
 
-    def add(self, clusters: Iterable[tuple[str, int]], *, shared: bool = False) -> None:
+    def add(self, clusters: Iterable[tuple[str, ClusterIndex]], *, shared: bool = False) -> None:
         """Add a user to each cluster. ``shared``: other L1 tables may use it too, as the same structure."""
         for structure, cluster in clusters:
-            offset = cluster * self._cluster_bytes
+            offset = self._geometry.offset_of(cluster)
             if cluster >= self._end:
                 raise CorruptionError(structure, offset, "it lies past the end of the file, with refcount 0")
             known = self._structures.setdefault(cluster, structure)
@@ -304,7 +298,7 @@ class _Survey:
         for cluster, uses in self.uses.items():
             refcount = refcounts.get(cluster)
             if refcount < uses:
-                offset = cluster * self._cluster_bytes
+                offset = self._geometry.offset_of(cluster)
                 detail = f"its refcount is {refcount}" + (f", its users are {uses}" if uses > 1 else "")
                 raise CorruptionError(self._structures[cluster], offset, detail)
 

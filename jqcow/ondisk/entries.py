@@ -32,8 +32,16 @@ Refcount table entry::
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
-from jqcow.ondisk.layout import MAX_HOST_OFFSET, SECTOR_BYTES
+from jqcow import _native
+from jqcow.ondisk.layout import MAX_HOST_OFFSET, SECTOR_BYTES, Geometry, HostOffset
+
+UNALLOCATED = _native.UNALLOCATED
+ZERO_CLUSTER = _native.ZERO
+DATA = _native.DATA
+COMPRESSED_CLUSTER = _native.COMPRESSED
+"""What a guest cluster is by its L2 entry."""
 
 ENTRY = struct.Struct(">Q")
 
@@ -94,3 +102,154 @@ def compressed_entry(host_offset: int, length_bytes: int, cluster_bits: int) -> 
 def _compressed_offset_bits(cluster_bits: int) -> int:
     """Return how many bits of the descriptor are the host offset; the rest counts sectors."""
     return 62 - (cluster_bits - 8)
+
+
+class DamagedEntry(ValueError):
+    """An L1 or L2 entry that the specification does not allow."""
+
+
+class L2Entry(NamedTuple):
+    """An L2 entry, decoded.
+
+    Attributes:
+        kind: UNALLOCATED, ZERO_CLUSTER, DATA or COMPRESSED_CLUSTER.
+        host: of the cluster, 0 where it has none; of a compressed cluster the first byte of its data.
+        copied: the COPIED flag.
+        length: of a compressed cluster, how far in bytes its data may reach; 0 of others.
+    """
+
+    kind: int
+    host: HostOffset = HostOffset(0)
+    copied: bool = False
+    length: int = 0
+
+
+class L2Run(NamedTuple):
+    """``count`` L2 entries in a row of one kind, from the first one's ``host`` on.
+
+    The host clusters of a DATA run follow each other and have the same COPIED flag. Those that a
+    ZERO_CLUSTER run keeps need not. A COMPRESSED_CLUSTER run is one entry, with ``length``.
+    """
+
+    kind: int
+    host: HostOffset
+    count: int
+    copied: bool
+    length: int
+
+
+NO_ENTRY = L2Entry(UNALLOCATED)
+ZERO_ENTRY = L2Entry(ZERO_CLUSTER)
+
+
+def data_entry(host: HostOffset) -> L2Entry:
+    """Return the entry of a data cluster that has one owner."""
+    return L2Entry(DATA, host, True)
+
+
+class StandardL2:
+    """The codec of 8-byte L2 entries. ``index`` counts entries within a buffer."""
+
+    entry_bytes = 8
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.per_table = geometry.cluster_bytes // self.entry_bytes
+        self.per_block = geometry.block_bytes // self.entry_bytes
+        self._cluster_bits = geometry.cluster_bits
+
+    def decode(self, buffer: bytes | bytearray, index: int) -> L2Entry:
+        """Return the entry at ``index``.
+
+        Raises:
+            DamagedEntry: the entry is not one that an image can have.
+        """
+        (entry,) = ENTRY.unpack_from(buffer, index * self.entry_bytes)
+        copied = entry >= COPIED
+        if entry & COMPRESSED:
+            if copied:
+                raise DamagedEntry(f"entry {entry:#x} is compressed and COPIED")
+            host, length = compressed_extent(entry, self._cluster_bits)
+            return L2Entry(COMPRESSED_CLUSTER, HostOffset(host), False, length)
+        if entry & L2_RESERVED:
+            raise DamagedEntry(f"entry {entry:#x} has reserved bits set")
+        host = HostOffset(entry & OFFSET_MASK)
+        if entry & ZERO:
+            return L2Entry(ZERO_CLUSTER, host, copied)
+        return L2Entry(DATA if host else UNALLOCATED, host, copied)
+
+    def encode(self, buffer: bytearray, index: int, entry: L2Entry) -> None:
+        """Write an entry at ``index``.
+
+        Raises:
+            ValueError: compressed data further out, or longer, than an entry can tell.
+        """
+        if entry.kind == COMPRESSED_CLUSTER:
+            value = compressed_entry(entry.host, entry.length, self._cluster_bits)
+        else:
+            value = l2_entry(entry.host, copied=entry.copied, zero=entry.kind == ZERO_CLUSTER)
+        ENTRY.pack_into(buffer, index * self.entry_bytes, value)
+
+    def run(self, buffer: bytes | bytearray, index: int, limit: int) -> L2Run:
+        """Return the run that starts at ``index``, at most ``limit`` entries of it.
+
+        Raises:
+            DamagedEntry: one of its entries is not one that an image can have.
+        """
+        kind, host, count = _native.l2_run(buffer, index, limit, self._cluster_bits)
+        if kind == DATA:
+            # The entries of a run of data differ by their offsets alone.
+            copied = self.decode(buffer, index).copied
+            return L2Run(kind, HostOffset(host), count, copied, 0)
+        if kind == COMPRESSED_CLUSTER:
+            entry = self.decode(buffer, index)
+            return L2Run(kind, entry.host, 1, False, entry.length)
+        self._check_all(buffer, kind, index, count)
+        return L2Run(kind, HostOffset(host), count, False, 0)
+
+    def _check_all(self, buffer: bytes | bytearray, kind: int, index: int, count: int) -> None:
+        part = memoryview(buffer)[index * self.entry_bytes : (index + count) * self.entry_bytes]
+        if kind == UNALLOCATED and _native.is_zero(part):
+            return
+        for position in range(index, index + count):
+            self.decode(buffer, position)
+
+    def hosts(self, entry: L2Entry) -> range:
+        """Return the indices of the host clusters that an entry refers to."""
+        if not entry.host:
+            return range(0)
+        first = self.geometry.cluster_of(entry.host)
+        return range(first, self.geometry.clusters(entry.host + max(1, entry.length)))
+
+    def set_copied(self, buffer: bytearray, start: int, stop: int, *, copied: bool) -> None:
+        """Set or clear the COPIED flag of the entries in [start, stop)."""
+        _native.set_copied(buffer, start, stop, copied)
+
+
+def codec_of(geometry: Geometry) -> StandardL2:
+    """Return the codec of an image's L2 entries."""
+    return StandardL2(geometry)
+
+
+def decode_l1(entry: int) -> tuple[HostOffset, bool]:
+    """Return what an L1 entry says: the host offset of the L2 table, 0 for none, and its COPIED flag.
+
+    Raises:
+        DamagedEntry: the entry is not one that an image can have.
+    """
+    offset = entry & OFFSET_MASK
+    if entry & L1_RESERVED or bool(entry) != bool(offset):
+        raise DamagedEntry(f"entry {entry:#x} is not valid")
+    return HostOffset(offset), entry >= COPIED
+
+
+def decode_refcount_table(entry: int, geometry: Geometry) -> HostOffset:
+    """Return the host offset of a refcount block, 0 for none.
+
+    Raises:
+        DamagedEntry: the entry is not one that an image can have.
+    """
+    offset = entry & REFCOUNT_TABLE_OFFSET_MASK
+    if entry & REFCOUNT_TABLE_RESERVED or offset % geometry.cluster_bytes or offset >= MAX_HOST_OFFSET:
+        raise DamagedEntry(f"entry {entry:#x} is not valid")
+    return HostOffset(offset)

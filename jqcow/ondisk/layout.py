@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NewType
+
+GuestOffset = NewType("GuestOffset", int)
+"""An offset in the guest's disk, in bytes."""
+
+HostOffset = NewType("HostOffset", int)
+"""An offset in the image file, in bytes."""
+
+ClusterIndex = NewType("ClusterIndex", int)
+"""A host cluster: its host offset divided by the cluster size."""
+
+GuestCluster = NewType("GuestCluster", int)
+"""A guest cluster: its guest offset divided by the cluster size."""
 
 SECTOR_BYTES = 512
 """The unit that a device writes whole: sector 0 is one such write (fault model)."""
@@ -58,7 +71,7 @@ class Geometry:
 
     @cached_property
     def entries_per_block(self) -> int:
-        """8-byte table entries in one metadata block."""
+        """8-byte entries of the L1 table or the refcount table in one metadata block."""
         return self.block_bytes // ENTRY_BYTES
 
     @cached_property
@@ -70,6 +83,14 @@ class Geometry:
     def refcounts_per_block(self) -> int:
         """Refcounts in one metadata block."""
         return (self.block_bytes * 8) >> self.refcount_order
+
+    def offset_of(self, cluster: ClusterIndex) -> HostOffset:
+        """Return the host offset of a host cluster."""
+        return HostOffset(cluster * self.cluster_bytes)
+
+    def cluster_of(self, offset: HostOffset) -> ClusterIndex:
+        """Return the host cluster that a host offset falls into."""
+        return ClusterIndex(offset // self.cluster_bytes)
 
     def clusters(self, length_bytes: int) -> int:
         """Return how many clusters hold ``length_bytes``."""

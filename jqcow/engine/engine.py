@@ -1,0 +1,204 @@
+"""One image, open: all parts of the engine put together, and the opening of clean and crashed images.
+
+A clean image is its header. A live image is its root, its journal replayed into memory and, when it is
+opened for writing, the recovery that `Lifecycle.recover` tells.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jqcow.device.base import Backing
+from jqcow.engine import features, scan
+from jqcow.engine import repair as repairing
+from jqcow.engine.blocks import Blocks
+from jqcow.engine.changes import ChangeSet
+from jqcow.engine.commit import Commits
+from jqcow.engine.guard import Guard
+from jqcow.engine.journal import Contents, Journal
+from jqcow.engine.lifecycle import Lifecycle
+from jqcow.engine.log import Log, NewSalt
+from jqcow.engine.mapping import L1Table
+from jqcow.engine.medium import Medium
+from jqcow.engine.packed import PackedWrites
+from jqcow.engine.refcounts import Search
+from jqcow.engine.repair import RepairReport, What
+from jqcow.engine.request import Requests
+from jqcow.engine.resizing import Resizing
+from jqcow.engine.root import SECTOR_0, Root, read_root_copy
+from jqcow.engine.scan import Scan
+from jqcow.engine.space import Space
+from jqcow.engine.tables import Tables
+from jqcow.engine.write import Writes
+from jqcow.engine.zeroing import Zeroing
+from jqcow.errors import CorruptionError, FormatError
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC, Header, HeaderArea
+from jqcow.ondisk.layout import MAX_CLUSTER_BITS, SECTOR_BYTES, Geometry, HostOffset
+
+
+def random_salt() -> bytes:
+    """Return a salt that no journal had before."""
+    return secrets.token_bytes(roots.SALT_BYTES)
+
+
+class Guest:
+    """What a guest can ask for, through one set of tables."""
+
+    def __init__(self, requests: Requests) -> None:
+        self.requests = requests
+        self.tables = requests.tables
+        self.writes = Writes(requests)
+        self.packed = PackedWrites(self.writes)
+        self.zeroing = Zeroing(self.writes)
+        self.resizing = Resizing(self.zeroing)
+
+
+class Engine:
+    """The metadata of one image, its journal and its free space, clean or live."""
+
+    def __init__(
+        self, medium: Medium, area: HeaderArea, *, journal_bytes: int, new_salt: NewSalt = random_salt
+    ) -> None:
+        """Take an image whose header is ``area``; ``journal_bytes`` is the length of the next journal."""
+        self.medium = medium
+        self.geometry = area.header.geometry
+        self.blocks = Blocks(medium, area)
+        self.guard = Guard(medium)
+        self.space = Space(medium, self.geometry, self.guard)
+        self.search = Search()
+        self.public = Tables(self.blocks, self.space, self.search, ChangeSet(self.geometry))
+        self.root = Root(medium, self.geometry)
+        self.log = Log(self.public, self.root, journal_bytes, new_salt)
+        self.commits = Commits(self.log)
+        self.lifecycle = Lifecycle(self.commits)
+
+    def guest(
+        self,
+        enter: Callable[[bool], None],
+        backing: Backing | None = None,
+        *,
+        tables: Tables | None = None,
+        alone: bool = False,
+        shown: L1Table | None = None,
+    ) -> Guest:
+        """Return a guest's way in; arguments as `Requests`. ``shown``: the disk of a snapshot."""
+        if shown is not None:
+            tables = Tables(self.blocks, self.space, self.search, self.public.changes, shown)
+        requests = Requests(
+            tables or self.public,
+            self.lifecycle,
+            self.commits,
+            self.guard,
+            enter,
+            backing,
+            alone=alone,
+        )
+        return Guest(requests)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An opened image: its engine, what the journal held if there was a live one, and what was repaired."""
+
+    engine: Engine
+    scan: Scan | None
+    repaired: RepairReport | None = None
+
+
+def open_engine(
+    medium: Medium,
+    *,
+    writable: bool,
+    journal_bytes: int = 0,
+    use_root_copy: bool = False,
+    new_salt: NewSalt = random_salt,
+    repair: What | None = None,
+) -> Opened:
+    """Open the image on ``medium``; a live one is recovered first where it is opened for writing.
+
+    Then the refcounts are made right where that was asked for, or where the dirty bit says that they may
+    be wrong.
+
+    Args:
+        medium: the device.
+        writable: False never writes one byte.
+        journal_bytes: length of the next journal, 0 for the default (or what the live image has).
+        use_root_copy: where sector 0 has no valid magic, take the root from its copy.
+        new_salt: makes the salt of each new journal; a seeded one makes a simulation replayable.
+        repair: what to repair, with "all" also an image marked corrupt; None: what the dirty bit asks for.
+
+    Raises:
+        FormatError: not a qcow2 image, or one that breaks the specification.
+        UnsupportedFeatureError: a feature that jqcow refuses by name.
+        CorruptionError: the root, the journal or a table is damaged.
+        OSError: the host failed; recovery can be tried again.
+    """
+    sector = medium.pread(SECTOR_0, SECTOR_BYTES)
+    if use_root_copy and sector[: len(MAGIC)] != MAGIC:
+        sector = read_root_copy(medium) or sector
+    if roots.is_live(sector):
+        engine, found = _open_live(medium, sector, journal_bytes, new_salt)
+        _check_usable(engine.blocks.area, writable=writable, repairing=repair == "all")
+        if writable:
+            engine.lifecycle.recover(sector, found, repairing=repair is not None)
+        return Opened(engine, found, _repair(engine, repair) if writable else None)
+    area = read_header(medium)
+    _check_usable(area, writable=writable, repairing=repair == "all")
+    length = journal_bytes or roots.DEFAULT_JOURNAL_BYTES
+    engine = Engine(medium, area, journal_bytes=length, new_salt=new_salt)
+    return Opened(engine, None, _repair(engine, repair) if writable else None)
+
+
+def _open_live(
+    medium: Medium, sector: bytes, journal_bytes: int, new_salt: NewSalt
+) -> tuple[Engine, Scan]:
+    """Read an image with a live journal: scan, and replay into memory. Not one byte is written."""
+    cluster_bits, extent = roots.unpack_root(sector)
+    found = scan.scan(medium.device, extent, Geometry(cluster_bits))
+    first = found.frames[0].operations[0]
+    area = HeaderArea.parse(first.data if isinstance(first, scan.HeaderOperation) else b"")
+    replayed = scan.replay(found.operations, area.header.geometry)
+    length = max(journal_bytes, extent.length)
+    engine = Engine(medium, replayed.area, journal_bytes=length, new_salt=new_salt)
+    engine.blocks.images = {HostOffset(offset): block for offset, block in replayed.blocks.items()}
+    engine.lifecycle.check_replayed(cluster_bits, extent)
+    engine.space.reserve(HostOffset(extent.offset), extent.length)
+    engine.log.journal = Journal(medium, extent, Contents.of_scan(found))
+    return engine, found
+
+
+def _repair(engine: Engine, what: What | None) -> RepairReport | None:
+    if engine.blocks.area.header.incompatible_features & INCOMPATIBLE_DIRTY:
+        # What is too low must not stay: the bit is cleared, and the next opening would trust the refcounts.
+        what = "all"
+    return None if what is None else repairing.repair(engine.lifecycle, what)
+
+
+def _check_usable(area: HeaderArea, *, writable: bool, repairing: bool) -> None:
+    if writable:
+        features.refuse_writing(area, repairing=repairing)
+    else:
+        features.refuse_reading(area)
+    header = area.header
+    if header.l1_size < header.geometry.l1_entries_for(header.size):
+        # Otherwise a few bytes could announce a disk that takes years to walk.
+        raise FormatError(f"an L1 table of {header.l1_size} entries is too small for {header.size} bytes")
+
+
+def read_header(medium: Medium) -> HeaderArea:
+    """Read the header of a clean image.
+
+    Raises:
+        FormatError: not a qcow2 image.
+        CorruptionError: sector 0 is damaged, and a root copy tells that a journal is live.
+    """
+    sector = medium.pread(SECTOR_0, SECTOR_BYTES)
+    if sector[: len(MAGIC)] != MAGIC and read_root_copy(medium) is not None:
+        raise CorruptionError("header", 0, "sector 0 is damaged, the root copy is not: run jqcow-recover")
+    header = Header.unpack(sector)
+    if header.cluster_bits > MAX_CLUSTER_BITS:
+        raise FormatError(f"cluster_bits {header.cluster_bits} is not in 9-21")
+    return HeaderArea.parse(medium.pread(SECTOR_0, 1 << header.cluster_bits))

@@ -1,0 +1,237 @@
+"""From clean to live and back: going live, recovery, clean close.
+
+Recovery, from top to bottom: what a killed writer left unsynced is made durable; the live records are copied
+under a new salt into a new range, and the root names that; every home is written; the image goes on. Nothing
+is written into the range that was read, and no home before the records are safe elsewhere: what was read is
+not thereby durable, and a durable frame must not be put at risk by rewriting it.
+
+F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jqcow.engine.commit import Commits
+from jqcow.engine.journal import Contents
+from jqcow.engine.root import SECTOR_0
+from jqcow.engine.scan import Scan
+from jqcow.errors import CorruptionError
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, HostOffset
+from jqcow.ondisk.root import JournalRange
+
+HEADER_TAIL = HostOffset(SECTOR_BYTES)
+
+
+class Lifecycle:
+    """What happens to one image before its first change, after a crash, and at its end.
+
+    ``kept_bytes``: the file is never cut below this; refcounts that are known to be wrong do not tell its end.
+    """
+
+    def __init__(self, commits: Commits) -> None:
+        self.commits = commits
+        self.log = commits.log
+        self.root = commits.log.root
+        self.public = commits.public
+        self.medium = commits.medium
+        self.blocks = commits.public.blocks
+        self.space = commits.public.space
+        self.geometry = commits.public.geometry
+        self.kept_bytes = 0
+        self._is_surveyed = False
+
+    # Before the first change
+
+    def prepare_to_change(self) -> None:
+        """Check, once, that the image may be changed: no metadata cluster is used twice or uncounted.
+
+        The lock is held: nobody changes what is walked.
+
+        Raises:
+            CorruptionError: changing this image would destroy it.
+        """
+        if not self._is_surveyed:
+            self.public.search.metadata = self.public.snapshots.survey()
+            self._find_frontier()
+            self.start_search()
+            self._is_surveyed = True
+
+    def prepare_to_repair(self) -> None:
+        """As `prepare_to_change`, where refcounts may be wrong: nothing below the frontier is free (F1).
+
+        Raises:
+            CorruptionError: a metadata cluster is used twice.
+        """
+        if not self._is_surveyed:
+            self.public.search.metadata = set(self.public.snapshots.find_metadata())
+            self._find_frontier()
+            self._is_surveyed = True
+
+    def start_search(self) -> None:
+        """Free clusters may be looked for: the refcounts can be trusted (F1)."""
+        self.public.search.start(self.space.frontier)
+
+    def _find_frontier(self) -> None:
+        file_end = self.geometry.clusters(self.medium.size())
+        end = max(self.space.frontier, file_end, self.public.refcounts.used_end())
+        self.space.frontier = ClusterIndex(end)
+
+    def go_live(self) -> None:
+        """Set up the journal before the first metadata change. Nothing to do if the image is live.
+
+        Called with the lock free.
+
+        Raises:
+            OSError: the host refused; the image is as it was.
+            UnsupportedFeatureError: the header leaves no room for the root.
+        """
+        with self.commits.turn.taken:
+            self.commits.begin_turn()
+            if self.log.journal is None:
+                with self.medium.lock:
+                    self.prepare_to_change()
+                self._set_up()
+
+    def _set_up(self) -> None:
+        clean = self.blocks.area
+        roots.check_room(clean.header, len(clean.data))
+        # Autoclear bits that jqcow does not keep are gone from the first header that the journal holds.
+        live = clean.with_header(replace(clean.header, autoclear_features=0))
+        self.root.settle()
+        before = self.medium.pread(SECTOR_0, SECTOR_BYTES)
+        self.public.refcounts.allocate_homes()
+        # Under the next barrier they become zero-safe: new clusters need not go behind the journal.
+        self.log.recycle()
+        journal = self.log.lay(self.log.journal_bytes, Contents.opening(live, epoch=1, sequence=0))
+        try:
+            # Durable now: the opening frame and the root copy. The root that names them comes next.
+            self.medium.barrier("live.prepare")
+            self.root.write(roots.pack_root(clean.header, journal.extent))
+            if clean.header.autoclear_features:
+                # Durable now: the cleared autoclear bits. Data may change what they vouch for.
+                self.medium.barrier("live.autoclear")
+        except BaseException:
+            self.root.put_back(before)
+            self.log.retire(journal.extent)
+            raise
+        with self.medium.lock, self.medium.section():
+            self.blocks.area, self.log.journal = live, journal
+            self.root.decide()
+
+    # Recovery
+
+    def check_replayed(self, cluster_bits: int, extent: JournalRange) -> None:
+        """Raise unless replay leaves the header cluster's geometry and the journal's clusters alone.
+
+        Raises:
+            CorruptionError: the journal is not one that a writer leaves.
+        """
+        if self.geometry.cluster_bits != cluster_bits:
+            raise CorruptionError(
+                "journal", extent.offset, "its header has another cluster size than the root"
+            )
+        roots.check_room(self.blocks.area.header, len(self.blocks.area.data))
+        for offset in self.blocks.images:
+            if extent.offset <= offset < extent.end:
+                raise CorruptionError("journal", extent.offset, f"it would write into itself at {offset:#x}")
+        start, end = extent.offset // self.geometry.cluster_bytes, self.geometry.clusters(extent.end)
+        if not self.public.refcounts.is_free(start, end):
+            raise CorruptionError("journal", extent.offset, "its clusters have a refcount")
+
+    def recover(self, sector: bytes, scan: Scan, *, repairing: bool) -> None:
+        """Bring a crashed image home: what was replayed into memory becomes durable.
+
+        Args:
+            sector: the root as it was read.
+            scan: the journal as it was read.
+            repairing: the refcounts may be wrong, and are made right next.
+
+        Raises:
+            OSError: recovery can be tried again, from the start.
+        """
+        if repairing or self.blocks.area.header.incompatible_features & INCOMPATIBLE_DIRTY:
+            self.prepare_to_repair()
+        else:
+            self.prepare_to_change()
+        # Durable now: what a killed writer left unsynced, a root copy in flight among it.
+        self.medium.barrier("recover.settle")
+        if self.root.copy_serves(scan.extent):
+            # A failed barrier may have lost this write; what was read may be in the page cache alone.
+            self.root.rewrite(sector)
+            # Durable now: the root as it was read. The root copy may be rewritten from here on.
+            self.medium.barrier("recover.root")
+        self.log.relocate(max(scan.extent.length, self.log.journal_bytes), Contents.of_scan(scan))
+        self.log.end_epoch()
+        self.public.refcounts.allocate_homes()
+
+    # Clean close
+
+    def clean(self) -> None:
+        """Make the image standard qcow2: everything home, sector 0 as any program knows it, journal gone.
+
+        The caller is alone.
+
+        Raises:
+            OSError: the image stays live and recoverable, unless only the last step failed: then it is
+                clean, and the journal's clusters are not given back.
+        """
+        with self.commits.turn.taken:
+            self.commits.begin_turn()
+            if not self.public.changes.is_empty:
+                self.commits.run(self.public)
+            if self.log.journal is None:
+                self._close_clean()
+            else:
+                self._bring_home()
+                self._clear_root()
+                self._release_journal()
+
+    def _close_clean(self) -> None:
+        if self.root.has_leftover_copy():
+            self.root.settle()
+            self.root.clear_copy()
+        # Durable now: data written in place; no root copy that a crash or a failed start left.
+        self.medium.barrier("close.data")
+
+    def _bring_home(self) -> None:
+        if self.root.copy_is_stale:
+            # A move failed after it wrote the copy; sector 0 is about to rely on it.
+            self.root.settle()
+            self.root.write_copy(self.blocks.area.header, self.log.require_journal().extent)
+        # The journal still has all of the header.
+        tail = self.blocks.area.data[SECTOR_BYTES:]
+        if tail and self.medium.pread(HEADER_TAIL, len(tail)) != tail:
+            self.medium.pwrite(tail, HEADER_TAIL)
+        self.log.end_epoch(closing=True)
+
+    def _clear_root(self) -> None:
+        area = self.blocks.area
+        live_root = roots.pack_root(area.header, self.log.require_journal().extent)
+        try:
+            self.medium.pwrite(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"), SECTOR_0)
+            # Durable now: sector 0 in standard layout. The journal and the root copy may go.
+            self.medium.barrier("close.clear")
+        except BaseException:
+            # The journal is intact, so the live root is right whatever the disk holds.
+            self.medium.device.pwrite(live_root, SECTOR_0)
+            raise
+
+    def _release_journal(self) -> None:
+        extent = self.log.require_journal().extent
+        with self.medium.lock, self.medium.section():
+            self.log.journal = None
+            used_end = self.public.refcounts.used_end()
+        self.log.recycle(wanted=False)
+        self.root.clear_copy()
+        self._cut_file(max(self.kept_bytes, self.geometry.offset_of(used_end)), extent)
+        # Durable now: the file without the journal. Closing is complete.
+        self.medium.barrier("close.release")
+
+    def _cut_file(self, used_bytes: int, extent: JournalRange) -> None:
+        """Give the journal's space back; the file ends behind the highest cluster in use (T7)."""
+        if used_bytes > extent.offset:
+            self.medium.punch(HostOffset(extent.offset), extent.length)
+        self.medium.shrink(used_bytes)

@@ -1,0 +1,226 @@
+"""The log of a live image: from records to homes, and from one journal range to the next.
+
+Whoever calls in here has the turn (commit.py), and the lock is free while the device works.
+
+T3. Homes are written only from durable records, and by `write_homes` alone.
+T4. An epoch ends only after all its log images are home under a completed barrier.
+T7. The file reaches to the end of the highest cluster in use before a checkpoint's barrier, and is never
+    cut below that.
+T8. A record is never longer than a half; a longer one moves the journal to a larger range first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from jqcow.engine.blocks import Blocks
+from jqcow.engine.changes import ChangeSet, Run
+from jqcow.engine.journal import Contents, Journal, write_range
+from jqcow.engine.medium import Medium
+from jqcow.engine.root import Root
+from jqcow.engine.space import Space
+from jqcow.engine.tables import Tables
+from jqcow.errors import UnsupportedFeatureError
+from jqcow.ondisk import frame as frames
+from jqcow.ondisk import layout
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.frame import EncodedPayload, HeaderOperation
+from jqcow.ondisk.layout import HostOffset
+from jqcow.ondisk.root import MAX_JOURNAL_BYTES, JournalRange
+
+NewSalt = Callable[[], bytes]
+
+
+class Log:
+    """The journal of one image, the homes that it leads to, and the range that it lies in.
+
+    Attributes:
+        journal: None while the image is clean.
+        journal_bytes: length of the next range.
+        new_salt: makes the salt of each new range.
+        in_transaction: what a transaction took looks free in the public tables.
+    """
+
+    def __init__(self, public: Tables, root: Root, journal_bytes: int, new_salt: NewSalt) -> None:
+        self.public = public
+        self.medium: Medium = public.blocks.medium
+        self.blocks: Blocks = public.blocks
+        self.space: Space = public.space
+        self.geometry = public.geometry
+        self.root = root
+        self.journal: Journal | None = None
+        self.journal_bytes = journal_bytes
+        self.new_salt = new_salt
+        self.in_transaction = False
+
+    def require_journal(self) -> Journal:
+        """Return the journal of a live image."""
+        if self.journal is None:
+            raise RuntimeError("the image has no live journal")
+        return self.journal
+
+    # Room for a record
+
+    def make_room(self, changes: ChangeSet) -> EncodedPayload:
+        """Encode a change set for the place where its frame goes; end the epoch or move where it must.
+
+        Raises:
+            OSError: the checkpoint or the move failed; the log is live as before.
+        """
+        journal = self.require_journal()
+        if not journal.epoch_is_empty:
+            payload = frames.encode_operations(changes.operations())
+            if journal.has_room(payload):
+                return payload
+            self.end_epoch()
+        first = frames.encode_operations(self._with_header(changes))
+        if journal.has_room(first):
+            return first
+        self._move(self._length_for(first))
+        return frames.encode_operations(changes.operations())
+
+    def _with_header(self, changes: ChangeSet) -> list[frames.Operation]:
+        """Return the operations of the first frame of an epoch, which starts with the header (J4)."""
+        operations = changes.operations()
+        if changes.area is not None:
+            return operations
+        return [HeaderOperation(self.blocks.area.data), *operations]
+
+    def _length_for(self, payload: EncodedPayload) -> int:
+        """Return a journal length whose half holds an opening frame and this payload, with room to spare."""
+        opening = roots.MAX_LIVE_HEADER_BYTES + 2 * frames.FRAME_ALIGNMENT
+        needed = max(2 * (opening + payload.decoded_length), payload.zeroed_length)
+        half = layout.round_up(needed, frames.FRAME_ALIGNMENT)
+        if 2 * half > MAX_JOURNAL_BYTES:
+            raise UnsupportedFeatureError("a journal of more than 1 GiB", "the transaction is too large")
+        return max(2 * half, self.journal_bytes)
+
+    # Checkpoint: from the log to the homes
+
+    def end_epoch(self, *, closing: bool = False) -> None:
+        """Write everything that durable records hold to its home; go on in the other half.
+
+        Raises:
+            OSError: the log stays live, and this can be tried again (unless a barrier failed).
+        """
+        self.write_homes()
+        if not closing:
+            # After the homes: a cluster that was freed may be among them.
+            self.recycle()
+        # Durable now: every log image of the epoch is home. The next epoch's first frame says so.
+        self.medium.barrier("checkpoint.homes")
+        with self.medium.lock, self.medium.section():
+            self.blocks.images_are_home()
+            self.require_journal().start_epoch()
+
+    def write_homes(self) -> None:
+        """Write the log images of durable records to their homes (T3), and grow the file to hold all (T7)."""
+        for offset, blocks in self.blocks.image_runs():
+            self.medium.pwrite(blocks, offset)
+        with self.medium.lock:
+            self.medium.grow(self.geometry.offset_of(self.space.frontier))
+
+    # Space that comes back
+
+    def recycle(self, *, wanted: bool = True) -> None:
+        """Punch what durable records freed and, when short of zero-safe clusters and ``wanted``, some others.
+
+        All of them are zero-safe after the next barrier. What is durable is durable, whatever the host says
+        now: a cluster that cannot be punched keeps its old bytes, and is written whole when it is used.
+        """
+        with self.medium.lock, self.medium.section():
+            wanted = wanted and not self.in_transaction
+            if wanted:
+                self.public.refcounts.search_if_short()
+            runs = self.space.start_recycling(wanted=wanted)
+        for run in runs:
+            punched = self._punch(run)
+            with self.medium.lock, self.medium.section():
+                self.space.end_recycling(run, punched=punched)
+
+    def _punch(self, run: Run) -> bool:
+        with suppress(OSError):
+            offset, length = self.geometry.offset_of(run.start), run.count * self.geometry.cluster_bytes
+            self.space.host_punches = self.medium.punch(offset, length)
+            return self.space.host_punches
+        return False
+
+    # A new range
+
+    def lay(self, length: int, contents: Contents) -> Journal:
+        """Write a new range behind the end of everything, with ``contents``, and the root copy that names it.
+
+        Nothing names the range yet. A wrong refcount must not cost data, so no free cluster is used for it.
+
+        Raises:
+            OSError: the range is given up, and the root copy may be stale.
+        """
+        with self.medium.lock, self.medium.section():
+            extent = self._place(length)
+        try:
+            write_range(self.medium, extent, contents)
+            self.root.write_copy(self.blocks.area.header, extent)
+        except BaseException as error:
+            self._give_up(extent, error)
+            raise
+        return Journal(self.medium, extent, contents)
+
+    def _place(self, length: int) -> JournalRange:
+        unit = max(self.geometry.cluster_bytes, roots.JOURNAL_ALIGNMENT)
+        end = max(self.medium.size(), self.geometry.offset_of(self.space.frontier))
+        offset = HostOffset(layout.round_up(end, unit))
+        if offset + length > layout.MAX_HOST_OFFSET:
+            raise UnsupportedFeatureError("a file of more than 64 PiB")
+        self.space.reserve(offset, length)
+        return JournalRange(offset, length, self.new_salt())
+
+    def _give_up(self, extent: JournalRange, error: BaseException) -> None:
+        """A range could not be written, and nothing names it: its space goes back, as far as that works."""
+        try:
+            with self.medium.lock:
+                is_last = self.geometry.offset_of(self.space.frontier) <= layout.round_up(
+                    extent.end, self.geometry.cluster_bytes
+                )
+                if is_last:
+                    self.medium.shrink(extent.offset)
+        except OSError as second:
+            error.add_note(f"the file could not be cut back to {extent.offset} bytes either: {second}")
+        self.retire(extent)
+
+    def retire(self, extent: JournalRange) -> None:
+        """Give a range up that no root names, or will name once a barrier has completed."""
+        with self.medium.lock, self.medium.section():
+            self.space.unreserve(HostOffset(extent.offset), extent.length)
+
+    # Move: one procedure for growing, moving and recovering
+
+    def _move(self, length: int) -> None:
+        """Go on in a new range of ``length`` bytes. The running epoch must be home."""
+        journal = self.require_journal()
+        self.relocate(length, Contents.opening(self.blocks.area, journal.epoch, journal.sequence))
+
+    def relocate(self, length: int, contents: Contents) -> None:
+        """Lay a new range with ``contents``, and make the root name it.
+
+        Raises:
+            OSError: the old range goes on.
+        """
+        old = self.require_journal().extent
+        self.root.settle()
+        journal = self.lay(length, contents)
+        header = self.blocks.area.header
+        try:
+            # Durable now: the new range and the root copy. The root that names them comes next.
+            self.medium.barrier("move.range")
+            self.root.write(roots.pack_root(header, journal.extent))
+            # Durable now: the root names the new range. Homes are written from here on, and the old
+            # range's frames need not be durable: a failed barrier may have lost them.
+            self.medium.barrier("move.root")
+        except BaseException:
+            self.root.put_back(roots.pack_root(header, old))
+            self.retire(journal.extent)
+            raise
+        self.journal = journal
+        self.root.decide()
+        self.retire(old)

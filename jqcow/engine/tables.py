@@ -1,0 +1,78 @@
+"""All tables of one image as one reader sees them, and the operations that change them."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from jqcow.engine.blocks import Blocks, MemoryView, Staged, View
+from jqcow.engine.changes import ChangeSet, Mark
+from jqcow.engine.mapping import L1Table, Mapping
+from jqcow.engine.medium import PLANNED
+from jqcow.engine.refcounts import Refcounts, Search
+from jqcow.engine.snapshots import Snapshots
+from jqcow.engine.space import Space
+
+
+class Tables:
+    """Mapping, refcounts and snapshots through one view: the public one, or that of a transaction.
+
+    Attributes:
+        mapping_at_hand, refcounts_at_hand: for requests; they raise `Absent` for a block that is not in memory.
+            All others read it with the lock held.
+    """
+
+    def __init__(
+        self, blocks: Blocks, space: Space, search: Search, changes: ChangeSet, shown: L1Table | None = None
+    ) -> None:
+        self.blocks = blocks
+        self.space = space
+        self.search = search
+        self.staged = Staged(changes)
+        self.geometry = blocks.geometry
+        self.view = View(blocks, self.staged)
+        self.refcounts = Refcounts(self.view, space, search)
+        self.mapping = Mapping(self.view, space, shown)
+        self.snapshots = Snapshots(self.view, self.mapping, self.refcounts)
+        memory = MemoryView(blocks, self.staged)
+        self.mapping_at_hand = Mapping(memory, space, shown)
+        self.refcounts_at_hand = Refcounts(memory, space, search)
+
+    @property
+    def changes(self) -> ChangeSet:
+        """The set that changes go to."""
+        return self.staged.changes
+
+    def operation(self) -> Operation:
+        """Make the changes inside all or nothing; the lock is held, and the image is live."""
+        return Operation(self)
+
+    def undo(self, mark: Mark) -> None:
+        """Return to a mark: what was taken since is free again, what was freed is in use."""
+        self.space.undo(self.changes.return_to(mark))
+
+
+class Operation:
+    """The metadata changes of one operation, as a context manager: all of them, or none (changes.py, D3).
+
+    It is a critical section: what is not planned for leaves the image in doubt (medium.py, M6).
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._medium = tables.blocks.medium
+        self._mark: Mark | None = None
+
+    def __enter__(self) -> None:
+        self._medium.require_known()
+        self._medium.in_doubt = True
+        self._mark = self._tables.changes.mark()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mark is None or not (kind is None or issubclass(kind, PLANNED)):
+            return
+        if kind is not None:
+            self._tables.undo(self._mark)
+        self._tables.changes.release(self._mark)
+        self._medium.in_doubt = False

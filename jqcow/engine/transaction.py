@@ -1,0 +1,83 @@
+"""A user transaction, as the engine sees it: a private change set, committed whole or given up.
+
+Its writes go to fresh clusters, also where the guest cluster was allocated, so that leaving them out leaves
+the old disk. Committing switches the mapping in one record. Whoever has one is alone (guard.py, Q2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jqcow.engine.changes import ChangeSet, Mark, Run
+from jqcow.engine.lifecycle import Lifecycle
+from jqcow.engine.tables import Tables
+
+
+class PrivateChanges:
+    """The changes of an open transaction: ``tables`` shows them, and nobody else does."""
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        """Start with what is durable: everything is committed, the image is live, the caller is alone."""
+        self.lifecycle = lifecycle
+        self.commits = lifecycle.commits
+        self.log = lifecycle.log
+        self.medium = lifecycle.medium
+        public = lifecycle.public
+        with self.medium.lock, self.medium.section():
+            # R4: what the transaction frees, the public changes must not go on packing into.
+            public.changes.packed_end = 0
+            changes = ChangeSet(public.geometry, private=True)
+            self.tables = Tables(public.blocks, public.space, public.search, changes)
+            self.log.in_transaction = True
+
+    def commit(self) -> int:
+        """Make the changes durable, whole; return the sequence of their record (or of the last one).
+
+        Raises:
+            OSError: nothing of them happened; `give_up` follows.
+        """
+        with self.commits.turn.taken:
+            self.commits.begin_turn()
+            self.commits.run(self.tables)
+            self.log.in_transaction = False
+            return self.log.require_journal().sequence
+
+    def give_up(self) -> None:
+        """Forget all changes. Should their record come back to life it needs its clusters (space.py, S5)."""
+        with self.medium.lock, self.medium.section():
+            changes, space = self.tables.changes, self.tables.space
+            space.keep((*changes.freed_data, *changes.freed_metadata))
+            self._retire(changes.taken)
+            self.tables.staged.changes = ChangeSet(self.tables.geometry, private=True)
+            self.log.in_transaction = False
+
+    def _retire(self, taken: list[Run]) -> None:
+        self.tables.space.retire(taken)
+
+    # Going back
+
+    def savepoint(self) -> Mark:
+        """Return a mark of the present state; what is in fresh clusters so far belongs to it."""
+        with self.medium.lock, self.medium.section():
+            return self.tables.changes.savepoint()
+
+    def return_to(self, mark: Mark) -> None:
+        """Undo everything since a mark."""
+        with self.medium.lock, self.medium.section():
+            self.tables.undo(mark)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All operations inside, or none of them."""
+        mark = self.savepoint()
+        try:
+            yield
+        except BaseException:
+            self.return_to(mark)
+            raise
+        finally:
+            with self.medium.lock:
+                if not self.medium.in_doubt:
+                    with self.medium.section():
+                        self.tables.changes.release(mark)
