@@ -1,21 +1,21 @@
 """The image: read, write, zero, discard, snapshot, flush, checkpoint, close.
 
-Threads may share an image. Three locks, always taken in this order, each by ``with`` alone:
+Threads may share an image. Its locks are taken in this order, each by ``with`` alone:
 
-    the writer's   held by a change, and by a transaction from its begin to its end
-    the turn       held by a commit (engine/turn.py)
-    the lock       held by whoever looks at the image's state or changes it, never by a flush that waits
+    the turnstile   held by whoever is alone: a transaction, a resize, a close (engine/guard.py)
+    a request's     held by that request from before its plan until after its end
+    the turn        held by a commit (engine/commit.py)
+    the lock        held by whoever looks at the image's state or changes it, never while the device works
 
-So each call sees the calls before it whole. While a flush waits for the device other threads go on, and
-their flushes share the next barrier. A forked child must not use its parent's image.
-See docs/threads-and-locks.
+Each call plans and stages under the lock, and reads and writes without it. A forked child must not use its
+parent's image. See docs/threads-and-locks.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,11 +25,14 @@ from typing import TYPE_CHECKING, Literal
 from jqcow.device.disk import Disk, Extent, found_below, joined
 from jqcow.device.file import path_of
 from jqcow.disks.image import extent_of
-from jqcow.engine import recovery
-from jqcow.engine.datapath import DataPath
-from jqcow.engine.mapping import UNALLOCATED
+from jqcow.disks.view import FileView
+from jqcow.engine.engine import Guest, Opened
+from jqcow.engine.guard import is_mine
+from jqcow.engine.mapping import L1Table
 from jqcow.engine.repair import RepairReport
 from jqcow.engine.scan import Scan
+from jqcow.engine.tables import Tables
+from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import (
     ImageClosedError,
     ImageInUse,
@@ -41,7 +44,7 @@ from jqcow.imagefile import ImageFile
 from jqcow.offline.check import CheckReport, check_structure
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
-from jqcow.ondisk import root as roots
+from jqcow.ondisk.entries import UNALLOCATED
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.transaction import Transaction
@@ -106,20 +109,21 @@ class Image:
 
     def __init__(
         self,
-        opened: recovery.Opened,
+        opened: Opened,
         mode: Mode,
         backing: Disk | None = None,
         *,
         copy_on_read: bool = False,
+        shown: L1Table | None = None,
     ) -> None:
         """Not for users: see `open` and `create`."""
-        self._copy_on_read = copy_on_read and backing is not None
-        self._store = opened.store
-        self._data = DataPath(opened.store, backing)
+        self._engine = opened.engine
+        self._medium = opened.engine.medium
+        self._lock = opened.engine.medium.lock
         self._backing = backing
+        self._guest = opened.engine.guest(self._enter, backing, shown=shown)
+        self._copy_on_read = copy_on_read and backing is not None
         self._mode: Mode = mode
-        self._lock = opened.store.medium.lock
-        self._writer = threading.RLock()
         self._transaction_thread: int | None = None
         self._owner_pid = os.getpid()
         self._closed = False
@@ -131,13 +135,14 @@ class Image:
     @property
     def size(self) -> int:
         """Size of the disk, as last committed or changed; a transaction's own size is its `size`."""
-        with self._own_lock():
-            self._store.enter()
+        self._own()
+        with self._lock:
+            self._medium.require_known()
             return self._disk_bytes
 
     @property
     def _disk_bytes(self) -> int:
-        return self._data.mapping.disk_bytes
+        return self._guest.tables.mapping.disk_bytes
 
     @property
     def mode(self) -> Mode:
@@ -156,14 +161,15 @@ class Image:
         Raises:
             FormatError, UnsupportedFeatureError: a name that jqcow refuses.
         """
-        with self._own_lock():
-            self._enter()
-            return naming.backing_file_of(self._store.metadata.area, self._name)
+        self._own()
+        with self._lock:
+            self._enter(False)
+            return naming.backing_file_of(self._guest.tables.view.area, self._name)
 
     @property
     def _name(self) -> str:
         """Path of the image, as it was opened; of a device of the caller's own, nothing."""
-        return path_of(self._store.medium.device)
+        return path_of(self._medium.device)
 
     def info(self) -> ImageInfo:
         """Return what the header says.
@@ -171,9 +177,10 @@ class Image:
         Raises:
             ImageClosedError: the image is closed.
         """
-        with self._own_lock():
-            self._enter()
-            header, journal = self._store.metadata.header, self._store.journal
+        self._own()
+        with self._lock:
+            self._enter(False)
+            header, journal = self._guest.tables.view.header, self._engine.log.journal
             live = None
             if journal is not None:
                 extent = journal.extent
@@ -181,7 +188,7 @@ class Image:
             return ImageInfo(
                 virtual_size=self._disk_bytes,
                 cluster_size=1 << header.cluster_bits,
-                file_size=self._store.medium.size(),
+                file_size=self._medium.size(),
                 version=header.version,
                 refcount_bits=1 << header.refcount_order,
                 lazy_refcounts=bool(header.compatible_features & headers.COMPATIBLE_LAZY_REFCOUNTS),
@@ -199,13 +206,13 @@ class Image:
             JqcowError: the metadata cannot be walked.
             OSError: the host failed.
         """
-        with self._own_lock():
-            self._enter()
-            reserved = [(extent.offset, extent.length) for extent in self._live_extents()]
-            return check_structure(self._store.view, self._store.view_bytes, reserved=reserved)
-
-    def _live_extents(self) -> list[roots.JournalRange]:
-        return [] if self._store.journal is None else [self._store.journal.extent]
+        self._own()
+        with self._lock:
+            self._enter(False)
+            view, journal = self._engine.public.view, self._engine.log.journal
+            extent = None if journal is None else journal.extent
+            file = FileView(self._medium.device, view.area, view.newest(), journal=extent)
+            return check_structure(file.read, file.size(), reserved=file.reserved)
 
     def extents(self, length: int | None = None, offset: int = 0) -> Iterator[Extent]:
         """Yield what a guest range holds, in order, neighbours of one kind joined.
@@ -220,19 +227,19 @@ class Image:
             ValueError: the range reaches past the end.
             CorruptionError: a table on the way is damaged.
         """
-        with self._own_lock():
-            self._enter()
+        self._own()
+        with self._lock:
+            self._enter(False)
             length = self._disk_bytes - offset if length is None else length
-            self._data.check_range(length, offset)
+            self._guest.requests.check_range(offset, length)
         return joined(self._found(length, offset))
 
     def _found(self, length: int, offset: int) -> Iterator[Extent]:
         """Yield the runs of the image's own tables, and what lies below where they have nothing."""
         end = offset + length
         while offset < end:
-            with self._own_lock():
-                self._enter()
-                run = self._data.mapping.run(offset, end - offset)
+            self._own()
+            run = self._guest.requests.first_run(offset, end - offset)
             if run.kind == UNALLOCATED and self._backing is not None:
                 yield from found_below(self._backing, run.length, offset)
             else:
@@ -250,36 +257,25 @@ class Image:
             CorruptionError: a table on the way is damaged.
             OSError: the host failed.
         """
-        with self._own_lock():
-            self._enter()
-            self._data.check_range(length, offset)
+        self._own()
+        self._enter(False)
+        self._guest.requests.check_range(offset, length)
         buffer = bytearray(length)
-        self.pread_into(buffer, offset)
+        self._read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` from the disk at ``offset``; errors as `pread`."""
+        self._own()
         with memoryview(buffer) as whole, whole.cast("B") as view:
-            with self._own_lock():
-                self._enter()
-                self._data.check_range(len(view), offset)
-                self._data.read_into(view, offset)
-                copies = self._copy_on_read and self._data.reads_from_below(len(view), offset)
-            if copies:
-                self._copy_up(len(view), offset)
+            self._read_into(view, offset)
 
-    def _copy_up(self, length: int, offset: int) -> None:
-        """Copy what was read from below, unless a transaction is open: a later read of it will."""
-        if self._transaction_thread is not None:
-            return
-        lock = self._own_lock(changing=True)
-        with self._writer:
-            for start, part in self._data.spans(offset, length):
-                with lock:
-                    self._enter_to_change()
-                    self._data.check_range(part, start)
-                    self._data.copy_up(part, start)
-                self._store.commit_if_large()
+    def _read_into(self, view: memoryview, offset: int) -> None:
+        self._guest.requests.read_into(view, offset)
+        # A later read copies what is read while a transaction is open.
+        copies = self._copy_on_read and self._transaction_thread is None
+        if copies and self._guest.requests.reads_from_below(offset, len(view)):
+            self._guest.writes.copy_up(offset, len(view))
 
     def reads_as_zeros(self, length: int, offset: int) -> bool:
         """Return True if a range is known to read as zeros, by the tables of the image and of those below.
@@ -290,10 +286,11 @@ class Image:
             ValueError: the range reaches past the end.
             CorruptionError: a table on the way is damaged.
         """
-        with self._own_lock():
-            self._enter()
-            self._data.check_range(length, offset)
-            return self._data.reads_as_zeros(length, offset)
+        self._own()
+        with self._lock:
+            self._enter(False)
+            self._guest.requests.check_range(offset, length)
+        return self._guest.requests.reads_as_zeros(offset, length)
 
     # Writing
 
@@ -307,12 +304,9 @@ class Image:
             ReadOnlyError: the image was opened with ``"r"``, or is read-only since a failed barrier.
             OSError: the host failed; the range may be old or new, all else is as before.
         """
+        self._own(changing=True)
         with memoryview(buffer) as whole, whole.cast("B") as view:
-            self._change(
-                len(view),
-                offset,
-                lambda length, start: self._data.write(view[start - offset :][:length], start),
-            )
+            self._guest.writes.write(view, offset)
             if fua:
                 self.flush()
             return len(view)
@@ -323,30 +317,16 @@ class Image:
         ``unmap`` frees the clusters that the range covers whole; without it they stay allocated.
         Errors as `pwrite`.
         """
-        self._change(
-            length, offset, lambda length, start: self._data.write_zeroes(length, start, unmap=unmap)
-        )
+        self._own(changing=True)
+        self._guest.zeroing.write_zeroes(offset, length, unmap=unmap)
 
     def discard(self, length: int, offset: int) -> None:
         """Free the clusters that a range covers whole: they read as zeros. The rest of it is left alone.
 
         Errors as `pwrite`.
         """
-        self._change(length, offset, self._data.discard)
-
-    def _change(self, length: int, offset: int, change: Callable[[int, int], None]) -> None:
-        """Call ``change(length, offset)`` for each part of a range, and keep what is staged within bounds."""
-        lock = self._own_lock(changing=True)
-        with self._writer:
-            with lock:
-                self._enter_to_change()
-                self._data.check_range(length, offset)
-                parts = self._data.spans(offset, length)
-            for start, part in parts:
-                with lock:
-                    self._enter_to_change()
-                    change(part, start)
-                self._store.commit_if_large()
+        self._own(changing=True)
+        self._guest.zeroing.discard(offset, length)
 
     def pwrite_compressed(self, buffer: ReadableBuffer, offset: int, level: int | None = None) -> int:
         """Write whole clusters compressed, as the image's header says how; return the buffer's length.
@@ -363,17 +343,9 @@ class Image:
             ValueError: not whole clusters, or they reach past the end.
             ReadOnlyError, OSError: as `pwrite`; the failed cluster is as before.
         """
+        self._own(changing=True)
         with memoryview(buffer) as whole, whole.cast("B") as view:
-            with self._own_lock():
-                self._enter()
-                self._data.check_whole_clusters(len(view), offset)
-            self._change(
-                len(view),
-                offset,
-                lambda length, start: self._data.write_compressed(
-                    view[start - offset :][:length], start, level
-                ),
-            )
+            self._guest.packed.write(view, offset, level)
             return len(view)
 
     def resize(self, size: int) -> None:
@@ -387,16 +359,23 @@ class Image:
             ReadOnlyError, OSError: as `pwrite`; the size is as before.
         """
         layout.check_disk_size(size)
-        lock = self._own_lock(changing=True)
-        with self._writer, lock:
-            self._enter_to_change()
-            if size == self._disk_bytes:
-                return
-            if self._data.is_one_operation(size):
-                self._data.resize(size)
+        self._own(changing=True)
+        guard = self._engine.guard
+        with guard.turnstile, guard.alone():
+            with self._lock:
+                self._enter(True)
+                if size == self._disk_bytes:
+                    return
+            guest = self._alone()
+            if guest.resizing.is_one_operation(size):
+                guest.resizing.resize(size)
                 return
         with self.transaction() as transaction:
             transaction.resize(size)
+
+    def _alone(self) -> Guest:
+        """Return a way in for whoever is alone."""
+        return self._engine.guest(self._enter, self._backing, alone=True)
 
     # Transactions
 
@@ -414,22 +393,24 @@ class Image:
             ReadOnlyError: the image cannot be changed.
             OSError: entering or committing failed; nothing of the transaction happened.
         """
-        lock = self._own_lock(changing=True)
+        self._own(changing=True)
+        engine, guard = self._engine, self._engine.guard
         # Held by the generator's frame: it is released even if this generator is never resumed.
-        with self._writer:
-            transaction = Transaction(self._data, self._own_lock, self._enter, self._require_writable)
+        with guard.turnstile, guard.alone():
+            self._transaction_thread = threading.get_ident()
             try:
-                self._transaction_thread = threading.get_ident()
-                with lock:
-                    self._enter_to_change()
-                self._store.begin_transaction()
-                yield transaction
-                if transaction.is_open:
-                    transaction._commit()
+                with self._lock:
+                    self._enter(True)
+                engine.commits.flush(self._require_writable)
+                engine.lifecycle.go_live()
+                transaction = Transaction(PrivateChanges(engine.lifecycle), self._private_guest, self._own)
+                with transaction._running():
+                    yield transaction
             finally:
-                # No call, so that nothing can come in between. The next change undoes what was not committed.
                 self._transaction_thread = None
-                transaction._open = False
+
+    def _private_guest(self, tables: Tables) -> Guest:
+        return self._engine.guest(self._enter, self._backing, tables=tables, alone=True)
 
     # Snapshots
 
@@ -439,9 +420,10 @@ class Image:
         Raises:
             FormatError, CorruptionError: the snapshot table is not one that an image can have.
         """
-        with self._own_lock():
-            self._enter()
-            return self._store.snapshots.read_table().snapshots
+        self._own()
+        with self._lock:
+            self._enter(False)
+            return self._engine.public.snapshots.read_table().snapshots
 
     def create_snapshot(self, name: str, date: datetime | None = None) -> Snapshot:
         """Keep the disk as it is now as an internal snapshot; durable on return.
@@ -493,29 +475,27 @@ class Image:
             ReadOnlyError: the image is read-only since a failed barrier.
             OSError: nothing more is durable than before. After a failed barrier the image is read-only.
         """
-        with self._own_lock():
-            self._enter()
-            if self._mode == "r+":
-                self._require_writable()
+        self._own()
+        with self._lock:
+            self._enter(self._mode == "r+")
         if self._mode == "r+":
-            self._store.flush(self._require_writable)
+            self._engine.commits.flush(self._require_writable)
 
     def checkpoint(self) -> None:
         """Flush, and bring everything that the journal holds to its home.
 
         Errors as `flush`; the journal stays valid, and a later checkpoint tries again.
         """
-        lock = self._own_lock(changing=True)
-        with self._writer:
-            with lock:
-                self._enter()
-                self._require_writable()
-            self._store.checkpoint()
+        self._own(changing=True)
+        with self._lock:
+            self._enter(True)
+        self._engine.commits.checkpoint()
 
     def as_file(self) -> ImageFile:
         """Return the disk as a raw binary file, for `io.BufferedRandom` and all that takes a file."""
-        with self._own_lock():
-            self._enter()
+        self._own()
+        with self._lock:
+            self._enter(False)
         return ImageFile(self)
 
     # Closing
@@ -533,29 +513,33 @@ class Image:
         if self._is_foreign:
             self._close_files()
             return
-        lock = self._own_lock(changing=True)
-        with self._writer:
-            self._close(lock)
+        self._own(changing=True)
+        guard = self._engine.guard
+        with guard.turnstile:
+            try:
+                if self._is_tidy():
+                    with guard.alone():
+                        self._engine.lifecycle.clean()
+            finally:
+                self._end()
+
+    def _is_tidy(self) -> bool:
+        """Return True if closing has something to write, and may."""
+        return self._mode == "r+" and not (self._closed or self._medium.poisoned or self._medium.in_doubt)
+
+    def _end(self) -> None:
+        """Refuse all calls from here on, wait for those in flight, and close the files."""
+        with self._engine.commits.turn.taken, self._lock:
+            self._closed = True
+        self._engine.guard.end_all()
+        self._close_files()
 
     def _close_files(self) -> None:
         try:
-            self._store.medium.device.close()
+            self._medium.device.close()
         finally:
             if self._backing is not None:
                 self._backing.close()
-
-    def _close(self, lock: threading.RLock) -> None:
-        """Close, with no change under way."""
-        try:
-            with lock:
-                self._store.enter(alone=True)
-                tidy = self._mode == "r+" and not self._closed and not self._store.medium.poisoned
-            if tidy:
-                self._store.clean()
-        finally:
-            with self._store.turn.taken, lock:
-                self._closed = True
-                self._close_files()
 
     def __enter__(self) -> Image:
         return self
@@ -565,7 +549,8 @@ class Image:
     ) -> None:
         if self._transaction_thread == threading.get_ident():
             # The end of a ``with image.transaction()`` was cut off on the way to here, by an exception.
-            self._close(self._lock)
+            self._medium.in_doubt = True
+            self._end()
         else:
             self.close()
 
@@ -579,8 +564,8 @@ class Image:
     def _is_foreign(self) -> bool:
         return os.getpid() != self._owner_pid
 
-    def _own_lock(self, *, changing: bool = False) -> threading.RLock:
-        """Return the lock, to be taken by ``with``; refuse whom it would keep waiting forever.
+    def _own(self, *, changing: bool = False) -> None:
+        """Refuse a caller who would wait forever, before any lock is taken.
 
         A forked child has a copy of the locks as they were, and of nothing that could release them.
         """
@@ -591,32 +576,21 @@ class Image:
             )
         if changing and self._transaction_thread == threading.get_ident():
             raise TransactionError("this thread has a transaction open: use its own methods")
-        for taken in (self._lock, self._store.turn.taken, *((self._writer,) if changing else ())):
-            if _is_mine(taken):
-                raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
-        return self._lock
+        if is_mine(self._lock) or is_mine(self._engine.commits.turn.taken):
+            raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
 
-    def _enter(self) -> None:
-        """First thing with the lock taken."""
-        self._store.enter()
+    def _enter(self, changing: bool) -> None:
+        """Refuse a call that the image's state does not allow; called with the lock held."""
         if self._closed:
             raise ImageClosedError
-
-    def _enter_to_change(self) -> None:
-        """First thing with the lock taken, and the writer's."""
-        self._store.enter(alone=True)
-        self._require_writable()
-        self._store.turn.changing()
+        self._medium.require_known()
+        if changing:
+            if self._mode != "r+":
+                raise ReadOnlyError("the image is open for reading only")
+            if self._medium.poisoned:
+                raise PoisonedError("the image is read-only since a barrier failed: reopen it to recover")
 
     def _require_writable(self) -> None:
-        if self._closed:
-            raise ImageClosedError
-        if self._mode != "r+":
-            raise ReadOnlyError("the image is open for reading only")
-        if self._store.medium.poisoned:
-            raise PoisonedError("the image is read-only since a barrier failed: reopen it to recover")
-
-
-def _is_mine(lock: threading.RLock) -> bool:
-    """Return True if the calling thread has the lock: a finaliser runs in the midst of anything."""
-    return bool(lock._is_owned())  # type: ignore[attr-defined]
+        """As `_enter` for a change, without the lock held."""
+        with self._lock:
+            self._enter(True)

@@ -12,10 +12,9 @@ from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
 from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
-from jqcow.engine import recovery
+from jqcow.engine.engine import Engine, open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import What, clear_corrupt_bit
-from jqcow.engine.store import Store, random_salt
 from jqcow.errors import CorruptionError, FileAccessDenied
 from jqcow.image import Image, Mode
 from jqcow.ondisk import header as headers
@@ -88,7 +87,7 @@ def create(
         chain = None if named is None else open_below(named, [device.identity()], following)
         try:
             device.publish(overwrite)
-            return _open(device, "r+", journal_size=journal_size, find_backing=lambda store: chain)
+            return _open(device, "r+", journal_size=journal_size, find_backing=lambda engine: chain)
         except BaseException:
             if chain is not None:
                 chain.close()
@@ -158,7 +157,7 @@ def open(
             journal_size=journal_size,
             snapshot=snapshot,
             repair=repair,
-            find_backing=lambda store: _open_chain(store, device, following),
+            find_backing=lambda engine: _open_chain(engine, device, following),
             copy_on_read=copy_on_read,
         )
     except BaseException:
@@ -179,7 +178,7 @@ def open_base(named: NamedFile, above: Iterable[Identity], following: Following)
     """
     device = FileDevice.open(named.path, writable=True)
     try:
-        return _open(device, "r+", find_backing=lambda store: _open_chain(store, device, following, above))
+        return _open(device, "r+", find_backing=lambda engine: _open_chain(engine, device, following, above))
     except BaseException:
         device.close()
         raise
@@ -221,8 +220,8 @@ def open_device(
         ValueError: there is a disk, and the image names none.
     """
 
-    def find_backing(store: Store) -> Disk | None:
-        named = naming.backing_file_of(store.metadata.area, "the image")
+    def find_backing(engine: Engine) -> Disk | None:
+        named = naming.backing_file_of(engine.blocks.area, "the image")
         if named is None:
             if backing is not None and not callable(backing):
                 raise ValueError("the image has no backing file")
@@ -247,7 +246,7 @@ def _open(
     device: Device,
     mode: Mode,
     *,
-    find_backing: Callable[[Store], Disk | None],
+    find_backing: Callable[[Engine], Disk | None],
     journal_size: int | None = None,
     new_salt: Callable[[], bytes] = random_salt,
     snapshot: str | None = None,
@@ -260,17 +259,17 @@ def _open(
         raise ValueError("a snapshot is opened for reading alone: apply it to write to what it holds")
     if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
         raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
-    opened = recovery.open_store(
+    opened = open_engine(
         Medium(device),
         writable=mode == "r+",
         journal_bytes=journal_size or 0,
         new_salt=new_salt,
         repair=repair,
     )
-    if snapshot is not None:
-        opened.store.snapshots.show(snapshot)
-    image = Image(opened, mode, find_backing(opened.store), copy_on_read=copy_on_read)
-    if mode == "r+" and opened.store.metadata.header.incompatible_features & headers.INCOMPATIBLE_CORRUPT:
+    engine = opened.engine
+    shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
+    image = Image(opened, mode, find_backing(engine), copy_on_read=copy_on_read, shown=shown)
+    if mode == "r+" and engine.blocks.area.header.incompatible_features & headers.INCOMPATIBLE_CORRUPT:
         _clear_corrupt_mark(image)
     return image
 
@@ -285,7 +284,7 @@ def open_alone(
     _check_mode(mode, journal_size, force_share=False)
     device = FileDevice.open(path, writable=mode == "r+")
     try:
-        return _open(device, mode, journal_size=journal_size, repair=repair, find_backing=lambda store: None)
+        return _open(device, mode, journal_size=journal_size, repair=repair, find_backing=lambda engine: None)
     except BaseException:
         device.close()
         raise
@@ -318,9 +317,9 @@ def open_backing(
 
 
 def _open_chain(
-    store: Store, device: FileDevice, following: Following, above: Iterable[Identity] = ()
+    engine: Engine, device: FileDevice, following: Following, above: Iterable[Identity] = ()
 ) -> Chain | None:
-    named = naming.backing_file_of(store.metadata.area, device.path)
+    named = naming.backing_file_of(engine.blocks.area, device.path)
     return None if named is None else open_below(named, [*above, device.identity()], following)
 
 
@@ -331,7 +330,7 @@ def _clear_corrupt_mark(image: Image) -> None:
         # The repair is kept, and so is the mark.
         image.close()
         raise CorruptionError("image", 0, f"still corrupt after the repair: {report.findings[0]}")
-    clear_corrupt_bit(image._store)
+    clear_corrupt_bit(image._engine.lifecycle)
 
 
 def create_on_device(

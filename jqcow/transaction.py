@@ -8,16 +8,17 @@ Committing switches the mapping in one record.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from jqcow.engine.datapath import DataPath
-from jqcow.engine.metadata import MetadataMark
+from jqcow.engine.changes import Mark
+from jqcow.engine.engine import Guest
 from jqcow.engine.snapshots import NewSnapshot
-from jqcow.engine.space import SpaceMark
+from jqcow.engine.tables import Tables
+from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import TransactionError
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.naming import DiskFormat
@@ -57,11 +58,10 @@ def new_snapshot(name: str, date: datetime | None) -> NewSnapshot:
 class Savepoint:
     """A state of a transaction to come back to; any number of times, until the transaction ends."""
 
-    def __init__(self, transaction: Transaction, metadata: MetadataMark, space: SpaceMark) -> None:
+    def __init__(self, transaction: Transaction, mark: Mark) -> None:
         """Not for users: see `Transaction.savepoint`."""
         self._transaction = transaction
-        self._metadata = metadata
-        self._space = space
+        self._mark = mark
 
     def rollback(self) -> None:
         """Undo every change of the transaction since this savepoint was made.
@@ -79,25 +79,19 @@ class Transaction:
     """
 
     def __init__(
-        self,
-        data: DataPath,
-        lock: Callable[[], threading.RLock],
-        enter: Callable[[], None],
-        check_writable: Callable[[], None],
+        self, changes: PrivateChanges, guest: Callable[[Tables], Guest], own: Callable[[], None]
     ) -> None:
         """Not for users.
 
-        ``lock`` returns the image's lock, or refuses the calling process. The other two are called with it
-        taken: ``enter`` refuses a closed image, ``check_writable`` one that cannot be changed.
+        ``guest`` gives a way in through the transaction's tables; ``own`` refuses who would wait forever.
         """
-        self._data = data
-        self._store = data.store
-        self._image_lock = lock
-        self._enter_image = enter
-        self._check_writable = check_writable
+        self._changes = changes
+        self._tables = changes.tables
+        self._guest = guest(changes.tables)
+        self._lock = changes.medium.lock
+        self._own = own
         self._open = True
-        self._savepoints: list[Savepoint] = []
-        self._going_back: tuple[MetadataMark, SpaceMark] | None = None
+        self._is_given_up = False
         self.receipt: Receipt | None = None
 
     @property
@@ -108,38 +102,31 @@ class Transaction:
     @property
     def size(self) -> int:
         """Size of the disk as the transaction sees it."""
-        with self._image_lock():
-            self._enter()
-            return self._store.metadata.header.size
+        self._enter()
+        with self._lock:
+            return self._tables.view.header.size
 
-    def _enter(self) -> None:
-        """With the lock taken: see the transaction's own state from here on."""
-        self._enter_image()
+    def _enter(self, *, changing: bool = False) -> None:
+        """Refuse a call that the state of the transaction, or of the image, does not allow."""
+        self._own()
         if not self._open:
             raise TransactionError("the transaction has ended")
-        self._store.enter(private=True)
-        if self._going_back is not None:
-            self._go_back()
-
-    def _enter_to_change(self) -> None:
-        self._enter()
-        self._check_writable()
+        with self._lock:
+            self._guest.requests.enter(changing)
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return the disk's bytes as the transaction sees them; errors as `Image.pread`."""
-        with self._image_lock():
-            self._enter()
-            self._data.check_range(length, offset)
-            buffer = bytearray(length)
-            self._data.read_into(memoryview(buffer), offset)
-            return bytes(buffer)
+        self._enter()
+        self._guest.requests.check_range(offset, length)
+        buffer = bytearray(length)
+        self._guest.requests.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` with the disk's bytes as the transaction sees them; errors as `Image.pread`."""
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
-            self._enter()
-            self._data.check_range(len(view), offset)
-            self._data.read_into(view, offset)
+        self._enter()
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            self._guest.requests.read_into(view, offset)
 
     def pwrite(self, buffer: ReadableBuffer, offset: int) -> int:
         """Write ``buffer``; return its length. A failed write leaves the transaction open.
@@ -148,28 +135,20 @@ class Transaction:
             TransactionError: the transaction has ended.
             ValueError, OSError: as `Image.pwrite`.
         """
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
-            self._enter_to_change()
-            self._data.check_range(len(view), offset)
-            if view:
-                self._data.write(view, offset)
+        self._enter(changing=True)
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            self._guest.writes.write(view, offset)
             return len(view)
 
     def write_zeroes(self, length: int, offset: int, unmap: bool = True) -> None:
         """Make a range read as zeros; see `Image.write_zeroes`."""
-        with self._image_lock():
-            self._enter_to_change()
-            self._data.check_range(length, offset)
-            if length:
-                self._data.write_zeroes(length, offset, unmap=unmap)
+        self._enter(changing=True)
+        self._guest.zeroing.write_zeroes(offset, length, unmap=unmap)
 
     def discard(self, length: int, offset: int) -> None:
         """Free the clusters that a range covers whole; see `Image.discard`."""
-        with self._image_lock():
-            self._enter_to_change()
-            self._data.check_range(length, offset)
-            if length:
-                self._data.discard(length, offset)
+        self._enter(changing=True)
+        self._guest.zeroing.discard(offset, length)
 
     def resize(self, size: int) -> None:
         """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
@@ -179,55 +158,48 @@ class Transaction:
             TransactionError, OSError: as `pwrite`.
         """
         layout.check_disk_size(size)
-        with self._image_lock():
-            self._enter_to_change()
-            if size == self._store.metadata.header.size:
-                return
-            # A resize is several operations. Whatever cuts it off, the next call goes back to here.
-            self._going_back = self._mark()
-            self._data.resize(size)
-            self._going_back = None
+        self._enter(changing=True)
+        if size != self._tables.view.header.size:
+            with self._changes.whole():
+                self._guest.resizing.resize(size)
 
     def pwrite_compressed(self, buffer: ReadableBuffer, offset: int, level: int | None = None) -> int:
         """Write whole clusters compressed; see `Image.pwrite_compressed`."""
-        with memoryview(buffer) as whole, whole.cast("B") as view, self._image_lock():
-            self._enter_to_change()
-            self._data.check_whole_clusters(len(view), offset)
-            if view:
-                self._data.write_compressed(view, offset, level)
+        self._enter(changing=True)
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            self._guest.packed.write(view, offset, level)
             return len(view)
 
     # Snapshots
 
     def snapshots(self) -> tuple[Snapshot, ...]:
         """Return the snapshots as the transaction sees them; errors as `Image.snapshots`."""
-        with self._image_lock():
-            self._enter()
-            return self._store.snapshots.read_table().snapshots
+        self._enter()
+        with self._lock:
+            return self._tables.snapshots.read_table().snapshots
 
     def create_snapshot(self, name: str, date: datetime | None = None) -> Snapshot:
         """Make a snapshot of the disk as the transaction sees it; see `Image.create_snapshot`."""
         new = new_snapshot(name, date)
-        with self._image_lock():
-            self._enter_to_change()
-            with self._store.operation():
-                return self._store.snapshots.create(new)
+        self._enter(changing=True)
+        with self._lock, self._tables.operation():
+            return self._tables.snapshots.create(new)
 
     def apply_snapshot(self, id_or_name: str) -> None:
         """Make the disk what it was when a snapshot was made; see `Image.apply_snapshot`."""
-        with self._image_lock():
-            self._enter_to_change()
-            snapshot = self._store.snapshots.find(id_or_name)
-            with self._store.operation():
-                self._store.snapshots.apply(snapshot)
+        self._enter(changing=True)
+        with self._lock:
+            snapshot = self._tables.snapshots.find(id_or_name)
+            with self._tables.operation():
+                self._tables.snapshots.apply(snapshot)
 
     def delete_snapshot(self, id_or_name: str) -> None:
         """Give up a snapshot; see `Image.delete_snapshot`."""
-        with self._image_lock():
-            self._enter_to_change()
-            snapshot = self._store.snapshots.find(id_or_name)
-            with self._store.operation():
-                self._store.snapshots.delete(snapshot)
+        self._enter(changing=True)
+        with self._lock:
+            snapshot = self._tables.snapshots.find(id_or_name)
+            with self._tables.operation():
+                self._tables.snapshots.delete(snapshot)
 
     # Below the image
 
@@ -247,11 +219,11 @@ class Transaction:
             FormatError: the header has no room for it.
             TransactionError, OSError: as `pwrite`.
         """
-        with self._image_lock():
-            self._enter_to_change()
-            area = naming.name_backing_file(self._store.metadata.area, name, backing_format)
-            with self._store.operation():
-                self._store.metadata.set_area(area)
+        self._enter(changing=True)
+        with self._lock:
+            area = naming.name_backing_file(self._tables.view.area, name, backing_format)
+            with self._tables.operation():
+                self._tables.view.set_area(area)
 
     def hide_below(self, length: int, offset: int) -> None:
         """Make whole clusters read as zeros whatever file is put below them.
@@ -262,11 +234,8 @@ class Transaction:
             ValueError: not whole clusters, or they reach past the end.
             TransactionError, OSError: as `pwrite`.
         """
-        with self._image_lock():
-            self._enter_to_change()
-            self._data.check_whole_clusters(length, offset)
-            if length:
-                self._data.hide_below(length, offset)
+        self._enter(changing=True)
+        self._guest.zeroing.hide_below(offset, length)
 
     def make_empty(self) -> None:
         """Give up all that the disk has of its own: what is below shows, or zeros. Its size stays.
@@ -274,11 +243,9 @@ class Transaction:
         Raises:
             TransactionError, OSError: as `pwrite`.
         """
-        with self._image_lock():
-            self._enter_to_change()
-            self._going_back = self._mark()
-            self._data.make_empty()
-            self._going_back = None
+        self._enter(changing=True)
+        with self._changes.whole():
+            self._guest.resizing.make_empty()
 
     # Going back
 
@@ -288,42 +255,39 @@ class Transaction:
         Raises:
             TransactionError: the transaction has ended.
         """
-        with self._image_lock():
-            self._enter()
-            savepoint = Savepoint(self, *self._mark())
-            self._savepoints.append(savepoint)
-            return savepoint
-
-    def _mark(self) -> tuple[MetadataMark, SpaceMark]:
-        """Take a mark. What is in fresh clusters so far belongs to it: they are closed."""
-        return self._store.mark()
-
-    def _go_back(self) -> None:
-        """Return to the mark that is noted. Where this is cut off, the next call goes on."""
-        if self._going_back is not None:
-            self._store.return_to(self._going_back)
-            self._going_back = None
+        self._enter()
+        return Savepoint(self, self._changes.savepoint())
 
     def _return_to(self, savepoint: Savepoint) -> None:
-        with self._image_lock():
-            self._enter()
-            if savepoint not in self._savepoints:
-                raise TransactionError("the transaction went back behind this savepoint")
-            self._going_back = savepoint._metadata, savepoint._space
-            del self._savepoints[self._savepoints.index(savepoint) + 1 :]
-            self._go_back()
+        self._enter()
+        if not self._tables.changes.has_mark(savepoint._mark):
+            raise TransactionError("the transaction went back behind this savepoint")
+        self._changes.return_to(savepoint._mark)
 
     def rollback(self) -> None:
         """Undo everything and end the transaction; leaving the ``with`` block then does nothing."""
-        with self._image_lock():
-            self._enter()
-            self._open = False
-            self._store.abandon_transaction()
+        self._enter()
+        self._open = False
+        self._give_up()
 
-    # Ending, for Image.transaction
+    # For Image.transaction
 
-    def _commit(self) -> None:
-        with self._image_lock():
-            self._enter_to_change()
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Commit at the end of the block; an exception undoes everything, there and then."""
+        try:
+            yield
+            if self._open:
+                self._enter(changing=True)
+                self._open = False
+                self.receipt = Receipt(self._changes.commit())
+        except BaseException:
             self._open = False
-        self.receipt = Receipt(self._store.commit_transaction())
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """Undo everything, once, unless it is committed, or the image is in doubt."""
+        if not (self._is_given_up or self.receipt is not None or self._changes.medium.in_doubt):
+            self._is_given_up = True
+            self._changes.give_up()

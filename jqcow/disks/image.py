@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 from jqcow.device.base import Device
 from jqcow.device.disk import Disk, Extent, ExtentKind, joined
 from jqcow.device.file import path_of
-from jqcow.engine import recovery
-from jqcow.engine.datapath import DataPath
-from jqcow.engine.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, MappedRun
+from jqcow.engine.engine import open_engine
+from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import Medium
-from jqcow.ondisk import entries, naming
+from jqcow.ondisk import naming
+from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 _KINDS: dict[int, ExtentKind] = {
     DATA: "data",
-    ZERO: "zero",
-    COMPRESSED: "compressed",
+    ZERO_CLUSTER: "zero",
+    COMPRESSED_CLUSTER: "compressed",
     UNALLOCATED: "unallocated",
 }
 
 
 def extent_of(run: MappedRun, offset: int) -> Extent:
     """Return what a run of an image's own tables is, at guest ``offset``."""
-    return Extent(offset, run.length, _KINDS[run.kind], run.host_offset if run.kind == DATA else None)
+    return Extent(offset, run.length, _KINDS[run.kind], run.host if run.kind == DATA else None)
 
 
 class ImageDisk(Disk):
@@ -49,14 +46,11 @@ class ImageDisk(Disk):
             OSError: the host failed.
         """
         self.device = device
-        store = recovery.open_store(Medium(device), writable=False).store
-        if snapshot is not None:
-            store.snapshots.show(snapshot)
-        self.area: HeaderArea = store.metadata.area
-        self._data = DataPath(store)
-        # The engine's caches are not for two threads at a time.
-        self._lock = threading.Lock()
-        self._owner_pid = os.getpid()
+        engine = open_engine(Medium(device), writable=False).engine
+        shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
+        self.area: HeaderArea = engine.blocks.area
+        self._guard = engine.guard
+        self._requests = engine.guest(_always, shown=shown).requests
 
     @property
     def path(self) -> str:
@@ -66,7 +60,7 @@ class ImageDisk(Disk):
     @property
     def size(self) -> int:
         """Size of the disk."""
-        return self._data.mapping.disk_bytes
+        return self._requests.tables.mapping.disk_bytes
 
     def backing_file(self) -> NamedFile | None:
         """Return what the header names as the file below, None if it names none.
@@ -78,8 +72,7 @@ class ImageDisk(Disk):
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer``."""
-        with self._lock:
-            self._data.read_into(buffer, offset)
+        self._requests.read_into(buffer, offset)
 
     def extents(self, length: int, offset: int) -> Iterator[Extent]:
         """Yield what the image's own tables say."""
@@ -88,8 +81,7 @@ class ImageDisk(Disk):
     def _extents(self, length: int, offset: int) -> Iterator[Extent]:
         end = offset + length
         while offset < end:
-            with self._lock:
-                run = self._data.mapping.run(offset, end - offset)
+            run = self._requests.first_run(offset, end - offset)
             yield extent_of(run, offset)
             offset += run.length
 
@@ -101,17 +93,20 @@ class ImageDisk(Disk):
         return joined(self._kept_clusters(extent))
 
     def _kept_clusters(self, extent: Extent) -> Iterator[Extent]:
-        cluster_bytes = self._data.geometry.cluster_bytes
+        cluster_bytes = self._requests.geometry.cluster_bytes
         offset = extent.offset
         while offset < extent.end:
             cluster, within = divmod(offset, cluster_bytes)
-            with self._lock:
-                host = self._data.mapping.l2_entry(cluster) & entries.OFFSET_MASK
+            host = self._requests.entry(cluster).host
             length = min(cluster_bytes - within, extent.end - offset)
             yield Extent(offset, length, "zero", host + within if host else None, extent.depth)
             offset += length
 
     def close(self) -> None:
-        """Close the device. A reader is waited for, though not in a forked child, where it never ends."""
-        with self._lock if os.getpid() == self._owner_pid else nullcontext():
-            self.device.close()
+        """Close the device. A reader is waited for."""
+        self._guard.end_all()
+        self.device.close()
+
+
+def _always(changing: bool) -> None:
+    """Let every request in: a layer is open until its chain is closed."""

@@ -168,11 +168,14 @@ class View:
             offset = HostOffset(offset + len(parts[-1]))
         return b"".join(parts)
 
-    def newest(self) -> dict[HostOffset, Block]:
-        """Return all blocks that differ from their homes, as this reader sees them."""
-        staged = self.staged
-        in_flight = {} if staged.in_flight is None else staged.in_flight.blocks
-        return {**self.blocks.images, **in_flight, **staged.changes.blocks}
+    def newest(self) -> dict[int, Block]:
+        """Return all blocks that differ from their homes, as this reader sees them, by host offset."""
+        found: dict[int, Block] = {}
+        found.update(self.blocks.images.items())
+        if self.staged.in_flight is not None:
+            found.update(self.staged.in_flight.blocks.items())
+        found.update(self.changes.blocks.items())
+        return found
 
     # Staging, inside an operation
 

@@ -21,7 +21,8 @@ from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
 Block = bytes | bytearray
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Run:
     """``count`` host clusters from ``start`` on; ``zero_safe`` as in space.py, S3."""
 
     start: ClusterIndex

@@ -10,9 +10,9 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jqcow.device.base import Backing
-from jqcow.engine import features, scan
+from jqcow.device.disk import Disk
 from jqcow.engine import repair as repairing
+from jqcow.engine import scan
 from jqcow.engine.blocks import Blocks
 from jqcow.engine.changes import ChangeSet
 from jqcow.engine.commit import Commits
@@ -27,16 +27,17 @@ from jqcow.engine.refcounts import Search
 from jqcow.engine.repair import RepairReport, What
 from jqcow.engine.request import Requests
 from jqcow.engine.resizing import Resizing
-from jqcow.engine.root import SECTOR_0, Root, read_root_copy
-from jqcow.engine.scan import Scan
+from jqcow.engine.root import SECTOR_0, Root
+from jqcow.engine.scan import Scan, read_header, read_root_copy
 from jqcow.engine.space import Space
 from jqcow.engine.tables import Tables
 from jqcow.engine.write import Writes
 from jqcow.engine.zeroing import Zeroing
-from jqcow.errors import CorruptionError, FormatError
+from jqcow.errors import FormatError
+from jqcow.ondisk import features
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC, Header, HeaderArea
-from jqcow.ondisk.layout import MAX_CLUSTER_BITS, SECTOR_BYTES, Geometry, HostOffset
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC, HeaderArea
+from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, HostOffset
 
 
 def random_salt() -> bytes:
@@ -78,7 +79,7 @@ class Engine:
     def guest(
         self,
         enter: Callable[[bool], None],
-        backing: Backing | None = None,
+        backing: Disk | None = None,
         *,
         tables: Tables | None = None,
         alone: bool = False,
@@ -138,29 +139,25 @@ def open_engine(
     """
     sector = medium.pread(SECTOR_0, SECTOR_BYTES)
     if use_root_copy and sector[: len(MAGIC)] != MAGIC:
-        sector = read_root_copy(medium) or sector
+        sector = read_root_copy(medium.device) or sector
     if roots.is_live(sector):
         engine, found = _open_live(medium, sector, journal_bytes, new_salt)
         _check_usable(engine.blocks.area, writable=writable, repairing=repair == "all")
         if writable:
             engine.lifecycle.recover(sector, found, repairing=repair is not None)
         return Opened(engine, found, _repair(engine, repair) if writable else None)
-    area = read_header(medium)
+    area = read_header(medium.device)
     _check_usable(area, writable=writable, repairing=repair == "all")
     length = journal_bytes or roots.DEFAULT_JOURNAL_BYTES
     engine = Engine(medium, area, journal_bytes=length, new_salt=new_salt)
     return Opened(engine, None, _repair(engine, repair) if writable else None)
 
 
-def _open_live(
-    medium: Medium, sector: bytes, journal_bytes: int, new_salt: NewSalt
-) -> tuple[Engine, Scan]:
+def _open_live(medium: Medium, sector: bytes, journal_bytes: int, new_salt: NewSalt) -> tuple[Engine, Scan]:
     """Read an image with a live journal: scan, and replay into memory. Not one byte is written."""
     cluster_bits, extent = roots.unpack_root(sector)
     found = scan.scan(medium.device, extent, Geometry(cluster_bits))
-    first = found.frames[0].operations[0]
-    area = HeaderArea.parse(first.data if isinstance(first, scan.HeaderOperation) else b"")
-    replayed = scan.replay(found.operations, area.header.geometry)
+    replayed = scan.replay(found.operations, Geometry(cluster_bits))
     length = max(journal_bytes, extent.length)
     engine = Engine(medium, replayed.area, journal_bytes=length, new_salt=new_salt)
     engine.blocks.images = {HostOffset(offset): block for offset, block in replayed.blocks.items()}
@@ -178,27 +175,8 @@ def _repair(engine: Engine, what: What | None) -> RepairReport | None:
 
 
 def _check_usable(area: HeaderArea, *, writable: bool, repairing: bool) -> None:
-    if writable:
-        features.refuse_writing(area, repairing=repairing)
-    else:
-        features.refuse_reading(area)
+    features.refuse(area, "read" if not writable else "repair" if repairing else "write")
     header = area.header
     if header.l1_size < header.geometry.l1_entries_for(header.size):
         # Otherwise a few bytes could announce a disk that takes years to walk.
         raise FormatError(f"an L1 table of {header.l1_size} entries is too small for {header.size} bytes")
-
-
-def read_header(medium: Medium) -> HeaderArea:
-    """Read the header of a clean image.
-
-    Raises:
-        FormatError: not a qcow2 image.
-        CorruptionError: sector 0 is damaged, and a root copy tells that a journal is live.
-    """
-    sector = medium.pread(SECTOR_0, SECTOR_BYTES)
-    if sector[: len(MAGIC)] != MAGIC and read_root_copy(medium) is not None:
-        raise CorruptionError("header", 0, "sector 0 is damaged, the root copy is not: run jqcow-recover")
-    header = Header.unpack(sector)
-    if header.cluster_bits > MAX_CLUSTER_BITS:
-        raise FormatError(f"cluster_bits {header.cluster_bits} is not in 9-21")
-    return HeaderArea.parse(medium.pread(SECTOR_0, 1 << header.cluster_bits))

@@ -13,6 +13,7 @@ Q3. What a request resolved stays in place until it has ended (space.py, S6).
 
 from __future__ import annotations
 
+import os
 import threading
 
 from jqcow.engine.medium import Medium
@@ -40,7 +41,7 @@ class Busy(Exception):
 
 
 class Guard:
-    """The requests of one image in flight. But for `wait`, `drain` and `end` the lock is held."""
+    """The requests of one image in flight. The lock is held, but for `end` and what waits."""
 
     def __init__(self, medium: Medium) -> None:
         self.medium = medium
@@ -50,6 +51,7 @@ class Guard:
         """Held by whoever is alone."""
         self.is_alone = False
         self._requests: dict[int, Request] = {}
+        self._owner_pid = os.getpid()
 
     # One request
 
@@ -100,17 +102,26 @@ class Guard:
         """Return a context that keeps all other changes out; the caller holds the turnstile, not the lock."""
         return Alone(self)
 
-    def drain(self, *, readers: bool) -> None:
-        """Wait until no request that changes is in flight; ``readers``: none at all."""
+    def drain(self) -> None:
+        """Wait until no request that changes is in flight.
+
+        Raises:
+            PoisonedError: one of them was cut off.
+        """
         for request in list(self._requests.values()):
-            if not request.changes and not readers:
-                continue
             if request.changes:
                 self.wait(Busy(request))
-            else:
-                # A reader that was cut off holds nothing back.
-                with request.running:
-                    self.end(request)
+
+    def end_all(self) -> None:
+        """Wait until no request at all is in flight; one that was cut off holds nothing back any more.
+
+        A forked child does not wait: the requests of its parent never end there.
+        """
+        if os.getpid() != self._owner_pid:
+            return
+        for request in list(self._requests.values()):
+            with request.running:
+                self.end(request)
 
 
 class Alone:
@@ -130,7 +141,7 @@ class Alone:
             guard.medium.require_known()
             guard.is_alone = True
         try:
-            guard.drain(readers=False)
+            guard.drain()
         except BaseException:
             guard.is_alone = False
             raise

@@ -28,7 +28,7 @@ HEADER_TAIL = HostOffset(SECTOR_BYTES)
 class Lifecycle:
     """What happens to one image before its first change, after a crash, and at its end.
 
-    ``kept_bytes``: the file is never cut below this; refcounts that are known to be wrong do not tell its end.
+    ``kept_bytes``: the file is never cut below this. Wrong refcounts do not tell its end.
     """
 
     def __init__(self, commits: Commits) -> None:

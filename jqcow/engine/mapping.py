@@ -31,7 +31,7 @@ from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, GuestOf
 
 
 class MappedRun(NamedTuple):
-    """``length`` guest bytes of one kind. ``host`` is the host offset of the first byte, 0 where there is none.
+    """``length`` guest bytes of one kind. ``host`` is the host offset of the first byte, 0 for none.
 
     A ZERO_CLUSTER run may keep host clusters; ``host`` is then that of its first cluster only. A
     COMPRESSED_CLUSTER run lies within one cluster; ``host`` is then where its data starts, and
@@ -46,14 +46,14 @@ class MappedRun(NamedTuple):
 
 
 class HostRun(NamedTuple):
-    """``count`` host clusters from ``cluster`` on, which the L2 entries from ``index`` on refer to.
+    """``cluster_count`` host clusters from ``cluster`` on, that the entries from ``position`` on refer to.
 
     ``compressed``: they are those of one entry, of a compressed cluster.
     """
 
-    index: int
+    position: int
     cluster: ClusterIndex
-    count: int
+    cluster_count: int
     copied: bool
     compressed: bool
 
@@ -155,7 +155,7 @@ class Mapping:
         if run.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, run.host, run.length)
         elif run.host:
-            self._check_host("L2 table", place, run.host, run.count if run.kind == DATA else 1)
+            self._check_host("L2 table", place, run.host, run.entry_count if run.kind == DATA else 1)
         return run
 
     def _absent_tables(self, l1_index: int, l1: L1Table) -> int:
@@ -204,7 +204,7 @@ class Mapping:
         """
         for block in range(table, table + self._cluster_bytes, self.geometry.block_bytes):
             for run in self._host_runs(table, HostOffset(block)):
-                yield run.cluster, run.count
+                yield run.cluster, run.cluster_count
 
     def standard_runs(self, table: HostOffset, block: HostOffset) -> Iterator[HostRun]:
         """Yield the runs of a block of L2 entries whose COPIED flag counts: not of compressed clusters."""
@@ -216,7 +216,7 @@ class Mapping:
         while index < per_block:
             # Taken anew each time: the caller may have changed the flags of the run before.
             run = self._entries(table, first + index, per_block - index)
-            count = run.count
+            count = run.entry_count
             if run.kind == DATA:
                 yield HostRun(index, self.geometry.cluster_of(run.host), count, run.copied, False)
             elif run.kind != UNALLOCATED:

@@ -25,7 +25,7 @@ BarrierListener = Callable[[int], None]
 """Told, with the lock held, the number of a barrier that has completed (M3)."""
 
 PLANNED = (OSError, JqcowError)
-"""What a section expects of the host and of the image, and undoes itself. Anything else leaves it in doubt."""
+"""What a section expects of host and image, and undoes itself. Anything else leaves it in doubt."""
 
 
 class Section:

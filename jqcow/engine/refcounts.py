@@ -31,7 +31,7 @@ TABLE_ENTRY_ORDER = 6
 
 
 class Piece(NamedTuple):
-    """Refcounts [position, stop) of the metadata block at ``block``, 0 where there is none: of ``first`` on."""
+    """Refcounts [position, stop) of the metadata block at ``block``, 0 for none: of ``first`` and on."""
 
     first: ClusterIndex
     block: HostOffset
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 
 class Search:
-    """What one image knows of its host clusters: which hold metadata, and how far it was searched for free ones."""
+    """Which host clusters hold metadata, and how far the image was searched for free ones."""
 
     def __init__(self) -> None:
         self.metadata: set[ClusterIndex] = set()

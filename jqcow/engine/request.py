@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from jqcow.device.base import Backing
+from jqcow.device.disk import Disk, read_padded, shows_zeros
 from jqcow.engine.blocks import Absent
 from jqcow.engine.commit import Commits
 from jqcow.engine.guard import Busy, Guard, Request
@@ -19,8 +19,8 @@ from jqcow.engine.mapping import MappedRun
 from jqcow.engine.tables import Tables
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import compression
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED
-from jqcow.ondisk.layout import GuestOffset, HostOffset
+from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, L2Entry
+from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
 
 Planned = TypeVar("Planned")
 
@@ -47,11 +47,11 @@ class Requests:
         commits: Commits,
         guard: Guard,
         enter: Callable[[bool], None],
-        backing: Backing | None = None,
+        backing: Disk | None = None,
         *,
         alone: bool = False,
     ) -> None:
-        """``backing`` is the disk that unallocated clusters read from; ``alone``: the caller has the guard."""
+        """``backing``: the disk that unallocated clusters read from. ``alone``: the caller is (Q2)."""
         self.tables = tables
         self.lifecycle = lifecycle
         self.commits = commits
@@ -150,10 +150,7 @@ class Requests:
             within = offset % self._cluster_bytes
             part[:] = self._decompress(run)[within : within + len(part)]
         elif run.kind == UNALLOCATED and self.backing is not None:
-            inside = max(0, min(len(part), self.backing.size - offset))
-            if inside:
-                self.backing.read_into(part[:inside], offset)
-            _fill_zeros(part[inside:])
+            read_padded(self.backing, part, offset)
         else:
             _fill_zeros(part)
 
@@ -192,6 +189,15 @@ class Requests:
 
         return self.planned(look)
 
+    def entry(self, cluster: int) -> L2Entry:
+        """Return the L2 entry of a guest cluster."""
+
+        def look() -> L2Entry:
+            self.enter(False)
+            return self.tables.mapping_at_hand.l2_entry(GuestCluster(cluster))
+
+        return self.planned(look)
+
     def reads_as_zeros(self, offset: int, length: int) -> bool:
         """Return True if a guest range reads as zeros, as far as the tables of the chain tell."""
         for run in self.runs(offset, length):
@@ -204,9 +210,7 @@ class Requests:
 
     def below_reads_as_zeros(self, offset: int, length: int) -> bool:
         """Return True if what lies below a guest range, which may reach past either disk, reads as zeros."""
-        if self.backing is None or offset >= self.backing.size:
-            return True
-        return self.backing.reads_as_zeros(min(length, self.backing.size - offset), offset)
+        return shows_zeros(self.backing, length, offset)
 
     def reads_from_below(self, offset: int, length: int) -> bool:
         """Return True if the backing file may hold data of a range."""

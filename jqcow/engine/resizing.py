@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from jqcow.engine.zeroing import Zeroing
 
 
@@ -70,11 +72,9 @@ class Resizing:
         self._drop_tables(kept_tables)
 
     def _drop_tables(self, first: int) -> None:
-        while True:
-            dropped = self.requests.planned(lambda: self._drop_next_table(first))
-            if dropped is None:
-                return
-            first = dropped + 1
+        dropped = self.requests.planned(partial(self._drop_next_table, first))
+        while dropped is not None:
+            dropped = self.requests.planned(partial(self._drop_next_table, dropped + 1))
 
     def _drop_next_table(self, first: int) -> int | None:
         """Free the next L2 table and all that it maps; return its L1 index, None where there is none."""

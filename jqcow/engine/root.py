@@ -27,6 +27,7 @@ from __future__ import annotations
 import enum
 
 from jqcow.engine.medium import Medium
+from jqcow.engine.scan import read_root_copy
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, HostOffset
@@ -43,11 +44,6 @@ class RootState(enum.Enum):
     SETTLED = enum.auto()
     WRITTEN = enum.auto()
     UNDECIDED = enum.auto()
-
-
-def read_root_copy(medium: Medium) -> bytes | None:
-    """Return the root that the root copy holds, or None where there is no valid copy."""
-    return roots.unpack_root_copy(medium.pread(ROOT_COPY, roots.ROOT_COPY_BYTES))
 
 
 class Root:
@@ -127,7 +123,7 @@ class Root:
 
     def has_leftover_copy(self) -> bool:
         """Return True if a clean image has a copy that speaks of a journal."""
-        return self.copy_is_stale or (self.has_copy and read_root_copy(self.medium) is not None)
+        return self.copy_is_stale or (self.has_copy and read_root_copy(self.medium.device) is not None)
 
     def copy_serves(self, extent: JournalRange) -> bool:
         """Return True if sector 0 may be rewritten: its copy names the same journal, or there is never one.
@@ -137,7 +133,7 @@ class Root:
         """
         if not self.has_copy:
             return True
-        root = read_root_copy(self.medium)
+        root = read_root_copy(self.medium.device)
         return root is not None and roots.unpack_root(root)[1] == extent
 
     def rewrite(self, sector: bytes) -> None:

@@ -185,7 +185,9 @@ class Snapshots:
         data = tables.pack_table(snapshots)
         if len(data) > tables.MAX_TABLE_BYTES:
             raise UnsupportedFeatureError("a snapshot table of more than 64 MiB")
-        offset = self.refcounts.allocate_metadata(self.geometry.clusters(len(data))) if data else HostOffset(0)
+        offset = (
+            self.refcounts.allocate_metadata(self.geometry.clusters(len(data))) if data else HostOffset(0)
+        )
         for position in range(0, len(data), self.geometry.block_bytes):
             part = data[position : position + self.geometry.block_bytes]
             self.view.edit(HostOffset(offset + position))[: len(part)] = part
@@ -216,8 +218,8 @@ class Snapshots:
     def _set_copied_in_block(self, table: HostOffset, block: HostOffset, *, change: bool) -> int:
         wrong, codec = 0, self.mapping.codec
         for run in self.mapping.standard_runs(table, block):
-            index = run.index
-            for _, count, refcount in self.refcounts.runs(run.cluster, run.count):
+            index = run.position
+            for _, count, refcount in self.refcounts.runs(run.cluster, run.cluster_count):
                 copied = refcount == 1
                 if run.copied != copied:
                     wrong += count

@@ -16,8 +16,8 @@ A free cluster is in exactly one of these places:
 S1. A freed data cluster is handed out only after the record that frees it is durable.
 S2. A freed metadata cluster is handed out only after a durable frame declares the epoch that frees it
     checkpointed: until then replay may write its old blocks.
-S3. A cluster is zero-safe only if it lies past the frontier, which never goes back, or this process punched it
-    under a completed barrier. Clusters of a failed operation are unknown.
+S3. A cluster is zero-safe only if it lies past the frontier, which never goes back, or this process punched
+    it under a completed barrier. Clusters of a failed operation are unknown.
 S4. Clusters of a live journal range are never handed out.
 S5. Clusters of a transaction whose record failed wait for a barrier: the record may come back to life.
 S6. A freed cluster is punched or handed out only after every request has ended that began before the record
@@ -27,6 +27,7 @@ S6. A freed cluster is punched or handed out only after every request has ended 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from jqcow.engine.changes import ChangeSet, Run, Undone
 from jqcow.engine.clusters import ClusterRuns
@@ -48,7 +49,7 @@ class Space:
         frontier: the cluster behind the end of everything.
         reserved: the clusters of journal ranges (S4).
         host_punches: False once the host has refused to.
-        publications: how many records were published; what a host cluster holds for guests stays while this does.
+        publications: how many records were published. While it stays, a cluster in use is not used anew.
     """
 
     def __init__(self, medium: Medium, geometry: Geometry, guard: Guard) -> None:
@@ -89,7 +90,7 @@ class Space:
     def take(self, count: int, *, ordered: bool = False) -> Run:
         """Take up to ``count`` clusters, at least one; ``ordered``: they need not be zero-safe."""
         if self.zero_safe:
-            run = self.zero_safe.take(count)._replace(zero_safe=True)
+            run = replace(self.zero_safe.take(count), zero_safe=True)
         elif self.unknown and (ordered or not self.host_punches):
             run = self.unknown.take(count)
         else:
@@ -133,7 +134,9 @@ class Space:
         for pool in (self.zero_safe, self.unknown):
             pool.discard(start, count)
         for waiting in (self._settling, self._retired, self._released):
-            for run in [run for run in waiting if run.start < start + count and start < run.start + run.count]:
+            for run in [
+                run for run in waiting if run.start < start + count and start < run.start + run.count
+            ]:
                 # What is left of the run stays out of use until the image is opened again.
                 del waiting[run]
 

@@ -17,8 +17,8 @@ class Tables:
     """Mapping, refcounts and snapshots through one view: the public one, or that of a transaction.
 
     Attributes:
-        mapping_at_hand, refcounts_at_hand: for requests; they raise `Absent` for a block that is not in memory.
-            All others read it with the lock held.
+        mapping_at_hand, refcounts_at_hand: for requests. They raise `Absent` for a block that is not in
+            memory; all others read it with the lock held.
     """
 
     def __init__(

@@ -188,7 +188,7 @@ class Writes:
         return copied and not is_shared and (fresh is None or cluster in fresh)
 
     def _kept_clusters(self, piece: Piece) -> dict[int, HostOffset]:
-        """Return the host clusters that zero entries of a piece keep and that may be reused, by guest cluster."""
+        """Return what zero entries of a piece keep and may be reused: host offsets by guest cluster."""
         if piece.run.kind != ZERO_CLUSTER:
             return {}
         kept = {}
@@ -237,7 +237,9 @@ class Writes:
             whole = bytearray(guest_end - guest_start)
             for edge, edge_end in ((guest_start, start), (end, guest_end)):
                 if edge < edge_end:
-                    self._read_edge(piece, edge, memoryview(whole)[edge - guest_start : edge_end - guest_start])
+                    self._read_edge(
+                        piece, edge, memoryview(whole)[edge - guest_start : edge_end - guest_start]
+                    )
             whole[start - guest_start : end - guest_start] = part
             part = memoryview(whole)
         self.medium.pwrite(part, host)

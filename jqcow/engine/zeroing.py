@@ -57,7 +57,8 @@ class Zeroing:
     def unmap(self, start: int, end: int) -> None:
         """Leave whole clusters without an entry, behind the end of the disk too."""
         for offset, length in self.requests.spans(start, max(0, end - start)):
-            mapped, position = [], int(offset)
+            mapped: list[int] = []
+            position = int(offset)
             for run in self.requests.runs(offset, length):
                 if run.kind != UNALLOCATED:
                     first = position // self._cluster_bytes

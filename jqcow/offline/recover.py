@@ -15,10 +15,9 @@ from typing import Literal
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
 from jqcow.disks.view import FileView
-from jqcow.engine import recovery
+from jqcow.engine.engine import open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.scan import Scan, read_root_copy
-from jqcow.engine.store import random_salt
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.offline.check import check_structure
 from jqcow.ondisk import header as headers
@@ -149,18 +148,18 @@ def _recover(
     if state == "clean":
         return _report_clean(device, name, dry_run=dry_run, verify=verify)
     started = time.perf_counter()
-    opened = recovery.open_store(medium, writable=not dry_run, use_root_copy=True, new_salt=new_salt)
+    opened = open_engine(medium, writable=not dry_run, use_root_copy=True, new_salt=new_salt)
     if opened.scan is None:
         raise RuntimeError("a live image was opened without its journal")
     if not dry_run:
-        opened.store.clean()
+        opened.engine.lifecycle.clean()
     seconds = time.perf_counter() - started
-    found = _describe_journal(opened.scan, opened.store.geometry.block_bytes)
+    found = _describe_journal(opened.scan, opened.engine.geometry.block_bytes)
     return RecoveryReport(
         image=name,
         state=state,
         dry_run=dry_run,
-        virtual_size=opened.store.metadata.header.size,
+        virtual_size=opened.engine.blocks.area.header.size,
         journal=found,
         actions=_actions(state, found),
         notes=(),
@@ -171,10 +170,10 @@ def _recover(
 
 def _state(medium: Medium) -> State:
     """Tell whether a journal is live, and by whose word."""
-    sector = medium.pread(SECTOR_BYTES, 0)
+    sector = medium.device.pread(SECTOR_BYTES, 0)
     if roots.is_live(sector):
         return "live"
-    if sector[: len(headers.MAGIC)] != headers.MAGIC and read_root_copy(medium) is not None:
+    if sector[: len(headers.MAGIC)] != headers.MAGIC and read_root_copy(medium.device) is not None:
         return "live by root copy"
     return "clean"
 

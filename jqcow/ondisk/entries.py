@@ -125,7 +125,7 @@ class L2Entry(NamedTuple):
 
 
 class L2Run(NamedTuple):
-    """``count`` L2 entries in a row of one kind, from the first one's ``host`` on.
+    """``entry_count`` L2 entries in a row of one kind, from the first one's ``host`` on.
 
     The host clusters of a DATA run follow each other and have the same COPIED flag. Those that a
     ZERO_CLUSTER run keeps need not. A COMPRESSED_CLUSTER run is one entry, with ``length``.
@@ -133,7 +133,7 @@ class L2Run(NamedTuple):
 
     kind: int
     host: HostOffset
-    count: int
+    entry_count: int
     copied: bool
     length: int
 
