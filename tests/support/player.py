@@ -1,0 +1,133 @@
+"""A player does the steps of `tests.support.operations` on the image of a session, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from random import Random
+from typing import Any
+
+from jqcow.testing import FaultPlan
+from tests.support.expectation import Windows
+from tests.support.operations import DRAWN, LEAVING, OPERATIONS, Step, Values
+from tests.support.users import Draft, DraftPoint, Session, User
+
+
+class Player:
+    """Does steps. ``draft`` is the open transaction, ``savepoints`` are those within it."""
+
+    def __init__(self, session: Session, random: Random) -> None:
+        """Take a session, which may have its image open, and what chance decides by."""
+        self.session = session
+        self.random = random
+        self.draft: Draft | None = None
+        self.savepoints: list[DraftPoint] = []
+        self._context: Any = None
+        self.values = Values(self.cluster_bytes, self.windows.window_bytes, random)
+
+    @property
+    def windows(self) -> Windows:
+        """The parts of the disk that are used."""
+        return self.session.windows
+
+    @property
+    def cluster_bytes(self) -> int:
+        """Of the image."""
+        return self.windows.cluster_bytes
+
+    @property
+    def user(self) -> User:
+        """Who does what comes next: the transaction, if one is open, or the session."""
+        return self.session if self.draft is None else self.draft
+
+    @property
+    def drafted(self) -> Draft:
+        """The open transaction."""
+        if self.draft is None:
+            raise RuntimeError("no transaction is open")
+        return self.draft
+
+    def value(self, text: str) -> int:
+        """Return a number as stories write it."""
+        return self.values.read(text)
+
+    # Steps
+
+    def play(self, text: str) -> None:
+        """Do steps given as text, of which some may be left to chance; numbers as `Values` reads them."""
+        for word in text.split():
+            kind, *arguments = word.split(":")
+            if kind in DRAWN:
+                self._draw(kind, *map(self.values.read, arguments))
+            else:
+                self.perform(Step(kind, tuple(map(self.values.read, arguments))))
+
+    def _draw(self, kind: str, count: int = 1, flush_every: int = 0) -> None:
+        for number in range(1, count + 1):
+            self.perform(DRAWN[kind](self))
+            if flush_every and number % flush_every == 0:
+                self.session.flush()
+
+    def perform(self, step: Step) -> None:
+        """Do one step, or nothing where it makes no sense."""
+        operation = OPERATIONS[step.kind]
+        act = operation.outside if self.draft is None else operation.inside
+        if act is None:
+            return
+        if self.draft is None and self.session.image is None:
+            if step.kind in LEAVING:
+                return
+            self.be_open()
+        act(self, *step.arguments)
+
+    def be_open(self) -> None:
+        """Open the image if it is not, or create it."""
+        if self.session.image is not None:
+            return
+        if self.session.expectation.exists:
+            self.session.open()
+        else:
+            self.session.create(self.cluster_bytes, self.session.expectation.sizes[-1])
+
+    def look(self) -> None:
+        """What is read now is what was asked for, in the transaction and beside it."""
+        self.user.look()
+
+    # Transactions
+
+    def begin(self) -> None:
+        """Open a transaction."""
+        context = self.session.transaction()
+        self.draft = context.__enter__()
+        self._context, self.savepoints = context, []
+
+    def commit(self) -> None:
+        """End the transaction: by a commit, unless it was rolled back or its process killed."""
+        context, self._context, self.draft = self._context, None, None
+        context.__exit__(None, None, None)
+
+    def leave(self, error: BaseException) -> None:
+        """Leave the transaction, if one is open, by an exception."""
+        context, self._context, self.draft = self._context, None, None
+        if context is not None:
+            with suppress(type(error)):
+                assert not context.__exit__(type(error), error, error.__traceback__)
+
+    def return_to(self, number: int) -> None:
+        """Go back to a savepoint, which stays; later ones are gone."""
+        if self.savepoints:
+            kept = number % len(self.savepoints) + 1
+            del self.savepoints[kept:]
+            self.drafted.return_to(self.savepoints[-1])
+
+    # Errors of the host
+
+    @contextmanager
+    def faults(self, plan: FaultPlan) -> Iterator[None]:
+        """Let the host fail meanwhile, as `Session.faults`: an error ends an open transaction too."""
+        with self.session.faults(plan):
+            try:
+                yield
+            except OSError as error:
+                self.leave(error)
+                raise
