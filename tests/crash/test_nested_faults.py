@@ -24,15 +24,15 @@ from tests.support.users import Session
 
 STORIES: dict[str, tuple[Story, str, int]] = {
     # The story, what it starts from, and its cluster size.
-    "transactions": (stories.transactions, "used", 4096),
-    "transactions-dirty": (stories.transactions, "unpunchable", 1024),
-    "savepoints": (stories.savepoints, "full", 4096),
-    "rollbacks": (stories.rollbacks, "dirty", 512),
+    "transactions": (stories.TRANSACTIONS, "used", 4096),
+    "transactions-dirty": (stories.TRANSACTIONS, "unpunchable", 1024),
+    "savepoints": (stories.SAVEPOINTS, "full", 4096),
+    "rollbacks": (stories.ROLLBACKS, "dirty", 512),
     "too-large": (stories.TOO_LARGE, "used", 4096),
-    "resizes": (stories.resizes, "full", 8192),
-    "reuse": (stories.reuse_after_transactions, "full", 4096),
-    "snapshots": (stories.between_writes, "snapshots", 4096),
-    "snapshots-transactions": (stories.in_transactions, "snapshots-unpunchable", 1024),
+    "resizes": (stories.RESIZES, "full", 8192),
+    "reuse": (stories.REUSE_AFTER_TRANSACTIONS, "full", 4096),
+    "snapshots": (stories.BETWEEN_WRITES, "snapshots", 4096),
+    "snapshots-transactions": (stories.IN_TRANSACTIONS, "snapshots-unpunchable", 1024),
     "snapshots-sizes": (stories.other_sizes, "used", 512),
     "compressed": (stories.compressed, "snapshots", 8192),
 }

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from jqcow.offline.commit import copy_into
 from jqcow.offline.rebase import copy_differences
-from jqcow.testing import EVERYTHING, SECTOR_BYTES, SectorModel
+from jqcow.testing import SectorModel
 from tests.support import inside
 from tests.support.below import Below, find_below_by_name, name_of
 from tests.support.player import Player
 from tests.support.starts import new_overlay, some_disk, some_size
-from tests.support.stories import fault
 
 REPAIRED = "open change:5:2 close open change close"
 """Opening repairs; then the image is used like any other."""
@@ -93,7 +92,7 @@ def copied_up(user: Player) -> None:
     windows, session = user.windows, user.session
     inside.copy_on_read(session.live)
     for number in range(8):
-        position = user.value("4w%s")
+        position = user.values.read("4w%s")
         length = windows.clip(position, user.random.choice((1, 3)) * user.cluster_bytes, session.size_bytes)
         if length:
             session.expectation.closed = None
@@ -104,13 +103,8 @@ def copied_up(user: Player) -> None:
 
 def repair_fails(user: Player) -> None:
     """The host fails while the refcounts are made right; the next opening succeeds."""
-    chance = user.random
-    for number in chance.sample(range(1, 12), 3):
-        call = chance.choice(("pwrite", "pwrite", "barrier", "allocate"))
+    for number in user.random.sample(range(1, 12), 3):
+        call = user.values.choose("pwrite|pwrite|barrier|allocate")
         at = number if call == "pwrite" else number % 4 + 1
-        plan = fault(call, at, chance.choice((0, SECTOR_BYTES, EVERYTHING)))
-        if user.session.image is None:
-            with user.faults(plan):
-                user.play("open")
-        user.play("change kill")
+        user.play(f"fail:call={call}:at={at}:applied=0|512|all{{ open }} change kill")
     user.play("open change:3:3 close")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from random import Random
 from typing import Any
 
-from jqcow.testing import FaultPlan
+from jqcow.testing import EVERYTHING, Fault, FaultPlan
 from tests.support.expectation import Windows
 from tests.support.operations import DRAWN, LEAVING, OPERATIONS, Step, Values
 from tests.support.users import Draft, DraftPoint, Session, User
@@ -47,20 +48,54 @@ class Player:
             raise RuntimeError("no transaction is open")
         return self.draft
 
-    def value(self, text: str) -> int:
-        """Return a number as stories write it."""
-        return self.values.read(text)
-
     # Steps
 
     def play(self, text: str) -> None:
-        """Do steps given as text, of which some may be left to chance; numbers as `Values` reads them."""
-        for word in text.split():
-            kind, *arguments = word.split(":")
-            if kind in DRAWN:
-                self._draw(kind, *map(self.values.read, arguments))
+        """Do steps given as text, of a story: some may be left to chance, or fail."""
+        self._play(text.split())
+
+    def _play(self, words: list[str]) -> None:
+        while words:
+            word, words = words[0], words[1:]
+            name, is_named, number = word.partition("=")
+            if word.endswith("{"):
+                body, words = _block(words)
+                self._play_block(word[:-1], body)
+            elif is_named:
+                self.values[name] = self.values.read(number)
             else:
-                self.perform(Step(kind, tuple(map(self.values.read, arguments))))
+                kind, *arguments = word.split(":")
+                numbers = tuple(map(self.values.read, arguments))
+                if kind in DRAWN:
+                    self._draw(kind, *numbers)
+                else:
+                    self.perform(Step(kind, numbers))
+
+    def _play_block(self, head: str, body: list[str]) -> None:
+        kind, *how = head.split(":")
+        if kind == "fail":
+            with self.faults(some_fault(self.random) if how == ["some"] else self._plan(how)):
+                self._play(body)
+        elif kind == "try":
+            with suppress(OSError):
+                self._play(body)
+        elif self.random.random() < float(kind):
+            self._play(body)
+
+    def _plan(self, how: list[str]) -> FaultPlan:
+        """Return the plan of a story's words, which are drawn in their order."""
+        call, error, numbers = "pwrite", "EIO", {"at": 1, "applied": 0, "full": 0}
+        for name, _, value in (word.partition("=") for word in how):
+            if name == "call":
+                call = self.values.choose(value)
+            elif name == "error":
+                error = self.values.choose(value)
+            else:
+                numbers[name] = self.values.read(value)
+        if numbers["full"]:
+            return FaultPlan(full_from=numbers["full"])
+        applied = numbers["applied"]
+        return FaultPlan(Fault(getattr(errno, error), at=numbers["at"], call=call, applied_bytes=applied))
 
     def _draw(self, kind: str, count: int = 1, flush_every: int = 0) -> None:
         for number in range(1, count + 1):
@@ -131,3 +166,23 @@ class Player:
             except OSError as error:
                 self.leave(error)
                 raise
+
+
+def _block(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words up to the end of a block, and those behind it."""
+    depth = 1
+    for place, word in enumerate(words):
+        depth += word.endswith("{") - (word == "}")
+        if not depth:
+            return words[:place], words[place + 1 :]
+    raise ValueError("a block has no end")
+
+
+def some_fault(chance: Random) -> FaultPlan:
+    """Return a plan by which a call of the host fails, or its disk is full."""
+    if chance.random() < 0.15:
+        return FaultPlan(full_from=chance.randint(1, 8))
+    call = chance.choice(("pwrite", "pwrite", "pwrite", "barrier", "allocate", "punch"))
+    applied = chance.choice((0, 512, 4096, EVERYTHING))
+    at = chance.randint(1, 3 if call == "barrier" else 6)
+    return FaultPlan(Fault(errno.EIO, at=at, call=call, applied_bytes=applied))

@@ -1,34 +1,34 @@
 """What users do in the crash campaign: stories, each of which meets certain barriers and faults.
 
 A story is a text of steps for a `Player`, or a function that plays several. Chance fills in what they leave
-open; numbers are read as `Values` says.
+open: see `tests.support.operations`.
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from random import Random
 
-from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
+from jqcow.testing import SimulatedDevice
 from tests.support.player import Player
 
 Story = str | Callable[[Player], None]
 
 
 def tell(story: Story, player: Player) -> None:
-    """Let a player do all that a story tells."""
+    """Let a player do all that a story tells. At its end the image is closed."""
     if isinstance(story, str):
         player.play(story)
     else:
         story(player)
+    player.play("close")
 
 
-def fault(call: str, at: int, applied_bytes: int = 0, error: int = errno.EIO) -> FaultPlan:
-    """Return a plan by which one call of a kind fails."""
-    return FaultPlan(Fault(error, at=at, call=call, applied_bytes=applied_bytes))
+def turns(count: int, steps: str, *others: str) -> str:
+    """Return steps again and again; ``{t}`` is the turn, ``{n}`` what of ``others`` has its turn."""
+    return " ".join(
+        steps.format(t=turn, n=others[turn % len(others)] if others else "") for turn in range(count)
+    )
 
 
 FRESH = "open change:7:3 close"
@@ -37,174 +37,110 @@ FRESH = "open change:7:3 close"
 REOPENED = "open change:5:3 close open flush change:4:2 checkpoint change close"
 """Two sessions on an image that exists; the second starts with a flush of nothing."""
 
-IN_PLACE = f"open {'write:w%s:3s flush write:w%s:s ' * 4} close open write:0:s write:3w:2s close"
+IN_PLACE = f"open {turns(4, 'write:w%s:3s flush write:w%s:s')} close open write:0:s write:3w:2s close"
 """Overwrite what is allocated: the image stays clean; then one change of its mapping."""
 
-EPOCHS = f"open {'change flush ' * 22} close"
+EPOCHS = f"open {turns(22, 'change flush')} close"
 """So many flushes that the journal's halves are filled in turn."""
-
-MOVE = "open change:2:2 outgrow:10 flush change:4:2 close"
-"""Stage more than a half of the journal holds: it moves to a larger range."""
 
 KILLED = "open change:5:3 kill open change:3:2 change kill open close"
 """The writer is killed; the next one recovers and goes on; killed once more, before any flush."""
 
-MIXED = (
-    "open write:0:3s flush write:2w:c+s discard:0:2c flush zeroes:w:2c write:w+s:s checkpoint fua:3w:s"
-    " grow:10 flush write:c:c close"
-)
+MIXED = """open write:0:3s flush write:2w:c+s discard:0:2c flush zeroes:w:2c write:w+s:s checkpoint fua:3w:s
+    grow:10 flush write:c:c close"""
 """All that has a call to fail: going live, growth, zeroes, reuse, an epoch's end, a move, close."""
 
+REUSE = """open v=2w%c discard:v:2c write:2w+2w%c:s flush write:2w+2w%c:c
+    v=2w%c zeroes:v:c write:v+c%s:s write:2w+2w%c:s write:2w+2w%c:c
+    v=2w%c discard:v:2c write:2w+2w%c:s flush write:2w+2w%c:c
+    v=2w%c zeroes:v:c flush write:v+c%s:s write:2w+2w%c:s flush write:2w+2w%c:c
+    flush write:2w%c:2s close"""
+"""Free clusters, keep clusters under zeros, and use them again at once, and after flushes."""
 
-def reuse(user: Player) -> None:
-    """Free clusters, keep clusters under zeros, and use them again at once, and after flushes."""
-    user.play("open")
-    for turn in range(4):
-        victim = user.value("2w%c")
-        if turn % 2:
-            user.play(f"zeroes:{victim}:c {'flush' if turn == 3 else ''} write:{victim}+c%s:s")
-        else:
-            user.play(f"discard:{victim}:2c")
-        user.play(f"write:2w+2w%c:s {'' if turn == 1 else 'flush'} write:2w+2w%c:c")
-    user.play("flush write:2w%c:2s close")
+GROW = "open change:2 resize:4:0 write:3w:2s flush resize:8|280:0 change:3:3 close"
+"""Make the disk larger, and use what was added."""
 
+REUSE_TABLES = " ".join(
+    f"write:{turn % 2}w+{turn // 2}s:s change flush grow:c/8 flush flush"
+    f" {turns(4, 'v=4w%c unmap:v:c write:v:c flush')}"
+    for turn in range(6)
+)
+"""Outgrow an L1 table that the journal holds, and use its clusters for data, epoch after epoch."""
 
-def grow(user: Player) -> None:
-    """Make the disk larger, and use what was added."""
-    user.play("open change:2 resize:4:0 write:3w:2s flush")
-    user.play(f"resize:{4 * user.random.choice((2, 70))}:0 change:3:3 close")
-
-
-def reuse_tables(user: Player) -> None:
-    """Outgrow an L1 table that the journal holds, and use its clusters for data, epoch after epoch."""
-    user.play("open")
-    for turn in range(6):
-        user.play(f"write:{turn % 2}w+{turn // 2}s:s change flush grow:{user.cluster_bytes // 8} flush flush")
-        for _ in range(4):
-            place = user.value("4w%c")
-            user.play(f"unmap:{place}:c write:{place}:c flush")
-    user.play("close")
+MOVE = "open change:2:2 outgrow:10 flush change:4:2 close"
+"""Stage more than a half of the journal holds: it moves to a larger range."""
 
 
 def move_fails(user: Player) -> None:
     """Writes fail while the journal moves, that of sector 0 among them; later the move succeeds."""
     user.play("open change:2:2 outgrow:10")
     for number in user.random.sample(range(1, 12), 4):
-        with user.faults(fault("pwrite", number, user.random.choice((0, 512, EVERYTHING)))):
-            user.play("change flush")
+        user.play(f"fail:at={number}:applied=0|512|all{{ change flush }}")
     user.play("change:2:2 close")
 
 
 def move_killed(user: Player) -> None:
     """A write fails while the journal moves, and then the writer is killed; the next one recovers."""
     for number in user.random.sample(range(4, 9), 3):
-        user.play("open change flush outgrow:10")
-        with user.faults(fault("pwrite", number, user.random.choice((0, EVERYTHING)))):
-            user.play("flush")
-        user.play("kill")
+        user.play(f"open change flush outgrow:10 fail:at={number}:applied=0|all{{ flush }} kill")
     user.play("open close")
 
 
-def host_fails(user: Player) -> None:
-    """Calls of the host fail, one at a time, whatever they are; work goes on each time."""
-    user.play("open")
-    chance = user.random
-    for _ in range(6):
-        error = chance.choice((errno.EIO, errno.ENOSPC))
-        applied = chance.choice((0, 512, 4096, EVERYTHING))
-        call = chance.choice(("pwrite", "pwrite", "allocate", "punch", "truncate"))
-        with user.faults(fault(call, chance.randint(1, 4), applied, error)):
-            user.play("change:4:2 checkpoint")
-        user.play("change flush")
-    user.play("close")
+HOST_FAILS = turns(
+    6,
+    "fail:error=EIO|ENOSPC:applied=0|512|4096|all:call=pwrite|pwrite|allocate|punch|truncate:at=1..4{{"
+    " change:4:2 checkpoint }} change flush",
+)
+"""Calls of the host fail, one at a time, whatever they are; work goes on each time."""
 
+GOING_LIVE_FAILS = """open a=0|all fail:at=2:applied=a{ change:2:1 } change:2:2 fail:at=1:applied=a{ close } close
+    open a=0|all fail:at=3:applied=a{ change:2:1 } close
+    open a=0|all fail:at=4:applied=a{ change:2:1 } change:2:2 fail:at=3:applied=a{ close } close
+    open a=0|all fail:at=5:applied=a{ change:2:1 } close"""
+"""The first writes of a session fail, that of sector 0 among them; the next ones succeed."""
 
-def going_live_fails(user: Player) -> None:
-    """The first writes of a session fail, that of sector 0 among them; the next ones succeed."""
-    for number in range(2, 6):
-        user.play("open")
-        applied = user.random.choice((0, EVERYTHING))
-        with user.faults(fault("pwrite", number, applied)):
-            user.play("change:2:1")
-        if number % 2 == 0:
-            user.play("change:2:2")
-            with user.faults(fault("pwrite", number - 1, applied)):
-                user.play("close")
-        user.play("close")
+# Of the writes that go live: zeros of the range, opening frame, root copy, and then sector 0.
+ROOT_WRITE_FAILS = turns(
+    3,
+    "open fail:at=4:applied=0|all{{ discard:0:w/2 }} write:2w+{n}:2s unmap:0:w/4 flush close"
+    " open write:w/2:s write:0:w/2 close",
+    "0", "4s", "8s",
+)  # fmt: skip
+"""The write of sector 0 fails when the image goes live; before any barrier a change tries again."""
 
+BARRIER_FAILS = f"open {turns(3, 'fail:call=barrier:at=1..5{{ change:4:1 checkpoint }} change:2:2')} close"
+"""Barriers fail, and what was in flight is lost though readable; the next opening recovers."""
 
-def root_write_fails(user: Player) -> None:
-    """The write of sector 0 fails when the image goes live; before any barrier a change tries again."""
-    for turn in range(3):
-        user.play("open")
-        # Zeros of the range, opening frame, root copy, and then sector 0.
-        with user.faults(fault("pwrite", 4, user.random.choice((0, EVERYTHING)))):
-            user.play("discard:0:w/2")
-        user.play(f"write:2w+{4 * turn}s:2s unmap:0:w/4 flush close open write:w/2:s write:0:w/2 close")
-
-
-def barrier_fails(user: Player) -> None:
-    """Barriers fail, and what was in flight is lost though readable; the next opening recovers."""
-    user.play("open")
-    for _ in range(3):
-        with user.faults(fault("barrier", user.random.randint(1, 5))):
-            user.play("change:4:1 checkpoint")
-        user.play("change:2:2")
-    user.play("close")
-
-
-def disk_full(user: Player) -> None:
-    """The host's disk is full for a while, and then is not."""
-    user.play("open change:2:2")
-    with user.faults(FaultPlan(full_from=user.random.randint(1, 12))):
-        user.play("change:8:2")
-    user.play("change:3:3 close")
+DISK_FULL = "open change:2:2 fail:full=1..12{ change:8:2 } change:3:3 close"
+"""The host's disk is full for a while, and then is not."""
 
 
 # Transactions
+
+TRANSACTIONS = turns(
+    2, "begin change:1..4 commit change begin change:1..4 {n} commit change flush change", "look", ""
+)
+"""Transactions one after another, with writes and flushes of others in between."""
+
+SAVEPOINTS = turns(
+    3,
+    "change begin change:2 savepoint change:2 savepoint change return:1 look change {n} change commit",
+    "", "return:0 change:2 return:0", "return:0 change:2 return:0",
+)  # fmt: skip
+"""Going back to savepoints, inner and outer ones, and on from there."""
+
+ROLLBACKS = turns(5, "begin change:3 {n} change:3:2", "rollback", "commit begin change:3 abort", "commit")
+"""Transactions that are undone, by asking or by an exception; others use their clusters at once."""
 
 TOO_LARGE = "open change:2:2 begin change:2 outgrow change:2 commit change:4:2 begin change:3 commit close"
 """A transaction that no half of the journal holds: the journal moves to a larger range first."""
 
 
-def transactions(user: Player) -> None:
-    """Transactions one after another, with writes and flushes of others in between."""
-    user.play("open")
-    for turn in range(4):
-        user.play(f"begin change:1..4 {'look' if turn == 1 else ''} commit change")
-        if turn % 2:
-            user.play("flush change")
-    user.play("close")
-
-
 def first_clusters(user: Player) -> None:
     """Transactions that only bring new clusters: where nothing was, a crash could show half of them."""
-    user.play("open")
     for turn in range(user.windows.window_bytes // user.cluster_bytes - 1):
-        user.play("begin")
-        for index in range(user.windows.count):
-            user.play(f"write:{index}w+{turn}c:1..{user.cluster_bytes}")
-        user.play("commit")
-    user.play("close")
-
-
-def savepoints(user: Player) -> None:
-    """Going back to savepoints, inner and outer ones, and on from there."""
-    user.play("open")
-    for turn in range(3):
-        user.play("change begin change:2 savepoint change:2 savepoint change return:1 look change")
-        user.play(f"{'return:0 change:2 return:0' if turn else ''} change commit")
-    user.play("close")
-
-
-def rollbacks(user: Player) -> None:
-    """Transactions that are undone, by asking or by an exception; others use their clusters at once."""
-    user.play("open")
-    for turn in range(5):
-        user.play(f"begin change:3 {'commit' if turn % 3 else 'rollback'}")
-        if turn % 3 == 1:
-            user.play("begin change:3 abort")
-        user.play("change:3:2")
+        writes = turns(user.windows.count, f"write:{{t}}w+{turn}c:1..{user.cluster_bytes}")
+        user.play(f"open begin {writes} commit")
     user.play("close")
 
 
@@ -212,94 +148,66 @@ def too_large_fails(user: Player) -> None:
     """Writes and barriers fail while the journal moves for a transaction; the next one succeeds."""
     user.play("open")
     for number in user.random.sample(range(1, 14), 2):
-        applied = user.random.choice((0, 512, EVERYTHING))
-        call = user.random.choice(("pwrite", "pwrite", "pwrite", "barrier"))
-        with user.faults(fault(call, number if call == "pwrite" else number % 5 + 1, applied)):
-            user.play("begin outgrow change commit")
-        user.play("change")
+        applied, call = user.values.read("0|512|all"), user.values.choose("pwrite|pwrite|pwrite|barrier")
+        at = number if call == "pwrite" else number % 5 + 1
+        user.play(f"fail:call={call}:at={at}:applied={applied}{{ begin outgrow change commit }} change")
     user.play("begin change:2 commit close")
 
 
-def resizes(user: Player) -> None:
-    """The disk shrinks and grows, and is used where it was cut off."""
-    user.play("open")
-    for _ in range(4):
-        user.play("change:2")
-        start, inside = user.value("1..3"), user.value("w%s")
-        user.play(f"resize:{start}:{inside} change resize:4:0")
-        if user.random.random() < 0.5:
-            user.play("flush")
-        user.play(f"write:0..3w+{inside}:2s")
-    user.play("close")
+RESIZES = turns(4, "change:2 v=1..3 i=w%s resize:v:i change resize:4:0 0.5{{ flush }} write:0..3w+i:2s")
+"""The disk shrinks and grows, and is used where it was cut off."""
 
+COMMITS_FAIL = turns(
+    5,
+    "fail:call=pwrite|pwrite|barrier|allocate|punch:applied=0|512|4096|all:at=1..5{{ change"
+    " begin change:3 savepoint try{{ change:2 }} 0.3{{ return:0 }} commit }} change:2:2",
+)
+"""Calls of the host fail within transactions and their commits; work goes on each time."""
 
-def commits_fail(user: Player) -> None:
-    """Calls of the host fail within transactions and their commits; work goes on each time."""
-    user.play("open")
-    chance = user.random
-    for _ in range(5):
-        call = chance.choice(("pwrite", "pwrite", "barrier", "allocate", "punch"))
-        applied = chance.choice((0, 512, 4096, EVERYTHING))
-        with user.faults(fault(call, chance.randint(1, 5), applied)):
-            user.play("change begin change:3 savepoint")
-            with suppress(OSError):
-                user.play("change:2")
-            user.play(f"{'return:0' if chance.random() < 0.3 else ''} commit")
-        user.play("change:2:2")
-    user.play("close")
+TRANSACTION_KILLED = """open change:2 begin change:3 commit change kill open change:2 begin change:3 kill
+    open change:2 begin change:3 commit change kill open close"""
+"""The writer is killed within a transaction, or after one; the next one recovers and goes on."""
 
+REUSE_AFTER_TRANSACTIONS = turns(
+    5,
+    "begin v=2w%c write:v:2c discard:2w%c:2c write:v+s:s {n} write:2w%c+s:s",
+    *(
+        f"{zeroes}:v:c commit write:2w%c:c write:2w+2w%c:c {then}"
+        for zeroes, then in (
+            ("zeroes", ""),
+            ("unmap", ""),
+            ("zeroes", "checkpoint"),
+            ("unmap", ""),
+            ("zeroes", ""),
+        )
+    ),
+)
+"""Overwrite and free within transactions what others use at once; epochs end in between."""
 
-def transaction_killed(user: Player) -> None:
-    """The writer is killed within a transaction, or after one; the next one recovers and goes on."""
-    for turn in range(3):
-        user.play(f"open change:2 begin change:3 {'' if turn == 1 else 'commit change'} kill")
-    user.play("open close")
+COMMIT_FAILS_FIRST = turns(
+    4,
+    # The data of the transaction, then its record.
+    "write:{t}s:s write:3w+{t}c:s flush fail:at=2:applied=all{{ begin write:w+{t}c:c commit }} {n} flush",
+    "", "write:0..2w+s:c",
+)  # fmt: skip
+"""A transaction's record is written, and then the host reports an error: what was revoked stays away."""
 
-
-def reuse_after_transactions(user: Player) -> None:
-    """Overwrite and free within transactions what others use at once; epochs end in between."""
-    user.play("open")
-    for turn in range(5):
-        victim, zeroes = user.value("2w%c"), "unmap" if turn % 2 else "zeroes"
-        user.play(f"begin write:{victim}:2c discard:2w%c:2c write:{victim}+s:s {zeroes}:{victim}:c commit")
-        user.play(f"write:2w%c:c write:2w+2w%c:c {'checkpoint' if turn == 2 else ''} write:2w%c+s:s")
-    user.play("close")
-
-
-def commit_fails_first(user: Player) -> None:
-    """A transaction's record is written, and then the host reports an error: what was revoked stays away."""
-    user.play("open")
-    for turn in range(4):
-        user.play(f"write:{turn}s:s write:3w+{turn}c:s flush")
-        # The data of the transaction, then its record.
-        with user.faults(fault("pwrite", 2, EVERYTHING)):
-            user.play(f"begin write:w+{turn}c:c commit")
-        user.play(f"{'write:0..2w+s:c' if turn % 2 else ''} flush")
-    user.play("close")
-
-
-def move_fails_first(user: Player) -> None:
-    """The journal cannot be moved for a transaction; others then use the place where it was to go."""
-    user.play("open")
-    for turn in range(2 * user.windows.count):
-        user.play(f"write:{turn // 2}w:s flush")
-        if user.random.random() < 0.5:
-            user.play("checkpoint")
-        # Two runs of homes, the zeros of the new range, its first frame; later it may be other writes.
-        with user.faults(fault("pwrite", user.random.randint(2, 5) if turn else 4, EVERYTHING)):
-            user.play("begin outgrow commit")
-        user.play(f"write:{turn // 2}w+{turn % 2}w/2:w/2 flush")
-    user.play("close")
+# Two runs of homes, the zeros of the new range, its first frame; later it may be other writes.
+MOVE_FAILS_FIRST = " ".join(
+    f"write:{turn // 2}w:s flush 0.5{{ checkpoint }}"
+    f" fail:at={'2..5' if turn else 4}:applied=all{{ begin outgrow commit }}"
+    f" write:{turn // 2}w+{turn % 2}w/2:w/2 flush"
+    for turn in range(8)
+)
+"""The journal cannot be moved for a transaction; others then use the place where it was to go."""
 
 
 def overlapping(user: Player) -> None:
     """Another thread changes the image while a barrier runs, which does not cover the change."""
-    user.play("open")
-    start = user.value("0..2w")
     # Going live readies some of the free clusters, and leaves others as they are.
-    user.play(f"write:{start}+w-s:s flush write:{start}:s")
+    user.play("open v=0..2w write:v+w-s:s flush write:v:s")
     # Its L2 table is there: it stages so little that nobody has to commit, and to wait for the barrier.
-    while_barrier_runs(user.session.device, "flush.data", lambda: user.play(f"write:{start}+w-s-c:s"))
+    while_barrier_runs(user.session.device, "flush.data", lambda: user.play("write:v+w-s-c:s"))
     user.play("flush write:3w:w-c+s flush change:2 close")
 
 
@@ -322,119 +230,71 @@ def while_barrier_runs(device: SimulatedDevice, name: str, action: Callable[[], 
 
 # Snapshots
 
-EACH_ONCE = (
-    "open packed:0:2c snapshot write:w+s:s write:s:s packed:c:c flush"
-    " begin snapshot write:w:c apply:0 packed:2c:2c commit"
-    " apply:-1 zeroes:0:2c delete:0 delete:0 delete:0 delete:0 write:w:c close"
-)
+EACH_ONCE = """open packed:0:2c snapshot write:w+s:s write:s:s packed:c:c flush
+    begin snapshot write:w:c apply:0 packed:2c:2c commit
+    apply:-1 zeroes:0:2c delete:0 delete:0 delete:0 delete:0 write:w:c close"""
 """All that has a call to fail: each operation on snapshots, copies of data and tables, packing."""
 
 NARROW_REFCOUNTS = (
-    "open snapshot:9 mix:2:2"
-    f" {'snapshot:9 mix:2 apply:0..3 mix:2:2 delete:0..3 ' * 4} close"
-)  # fmt: skip
+    f"open snapshot:9 mix:2:2 {turns(4, 'snapshot:9 mix:2 apply:0..3 mix:2:2 delete:0..3')} close"
+)
 """What refcounts of one or two bits cannot count is refused; the rest works."""
 
+BETWEEN_WRITES = f"{turns(6, 'mix:2:0|2 snap {n}', '', '', 'checkpoint', '', 'close', '')} mix close"
+"""Snapshots made, applied and deleted between writes, with and without a flush before and after."""
 
-def some_flushes(random: Random) -> str:
-    """Return two changes, with or without a flush after them."""
-    return f"mix:2:{random.choice((0, 2))}"
-
-
-def between_writes(user: Player) -> None:
-    """Snapshots made, applied and deleted between writes, with and without a flush before and after."""
-    user.play("open")
-    for turn in range(6):
-        user.play(f"{some_flushes(user.random)} snap {('', '', 'checkpoint', '', 'close open', '')[turn]}")
-    user.play("mix close")
-
-
-def copy_on_write(user: Player) -> None:
-    """Less than a cluster is written to what a snapshot shares: the rest of it is copied."""
-    user.play("open")
-    for turn in range(3):
-        user.play(f"write:{turn}c:2c packed:{turn + 4}c:c snapshot:9")
-        user.play(f"write:{turn}c+c%s:s write:{turn + 4}c+c%s:s flush")
-        # Now the cluster is the disk's alone.
-        zeroes = "unmap" if turn % 2 else "zeroes"
-        user.play(f"write:{turn}c:s {zeroes}:{turn + 1}c:c discard:{turn + 4}c:c")
-    user.play("close")
+COPY_ON_WRITE = turns(
+    3,
+    "write:{t}c:2c packed:{t}c+4c:c snapshot:9 write:{t}c+c%s:s write:{t}c+4c+c%s:s flush"
+    # Now the cluster is the disk's alone.
+    " write:{t}c:s {n}:{t}c+c:c discard:{t}c+4c:c",
+    "zeroes", "unmap",
+)  # fmt: skip
+"""Less than a cluster is written to what a snapshot shares: the rest of it is copied."""
 
 
 def several(user: Player) -> None:
     """Several snapshots at once, deleted in another order; what they held is used again at once."""
-    user.play("open")
-    for turn in range(3):
-        user.play(f"write:{turn}c:3c snapshot:9 mix")
+    user.play(turns(3, "write:{t}c:3c snapshot:9 mix"))
     user.play("delete:1 write:w:3c apply:0 write:2w:2c mix:2:2 write:c:s")
     while user.user.snapshots:
         user.play("delete:0..3 write:w%c:c flush")
     user.play("write:0:w close")
 
 
-def in_transactions(user: Player) -> None:
-    """Snapshots within transactions, with writes before and after them, savepoints and rollbacks."""
-    user.play("open")
-    for turn in range(4):
-        user.play("mix begin mix snap mix:2 savepoint snap mix look")
-        user.play(f"{'return:0 mix snap' if turn % 2 else ''} {'rollback' if turn == 3 else 'commit'}")
-        user.play(some_flushes(user.random))
-    user.play("close")
+IN_TRANSACTIONS = turns(
+    4,
+    "mix begin mix snap mix:2 savepoint snap mix look {n} mix:2:0|2",
+    "commit", "return:0 mix snap commit", "commit", "return:0 mix snap rollback",
+)  # fmt: skip
+"""Snapshots within transactions, with writes before and after them, savepoints and rollbacks."""
 
 
 def other_sizes(user: Player) -> None:
     """Snapshots of disks of other sizes: cut off, grown past them, and applied again."""
-    user.play("open")
     for _ in range(3):
-        start, inside = user.value("1..3"), user.value("w%s")
-        user.play(f"snapshot:9 resize:{start}:{inside} mix")
-        user.play(f"resize:{4 * user.random.choice((1, 2, 20))}:0 mix snapshot:9 apply:0..3")
-        user.play(some_flushes(user.random))
+        user.play(
+            "open v=1..3 i=w%s snapshot:9 resize:v:i mix resize:4|8|80:0 mix snapshot:9 apply:0..3 mix:2:0|2"
+        )
         if len(user.user.snapshots) > 2:
             user.play("delete:0..3")
     user.play("close")
 
 
-SNAPSHOTS_KILLED = (
-    "open mix:2 snap mix:2 kill open mix:2 begin snap mix:2 kill open mix:2 snap mix:2 kill open close"
-)
+SNAPSHOTS_KILLED = """open mix:2 snap mix:2 kill open mix:2 begin snap mix:2 kill
+    open mix:2 snap mix:2 kill open close"""
 """The writer is killed after a snapshot, before any flush, and within a transaction with one."""
 
+SNAPSHOTS_FAIL = turns(
+    5,
+    "fail:some{{ mix snap mix:2:2 }} {n} snap mix",
+    "", "fail:some{ begin mix try{ snap } mix commit }", "", "fail:some{ begin mix try{ snap } mix commit }",
+)  # fmt: skip
+"""Calls of the host fail while snapshots are made, applied and deleted; work goes on each time."""
 
-def some_fault(chance: Random) -> FaultPlan:
-    """Return a plan by which a call of the host fails, or its disk is full."""
-    if chance.random() < 0.15:
-        return FaultPlan(full_from=chance.randint(1, 8))
-    call = chance.choice(("pwrite", "pwrite", "pwrite", "barrier", "allocate", "punch"))
-    applied = chance.choice((0, 512, 4096, EVERYTHING))
-    return fault(call, chance.randint(1, 3 if call == "barrier" else 6), applied)
-
-
-def fails(user: Player) -> None:
-    """Calls of the host fail while snapshots are made, applied and deleted; work goes on each time."""
-    user.play("open")
-    for turn in range(5):
-        with user.faults(some_fault(user.random)):
-            user.play("mix snap mix:2:2")
-        if turn % 2:
-            with user.faults(some_fault(user.random)):
-                user.play("begin mix")
-                with suppress(OSError):
-                    user.play("snap")
-                user.play("mix commit")
-        user.play("snap mix")
-    user.play("close")
-
-
-def large_tables(user: Player) -> None:
-    """A snapshot changes more than a half of the journal holds: the journal moves to a larger range."""
-    user.play("open snapshot:9")
-    for index in range(user.windows.count):
-        user.play(f"write:{index}w:s")
-    user.play("begin outgrow snapshot:9 mix commit")
-    with user.faults(some_fault(user.random)):
-        user.play("apply:0")
-    user.play("apply:0 mix delete:0 close")
+LARGE_TABLES = f"""open snapshot:9 {turns(12, "write:{t}w:s")} begin outgrow snapshot:9 mix commit
+    fail:some{{ apply:0 }} apply:0 mix delete:0 close"""
+"""A snapshot changes more than a half of the journal holds: the journal moves to a larger range."""
 
 
 # Compressed clusters
@@ -442,38 +302,26 @@ def large_tables(user: Player) -> None:
 
 def compressed(user: Player) -> None:
     """Compressed writes over flushes, overwritten, zeroed and discarded; what is freed is used again."""
-    user.play("open")
     for turn in range(6):
-        user.play(f"packed:w%c:2c {'flush' if turn % 2 else ''} pack")
-        victim, choice = user.value("w%c"), user.random.random()
+        user.play(f"open packed:w%c:2c {'flush' if turn % 2 else ''} pack v=w%c")
+        choice = user.random.random()
         if choice < 0.4:
-            user.play(f"write:{victim}+s:s")
+            user.play("write:v+s:s")
         elif choice < 0.6:
-            user.play(f"{'unmap' if user.random.random() < 0.5 else 'zeroes'}:{victim}:2c")
+            user.play(f"{'unmap' if user.random.random() < 0.5 else 'zeroes'}:v:2c")
         elif choice < 0.8:
-            user.play(f"discard:{victim}:2c")
+            user.play("discard:v:2c")
         user.play(f"write:w+w%c:c {'checkpoint' if turn == 3 else ''}")
     user.play("close")
 
 
-def compressed_new(user: Player) -> None:
-    """Compressed writes to a new image, where nothing was: a descriptor must not land before its data."""
-    user.play("open")
-    for turn in range(4):
-        user.play(f"packed:{turn}c:c packed:w+{2 * turn}c:2c flush pack")
-    user.play("close")
+COMPRESSED_NEW = turns(4, "packed:{t}c:c packed:w+{n}:2c flush pack", "0c", "2c", "4c", "6c")
+"""Compressed writes to a new image, where nothing was: a descriptor must not land before its data."""
 
-
-def compressed_undone(user: Player) -> None:
-    """Compressed writes that fail or are rolled back, and those that follow them, which pack anew."""
-    user.play("open")
-    for turn in range(5):
-        user.play("pack")
-        if turn % 2:
-            end = "rollback" if turn == 3 else "commit"
-            user.play(f"begin pack savepoint pack return:0 pack {end}")
-        else:
-            with user.faults(some_fault(user.random)):
-                user.play("pack pack flush")
-        user.play("pack mix:2:2")
-    user.play("close")
+COMPRESSED_UNDONE = turns(
+    5,
+    "pack {n} pack mix:2:2",
+    "fail:some{ pack pack flush }", "begin pack savepoint pack return:0 pack commit",
+    "fail:some{ pack pack flush }", "begin pack savepoint pack return:0 pack rollback",
+)  # fmt: skip
+"""Compressed writes that fail or are rolled back, and those that follow them, which pack anew."""
