@@ -18,7 +18,7 @@ from jqcow.ondisk.naming import NamedFile
 from jqcow.opening import _open
 from jqcow.testing import CrashSpace, SimulatedDevice
 from jqcow.testing.device import InFlight
-from tests.support.images import JOURNAL_BYTES, open_simulated, salts_of
+from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of
 
 SECTOR_BYTES = 512
 STATES_OF_EACH = 4

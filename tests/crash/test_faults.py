@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from random import Random
 
 import pytest
 
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
+from tests.support import inside
 from tests.support.expectation import SECTOR_BYTES, Expectation
-from tests.support.images import Session
 from tests.support.judge import judge_closed, judge_running, recover
-from tests.support.snapshots import each_once
+from tests.support.player import Player
 from tests.support.starts import full_image
-from tests.support.stories import mixed
+from tests.support.stories import EACH_ONCE, MIXED
+from tests.support.users import Session
 
 CLUSTER_BYTES = 4096
-Story = Callable[[Session], None]
-STORIES: dict[str, Story] = {"mixed": mixed, "snapshots": each_once}
+STORIES = {"mixed": MIXED, "snapshots": EACH_ONCE}
 START = full_image(CLUSTER_BYTES, Random("faults"))
 GROUPS = 8
 
@@ -47,10 +46,10 @@ def failed_punches(session: Session) -> list[tuple[int, int]]:
     return session.device.failed_punches
 
 
-def count_calls(story: Story) -> int:
+def count_calls(story: str) -> int:
     session = new_session()
     session.device.faults = plan = FaultPlan()
-    story(session)
+    Player(session, Random(0)).play(story)
     return plan.total
 
 
@@ -76,12 +75,12 @@ def test_each_call_may_fail_once(name: str, kind: str, group: int) -> None:
         fail_at(STORIES[name], Fault(error, at=number, applied_bytes=applied_bytes))
 
 
-def fail_at(story: Story, fault: Fault) -> None:
+def fail_at(story: str, fault: Fault) -> None:
     session = new_session()
     plan = FaultPlan(fault)
     with session.faults(plan):
         try:
-            story(session)
+            Player(session, Random(0)).play(story)
         except OSError as error:
             assert error.errno == fault.error, f"call {fault.at} raised {error!r}"
             raise
@@ -89,7 +88,7 @@ def fail_at(story: Story, fault: Fault) -> None:
     if not failed_punches(session):
         assert session.faults_seen == 1, f"the error of call {fault.at} did not reach the caller"
     judge_killed(session)
-    story(session)
+    Player(session, Random(0)).play(story)
     assert session.image is None
     judge_closed(session.device, session.expectation)
 
@@ -119,10 +118,9 @@ def test_failed_punch_leaves_unknown_clusters(number: int, kind: str) -> None:
     assert plan.fired and session.faults_seen == 0
     ((offset, length),) = failed_punches(session)
     clusters = range(offset // CLUSTER_BYTES, (offset + length) // CLUSTER_BYTES)
-    space = session.live._store.space
-    assert all(cluster in space.unknown and cluster not in space.zero_safe for cluster in clusters)
+    assert inside.are_zero_safe(session.live, clusters) is False
     session.flush()
-    assert not any(cluster in space.zero_safe for cluster in clusters)
+    assert inside.are_zero_safe(session.live, clusters) is False
     judge_killed(session)
     use_again(session, clusters)
     judge_killed(session)
@@ -136,6 +134,6 @@ def use_again(session: Session, clusters: range) -> None:
         session.write(position + SECTOR_BYTES, SECTOR_BYTES)
         session.flush()
         session.look()
-        if all(session.live._store.refcounts.get(cluster) for cluster in clusters):
+        if inside.are_used(session.live, clusters):
             return
     pytest.fail(f"clusters {clusters} are not used again")

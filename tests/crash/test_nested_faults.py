@@ -8,37 +8,37 @@ the power cut. Each case is judged: errors are raised (P5), and nothing acknowle
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 
 import pytest
 
 from jqcow.testing import EVERYTHING, CrashSpace, Fault, FaultPlan
-from tests.support import snapshots, starts, transactions
+from tests.support import stories
 from tests.support.expectation import SECTOR_BYTES
-from tests.support.images import Session
 from tests.support.judge import Judge, judge_closed, judge_running, recover, recover_and_close
-from tests.support.starts import Start
+from tests.support.player import Player
+from tests.support.starts import STARTS as PREPARED
+from tests.support.stories import Story, tell
+from tests.support.users import Session
 
-Story = Callable[[Session, Random], None]
-STORIES: dict[str, tuple[Story, Callable[[int, Random], Start], int]] = {
+STORIES: dict[str, tuple[Story, str, int]] = {
     # The story, what it starts from, and its cluster size.
-    "transactions": (transactions.transactions, starts.used_image, 4096),
-    "transactions-dirty": (transactions.transactions, starts.unpunchable_image, 1024),
-    "savepoints": (transactions.savepoints, starts.full_image, 4096),
-    "rollbacks": (transactions.rollbacks, starts.dirty_image, 512),
-    "too-large": (transactions.too_large, starts.used_image, 4096),
-    "resizes": (transactions.resizes, starts.full_image, 8192),
-    "reuse": (transactions.reuse_after_transactions, starts.full_image, 4096),
-    "snapshots": (snapshots.between_writes, starts.snapshots_image, 4096),
-    "snapshots-transactions": (snapshots.in_transactions, starts.snapshots_unpunchable_image, 1024),
-    "snapshots-sizes": (snapshots.other_sizes, starts.used_image, 512),
-    "compressed": (snapshots.compressed, starts.snapshots_image, 8192),
+    "transactions": (stories.TRANSACTIONS, "used", 4096),
+    "transactions-dirty": (stories.TRANSACTIONS, "unpunchable", 1024),
+    "savepoints": (stories.SAVEPOINTS, "full", 4096),
+    "rollbacks": (stories.ROLLBACKS, "dirty", 512),
+    "too-large": (stories.TOO_LARGE, "used", 4096),
+    "resizes": (stories.RESIZES, "full", 8192),
+    "reuse": (stories.REUSE_AFTER_TRANSACTIONS, "full", 4096),
+    "snapshots": (stories.BETWEEN_WRITES, "snapshots", 4096),
+    "snapshots-transactions": (stories.IN_TRANSACTIONS, "snapshots-unpunchable", 1024),
+    "snapshots-sizes": (stories.other_sizes, "used", 512),
+    "compressed": (stories.compressed, "snapshots", 8192),
 }
 STARTS = {
-    name: prepare(cluster_bytes, Random(f"nested faults {name}"))
-    for name, (_, prepare, cluster_bytes) in STORIES.items()
+    name: PREPARED[start](cluster_bytes, Random(f"nested faults {name}"))
+    for name, (_, start, cluster_bytes) in STORIES.items()
 }
 KINDS = {
     "EIO": (errno.EIO, 0),
@@ -54,15 +54,15 @@ def new_session(name: str) -> Session:
     return Session(STARTS[name].device(), STARTS[name].expectation(), written=1 << 16)
 
 
-def tell(name: str, session: Session) -> None:
+def tell_story(name: str, session: Session) -> None:
     """Do all that the story tells: the same on every run."""
-    STORIES[name][0](session, Random(f"nested faults {name}"))
+    tell(STORIES[name][0], Player(session, Random(f"nested faults {name}")))
 
 
 def calls_of(name: str) -> int:
     session = new_session(name)
     session.device.faults = plan = FaultPlan()
-    tell(name, session)
+    tell_story(name, session)
     return plan.total
 
 
@@ -100,7 +100,7 @@ def spread(total: int, random: Random) -> list[int]:
 def break_and_judge(name: str, session: Session, plan: FaultPlan, random: Random) -> bool:
     """Judge one case. Return True if the retry failed too."""
     with session.faults(plan):
-        tell(name, session)
+        tell_story(name, session)
     assert plan.fired, "the call was not reached"
     # An error of a punch is kept from the user: what it frees is only not known to be zeros.
     if set(plan.fired_calls) != {"punch"}:
@@ -122,7 +122,7 @@ def break_and_judge(name: str, session: Session, plan: FaultPlan, random: Random
 def begin_anew(name: str, session: Session) -> None:
     if session.image is not None:
         session.close()
-    tell(name, session)
+    tell_story(name, session)
 
 
 def judge_failing_recovery(session: Session, random: Random) -> None:

@@ -10,9 +10,8 @@ from tests.support.judge import Judge, recover_and_close
 from tests.support.mutants import garble_sector_0
 from tests.support.workloads import (
     FAMILIES,
-    OVERLAY_FAMILIES,
-    SNAPSHOT_FAMILIES,
     Family,
+    names_in,
     workload_named,
 )
 
@@ -49,7 +48,7 @@ def laboratory_of_snapshots() -> Laboratory:  # type: ignore[type-arg]
 
 @pytest.mark.parametrize(("family", "cluster_bytes"), SAMPLE)
 def test_no_crash_breaks_a_promise(family: Family, cluster_bytes: int) -> None:
-    of_snapshots = family.name in (*SNAPSHOT_FAMILIES, *OVERLAY_FAMILIES)
+    of_snapshots = family.name in names_in("snapshots", "overlays")
     chosen = laboratory_of_snapshots() if of_snapshots else laboratory(STATES_PER_INTERVAL, QEMU_EVERY)
     chosen.run(family.workload(cluster_bytes, SEED))
 

@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from tests.support import sources
-from tests.support.simulation import Program, SimulationFailure, Step, run, without_step
+from tests.support.operations import Step
+from tests.support.simulation import Program, SimulationFailure, run, without_step
 from tests.support.simulation_minimise import minimise
-from tests.support.simulation_programs import program_of
-from tests.support.simulation_runs import describe, run_seeds
+from tests.support.simulation_programs import describe, program_of, run_seeds
 
 SEEDS = 200
 GROUPS = 8

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from jqcow.offline.check import check_structure
+from tests.crash.traced import start
 from tests.support import sources
-from tests.support.traced import start
 
 CALLS = ("pwrite64", "fdatasync", "fallocate", "ftruncate", "pread64")
 SAMPLES = 3
@@ -37,7 +37,7 @@ def run_traced(image: Path, *options: str) -> subprocess.CompletedProcess[str]:
     image.write_bytes(start().content)
     command = ["strace", "-f", "-qq", "-P", str(image), "-o", str(image.with_suffix(".trace")), *options]
     return subprocess.run(
-        [*command, sys.executable, "-m", "tests.support.traced", str(image)],
+        [*command, sys.executable, "-m", "tests.crash.traced", str(image)],
         cwd=sources.ROOT,
         capture_output=True,
         text=True,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jqcow
-
-SECTOR_BYTES = 512
+from jqcow.testing import SECTOR_BYTES
+from tests.support.operations import Discard, Request, Write, WriteZeroes
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -120,47 +120,41 @@ class Rounds:
         match self.chance.randrange(8):
             case 0 | 1 | 2 | 3:
                 data = self.chance.randbytes(length)
-                image.pwrite(data, offset, fua=self.chance.random() < 0.1)
-                self.model.write(data, offset)
+                self.take(Write(offset, data, self.chance.random() < 0.1)).on(image)
             case 4:
-                image.write_zeroes(length, offset, unmap=self.chance.random() < 0.5)
-                self.model.zero(length, offset)
+                self.take(WriteZeroes(offset, length, self.chance.random() < 0.5)).on(image)
             case 5:
-                offset, length = self.random_range(unit=self.cluster_bytes)
-                image.discard(length, offset)
-                self.model.zero(length, offset)
+                self.take(Discard(*self.random_range(unit=self.cluster_bytes))).on(image)
             case 6:
                 image.flush()
             case _:
                 image.checkpoint()
 
+    def take(self, request: Request) -> Request:
+        """Tell the model of a request, and return it."""
+        offset, data = request.result(self.cluster_bytes, self.model.size)
+        self.model.write(data, offset)
+        return request
+
     def by_qemu(self, steps: int) -> None:
         """Change the image through qemu-io."""
-        qemu_io(self.image, *(command for _ in range(steps) for command in self._qemu_step()))
+        qemu_io(self.image, *(self._qemu_step() for _ in range(steps)))
         self.judge()
 
-    def _qemu_step(self) -> list[str]:
+    def _qemu_step(self) -> str:
         unit = self.chance.choice((SECTOR_BYTES, self.cluster_bytes))
         offset, length = self.random_range(unit=unit)
         if not length:
-            return ["flush"]
+            return "flush"
         match self.chance.randrange(7):
             case 0 | 1 | 2:
-                byte = self.chance.randrange(1, 256)
-                self.model.write(bytes([byte]) * length, offset)
-                return [f"write -P {byte} {offset} {length}"]
-            case 3:
-                self.model.zero(length, offset)
-                return [f"write -z {offset} {length}"]
-            case 4:
-                self.model.zero(length, offset)
-                return [f"write -z -u {offset} {length}"]
+                return self.take(Write.pattern(offset, length, self.chance.randrange(1, 256))).qemu()
+            case 3 | 4 as kind:
+                return self.take(WriteZeroes(offset, length, unmap=kind == 4)).qemu()
             case 5:
-                offset, length = self.random_range(unit=self.cluster_bytes)
-                self.model.zero(length, offset)
-                return [f"discard {offset} {length}"]
+                return self.take(Discard(*self.random_range(unit=self.cluster_bytes))).qemu()
             case _:
-                return ["flush"]
+                return "flush"
 
     def resize_by_qemu(self, size: int) -> None:
         """Grow or shrink the disk by qemu-img."""

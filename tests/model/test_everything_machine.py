@@ -28,33 +28,31 @@ from jqcow import _native
 from jqcow.disks.chain import Chain
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
-from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, Header
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.opening import open_backing
-from jqcow.testing import SectorModel, SimulatedDevice
+from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
 from jqcow.transaction import Transaction
 from tests.interop.qemu import check_clean, compare, done, qemu_io
 from tests.model.test_image_machine import (
     CLUSTERS_MAX,
     JOURNAL_BYTES,
-    SECTOR_BYTES,
     Draft,
     ImageMachine,
     Step,
-    Undone,
     counted_salts,
     fractions,
     part_of,
     range_of,
     seeds,
 )
-from tests.support import sources
-from tests.support.expectation import Shown
+from tests.support import inside, sources
+from tests.support.inside import Shown
 from tests.support.mutants import GREEN, MUTANTS, RED, Mutant, patched_copy
+from tests.support.operations import Disk, PackedWrite, Write, WriteZeroes, apply
+from tests.support.starts import DIRTY_BYTE, spoil_refcounts
 
 SNAPSHOTS_MAX = 3
-DIRTY_BYTE = 79
-"""The last byte of the incompatible features."""
 
 Below = tuple[float, DiskFormat]
 below_strategy = st.tuples(
@@ -192,7 +190,8 @@ class EverythingMachine(ImageMachine):
             new_salt=self.new_salt,
             backing=self.find_below,
         )
-        self.image._copy_on_read = self.copy_on_read and self.image.backing_file is not None
+        if self.copy_on_read and self.image.backing_file is not None:
+            inside.copy_on_read(self.image)
 
     def come_back(self) -> None:
         """Recover; the files below are closed with the process that had them."""
@@ -238,7 +237,8 @@ class EverythingMachine(ImageMachine):
     @rule(start=fractions, length=fractions, seed=seeds)
     def pwrite_compressed(self, start: float, length: float, seed: int) -> None:
         """Write whole clusters compressed."""
-        compress_on(self.image, self.model, (start, length), seed, self.cluster_bytes)
+        request = random_packed(self.image, start, length, seed, self.cluster_bytes)
+        apply(request, self.image, self.model)
 
     @precondition(lambda self: len(self.kept) < SNAPSHOTS_MAX)
     @rule()
@@ -263,19 +263,17 @@ class EverythingMachine(ImageMachine):
     @rule(script=st.lists(full_steps, max_size=8), ending=endings)
     def transaction(self, script: list[Step], ending: Literal["commit", "rollback", "exception"]) -> None:
         """All of it is there, and durable, or nothing is; meanwhile nobody else sees it."""
-        with suppress(Undone), self.image.transaction() as transaction:
-            self.promise_everything()
-            draft = FullDraft(transaction, self.model.copy(), dict(self.kept), self)
-            for step in script:
-                draft.take(step)
-                self.reads_as_asked_for()
-            if ending == "rollback":
-                transaction.rollback()
-            elif ending == "exception":
-                raise Undone
-        if ending == "commit":
-            self.model, self.kept = draft.model, draft.kept
-            self.promise_everything()
+        self.run_transaction(script, ending)
+
+    def new_draft(self, transaction: Transaction) -> Draft:
+        """Return what follows a transaction, and its snapshots."""
+        return FullDraft(transaction, self.model.copy(), dict(self.kept), self)
+
+    def adopt(self, draft: Draft) -> None:
+        """The transaction is committed: what it holds is there."""
+        super().adopt(draft)
+        assert isinstance(draft, FullDraft)
+        self.kept = draft.kept
 
     # Between sessions
 
@@ -307,7 +305,7 @@ class EverythingMachine(ImageMachine):
         self.image.close()
         self.promise_everything()
         content = bytearray(self.device.content())
-        spoil_refcounts(content, random.Random(seed))
+        spoil_refcounts(content, random.Random(seed), 0.3, (0, 0, 1, 2, 5))
         if is_marked:
             content[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
         self.device = SimulatedDevice(bytes(content), can_punch=self.device.can_punch)
@@ -342,11 +340,10 @@ class EverythingMachine(ImageMachine):
             if size:
                 offset = size // 2 // SECTOR_BYTES * SECTOR_BYTES
                 length = min(3 * SECTOR_BYTES, size - offset)
-                qemu_io(path, f"write -P 77 {offset} {length}", f"write -z {max(0, offset - 512)} 512")
-                with self.model.write(offset, b"\x4d" * length, durable=True):
-                    pass
-                with self.model.zero(max(0, offset - 512), 512, durable=True):
-                    pass
+                by_qemu = Write.pattern(offset, length, 77), WriteZeroes(max(0, offset - 512), 512)
+                qemu_io(path, *(request.qemu() for request in by_qemu))
+                for request in by_qemu:
+                    self.model.write(*request.result(self.cluster_bytes, size), durable=True).complete()
 
     # Judgement
 
@@ -354,23 +351,6 @@ class EverythingMachine(ImageMachine):
     def snapshots_hold_what_they_held(self) -> None:
         """The snapshots are there, in their order, each with every byte."""
         require_snapshots(self.image, self.kept)
-
-    @invariant()
-    def extents_tell_the_truth(self) -> None:
-        """Extents cover the disk without a gap; what they call data is there, what they call zero is zero."""
-        position = 0
-        for extent in self.image.extents():
-            assert extent.offset == position and extent.length > 0
-            position += extent.length
-            content = self.image.pread(extent.length, extent.offset)
-            if extent.kind == "data" and extent.depth == 0:
-                assert extent.host_offset is not None
-                assert self.device.pread(extent.length, extent.host_offset) == content
-            elif extent.kind in ("zero", "unallocated"):
-                assert not any(content), f"{extent} does not read as zeros"
-        assert position == self.image.size
-        if self.image.reads_as_zeros(position, 0):
-            assert not any(self.image.pread(position, 0))
 
 
 class FullDraft(Draft):
@@ -389,7 +369,7 @@ class FullDraft(Draft):
         kind, start, length, seed = step
         match kind:
             case "compressed":
-                compress_on(self.transaction, self.model, (start, length), seed, self.cluster_bytes)
+                self.apply(random_packed(self.transaction, start, length, seed, self.cluster_bytes))
             case "create" | "apply" | "delete":
                 if (len(self.kept) < SNAPSHOTS_MAX) if kind == "create" else self.kept:
                     self.machine.snapshots_made += 1
@@ -414,15 +394,9 @@ class FullDraft(Draft):
         require_snapshots(self.transaction, self.kept)
 
 
-def compress_on(
-    disk: jqcow.Image | Transaction,
-    model: SectorModel,
-    place: tuple[float, float],
-    seed: int,
-    cluster_bytes: int,
-) -> None:
-    """Write whole clusters, or what is left to the end of the disk; a third of them does not get smaller."""
-    offset, length_bytes = range_of(disk.size, *place)
+def random_packed(disk: Disk, start: float, length: float, seed: int, cluster_bytes: int) -> PackedWrite:
+    """Return a compressed write of whole clusters, or up to the disk's end; a third does not shrink."""
+    offset, length_bytes = range_of(disk.size, start, length)
     offset -= offset % cluster_bytes
     length_bytes = min(-(-length_bytes // cluster_bytes) * cluster_bytes, disk.size - offset)
     chance = random.Random(seed)
@@ -431,13 +405,11 @@ def compress_on(
         noise = chance.choice((cluster_bytes, cluster_bytes // 4, cluster_bytes // 2))
         size = min(cluster_bytes, length_bytes - part)
         parts.append(chance.randbytes(min(noise, size)).ljust(size, b"\x11"))
-    data = b"".join(parts)
-    with model.write(offset, data):
-        disk.pwrite_compressed(data, offset)
+    return PackedWrite(offset, b"".join(parts))
 
 
 def snapshots_on(
-    disk: jqcow.Image | Transaction,
+    disk: Disk,
     model: SectorModel,
     kept: Kept,
     kind: str,
@@ -473,18 +445,6 @@ def require_snapshots(holder: jqcow.Image | Transaction, kept: Kept) -> None:
     for snapshot in there:
         shown = Shown(holder, snapshot)
         assert shown.pread(shown.size, 0) == kept[snapshot.name], f"{snapshot.name} has changed"
-
-
-def spoil_refcounts(content: bytearray, chance: random.Random) -> None:
-    """Change refcounts of 16 bits: many become 0, some too large."""
-    header = Header.unpack(bytes(content[:SECTOR_BYTES]))
-    cluster_bytes, per_block = header.geometry.cluster_bytes, header.geometry.refcounts_per_cluster
-    for cluster in range(len(content) // cluster_bytes):
-        entry = header.refcount_table_offset + cluster // per_block * 8
-        block = int.from_bytes(content[entry : entry + 8], "big")
-        if block and chance.random() < 0.3:
-            place = block + cluster % per_block * 2
-            content[place : place + 2] = chance.choice((0, 0, 1, 2, 5)).to_bytes(2, "big")
 
 
 def run_machine(cluster_bytes: int, given: settings) -> None:

@@ -21,10 +21,10 @@ from hypothesis.stateful import (
 
 import jqcow
 from jqcow import _native
-from jqcow.testing import CrashSpace, SectorModel, SimulatedDevice
+from jqcow.testing import SECTOR_BYTES, CrashSpace, SectorModel, SimulatedDevice
 from jqcow.transaction import Savepoint, Transaction
+from tests.support.operations import Discard, Disk, Request, Write, WriteZeroes, apply
 
-SECTOR_BYTES = 512
 JOURNAL_BYTES = 64 << 10
 CLUSTERS_MAX = 40
 GROWTH_SECTORS_MAX = 64
@@ -79,7 +79,7 @@ class ImageMachine(RuleBasedStateMachine):
     @rule(start=fractions, length=fractions, seed=seeds, fua=st.booleans())
     def pwrite(self, start: float, length: float, seed: int, fua: bool) -> None:
         """Write at any byte, any length."""
-        write_on(self.image, self.model, start, length, seed)
+        apply(random_write(self.image, start, length, seed), self.image, self.model)
         if fua:
             self.image.pwrite(b"", 0, fua=True)
             self.promise_everything()
@@ -87,12 +87,13 @@ class ImageMachine(RuleBasedStateMachine):
     @rule(start=fractions, length=fractions, unmap=st.booleans())
     def write_zeroes(self, start: float, length: float, unmap: bool) -> None:
         """Zero any range."""
-        zero_on(self.image, self.model, start, length, unmap=unmap)
+        apply(WriteZeroes(*range_of(self.image.size, start, length), unmap), self.image, self.model)
 
     @rule(start=fractions, length=fractions)
     def discard(self, start: float, length: float) -> None:
         """Discard any range: the clusters that it covers whole read as zeros."""
-        discard_on(self.image, self.model, start, length, self.cluster_bytes)
+        request = Discard(*range_of(self.image.size, start, length))
+        apply(request, self.image, self.model, self.cluster_bytes)
 
     @rule()
     def flush(self) -> None:
@@ -133,10 +134,13 @@ class ImageMachine(RuleBasedStateMachine):
     @rule(script=st.lists(steps, max_size=8), ending=st.sampled_from(("commit", "rollback", "exception")))
     def transaction(self, script: list[Step], ending: Literal["commit", "rollback", "exception"]) -> None:
         """All of it is there, and durable, or nothing is; meanwhile nobody else sees it."""
+        self.run_transaction(script, ending)
+
+    def run_transaction(self, script: list[Step], ending: str) -> None:
         with suppress(Undone), self.image.transaction() as transaction:
             # Entering commits what was staged.
             self.promise_everything()
-            draft = Draft(transaction, self.model.copy(), self.cluster_bytes)
+            draft = self.new_draft(transaction)
             for step in script:
                 draft.take(step)
                 self.reads_as_asked_for()
@@ -146,8 +150,16 @@ class ImageMachine(RuleBasedStateMachine):
                 raise Undone
         if ending == "commit":
             assert transaction.receipt is not None
-            self.model = draft.model
+            self.adopt(draft)
             self.promise_everything()
+
+    def new_draft(self, transaction: Transaction) -> Draft:
+        """Return what follows a transaction."""
+        return Draft(transaction, self.model.copy(), self.cluster_bytes)
+
+    def adopt(self, draft: Draft) -> None:
+        """The transaction is committed: what it holds is there."""
+        self.model = draft.model
 
     @rule()
     def reopen(self) -> None:
@@ -183,19 +195,21 @@ class ImageMachine(RuleBasedStateMachine):
 
     @invariant()
     def extents_tell_the_truth(self) -> None:
-        """Extents cover the disk without a gap, and what they call zero reads as zeros."""
+        """Extents cover the disk without a gap; what they call data is there, what they call zero is zero."""
         position = 0
         for extent in self.image.extents():
             assert extent.offset == position and extent.length > 0
             position += extent.length
             content = self.image.pread(extent.length, extent.offset)
-            if extent.kind == "data":
+            if extent.kind == "data" and extent.depth == 0:
                 assert extent.host_offset is not None
                 assert self.device.pread(extent.length, extent.host_offset) == content
-            else:
+            elif extent.kind in ("zero", "unallocated"):
                 assert extent.host_offset is None
                 assert not any(content), f"{extent} does not read as zeros"
         assert position == self.image.size
+        if self.image.reads_as_zeros(position, 0):
+            assert not any(self.image.pread(position, 0))
 
     # What happens between requests
 
@@ -235,15 +249,20 @@ class Draft:
         self.cluster_bytes = cluster_bytes
         self.savepoints: list[tuple[Savepoint, SectorModel]] = []
 
+    def apply(self, request: Request) -> None:
+        """Do a request."""
+        apply(request, self.transaction, self.model, self.cluster_bytes)
+
     def take(self, step: Step) -> None:
         """Do one thing inside; what is read is right afterwards."""
         kind, start, length, seed = step
+        place = range_of(self.transaction.size, start, length)
         if kind == "write":
-            write_on(self.transaction, self.model, start, length, seed)
+            self.apply(random_write(self.transaction, start, length, seed))
         elif kind == "zeroes":
-            zero_on(self.transaction, self.model, start, length, unmap=bool(seed % 2))
+            self.apply(WriteZeroes(*place, bool(seed % 2)))
         elif kind == "discard":
-            discard_on(self.transaction, self.model, start, length, self.cluster_bytes)
+            self.apply(Discard(*place))
         elif kind == "resize":
             size = part_of(CLUSTERS_MAX * self.cluster_bytes, start)
             self.transaction.resize(size)
@@ -271,33 +290,10 @@ def part_of(size: int, share: float) -> int:
     return int(share * size / SECTOR_BYTES) * SECTOR_BYTES
 
 
-def write_on(
-    disk: jqcow.Image | Transaction, model: SectorModel, start: float, length: float, seed: int
-) -> None:
+def random_write(disk: Disk, start: float, length: float, seed: int) -> Write:
+    """Return a write of random bytes."""
     offset, length_bytes = range_of(disk.size, start, length)
-    data = random.Random(seed).randbytes(length_bytes)
-    with model.write(offset, data):
-        disk.pwrite(data, offset)
-
-
-def zero_on(
-    disk: jqcow.Image | Transaction, model: SectorModel, start: float, length: float, *, unmap: bool
-) -> None:
-    offset, length_bytes = range_of(disk.size, start, length)
-    with model.zero(offset, length_bytes):
-        disk.write_zeroes(length_bytes, offset, unmap=unmap)
-
-
-def discard_on(
-    disk: jqcow.Image | Transaction, model: SectorModel, start: float, length: float, cluster_bytes: int
-) -> None:
-    """Discard a range: the clusters that it covers whole read as zeros."""
-    offset, length_bytes = range_of(disk.size, start, length)
-    head = -(-offset // cluster_bytes) * cluster_bytes
-    end = offset + length_bytes
-    tail = end if end == disk.size else end - end % cluster_bytes
-    with model.discard(min(head, tail), max(0, tail - head)):
-        disk.discard(length_bytes, offset)
+    return Write(offset, random.Random(seed).randbytes(length_bytes))
 
 
 SETTINGS = settings(

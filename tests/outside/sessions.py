@@ -14,8 +14,8 @@ import jqcow
 from jqcow.offline.check import check_structure
 from jqcow.testing import CrashState, LabOptions, Laboratory, Ledger, SimulatedDevice, Workload
 from tests.outside.history import Expectation
+from tests.outside.recorder import Event, Message, RecordedDevice, Recording, parse_log, record
 from tests.outside.writer import JOURNAL_BYTES
-from tests.support.recorder import Event, Message, RecordedDevice, Recording, parse_log, record
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER_SIZES = (512, 4096, 65536)

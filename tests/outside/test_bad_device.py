@@ -13,9 +13,9 @@ import jqcow
 from jqcow.testing import Fault, FaultPlan, Ledger, SimulatedDevice
 from tests.outside import hosts
 from tests.outside.history import Expectation
+from tests.outside.recorder import BarrierEnded, CallFailed, Message
 from tests.outside.sessions import Session, crash, qemu_check, read_disk, record_session
 from tests.outside.test_full_disk import JOURNAL_BYTES, MIB, STEP_BYTES, User
-from tests.support.recorder import BarrierEnded, CallFailed, Message
 
 DEVICE_BYTES = 64 * MIB
 BACKING_BYTES = 16 * MIB

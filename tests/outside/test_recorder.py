@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from jqcow.testing import enumerate_states
-from tests.outside.sessions import environment
-from tests.support.recorder import (
+from tests.outside.recorder import (
     Allocated,
     BarrierBegun,
     BarrierEnded,
@@ -25,6 +24,7 @@ from tests.support.recorder import (
     parse_log,
     record,
 )
+from tests.outside.sessions import environment
 
 IMAGE = Path("/images/disk.qcow2")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jqcow.testing import CrashFailure, Ledger
+from tests.outside.recorder import BarrierBegun, BarrierEnded, CallFailed, Change, Message
 from tests.outside.sessions import Session, crash, record_session
-from tests.support.recorder import BarrierBegun, BarrierEnded, CallFailed, Change, Message
 
 BUDGET = 5
 # The calls that may touch an image. More than these is a change of the engine that someone must have meant.

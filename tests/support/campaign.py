@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from jqcow.testing import CrashFailure, LabOptions, Laboratory, LabReport, Ledger
+from jqcow.testing import CrashFailure, LabOptions, Laboratory, LabReport
 from tests.support.judge import Judge, recover_and_close
+from tests.support.runs import Outcome, run_parts, table
 from tests.support.sources import engine_barrier_names
 from tests.support.workloads import FAMILIES, workload_named
 
@@ -44,23 +45,10 @@ class Plan:
                     for cluster_bytes in family.cluster_sizes:
                         yield f"{family.name}/{cluster_bytes}/{seed}"
 
-
-@dataclass
-class Outcome:
-    """What came of a campaign, or of one workload of it."""
-
-    ledger: Ledger = field(default_factory=Ledger)
-    failures: list[str] = field(default_factory=list)
-    workloads: int = 0
-    qemu_judged: int = 0
-    seconds: float = 0.0
-
-    def add(self, other: Outcome) -> None:
-        """Take the outcome of another workload in."""
-        self.ledger.merge(other.ledger)
-        self.failures += other.failures
-        self.workloads += other.workloads
-        self.qemu_judged += other.qemu_judged
+    def is_met(self, total: Outcome) -> bool:
+        """Return True if that is enough."""
+        enough_workloads = total.counts["workloads"] >= min(MIN_WORKLOADS, max(1, self.states // 1000))
+        return enough_workloads and total.ledger.report().distinct_states >= self.states
 
 
 def laboratory(plan: Plan, name: str, judge: Judge) -> Laboratory:  # type: ignore[type-arg]
@@ -84,14 +72,14 @@ def run_workload(plan: Plan, name: str) -> Outcome:
     """Run one workload with all its crashes."""
     judge = Judge(qemu_every=plan.qemu_every)
     running = laboratory(plan, name, judge)
-    outcome = Outcome(ledger=running.ledger, workloads=1)
+    outcome = Outcome(Counter(workloads=1), running.ledger)
     try:
         running.run(workload_named(name))
     except CrashFailure as failure:
         outcome.failures.append(f"{failure}\n  campaign: --seed {plan.seed} --states {plan.states}")
     except Exception as error:
         outcome.failures.append(f"{type(error).__name__}: {error}\n  workload: {name} itself, no crash")
-    outcome.qemu_judged = judge.qemu_judged
+    outcome.counts["judged by QEMU"] = judge.qemu_judged
     return outcome
 
 
@@ -102,30 +90,8 @@ def replay(plan: Plan, line: str) -> None:
 
 
 def run_campaign(plan: Plan) -> Iterator[Outcome]:
-    """Run workloads until the plan is met or a round of them failed; yield the running total after each."""
-    total = Outcome()
-    started = time.monotonic()
-    names = plan.names()
-    with ProcessPoolExecutor(plan.jobs) as pool:
-        running: set[Future[Outcome]] = set()
-        while not _is_met(plan, total):
-            running |= {pool.submit(run_workload, plan, next(names)) for _ in range(plan.jobs - len(running))}
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                total.add(future.result())
-            total.seconds = time.monotonic() - started
-            yield total
-        for future in running:
-            total.add(future.result())
-    total.seconds = time.monotonic() - started
-    yield total
-
-
-def _is_met(plan: Plan, total: Outcome) -> bool:
-    if len(total.failures) >= 10:
-        return True
-    enough_workloads = total.workloads >= min(MIN_WORKLOADS, max(1, plan.states // 1000))
-    return enough_workloads and total.ledger.report().distinct_states >= plan.states
+    """Run workloads until the plan is met or ten of them failed; yield the running total after each."""
+    return run_parts(functools.partial(run_workload, plan), plan.names(), plan.jobs, plan.is_met)
 
 
 def quiet_barriers(report: LabReport) -> list[str]:
@@ -136,20 +102,21 @@ def quiet_barriers(report: LabReport) -> list[str]:
 
 def format_barriers(report: LabReport) -> Iterable[str]:
     """Yield a table: each barrier of the source, its calls, and the states cut just before and after it."""
-    calls = dict(report.barriers)
-    yield f"{'barrier':<20}  {'calls':>8}  {'before':>9}  {'after':>9}"
-    for name in engine_barrier_names():
-        before = sum(row.distinct for row in report.intervals if row.name.endswith(f"-> {name}"))
-        starts = (name, f"recovery: {name}")
-        after = sum(row.distinct for row in report.intervals if row.name.split(" -> ")[0] in starts)
-        yield f"{name:<20}  {calls.get(name, 0):>8,}  {before:>9,}  {after:>9,}"
+    calls, before, after = dict(report.barriers), Counter[str](), Counter[str]()
+    for row in report.intervals:
+        first, _, last = row.name.partition(" -> ")
+        before[last] += row.distinct
+        after[first.removeprefix("recovery: ")] += row.distinct
+    rows = ((name, calls.get(name, 0), before[name], after[name]) for name in engine_barrier_names())
+    return table(("barrier", "calls", "before", "after"), rows)
 
 
 def format_families(report: LabReport) -> Iterable[str]:
     """Yield a table of the workload families."""
-    families: dict[str, list[int]] = {}
+    workloads, distinct = Counter[str](), Counter[str]()
     for row in report.workloads:
-        families.setdefault(row.name.split("/")[0], []).append(row.distinct)
-    yield f"{'family':<20}  {'workloads':>9}  {'distinct':>9}"
-    for name, distinct in sorted(families.items()):
-        yield f"{name:<20}  {len(distinct):>9,}  {sum(distinct):>9,}"
+        name = row.name.split("/")[0]
+        workloads[name] += 1
+        distinct[name] += row.distinct
+    rows = ((name, workloads[name], distinct[name]) for name in sorted(workloads))
+    return table(("family", "workloads", "distinct"), rows)

@@ -14,13 +14,12 @@ only where its last operation adds something: at each barrier within it, and at 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from jqcow.testing import (
@@ -30,15 +29,15 @@ from jqcow.testing import (
     LabOptions,
     Laboratory,
     LabReport,
-    Ledger,
     SectorModel,
     SimulatedDevice,
     Workload,
 )
 from tests.support.exhaustive_operations import OPERATIONS, Places, start
 from tests.support.expectation import SECTOR_BYTES, Expectation
-from tests.support.images import Session
 from tests.support.judge import Judge, judge_closed, recover_and_close
+from tests.support.runs import Outcome, run_parts, table
+from tests.support.users import Session
 
 STATES_MAX = 128
 NESTED_SEQUENCES_EVERY = 16
@@ -48,7 +47,6 @@ NESTED_STATES_EVERY = 16
 NESTED_STATES_MAX = 8
 """... so many states of each interval of the recovery."""
 SEED = 1
-FAILURES_MAX = 10
 FIRST_WRITE = 1 << 16
 """The writes of a sequence are numbered from here, so that they differ from those of the start image."""
 
@@ -91,33 +89,6 @@ class Plan:
 def _token(sequence: Sequence) -> int:
     """Return a number by which sequences are drawn, with no regard to their place in the order."""
     return int.from_bytes(blake2b("+".join(sequence).encode(), digest_size=8).digest(), "big")
-
-
-@dataclass
-class Outcome:
-    """What came of sequences. ``whole`` intervals were judged in all their states, ``sampled`` ones in some.
-
-    ``repeated`` states had been judged already, with the same expectation.
-    """
-
-    ledger: Ledger = field(default_factory=Ledger)
-    failures: list[str] = field(default_factory=list)
-    sequences: Counter[int] = field(default_factory=Counter)
-    whole: int = 0
-    sampled: int = 0
-    repeated: int = 0
-    qemu_judged: int = 0
-    seconds: float = 0.0
-
-    def add(self, other: Outcome) -> None:
-        """Take the outcome of other sequences in."""
-        self.ledger.merge(other.ledger)
-        self.failures += other.failures
-        self.sequences.update(other.sequences)
-        self.whole += other.whole
-        self.sampled += other.sampled
-        self.repeated += other.repeated
-        self.qemu_judged += other.qemu_judged
 
 
 class OnceJudge:
@@ -189,14 +160,14 @@ class Run:
         device.drop_barriers |= self.drop_barriers
         self.session = Session(device, image.expectation(), written=FIRST_WRITE)
         self.session.open()
-        self.places = Places(self.session, self.cluster_bytes)
+        self.places = Places(self.session)
         for name in self.sequence[:-1]:
-            OPERATIONS[name](self.session, self.places)
+            OPERATIONS[name](self.places)
         return self.session.expectation
 
     def last_operation(self, device: SimulatedDevice, expectation: Expectation) -> None:
         """Run the last operation; afterwards the running image is right."""
-        OPERATIONS[self.sequence[-1]](self.session, self.places)
+        OPERATIONS[self.sequence[-1]](self.places)
         self.session.look()
 
     def close(self) -> None:
@@ -227,9 +198,9 @@ class Search:
         self._laboratory(crash_recovery=crash_recovery).run(self._counting(run))
         self._count(run.session.device)
         run.close()
-        self.outcome.sequences[len(sequence)] += 1
-        self.outcome.repeated = self._judge.repeated
-        self.outcome.qemu_judged = self._judge.judge.qemu_judged
+        self.outcome.counts.update(("sequences", f"sequences of {len(sequence)}"))
+        self.outcome.counts["known already"] = self._judge.repeated
+        self.outcome.counts["judged by QEMU"] = self._judge.judge.qemu_judged
 
     def replay(self, line: str, *, drop_barriers: Iterable[str] = ()) -> None:
         """Judge the state of a replay line again, or run the sequence whose name is all of the line.
@@ -268,10 +239,8 @@ class Search:
         return Workload(workload.name, counted, workload.make_model, workload.make_device)
 
     def _count(self, device: SimulatedDevice) -> None:
-        if state_count(device.in_flight()) <= self.plan.states:
-            self.outcome.whole += 1
-        else:
-            self.outcome.sampled += 1
+        is_whole = state_count(device.in_flight()) <= self.plan.states
+        self.outcome.counts["judged in all their states" if is_whole else "judged in some of them"] += 1
 
 
 def search_group(plan: Plan, sequences: list[Sequence]) -> Outcome:
@@ -290,49 +259,33 @@ def search_group(plan: Plan, sequences: list[Sequence]) -> Outcome:
 
 def run_search(plan: Plan) -> Iterator[Outcome]:
     """Run all sequences of a plan, or until ten failed; yield the running total after each group of them."""
-    total = Outcome()
-    started = time.monotonic()
     # What begins alike meets the same states most often.
     groups: dict[Sequence, list[Sequence]] = {}
     for sequence in plan.sequences():
         groups.setdefault(sequence[:1], []).append(sequence)
-    with ProcessPoolExecutor(plan.jobs) as pool:
-        running = [pool.submit(search_group, plan, group) for group in groups.values()]
-        for future in as_completed(running):
-            total.add(future.result())
-            total.seconds = time.monotonic() - started
-            yield total
-            if len(total.failures) >= FAILURES_MAX:
-                pool.shutdown(cancel_futures=True)
-                return
+    return run_parts(functools.partial(search_group, plan), groups.values(), plan.jobs)
 
 
 def format_operations(report: LabReport) -> Iterable[str]:
     """Yield a table: for each operation, the sequences that end with it and give states, and the states."""
-    rows: dict[str, list[int]] = {}
+    sequences, states = Counter[str](), Counter[str]()
     for row in report.workloads:
         last = row.name.split("/", maxsplit=1)[1].split("+")[-1]
-        rows.setdefault(last, []).append(row.judged)
-    yield f"{'last operation':<22}  {'giving states':>13}  {'states':>9}"
-    for name in OPERATIONS:
-        if name in rows:
-            yield f"{name:<22}  {len(rows[name]):>13,}  {sum(rows[name]):>9,}"
+        sequences[last] += 1
+        states[last] += row.judged
+    rows = ((name, sequences[name], states[name]) for name in OPERATIONS if name in sequences)
+    return table(("last operation", "giving states", "states"), rows)
 
 
 def format_intervals(report: LabReport) -> Iterable[str]:
     """Yield a table of the barrier intervals; ``start`` is where the last operation begins."""
-    width = max(len(row.name) for row in report.intervals)
-    yield f"{'barrier interval':<{width}}  {'met':>9}  {'states':>9}  {'distinct':>9}"
-    for row in report.intervals:
-        yield f"{row.name:<{width}}  {row.occurrences:>9,}  {row.judged:>9,}  {row.distinct:>9,}"
+    rows = ((row.name, row.occurrences, row.judged, row.distinct) for row in report.intervals)
+    return table(("barrier interval", "met", "states", "distinct"), rows)
 
 
 def format_totals(total: Outcome) -> Iterable[str]:
-    """Yield the sums as sentences."""
+    """Yield the sums."""
     report = total.ledger.report()
-    lengths = ", ".join(f"{count:,} of {length}" for length, count in sorted(total.sequences.items()))
-    yield f"{total.sequences.total():,} sequences ({lengths})"
-    yield f"{total.whole:,} intervals judged in all their states, {total.sampled:,} in a sample of them"
-    yield f"{report.distinct_states:,} distinct crash states with a change in flight"
-    yield f"({report.judged_states:,} met, {total.repeated:,} known already, {report.quiet_states:,} quiet)"
-    yield f"{total.qemu_judged:,} states judged by qemu-img check and compare; {total.seconds:.0f} s"
+    counts = {**total.counts, "distinct crash states with a change in flight": report.distinct_states}
+    counts |= {"states met": report.judged_states, "quiet states": report.quiet_states}
+    return (f"{number:>10,} {name}" for name, number in counts.items())

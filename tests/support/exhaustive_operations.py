@@ -2,7 +2,7 @@
 
 An operation works on the place that was changed last, of those that it can do something to. So the
 operations of a short sequence meet in the same clusters: what one wrote the next one overwrites, frees, cuts
-off or takes back. To add an operation, write a function and name it in `OPERATIONS`.
+off or takes back. To add an operation, name it in `OPERATIONS`: by its steps, or by a function.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import errno
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from random import Random
 
 from jqcow.device.base import ReadBuffer
-from jqcow.testing import EVERYTHING, Fault, FaultPlan, SectorModel, SimulatedDevice
-from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
-from tests.support.images import JOURNAL_BYTES, Draft, Session
-from tests.support.starts import GARBAGE, Start, free_clusters
+from jqcow.testing import EVERYTHING, SECTOR_BYTES, Fault, FaultPlan
+from tests.support.expectation import Windows
+from tests.support.player import Player
+from tests.support.starts import GARBAGE, Start, free_clusters, played
+from tests.support.users import JOURNAL_BYTES, Session
 
 DATA, ZERO, FREE, DISCARDED, GONE, PACKED = "data", "zero", "free", "discarded", "gone", "compressed"
 PLACE_CLUSTERS = 2
@@ -67,45 +70,38 @@ def start(cluster_bytes: int) -> Start:
     A snapshot shares some data and a compressed cluster with the disk. The third window has no L2 table yet.
     Some of the free clusters, and the end of the file, hold old bytes.
     """
-    windows, size_bytes = windows_of(cluster_bytes), disk_sizes(cluster_bytes)[START_SIZE]
-    place_bytes = PLACE_CLUSTERS * cluster_bytes
-    device, expectation = (
-        SimulatedDevice(),
-        Expectation(windows, SectorModel(windows.model_bytes), (size_bytes,)),
-    )
-    session = Session(device, expectation)
-    session.create(cluster_bytes, size_bytes)
-    session.write(0, place_bytes)
-    session.write_compressed(IN_SNAPSHOT[1] * place_bytes, cluster_bytes, noise=0)
-    session.create_snapshot()
-    for place, kind in enumerate(LAYOUT):
-        if kind in (DATA, ZERO, DISCARDED) and place not in IN_SNAPSHOT:
-            session.write(place * place_bytes, place_bytes)
-    for place, kind in enumerate(LAYOUT):
-        if kind == DISCARDED:
-            session.discard(place * place_bytes, place_bytes)
-        elif kind == ZERO:
-            session.write_zeroes(place * place_bytes, cluster_bytes, unmap=False)
-            session.write_zeroes(place * place_bytes + cluster_bytes, cluster_bytes, unmap=True)
-    session.close()
-    content = bytearray(device.content())
-    for cluster in free_clusters(bytes(content))[::DIRTY_EVERY]:
+    steps = ["write:0:2c", f"packed:{2 * IN_SNAPSHOT[1]}c:c:0", "snapshot"]
+    steps += [
+        f"write:{2 * place}c:2c"
+        for place, kind in enumerate(LAYOUT)
+        if kind in (DATA, ZERO, DISCARDED) and place not in IN_SNAPSHOT
+    ]
+    emptying = {DISCARDED: "discard:{0}c:2c", ZERO: "zeroes:{0}c:c unmap:{0}c+c:c"}
+    steps += [emptying[kind].format(2 * place) for place, kind in enumerate(LAYOUT) if kind in emptying]
+    size_bytes = disk_sizes(cluster_bytes)[START_SIZE]
+    made = played(" ".join(steps), windows_of(cluster_bytes), Random(0), size_bytes)
+    content = bytearray(made.content)
+    for cluster in free_clusters(made.content)[::DIRTY_EVERY]:
         content[cluster * cluster_bytes : (cluster + 1) * cluster_bytes] = GARBAGE * cluster_bytes
     content += GARBAGE * (cluster_bytes + SECTOR_BYTES // 2)
-    guest = expectation.sectors.current_content()
-    return Start(windows, bytes(content), guest, size_bytes, snapshots=expectation.snapshots)
+    return replace(made, content=bytes(content))
 
 
 class Places:
     """The disk of a session as places of two clusters, the last changed one first."""
 
-    def __init__(self, session: Session, cluster_bytes: int) -> None:
+    def __init__(self, session: Session) -> None:
         """Start with the places as `start` left them."""
-        self.session = session
-        self.cluster_bytes = cluster_bytes
-        self.place_bytes = PLACE_CLUSTERS * cluster_bytes
+        self.player = Player(session, Random(0))
+        self.cluster_bytes = self.player.cluster_bytes
+        self.place_bytes = PLACE_CLUSTERS * self.cluster_bytes
         self._order = list(PREFERENCE)
         self._discarded = {place for place, kind in enumerate(LAYOUT) if kind == DISCARDED}
+
+    @property
+    def session(self) -> Session:
+        """Whose disk it is."""
+        return self.player.session
 
     def pick(self, *kinds: str, besides: tuple[int, ...] = ()) -> int:
         """Return the position of the last changed place of one of these kinds.
@@ -121,7 +117,7 @@ class Places:
 
     def kind(self, place: int) -> str:
         """Return the kind of a place, as its first cluster is."""
-        windows, image = self.session.expectation.windows, self.session.live
+        windows, image = self.session.windows, self.session.live
         length = windows.clip(place * self.place_bytes, self.cluster_bytes, image.size)
         if not length:
             return GONE
@@ -140,182 +136,85 @@ class Places:
                 self._discarded.add(place)
 
 
-# Plain requests
+# The operations
 
 
-def allocating_write(session: Session, places: Places) -> None:
-    """Write one cluster and half of the next where nothing ever was."""
-    position = places.pick(FREE)
-    session.write(position, places.cluster_bytes + places.cluster_bytes // 2)
-    places.changed(position)
+@dataclass(frozen=True)
+class At:
+    """Steps at the place of one of some kinds that was changed last; its position is ``@`` in them."""
+
+    kinds: tuple[str, ...]
+    steps: str
+
+    def __call__(self, places: Places) -> None:
+        position = places.pick(*self.kinds)
+        places.player.play(self.steps.replace("@", str(position)))
+        places.changed(position, discarded=self.steps.startswith("discard"))
 
 
-def overwrite(session: Session, places: Places) -> None:
-    """Overwrite data, two clusters."""
-    position = places.pick(DATA)
-    session.write(position, places.place_bytes)
-    places.changed(position)
+def steps(text: str) -> Callable[[Places], None]:
+    """Return an operation that has no place."""
+    return lambda places: places.player.play(text)
 
 
-def sub_cluster_write(session: Session, places: Places) -> None:
-    """Write less than a cluster, across the border of two, on whatever was changed last."""
-    position = places.pick(DATA, PACKED, ZERO, FREE, DISCARDED)
-    session.write(position + places.cluster_bytes - 200, 300)
-    places.changed(position)
-
-
-def write_over_discarded(session: Session, places: Places) -> None:
-    """Write most of two clusters that were discarded."""
-    position = places.pick(DISCARDED)
-    session.write(position + 100, places.place_bytes - 200)
-    places.changed(position)
-
-
-def discard(session: Session, places: Places) -> None:
-    """Discard data, compressed or not."""
-    position = places.pick(DATA, PACKED)
-    session.discard(position, places.place_bytes)
-    places.changed(position, discarded=True)
-
-
-def zeroes(session: Session, places: Places) -> None:
-    """Zero two clusters of data: one is kept, unless it is compressed, the other one freed."""
-    position = places.pick(DATA, PACKED)
-    session.write_zeroes(position, places.cluster_bytes, unmap=False)
-    session.write_zeroes(position + places.cluster_bytes, places.cluster_bytes, unmap=True)
-    places.changed(position)
-
-
-def compressed_write(session: Session, places: Places) -> None:
-    """Write two clusters compressed where nothing is mapped: they share a host cluster."""
-    position = places.pick(FREE, DISCARDED)
-    session.write_compressed(position, places.place_bytes, noise=0)
-    places.changed(position)
-
-
-def overwrite_of_compressed(session: Session, places: Places) -> None:
-    """Write to a part of a compressed cluster, and compress the one behind it anew."""
-    position = places.pick(PACKED)
-    session.write(position + 100, places.cluster_bytes // 2)
-    session.write_compressed(position + places.cluster_bytes, places.cluster_bytes, noise=0)
-    places.changed(position)
-
-
-def flush(session: Session, places: Places) -> None:
-    """Flush."""
-    session.flush()
-
-
-def checkpoint(session: Session, places: Places) -> None:
-    """Bring everything home."""
-    session.checkpoint()
-
-
-def close_and_reopen(session: Session, places: Places) -> None:
-    """Leave a clean image, and open it again."""
-    session.close()
-    session.open()
-
-
-# The disk's size
-
-
-def resize_up(session: Session, places: Places) -> None:
+def resize_up(places: Places) -> None:
     """Grow to the next size."""
-    sizes = disk_sizes(places.cluster_bytes)
-    larger = [size for size in sizes if size > session.live.size] or [
-        session.live.size + sizes[-1] - sizes[-2]
-    ]
-    session.resize(larger[0])
+    sizes, size = disk_sizes(places.cluster_bytes), places.session.live.size
+    places.session.resize(next((larger for larger in sizes if larger > size), size + sizes[-1] - sizes[-2]))
 
 
-def resize_down(session: Session, places: Places) -> None:
+def resize_down(places: Places) -> None:
     """Shrink to the next size; the smallest loses a cluster at a time."""
-    smaller = [size for size in disk_sizes(places.cluster_bytes) if size < session.live.size]
-    session.resize(smaller[-1] if smaller else session.live.size - places.cluster_bytes)
+    size = places.session.live.size
+    smaller = [smaller for smaller in disk_sizes(places.cluster_bytes) if smaller < size]
+    places.session.resize(smaller[-1] if smaller else size - places.cluster_bytes)
 
 
-# Snapshots
-
-
-def snapshot_create(session: Session, places: Places) -> None:
-    """Make a snapshot."""
-    session.create_snapshot()
-
-
-def snapshot_apply(session: Session, places: Places) -> None:
-    """Make the disk what the newest snapshot holds."""
-    session.apply_snapshot(-1)
-
-
-def snapshot_delete(session: Session, places: Places) -> None:
-    """Give up the newest snapshot."""
-    session.delete_snapshot(-1)
-
-
-# Transactions
-
-
-def change_much(draft: Draft, places: Places) -> tuple[int, ...]:
+def change_much(places: Places) -> tuple[int, int, int]:
     """Overwrite data in part, write where nothing is, discard. Returns the positions."""
     data, free = places.pick(DATA), places.pick(FREE, DISCARDED)
     third = places.pick(ZERO, DATA, besides=(data, free))
-    draft.write(data + 100, places.cluster_bytes)
-    draft.write(free, places.place_bytes)
-    draft.discard(third, places.place_bytes)
+    places.player.play(f"write:{data}+100:c write:{free}:2c discard:{third}:2c")
     return third, free, data
 
 
-def transaction_commit(session: Session, places: Places) -> None:
-    """Commit a transaction."""
-    with session.transaction() as draft:
-        positions = change_much(draft, places)
-        draft.look()
-    places.changed(*positions)
+def transaction(end: str) -> Callable[[Places], None]:
+    """Return a transaction that ends so."""
+
+    def transact(places: Places) -> None:
+        places.player.play("begin")
+        positions = change_much(places)
+        places.player.play(end)
+        places.changed(*positions)
+
+    return transact
 
 
-def transaction_rollback(session: Session, places: Places) -> None:
-    """Roll a transaction back."""
-    with session.transaction() as draft:
-        positions = change_much(draft, places)
-        draft.rollback()
-    places.changed(*positions)
-
-
-def savepoint_rollback(session: Session, places: Places) -> None:
+def savepoint_rollback(places: Places) -> None:
     """Go back to a savepoint, change something else, and commit."""
-    with session.transaction() as draft:
-        data = places.pick(DATA)
-        draft.write(data, places.cluster_bytes)
-        savepoint = draft.savepoint()
-        draft.write(data + 100, places.cluster_bytes)
-        positions = change_much(draft, places)
-        draft.return_to(savepoint)
-        draft.look()
-        draft.write(data + places.cluster_bytes - 200, 300)
-        draft.write_zeroes(positions[1], places.place_bytes, unmap=True)
-    places.changed(positions[1], data)
+    places.player.play("begin")
+    data = places.pick(DATA)
+    places.player.play(f"write:{data}:c savepoint write:{data}+100:c")
+    _, free, _ = change_much(places)
+    places.player.play(f"return:0 look write:{data}+c-200:300 unmap:{free}:2c commit")
+    places.changed(free, data)
 
 
-# Errors of the host
-
-
-def failed_write(session: Session, places: Places) -> None:
+def failed_write(places: Places) -> None:
     """A write of two clusters fails, where nothing is mapped: one sector is written before the error."""
     position = places.pick(FREE, DISCARDED)
-    with failing_write(session, into_journal=False, applied_bytes=SECTOR_BYTES):
-        session.write(position, places.place_bytes)
+    with failing_write(places.session, into_journal=False, applied_bytes=SECTOR_BYTES):
+        places.player.play(f"write:{position}:2c")
     places.changed(position)
 
 
-def failed_append(session: Session, places: Places) -> None:
+def failed_append(places: Places) -> None:
     """The flush of two writes fails in its append: all of the record is written before the error."""
     position = places.pick(FREE, DISCARDED)
-    session.write(position, places.cluster_bytes)
-    with failing_write(session, into_journal=True, applied_bytes=EVERYTHING):
+    places.player.play(f"write:{position}:c")
+    with failing_write(places.session, into_journal=True, applied_bytes=EVERYTHING):
         # Here, as a write may have to flush what was staged before.
-        session.write(position + places.cluster_bytes, places.cluster_bytes)
-        session.flush()
+        places.player.play(f"write:{position}+c:c flush")
     places.changed(position)
 
 
@@ -349,27 +248,29 @@ def failing_write(session: Session, *, into_journal: bool, applied_bytes: int) -
     assert session.faults_seen == seen + 1, "no write failed, or nobody was told"
 
 
-Operation = Callable[[Session, Places], None]
-OPERATIONS: dict[str, Operation] = {
-    "allocating-write": allocating_write,
-    "overwrite": overwrite,
-    "sub-cluster-write": sub_cluster_write,
-    "write-over-discarded": write_over_discarded,
-    "compressed-write": compressed_write,
-    "overwrite-of-compressed": overwrite_of_compressed,
-    "discard": discard,
-    "zeroes": zeroes,
-    "flush": flush,
-    "transaction-commit": transaction_commit,
-    "transaction-rollback": transaction_rollback,
+OPERATIONS: dict[str, Callable[[Places], None]] = {
+    # Where nothing ever was; two clusters of data; across a border, whatever is there; most of two clusters.
+    "allocating-write": At((FREE,), "write:@:c+c/2"),
+    "overwrite": At((DATA,), "write:@:2c"),
+    "sub-cluster-write": At((DATA, PACKED, ZERO, FREE, DISCARDED), "write:@+c-200:300"),
+    "write-over-discarded": At((DISCARDED,), "write:@+100:2c-200"),
+    # The two clusters share a host cluster; later a part of one is overwritten, the other compressed anew.
+    "compressed-write": At((FREE, DISCARDED), "packed:@:2c:0"),
+    "overwrite-of-compressed": At((PACKED,), "write:@+100:c/2 packed:@+c:c:0"),
+    "discard": At((DATA, PACKED), "discard:@:2c"),
+    # One cluster is kept, unless it is compressed, the other one freed.
+    "zeroes": At((DATA, PACKED), "zeroes:@:c unmap:@+c:c"),
+    "flush": steps("flush"),
+    "transaction-commit": transaction("look commit"),
+    "transaction-rollback": transaction("rollback"),
     "savepoint-rollback": savepoint_rollback,
     "resize-up": resize_up,
     "resize-down": resize_down,
-    "snapshot-create": snapshot_create,
-    "snapshot-apply": snapshot_apply,
-    "snapshot-delete": snapshot_delete,
-    "checkpoint": checkpoint,
-    "close-and-reopen": close_and_reopen,
+    "snapshot-create": steps("snapshot:9"),
+    "snapshot-apply": steps("apply:-1"),
+    "snapshot-delete": steps("delete:-1"),
+    "checkpoint": steps("checkpoint"),
+    "close-and-reopen": steps("close open"),
     "failed-write": failed_write,
     "failed-append": failed_append,
 }

@@ -6,19 +6,16 @@ many tables.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import jqcow
-from jqcow.engine.datapath import DataPath
-from jqcow.engine.mapping import Mapping
-from jqcow.engine.snapshots import Snapshots
-from jqcow.ondisk.snapshots import Snapshot
-from jqcow.testing import SectorModel
+from jqcow.testing import SECTOR_BYTES, SectorModel
 from jqcow.transaction import Transaction
+from tests.support.inside import Shown
 
-SECTOR_BYTES = 512
 WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 65536: 3}
 
 
@@ -45,6 +42,11 @@ class Windows:
     def disk_bytes(self) -> int:
         """Size of a disk that shows all windows."""
         return self.count * self.stride_bytes
+
+    @property
+    def cluster_bytes(self) -> int:
+        """The cluster size, of which the reach of an L2 table is the square by 8."""
+        return math.isqrt(self.stride_bytes * 8)
 
     def guest(self, position: int) -> int:
         """Return the guest offset of a position in the model."""
@@ -77,27 +79,6 @@ class Windows:
         for start in range(0, self.model_bytes, self.window_bytes):
             kept = self.clip(start, self.window_bytes, size_bytes)
             sectors.zero(start + kept, self.window_bytes - kept).complete()
-
-
-class Shown:
-    """A snapshot of an open image, read beside its disk; in a transaction, as the transaction sees it."""
-
-    def __init__(self, holder: jqcow.Image | Transaction, snapshot: Snapshot) -> None:
-        """Take one of the snapshots that ``holder`` lists."""
-        self._store, self._private = holder._store, isinstance(holder, Transaction)
-        self._data = DataPath(self._store, holder._data.backing)
-        self._data.mapping = Mapping(self._store.metadata, self._store.space)
-        self._data.mapping.shown = Snapshots.l1_of(snapshot)
-        self.size = snapshot.disk_bytes
-
-    def pread(self, length: int, offset: int) -> bytes:
-        """Return the bytes of the snapshot's disk."""
-        buffer = bytearray(length)
-        with self._store.lock:
-            self._store.enter(private=self._private)
-            self._data.check_range(length, offset)
-            self._data.read_into(memoryview(buffer), offset)
-        return bytes(buffer)
 
 
 @dataclass(frozen=True, eq=False)

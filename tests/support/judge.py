@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jqcow
-from jqcow.engine.medium import Medium
-from jqcow.engine.recovery import open_store
 from jqcow.errors import CorruptionError, JqcowError
 from jqcow.offline.check import check_structure
 from jqcow.ondisk.header import MAGIC, Header, HeaderArea
 from jqcow.ondisk.naming import backing_file_of
 from jqcow.ondisk.root import is_live
 from jqcow.testing import CrashState, SimulatedDevice
+from tests.support import inside
 from tests.support.below import Below, find_below, name_of
-from tests.support.expectation import SECTOR_BYTES, Expectation, Shown, Windows
-from tests.support.images import JOURNAL_BYTES, Session, open_simulated, salts_of
+from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
+from tests.support.inside import Shown
+from tests.support.users import JOURNAL_BYTES, Session, open_simulated, salts_of
 
 READ_ONLY_EVERY = 4
 WRITE_ON_EVERY = 8
@@ -49,15 +49,7 @@ def recover(device: SimulatedDevice) -> jqcow.Image:
         device.reopen()
     else:
         raise PromiseBroken("an image without a header was opened")
-    opened = open_store(
-        Medium(device),
-        writable=True,
-        journal_bytes=JOURNAL_BYTES,
-        use_root_copy=True,
-        new_salt=salts_of(device),
-    )
-    named = backing_file_of(opened.store.metadata.area, "")
-    return jqcow.Image(opened, "r+", None if named is None else find_below(named))
+    return inside.open_by_root_copy(device, JOURNAL_BYTES, salts_of(device), find_below)
 
 
 def recover_and_close(device: SimulatedDevice) -> None:

@@ -7,14 +7,10 @@ not for the root copy, which is what sector 0 is rebuilt from.
 
 from __future__ import annotations
 
-from jqcow.engine.medium import Medium
-from jqcow.engine.recovery import open_store
-from jqcow.errors import JqcowError
 from jqcow.ondisk.frame import FRAME_MAGIC
 from jqcow.testing import SimulatedDevice, Write
 from jqcow.testing.crash import GARBAGE_BLOCK_BYTES
-
-Range = tuple[int, int]
+from tests.support.inside import Range, metadata_ranges
 
 
 class GarbageRule:
@@ -45,26 +41,10 @@ class GarbageRule:
         changes = device.changes
         key = (id(device), changes[-1].number if changes else 0)
         if key != self._key:
-            self._key, self._allowed = key, _homes(device) + _new_ranges(device)
+            self._key, self._allowed = key, metadata_ranges(device) + _new_ranges(device)
         start = offset - offset % GARBAGE_BLOCK_BYTES
         end = -(-(offset + length) // GARBAGE_BLOCK_BYTES) * GARBAGE_BLOCK_BYTES
         return end <= GARBAGE_BLOCK_BYTES or any(low <= start and end <= high for low, high in self._allowed)
-
-
-def _homes(device: SimulatedDevice) -> list[Range]:
-    """Return the clusters of metadata and the journal, as replay of the readable content shows them."""
-    twin = device.killed()
-    try:
-        store = open_store(Medium(twin), writable=False).store
-        clusters = store.snapshots.survey()
-    except JqcowError:
-        return []
-    size = store.geometry.cluster_bytes
-    # Cluster 0 holds sector 0 in one block and the root copy in another.
-    ranges = [(cluster * size, (cluster + 1) * size) for cluster in clusters - {0}]
-    if store.journal is not None:
-        ranges.append((store.journal.extent.offset, store.journal.extent.end))
-    return ranges
 
 
 def _new_ranges(device: SimulatedDevice) -> list[Range]:

@@ -9,20 +9,22 @@ import errno
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from random import Random
 from threading import Event, Thread, current_thread
 
 import jqcow
 from jqcow.errors import JqcowError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.header import Header
-from jqcow.testing import Fault, FaultPlan, SectorModel, SimulatedDevice, enumerate_states
-from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
-from tests.support.images import JOURNAL_BYTES, Session, open_simulated
+from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.judge import Judge, PromiseBroken, require
+from tests.support.player import Player
+from tests.support.starts import new_session
+from tests.support.users import JOURNAL_BYTES, open_simulated
 
 CLUSTER_BYTES = 4096
 COPIED = 1 << 63
-NO_EXTENSIONS = bytes(8)
 
 
 @dataclass
@@ -137,24 +139,11 @@ def stale_copied_flag() -> None:
         require(kept.pread(CLUSTER_BYTES, 0) == b"\x33" * CLUSTER_BYTES, "P1: the snapshot changed")
 
 
-def _new_session() -> Session:
-    """Return a session on an empty image of small clusters."""
-    windows = Windows.of(CLUSTER_BYTES)
-    expectation = Expectation(
-        windows, SectorModel(windows.model_bytes), (windows.disk_bytes,), extensions=NO_EXTENSIONS
-    )
-    session = Session(SimulatedDevice(), expectation)
-    session.create(CLUSTER_BYTES, windows.disk_bytes)
-    return session
-
-
 def checkpoint_on_full_disk() -> None:
     """P5: what was accepted before the disk was full can be brought home while it is."""
-    session = _new_session()
-    device, windows = session.device, session.expectation.windows
-    for index in range(windows.count):
-        session.write(index * windows.window_bytes, CLUSTER_BYTES)
-    device.faults = FaultPlan(full_from=1)
+    session = new_session(Windows.of(CLUSTER_BYTES))
+    Player(session, Random(0)).play("write:0:c write:w:c write:2w:c write:3w:c")
+    session.device.faults = FaultPlan(full_from=1)
     try:
         session.checkpoint()
     except OSError as error:
@@ -165,7 +154,7 @@ def checkpoint_on_full_disk() -> None:
 
 def checkpoint_while_flushing() -> None:
     """P1: what a flush acknowledged is there, whatever others ask for while it waits for the device."""
-    session = _new_session()
+    session = new_session(Windows.of(CLUSTER_BYTES))
     device, expectation = session.device, session.expectation
     session.write(0, CLUSTER_BYTES)
     session.flush()
@@ -198,12 +187,9 @@ def checkpoint_while_flushing() -> None:
 
 def flush_beside_a_failed_barrier() -> None:
     """P1: of two barriers that overlap one fails; the host tells that to one of them alone."""
-    session = _new_session()
+    session = new_session(Windows.of(CLUSTER_BYTES))
     device, expectation = session.device, session.expectation
-    session.write(0, CLUSTER_BYTES)
-    session.close()
-    session.open()
-    session.write(0, SECTOR_BYTES)
+    Player(session, Random(0)).play("write:0:c close open write:0:s")
     started, go_on = Event(), Event()
 
     def wait() -> None:

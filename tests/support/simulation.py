@@ -5,14 +5,8 @@ read back, and steps can be left out of it: a step that makes no sense where it 
 failing program can be minimised (`tests.support.simulation_minimise`). Programs come from seeds
 (`tests.support.simulation_programs`).
 
-The steps, with their arguments (``POS`` and ``LEN`` in bytes of the model, see `Windows`):
+The steps are those of `tests.support.operations`, and what befalls them:
 
-    write:POS:LEN  fua:POS:LEN  zeroes:POS:LEN  unmap:POS:LEN  discard:POS:LEN
-    packed:POS:LEN              a compressed write of the clusters that the range touches
-    resize:WINDOW:INSIDE        to the start of that window, and so many bytes more
-    snapshot  apply:NUMBER  delete:NUMBER    of those there are, modulo their count
-    flush  checkpoint  look  open  close  kill
-    begin  commit  rollback  abort  savepoint  return:NUMBER  outgrow
     fail:CALL:AT:ERROR:APPLIED  the host fails a call, counted from the next step on; several make one plan
     tear:AT:MASK:ERROR          of a write only the sectors in the mask of bits happen
     full:SECTORS                the disk has room for so many sectors more
@@ -29,42 +23,32 @@ import errno
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from random import Random
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jqcow
 from jqcow.errors import JqcowError, PoisonedError
-from jqcow.testing import EVERYTHING, CrashSpace, CrashState, Fault, FaultPlan, SimulatedDevice
-from tests.support import qemu_starts, starts
-from tests.support.expectation import SECTOR_BYTES, AllTaken, Expectation
-from tests.support.images import Draft, Session, salts_of
+from jqcow.testing import (
+    EVERYTHING,
+    SECTOR_BYTES,
+    CrashSpace,
+    CrashState,
+    Fault,
+    FaultPlan,
+    SimulatedDevice,
+)
+from tests.support.expectation import Expectation
 from tests.support.judge import Judge, judge_closed, recover, recover_and_close
 from tests.support.layouts import GarbageRule
-from tests.support.snapshots import SNAPSHOTS_MAX
-from tests.support.starts import Start
-from tests.support.transactions import outgrow
+from tests.support.operations import Step
+from tests.support.player import Player
+from tests.support.starts import SIMULATED, STARTS, Start
+from tests.support.users import Session, salts_of
 
-STARTS: dict[str, Callable[[int, Random], Start]] = {
-    "empty": starts.empty_file,
-    "used": starts.used_image,
-    "full": starts.full_image,
-    "dirty": starts.dirty_image,
-    "holed": starts.holed_image,
-    "unpunchable": starts.unpunchable_image,
-    "vouched": starts.vouched_image,
-    "long-header": starts.long_header_image,
-    "half-moved": starts.half_moved_image,
-    "qemu": qemu_starts.qemu_image,
-    "snapshots": starts.snapshots_image,
-    "snapshots-unpunchable": starts.snapshots_unpunchable_image,
-    "qemu-snapshots": qemu_starts.qemu_snapshots_image,
-    "qemu-compressed": qemu_starts.qemu_compressed_image,
-    "narrow": qemu_starts.narrow_image,
-}
 LARGE_ONLY = ("long-header", "half-moved")
 """Starts for clusters of 8 KiB and more."""
 
@@ -89,22 +73,6 @@ class Interrupt(BaseException):
     """What KeyboardInterrupt is to a user."""
 
 
-class Step(NamedTuple):
-    """One step of a program."""
-
-    kind: str
-    arguments: tuple[int | str, ...] = ()
-
-    def __str__(self) -> str:
-        return ":".join(map(str, (self.kind, *self.arguments)))
-
-    @classmethod
-    def parse(cls, text: str) -> Step:
-        """Read a step back."""
-        kind, *arguments = text.split(":")
-        return cls(kind, tuple(int(word) if word.isdecimal() else word for word in arguments))
-
-
 @dataclass(frozen=True)
 class Program:
     """What a run starts from, and its steps. ``drop_barriers`` breaks the engine, for tests."""
@@ -127,7 +95,7 @@ class Program:
         """Read a program back. Raises ``ValueError`` if the line is none."""
         first, *steps = line.split()
         cluster_bytes, start, start_seed, journal_bytes, *dropped = first.split("/")
-        if start not in STARTS:
+        if start not in SIMULATED:
             raise ValueError(f"no such start: {start}")
         return cls(
             int(cluster_bytes),
@@ -150,7 +118,16 @@ class Tally:
     """What a run met. ``fingerprint`` is the same for the same program."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    fingerprint: str = ""
+    _digest: Any = field(default_factory=lambda: blake2b(digest_size=16))
+
+    def note(self, met: bytes) -> None:
+        """Take something into the fingerprint."""
+        self._digest.update(met)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this run from others."""
+        return str(self._digest.hexdigest())
 
 
 class SimulationFailure(AssertionError):
@@ -221,13 +198,61 @@ def lost_changes(plan: FaultPlan | None, known: int) -> bool:
     return any(call == "barrier" and isinstance(fault.exception(), OSError) for fault, call in since)
 
 
-@dataclass
-class _Cut:
-    """A power cut to come, and what then befalls its recoveries."""
+class Power:
+    """The power of devices: it fails before some call, and what is left of a device is drawn then."""
 
-    calls_left: int
-    pick: int
-    later: list[Step] = field(default_factory=list)
+    def __init__(self, rule: GarbageRule | None, tally: Tally) -> None:
+        """Take what may come back as garbage, and where cuts are counted."""
+        self._rule = rule
+        self._tally = tally
+        self._calls_left: int | None = None
+        self._pick = 0
+        self._expectation: Expectation | None = None
+        self.later: list[Step] = []
+        self.left: tuple[CrashState, Expectation | None] | None = None
+        """Since the power failed: what is left, and what may be expected of it."""
+
+    def arm(self, at: int, pick: int) -> None:
+        """Let the power fail before a call from now on; ``pick`` draws what is left."""
+        self._calls_left, self._pick, self.later = max(1, at), pick, []
+
+    @property
+    def is_armed(self) -> bool:
+        """True while a cut is to come."""
+        return self._calls_left is not None
+
+    def watch(self, device: SimulatedDevice, expectation: Expectation | None = None) -> None:
+        """Count the calls of a device from now on."""
+        self._expectation = expectation
+        if self._rule is not None:
+            self._rule.follow(device)
+        device.change_listeners.append(self._tick)
+        device.barrier_listeners.append(self._tick)
+
+    def _tick(self, call: str, device: SimulatedDevice) -> None:
+        """A call that changes the device, or a barrier, is about to happen: the power may fail before it."""
+        if self.left is not None:
+            raise PowerCut
+        if self._calls_left is not None:
+            self._calls_left -= 1
+            if self._calls_left <= 0:
+                self.fail(device)
+                raise PowerCut
+
+    def fail(self, device: SimulatedDevice) -> None:
+        """The power fails now."""
+        space = CrashSpace(device.in_flight(), seed=self._pick, garbage_allowed=self._rule)
+        expected = None if self._expectation is None else self._expectation.copy()
+        self.left = draw_state(space, Random(f"state {self._pick}")), expected
+
+    def restore(self, name: str) -> tuple[CrashState, Expectation | None] | None:
+        """The power is back, and no cut is to come: return what was left, None if it never failed."""
+        left, self.left, self._calls_left = self.left, None, None
+        if left is not None:
+            self._tally.counts[name] += 1
+            self._tally.counts[f"{name} with changes in flight"] += left[0].in_flight
+            self._tally.note(left[0].digest)
+        return left
 
 
 class Simulation:
@@ -237,18 +262,12 @@ class Simulation:
         """Set up the device; nothing is asked of it yet."""
         self.program = program
         self.at = "setting up"
-        self._rule = GarbageRule() if program.cluster_bytes > 4096 else None
         self._faults: list[Fault] = []
         self._capacity_sectors: int | None = None
         self._plan: FaultPlan | None = None
-        self._cut: _Cut | None = None
-        self._moment: tuple[CrashSpace, Expectation] | None = None
-        self._context: Any = None
-        self._draft: Draft | None = None
-        self._savepoints: list[Any] = []
         self._tally = Tally()
-        self._digest = blake2b(digest_size=16)
-        self._session = self._new_session(1 << 16)
+        self._power = Power(GarbageRule() if program.cluster_bytes > 4096 else None, self._tally)
+        self.player = Player(self._new_session(1 << 16), Random(0))
 
     def run(self) -> Tally:
         """Do all steps, close, and judge the file."""
@@ -258,8 +277,7 @@ class Simulation:
             self._do(step)
         self.at = "the end"
         self._finish()
-        self._digest.update(self._device.content())
-        self._tally.fingerprint = self._digest.hexdigest()
+        self._tally.note(self._session.device.content())
         return self._tally
 
     def _new_session(self, written: int) -> _Session:
@@ -269,16 +287,13 @@ class Simulation:
         return self._use(device, start.expectation(), written)
 
     def _use(self, device: SimulatedDevice, expectation: Expectation, written: int) -> _Session:
-        self._watch(device)
+        self._power.watch(device, expectation)
         return _Session(device, expectation, written=written, journal_bytes=self.program.journal_bytes)
 
     @property
-    def _device(self) -> SimulatedDevice:
-        return self._session.device
-
-    @property
-    def _expectation(self) -> Expectation:
-        return self._session.expectation
+    def _session(self) -> _Session:
+        assert isinstance(self.player.session, _Session)
+        return self.player.session
 
     # A step and what comes of it
 
@@ -288,50 +303,30 @@ class Simulation:
             return
         self._put_faults()
         known = fired(self._plan)
+        session = self._session
+        session.plan = session.device.faults = self._plan
         try:
-            with self._host():
-                self._perform(step)
+            self.player.perform(step)
         except (PowerCut, OSError, Interrupt) as error:
+            session.device.faults = None
             self._meet(error, known)
-        if self._moment is not None:
+        finally:
+            session.device.faults = None
+        if self._power.left is not None:
             self._after_cut()
-        self._note(step)
+        device = self._session.device
+        met = (str(step), device.barriers.total(), len(device.changes), self._session.faults_seen)
+        self._tally.note(repr(met).encode())
 
     def _meet(self, error: BaseException, known: int) -> None:
-        if self._moment is not None:
+        if self._power.left is not None:
             return
         try:
             self._survive(error, known)
         except (PowerCut, OSError):
             # The power may also fail while the session deals with an error.
-            if self._moment is None:
+            if self._power.left is None:
                 raise
-
-    def _perform(self, step: Step) -> None:
-        # A transaction is left by these alone.
-        inside = self._INSIDE.get(step.kind)
-        if self._draft is not None:
-            if inside is not None:
-                inside(self, self._draft, *step.arguments)
-            return
-        outside = self._OUTSIDE.get(step.kind)
-        if outside is not None:
-            if step.kind not in ("close", "kill"):
-                self._be_open()
-            outside(self, *step.arguments)
-
-    def _be_open(self) -> None:
-        if self._session.image is not None:
-            return
-        if self._expectation.exists:
-            self._session.open()
-        else:
-            self._session.create(self.program.cluster_bytes, self._expectation.sizes[-1])
-
-    def _note(self, step: Step) -> None:
-        device = self._device
-        met = (str(step), device.barriers.total(), len(device.changes), self._session.faults_seen)
-        self._digest.update(repr(met).encode())
 
     def _survive(self, error: BaseException, known: int) -> None:
         """The host failed, and the user was told. The image must be as before, and usable, or refuse work."""
@@ -342,164 +337,42 @@ class Simulation:
             raise error
         session.faults_seen += 1
         self._tally.counts["errors met"] += 1
-        if not self._expectation.exists:
-            self._session = self._new_session(session.written)
+        if not session.expectation.exists:
+            self.player.session = self._new_session(session.written)
             return
         if session.image is not None and session.image.closed:
-            self._leave(error)
+            self.player.leave(error)
             session.kill()
         if lost_changes(self._plan, known) or session.is_poisoned:
-            self._leave(error)
+            self.player.leave(error)
             session.recover_from_poison()
-            # What a failed barrier lost may have been a growth: the disk has any size that was possible.
-            assert session.live.size in self._expectation.sizes, "the disk has a size that nobody asked for"
-            self._expectation.sizes = (*self._expectation.sizes, session.live.size)
-        if self._draft is not None and not self._draft.transaction.is_open:
-            self._leave(error)
+        if self.player.draft is not None and not self.player.draft.transaction.is_open:
+            self.player.leave(error)
         if isinstance(error, Interrupt):
             self._find_out_about_commit()
-        self._look()
+        self.player.look()
 
     def _find_out_about_commit(self) -> None:
         """An interrupt can also come after the barrier of a commit: then all of it is there, durably."""
-        image, expectation = self._session.image, self._expectation
-        if image is None or expectation.rival is None or self._draft is not None:
+        image, expectation = self._session.image, self._session.expectation
+        if image is None or expectation.rival is None or self.player.draft is not None:
             return
         if image.size != expectation.sizes[-1] or expectation.expect_now(image):
             expectation.adopt_rival()
 
-    def _leave(self, error: BaseException) -> None:
-        """Leave the transaction, if one is open, by an exception."""
-        context, self._context, self._draft = self._context, None, None
-        if context is not None:
-            with suppress(type(error)):
-                assert not context.__exit__(type(error), error, error.__traceback__)
-
     def _finish(self) -> None:
         self._do(Step("commit"))
         self._do(Step("close"))
-        if self._cut is not None:
+        if self._power.is_armed:
             # The power fails after all is done: a closed image is closed durably.
-            self._cut_now(self._device)
+            self._power.fail(self._session.device)
             self._after_cut()
         self._heal()
-        self._be_open()
-        self._session.look()
+        self.player.play("open look")
         self._session.close()
-        judge_closed(self._device, self._expectation)
-
-    # Steps on the image
-
-    def _write(self, position: int, length: int, *, fua: bool = False) -> None:
-        self._session.write(position, length, fua=fua)
-
-    def _resize(self, window: int, inside: int) -> None:
-        self._session.resize(self._size_at(window, inside))
-
-    def _size_at(self, window: int, inside: int) -> int:
-        windows = self._expectation.windows
-        return window * windows.stride_bytes + inside % windows.window_bytes // SECTOR_BYTES * SECTOR_BYTES
-
-    def _snapshot(self, user: Session | Draft, there: AllTaken) -> None:
-        if len(there) < SNAPSHOTS_MAX:
-            user.create_snapshot()
-
-    def _close(self) -> None:
-        if self._session.image is not None:
-            self._session.close()
-
-    def _kill(self) -> None:
-        if self._session.image is not None:
-            self._session.kill()
-
-    def _begin(self) -> None:
-        context = self._session.transaction()
-        self._draft = context.__enter__()
-        self._context, self._savepoints = context, []
-
-    _OUTSIDE: ClassVar[dict[str, Callable[..., None]]] = {
-        "open": lambda self: None,
-        "write": _write,
-        "fua": lambda self, position, length: self._write(position, length, fua=True),
-        "zeroes": lambda self, *place: self._session.write_zeroes(*place, unmap=False),
-        "unmap": lambda self, *place: self._session.write_zeroes(*place, unmap=True),
-        "discard": lambda self, *place: self._session.discard(*place),
-        "packed": lambda self, *place: self._session.write_compressed(*place),
-        "resize": _resize,
-        "snapshot": lambda self: self._snapshot(self._session, self._expectation.snapshots),
-        "apply": lambda self, number: self._session.apply_snapshot(number),
-        "delete": lambda self, number: self._session.delete_snapshot(number),
-        "flush": lambda self: self._session.flush(),
-        "checkpoint": lambda self: self._session.checkpoint(),
-        "look": lambda self: self._look(),
-        "close": _close,
-        "kill": _kill,
-        "begin": _begin,
-    }
-
-    # Steps in a transaction
-
-    def _commit(self, draft: Draft) -> None:
-        context, self._context, self._draft = self._context, None, None
-        context.__exit__(None, None, None)
-
-    def _rollback(self, draft: Draft) -> None:
-        draft.rollback()
-        self._commit(draft)
-
-    def _abort(self, draft: Draft) -> None:
-        self._leave(Interrupt())
-
-    def _kill_inside(self, draft: Draft) -> None:
-        self._session.kill()
-        self._commit(draft)
-
-    def _return(self, draft: Draft, number: int) -> None:
-        if self._savepoints:
-            kept = number % len(self._savepoints) + 1
-            del self._savepoints[kept:]
-            draft.return_to(self._savepoints[-1])
-
-    _INSIDE: ClassVar[dict[str, Callable[..., None]]] = {
-        "write": lambda self, draft, *place: draft.write(*place),
-        "fua": lambda self, draft, *place: draft.write(*place),
-        "zeroes": lambda self, draft, *place: draft.write_zeroes(*place, unmap=False),
-        "unmap": lambda self, draft, *place: draft.write_zeroes(*place, unmap=True),
-        "discard": lambda self, draft, *place: draft.discard(*place),
-        "packed": lambda self, draft, *place: draft.write_compressed(*place),
-        "snapshot": lambda self, draft: self._snapshot(draft, draft.snapshots),
-        "apply": lambda self, draft, number: draft.apply_snapshot(number),
-        "delete": lambda self, draft, number: draft.delete_snapshot(number),
-        "resize": lambda self, draft, *place: draft.resize(self._size_at(*place)),
-        "flush": lambda self, draft: self._session.flush(),
-        "look": lambda self, draft: self._look(),
-        "kill": _kill_inside,
-        "commit": _commit,
-        "rollback": _rollback,
-        "abort": _abort,
-        "savepoint": lambda self, draft: self._savepoints.append(draft.savepoint()),
-        "return": _return,
-        "outgrow": lambda self, draft: outgrow(draft),
-    }
-
-    def _look(self) -> None:
-        if self._draft is not None:
-            self._draft.look()
-        else:
-            self._session.look()
-            sizes = self._expectation.sizes
-            assert self._session.live.size == sizes[-1], f"the disk has another size than the last of {sizes}"
+        judge_closed(self._session.device, self._session.expectation)
 
     # Faults
-
-    @contextmanager
-    def _host(self) -> Iterator[None]:
-        """Let the faults in force strike meanwhile."""
-        self._session.plan = self._device.faults = self._plan
-        try:
-            yield
-        finally:
-            self._device.faults = None
 
     def _put_faults(self) -> None:
         """Start a plan, if steps asked for faults."""
@@ -507,7 +380,7 @@ class Simulation:
             return
         capacity = None
         if self._capacity_sectors is not None:
-            capacity = self._device.used_bytes + self._capacity_sectors * SECTOR_BYTES
+            capacity = self._session.device.used_bytes + self._capacity_sectors * SECTOR_BYTES
         self._plan = FaultPlan(*self._faults, capacity_bytes=capacity)
         self._faults, self._capacity_sectors = [], None
 
@@ -515,74 +388,39 @@ class Simulation:
         self._plan = self._session.plan = None
         self._faults, self._capacity_sectors = [], None
 
-    def _arm_cut(self, at: int, pick: int) -> None:
-        self._cut = _Cut(max(1, at), pick)
-
-    def _add_later(self, step: Step) -> None:
-        if self._cut is not None:
-            self._cut.later.append(step)
-
     def _set_capacity(self, sectors: int) -> None:
         self._capacity_sectors = sectors
+
+    def _disturb_later(self, step: Step) -> None:
+        if self._power.is_armed:
+            self._power.later.append(step)
 
     _PREPARATIONS: ClassVar[dict[str, Callable[..., None]]] = {
         "fail": lambda self, *what: self._faults.append(fault_of(*what)),
         "tear": lambda self, *what: self._faults.append(tear_of(*what)),
         "full": _set_capacity,
         "well": _heal,
-        "cut": _arm_cut,
-        "recut": lambda self, *what: self._add_later(Step("recut", what)),
-        "refail": lambda self, *what: self._add_later(Step("refail", what)),
+        "cut": lambda self, *what: self._power.arm(*what),
+        "recut": lambda self, *what: self._disturb_later(Step("recut", what)),
+        "refail": lambda self, *what: self._disturb_later(Step("refail", what)),
     }
 
     # Power cuts
 
-    def _watch(self, device: SimulatedDevice) -> None:
-        if self._rule is not None:
-            self._rule.follow(device)
-        device.change_listeners.append(self._tick)
-        device.barrier_listeners.append(self._tick)
-
-    def _tick(self, call: str, device: SimulatedDevice) -> None:
-        """A call that changes the device, or a barrier, is about to happen: the power may fail before it."""
-        if self._moment is not None:
-            raise PowerCut
-        if self._cut is not None:
-            self._cut.calls_left -= 1
-            if self._cut.calls_left <= 0:
-                self._cut_now(device)
-                raise PowerCut
-
-    def _cut_now(self, device: SimulatedDevice) -> None:
-        assert self._cut is not None
-        space = CrashSpace(device.in_flight(), seed=self._cut.pick, garbage_allowed=self._rule)
-        self._moment = space, self._expectation.copy()
-
     def _after_cut(self) -> None:
         """Recover what the power cut left, with what befalls the recovery; judge it, and go on with it."""
-        assert self._moment is not None and self._cut is not None
-        self._leave_by_cut()
-        space, expectation = self._moment
-        later, pick = self._cut.later, self._cut.pick
-        self._moment, self._cut = None, None
+        with suppress(PowerCut, OSError, JqcowError):
+            self.player.leave(PowerCut())
+        self._session.image = None
+        left = self._power.restore("cuts")
+        assert left is not None and left[1] is not None
+        state, expectation = left
         self._heal()
-        state = draw_state(space, Random(f"state {pick}"))
-        device = self._device.crash(state)
-        self._count_cut("cuts", state)
-        for step in later:
+        device = self._session.device.crash(state)
+        for step in self._power.later:
             device, state = self._disturb_recovery(device, state, expectation, step)
         Judge()(device.killed(), expectation.copy(), state)
         self._go_on(device, expectation)
-
-    def _leave_by_cut(self) -> None:
-        with suppress(PowerCut, OSError, JqcowError):
-            self._leave(PowerCut())
-        self._session.image = None
-
-    def _count_cut(self, name: str, state: CrashState) -> None:
-        self._tally.counts[name] += 1
-        self._tally.counts[f"{name} with changes in flight"] += state.in_flight
-        self._digest.update(state.digest)
 
     def _disturb_recovery(
         self, device: SimulatedDevice, state: CrashState, expectation: Expectation, step: Step
@@ -591,26 +429,22 @@ class Simulation:
         if step.kind == "refail":
             self._fail_recovery(device, expectation, fault_of(*step.arguments))
             return device, state
-        at, pick = map(int, step.arguments)
-        self._cut = _Cut(max(1, at), pick)
-        self._watch(device)
+        later = self._power.later
+        self._power.arm(*map(int, step.arguments))
+        self._power.later = later
+        self._power.watch(device)
         try:
             recover_and_close(device)
         except (PowerCut, OSError, JqcowError):
-            if self._moment is None:
+            if self._power.left is None:
                 raise
-        moment, self._moment, self._cut = self._moment, None, None
-        if moment is None:
+        left = self._power.restore("recovery cuts")
+        if left is None:
             # It came to its end before.
-            return self._without_listeners(device), state
-        state = draw_state(moment[0], Random(f"state {pick}"))
-        self._count_cut("recovery cuts", state)
-        return device.crash(state), state
-
-    def _without_listeners(self, device: SimulatedDevice) -> SimulatedDevice:
-        device.change_listeners.clear()
-        device.barrier_listeners.clear()
-        return device
+            device.change_listeners.clear()
+            device.barrier_listeners.clear()
+            return device, state
+        return device.crash(left[0]), left[0]
 
     def _fail_recovery(self, device: SimulatedDevice, expectation: Expectation, fault: Fault) -> None:
         device.faults = plan = FaultPlan(fault)
@@ -628,12 +462,12 @@ class Simulation:
         """The next user takes the image as it was found."""
         written = self._session.written
         if not expectation.exists:
-            self._session = self._new_session(written)
+            self.player.session = self._new_session(written)
             return
         image = recover(device)
         expectation.adopt(image)
-        self._session = self._use(device, expectation, written)
-        self._session.image = image
+        self.player.session = self._use(device, expectation, written)
+        self.player.session.image = image
 
 
 def fault_of(call: int | str, at: int | str, error: int | str, applied: int | str) -> Fault:

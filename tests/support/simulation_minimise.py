@@ -11,7 +11,8 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from tests.support.simulation import Program, SimulationFailure, Step, run
+from tests.support.operations import Step
+from tests.support.simulation import Program, SimulationFailure, run
 
 MAX_RUNS = 3000
 JOURNAL_BYTES = 64 << 10

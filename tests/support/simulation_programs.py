@@ -1,12 +1,18 @@
-"""Programs of the simulation out of seeds: what is done to an image, and what befalls it."""
+"""Programs of the simulation out of seeds: what is done to an image, what befalls it, and runs of many."""
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterator
 from random import Random
 
 from tests.support.expectation import SECTOR_BYTES, Windows
-from tests.support.simulation import LARGE_ONLY, STARTS, Program, Step
+from tests.support.operations import Step
+from tests.support.runs import Outcome, run_parts
+from tests.support.simulation import LARGE_ONLY, Program, SimulationFailure, run
+from tests.support.simulation_minimise import minimise
+from tests.support.starts import SIMULATED
 
 CLUSTER_SIZES = (512, 1024, 4096, 8192, 65536)
 CLUSTER_WEIGHTS = (4, 4, 6, 4, 1)
@@ -29,7 +35,7 @@ def program_of(seed: int, drop_barriers: tuple[str, ...] = ()) -> Program:
     """Return the program of a seed: always the same."""
     random = Random(f"simulation {seed}")
     (cluster_bytes,) = random.choices(CLUSTER_SIZES, CLUSTER_WEIGHTS)
-    starts = [name for name in STARTS if cluster_bytes > 4096 or name not in LARGE_ONLY]
+    starts = [name for name in SIMULATED if cluster_bytes > 4096 or name not in LARGE_ONLY]
     start, start_seed = random.choice(starts), random.randrange(START_SEEDS)
     steps = tuple(_Writer(random, cluster_bytes).steps())
     return Program(cluster_bytes, start, start_seed, random.choice(JOURNALS), steps, drop_barriers)
@@ -192,3 +198,38 @@ class _Writer:
 
     def _pick(self) -> int:
         return self.random.randrange(1 << 16)
+
+
+# Runs of many
+
+SEEDS_AT_ONCE = 20
+
+
+def program_named(name: str, drop_barriers: tuple[str, ...] = ()) -> Program:
+    """Return the program of a seed, or of a replay line. Raises ``ValueError`` if it is neither."""
+    return program_of(int(name), drop_barriers) if name.isdecimal() else Program.parse(name)
+
+
+def describe(failure: SimulationFailure, heading: str) -> str:
+    """Return a failure as lines of text."""
+    return f"{heading}: {failure}\n  replay: tools/simulate --replay '{failure.program}'"
+
+
+def run_seeds(seeds: range, drop_barriers: tuple[str, ...] = ()) -> Outcome:
+    """Run the programs of some seeds; minimise those that fail."""
+    outcome = Outcome(Counter(seeds=len(seeds)))
+    for seed in seeds:
+        try:
+            outcome.counts += run(program_of(seed, drop_barriers)).counts
+        except SimulationFailure as failure:
+            small = minimise(failure)
+            steps = f"{len(failure.program.steps)} steps, minimised to {len(small.program.steps)}"
+            outcome.failures.append(describe(small, f"seed {seed}, {steps}"))
+    return outcome
+
+
+def run_all(first: int, count: int, jobs: int, drop_barriers: tuple[str, ...] = ()) -> Iterator[Outcome]:
+    """Run ``count`` seeds from ``first`` on; yield the running total as it grows."""
+    seeds = range(first, first + count)
+    parts = (seeds[start : start + SEEDS_AT_ONCE] for start in range(0, count, SEEDS_AT_ONCE))
+    return run_parts(functools.partial(run_seeds, drop_barriers=drop_barriers), parts, jobs)

@@ -1,19 +1,38 @@
-"""What the workloads of the crash laboratory start from: image files, and what may be expected of them."""
+"""What every run in the crash laboratory starts from: image files, and what may be expected of them.
+
+`STARTS` makes them by name, from a cluster size and a source of chance.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
+from typing import Any
 
-from jqcow.ondisk.header import EXTENSION_FEATURE_NAMES, Extension, Header
+from jqcow.ondisk.header import (
+    EXTENSION_FEATURE_NAMES,
+    INCOMPATIBLE_DIRTY,
+    Extension,
+    Header,
+    HeaderArea,
+)
 from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET
-from jqcow.testing import SectorModel, SimulatedDevice
-from tests.support.expectation import SECTOR_BYTES, AllTaken, Expectation, Windows
-from tests.support.images import Session, open_simulated
-from tests.support.stories import scribble
+from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
+from tests.support.below import Below, name_of
+from tests.support.expectation import AllTaken, Expectation, Taken, Windows
+from tests.support.operations import Request, Write
+from tests.support.player import Player
+from tests.support.users import Session, open_simulated
 
 NO_EXTENSIONS = bytes(8)
 GARBAGE = b"\xee"
+DIRTY_BYTE = 79
+"""The last byte of the incompatible features."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,40 @@ class Start:
 # Made by jqcow
 
 
+def some_size(windows: Windows, random: Random) -> int:
+    """Return the size of a disk that shows three windows, the last one perhaps in part."""
+    return 2 * windows.stride_bytes + windows.window_bytes - SECTOR_BYTES * random.choice((0, 1, 3))
+
+
+def new_session(windows: Windows, size_bytes: int | None = None) -> Session:
+    """Return a session on a new image; all windows are on its disk, if no size is given."""
+    size_bytes = windows.disk_bytes if size_bytes is None else size_bytes
+    sectors = SectorModel(windows.model_bytes)
+    expectation = Expectation(windows, sectors, (size_bytes,), exists=False, extensions=NO_EXTENSIONS)
+    session = Session(SimulatedDevice(), expectation)
+    session.create(windows.cluster_bytes, size_bytes)
+    return session
+
+
+def start_of(session: Session) -> Start:
+    """Return the closed image of a session as a start."""
+    expectation = session.expectation
+    return Start(
+        expectation.windows,
+        session.device.content(),
+        expectation.sectors.current_content(),
+        expectation.sizes[-1],
+        snapshots=expectation.snapshots,
+    )
+
+
+def played(text: str, windows: Windows, random: Random, size_bytes: int | None = None) -> Start:
+    """Return an image that is new, and then what the steps of a text make it."""
+    session = new_session(windows, size_bytes)
+    Player(session, random).play(f"{text} close")
+    return start_of(session)
+
+
 def empty_file(cluster_bytes: int, random: Random) -> Start:
     """Nothing: the image is created by the workload."""
     windows = Windows.of(cluster_bytes)
@@ -68,59 +121,34 @@ def empty_file(cluster_bytes: int, random: Random) -> Start:
 def used_image(cluster_bytes: int, random: Random) -> Start:
     """An image with data and zero clusters, made and closed by jqcow."""
     windows = Windows.of(cluster_bytes)
-    device, session = new_session(windows, cluster_bytes, some_size(windows, random))
-    for _ in range(8):
-        scribble(session, random)
-    session.close()
-    return start_of(device, session)
+    return played("change:8", windows, random, some_size(windows, random))
 
 
 def full_image(cluster_bytes: int, random: Random) -> Start:
     """An image whose first two windows are all allocated."""
-    windows = Windows.of(cluster_bytes)
-    device, session = new_session(windows, cluster_bytes, windows.disk_bytes)
-    for index in range(2):
-        session.write(index * windows.window_bytes, windows.window_bytes)
-    session.close()
-    return start_of(device, session)
+    return played("write:0:w write:w:w", Windows.of(cluster_bytes), random)
 
 
-def dirty_image(cluster_bytes: int, random: Random) -> Start:
+def dirty_image(cluster_bytes: int, random: Random, discards: str = "discard:3w%c:2c " * 4) -> Start:
     """An image with free clusters inside and past the used ones, all full of old bytes; a ragged end."""
-    windows = Windows.of(cluster_bytes)
-    discards = []
-    for _ in range(4):
-        cluster = random.randrange(3 * windows.window_bytes // cluster_bytes)
-        discards.append((cluster * cluster_bytes, 2 * cluster_bytes))
-    return _full_of_old_bytes(cluster_bytes, discards, random)
+    text = f"write:0:w write:w:w write:2w:w {discards}"
+    return with_old_bytes(played(text, Windows.of(cluster_bytes), random), random)
 
 
 def half_free_image(cluster_bytes: int, random: Random) -> Start:
     """As `dirty_image`; free are the second halves of three windows."""
-    window_bytes = Windows.of(cluster_bytes).window_bytes
-    half = window_bytes // 2 // cluster_bytes * cluster_bytes
-    discards = [(index * window_bytes + window_bytes - half, half) for index in range(3)]
-    return _full_of_old_bytes(cluster_bytes, discards, random)
+    half = Windows.of(cluster_bytes).window_bytes // 2 // cluster_bytes
+    discards = (f"discard:{index + 1}w-{half}c:{half}c" for index in range(3))
+    return dirty_image(cluster_bytes, random, " ".join(discards))
 
 
-def _full_of_old_bytes(cluster_bytes: int, discards: list[tuple[int, int]], random: Random) -> Start:
-    windows = Windows.of(cluster_bytes)
-    device, session = new_session(windows, cluster_bytes, windows.disk_bytes)
-    for index in range(3):
-        session.write(index * windows.window_bytes, windows.window_bytes)
-    for position, length in discards:
-        session.discard(position, length)
-    session.close()
-    return with_old_bytes(start_of(device, session), cluster_bytes, random)
-
-
-def with_old_bytes(start: Start, cluster_bytes: int, random: Random) -> Start:
+def with_old_bytes(start: Start, random: Random) -> Start:
     """Fill the free clusters, and what comes behind the used ones."""
-    content = bytearray(start.content)
+    content, cluster_bytes = bytearray(start.content), start.windows.cluster_bytes
     for cluster in free_clusters(start.content):
         content[cluster * cluster_bytes : (cluster + 1) * cluster_bytes] = GARBAGE * cluster_bytes
     content += GARBAGE * (2 * cluster_bytes + random.choice((0, cluster_bytes // 2)))
-    return with_changes(start, content=bytes(content))
+    return replace(start, content=bytes(content))
 
 
 def holed_image(cluster_bytes: int, random: Random) -> Start:
@@ -131,12 +159,7 @@ def holed_image(cluster_bytes: int, random: Random) -> Start:
         for cluster in free_clusters(start.content)
         if random.random() < 0.6 and (cluster + 1) * cluster_bytes <= len(start.content)
     ]
-    return with_changes(start, holes=tuple(holes))
-
-
-def unpunchable_image(cluster_bytes: int, random: Random) -> Start:
-    """As `dirty_image`, on a host without holes."""
-    return with_changes(dirty_image(cluster_bytes, random), can_punch=False)
+    return replace(start, holes=tuple(holes))
 
 
 def vouched_image(cluster_bytes: int, random: Random) -> Start:
@@ -144,72 +167,60 @@ def vouched_image(cluster_bytes: int, random: Random) -> Start:
     start = full_image(cluster_bytes, random)
     content = bytearray(start.content)
     content[88:96] = (1 << 63).to_bytes(8, "big")
-    return with_changes(start, content=bytes(content), vouched=True)
+    return replace(start, content=bytes(content), vouched=True)
 
 
 def long_header_image(cluster_bytes: int, random: Random) -> Start:
     """An image whose header extensions reach past the first sector."""
+
+    def feature_name(bit: int) -> bytes:
+        return bytes([1, 20 + bit]) + f"feature number {bit} of somebody".encode().ljust(46, b"\0")
+
     start = used_image(cluster_bytes, random)
-    names = Extension(EXTENSION_FEATURE_NAMES, b"".join(_feature_name(bit) for bit in range(12)))
+    names = Extension(EXTENSION_FEATURE_NAMES, b"".join(map(feature_name, range(12))))
     unknown = Extension(0x12345678, bytes(range(256)) * 2)
     extensions = names.pack() + unknown.pack() + NO_EXTENSIONS
     content = bytearray(start.content)
     content[112 : 112 + len(extensions)] = extensions
-    return with_changes(start, content=bytes(content), extensions=extensions)
+    return replace(start, content=bytes(content), extensions=extensions)
 
 
 def snapshots_image(cluster_bytes: int, random: Random) -> Start:
     """An image with two snapshots, compressed clusters, and old bytes in all that is free."""
     windows = Windows.of(cluster_bytes)
-    device, session = new_session(windows, cluster_bytes, some_size(windows, random))
-    for index in range(2):
-        session.write(index * windows.window_bytes, windows.window_bytes // 2)
-        session.write_compressed(index * windows.window_bytes + 4 * cluster_bytes, 3 * cluster_bytes)
-        session.create_snapshot()
-        session.write(cluster_bytes, cluster_bytes + SECTOR_BYTES)
-        session.discard(index * windows.window_bytes + 2 * cluster_bytes, cluster_bytes)
-        scribble(session, random)
-    session.close()
-    return with_old_bytes(start_of(device, session), cluster_bytes, random)
-
-
-def snapshots_unpunchable_image(cluster_bytes: int, random: Random) -> Start:
-    """As `snapshots_image`, on a host without holes."""
-    return with_changes(snapshots_image(cluster_bytes, random), can_punch=False)
+    size_bytes = some_size(windows, random)
+    text = " ".join(
+        f"write:{index}w:w/2 packed:{index}w+4c:3c snapshot write:c:c+s discard:{index}w+2c:c change"
+        for index in range(2)
+    )
+    return with_old_bytes(played(text, windows, random, size_bytes), random)
 
 
 def wide_image(cluster_bytes: int, random: Random) -> Start:
     """An image with so many L2 tables that a change of all is longer than a half of the smallest journal."""
     windows = Windows(12, 2 * cluster_bytes, cluster_bytes * cluster_bytes // 8)
-    device, session = new_session(windows, cluster_bytes, windows.disk_bytes)
-    for index in range(windows.count):
-        session.write(index * windows.window_bytes, random.randint(1, windows.window_bytes))
-    session.close()
-    return start_of(device, session)
+    writes = (f"write:{index}w:1..{windows.window_bytes}" for index in range(windows.count))
+    return played(" ".join(writes), windows, random)
 
 
 def half_moved_image(cluster_bytes: int, random: Random) -> Start:
     """A crashed image, whose recovery was cut too: the next root copy is there, and not what it names."""
     windows = Windows.of(cluster_bytes)
-    device, session = new_session(windows, cluster_bytes, windows.disk_bytes)
-    for _ in range(6):
-        scribble(session, random)
-    session.flush()
-    crashed = SimulatedDevice(device.durable_content())
+    session = new_session(windows)
+    Player(session, random).play("change:6 flush")
+    crashed = SimulatedDevice(session.device.durable_content())
     halves: list[bytes] = []
 
     def cut(name: str, device: SimulatedDevice) -> None:
         if name == "move.range":
-            durable, copy = (
-                device.durable_content(),
-                slice(ROOT_COPY_OFFSET, ROOT_COPY_OFFSET + ROOT_COPY_BYTES),
-            )
-            halves.append(durable[: copy.start] + device.content()[copy] + durable[copy.stop :])
+            durable = bytearray(device.durable_content())
+            copy = slice(ROOT_COPY_OFFSET, ROOT_COPY_OFFSET + ROOT_COPY_BYTES)
+            durable[copy] = device.content()[copy]
+            halves.append(bytes(durable))
 
     crashed.barrier_listeners.append(cut)
     open_simulated(crashed)
-    guest = session.expectation.sectors.current_content()
-    return Start(windows, halves[0], guest, windows.disk_bytes)
+    return replace(start_of(session), content=halves[0])
 
 
 def table_end_image(cluster_bytes: int, random: Random) -> Start:
@@ -217,51 +228,247 @@ def table_end_image(cluster_bytes: int, random: Random) -> Start:
     start = used_image(cluster_bytes, random)
     reach = cluster_bytes // 8 * cluster_bytes // 2 * cluster_bytes
     padding = reach - 6 * cluster_bytes - len(start.content)
-    return with_changes(start, content=start.content + bytes(padding), holes=((len(start.content), padding),))
-
-
-def with_changes(start: Start, **changes: object) -> Start:
-    return Start(**{**start.__dict__, **changes})
-
-
-def some_size(windows: Windows, random: Random) -> int:
-    """Return the size of a disk that shows three windows, the last one perhaps in part."""
-    return 2 * windows.stride_bytes + windows.window_bytes - SECTOR_BYTES * random.choice((0, 1, 3))
-
-
-def new_session(windows: Windows, cluster_bytes: int, size_bytes: int) -> tuple[SimulatedDevice, Session]:
-    device = SimulatedDevice()
-    expectation = Expectation(windows, SectorModel(windows.model_bytes), (size_bytes,), exists=False)
-    session = Session(device, expectation)
-    session.create(cluster_bytes, size_bytes)
-    return device, session
-
-
-def start_of(device: SimulatedDevice, session: Session) -> Start:
-    expectation = session.expectation
-    return Start(
-        expectation.windows,
-        device.content(),
-        expectation.sectors.current_content(),
-        expectation.sizes[-1],
-        snapshots=expectation.snapshots,
-    )
+    return replace(start, content=start.content + bytes(padding), holes=((len(start.content), padding),))
 
 
 def free_clusters(content: bytes) -> list[int]:
-    """Return the clusters of a clean image's file that have refcount 0."""
-    header = Header.unpack(content[:SECTOR_BYTES])
-    size = header.geometry.cluster_bytes
+    """Return the clusters of a clean image's file that have refcount 0, or none yet."""
+    places = enumerate(refcount_places(content))
+    return [cluster for cluster, place in places if not place or not any(content[place : place + 2])]
+
+
+def refcount_places(content: bytes) -> list[int]:
+    """Return where the refcount of each cluster stands, of 16 bits; 0 for one that has no block yet."""
+    header, places = Header.unpack(content[:SECTOR_BYTES]), []
     per_block = header.geometry.refcounts_per_cluster
-    free = []
-    for cluster in range(len(content) // size):
+    for cluster in range(len(content) // header.geometry.cluster_bytes):
         entry = header.refcount_table_offset + cluster // per_block * 8
         block = int.from_bytes(content[entry : entry + 8], "big")
-        place = block + cluster % per_block * 2
-        if not block or not any(content[place : place + 2]):
-            free.append(cluster)
-    return free
+        places.append(block + cluster % per_block * 2 if block else 0)
+    return places
 
 
-def _feature_name(bit: int) -> bytes:
-    return bytes([1, 20 + bit]) + f"feature number {bit} of somebody".encode().ljust(46, b"\0")
+def spoil_refcounts(content: bytearray, random: Random, share: float, values: tuple[int, ...]) -> None:
+    """Change a share of the refcounts, of 16 bits each: many become 0, some too large."""
+    for place in refcount_places(bytes(content)):
+        if place and random.random() < share:
+            content[place : place + 2] = random.choice(values).to_bytes(2, "big")
+
+
+def damaged(prepare: Prepare) -> Prepare:
+    """Return what makes the same image with a dirty bit: its refcounts may be wrong, and many are."""
+
+    def prepare_damaged(cluster_bytes: int, random: Random) -> Start:
+        start = prepare(cluster_bytes, random)
+        content = bytearray(start.content)
+        spoil_refcounts(content, random, 0.6, (0, 0, 0, 1, 2, 5))
+        content[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
+        return replace(start, content=bytes(content), damaged=True)
+
+    return prepare_damaged
+
+
+def without_holes(prepare: Prepare) -> Prepare:
+    """Return what makes the same image, on a host without holes."""
+    return lambda cluster_bytes, random: replace(prepare(cluster_bytes, random), can_punch=False)
+
+
+# Overlays
+
+
+def some_disk(windows: Windows, random: Random) -> Below:
+    """Return a disk that has data in most of its windows: shorter than an overlay of them all, or longer."""
+    content, half = bytearray(windows.model_bytes), windows.cluster_bytes // 2
+    mark = random.randrange(1, 256)
+    for start in range(0, windows.model_bytes, half):
+        if random.random() < 0.7:
+            for sector in range(start, start + half, SECTOR_BYTES):
+                content[sector : sector + SECTOR_BYTES] = bytes([mark, sector // SECTOR_BYTES % 251]) * 256
+    inside = random.randrange(1, windows.window_bytes // SECTOR_BYTES) * SECTOR_BYTES
+    size = random.choice((windows.stride_bytes + inside, windows.disk_bytes, 2 * windows.disk_bytes))
+    return Below(windows, bytes(content), size)
+
+
+def new_overlay(below: Below, size_bytes: int) -> Session:
+    """Make an overlay that has nothing of its own yet, and open it."""
+    windows = below.windows
+    session = new_session(windows, size_bytes)
+    with session.live.transaction() as transaction:
+        transaction.set_backing_file(name_of(below), "raw")
+    session.close()
+    session.expectation.sectors = SectorModel(windows.model_bytes, below.seen)
+    windows.cut_off(session.expectation.sectors, size_bytes)
+    session.open()
+    return session
+
+
+def overlay_image(cluster_bytes: int, random: Random) -> Start:
+    """An image over another disk, with data, zeros and nothing of its own."""
+    windows = Windows.of(cluster_bytes)
+    below = some_disk(windows, random)
+    session = new_overlay(below, some_size(windows, random))
+    Player(session, random).play("change:5 close")
+    return replace(start_of(session), extensions=extensions_in(session.device.content()))
+
+
+def overlay_with_old_bytes(cluster_bytes: int, random: Random) -> Start:
+    """As `overlay_image`, with old bytes in all that is free, on a host without holes."""
+    return replace(with_old_bytes(overlay_image(cluster_bytes, random), random), can_punch=False)
+
+
+def extensions_in(content: bytes) -> bytes:
+    """Return what follows the fixed fields of a header: the extensions, and the backing file's name."""
+    area = HeaderArea.parse(content[: Header.unpack(content[:SECTOR_BYTES]).geometry.cluster_bytes])
+    return area.data[area.header.header_length :]
+
+
+# Made by QEMU
+
+ENTRY_BYTES, DATE_AT = 40, 16
+LENGTHS_AT = ((12, 2), (14, 2), (36, 4))
+"""Of an entry of the snapshot table: its fixed part, the date, and the widths of id, name and extra data."""
+
+Layer = tuple[tuple[int, int, int], ...]
+"""Writes of a pattern: (position, length, byte)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How QEMU is to make an image: its options, what it holds, and a snapshot of each layer but the last.
+
+    ``compressed``: the first layer is converted, not written.
+    """
+
+    options: str
+    windows: Windows
+    layers: tuple[Layer, ...]
+    compressed: bool = False
+
+    def start(self) -> Start:
+        """Return the image."""
+        content, guest, taken = made(self), bytearray(self.windows.model_bytes), []
+        for number, layer in enumerate(self.layers):
+            for position, length, byte in layer:
+                guest[position : position + length] = bytes([byte]) * length
+            sectors = SectorModel(self.windows.model_bytes, bytes(guest))
+            taken.append(Taken(_name(number), sectors, self.windows.disk_bytes))
+        return Start(
+            self.windows,
+            content,
+            bytes(guest),
+            self.windows.disk_bytes,
+            extensions=extensions_in(content),
+            snapshots=tuple(taken[:-1]),
+        )
+
+    def requests(self, layer: int) -> list[Request]:
+        """Return what is asked of the disk in a layer."""
+        guest = self.windows.guest
+        return [Write.pattern(guest(position), length, byte) for position, length, byte in self.layers[layer]]
+
+
+def _name(layer: int) -> str:
+    return f"by-qemu-{layer}"
+
+
+@functools.cache
+def made(recipe: Recipe) -> bytes:
+    """Return the file that QEMU makes."""
+    with tempfile.TemporaryDirectory(prefix="jqcow-crash-") as folder:
+        path, raw = Path(folder, "made.qcow2"), Path(folder, "first.raw")
+        size = str(recipe.windows.disk_bytes)
+        if recipe.compressed:
+            _run("qemu-img", "create", "-q", "-f", "raw", raw, size)
+            _write(raw, "raw", recipe.requests(0))
+            _run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", recipe.options, raw, path)
+        else:
+            _run("qemu-img", "create", "-q", "-f", "qcow2", "-o", recipe.options, path, size)
+            _write(path, "qcow2", recipe.requests(0))
+        for layer in range(1, len(recipe.layers)):
+            _run("qemu-img", "snapshot", "-c", _name(layer - 1), path)
+            _write(path, "qcow2", recipe.requests(layer))
+        return without_dates(path.read_bytes())
+
+
+def without_dates(content: bytes) -> bytes:
+    """Return an image whose snapshots are dated 1970: a run is the same every time."""
+    header, dated = Header.unpack(content[:512]), bytearray(content)
+    position = header.snapshots_offset
+    for _ in range(header.nb_snapshots):
+        lengths = [int.from_bytes(dated[position + at :][:width], "big") for at, width in LENGTHS_AT]
+        dated[position + DATE_AT : position + DATE_AT + 8] = bytes(8)
+        position += ENTRY_BYTES + sum(lengths) + -(ENTRY_BYTES + sum(lengths)) % 8
+    return bytes(dated)
+
+
+def _write(path: Path, kind: str, requests: list[Request]) -> None:
+    if requests:
+        commands = [word for request in requests for word in ("-c", request.qemu())]
+        _run("qemu-io", "-f", kind, *commands, path)
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def by_qemu(cluster_bytes: int, options: str, layers: int, **choices: Any) -> Start:
+    """Return an image with so many layers: data and, over snapshots of it, other data."""
+    windows, cluster = Windows.of(cluster_bytes), cluster_bytes
+    window = windows.window_bytes
+    all_layers: tuple[Layer, ...] = (
+        ((0, window // 2, 0x11), (window, window, 0x22)),
+        ((cluster, cluster, 0x33), (2 * window, 512, 0x44)),
+        ((cluster - 512, 1024, 0x55), (window, cluster, 0x66)),
+    )
+    kept = all_layers[:layers] or ((),)
+    return Recipe(f"cluster_size={cluster_bytes}{options}", windows, kept, **choices).start()
+
+
+def qemu_image(cluster_bytes: int, random: Random) -> Start:
+    """An image made and filled by QEMU: its header fills the first sector, its L1 table stands elsewhere."""
+    return by_qemu(cluster_bytes, "", 1)
+
+
+def qemu_snapshots_image(cluster_bytes: int, random: Random) -> Start:
+    """An image by QEMU with two snapshots, in refcounts of some width."""
+    return by_qemu(cluster_bytes, f",refcount_bits={random.choice((4, 8, 16, 64))}", 3)
+
+
+def qemu_compressed_image(cluster_bytes: int, random: Random) -> Start:
+    """An image that QEMU compressed, packed to the byte, with a snapshot of all that."""
+    options = f",refcount_bits=16,compression_type={random.choice(('zlib', 'zstd'))}"
+    return by_qemu(cluster_bytes, options, 2, compressed=True)
+
+
+def narrow_image(cluster_bytes: int, random: Random) -> Start:
+    """An empty image by QEMU, whose refcounts have one bit or two."""
+    return by_qemu(cluster_bytes, f",refcount_bits={random.choice((1, 2))}", 0)
+
+
+Prepare = Callable[[int, Random], Start]
+STARTS: dict[str, Prepare] = {
+    "empty": empty_file,
+    "used": used_image,
+    "full": full_image,
+    "dirty": dirty_image,
+    "holed": holed_image,
+    "unpunchable": without_holes(dirty_image),
+    "vouched": vouched_image,
+    "long-header": long_header_image,
+    "half-moved": half_moved_image,
+    "qemu": qemu_image,
+    "snapshots": snapshots_image,
+    "snapshots-unpunchable": without_holes(snapshots_image),
+    "qemu-snapshots": qemu_snapshots_image,
+    "qemu-compressed": qemu_compressed_image,
+    "narrow": narrow_image,
+    "half-free": half_free_image,
+    "table-end": table_end_image,
+    "wide": wide_image,
+    "overlay": overlay_image,
+    "overlay-unpunchable": overlay_with_old_bytes,
+    "dirty-bit": damaged(full_image),
+    "dirty-bit-snapshots": damaged(snapshots_image),
+}
+SIMULATED = tuple(STARTS)[:15]
+"""Those of the simulation: it opens images with nothing below."""

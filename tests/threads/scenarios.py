@@ -13,7 +13,9 @@ from functools import cache
 import jqcow
 from jqcow.offline.check import check_structure
 from jqcow.testing import SectorModel, SimulatedDevice, enumerate_states
+from tests.support import inside
 from tests.support.held import is_taken
+from tests.support.operations import Discard, PackedWrite, Write, WriteZeroes, apply
 
 SECTOR = 512
 CLUSTER = 4096
@@ -66,22 +68,16 @@ class Trial:
     # What a program does
 
     def write(self, byte: int, length: int, offset: int) -> None:
-        data = filled(byte, length)
-        with self.model.write(offset, data):
-            self.image.pwrite(data, offset)
+        apply(Write(offset, filled(byte, length)), self.image, self.model)
 
     def write_compressed(self, byte: int, length: int, offset: int) -> None:
-        data = filled(byte, length)
-        with self.model.write(offset, data):
-            self.image.pwrite_compressed(data, offset)
+        apply(PackedWrite(offset, filled(byte, length)), self.image, self.model)
 
     def zero(self, length: int, offset: int, *, unmap: bool) -> None:
-        with self.model.zero(offset, length):
-            self.image.write_zeroes(length, offset, unmap=unmap)
+        apply(WriteZeroes(offset, length, unmap), self.image, self.model)
 
     def discard(self, length: int, offset: int) -> None:
-        with self.model.discard(offset, length):
-            self.image.discard(length, offset)
+        apply(Discard(offset, length), self.image, self.model, CLUSTER)
 
     def flush(self) -> None:
         with self.model.flush():
@@ -103,12 +99,10 @@ class Trial:
 
     def judge(self) -> None:
         """Look at everything that an exception, or a failing device, must not have broken."""
-        assert not is_taken(self.image._writer), "the writer's lock was left taken"
-        assert not is_taken(self.image._store.turn.taken), "the turn was left taken"
-        assert not is_taken(self.image._lock), "the lock was left taken"
+        inside.require_free_locks(self.image, is_taken)
         if not self.image.closed:
             self.image.info()
-        poisoned = self.image._store.medium.poisoned
+        poisoned = inside.is_poisoned(self.image)
         assert self.may_be_poisoned or not poisoned
         if poisoned and not self.image.closed:
             self.image.close()
@@ -146,9 +140,8 @@ class Trial:
                 self.write(9, 3 * CLUSTER, 8 * CLUSTER + SECTOR)
                 self.discard(CLUSTER, 0)
                 with self.image.transaction() as transaction:
-                    data = filled(10, 2 * CLUSTER)
-                    with self.model.write(20 * CLUSTER, data):
-                        transaction.pwrite(data, 20 * CLUSTER)
+                    request = Write(20 * CLUSTER, filled(10, 2 * CLUSTER))
+                    apply(request, transaction, self.model)
                 self.write(11, CLUSTER, 2 * CLUSTER)
                 self.flush()
             except BaseException as error:

@@ -22,7 +22,7 @@ from jqcow.offline.records import read_journal
 from jqcow.ondisk import entries, snapshots
 from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.snapshots import Snapshot
-from tests.support.patients import Patient, as_live, check, make_image, our_numbers, qemu_numbers, run
+from tests.unit.patients import Patient, as_live, check, make_image, our_numbers, qemu_numbers, run
 
 MIB = 1 << 20
 

@@ -27,7 +27,7 @@ from jqcow.ondisk.snapshots import (
     pack_table,
     parse_table,
 )
-from tests.support.patients import make_image, run
+from tests.unit.patients import make_image, run
 
 DISK_BYTES = 8 << 20
 HEADER = Header(

@@ -1,6 +1,6 @@
 """The mixed workload on a real file, in a process whose system calls somebody makes fail.
 
-    python -m tests.support.traced IMAGE
+    python -m tests.crash.traced IMAGE
 
 IMAGE holds the bytes of `start`. The process does the same work three times. In the first two it may meet
 one error of the host: it shows that the image stays right, and goes on. It prints the errno, or "none".
@@ -14,9 +14,10 @@ from random import Random
 
 import jqcow
 from jqcow.testing import FaultPlan, SimulatedDevice
-from tests.support.images import JOURNAL_BYTES, Session
+from tests.support.player import Player
 from tests.support.starts import Start, full_image
-from tests.support.stories import mixed
+from tests.support.stories import MIXED
+from tests.support.users import JOURNAL_BYTES, Session
 
 CLUSTER_BYTES = 4096
 
@@ -55,14 +56,15 @@ def start() -> Start:
 def main() -> int:
     """Run; raises what breaks a promise."""
     session = FileSession(SimulatedDevice(), start().expectation(), written=1 << 16, path=sys.argv[1])
+    player = Player(session, Random(0))
     for _ in range(2):
         with session.faults(FaultPlan()):
             try:
-                mixed(session)
+                player.play(MIXED)
             except OSError as error:
                 session.met = str(error.errno)
                 raise
-    mixed(session)
+    player.play(MIXED)
     session.open()
     session.look()
     session.close()

@@ -1,11 +1,12 @@
 """Images on a simulated device, and those who use them.
 
 A `Session` is a user of one image: whatever it asks of the image it also tells the `Expectation`, which a
-judge later holds against a crashed device.
+judge later holds against a crashed device. A `Draft` is a transaction of a session.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from typing import Literal
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
 from jqcow.ondisk.root import is_live
-from jqcow.testing import FaultPlan, SectorModel, SimulatedDevice
+from jqcow.testing import SECTOR_BYTES, FaultPlan, SectorModel, SimulatedDevice
 from jqcow.transaction import Savepoint, Transaction
+from tests.support import inside
 from tests.support.below import find_below
 from tests.support.expectation import (
-    SECTOR_BYTES,
     AllTaken,
     Expectation,
     Rival,
@@ -30,6 +31,7 @@ from tests.support.expectation import (
     compare_snapshots,
     settled,
 )
+from tests.support.operations import Discard, PackedWrite, Request, Write, WriteZeroes
 
 JOURNAL_BYTES = 64 << 10
 NOISE = (0, 0, 2, 0, 5, 8)
@@ -69,6 +71,58 @@ def open_simulated(
     )
 
 
+class User(ABC):
+    """Who changes a disk through windows, at positions in the model. What is not on the disk is left out."""
+
+    session: Session
+    windows: Windows
+    size_bytes: int
+    snapshots: AllTaken
+
+    @abstractmethod
+    def _do(self, request: Request, position: int) -> None:
+        """Do a request, which begins at a position, and expect what it asks for."""
+
+    def write(self, position: int, length: int, *, fua: bool = False) -> None:
+        """Write bytes that no sector ever held before."""
+        length = self.windows.clip(position, length, self.size_bytes)
+        if length:
+            self._do(
+                Write(self.windows.guest(position), self.session.fresh_data(length, position), fua), position
+            )
+
+    def write_compressed(self, position: int, length: int, noise: int | None = None) -> None:
+        """Write whole clusters compressed, those that a range touches. ``noise``: see `packable_data`."""
+        cluster_bytes = self.windows.cluster_bytes
+        end, position = position + length, position - position % cluster_bytes
+        length = -(-(end - position) // cluster_bytes) * cluster_bytes
+        length = self.windows.clip(position, length, self.size_bytes)
+        if length:
+            data = self.session.packable_data(length, position, noise)
+            self._do(PackedWrite(self.windows.guest(position), data), position)
+
+    def write_zeroes(self, position: int, length: int, *, unmap: bool) -> None:
+        """Make a range read as zeros."""
+        length = self.windows.clip(position, length, self.size_bytes)
+        if length:
+            self._do(WriteZeroes(self.windows.guest(position), length, unmap), position)
+
+    def discard(self, position: int, length: int) -> None:
+        """Discard a range: its whole clusters read as zeros, the rest is as it was."""
+        length = self.windows.clip(position, length, self.size_bytes)
+        if length:
+            self._do(Discard(self.windows.guest(position), length), position)
+
+    def _result(self, request: Request, position: int) -> tuple[int, bytes]:
+        """Return what a request that begins at a position leaves in the model: (position, bytes)."""
+        offset, data = request.result(self.windows.cluster_bytes, self.size_bytes)
+        return position + offset - self.windows.guest(position), data
+
+    def _taken(self, number: int) -> Taken | None:
+        """Return one of the snapshots, counted from zero as often as it takes; None if there is none."""
+        return self.snapshots[number % len(self.snapshots)] if self.snapshots else None
+
+
 @dataclass(frozen=True, eq=False)
 class DraftPoint:
     """A state of a draft to go back to; it stays as it is."""
@@ -79,52 +133,21 @@ class DraftPoint:
     snapshots: AllTaken
 
 
-class Draft:
+class Draft(User):
     """A transaction of a `Session`: what it asks for, and what it expects to read."""
 
     def __init__(self, session: Session, transaction: Transaction) -> None:
         """Start with what the session expects of its image."""
         self.session = session
         self.transaction = transaction
+        self.windows = session.windows
         self.sectors = session.expectation.sectors.copy()
-        self.size_bytes = session.live.size
-        self.snapshots = session.expectation.snapshots
+        self.size_bytes = session.size_bytes
+        self.snapshots = session.snapshots
 
-    @property
-    def windows(self) -> Windows:
-        """Those of the session."""
-        return self.session.expectation.windows
-
-    def write(self, position: int, length: int) -> None:
-        """Write bytes that no sector ever held before."""
-        length = self.windows.clip(position, length, self.size_bytes)
-        if length:
-            data = self.session.fresh_data(length, position)
-            with self.sectors.write(position, data):
-                self.transaction.pwrite(data, self.windows.guest(position))
-
-    def write_compressed(self, position: int, length: int) -> None:
-        """Write whole clusters compressed, from the one at a position on."""
-        position, length = self.session.as_clusters(position, length, self.size_bytes)
-        if length:
-            data = self.session.packable_data(length, position)
-            with self.sectors.write(position, data):
-                self.transaction.pwrite_compressed(data, self.windows.guest(position))
-
-    def write_zeroes(self, position: int, length: int, *, unmap: bool) -> None:
-        """Make a range read as zeros."""
-        length = self.windows.clip(position, length, self.size_bytes)
-        if length:
-            with self.sectors.zero(position, length):
-                self.transaction.write_zeroes(length, self.windows.guest(position), unmap=unmap)
-
-    def discard(self, position: int, length: int) -> None:
-        """Discard a range: its whole clusters read as zeros, the rest is as it was."""
-        length = self.windows.clip(position, length, self.size_bytes)
-        head, tail = self.session.whole_clusters(position, length, self.size_bytes)
-        if length:
-            with self.sectors.discard(head, max(0, tail - head)):
-                self.transaction.discard(length, self.windows.guest(position))
+    def _do(self, request: Request, position: int) -> None:
+        with self.sectors.write(*self._result(request, position)):
+            request.on(self.transaction)
 
     def resize(self, size_bytes: int) -> None:
         """Set the size of the disk. A resize that fails leaves it as it was."""
@@ -141,16 +164,16 @@ class Draft:
 
     def apply_snapshot(self, number: int) -> None:
         """Make the disk what one of the snapshots holds, if there is one."""
-        if self.snapshots:
-            taken = self.snapshots[number % len(self.snapshots)]
+        taken = self._taken(number)
+        if taken is not None:
             with suppress(UnsupportedFeatureError):
                 self.transaction.apply_snapshot(taken.name)
                 self.sectors, self.size_bytes = taken.sectors.copy(), taken.size_bytes
 
     def delete_snapshot(self, number: int) -> None:
         """Give up one of the snapshots, if there is one."""
-        if self.snapshots:
-            taken = self.snapshots[number % len(self.snapshots)]
+        taken = self._taken(number)
+        if taken is not None:
             self.transaction.delete_snapshot(taken.name)
             self.snapshots = tuple(kept for kept in self.snapshots if kept is not taken)
 
@@ -187,7 +210,7 @@ class Draft:
 
 
 @dataclass
-class Session:
+class Session(User):
     """One user of the image on ``device``.
 
     ``written`` counts the writes, so that no two write the same bytes; users of one image start it far apart.
@@ -251,54 +274,44 @@ class Session:
 
     # Requests
 
-    def write(self, position: int, length: int, *, fua: bool = False) -> None:
-        """Write bytes that no sector ever held before."""
-        length = self._clip(position, length)
-        if not length:
-            return
-        data = self.fresh_data(length, position)
-        self._changes()
-        with self.expectation.change(position, data, durable=fua):
-            self.live.pwrite(data, self._guest(position), fua=fua)
-        if fua:
+    @property
+    def session(self) -> Session:  # type: ignore[override]
+        """The session itself."""
+        return self
+
+    @property
+    def windows(self) -> Windows:  # type: ignore[override]
+        """Those of the expectation."""
+        return self.expectation.windows
+
+    @property
+    def size_bytes(self) -> int:  # type: ignore[override]
+        """The size of the disk now."""
+        return self.live.size
+
+    @property
+    def snapshots(self) -> AllTaken:  # type: ignore[override]
+        """Those of the image now."""
+        return self.expectation.snapshots
+
+    def _do(self, request: Request, position: int) -> None:
+        durable = isinstance(request, Write) and request.fua
+        self.expectation.closed = None
+        with self.expectation.change(*self._result(request, position), durable=durable):
+            request.on(self.live)
+        if durable:
             # The flush in it covers all, as any flush.
             self.flush()
-
-    def write_compressed(self, position: int, length: int, noise: int | None = None) -> None:
-        """Write whole clusters compressed, from the one at a position on. ``noise``: see `packable_data`."""
-        position, length = self.as_clusters(position, length, self.live.size)
-        if length:
-            data = self.packable_data(length, position, noise)
-            self._changes()
-            with self.expectation.change(position, data):
-                self.live.pwrite_compressed(data, self._guest(position))
-
-    def write_zeroes(self, position: int, length: int, *, unmap: bool) -> None:
-        """Make a range read as zeros."""
-        length = self._clip(position, length)
-        if length:
-            self._changes()
-            with self.expectation.change(position, bytes(length)):
-                self.live.write_zeroes(length, self._guest(position), unmap=unmap)
-
-    def discard(self, position: int, length: int) -> None:
-        """Discard a range: its whole clusters read as zeros, the rest is as it was."""
-        length = self._clip(position, length)
-        head, tail = self.whole_clusters(position, length, self.live.size)
-        if length:
-            self._changes()
-            with self.expectation.change(head, bytes(max(0, tail - head))):
-                self.live.discard(length, self._guest(position))
 
     def resize(self, size_bytes: int) -> None:
         """Set the size of the disk: a larger one with the next flush, a smaller one at once and durably."""
         if size_bytes < self.live.size:
             sectors = self.expectation.sectors.copy()
-            self.expectation.windows.cut_off(sectors, size_bytes)
+            self.windows.cut_off(sectors, size_bytes)
             self._transact(lambda: self.live.resize(size_bytes), sectors=sectors, size_bytes=size_bytes)
             return
         before = self.expectation.sizes
-        self._changes()
+        self.expectation.closed = None
         self.expectation.sizes = (size_bytes, *before)
         self.live.resize(size_bytes)
         self.expectation.sizes = (*before, size_bytes)
@@ -312,20 +325,19 @@ class Session:
 
     def apply_snapshot(self, number: int) -> None:
         """Make the disk what one of the snapshots holds, durably, if there is one."""
-        if self.expectation.snapshots:
-            taken = self.expectation.snapshots[number % len(self.expectation.snapshots)]
+        taken = self._taken(number)
+        if taken is not None:
+            name = taken.name
             self._transact(
-                lambda: self.live.apply_snapshot(taken.name),
-                sectors=taken.sectors,
-                size_bytes=taken.size_bytes,
+                lambda: self.live.apply_snapshot(name), sectors=taken.sectors, size_bytes=taken.size_bytes
             )
 
     def delete_snapshot(self, number: int) -> None:
         """Give up one of the snapshots, durably, if there is one."""
-        if self.expectation.snapshots:
-            taken = self.expectation.snapshots[number % len(self.expectation.snapshots)]
-            kept = tuple(other for other in self.expectation.snapshots if other is not taken)
-            self._transact(lambda: self.live.delete_snapshot(taken.name), snapshots=kept)
+        taken = self._taken(number)
+        if taken is not None:
+            name, kept = taken.name, tuple(other for other in self.snapshots if other is not taken)
+            self._transact(lambda: self.live.delete_snapshot(name), snapshots=kept)
 
     def _transact(
         self,
@@ -342,9 +354,9 @@ class Session:
         if self.expectation.rival is not None:
             # One commit at a time can be in doubt.
             self.flush()
-        self._changes()
+        self.expectation.closed = None
         self.expectation.rival = Rival(
-            self.expectation.windows,
+            self.windows,
             settled(self.expectation.sectors if sectors is None else sectors),
             self.live.size if size_bytes is None else size_bytes,
             self.expectation.snapshots if snapshots is None else snapshots,
@@ -381,7 +393,7 @@ class Session:
         Entering is a promise like a flush. A commit that fails is in doubt until the next flush: a crash may
         bring it back, whole.
         """
-        self._changes()
+        self.expectation.closed = None
         manager = self.live.transaction()
         with self._promise():
             transaction = manager.__enter__()
@@ -425,7 +437,7 @@ class Session:
     @property
     def is_poisoned(self) -> bool:
         """True if the open image turned read-only."""
-        return self.image is not None and self.image._store.medium.poisoned
+        return self.image is not None and inside.is_poisoned(self.image)
 
     def recover_from_poison(self) -> None:
         """After a failed barrier: no change is accepted, reading works, and the next opening recovers."""
@@ -438,6 +450,10 @@ class Session:
         self.image, self._was_killed = None, False
         self.expectation.forget_order()
         self.open()
+        # What a failed barrier lost may have been a growth: the disk has any size that was possible.
+        sizes, size = self.expectation.sizes, self.live.size
+        assert size in sizes, "the disk has a size that nobody asked for"
+        self.expectation.sizes = (*sizes, size)
 
     def _accepts_changes(self) -> bool:
         """Ask for what a poisoned image must refuse. Returns True if it does not."""
@@ -454,33 +470,12 @@ class Session:
             self.open()
         violations = self.expectation.expect_now(self.live)
         assert not violations, f"the running image is wrong: {violations[0]}"
+        sizes = self.expectation.sizes
+        assert self.live.size == sizes[-1], f"the disk has another size than the last of {sizes}"
         report = self.live.check()
         assert report.ok, f"the running image is inconsistent: {report.findings[0]}"
 
-    # Positions
-
-    def _guest(self, position: int) -> int:
-        return self.expectation.windows.guest(position)
-
-    def _clip(self, position: int, length: int) -> int:
-        """Return how much of a range lies in its window and on the disk."""
-        return self.expectation.windows.clip(position, length, self.live.size)
-
-    def whole_clusters(self, position: int, length: int, size_bytes: int) -> tuple[int, int]:
-        """Return the positions of the whole clusters of a range: (start, end)."""
-        cluster_bytes = self.live.info().cluster_size
-        head = -(-position // cluster_bytes) * cluster_bytes
-        end = position + length
-        at_disk_end = self._guest(position) + length == size_bytes
-        return head, end if at_disk_end else end - end % cluster_bytes
-
-    def as_clusters(self, position: int, length: int, size_bytes: int) -> tuple[int, int]:
-        """Return position and length of the whole clusters that a range touches, on the disk."""
-        cluster_bytes = self.live.info().cluster_size
-        start, end = position - position % cluster_bytes, position + length
-        return start, self.expectation.windows.clip(
-            start, -(-(end - start) // cluster_bytes) * cluster_bytes, size_bytes
-        )
+    # What no other write has
 
     def fresh_name(self) -> str:
         """Return a name that no other snapshot has."""
@@ -505,6 +500,3 @@ class Session:
                 random = Random(f"{self.written} {position + start}")
                 data[start : start + SECTOR_BYTES] = random.randbytes(SECTOR_BYTES)
         return bytes(data)
-
-    def _changes(self) -> None:
-        self.expectation.closed = None
