@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from tests.support import sources
-from tests.support.mutants import (
-    BARRIER_TRIALS,
-    GREEN,
-    MUTANTS,
-    RED,
-    Mutant,
-    judge_trial,
-    patched_copy,
-)
+from tests.support import mutation, sources
+from tests.support.mutants import BARRIER_TRIALS, MUTANTS, Mutant
+from tests.support.mutation import Verdict
+from tests.support.trials import judge_trial
 
-SECONDS_MAX = 120
 TRIALS = sorted(
     {trial for trials in BARRIER_TRIALS.values() for trial in trials}
     | {trial for mutant in MUTANTS for trial in mutant.trials}
 )
+every_mutant = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+
+
+def repeated(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def test_every_barrier_is_placed_once() -> None:
-    repeated = [name for name, count in Counter(sources.barrier_names()).items() if count > 1]
-    assert not repeated
+    assert not repeated(sources.barrier_names())
 
 
 def test_every_barrier_has_a_trial() -> None:
@@ -41,9 +34,20 @@ def test_every_rule_is_documented() -> None:
     assert sorted(rule for rule, _ in sources.engine_rules()) == sorted(sources.documented_rules())
 
 
-def test_every_rule_has_a_mutant() -> None:
-    rules = {rule for rule, _ in sources.engine_rules()}
-    assert rules == {mutant.rule for mutant in MUTANTS}
+def test_every_rule_has_a_mutant_and_every_mutant_a_rule() -> None:
+    assert {rule for rule, _ in sources.engine_rules()} == {mutant.rule for mutant in MUTANTS}
+
+
+def test_every_mutant_has_a_name_of_its_own() -> None:
+    assert not repeated([mutant.name for mutant in MUTANTS])
+
+
+@every_mutant
+def test_mutant_fits_the_code(mutant: Mutant) -> None:
+    """A rewrite that takes a target away must tell what takes its place."""
+    assert mutant.patches and mutant.trials
+    for patch in mutant.patches:
+        patch.check()
 
 
 @pytest.mark.parametrize("trial", TRIALS)
@@ -58,17 +62,7 @@ def test_barrier_is_needed(name: str) -> None:
     assert any(broken), f"without the barrier {name} every promise holds"
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.rule)
-def test_rule_is_needed(mutant: Mutant, tmp_path: Path) -> None:
-    patched_copy(mutant, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.mutants", *mutant.trials],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{sources.ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS_MAX,
-        check=False,
-    )
-    assert done.returncode in (RED, GREEN), done.stderr
-    assert done.returncode == RED, f"without {mutant.rule} every promise holds"
+@every_mutant
+def test_rule_is_needed(mutant: Mutant) -> None:
+    verdict, text = mutation.run_alone("tests.support.mutation", mutant.name)
+    assert verdict is Verdict.RED, text

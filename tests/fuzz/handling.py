@@ -12,8 +12,8 @@ from functools import partial
 from types import FrameType
 
 import jqcow
+from jqcow.engine.engine import open_engine
 from jqcow.engine.medium import Medium
-from jqcow.engine.recovery import open_store
 from jqcow.errors import JqcowError
 from jqcow.ondisk.header import MAGIC
 from tests.fuzz.hostile import JOURNAL_BYTES, Case
@@ -192,9 +192,9 @@ class Handling:
 
     def require_metadata_intact(self, image: jqcow.Image) -> None:
         """Guest bytes never landed on a cluster that holds metadata."""
-        store = image._store
-        cluster_bytes = store.geometry.cluster_bytes
-        for cluster in [0, *store.refcounts.metadata_clusters]:
+        engine = image._engine
+        cluster_bytes = engine.geometry.cluster_bytes
+        for cluster in [0, *engine.search.metadata]:
             start = cluster * cluster_bytes
             if start < self.device.size() and not self.device.is_hole(start, cluster_bytes):
                 content = self.device.pread(cluster_bytes, start)
@@ -205,8 +205,8 @@ class Handling:
         self.device = SparseDevice(self.case.content)
 
         def recover() -> None:
-            store = open_store(Medium(self.device), writable=True, use_root_copy=True).store
-            store.clean()
+            opened = open_engine(Medium(self.device), writable=True, use_root_copy=True)
+            opened.engine.lifecycle.clean()
 
         self.tolerate("root copy", recover)
 

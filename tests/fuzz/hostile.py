@@ -133,7 +133,7 @@ def _make_samples(cluster_bytes: int, flushes: int, *, with_snapshots: bool = Fa
         if with_snapshots:
             _add_snapshots(image, chance, offset // cluster_bytes * cluster_bytes, cluster_bytes)
         image.flush()
-    table = image._store.metadata.header.snapshots_offset
+    table = image._engine.public.view.header.snapshots_offset
     live = Sample(device.content(), cluster_bytes, live=True, snapshots_offset=table)
     image.close()
     return [live, Sample(device.content(), cluster_bytes, live=False, snapshots_offset=table)]

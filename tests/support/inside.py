@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jqcow
-from jqcow.engine.datapath import DataPath
-from jqcow.engine.mapping import Mapping
+from jqcow.engine.engine import open_engine
 from jqcow.engine.medium import Medium
-from jqcow.engine.recovery import open_store
+from jqcow.engine.request import Requests
 from jqcow.engine.snapshots import Snapshots
+from jqcow.engine.tables import Tables
 from jqcow.errors import JqcowError
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import NamedFile, backing_file_of
@@ -29,37 +29,38 @@ class Shown:
 
     def __init__(self, holder: jqcow.Image | Transaction, snapshot: Snapshot) -> None:
         """Take one of the snapshots that ``holder`` lists."""
-        self._store, self._private = holder._store, isinstance(holder, Transaction)
-        self._data = DataPath(self._store, holder._data.backing)
-        self._data.mapping = Mapping(self._store.metadata, self._store.space)
-        self._data.mapping.shown = Snapshots.l1_of(snapshot)
+        guest = holder._guest
+        tables, shown = guest.tables, Snapshots.l1_of(snapshot)
+        self._tables = Tables(tables.blocks, tables.space, tables.search, tables.changes, shown)
+        self._tables.staged = tables.staged
+        engine = guest.requests
+        self._requests = Requests(
+            self._tables, engine.lifecycle, engine.commits, engine.guard, engine.enter, engine.backing
+        )
         self.size = snapshot.disk_bytes
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return the bytes of the snapshot's disk."""
         buffer = bytearray(length)
-        with self._store.lock:
-            self._store.enter(private=self._private)
-            self._data.check_range(length, offset)
-            self._data.read_into(memoryview(buffer), offset)
+        self._requests.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
 
 def is_poisoned(image: jqcow.Image) -> bool:
     """Return True if an open image turned read-only."""
-    return image._store.medium.poisoned
+    return image._medium.poisoned or image._medium.in_doubt
 
 
 def require_free_locks(image: jqcow.Image, is_taken: Callable[..., bool]) -> None:
     """No lock of an image was left taken."""
-    assert not is_taken(image._writer), "the writer's lock was left taken"
-    assert not is_taken(image._store.turn.taken), "the turn was left taken"
+    assert not is_taken(image._engine.guard.turnstile), "the turnstile was left taken"
+    assert not is_taken(image._engine.commits.turn.taken), "the turn was left taken"
     assert not is_taken(image._lock), "the lock was left taken"
 
 
 def are_zero_safe(image: jqcow.Image, clusters: range) -> bool | None:
     """Return whether free clusters are known to read as zeros: all of them, none, or None for some."""
-    space = image._store.space
+    space = image._engine.space
     if all(cluster in space.zero_safe for cluster in clusters):
         return True
     return None if any(cluster in space.zero_safe for cluster in clusters) else False
@@ -67,12 +68,12 @@ def are_zero_safe(image: jqcow.Image, clusters: range) -> bool | None:
 
 def are_used(image: jqcow.Image, clusters: range) -> bool:
     """Return True if all of these host clusters have a refcount."""
-    return all(image._store.refcounts.get(cluster) for cluster in clusters)
+    return all(image._engine.public.refcounts.get(cluster) for cluster in clusters)
 
 
 def header_of(image: jqcow.Image) -> HeaderArea:
     """Return the header of a running image, with its extensions."""
-    return image._store.metadata.area
+    return image._engine.public.view.area
 
 
 def copy_on_read(image: jqcow.Image) -> None:
@@ -82,13 +83,13 @@ def copy_on_read(image: jqcow.Image) -> None:
 
 def show_through(image: jqcow.Image, below: Below | None) -> None:
     """Let a running image show another disk where it has nothing of its own."""
-    image._backing = image._data.backing = below
+    image._backing = image._guest.requests.backing = below
 
 
 def staged(image: jqcow.Image) -> tuple[int, int]:
     """Return how many blocks are staged, and how many may be."""
-    store = image._store
-    return store.metadata.staged_blocks, store._staged_limit(store._require_journal())
+    engine = image._engine
+    return len(engine.public.changes.blocks), engine.commits.staged_limit()
 
 
 def open_by_root_copy(
@@ -98,10 +99,10 @@ def open_by_root_copy(
     find_below: Callable[[NamedFile], Below],
 ) -> jqcow.Image:
     """Open an image whose sector 0 is lost for writing, as `jqcow recover --root-copy` does."""
-    opened = open_store(
+    opened = open_engine(
         Medium(device), writable=True, journal_bytes=journal_bytes, use_root_copy=True, new_salt=new_salt
     )
-    named = backing_file_of(opened.store.metadata.area, "")
+    named = backing_file_of(opened.engine.blocks.area, "")
     return jqcow.Image(opened, "r+", None if named is None else find_below(named))
 
 
@@ -112,12 +113,12 @@ def metadata_ranges(device: SimulatedDevice) -> list[Range]:
     content is no image.
     """
     try:
-        store = open_store(Medium(device.killed()), writable=False).store
-        clusters = store.snapshots.survey()
+        engine = open_engine(Medium(device.killed()), writable=False).engine
+        clusters = engine.public.snapshots.survey()
     except JqcowError:
         return []
-    size = store.geometry.cluster_bytes
+    size = engine.geometry.cluster_bytes
     ranges = [(cluster * size, (cluster + 1) * size) for cluster in clusters - {0}]
-    if store.journal is not None:
-        ranges.append((store.journal.extent.offset, store.journal.extent.end))
+    if engine.log.journal is not None:
+        ranges.append((engine.log.journal.extent.offset, engine.log.journal.extent.end))
     return ranges

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jqcow
 from jqcow.image import JournalInfo
+from tests.support import inside
 
 CLUSTER_BYTES = 4096
 SMALLEST_JOURNAL = 64 << 10
@@ -111,7 +112,7 @@ def spread_unflushed(path: Path, tables: int) -> MemoryFigures:
 def _measure(image: jqcow.Image, changes: int, change: Callable[[], object]) -> MemoryFigures:
     image.pwrite(SECTOR, 0)
     image.flush()
-    limit = image._store._staged_limit(image._store._require_journal())
+    limit = inside.staged(image)[1]
     first, staged_max = live_journal(image).sequence, 0
     peaks, lengths = [], []
     with traced():
@@ -119,7 +120,7 @@ def _measure(image: jqcow.Image, changes: int, change: Callable[[], object]) -> 
             tracemalloc.reset_peak()
             for _ in range(changes // WINDOWS):
                 change()
-                staged_max = max(staged_max, image._store.metadata.staged_blocks)
+                staged_max = max(staged_max, inside.staged(image)[0])
             peaks.append(tracemalloc.get_traced_memory()[1])
             lengths.append(image.info().file_size)
     assert image.check().ok

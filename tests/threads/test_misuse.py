@@ -188,7 +188,7 @@ def test_who_waits_for_a_transaction_finds_the_image_closed(image: Image) -> Non
             errors.append(error)
 
     waiting = Background(wait)
-    with image._writer:
+    with image._engine.guard.turnstile:
         waiting.thread.start()
         assert waiting.is_waiting()
         # As `Image.__exit__` does when the end of a transaction was cut off.
@@ -371,7 +371,7 @@ def test_a_child_is_refused_while_the_parent_holds_every_lock(image: Image) -> N
             image.flush()
         image.close()
 
-    with image._writer, image._store.turn.taken, image._lock:
+    with image._engine.guard.turnstile, image._engine.commits.turn.taken, image._lock:
         in_child(child)
 
 

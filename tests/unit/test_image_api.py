@@ -546,7 +546,7 @@ class TestFinalisers:
         request(image)
 
     def test_a_change_during_a_commit_is_refused(self, image: jqcow.Image) -> None:
-        with image._store.turn.taken, pytest.raises(RuntimeError, match="in use by this thread"):
+        with image._engine.commits.turn.taken, pytest.raises(RuntimeError, match="in use by this thread"):
             image.pwrite(b"x", 0)
 
 
@@ -564,11 +564,11 @@ class TestStagedLimits:
             assert journal.sequence > 2 and journal.length == 8 << 20
 
     def test_freed_clusters_are_committed(self, image: jqcow.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("jqcow.engine.store.STAGED_FREE_BYTES_MAX", 10 * CLUSTER)
+        monkeypatch.setattr("jqcow.engine.commit.STAGED_FREE_BYTES_MAX", 10 * CLUSTER)
         for _ in range(60):
             image.pwrite(b"x" * CLUSTER, 0)
             image.discard(CLUSTER, 0)
-        assert image._store.space.staged_frees <= 11
+        assert image._engine.public.changes.freed_clusters <= 11
         assert image.info().file_size < 60 * CLUSTER + JOURNAL
 
 

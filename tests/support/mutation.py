@@ -1,0 +1,114 @@
+"""The judge of mutants: with a mutant's patches in place, does a promise break?
+
+Each mutant is judged in a process of its own::
+
+    python -m tests.support.mutation RULE-WHAT [TRIAL...]
+
+It says what broke. Its exit status is the verdict.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from enum import IntEnum
+
+from tests.support import mutants, patches, sources
+from tests.support.mutants import Mutant, mutant_named
+from tests.support.trials import action_of
+
+SECONDS_MAX = 120
+STUMBLES = (AttributeError, NameError, TypeError)
+PATCHING_FILES = (patches.__file__, mutants.__file__)
+
+
+class Verdict(IntEnum):
+    """What became of a mutant. None is 1 or 2: so a process ends that could not even start."""
+
+    GREEN = 0
+    RED = 3
+    FAULTY = 4
+
+
+def judge(mutant: Mutant, actions: Iterable[Callable[[], object]]) -> tuple[Verdict, str]:
+    """Run the actions, up to the first that raises, on a jqcow with the mutant's patches.
+
+    RED is a mutant whose every patch was reached, and with which a promise broke. One that was not reached
+    proves nothing, nor does one whose own code failed: it is FAULTY.
+    """
+    failure = _first_failure(mutant, actions)
+    if failure is not None and any(is_own_fault(error) for error in _chain(failure)):
+        return Verdict.FAULTY, f"the mutant itself failed: {text_of(failure)}"
+    unreached = [patch.target for patch in mutant.patches if not patch.reached]
+    if unreached:
+        return Verdict.FAULTY, f"the mutant was never reached: {', '.join(unreached)}"
+    if failure is None:
+        return Verdict.GREEN, f"without {mutant.rule} every promise holds"
+    return Verdict.RED, text_of(failure)
+
+
+def _first_failure(mutant: Mutant, actions: Iterable[Callable[[], object]]) -> Exception | None:
+    with ExitStack() as stack:
+        for patch in mutant.patches:
+            stack.enter_context(patch.installed())
+        for action in actions:
+            try:
+                action()
+            except Exception as failure:
+                return failure
+    return None
+
+
+def is_own_fault(error: BaseException) -> bool:
+    """Return True if an exception says nothing of promises.
+
+    The code of patches raised it, not what they call; or jqcow could not work with what a patch gave it.
+    """
+    if isinstance(error, STUMBLES):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename in PATCHING_FILES
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        for part in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+            yield from _chain(part)
+        error = error.__cause__ or error.__context__
+
+
+def text_of(failure: Exception) -> str:
+    """Return what an exception says, its notes included."""
+    return "\n".join([f"{type(failure).__name__}: {failure}", *getattr(failure, "__notes__", ())])
+
+
+def run_alone(module: str, *arguments: str, seconds_max: int = SECONDS_MAX) -> tuple[Verdict, str]:
+    """Run a module in a process of its own, which judges a mutant; return its verdict, and what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=sources.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=seconds_max,
+        check=False,
+    )
+    assert done.returncode in list(Verdict), done.stderr
+    return Verdict(done.returncode), done.stdout
+
+
+def main() -> int:
+    """Judge the mutant that the command line names, by its own trials or by those named after it."""
+    name, *trials = sys.argv[1:]
+    mutant = mutant_named(name)
+    verdict, text = judge(mutant, map(action_of, trials or mutant.trials))
+    print(f"{mutant.name} is {verdict.name}: {text}")
+    return verdict
+
+
+if __name__ == "__main__":
+    sys.exit(main())
