@@ -48,10 +48,10 @@ class TestRefcountGrowth:
         assert image.pread(MIB, 0) == data
 
     def test_table_moves_and_the_old_one_is_freed(self, device: SimulatedDevice, image: jqcow.Image) -> None:
-        header = image._store.metadata.header
+        header = image._engine.public.view.header
         old = header.refcount_table_offset // CLUSTER, header.refcount_table_clusters
         data = fill(image, 10 * MIB)
-        header = image._store.metadata.header
+        header = image._engine.public.view.header
         assert header.refcount_table_clusters > old[1]
         assert header.refcount_table_offset // CLUSTER != old[0]
         assert image.check().ok
@@ -61,9 +61,9 @@ class TestRefcountGrowth:
             assert again.recovered is None
             assert again.check().ok
             assert again.pread(len(data), 0) == data
-            refcounts = again._store.refcounts
-            found = image._store.metadata.header
-            assert again._store.metadata.header.refcount_table_offset == found.refcount_table_offset
+            refcounts = again._engine.public.refcounts
+            found = image._engine.public.view.header
+            assert again._engine.public.view.header.refcount_table_offset == found.refcount_table_offset
             # Freed, and perhaps in use again, but by one owner: the check above counts.
             assert all(refcounts.get(cluster) <= 1 for cluster in range(old[0], old[0] + old[1]))
 
@@ -129,10 +129,10 @@ class TestL1Growth:
     def test_table_moves_and_the_old_one_is_freed(self, device: SimulatedDevice) -> None:
         with jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=JOURNAL) as image:
             image.pwrite(b"first", 0)
-            old = image._store.metadata.header
+            old = image._engine.public.view.header
             image.resize(100 * MIB)
             image.pwrite(b"last", 100 * MIB - 4)
-            new = image._store.metadata.header
+            new = image._engine.public.view.header
             assert new.l1_size > old.l1_size and new.l1_table_offset != old.l1_table_offset
             assert image._store.refcounts.get(old.l1_table_offset // CLUSTER) == 0
             assert image.check().ok
@@ -148,12 +148,12 @@ class TestL1Growth:
         with jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=JOURNAL) as image:
             image.pwrite(b"first", 0)
             image.flush()
-            before = image._store.metadata.header
+            before = image._engine.public.view.header
             device.faults = FaultPlan(Fault(errno.ENOSPC, call="allocate"))
             with pytest.raises(OSError):
                 image.resize(100 * MIB)
             device.faults = None
-            assert image._store.metadata.header == before and image.size == MIB
+            assert image._engine.public.view.header == before and image.size == MIB
             assert image.check().ok
             image.resize(100 * MIB)
             assert image.check().ok
@@ -166,7 +166,7 @@ class TestSparseTables:
         size = 8 << 40
         with jqcow.create_on_device(device, size, journal_size=JOURNAL) as image:
             image.pwrite(b"x", size // 2)
-            mapping = image._store.mapping
+            mapping = image._engine.public.mapping
             assert len(list(mapping.runs(0, size))) < 100
             kinds = [(extent.kind, extent.length) for extent in image.extents()]
             assert kinds == [
