@@ -63,7 +63,7 @@ def stored_format(named: NamedFile, *, probe: bool) -> DiskFormat | None:
         if probe:
             return None
         raise UnsupportedFeatureError(
-            "a backing file without a stored format",
+            "a backing file without a format",
             f"{named.image} does not say of which format {named.path} is; a guess could take a guest's bytes "
             "for an image",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,13 +109,13 @@ def by_commit(top: str, following: Following) -> None:
 
 
 def by_rebase(top: str, following: Following) -> None:
-    jqcow.create("other", MIB).close()
+    jqcow.create("other", MIB, overwrite=True).close()
     rebase(top, "other", "qcow2", allow_files=following.allow, probe=following.probe)
 
 
 def by_rebase_onto(top: str, following: Following) -> None:
     """What is refused lies below the new backing file."""
-    jqcow.create("moved", MIB).close()
+    jqcow.create("moved", MIB, overwrite=True).close()
     rebase("moved", top, "qcow2", allow_files=following.allow, probe=following.probe)
 
 
@@ -155,7 +156,7 @@ def test_a_loop_is_refused_by_one_error(way: Way, length: int) -> None:
 def test_a_format_that_is_not_stored_is_refused_unless_probed(way: Way) -> None:
     jqcow.create("base", MIB).close()
     overlay("top", "base", None)
-    with pytest.raises(UnsupportedFeatureError, match="without a stored format"):
+    with pytest.raises(UnsupportedFeatureError, match="without a format"):
         way("top", Following(True))
     if way is not by_convert:
         way("top", Following(True, probe=True))
@@ -241,14 +242,11 @@ def test_an_image_shows_what_its_chain_does() -> None:
         jqcow.open("top", allow_files=True) as image,
         closing(open_disk("top", following=Following(True))) as disk,
     ):
-        shown = [
-            (extent.offset, extent.length, extent.kind, extent.host_offset) for extent in image.extents()
-        ]
-        found = disk.extents(disk.size, 0)
-        assert shown == [(extent.offset, extent.length, extent.kind, extent.host_offset) for extent in found]
-        assert [kind for _, _, kind, _ in shown] == [
-            "data", "data", "data", "unallocated", "zero", "compressed", "unallocated",
-        ]  # fmt: skip
+        shown, found = list(image.extents()), list(disk.extents(disk.size, 0))
+        # What no file has was found in none, says the image; the chain says which file was asked last.
+        assert shown == [replace(each, depth=0) if each.kind == "unallocated" else each for each in found]
+        kinds = ["data", "data", "data", "unallocated", "zero", "compressed", "unallocated"]
+        assert [extent.kind for extent in shown] == kinds
         buffer = bytearray(MIB)
         disk.read_into(memoryview(buffer), 0)
         assert buffer == image.pread(MIB, 0)
@@ -308,7 +306,8 @@ def test_the_view_of_a_crashed_file_is_the_file_once_it_is_recovered() -> None:
         (start, length), area = view.reserved[0], view.area
     jqcow.open("image", "r+").close()
     recovered = Path("image").read_bytes()
-    assert seen[: len(recovered)][:start] == recovered[:start]
+    # What of the header's cluster is not its own is left as it is.
+    assert seen[CLUSTER:start] == recovered[CLUSTER:start]
     assert length and area == HeaderArea.parse(recovered)
 
 
@@ -322,9 +321,8 @@ def test_a_view_shows_blocks_and_a_header_that_are_in_memory() -> None:
     place = 2 * CLUSTER
     view = FileView(reader, other, {place: bytearray(b"z" * 4096)})
     assert HeaderArea.parse(view.read(CLUSTER, 0)) == other
-    assert (
-        view.read(4098, place - 1) == content[place - 1 : place] + b"z" * 4096 + content[place + 4096 :][:1]
-    )
+    assert view.read(4096, place) == b"z" * 4096
+    assert view.read(100, place - 50) == content[place - 50 : place] + b"z" * 50
 
 
 @pytest.mark.parametrize("lost", [False, True])
