@@ -11,6 +11,7 @@ After a crash, opening with ``"r+"`` brings back everything that a flush or a tr
 """
 
 from jqcow._version import __version__
+from jqcow.device.disk import Extent
 from jqcow.engine.repair import RepairReport
 from jqcow.errors import (
     CorruptionError,
@@ -26,7 +27,6 @@ from jqcow.errors import (
     UnsupportedFeatureError,
 )
 from jqcow.image import (
-    Extent,
     Image,
     ImageInfo,
     JournalInfo,

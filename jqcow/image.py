@@ -17,17 +17,17 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from jqcow.backing import Chain
-from jqcow.device.base import Backing
-from jqcow.device.file import FileDevice
+from jqcow.device.disk import Disk, Extent, found_below, joined
+from jqcow.device.file import path_of
+from jqcow.disks.image import extent_of
 from jqcow.engine import recovery
 from jqcow.engine.datapath import DataPath
-from jqcow.engine.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, MappedRun
+from jqcow.engine.mapping import UNALLOCATED
 from jqcow.engine.repair import RepairReport
 from jqcow.engine.scan import Scan
 from jqcow.errors import (
@@ -50,24 +50,6 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 Mode = Literal["r", "r+"]
-ExtentKind = Literal["data", "zero", "unallocated", "compressed"]
-_KINDS: dict[int, ExtentKind] = {DATA: "data", ZERO: "zero", COMPRESSED: "compressed"}
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A guest range of one kind; ``offset`` and ``length`` in bytes.
-
-    ``host_offset`` is where the range lies in the file, None where nothing of it does. A ``zero`` extent
-    reads as zeros though it may keep clusters; ``unallocated`` reads as zeros too, as no file has it.
-    ``depth`` tells which file of the chain it was found in: 0 is the image, 1 its backing file, and so on.
-    """
-
-    offset: int
-    length: int
-    kind: ExtentKind
-    host_offset: int | None
-    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +108,7 @@ class Image:
         self,
         opened: recovery.Opened,
         mode: Mode,
-        backing: Backing | None = None,
+        backing: Disk | None = None,
         *,
         copy_on_read: bool = False,
     ) -> None:
@@ -181,8 +163,7 @@ class Image:
     @property
     def _name(self) -> str:
         """Path of the image, as it was opened; of a device of the caller's own, nothing."""
-        device = self._store.medium.device
-        return device.path if isinstance(device, FileDevice) else ""
+        return path_of(self._store.medium.device)
 
     def info(self) -> ImageInfo:
         """Return what the header says.
@@ -243,41 +224,20 @@ class Image:
             self._enter()
             length = self._disk_bytes - offset if length is None else length
             self._data.check_range(length, offset)
-        return self._joined_extents(length, offset)
+        return joined(self._found(length, offset))
 
-    def _joined_extents(self, length: int, offset: int) -> Iterator[Extent]:
+    def _found(self, length: int, offset: int) -> Iterator[Extent]:
+        """Yield the runs of the image's own tables, and what lies below where they have nothing."""
         end = offset + length
-        joined: Extent | None = None
         while offset < end:
             with self._own_lock():
                 self._enter()
                 run = self._data.mapping.run(offset, end - offset)
-            for extent in self._found_for(run, offset):
-                if joined is not None and _follows(joined, extent):
-                    joined = replace(joined, length=joined.length + extent.length)
-                else:
-                    if joined is not None:
-                        yield joined
-                    joined = extent
+            if run.kind == UNALLOCATED and self._backing is not None:
+                yield from found_below(self._backing, run.length, offset)
+            else:
+                yield extent_of(run, offset)
             offset += run.length
-        if joined is not None:
-            yield joined
-
-    def _found_for(self, run: MappedRun, offset: int) -> Iterator[Extent]:
-        """Yield what a run of the image's own tables is, or what lies below it."""
-        if run.kind != UNALLOCATED or self._backing is None:
-            yield _as_extent(run, offset)
-            return
-        inside = max(0, min(run.length, self._backing.size - offset))
-        if inside and isinstance(self._backing, Chain):
-            for part in self._backing.parts(inside, offset):
-                depth = 0 if part.kind is None else part.depth + 1
-                yield Extent(part.offset, part.length, part.kind or "unallocated", part.host_offset, depth)
-        elif inside:
-            is_zero = self._backing.reads_as_zeros(inside, offset)
-            yield Extent(offset, inside, "zero" if is_zero else "data", None, 1)
-        if inside < run.length:
-            yield Extent(offset + inside, run.length - inside, "unallocated", None)
 
     # Reading
 
@@ -660,16 +620,3 @@ class Image:
 def _is_mine(lock: threading.RLock) -> bool:
     """Return True if the calling thread has the lock: a finaliser runs in the midst of anything."""
     return bool(lock._is_owned())  # type: ignore[attr-defined]
-
-
-def _as_extent(run: MappedRun, offset: int) -> Extent:
-    kind = _KINDS.get(run.kind, "unallocated")
-    return Extent(offset, run.length, kind, run.host_offset if kind == "data" else None)
-
-
-def _follows(before: Extent, after: Extent) -> bool:
-    if (before.kind, before.depth) != (after.kind, after.depth) or before.kind == "compressed":
-        return False
-    if before.host_offset is None or after.host_offset is None:
-        return before.host_offset is after.host_offset
-    return before.host_offset + before.length == after.host_offset

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
-from jqcow.backing import Chain, Part, open_chain
-from jqcow.backing import Opened as OpenedLayer
-from jqcow.device.base import Backing, Device
+from jqcow.device.base import Device
+from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice
+from jqcow.disks.chain import Chain, Identity, identity_of, open_below
+from jqcow.disks.files import refuse_live_journal
+from jqcow.disks.own import Adopted, OwnDisk
+from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.engine import recovery
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import What, clear_corrupt_bit
 from jqcow.engine.store import Store, random_salt
-from jqcow.errors import CorruptionError, FileAccessDenied, ImageInUse
+from jqcow.errors import CorruptionError, FileAccessDenied
 from jqcow.image import Image, Mode
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
@@ -21,8 +24,7 @@ from jqcow.ondisk import root as roots
 from jqcow.ondisk.blank import BlankImage, blank_image, cluster_bits_of, refcount_order_of
 from jqcow.ondisk.compression import CompressionType, compression_type_of
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import BackingFormat, FilePolicy, NamedFile
+from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 DEFAULT_CLUSTER_BYTES = 65536
 
@@ -35,7 +37,7 @@ def create(
     refcount_bits: int = 16,
     compression_type: CompressionType = "zlib",
     backing_file: str | None = None,
-    backing_format: BackingFormat | None = None,
+    backing_format: DiskFormat | None = None,
     allow_files: FilePolicy = False,
     overwrite: bool = False,
     journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
@@ -82,8 +84,8 @@ def create(
         _write_blank(device, blank)
         named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
         # Before the name: an image whose backing file cannot be read is of no use.
-        policy = _allowing_the_first(target, allow_files)
-        chain = None if named is None else open_chain(named, device.identity(), policy, _open_layer)
+        following = Following(allowing_what_it_names(target, allow_files))
+        chain = None if named is None else open_below(named, [device.identity()], following)
         try:
             device.publish(overwrite)
             return _open(device, "r+", journal_size=journal_size, find_backing=lambda store: chain)
@@ -146,6 +148,7 @@ def open(
     """
     _check_mode(mode, journal_size, force_share=force_share)
     device = FileDevice.open(path, writable=mode == "r+", share_writers=force_share)
+    following = Following(allow_files, probe, share_writers=force_share)
     try:
         if force_share:
             refuse_live_journal(device)
@@ -155,11 +158,28 @@ def open(
             journal_size=journal_size,
             snapshot=snapshot,
             repair=repair,
-            find_backing=lambda store: _open_chain(
-                store, device, allow_files, probe=probe, share_writers=force_share
-            ),
+            find_backing=lambda store: _open_chain(store, device, following),
             copy_on_read=copy_on_read,
         )
+    except BaseException:
+        device.close()
+        raise
+
+
+def open_base(named: NamedFile, above: Iterable[Identity], following: Following) -> Image:
+    """Open the backing file of an image that is open, for writing; what is below it as `open` does.
+
+    Args:
+        named: the file, which the caller allows.
+        above: the images above it, of which none may come again.
+        following: how the names inside it are followed.
+
+    Raises:
+        JqcowError, OSError: as `open`.
+    """
+    device = FileDevice.open(named.path, writable=True)
+    try:
+        return _open(device, "r+", find_backing=lambda store: _open_chain(store, device, following, above))
     except BaseException:
         device.close()
         raise
@@ -174,25 +194,6 @@ def _check_mode(mode: Mode, journal_size: int | None, *, force_share: bool) -> N
         raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
 
 
-def open_to_read(
-    device: FileDevice,
-    *,
-    snapshot: str | None = None,
-    allow_files: FilePolicy = False,
-    probe: bool = False,
-) -> Image:
-    """Open the image on a file that is open already, for reading; arguments and errors as `open`.
-
-    `Image.close` closes the file; where this raises, the caller does.
-    """
-    return _open(
-        device,
-        "r",
-        snapshot=snapshot,
-        find_backing=lambda store: _open_chain(store, device, allow_files, probe=probe),
-    )
-
-
 def open_device(
     device: Device,
     mode: Mode = "r",
@@ -201,7 +202,7 @@ def open_device(
     new_salt: Callable[[], bytes] = random_salt,
     snapshot: str | None = None,
     repair: What | None = None,
-    backing: Backing | Callable[[NamedFile], Backing] | None = None,
+    backing: OwnDisk | Callable[[NamedFile], OwnDisk] | None = None,
 ) -> Image:
     """Open the image on a device of your own; see `open`. `Image.close` closes the device.
 
@@ -220,15 +221,16 @@ def open_device(
         ValueError: there is a disk, and the image names none.
     """
 
-    def find_backing(store: Store) -> Backing | None:
+    def find_backing(store: Store) -> Disk | None:
         named = naming.backing_file_of(store.metadata.area, "the image")
-        if named is not None and backing is None:
+        if named is None:
+            if backing is not None and not callable(backing):
+                raise ValueError("the image has no backing file")
+            return None
+        if backing is None:
             raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
-        if callable(backing):
-            return None if named is None else backing(named)
-        if named is None and backing is not None:
-            raise ValueError("the image has no backing file")
-        return backing
+        below = backing(named) if callable(backing) else backing
+        return below if isinstance(below, Disk) else Adopted(below)
 
     return _open(
         device,
@@ -245,7 +247,7 @@ def _open(
     device: Device,
     mode: Mode,
     *,
-    find_backing: Callable[[Store], Backing | None],
+    find_backing: Callable[[Store], Disk | None],
     journal_size: int | None = None,
     new_salt: Callable[[], bytes] = random_salt,
     snapshot: str | None = None,
@@ -292,7 +294,7 @@ def open_alone(
 def open_backing(
     path: str | os.PathLike[str],
     backing_file: str,
-    backing_format: BackingFormat | None,
+    backing_format: DiskFormat | None,
     *,
     allow_files: FilePolicy,
     probe: bool = False,
@@ -311,64 +313,15 @@ def open_backing(
     """
     image = os.fspath(path)
     named = NamedFile(image, backing_file, naming.resolve(backing_file, image), backing_format)
-    state = os.stat(image)
-    policy = _allowing_the_first(image, allow_files)
-    return open_chain(named, (state.st_dev, state.st_ino), policy, _open_layer, probe=probe)
-
-
-def _allowing_the_first(image: str, allow_files: FilePolicy) -> FilePolicy:
-    """Return a policy that allows what ``image`` names: the caller named it."""
-
-    def allow(named: NamedFile) -> bool:
-        return named.image == image or (allow_files(named) if callable(allow_files) else allow_files)
-
-    return allow
+    following = Following(allowing_what_it_names(image, allow_files), probe)
+    return open_below(named, [identity_of(image)], following)
 
 
 def _open_chain(
-    store: Store, device: FileDevice, allow: FilePolicy, *, probe: bool, share_writers: bool = False
+    store: Store, device: FileDevice, following: Following, above: Iterable[Identity] = ()
 ) -> Chain | None:
     named = naming.backing_file_of(store.metadata.area, device.path)
-    if named is None:
-        return None
-    open_layer = _open_shared_layer if share_writers else _open_layer
-    top = device.identity()
-    return open_chain(named, top, allow, open_layer, probe=probe, share_writers=share_writers)
-
-
-def _open_shared_layer(device: FileDevice) -> OpenedLayer:
-    refuse_live_journal(device)
-    return _open_layer(device)
-
-
-def _open_layer(device: FileDevice) -> OpenedLayer:
-    """Open a qcow2 image as a layer of a chain: it shows only what is its own."""
-    opened = recovery.open_store(Medium(device), writable=False)
-    names = naming.backing_file_of(opened.store.metadata.area, device.path)
-    return OpenedLayer(ImageLayer(Image(opened, "r")), names)
-
-
-class ImageLayer:
-    """A qcow2 image as a layer of a backing chain."""
-
-    def __init__(self, image: Image) -> None:
-        """Read from ``image``, which has no backing of its own; `close` closes it."""
-        self._image = image
-        self.size = image.size
-
-    def parts(self, length: int, offset: int) -> Iterator[Part]:
-        """Yield what the image's own tables say."""
-        for extent in self._image.extents(length, offset):
-            kind = None if extent.kind == "unallocated" else extent.kind
-            yield Part(extent.length, kind, extent.host_offset)
-
-    def read_own(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer``."""
-        self._image.pread_into(buffer, offset)
-
-    def close(self) -> None:
-        """Close the image."""
-        self._image.close()
+    return None if named is None else open_below(named, [*above, device.identity()], following)
 
 
 def _clear_corrupt_mark(image: Image) -> None:
@@ -396,15 +349,6 @@ def create_on_device(
     # Durable now: the empty image. Nobody has seen it yet.
     device.barrier("create.blank")
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
-
-
-def refuse_live_journal(device: FileDevice) -> None:
-    """Raise ImageInUse if the file has a live journal: its writer goes on, so it cannot be replayed."""
-    if roots.is_live(device.pread(SECTOR_BYTES, 0)):
-        raise ImageInUse(
-            f"{device.path} has a live journal, which cannot be read beside its writer. "
-            "Close the program that holds the image, or open it without force_share if none does."
-        )
 
 
 def _write_blank(device: Device, blank: BlankImage) -> None:

@@ -20,7 +20,7 @@ from jqcow.engine.snapshots import NewSnapshot
 from jqcow.engine.space import SpaceMark
 from jqcow.errors import TransactionError
 from jqcow.ondisk import layout, naming
-from jqcow.ondisk.naming import BackingFormat
+from jqcow.ondisk.naming import DiskFormat
 from jqcow.ondisk.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class Transaction:
 
     # Below the image
 
-    def set_backing_file(self, name: str | None, backing_format: BackingFormat | None = None) -> None:
+    def set_backing_file(self, name: str | None, backing_format: DiskFormat | None = None) -> None:
         """Name another backing file in the header, or none. Nothing is copied and nothing is opened.
 
         Whoever opens the image next sees the other file's disk where this one has nothing of its own; until

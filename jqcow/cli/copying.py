@@ -10,10 +10,10 @@ from typing import Any, TypedDict, cast
 from jqcow.cli import common
 from jqcow.cli.common import human_size
 from jqcow.cli.progress import add_progress, progress_kind, shown_progress
-from jqcow.device.file import FileDevice
+from jqcow.disks.files import open_to_read
 from jqcow.offline.convert import ConvertReport, convert
-from jqcow.offline.info import Format, probe_format
 from jqcow.ondisk.compression import CompressionType
+from jqcow.ondisk.naming import DiskFormat
 
 
 def add_parsers(commands: Any) -> None:
@@ -86,7 +86,7 @@ class _ImageOptions(TypedDict, total=False):
     compression_type: CompressionType
 
 
-def _image_options(options: str, target_format: Format) -> _ImageOptions:
+def _image_options(options: str, target_format: DiskFormat) -> _ImageOptions:
     found = common.named_options(options, target_format, ("cluster_size", "compression_type"))
     known = _ImageOptions()
     if "cluster_size" in found:
@@ -97,13 +97,10 @@ def _image_options(options: str, target_format: Format) -> _ImageOptions:
     return known
 
 
-def _probe(source: str, *, quiet: bool) -> Format:
+def _probe(source: str, *, quiet: bool) -> DiskFormat:
     """Tell the format of the source; raw is what everything else looks like, so it is said."""
-    device = FileDevice.open(source, writable=False)
-    try:
-        found = probe_format(device)
-    finally:
-        device.close()
+    device, found = open_to_read(source)
+    device.close()
     if found == "raw" and not quiet:
         print(
             f"WARNING: the format of '{source}' was not given and it looks raw. Use -f raw if it is.",

@@ -12,15 +12,16 @@ from typing import Any
 from jqcow import RepairReport
 from jqcow.cli import common, snapshots
 from jqcow.cli.common import human_size, plural
-from jqcow.offline.chain import read_chain
+from jqcow.disks.policy import Following
 from jqcow.offline.check import CheckReport
 from jqcow.offline.info import (
     ImageFacts,
     Qcow2Facts,
     check_file,
+    read_chain,
     read_info,
 )
-from jqcow.offline.map import MapExtent, map_file
+from jqcow.offline.map import MapLine, map_file
 from jqcow.offline.records import JournalListing, Record, read_journal
 from jqcow.ondisk.naming import protocol_of, resolve
 from jqcow.opening import open_alone
@@ -75,9 +76,9 @@ def add_parsers(commands: Any) -> None:
         parser.add_argument("image", metavar="IMAGE")
 
 
-def _following(arguments: argparse.Namespace) -> dict[str, Any]:
+def _following(arguments: argparse.Namespace) -> Following:
     """Return what the library is to do about the files that images name."""
-    return {"allow": arguments.allow_files, "probe": arguments.probe, "force_share": arguments.force_share}
+    return Following(arguments.allow_files, arguments.probe, share_writers=arguments.force_share)
 
 
 # info
@@ -98,7 +99,7 @@ def info_command(arguments: argparse.Namespace) -> int:
 
 def _chain_info(arguments: argparse.Namespace) -> int:
     with common.about(arguments.image):
-        chain = read_chain(arguments.image, arguments.format, **_following(arguments))
+        chain = read_chain(arguments.image, arguments.format, following=_following(arguments))
     if arguments.output == "json":
         common.print_json([_info_json(facts) for facts in chain])
     else:
@@ -285,19 +286,20 @@ def map_command(arguments: argparse.Namespace) -> int:
     start = common.parse_size(arguments.start_offset, unit=1)
     length = None if arguments.max_length is None else common.parse_size(arguments.max_length, unit=1)
     with common.about(arguments.image):
-        extents = map_file(arguments.image, arguments.format, start, length, **_following(arguments))
+        lines = map_file(arguments.image, arguments.format, start, length, following=_following(arguments))
     if arguments.output == "json":
-        print("[" + ",\n".join(_json_line(extent) for extent in extents) + "]")
+        print("[" + ",\n".join(_json_line(line) for line in lines) + "]")
         return common.EXIT_OK
     print(_MAP_ROW.format("Offset", "Length", "Mapped to", "File"))
-    for extent in extents:
-        if extent.compressed:
+    for line in lines:
+        extent = line.extent
+        if extent.kind == "compressed":
             raise common.CommandError(
-                f"{_shown(extent.path)}: compressed clusters have no offset to map to: use --output=json"
+                f"{_shown(line.path)}: compressed clusters have no offset to map to: use --output=json"
             )
-        if extent.data and not extent.zero and extent.offset is not None:
-            place = _hex(extent.start), _hex(extent.length), _hex(extent.offset)
-            print(_MAP_ROW.format(*place, _shown(extent.path)))
+        if not line.zero and extent.host_offset is not None:
+            place = _hex(extent.offset), _hex(extent.length), _hex(extent.host_offset)
+            print(_MAP_ROW.format(*place, _shown(line.path)))
     return common.EXIT_OK
 
 
@@ -310,13 +312,14 @@ def _hex(number: int) -> str:
     return f"{number:#x}" if number else "0"
 
 
-def _json_line(extent: MapExtent) -> str:
-    told = {"start": extent.start, "length": extent.length, "depth": extent.depth}
-    told |= {"present": extent.present, "zero": extent.zero, "data": extent.data}
-    if extent.compressed:
+def _json_line(line: MapLine) -> str:
+    extent = line.extent
+    told = {"start": extent.offset, "length": extent.length, "depth": extent.depth}
+    told |= {"present": line.present, "zero": line.zero, "data": line.data}
+    if extent.kind == "compressed":
         told["compressed"] = True
-    if extent.offset is not None:
-        told["offset"] = extent.offset
+    if extent.host_offset is not None:
+        told["offset"] = extent.host_offset
     return f"{{ {json.dumps(told)[1:-1]}}}"
 
 

@@ -74,29 +74,3 @@ class Device(Reader, Protocol):
     def close(self) -> None:
         """Release the device and its locks. Makes nothing durable."""
         ...
-
-
-class Backing(Protocol):
-    """The disk below an image: what its unallocated clusters read from. Offsets and lengths in bytes."""
-
-    @property
-    def size(self) -> int:
-        """Size of the disk; what lies past its end reads as zeros."""
-        ...
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset``; all of it lies within the disk.
-
-        Raises:
-            JqcowError: the range cannot be read.
-            OSError: the host failed.
-        """
-        ...
-
-    def reads_as_zeros(self, length: int, offset: int) -> bool:
-        """Return True if a range within the disk is known to read as zeros; cheap, False when unsure."""
-        ...
-
-    def close(self) -> None:
-        """Release the disk's files. Closing again does nothing."""
-        ...

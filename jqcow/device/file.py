@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jqcow.device import locks
-from jqcow.device.base import ReadBuffer
+from jqcow.device.base import Device, ReadBuffer
 from jqcow.errors import ImageInUse, ReadOnlyError, UnsupportedFeatureError
 
 _FALLOC_KEEP_SIZE = 0x01
@@ -321,6 +321,11 @@ class FileDevice:
         except OSError as error:
             self._name(error)
             raise
+
+
+def path_of(device: Device) -> str:
+    """Return the path of a device that is a file; of one of the caller's own, nothing."""
+    return device.path if isinstance(device, FileDevice) else ""
 
 
 def _require_linux() -> None:

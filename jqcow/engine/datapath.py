@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from jqcow.device.base import Backing
+from jqcow.device.disk import Disk
 from jqcow.engine.mapping import COMPRESSED, DATA, UNALLOCATED, ZERO, MappedRun
 from jqcow.engine.space import Run
 from jqcow.engine.store import Store
@@ -50,7 +50,7 @@ class _Piece:
 class DataPath:
     """Guest requests on one image. Offsets and lengths are in bytes, and lie within the disk."""
 
-    def __init__(self, store: Store, backing: Backing | None = None) -> None:
+    def __init__(self, store: Store, backing: Disk | None = None) -> None:
         """``backing`` is the disk that unallocated clusters read from; None: they read as zeros."""
         self.store = store
         self.backing = backing

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jqcow.engine import features
 from jqcow.engine import repair as repairing
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport, What
-from jqcow.engine.scan import Scan
-from jqcow.engine.store import NewSalt, Store, random_salt, read_root_copy
-from jqcow.errors import CorruptionError, FormatError
+from jqcow.engine.scan import Scan, read_header, read_root_copy
+from jqcow.engine.store import NewSalt, Store, random_salt
+from jqcow.errors import FormatError
+from jqcow.ondisk import features
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC, Header, HeaderArea
-from jqcow.ondisk.layout import MAX_CLUSTER_BITS, SECTOR_BYTES
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC, HeaderArea
+from jqcow.ondisk.layout import SECTOR_BYTES
 
 
 @dataclass(frozen=True)
@@ -81,27 +81,8 @@ def _repair(store: Store, what: What | None) -> RepairReport | None:
 
 
 def _check_usable(area: HeaderArea, *, writable: bool, repairing: bool) -> None:
-    if writable:
-        features.refuse_writing(area, repairing=repairing)
-    else:
-        features.refuse_reading(area)
+    features.refuse(area, "read" if not writable else "repair" if repairing else "write")
     header = area.header
     if header.l1_size < header.geometry.l1_entries_for(header.size):
         # Otherwise a few bytes could announce a disk that takes years to walk.
         raise FormatError(f"an L1 table of {header.l1_size} entries is too small for {header.size} bytes")
-
-
-def read_header(medium: Medium) -> HeaderArea:
-    """Read the header of a clean image.
-
-    Raises:
-        FormatError: not a qcow2 image.
-        CorruptionError: sector 0 is damaged, and a root copy tells that a journal is live.
-    """
-    sector = medium.pread(SECTOR_BYTES, 0)
-    if sector[: len(MAGIC)] != MAGIC and read_root_copy(medium) is not None:
-        raise CorruptionError("header", 0, "sector 0 is damaged, the root copy is not: run jqcow-recover")
-    header = Header.unpack(sector)
-    if header.cluster_bits > MAX_CLUSTER_BITS:
-        raise FormatError(f"cluster_bits {header.cluster_bits} is not in 9-21")
-    return HeaderArea.parse(medium.pread(1 << header.cluster_bits, 0))

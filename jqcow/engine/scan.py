@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jqcow.device.base import Reader
-from jqcow.errors import CorruptionError
+from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import frame as frames
+from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import (
     FRAME_ALIGNMENT,
     BlockOperation,
@@ -20,8 +21,8 @@ from jqcow.ondisk.frame import (
     Operation,
     ZeroOperation,
 )
-from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.layout import Geometry
+from jqcow.ondisk.header import MAGIC, Header, HeaderArea
+from jqcow.ondisk.layout import MAX_CLUSTER_BITS, SECTOR_BYTES, Geometry
 from jqcow.ondisk.root import JournalRange
 
 DECODED_HALVES_MAX = 16
@@ -202,6 +203,27 @@ def _torn_tail(device: Reader, extent: JournalRange, newest: _Candidate) -> Torn
             reason = "its checksum does not match: the write was cut off"
             return TornTail(offset, header.epoch, header.sequence, reason)
     return None
+
+
+def read_root_copy(reader: Reader) -> bytes | None:
+    """Return the root that the root copy holds, or None where there is no valid copy."""
+    return roots.unpack_root_copy(reader.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET))
+
+
+def read_header(reader: Reader) -> HeaderArea:
+    """Read the header of a clean image.
+
+    Raises:
+        FormatError: not a qcow2 image.
+        CorruptionError: sector 0 is damaged, and a root copy tells that a journal is live.
+    """
+    sector = reader.pread(SECTOR_BYTES, 0)
+    if sector[: len(MAGIC)] != MAGIC and read_root_copy(reader) is not None:
+        raise CorruptionError("header", 0, "sector 0 is damaged, the root copy is not: run jqcow-recover")
+    header = Header.unpack(sector)
+    if header.cluster_bits > MAX_CLUSTER_BITS:
+        raise FormatError(f"cluster_bits {header.cluster_bits} is not in 9-21")
+    return HeaderArea.parse(reader.pread(1 << header.cluster_bits, 0))
 
 
 @dataclass(frozen=True)

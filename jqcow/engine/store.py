@@ -55,11 +55,6 @@ def random_salt() -> bytes:
     return secrets.token_bytes(roots.SALT_BYTES)
 
 
-def read_root_copy(medium: Medium) -> bytes | None:
-    """Return the root that the root copy holds, or None where there is no valid copy."""
-    return roots.unpack_root_copy(medium.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET))
-
-
 class Operation:
     """The metadata changes of one operation, as a context manager: all of them, or none."""
 
@@ -707,7 +702,7 @@ class Store:
         """
         if not self._has_root_copy:
             return True
-        root = read_root_copy(self.medium)
+        root = scans.read_root_copy(self.medium)
         return root is not None and roots.unpack_root(root)[1] == extent
 
     @property
@@ -738,7 +733,9 @@ class Store:
                 self.turn.cover(self.turn.changes)
 
     def _close_clean(self) -> None:
-        if self._root_copy_is_stale or (self._has_root_copy and read_root_copy(self.medium) is not None):
+        if self._root_copy_is_stale or (
+            self._has_root_copy and scans.read_root_copy(self.medium) is not None
+        ):
             self._settle_root()
             self._clear_root_copy()
         # Durable now: data written in place; no root copy that a crash or a failed start left.

@@ -31,18 +31,9 @@ from dataclasses import dataclass, field
 from jqcow import _native
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.offline.tables import REFCOUNT_CODES, Code, decode_refcounts, layers, nonzero_entries, zeroed
-from jqcow.ondisk import entries, layout, snapshots
-from jqcow.ondisk.header import (
-    AUTOCLEAR_BITMAPS,
-    INCOMPATIBLE_COMPRESSION,
-    INCOMPATIBLE_CORRUPT,
-    INCOMPATIBLE_DIRTY,
-    INCOMPATIBLE_EXTENDED_L2,
-    INCOMPATIBLE_EXTERNAL_DATA,
-    INCOMPATIBLE_JOURNAL,
-    Header,
-)
-from jqcow.ondisk.layout import ENTRY_BYTES, MAX_L1_BYTES, SECTOR_BYTES
+from jqcow.ondisk import entries, features, layout, snapshots
+from jqcow.ondisk.header import Header, HeaderArea
+from jqcow.ondisk.layout import ENTRY_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES
 from jqcow.ondisk.snapshots import TableEntry
 
 Read = Callable[[int, int], bytes]
@@ -55,13 +46,6 @@ MAX_SNAPSHOT_L1_BYTES = 1 << 32
 """The most that the L1 tables of all snapshots may take: else a few snapshots bind a check for hours."""
 
 KEPT_FINDINGS = 100
-
-_CHECKED_FEATURES = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION
-_REFUSED_FEATURES = {
-    INCOMPATIBLE_JOURNAL: "a live journal (it must be replayed first)",
-    INCOMPATIBLE_EXTERNAL_DATA: "an external data file",
-    INCOMPATIBLE_EXTENDED_L2: "extended L2 entries",
-}
 
 _COMPARED_CLUSTERS = 8192
 _L1_STEP_BYTES = 1 << 20
@@ -168,24 +152,9 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
         UnsupportedFeatureError: a feature that the checker does not know, a file of too many clusters, or
             L1 tables of snapshots that take more than MAX_SNAPSHOT_L1_BYTES.
     """
-    header = Header.unpack(read(min(file_bytes, SECTOR_BYTES), 0))
-    header.validate()
-    _refuse_unknown(header)
-    return _Check(read, header, file_bytes, reserved).run()
-
-
-def _refuse_unknown(header: Header) -> None:
-    """Refuse what would make the walk miss references."""
-    unknown = header.incompatible_features & ~_CHECKED_FEATURES
-    for feature, name in _REFUSED_FEATURES.items():
-        if unknown & feature:
-            raise UnsupportedFeatureError(name, "the checker does not know it")
-    if unknown:
-        raise UnsupportedFeatureError(f"incompatible features {unknown:#x}")
-    if header.crypt_method:
-        raise UnsupportedFeatureError("encryption", "the checker does not know it")
-    if header.autoclear_features & AUTOCLEAR_BITMAPS:
-        raise UnsupportedFeatureError("persistent bitmaps", "the checker does not know them")
+    area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
+    features.refuse(area, "check")
+    return _Check(read, area.header, file_bytes, reserved).run()
 
 
 @dataclass

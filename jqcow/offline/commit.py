@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 from jqcow.device.base import Device
+from jqcow.device.disk import WritableDisk
 from jqcow.device.file import FileDevice
-from jqcow.errors import UnsupportedFeatureError
+from jqcow.disks.chain import Identity, identity_of, naming_the_image, refuse_loop
+from jqcow.disks.files import open_to_read
+from jqcow.disks.policy import FilePolicy, Following, require_allowed, stored_format
+from jqcow.disks.raw import RawDisk
 from jqcow.image import Image
 from jqcow.offline.compare import Progress
-from jqcow.offline.info import Format, probe_format
 from jqcow.offline.rebase import refuse_snapshots
-from jqcow.ondisk.naming import FilePolicy, NamedFile, known_format, require_allowed
-from jqcow.opening import open as open_image
-from jqcow.opening import open_alone
+from jqcow.ondisk.naming import DiskFormat, NamedFile
+from jqcow.opening import open_alone, open_base
 
 WINDOW_BYTES = 4 << 20
 
@@ -39,41 +40,6 @@ class CommitReport:
     zeroed_bytes: int
     base_size: int
     emptied: bool
-
-
-class _Base(Protocol):
-    """The disk that takes the data."""
-
-    @property
-    def size(self) -> int: ...
-
-    def resize(self, size: int) -> None: ...
-
-    def pwrite(self, buffer: bytes, offset: int) -> object: ...
-
-    def write_zeroes(self, length: int, offset: int) -> None: ...
-
-
-class _RawBase:
-    """A raw disk, written in place."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    @property
-    def size(self) -> int:
-        return self._device.size()
-
-    def resize(self, size: int) -> None:
-        self._device.truncate(size)
-
-    def pwrite(self, buffer: bytes, offset: int) -> None:
-        self._device.pwrite(buffer, offset)
-
-    def write_zeroes(self, length: int, offset: int) -> None:
-        if not self._device.punch(offset, length):
-            for start in range(offset, offset + length, WINDOW_BYTES):
-                self._device.pwrite(bytes(min(WINDOW_BYTES, offset + length - start)), start)
 
 
 def commit(
@@ -110,7 +76,7 @@ def commit(
             raise ValueError(f"{os.fspath(path)} has no backing file to commit to")
         refuse_snapshots(overlay, "a commit")
         require_allowed(named, allow_files)
-        with _open_base(named, allow_files, probe=probe) as base:
+        with _open_base(named, identity_of(os.fspath(path)), Following(allow_files, probe)) as base:
             written, zeroed = copy_into(overlay, base, progress)
             base_size = base.size
         if not keep:
@@ -120,50 +86,41 @@ def commit(
 
 
 @contextmanager
-def _open_base(named: NamedFile, allow_files: FilePolicy, *, probe: bool) -> Iterator[_Base]:
+def _open_base(named: NamedFile, overlay: Identity, following: Following) -> Iterator[WritableDisk]:
     """Open the backing file for writing; at the end of the block all changes are durable."""
-    try:
-        if _format_of(named, probe=probe) == "qcow2":
-            with (
-                open_image(named.path, "r+", allow_files=allow_files, probe=probe) as base,
-                base.transaction() as transaction,
-            ):
-                yield transaction
-            return
-        device = FileDevice.open(named.path, writable=True)
-    except FileNotFoundError as error:
-        error.add_note(f"{named.image} names it as its backing file, by {named.name!r}")
-        raise
-    try:
-        with raw_base(device) as raw:
-            yield raw
-    finally:
-        device.close()
+    with naming_the_image(named):
+        refuse_loop(named, [overlay])
+        known = stored_format(named, probe=following.probe) or _probe(named.path)
+        opened: Image | FileDevice
+        if known == "qcow2":
+            opened = open_base(named, [overlay], following)
+        else:
+            opened = FileDevice.open(named.path, writable=True)
+    if isinstance(opened, Image):
+        with opened, opened.transaction() as transaction:
+            yield transaction
+    else:
+        with closing(opened), raw_base(opened) as base:
+            yield base
+
+
+def _probe(path: str) -> DiskFormat:
+    device, known = open_to_read(path)
+    device.close()
+    return known
 
 
 @contextmanager
-def raw_base(device: Device) -> Iterator[_RawBase]:
+def raw_base(device: Device) -> Iterator[RawDisk]:
     """Take a raw disk as a base; at the end of the block all changes are durable."""
-    yield _RawBase(device)
+    yield RawDisk(device)
     # Durable now: all that the overlay had. The overlay may be emptied from here on.
     device.barrier("commit.base")
 
 
-def _format_of(named: NamedFile, *, probe: bool) -> Format:
-    stored = known_format(named)
-    if stored is not None:
-        return stored
-    if not probe:
-        detail = f"{named.image} names {named.name!r}; a guess could take a guest's bytes for an image"
-        raise UnsupportedFeatureError("a backing file without a format", detail)
-    device = FileDevice.open(named.path, writable=False)
-    try:
-        return probe_format(device)
-    finally:
-        device.close()
-
-
-def copy_into(overlay: Image, base: _Base, progress: Progress = lambda done, total: None) -> tuple[int, int]:
+def copy_into(
+    overlay: Image, base: WritableDisk, progress: Progress = lambda done, total: None
+) -> tuple[int, int]:
     """Copy the overlay's own data and zeros; return the bytes of both."""
     if base.size < overlay.size:
         base.resize(overlay.size)
@@ -172,10 +129,9 @@ def copy_into(overlay: Image, base: _Base, progress: Progress = lambda done, tot
         if extent.kind == "zero":
             base.write_zeroes(extent.length, extent.offset)
             zeroed += extent.length
-        elif extent.kind != "unallocated":
-            end = extent.offset + extent.length
-            for start in range(extent.offset, end, WINDOW_BYTES):
-                base.pwrite(overlay.pread(min(WINDOW_BYTES, end - start), start), start)
+        elif extent.holds_data:
+            for start in range(extent.offset, extent.end, WINDOW_BYTES):
+                base.pwrite(overlay.pread(min(WINDOW_BYTES, extent.end - start), start), start)
             written += extent.length
-        progress(extent.offset + extent.length, overlay.size)
+        progress(extent.end, overlay.size)
     return written, zeroed

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from heapq import merge
 
-from jqcow.offline.disks import Disk, windows
+from jqcow.device.disk import Disk
+from jqcow.ondisk import layout
 
 BUFFER_BYTES = 1 << 20
 UNIT_BYTES = 4096
@@ -53,6 +54,24 @@ def _either(one: Disk, other: Disk) -> Iterator[tuple[int, int]]:
         if start < end:
             yield start, end - start
             reached = end
+
+
+def windows(disk: Disk, unit: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of whole units that may hold data: in order, apart, at most ``limit`` bytes.
+
+    The last one ends at the end of the disk. ``limit`` is a multiple of ``unit``.
+    """
+    reached = 0
+    for extent in disk.extents(disk.size, 0):
+        if not extent.holds_data:
+            continue
+        start = max(reached, extent.offset - extent.offset % unit)
+        end = min(layout.round_up(extent.end, unit), disk.size)
+        while start < end:
+            step = min(limit, end - start)
+            yield start, step
+            start += step
+        reached = max(reached, end)
 
 
 def _first_unequal(one: bytes, other: bytes) -> int:

@@ -13,21 +13,24 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from jqcow import _native
+from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice
+from jqcow.disks.chain import open_disk
+from jqcow.disks.image import ImageDisk
+from jqcow.disks.policy import FilePolicy, Following
+from jqcow.disks.raw import RawDisk
 from jqcow.errors import JqcowError
 from jqcow.offline.build import ImageBuilder
-from jqcow.offline.compare import Progress, first_difference
+from jqcow.offline.compare import Progress, first_difference, windows
 from jqcow.offline.compressing import CompressingWriter, Compression
-from jqcow.offline.disks import Disk, disk_on, open_disk, windows
-from jqcow.offline.info import Format
 from jqcow.ondisk import layout
 from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.naming import FilePolicy
+from jqcow.ondisk.naming import DiskFormat
 
 BUFFER_BYTES = 2 << 20
 RAW_UNIT_BYTES = 4096
@@ -55,9 +58,9 @@ class ConvertReport:
     """
 
     source: str
-    source_format: Format
+    source_format: DiskFormat
     target: str
-    target_format: Format
+    target_format: DiskFormat
     virtual_size: int
     read_bytes: int
     written_bytes: int
@@ -73,7 +76,7 @@ class ConvertReport:
 class _Form:
     """What the target is to be; ``compression`` is what a qcow2 header announces, used or not."""
 
-    format: Format
+    format: DiskFormat
     cluster_size: int
     is_compressed: bool
     compression: Compression
@@ -165,11 +168,11 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
-    source_format: Format | None = None,
+    source_format: DiskFormat | None = None,
     snapshot: str | None = None,
     allow_files: FilePolicy = False,
     probe: bool = False,
-    target_format: Format = "qcow2",
+    target_format: DiskFormat = "qcow2",
     cluster_size: int = DEFAULT_CLUSTER_BYTES,
     compressed: bool = False,
     compression_type: CompressionType = "zlib",
@@ -209,8 +212,8 @@ def convert(
     form = _Form(target_format, cluster_size, compressed, Compression(compression_type, compression_level))
     _check_target(source, target, overwrite=overwrite)
     started = time.perf_counter()
-    opened = open_disk(source, source_format, snapshot=snapshot, allow_files=allow_files, probe=probe)
-    with opened as (disk, known_format):
+    following = Following(allow_files, probe)
+    with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as disk:
         device = FileDevice.create_temporary(target)
         try:
             amounts = _copy(disk, device, form, progress)
@@ -221,7 +224,7 @@ def convert(
             device.close()
         return ConvertReport(
             source=os.fspath(source),
-            source_format=known_format,
+            source_format=disk.layers[0].format,
             target=os.fspath(target),
             target_format=target_format,
             virtual_size=disk.size,
@@ -294,9 +297,11 @@ def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _verify(disk: Disk, device: FileDevice, target_format: Format) -> float:
+def _verify(disk: Disk, device: FileDevice, target_format: DiskFormat) -> float:
     started = time.perf_counter()
-    difference = first_difference(disk, disk_on(device, target_format))
+    # Not closed: the device is the caller's.
+    written = RawDisk(device) if target_format == "raw" else ImageDisk(device)
+    difference = first_difference(disk, written)
     if difference is not None:
         raise JqcowError(f"verification failed: source and target differ at guest offset {difference:#x}")
     return time.perf_counter() - started

@@ -6,17 +6,19 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from jqcow.device.base import Device
+from jqcow.device.file import FileDevice
+from jqcow.disks.chain import walk
+from jqcow.disks.files import open_to_read
+from jqcow.disks.policy import Following
+from jqcow.disks.raw import RawDisk
+from jqcow.disks.view import FileView, open_view
 from jqcow.offline.check import CheckReport, check_structure
-from jqcow.offline.records import View, open_to_look
 from jqcow.ondisk import header as headers
-from jqcow.ondisk import layout, snapshots
-from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import MAGIC
-from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk import naming, snapshots
+from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.ondisk.snapshots import Snapshot
 
-Format = Literal["qcow2", "raw"]
 STAT_BLOCK_BYTES = 512
 """The unit of st_blocks, whatever the file system's block size."""
 
@@ -55,27 +57,14 @@ class ImageFacts:
     """What a file is. ``virtual_size`` of the disk, ``actual_size`` what it takes on the host, in bytes."""
 
     filename: str
-    format: Format
+    format: DiskFormat
     virtual_size: int
     actual_size: int
     qcow2: Qcow2Facts | None
 
 
-def probe_format(device: Device) -> Format:
-    """Tell the format by its magic; a crashed jqcow image that lost sector 0 counts as qcow2."""
-    if device.pread(len(MAGIC), 0) == MAGIC:
-        return "qcow2"
-    copy = device.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET)
-    return "raw" if roots.unpack_root_copy(copy) is None else "qcow2"
-
-
-def raw_size(device: Device) -> int:
-    """Return the size of the disk that a raw file holds: whole sectors, the last one padded with zeros."""
-    return layout.round_up(device.size(), SECTOR_BYTES)
-
-
 def read_info(
-    path: str | os.PathLike[str], image_format: Format | None = None, *, force_share: bool = False
+    path: str | os.PathLike[str], image_format: DiskFormat | None = None, *, force_share: bool = False
 ) -> ImageFacts:
     """Return the facts about an image file; a live journal is read, not replayed into the file.
 
@@ -88,18 +77,47 @@ def read_info(
         JqcowError: not an image of this format, damaged, or in use by a writer.
         OSError: the host failed.
     """
-    device = open_to_look(path, force_share=force_share)
+    device, known = open_to_read(path, image_format, share_writers=force_share)
     try:
-        known = image_format or probe_format(device)
-        view = View(device) if known == "qcow2" else None
-        size = raw_size(device) if view is None else view.header.size
-        facts = None if view is None else _qcow2_facts(view)
-        return ImageFacts(os.fspath(path), known, size, os.stat(path).st_blocks * STAT_BLOCK_BYTES, facts)
+        return _facts(device, known)[0]
     finally:
         device.close()
 
 
-def _qcow2_facts(view: View) -> Qcow2Facts:
+def read_chain(
+    path: str | os.PathLike[str], image_format: DiskFormat | None = None, *, following: Following
+) -> list[ImageFacts]:
+    """Return the facts about every file of a chain, from the top; the files are opened one after another.
+
+    Args:
+        path: of the image at the top.
+        image_format: of that image; None tells it by its magic.
+        following: how the names inside images are followed.
+
+    Raises:
+        JqcowError, OSError: as `jqcow.disks.chain.walk_below`.
+    """
+
+    def visit(device: FileDevice, known: DiskFormat) -> tuple[ImageFacts, NamedFile | None]:
+        facts, area = _facts(device, known)
+        named = None if area is None else naming.backing_file_of(area, device.path)
+        device.close()
+        return facts, named
+
+    return list(walk(path, image_format, following, visit))
+
+
+def _facts(device: FileDevice, known: DiskFormat) -> tuple[ImageFacts, HeaderArea | None]:
+    """Return the facts about an open file, and its header if it has one."""
+    actual_bytes = os.stat(device.path).st_blocks * STAT_BLOCK_BYTES
+    if known == "raw":
+        return ImageFacts(device.path, known, RawDisk(device).size, actual_bytes, None), None
+    view = FileView.of_file(device)
+    facts = ImageFacts(device.path, known, view.header.size, actual_bytes, _qcow2_facts(view))
+    return facts, view.area
+
+
+def _qcow2_facts(view: FileView) -> Qcow2Facts:
     header = view.header
     incompatible = header.incompatible_features
     backing_format = view.area.find(headers.EXTENSION_BACKING_FORMAT)
@@ -120,7 +138,7 @@ def _qcow2_facts(view: View) -> Qcow2Facts:
     )
 
 
-def _snapshots(view: View) -> tuple[Snapshot, ...]:
+def _snapshots(view: FileView) -> tuple[Snapshot, ...]:
     header = view.header
     table = snapshots.parse_table(view.read, header.snapshots_offset, header.nb_snapshots, header=header)
     return table.snapshots
@@ -135,14 +153,11 @@ def read_snapshots(path: str | os.PathLike[str], *, force_share: bool = False) -
         JqcowError: not a qcow2 image, a damaged snapshot table, or an image in use by a writer.
         OSError: the host failed.
     """
-    device = open_to_look(path, force_share=force_share)
-    try:
-        return _snapshots(View(device))
-    finally:
-        device.close()
+    with open_view(path, share_writers=force_share) as view:
+        return _snapshots(view)
 
 
-def _live_journal(view: View) -> LiveJournal | None:
+def _live_journal(view: FileView) -> LiveJournal | None:
     scan = view.scan
     if scan is None:
         return None
@@ -160,9 +175,5 @@ def check_file(path: str | os.PathLike[str], *, force_share: bool = False) -> Ch
         JqcowError: the metadata cannot be walked, or the image is in use by a writer.
         OSError: the host failed.
     """
-    device = open_to_look(path, force_share=force_share)
-    try:
-        view = View(device)
+    with open_view(path, share_writers=force_share) as view:
         return check_structure(view.read, view.size(), reserved=view.reserved)
-    finally:
-        device.close()

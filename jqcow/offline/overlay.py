@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 
 from jqcow.device.file import FileDevice
-from jqcow.offline.info import Format, read_info
+from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
 from jqcow.ondisk.blank import blank_image, cluster_bits_of, refcount_order_of
 from jqcow.ondisk.compression import CompressionType, compression_type_of
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import decode_name, resolve
+from jqcow.ondisk.naming import DiskFormat, decode_name, resolve
 
 
-def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: Format) -> int:
+def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: DiskFormat) -> int:
     """Return the size of the disk that an image at ``path`` would have below it: bytes, whole sectors.
 
     The base is opened by the name that its overlay is to store. Nothing that the base itself names is.
@@ -45,7 +45,7 @@ def create_overlay(
     *,
     cluster_size: int,
     backing_file: str,
-    backing_format: Format,
+    backing_format: DiskFormat,
     refcount_bits: int = 16,
     compression_type: CompressionType = "zlib",
     overwrite: bool = False,

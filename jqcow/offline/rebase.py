@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jqcow import _native
-from jqcow.backing import Chain
-from jqcow.device.base import Backing
+from jqcow.device.disk import Disk, Extent, joined, read_padded, shows_zeros
+from jqcow.disks.chain import Chain
+from jqcow.disks.policy import FilePolicy
 from jqcow.errors import UnsupportedFeatureError
-from jqcow.image import Extent, Image
+from jqcow.image import Image
 from jqcow.offline.compare import Progress
-from jqcow.ondisk.naming import BackingFormat, FilePolicy
+from jqcow.ondisk.naming import DiskFormat
 from jqcow.opening import open as open_image
 from jqcow.opening import open_alone, open_backing
 from jqcow.transaction import Transaction
@@ -32,7 +33,7 @@ class RebaseReport:
 def rebase(
     path: str | os.PathLike[str],
     backing_file: str | None,
-    backing_format: BackingFormat | None = None,
+    backing_format: DiskFormat | None = None,
     *,
     unsafe: bool = False,
     allow_files: FilePolicy = False,
@@ -86,7 +87,7 @@ def refuse_snapshots(image: Image | Transaction, what: str) -> None:
 def _new_chain(
     path: str | os.PathLike[str],
     backing_file: str | None,
-    backing_format: BackingFormat | None,
+    backing_format: DiskFormat | None,
     allow_files: FilePolicy,
     *,
     probe: bool,
@@ -104,7 +105,7 @@ def _new_chain(
 def copy_differences(
     image: Image,
     transaction: Transaction,
-    new: Backing | None,
+    new: Disk | None,
     progress: Progress = lambda done, total: None,
 ) -> RebaseReport:
     """Copy what the disk shows of its old backing file, and would show otherwise of the new one.
@@ -126,17 +127,10 @@ def copy_differences(
 
 def _shown_from_below(image: Image) -> Iterator[tuple[int, int]]:
     """Yield (offset, length) of what the image has nothing of its own for, joined."""
-    start = end = 0
-    for extent in image.extents():
-        if not _is_below(extent):
-            continue
-        if extent.offset != end:
-            if start < end:
-                yield start, end - start
-            start = extent.offset
-        end = extent.offset + extent.length
-    if start < end:
-        yield start, end - start
+    below = (
+        Extent(found.offset, found.length, "data", None) for found in image.extents() if _is_below(found)
+    )
+    return ((extent.offset, extent.length) for extent in joined(below))
 
 
 def _is_below(extent: Extent) -> bool:
@@ -144,12 +138,13 @@ def _is_below(extent: Extent) -> bool:
 
 
 def _copy_window(
-    image: Image, transaction: Transaction, new: Backing | None, offset: int, length: int, cluster_bytes: int
+    image: Image, transaction: Transaction, new: Disk | None, offset: int, length: int, cluster_bytes: int
 ) -> int:
     """Copy the clusters of a range that read otherwise on the new chain; return how many bytes those are."""
-    if image.reads_as_zeros(length, offset) and _reads_as_zeros(new, length, offset):
+    if image.reads_as_zeros(length, offset) and shows_zeros(new, length, offset):
         return 0
-    old, other = image.pread(length, offset), _read(new, length, offset)
+    old, other = image.pread(length, offset), bytearray(length)
+    read_padded(new, memoryview(other), offset)
     if old == other:
         return 0
     copied = 0
@@ -163,16 +158,3 @@ def _copy_window(
             transaction.pwrite(part, offset + start)
         copied += len(part)
     return copied
-
-
-def _reads_as_zeros(chain: Backing | None, length: int, offset: int) -> bool:
-    inside = 0 if chain is None else min(length, chain.size - offset)
-    return chain is None or inside <= 0 or chain.reads_as_zeros(inside, offset)
-
-
-def _read(chain: Backing | None, length: int, offset: int) -> bytes:
-    buffer = bytearray(length)
-    inside = 0 if chain is None else min(length, chain.size - offset)
-    if chain is not None and inside > 0:
-        chain.read_into(memoryview(buffer)[:inside], offset)
-    return bytes(buffer)

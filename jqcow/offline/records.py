@@ -1,8 +1,4 @@
-"""The journal read, not obeyed: what its records hold, and the file as it would be after replay.
-
-Nothing here writes, and nothing of the engine is used but the journal's scan: the view is a second, simpler
-replay, which the checks and maps of whole images look through.
-"""
+"""The journal read, not obeyed: what its records hold, in words."""
 
 from __future__ import annotations
 
@@ -11,129 +7,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jqcow import _native
-from jqcow.device.base import Device
-from jqcow.device.file import FileDevice
-from jqcow.engine import scan as scans
+from jqcow.disks.view import FileView, open_view
 from jqcow.engine.scan import Scan
-from jqcow.errors import CorruptionError
 from jqcow.offline.tables import layers, nonzero_entries
 from jqcow.ondisk import entries, snapshots
-from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
-from jqcow.ondisk.header import MAGIC, Header, HeaderArea
-from jqcow.ondisk.layout import ENTRY_BYTES, MAX_CLUSTER_BITS, SECTOR_BYTES, Geometry
+from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES
 from jqcow.ondisk.snapshots import Snapshot
-from jqcow.opening import refuse_live_journal
 
 _L1_STEP_BYTES = 1 << 20
 _SEARCHED_L1_BYTES = 256 << 20
 """How much of the snapshots' L1 tables is searched for what a record changes; no honest image has more."""
-
-
-class View:
-    """An image file as a clean close would leave it; offsets and lengths in bytes.
-
-    On a clean image this is the file itself. On a live one the journal is laid over it, in memory.
-    """
-
-    def __init__(self, device: Device) -> None:
-        """Read the header, and scan the journal of a live image.
-
-        Raises:
-            FormatError: not a qcow2 image, or one that breaks the specification.
-            UnsupportedFeatureError: a frame or operation that a newer jqcow wrote.
-            CorruptionError: the header, the root or the journal is damaged.
-        """
-        self.device = device
-        self.scan: Scan | None = None
-        self._blocks: dict[int, bytes] = {}
-        sector = device.pread(SECTOR_BYTES, 0)
-        self.area = self._replay(sector) if roots.is_live(sector) else _clean_area(device, sector)
-        self.header.validate()
-        self._block_bytes = self.geometry.block_bytes
-        self._sorted_blocks = sorted(self._blocks)
-
-    @property
-    def header(self) -> Header:
-        """The header's fixed fields."""
-        return self.area.header
-
-    @property
-    def geometry(self) -> Geometry:
-        """The geometry that follows from the header."""
-        return self.header.geometry
-
-    @property
-    def reserved(self) -> list[tuple[int, int]]:
-        """The live journal's range as (offset, length), which nothing may use."""
-        return [] if self.scan is None else [(self.scan.extent.offset, self.scan.extent.length)]
-
-    def size(self) -> int:
-        """Return the length of the file; a checkpoint first extends a live image to its last used cluster."""
-        if self.scan is None:
-            return self.device.size()
-        return max(self.device.size(), self._used_end())
-
-    def _used_end(self) -> int:
-        """Return the host offset behind the highest cluster with a nonzero refcount."""
-        for first, refcounts in self.refcount_blocks():
-            last = _native.refcount_last_used(refcounts, self.header.refcount_order)
-            if last >= 0:
-                return (first + last + 1) * self.geometry.cluster_bytes
-        return 0
-
-    def refcount_blocks(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the refcount blocks from the last to the first: (first cluster counted, refcounts).
-
-        A block that is pointed to again is left out, and so is one past the end of the file, which is
-        empty: a hostile table must not cost more than the file is long.
-        """
-        seen: set[int] = set()
-        geometry, table_offset = self.geometry, self.header.refcount_table_offset
-        table = self.read(self.header.refcount_table_clusters * geometry.cluster_bytes, table_offset)
-        for index in range(len(table) // ENTRY_BYTES - 1, -1, -1):
-            (entry,) = entries.ENTRY.unpack_from(table, index * ENTRY_BYTES)
-            block = entry & entries.REFCOUNT_TABLE_OFFSET_MASK
-            is_there = block < self.device.size() or block in self._blocks
-            if block and is_there and block not in seen:
-                seen.add(block)
-                yield index * geometry.refcounts_per_cluster, self.read(geometry.cluster_bytes, block)
-
-    def read(self, length: int, offset: int) -> bytes:
-        """Return ``length`` bytes from host ``offset``; what lies past the end reads as zeros."""
-        data = self.device.pread(length, offset)
-        if self.scan is None:
-            return data
-        buffer = bytearray(data)
-        if offset < len(self.area.data):
-            head = self.area.data[offset : offset + length]
-            buffer[: len(head)] = head
-        index = bisect.bisect_right(self._sorted_blocks, offset - self._block_bytes)
-        for start in self._sorted_blocks[index:]:
-            if start >= offset + length:
-                break
-            first, last = max(start, offset), min(start + self._block_bytes, offset + length)
-            buffer[first - offset : last - offset] = self._blocks[start][first - start : last - start]
-        return bytes(buffer)
-
-    def _replay(self, sector: bytes) -> HeaderArea:
-        cluster_bits, extent = roots.unpack_root(sector)
-        geometry = Geometry(cluster_bits)
-        self.scan = scans.scan(self.device, extent, geometry)
-        replayed = scans.replay(self.scan.operations, geometry)
-        self._blocks = replayed.blocks
-        return replayed.area
-
-
-def _clean_area(device: Device, sector: bytes) -> HeaderArea:
-    is_lost = sector[: len(MAGIC)] != MAGIC
-    copy = device.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET) if is_lost else b""
-    if roots.unpack_root_copy(copy) is not None:
-        raise CorruptionError("header", 0, "sector 0 is damaged, the root copy is not: run jqcow-recover")
-    header = Header.unpack(sector)
-    cluster_bytes = 1 << min(header.cluster_bits, MAX_CLUSTER_BITS)
-    return HeaderArea.parse(device.pread(cluster_bytes, 0))
 
 
 # What the records say
@@ -198,42 +83,18 @@ class JournalListing:
     records: tuple[Record, ...]
 
 
-def open_to_look(path: str | os.PathLike[str], *, force_share: bool) -> FileDevice:
-    """Open a file for reading.
-
-    Args:
-        path: the file.
-        force_share: also while another program writes; what is read may then be old, mixed or wrong.
-
-    Raises:
-        ImageInUse: a writer has the file; with ``force_share``, its journal is live.
-        OSError: the host failed.
-    """
-    device = FileDevice.open(path, writable=False, share_writers=force_share)
-    try:
-        if force_share:
-            refuse_live_journal(device)
-    except BaseException:
-        device.close()
-        raise
-    return device
-
-
 def read_journal(path: str | os.PathLike[str]) -> JournalListing | None:
     """List the live journal of an image file; None where the image is clean. Writes nothing.
 
     Raises:
-        JqcowError: as `View`.
+        JqcowError: as `FileView.of_file`.
         OSError: the host failed.
     """
-    device = FileDevice.open(path, writable=False)
-    try:
-        return list_journal(View(device))
-    finally:
-        device.close()
+    with open_view(path) as view:
+        return list_journal(view)
 
 
-def list_journal(view: View) -> JournalListing | None:
+def list_journal(view: FileView) -> JournalListing | None:
     """List what the journal of an image holds; None where the image is clean."""
     if view.scan is None:
         return None
@@ -274,7 +135,7 @@ def _half_use(scan: Scan, half: int, used_bytes: int) -> HalfUse:
 class _Meanings:
     """Tells what a metadata block holds, from the tables as they are after replay."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: FileView) -> None:
         self._view = view
         self._geometry = view.geometry
         cluster_bytes, header = self._geometry.cluster_bytes, view.header

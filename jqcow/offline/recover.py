@@ -14,10 +14,11 @@ from typing import Literal
 
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
+from jqcow.disks.view import FileView
 from jqcow.engine import recovery
 from jqcow.engine.medium import Medium
-from jqcow.engine.scan import Scan
-from jqcow.engine.store import Store, random_salt, read_root_copy
+from jqcow.engine.scan import Scan, read_root_copy
+from jqcow.engine.store import random_salt
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.offline.check import check_structure
 from jqcow.ondisk import header as headers
@@ -155,9 +156,6 @@ def _recover(
         opened.store.clean()
     seconds = time.perf_counter() - started
     found = _describe_journal(opened.scan, opened.store.geometry.block_bytes)
-    verification = None
-    if verify:
-        verification = _verify_replayed(opened.store) if dry_run else _verify_file(device)
     return RecoveryReport(
         image=name,
         state=state,
@@ -166,7 +164,7 @@ def _recover(
         journal=found,
         actions=_actions(state, found),
         notes=(),
-        verification=verification,
+        verification=_verify(device) if verify else None,
         replay_seconds=seconds,
     )
 
@@ -191,7 +189,7 @@ def _report_clean(device: Device, name: str | None, *, dry_run: bool, verify: bo
         journal=None,
         actions=(),
         notes=_foreign_notes(header),
-        verification=_verify_file(device) if verify else None,
+        verification=_verify(device) if verify else None,
         replay_seconds=0.0,
     )
 
@@ -244,25 +242,15 @@ def _actions(state: State, found: JournalFound) -> tuple[str, ...]:
     return tuple(actions)
 
 
-def _verify_replayed(store: Store) -> Verification:
-    """Check the image as replayed in memory; its journal is still live."""
-    live = [] if store.journal is None else [(store.journal.extent.offset, store.journal.extent.length)]
-    return _verify(store.view, lambda: store.view_bytes, live)
-
-
-def _verify_file(device: Device) -> Verification:
-    return _verify(device.pread, device.size, [])
-
-
-def _verify(
-    read: Callable[[int, int], bytes], size: Callable[[], int], reserved: list[tuple[int, int]]
-) -> Verification:
+def _verify(device: Device) -> Verification:
+    """Check the image as it is, or as replayed in memory where its journal is still live."""
     started = time.perf_counter()
     errors = leaks = 0
     findings: tuple[str, ...] = ()
     refused = None
     try:
-        report = check_structure(read, size(), reserved=reserved)
+        view = FileView.of_file(device, use_root_copy=True)
+        report = check_structure(view.read, view.size(), reserved=view.reserved)
         errors, leaks, findings = report.errors, report.leaks, tuple(map(str, report.findings))
     except UnsupportedFeatureError as error:
         refused = str(error)

@@ -1,4 +1,4 @@
-"""What the file names inside an image mean, and who may have them followed.
+"""What the file names inside an image mean. `jqcow.disks.policy` decides whether they are followed.
 
 The format fixes how a name is stored (qcow2 specification, "Header": ``backing_file_offset`` and
 ``backing_file_size``; "Backing file format name"). What it names is QEMU's convention, found by trying
@@ -8,25 +8,21 @@ QEMU 7.2:
   jqcow opens regular files only, so such a name is refused.
 - A relative name is relative to the directory of the image that names it, as the caller spelled the path of
   that image. Symbolic links are not resolved before: a link to an image finds the files beside the link.
-
-A name is data of whoever wrote the image, and could be ``/etc/shadow``. So no file is opened for the sake of
-such a name alone: the caller's `FilePolicy` decides on each `NamedFile`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from jqcow.errors import FileAccessDenied, FormatError, UnsupportedFeatureError
+from jqcow.errors import FormatError, UnsupportedFeatureError
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT, MAX_BACKING_NAME_BYTES, HeaderArea
 
-BackingFormat = Literal["qcow2", "raw"]
-BACKING_FORMATS: tuple[BackingFormat, ...] = ("qcow2", "raw")
+DiskFormat = Literal["qcow2", "raw"]
+DISK_FORMATS: tuple[DiskFormat, ...] = ("qcow2", "raw")
 
 _PROTOCOL = re.compile(r"[^/:]*:")
 
@@ -48,10 +44,6 @@ class NamedFile:
     path: str
     format: str | None
     purpose: Literal["backing"] = "backing"
-
-
-FilePolicy = bool | Callable[[NamedFile], bool]
-"""Which files named inside images may be opened: all, none, or those for which a function returns True."""
 
 
 def protocol_of(name: str) -> str | None:
@@ -109,29 +101,6 @@ def backing_file_of(area: HeaderArea, image: str) -> NamedFile | None:
     return NamedFile(image, name, resolve(name, image), stored_format or None)
 
 
-def known_format(named: NamedFile) -> BackingFormat | None:
-    """Return the stored format of a named file; None where the image does not say.
-
-    Raises:
-        UnsupportedFeatureError: a format that jqcow does not read.
-    """
-    if named.format is None:
-        return None
-    for known in BACKING_FORMATS:
-        if named.format == known:
-            return known
-    raise UnsupportedFeatureError(
-        f"the format {named.format!r}", f"of {named.path}, the {named.purpose} file of {named.image}"
-    )
-
-
-def require_allowed(named: NamedFile, allow: FilePolicy) -> None:
-    """Raise FileAccessDenied unless the caller's policy allows the file."""
-    allowed = allow(named) if callable(allow) else allow
-    if not allowed:
-        raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
-
-
 def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | None) -> HeaderArea:
     """Return the header with another backing file and its format, or with none.
 
@@ -149,7 +118,7 @@ def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | 
         if backing_format is not None:
             raise ValueError("a backing format needs a backing file")
         return area.with_backing_file(None, None)
-    if backing_format not in BACKING_FORMATS:
+    if backing_format not in DISK_FORMATS:
         raise ValueError(f"the format of a backing file is raw or qcow2, not {backing_format!r}")
     resolve(name, "the new header")
     stored = os.fsencode(name)

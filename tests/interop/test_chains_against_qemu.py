@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jqcow.cli import main
+from jqcow.disks.policy import Following
 from jqcow.offline.map import map_file
 from tests.interop.commands import ours, require_same_info, require_same_map
 from tests.interop.qemu import check_clean, done, qemu_io, run
@@ -145,7 +146,7 @@ def test_each_kind_of_extent_at_its_depth(capsys: pytest.CaptureFixture[str]) ->
         (1152, 896, 1, False, True),
         (2048, 1024, 0, False, True),
     ]
-    paths = {extent.depth: extent.path for extent in map_file("top", None, allow=True)}
+    paths = {line.extent.depth: line.path for line in map_file("top", None, following=Following(True))}
     assert paths == {0: "top", 1: "middle", 2: "base"}
 
 

@@ -25,11 +25,11 @@ from hypothesis.stateful import initialize, invariant, precondition, rule, run_s
 
 import jqcow
 from jqcow import _native
-from jqcow.backing import Chain
+from jqcow.disks.chain import Chain
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, Header
-from jqcow.ondisk.naming import BackingFormat, NamedFile
+from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.opening import open_backing
 from jqcow.testing import SectorModel, SimulatedDevice
 from jqcow.transaction import Transaction
@@ -56,7 +56,7 @@ SNAPSHOTS_MAX = 3
 DIRTY_BYTE = 79
 """The last byte of the incompatible features."""
 
-Below = tuple[float, BackingFormat]
+Below = tuple[float, DiskFormat]
 below_strategy = st.tuples(
     st.floats(min_value=0.01, max_value=2), st.sampled_from(("raw", "qcow2", "overlay"))
 )
@@ -136,7 +136,7 @@ class EverythingMachine(ImageMachine):
 
     # Files below
 
-    def make_below(self, below: Any, seed: int) -> tuple[str | None, BackingFormat | None, bytes]:
+    def make_below(self, below: Any, seed: int) -> tuple[str | None, DiskFormat | None, bytes]:
         """Make a file of a kind and size; return its name, format, and what its disk shows."""
         if below is None:
             return None, None, b""
@@ -176,7 +176,7 @@ class EverythingMachine(ImageMachine):
 
     def find_below(self, named: NamedFile) -> Chain:
         """Open what the image names."""
-        known: BackingFormat = "raw" if named.format == "raw" else "qcow2"
+        known: DiskFormat = "raw" if named.format == "raw" else "qcow2"
         self.chain = open_backing(self.path, named.name, known, allow_files=True)
         return self.chain
 

@@ -13,10 +13,18 @@ import pytest
 
 import jqcow
 from jqcow.cli import main
-from jqcow.errors import FileAccessDenied, FormatError, ImageInUse, UnsupportedFeatureError
-from jqcow.offline import chain as chains
-from jqcow.offline.chain import read_chain
-from jqcow.offline.map import MapExtent, map_file
+from jqcow.device.disk import Extent
+from jqcow.disks import chain as chains
+from jqcow.disks.policy import Following
+from jqcow.errors import (
+    CorruptionError,
+    FileAccessDenied,
+    FormatError,
+    ImageInUse,
+    UnsupportedFeatureError,
+)
+from jqcow.offline.info import read_chain
+from jqcow.offline.map import MapLine, map_file
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.header import HeaderArea
@@ -24,6 +32,8 @@ from jqcow.ondisk.naming import NamedFile
 from jqcow.testing import SimulatedDevice
 
 MIB = 1 << 20
+ALLOWED = Following(True)
+PROBING = Following(True, probe=True)
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -78,7 +88,7 @@ def make_chain(depth: int) -> list[str]:
 
 def test_a_chain_is_read_from_the_top() -> None:
     names = make_chain(3)
-    facts = read_chain(names[0], allow=True)
+    facts = read_chain(names[0], following=ALLOWED)
     assert [os.path.normpath(fact.filename) for fact in facts] == ["d0/i", "d1/i", "d2/i", "d3/i"]
     assert facts[1].filename == "d0/../d1/i"
     assert [fact.qcow2 and fact.qcow2.backing_file for fact in facts] == [
@@ -87,7 +97,7 @@ def test_a_chain_is_read_from_the_top() -> None:
         "../d3/i",
         None,
     ]
-    assert len(read_chain(names[3], allow=False)) == 1
+    assert len(read_chain(names[3], following=Following(False))) == 1
 
 
 def test_nothing_is_opened_that_was_not_allowed() -> None:
@@ -95,9 +105,9 @@ def test_nothing_is_opened_that_was_not_allowed() -> None:
     os.unlink("d1/i")
     for policy in (False, lambda _: False):
         with pytest.raises(FileAccessDenied, match=r"'\.\./d1/i'"):
-            read_chain("d0/i", allow=policy)
+            read_chain("d0/i", following=Following(policy))
         with pytest.raises(FileAccessDenied):
-            map_file("d0/i", None, allow=policy)
+            map_file("d0/i", None, following=Following(policy))
 
 
 def test_the_caller_is_asked_for_every_file_before_it_is_opened() -> None:
@@ -109,7 +119,7 @@ def test_the_caller_is_asked_for_every_file_before_it_is_opened() -> None:
         return len(asked) < 3
 
     with pytest.raises(FileAccessDenied) as denied:
-        read_chain(names[0], allow=two_only)
+        read_chain(names[0], following=Following(two_only))
     assert asked[0] == NamedFile("d0/i", "../d1/i", "d0/../d1/i", "qcow2", "backing")
     assert asked[1].image == "d0/../d1/i"
     assert denied.value.path == asked[2].path
@@ -119,10 +129,10 @@ def test_the_caller_is_asked_for_every_file_before_it_is_opened() -> None:
 def test_the_format_comes_from_the_header() -> None:
     jqcow.create("base", MIB).close()
     overlay("top", "base", "raw", size=os.path.getsize("base"))
-    facts = read_chain("top", allow=True, probe=True)
+    facts = read_chain("top", following=PROBING)
     assert [fact.format for fact in facts] == ["qcow2", "raw"]
     assert facts[1].virtual_size == os.path.getsize("base")
-    assert all(extent.depth == 1 and extent.present for extent in map_file("top", None, allow=True))
+    assert all(line.extent.depth == 1 and line.present for line in map_file("top", None, following=ALLOWED))
 
 
 @pytest.mark.parametrize("stored", [None, b""])
@@ -130,13 +140,19 @@ def test_a_missing_format_is_refused_unless_probing_is_allowed(stored: bytes | N
     jqcow.create("base", MIB).close()
     overlay("top", "base")
     store_backing("top", b"base", stored)
-    with pytest.raises(UnsupportedFeatureError, match="without a stored format"):
-        read_chain("top", allow=True)
-    with pytest.raises(UnsupportedFeatureError, match="without a stored format"):
-        map_file("top", None, allow=True)
-    assert [fact.format for fact in read_chain("top", allow=True, probe=True)] == ["qcow2", "qcow2"]
+    with pytest.raises(UnsupportedFeatureError, match="without a format"):
+        read_chain("top", following=ALLOWED)
+    with pytest.raises(UnsupportedFeatureError, match="without a format"):
+        map_file("top", None, following=ALLOWED)
+    assert [fact.format for fact in read_chain("top", following=PROBING)] == [
+        "qcow2",
+        "qcow2",
+    ]
     Path("base").write_bytes(b"not an image".ljust(MIB))
-    assert [fact.format for fact in read_chain("top", allow=True, probe=True)] == ["qcow2", "raw"]
+    assert [fact.format for fact in read_chain("top", following=PROBING)] == [
+        "qcow2",
+        "raw",
+    ]
 
 
 def test_other_formats_and_protocols_are_refused_by_name() -> None:
@@ -144,11 +160,11 @@ def test_other_formats_and_protocols_are_refused_by_name() -> None:
     overlay("top", "base")
     store_backing("top", b"base", b"vmdk")
     with pytest.raises(UnsupportedFeatureError, match="'vmdk'"):
-        read_chain("top", allow=True, probe=True)
+        read_chain("top", following=PROBING)
     store_backing("top", b"nbd://host/disk", b"raw")
     for allow in (True, False):
         with pytest.raises(UnsupportedFeatureError, match="'nbd:'"):
-            read_chain("top", allow=allow)
+            read_chain("top", following=Following(allow))
 
 
 @pytest.mark.parametrize("name", [b"a\0b", b"x\xff/../\0"])
@@ -156,14 +172,14 @@ def test_names_that_no_file_has_are_refused(name: bytes) -> None:
     overlay("top", "base")
     store_backing("top", name, b"raw")
     with pytest.raises(FormatError, match="NUL"):
-        read_chain("top", allow=True)
+        read_chain("top", following=ALLOWED)
 
 
 def test_any_bytes_may_name_a_file(run: Run) -> None:
     name = b"b\xff\n"
     Path(os.fsdecode(name)).write_bytes(b"x" * MIB)
     overlay("top", os.fsdecode(name), "raw")
-    assert read_chain("top", allow=True)[1].virtual_size == MIB
+    assert read_chain("top", following=ALLOWED)[1].virtual_size == MIB
     code, told, _ = run("map", "--allow-files", "top")
     assert (code, told.count("b\ufffd\n")) == (0, 1)
 
@@ -174,8 +190,11 @@ def test_chains_that_contain_themselves_are_refused(length: int) -> None:
     for number in range(length):
         jqcow.create(f"i{number}", MIB).close()
         store_backing(f"i{number}", f"./no/../i{(number + 1) % length}".encode(), b"qcow2")
-    for look in (lambda: read_chain("i0", allow=True), lambda: map_file("i0", None, allow=True)):
-        with pytest.raises(FormatError, match="contains itself"):
+    for look in (
+        lambda: read_chain("i0", following=ALLOWED),
+        lambda: map_file("i0", None, following=ALLOWED),
+    ):
+        with pytest.raises(CorruptionError, match="comes back"):
             look()
 
 
@@ -183,22 +202,22 @@ def test_another_name_of_the_same_file_is_the_same_file() -> None:
     jqcow.create("top", MIB).close()
     store_backing("top", b"hard", b"qcow2")
     os.link("top", "hard")
-    with pytest.raises(FormatError, match="contains itself"):
-        read_chain("top", allow=True)
+    with pytest.raises(CorruptionError, match="comes back"):
+        read_chain("top", following=ALLOWED)
     overlay("first", "soft")
     os.symlink("first", "soft")
-    with pytest.raises(FormatError, match="contains itself"):
-        read_chain("first", allow=True)
+    with pytest.raises(CorruptionError, match="comes back"):
+        read_chain("first", following=ALLOWED)
 
 
 def test_symbolic_links_find_the_files_beside_the_link() -> None:
     make_chain(1)
     os.symlink("d0/i", "link")
     with pytest.raises(FileNotFoundError):
-        read_chain("link", allow=True)
+        read_chain("link", following=ALLOWED)
     os.mkdir("links")
     os.symlink("../d0/i", "links/link")
-    assert len(read_chain("links/link", allow=True)) == 2
+    assert len(read_chain("links/link", following=ALLOWED)) == 2
 
 
 def test_the_longest_chain() -> None:
@@ -213,24 +232,27 @@ def test_the_longest_chain() -> None:
             for offset, data in blank.parts:
                 file.seek(offset)
                 file.write(data)
-    assert len(read_chain(f"i{limit - 1}", allow=True)) == limit
-    with pytest.raises(FormatError, match=f"more than {limit} files"):
-        read_chain(f"i{limit}", allow=True)
+    assert len(read_chain(f"i{limit - 1}", following=ALLOWED)) == limit
+    with pytest.raises(UnsupportedFeatureError, match=f"more than {limit} files"):
+        read_chain(f"i{limit}", following=ALLOWED)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit + 100), hard))
     try:
-        (extent,) = map_file(f"i{limit - 1}", None, allow=True)
+        (line,) = map_file(f"i{limit - 1}", None, following=ALLOWED)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert (extent.depth, extent.length, extent.path) == (limit - 1, MIB, "i0")
+    assert (line.extent.depth, line.extent.length, line.path) == (limit - 1, MIB, "i0")
 
 
 def test_a_missing_file_names_who_needs_it() -> None:
     overlay("top", "gone")
-    for look in (lambda: read_chain("top", allow=True), lambda: map_file("top", None, allow=True)):
+    for look in (
+        lambda: read_chain("top", following=ALLOWED),
+        lambda: map_file("top", None, following=ALLOWED),
+    ):
         with pytest.raises(FileNotFoundError) as missing:
             look()
-        assert missing.value.__notes__ == ["gone is the backing file of top"]
+        assert missing.value.__notes__ == ["top names it as its backing file, by 'gone'"]
 
 
 def test_a_damaged_base_is_told_from_its_overlay(run: Run) -> None:
@@ -238,7 +260,7 @@ def test_a_damaged_base_is_told_from_its_overlay(run: Run) -> None:
     overlay("top", "base")
     code, _, told = run("info", "--backing-chain", "--allow-files", "top")
     assert code == 1
-    assert "base is the backing file of top" in told
+    assert "top names it as its backing file, by 'base'" in told
 
 
 def test_a_base_that_is_being_written_to_is_in_use() -> None:
@@ -247,10 +269,10 @@ def test_a_base_that_is_being_written_to_is_in_use() -> None:
     with jqcow.open("base", "r+") as writer:
         writer.pwrite(b"x", 0)
         with pytest.raises(ImageInUse):
-            read_chain("top", allow=True)
+            read_chain("top", following=ALLOWED)
         with pytest.raises(ImageInUse, match="live journal"):
-            read_chain("top", allow=True, force_share=True)
-    assert len(read_chain("top", allow=True)) == 2
+            read_chain("top", following=Following(True, share_writers=True))
+    assert len(read_chain("top", following=ALLOWED)) == 2
 
 
 def test_a_crashed_base_is_read_as_recovered() -> None:
@@ -262,21 +284,31 @@ def test_a_crashed_base_is_read_as_recovered() -> None:
     Path("base").write_bytes(left.pread(left.size(), 0))
     before = Path("base").read_bytes()
     overlay("top", "base")
-    facts = read_chain("top", allow=True)
+    facts = read_chain("top", following=ALLOWED)
     assert facts[1].qcow2 is not None and facts[1].qcow2.journal is not None
-    data = [extent for extent in map_file("top", None, allow=True) if extent.data]
-    assert [(extent.start, extent.length, extent.depth) for extent in data] == [(65536, 65536, 1)]
+    data = [line.extent for line in map_file("top", None, following=ALLOWED) if line.data]
+    assert [(extent.offset, extent.length, extent.depth) for extent in data] == [(65536, 65536, 1)]
     assert Path("base").read_bytes() == before
 
 
-def test_a_disk_far_larger_than_its_tables_costs_no_time() -> None:
+def test_a_disk_far_larger_than_its_tables_is_refused() -> None:
     jqcow.create("base", MIB, cluster_size=512).close()
     content = bytearray(Path("base").read_bytes())
     content[24:32] = ((1 << 63) - 512).to_bytes(8, "big")
     Path("base").write_bytes(content)
     overlay("top", "base", size=1 << 40)
-    (extent,) = map_file("top", None, allow=True)
-    assert extent == MapExtent(0, 1 << 40, 1, present=False, zero=True, data=False, offset=None, path="base")
+    with pytest.raises(FormatError, match="too small for"):
+        map_file("top", None, following=ALLOWED)
+
+
+def test_what_no_file_has_is_one_extent_at_the_depth_of_the_last_file() -> None:
+    jqcow.create("base", MIB, cluster_size=512).close()
+    overlay("top", "base", size=1 << 40)
+    lines = map_file("top", None, following=ALLOWED)
+    assert lines == [
+        MapLine(Extent(0, MIB, "unallocated", None, 1), "base"),
+        MapLine(Extent(MIB, (1 << 40) - MIB, "unallocated", None, 0), "top"),
+    ]
 
 
 # Making an overlay
@@ -291,13 +323,13 @@ def test_create_takes_the_size_of_the_base(run: Run) -> None:
         f"Formatting 'd/top', fmt=qcow2 cluster_size=4096 size={3 * MIB} "
         "backing_file=base backing_fmt=qcow2\n"
     )
-    (facts, base) = read_chain("d/top", allow=True)
+    (facts, base) = read_chain("d/top", following=ALLOWED)
     assert (facts.virtual_size, base.filename) == (3 * MIB, "d/base")
     Path("odd").write_bytes(b"x" * 1000)
     assert run("create", "-q", "-b", "../odd", "-F", "raw", "d/small") == (0, "", "")
-    assert read_chain("d/small", allow=True)[0].virtual_size == 1024
+    assert read_chain("d/small", following=ALLOWED)[0].virtual_size == 1024
     assert run("create", "-q", "-b", "base", "-F", "qcow2", "d/large", "1G")[0] == 0
-    assert read_chain("d/large", allow=True)[0].virtual_size == 1 << 30
+    assert read_chain("d/large", following=ALLOWED)[0].virtual_size == 1 << 30
 
 
 def test_what_the_base_names_is_not_opened(run: Run) -> None:
@@ -365,7 +397,7 @@ def test_a_hard_link_may_replace_the_other_name(run: Run) -> None:
     jqcow.create("base", MIB).close()
     os.link("base", "top")
     assert run("create", "-q", "--overwrite", "-b", "base", "-F", "qcow2", "top")[0] == 0
-    assert len(read_chain("top", allow=True)) == 2
+    assert len(read_chain("top", following=ALLOWED)) == 2
 
 
 # Commands

@@ -8,18 +8,20 @@ import random
 import struct
 import threading
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jqcow
+from jqcow.disks.chain import open_disk
+from jqcow.disks.files import probe_format
 from jqcow.offline import convert as converting
 from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import first_difference
 from jqcow.offline.convert import ConvertReport, convert, create_raw, nonzero_runs
-from jqcow.offline.disks import open_disk
-from jqcow.offline.info import probe_format, read_info
+from jqcow.offline.info import read_info
 from jqcow.ondisk.blank import refcount_clusters
 from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.entries import compressed_entry
@@ -187,8 +189,8 @@ def test_first_difference_is_the_first(tmp_path: Path) -> None:
         content[offset] ^= 1
         (tmp_path / "b.raw").write_bytes(content)
         with (
-            open_disk(tmp_path / "a.raw", "raw") as (one, _),
-            open_disk(tmp_path / "b.raw", "raw") as (other, _),
+            closing(open_disk(tmp_path / "a.raw", "raw")) as one,
+            closing(open_disk(tmp_path / "b.raw", "raw")) as other,
         ):
             assert first_difference(one, other) == offset
             assert first_difference(other, one) == offset
@@ -197,7 +199,10 @@ def test_first_difference_is_the_first(tmp_path: Path) -> None:
 def test_a_shorter_disk_differs_at_its_end(tmp_path: Path) -> None:
     create_raw(tmp_path / "a.raw", MIB)
     create_raw(tmp_path / "b.raw", 2 * MIB)
-    with open_disk(tmp_path / "a.raw", "raw") as (one, _), open_disk(tmp_path / "b.raw", "raw") as (other, _):
+    with (
+        closing(open_disk(tmp_path / "a.raw", "raw")) as one,
+        closing(open_disk(tmp_path / "b.raw", "raw")) as other,
+    ):
         assert first_difference(one, other) == MIB
 
 

@@ -1,0 +1,54 @@
+"""Files that are opened to be read: locked against writers, of a format that is given or probed."""
+
+from __future__ import annotations
+
+import os
+
+from jqcow.device.base import Reader
+from jqcow.device.file import FileDevice
+from jqcow.engine import scan as scans
+from jqcow.errors import ImageInUse
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.header import MAGIC
+from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.naming import DiskFormat
+
+
+def probe_format(reader: Reader) -> DiskFormat:
+    """Tell the format by its magic; a crashed jqcow image that lost sector 0 counts as qcow2."""
+    is_image = reader.pread(len(MAGIC), 0) == MAGIC or scans.read_root_copy(reader) is not None
+    return "qcow2" if is_image else "raw"
+
+
+def open_to_read(
+    path: str | os.PathLike[str], disk_format: DiskFormat | None = None, *, share_writers: bool = False
+) -> tuple[FileDevice, DiskFormat]:
+    """Open a file for reading, and tell its format.
+
+    Args:
+        path: the file.
+        disk_format: None tells it by the magic.
+        share_writers: also while another program writes; what is read may then be old, mixed or wrong.
+
+    Raises:
+        ImageInUse: a writer has the file; with ``share_writers``, its journal is live.
+        OSError: the host failed.
+    """
+    device = FileDevice.open(path, writable=False, share_writers=share_writers)
+    try:
+        known = disk_format or probe_format(device)
+        if share_writers and known == "qcow2":
+            refuse_live_journal(device)
+        return device, known
+    except BaseException:
+        device.close()
+        raise
+
+
+def refuse_live_journal(device: FileDevice) -> None:
+    """Raise ImageInUse if the file has a live journal: its writer goes on, so it cannot be replayed."""
+    if roots.is_live(device.pread(SECTOR_BYTES, 0)):
+        raise ImageInUse(
+            f"{device.path} has a live journal, which cannot be read beside its writer. "
+            "Close the program that holds the image, or open it without force_share if none does."
+        )

@@ -1,0 +1,75 @@
+"""Who may have the names inside images followed, and how.
+
+A name is data of whoever wrote the image, and could be ``/etc/shadow``. So no file is opened for the sake of
+such a name alone: the caller's `FilePolicy` decides on each `NamedFile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jqcow.errors import FileAccessDenied, UnsupportedFeatureError
+from jqcow.ondisk.naming import DISK_FORMATS, DiskFormat, NamedFile
+
+FilePolicy = bool | Callable[[NamedFile], bool]
+"""Which files named inside images may be opened: all, none, or those for which a function returns True."""
+
+
+@dataclass(frozen=True)
+class Following:
+    """How the names inside images are followed.
+
+    Attributes:
+        allow: which files may be opened.
+        probe: tell a format that is not stored by the file's magic; otherwise such a file is refused. Whoever
+            writes to the guest's disk of a raw file then chooses its format.
+        share_writers: read beside programs that write to these files, unless a journal is live; what is read
+            may then be old, mixed or wrong.
+    """
+
+    allow: FilePolicy = False
+    probe: bool = False
+    share_writers: bool = False
+
+
+NOT_FOLLOWING = Following()
+"""No name is followed: an image that needs another file is refused."""
+
+
+def require_allowed(named: NamedFile, allow: FilePolicy) -> None:
+    """Raise FileAccessDenied unless the caller's policy allows the file."""
+    allowed = allow(named) if callable(allow) else allow
+    if not allowed:
+        raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
+
+
+def allowing_what_it_names(image: str, allow: FilePolicy) -> FilePolicy:
+    """Return a policy that also allows what the image at path ``image`` names: the caller named it."""
+
+    def allow_first(named: NamedFile) -> bool:
+        return named.image == image or (allow(named) if callable(allow) else allow)
+
+    return allow_first
+
+
+def stored_format(named: NamedFile, *, probe: bool) -> DiskFormat | None:
+    """Return the format that the image stores of a file; None where it stores none, and the magic may tell.
+
+    Raises:
+        UnsupportedFeatureError: a format that jqcow does not read; without ``probe``, none at all.
+    """
+    if named.format is None:
+        if probe:
+            return None
+        raise UnsupportedFeatureError(
+            "a backing file without a format",
+            f"{named.image} does not say of which format {named.path} is; a guess could take a guest's bytes "
+            "for an image",
+        )
+    for known in DISK_FORMATS:
+        if named.format == known:
+            return known
+    raise UnsupportedFeatureError(
+        f"the format {named.format!r}", f"of {named.path}, the {named.purpose} file of {named.image}"
+    )

@@ -1,0 +1,138 @@
+"""What a header can announce, and what jqcow does about it: one table, which all openings and checks use.
+
+What is refused is refused by name, never misread. `docs/format` tells the same of reading and writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from jqcow.errors import UnsupportedFeatureError
+from jqcow.ondisk import header as headers
+from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.root import FEATURE_NAME_STRUCT
+
+Use = Literal["read", "write", "check", "repair"]
+"""What is to be done with an image. ``repair`` writes; what is wrong is put right before anything else."""
+
+_INCOMPATIBLE_TYPE = 0
+_COMPRESSION_TYPE_MAX = 1
+
+Words = tuple[str, str]
+"""What an error says: the feature, and details or nothing."""
+
+Find = Callable[[HeaderArea], Words | None]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a header can announce, after replay where a journal is live.
+
+    Attributes:
+        name: what `docs/format` calls it.
+        find: returns the words for an error if a header announces it, None if not.
+        read: True where an image with it can be read; and so on.
+        write: see ``read``.
+        check: see ``read``.
+        repair: see ``read``.
+    """
+
+    name: str
+    find: Find
+    read: bool
+    write: bool
+    check: bool
+    repair: bool
+
+    def allows(self, use: Use) -> bool:
+        """Return True if an image with this feature can be used so."""
+        allowed: bool = getattr(self, use)
+        return allowed
+
+
+def refuse(area: HeaderArea, use: Use) -> None:
+    """Raise UnsupportedFeatureError, by name, if an image with this header cannot be used so.
+
+    Reading is refused where it could show the guest wrong bytes, writing where it could damage the image or
+    make it lie, and a check where it would miss references.
+    """
+    for feature in FEATURES:
+        words = None if feature.allows(use) else feature.find(area)
+        if words is not None:
+            raise UnsupportedFeatureError(*words)
+
+
+def _if_set(bit: int, name: str, detail: str = "") -> Find:
+    return lambda area: (name, detail) if area.header.incompatible_features & bit else None
+
+
+def _find_unknown_bits(area: HeaderArea) -> Words | None:
+    """Find unknown bits, in the words of the image's own feature name table where it has them."""
+    known = headers.INCOMPATIBLE_KNOWN | headers.INCOMPATIBLE_JOURNAL
+    bits = area.header.incompatible_features & ~known
+    names = dict(_own_names(area))
+    found = [bit for bit in range(64) if bits >> bit & 1]
+    listed = ", ".join(f"bit {bit} ({names[bit]})" if bit in names else f"bit {bit}" for bit in found)
+    return (f"incompatible feature {listed}", "") if found else None
+
+
+def _own_names(area: HeaderArea) -> Iterator[tuple[int, str]]:
+    """Yield (bit, name) of the incompatible features that the image names."""
+    table = area.find(headers.EXTENSION_FEATURE_NAMES)
+    data = table.data if table else b""
+    whole = len(data) - len(data) % FEATURE_NAME_STRUCT.size
+    for kind, bit, name in FEATURE_NAME_STRUCT.iter_unpack(data[:whole]):
+        if kind == _INCOMPATIBLE_TYPE:
+            yield bit, name.rstrip(b"\0").decode("utf-8", "replace")
+
+
+def _find_encryption(area: HeaderArea) -> Words | None:
+    method = area.header.crypt_method
+    return ("encryption", f"crypt_method {method}") if method else None
+
+
+def _find_compression_type(area: HeaderArea) -> Words | None:
+    """Find a compression type that is unknown, or that the feature bit contradicts."""
+    kind = area.header.compression_type
+    is_announced = bool(area.header.incompatible_features & headers.INCOMPATIBLE_COMPRESSION)
+    is_known = kind <= _COMPRESSION_TYPE_MAX and is_announced == bool(kind)
+    return None if is_known else (f"compression type {kind}", "")
+
+
+def _find_version_2(area: HeaderArea) -> Words | None:
+    detail = "it has no feature bits; amend it to version 3"
+    return ("writing to a version 2 image", detail) if area.header.version < 3 else None
+
+
+def _find_bitmaps(area: HeaderArea) -> Words | None:
+    found = area.find(headers.EXTENSION_BITMAPS) is not None
+    return ("writing to an image with persistent bitmaps", "") if found else None
+
+
+def _find_valid_bitmaps(area: HeaderArea) -> Words | None:
+    found = area.header.autoclear_features & headers.AUTOCLEAR_BITMAPS
+    return ("persistent bitmaps", "the checker does not know them") if found else None
+
+
+_JOURNAL = _if_set(headers.INCOMPATIBLE_JOURNAL, "a live journal (it must be replayed first)")
+_DATA_FILE = _if_set(headers.INCOMPATIBLE_EXTERNAL_DATA, "an external data file")
+_EXTENDED_L2 = _if_set(headers.INCOMPATIBLE_EXTENDED_L2, "extended L2 entries (subclusters)")
+_CORRUPT = _if_set(headers.INCOMPATIBLE_CORRUPT, "writing to an image marked corrupt", "repair it first")
+_NO, _YES = False, True
+
+FEATURES = (
+    #       name                         find                    read  write check repair
+    Feature("live journal",              _JOURNAL,               _NO,  _NO,  _NO,  _NO),
+    Feature("external data file",        _DATA_FILE,             _NO,  _NO,  _NO,  _NO),
+    Feature("extended L2 entries",       _EXTENDED_L2,           _NO,  _NO,  _NO,  _NO),
+    Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
+    Feature("encryption",                _find_encryption,       _NO,  _NO,  _NO,  _NO),
+    Feature("unknown compression type",  _find_compression_type, _NO,  _NO,  _YES, _NO),
+    Feature("version 2",                 _find_version_2,        _YES, _NO,  _YES, _NO),
+    Feature("corrupt bit",               _CORRUPT,               _YES, _NO,  _YES, _YES),
+    Feature("bitmaps",                   _find_bitmaps,          _YES, _NO,  _YES, _NO),
+    Feature("bitmaps marked valid",      _find_valid_bitmaps,    _YES, _YES, _NO,  _YES),
+)  # fmt: skip
+"""Whatever is not listed is no hindrance: the dirty bit, known compression types, compatible bits."""
