@@ -81,7 +81,7 @@ def create(
     target = os.fspath(path)
     device = FileDevice.create_temporary(path)
     try:
-        _write_blank(device, blank)
+        write_blank(device, blank)
         named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
         # Before the name: an image whose backing file cannot be read is of no use.
         following = Following(allowing_what_it_names(target, allow_files))
@@ -345,13 +345,14 @@ def create_on_device(
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
     _check_journal_size(journal_size)
     layout.check_disk_size(size)
-    _write_blank(device, blank_image(size, cluster_bits_of(cluster_size)))
+    write_blank(device, blank_image(size, cluster_bits_of(cluster_size)))
     # Durable now: the empty image. Nobody has seen it yet.
     device.barrier("create.blank")
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
 
 
-def _write_blank(device: Device, blank: BlankImage) -> None:
+def write_blank(device: Device, blank: BlankImage) -> None:
+    """Write a new image to an empty device; durable after the caller's barrier."""
     device.truncate(blank.length)
     for offset, data in blank.parts:
         device.pwrite(data, offset)

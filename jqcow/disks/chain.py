@@ -200,9 +200,7 @@ class Chain(Disk):
         for extent in self._extents(len(buffer), offset):
             target = buffer[extent.offset - offset : extent.end - offset]
             if extent.holds_data:
-                layer = self.layers[extent.depth]
-                with _naming_the_file(layer):
-                    layer.read_into(target, extent.offset)
+                _read_own(self.layers[extent.depth], target, extent.offset)
             else:
                 target[:] = bytes(len(target))
 
@@ -214,14 +212,16 @@ class Chain(Disk):
 
 
 def _own_extents(layer: FileDisk, length: int, offset: int) -> Iterator[Extent]:
-    with _naming_the_file(layer):
-        yield from layer.extents(length, offset) if length else ()
-
-
-@contextmanager
-def _naming_the_file(layer: FileDisk) -> Iterator[None]:
     try:
-        yield
+        yield from layer.extents(length, offset) if length else ()
+    except JqcowError as error:
+        error.add_note(f"in {layer.path}")
+        raise
+
+
+def _read_own(layer: FileDisk, buffer: memoryview, offset: int) -> None:
+    try:
+        layer.read_into(buffer, offset)
     except JqcowError as error:
         error.add_note(f"in {layer.path}")
         raise

@@ -11,6 +11,7 @@ from jqcow.ondisk.blank import blank_image, cluster_bits_of, refcount_order_of
 from jqcow.ondisk.compression import CompressionType, compression_type_of
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, decode_name, resolve
+from jqcow.opening import write_blank
 
 
 def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: DiskFormat) -> int:
@@ -85,9 +86,7 @@ def create_overlay(
         raise ValueError(f"{overlay} would be its own backing file")
     device = FileDevice.create_temporary(path)
     try:
-        device.truncate(blank.length)
-        for offset, data in blank.parts:
-            device.pwrite(data, offset)
+        write_blank(device, blank)
         device.publish(overwrite)
     finally:
         device.close()
