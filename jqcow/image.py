@@ -258,7 +258,9 @@ class Image:
             OSError: the host failed.
         """
         self._own()
-        self._enter(False)
+        if self._closed:
+            raise ImageClosedError
+        # Before the buffer is made; the request checks it again, with the lock held.
         self._guest.requests.check_range(offset, length)
         buffer = bytearray(length)
         self._read_into(memoryview(buffer), offset)
@@ -525,7 +527,9 @@ class Image:
 
     def _is_tidy(self) -> bool:
         """Return True if closing has something to write, and may."""
-        return self._mode == "r+" and not (self._closed or self._medium.poisoned or self._medium.in_doubt)
+        with self._lock:
+            is_usable = not (self._closed or self._medium.poisoned or self._medium.in_doubt)
+        return self._mode == "r+" and is_usable
 
     def _end(self) -> None:
         """Refuse all calls from here on, wait for those in flight, and close the files."""
@@ -549,7 +553,8 @@ class Image:
     ) -> None:
         if self._transaction_thread == threading.get_ident():
             # The end of a ``with image.transaction()`` was cut off on the way to here, by an exception.
-            self._medium.in_doubt = True
+            with self._lock:
+                self._medium.in_doubt = True
             self._end()
         else:
             self.close()
@@ -591,6 +596,5 @@ class Image:
                 raise PoisonedError("the image is read-only since a barrier failed: reopen it to recover")
 
     def _require_writable(self) -> None:
-        """As `_enter` for a change, without the lock held."""
-        with self._lock:
-            self._enter(True)
+        """As `_enter` for a change."""
+        self._enter(True)

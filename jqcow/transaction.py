@@ -287,7 +287,7 @@ class Transaction:
             raise
 
     def _give_up(self) -> None:
-        """Undo everything, once, unless it is committed, or the image is in doubt."""
-        if not (self._is_given_up or self.receipt is not None or self._changes.medium.in_doubt):
+        """Undo everything, once, unless it is committed."""
+        if not self._is_given_up and self.receipt is None:
             self._is_given_up = True
             self._changes.give_up()

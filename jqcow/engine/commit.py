@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from jqcow.engine import scan
@@ -88,9 +89,10 @@ class Commits:
         Raises:
             PoisonedError: an earlier commit or change of the root was cut off half-way.
         """
-        if self.turn.in_doubt:
-            self.medium.in_doubt = True
-        self.log.root.require_decided()
+        with self.medium.lock:
+            if self.turn.in_doubt or not self.log.root.is_decided:
+                self.medium.in_doubt = True
+            self.medium.require_known()
 
     # Flush
 
@@ -98,7 +100,7 @@ class Commits:
         """Make every completed change durable: data in place, new data, and the metadata that maps it.
 
         Called with the lock free. Other threads may go on meanwhile; their flushes share the next commit.
-        ``check`` is called just before a commit, as much may have happened while another was waited for.
+        ``check`` is called just before a commit, with the lock held: much may have happened before.
 
         Raises:
             OSError: nothing is acknowledged. After a failed write the next flush tries anew; after a
@@ -114,7 +116,8 @@ class Commits:
             is_covered = self.turn.is_covered(ticket)
             self.turn.under_way = under_way
             if not is_covered:
-                check()
+                with self.medium.lock:
+                    check()
                 self.run(self.public)
 
     def _others_cover(self, ticket: int) -> bool:
@@ -174,7 +177,11 @@ class Commits:
             raise
         self._publish(tables, cut)
         self.turn.in_doubt = False
-        self.log.recycle()
+        # The commit is durable, whatever the host says of the space that it frees: an error here would read
+        # as if it had failed. It is raised when the clusters are punched anew, for their next use.
+        if self.log.journal is not None:
+            with suppress(OSError):
+                self.log.recycle()
 
     def _cut(self, tables: Tables) -> _Cut:
         """Freeze what is staged: what is staged from here on travels in a later record."""
@@ -214,16 +221,21 @@ class Commits:
     def _take_back(self, tables: Tables, cut: _Cut | None) -> None:
         """The commit failed: the frame must not come back to life, and the changes are staged again."""
         self.turn.is_clean = False
-        if cut is None or cut.changes is None:
+        changes = None if cut is None else cut.changes
+        if changes is None:
             return
         try:
             if self.log.journal is not None:
                 self.log.journal.revoke()
         finally:
             if tables is self.public:
-                with self.medium.lock, self.medium.section():
-                    cut.changes.absorb(tables.staged.changes)
-                    tables.staged.changes, tables.staged.in_flight = cut.changes, None
+                self.medium.undo(lambda: self._restage(changes))
+
+    def _restage(self, failed: ChangeSet) -> None:
+        """Lay what was staged since the cut over what was cut: both travel in the next record."""
+        staged = self.public.staged
+        failed.absorb(staged.changes)
+        staged.changes, staged.in_flight = failed, None
 
     def checkpoint(self) -> None:
         """Commit, and write everything that durable records hold to its home; the journal is empty then.

@@ -12,7 +12,6 @@ T8. A record is never longer than a half; a longer one moves the journal to a la
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 from jqcow.engine.blocks import Blocks
 from jqcow.engine.changes import ChangeSet, Run
@@ -126,25 +125,32 @@ class Log:
     def recycle(self, *, wanted: bool = True) -> None:
         """Punch what durable records freed and, when short of zero-safe clusters and ``wanted``, some others.
 
-        All of them are zero-safe after the next barrier. What is durable is durable, whatever the host says
-        now: a cluster that cannot be punched keeps its old bytes, and is written whole when it is used.
+        All of them are zero-safe after the next barrier.
+
+        Raises:
+            OSError: the host failed; what it did not punch is free, and punched anew before it is used.
         """
         with self.medium.lock, self.medium.section():
             wanted = wanted and not self.in_transaction
             if wanted:
                 self.public.refcounts.search_if_short()
             runs = self.space.start_recycling(wanted=wanted)
+        failure: OSError | None = None
         for run in runs:
-            punched = self._punch(run)
+            punched = False
+            try:
+                punched = failure is None and self._punch(run)
+            except OSError as error:
+                failure = error
             with self.medium.lock, self.medium.section():
                 self.space.end_recycling(run, punched=punched)
+        if failure is not None:
+            raise failure
 
     def _punch(self, run: Run) -> bool:
-        with suppress(OSError):
-            offset, length = self.geometry.offset_of(run.start), run.count * self.geometry.cluster_bytes
-            self.space.host_punches = self.medium.punch(offset, length)
-            return self.space.host_punches
-        return False
+        offset, length = self.geometry.offset_of(run.start), run.count * self.geometry.cluster_bytes
+        self.space.host_punches = self.medium.punch(offset, length)
+        return self.space.host_punches
 
     # A new range
 
@@ -190,8 +196,7 @@ class Log:
 
     def retire(self, extent: JournalRange) -> None:
         """Give a range up that no root names, or will name once a barrier has completed."""
-        with self.medium.lock, self.medium.section():
-            self.space.unreserve(HostOffset(extent.offset), extent.length)
+        self.medium.undo(lambda: self.space.unreserve(HostOffset(extent.offset), extent.length))
 
     # Move: one procedure for growing, moving and recovering
 

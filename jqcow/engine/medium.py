@@ -81,6 +81,13 @@ class Medium:
         """Return a critical section: the caller holds the lock, and raises before it changes anything."""
         return Section(self)
 
+    def undo(self, action: Callable[[], None]) -> None:
+        """Clean up after a failure, in a section of its own. In doubt there is nothing to clean up for."""
+        with self.lock:
+            if not self.in_doubt:
+                with self.section():
+                    action()
+
     def size(self) -> int:
         """Return the length of the device."""
         return self.device.size()

@@ -74,7 +74,8 @@ class PackedWrites:
                 with self.requests.lock:
                     if self.tables.changes.packed_end != plan.packed_end:
                         # R4: what was packed before was undone or freed meanwhile.
-                        self.writes.give_back(taken)
+                        with self.requests.medium.section():
+                            self.tables.space.give_back(taken)
                         return False
                     with self.tables.operation():
                         self._stage(plan, len(stream), offset)

@@ -15,7 +15,7 @@ Sector 0 is one write of 512 bytes, which is never torn. It is in one of these s
                                                                     SETTLED
     UNDECIDED          the change failed: the old root goes on      WRITTEN      put_back
     UNDECIDED          the old root cannot be written               poisoned     put_back
-    UNDECIDED          the change was cut off                       in doubt     require_decided
+    UNDECIDED          the change was cut off                       in doubt     Commits.begin_turn
 
 T5. Sector 0 and the root copy are never in flight together.
 T6. A sector-0 write that failed is followed by the root of the state that goes on; before the root copy
@@ -54,18 +54,17 @@ class Root:
 
     def __init__(self, medium: Medium, geometry: Geometry) -> None:
         self.medium = medium
-        self.has_copy = geometry.cluster_bytes > roots.ROOT_COPY_OFFSET
+        self.has_copy = roots.has_room_for_copy(geometry.cluster_bits)
         self.copy_is_stale = False
         self.state = RootState.FOUND
         self._written_before = 0
         self._is_durable = False
         medium.listeners.append(self._barrier_completed)
 
-    def require_decided(self) -> None:
-        """Leave the image in doubt if a change of the root was cut off; called by whoever takes the turn."""
-        if self.state is RootState.UNDECIDED:
-            self.medium.in_doubt = True
-        self.medium.require_known()
+    @property
+    def is_decided(self) -> bool:
+        """False if a change of the root is under way, or was cut off."""
+        return self.state is not RootState.UNDECIDED
 
     # Sector 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jqcow.engine.changes import ChangeSet, Mark, Run
+from jqcow.engine.changes import ChangeSet, Mark
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.tables import Tables
 
@@ -45,15 +45,14 @@ class PrivateChanges:
 
     def give_up(self) -> None:
         """Forget all changes. Should their record come back to life it needs its clusters (space.py, S5)."""
-        with self.medium.lock, self.medium.section():
-            changes, space = self.tables.changes, self.tables.space
-            space.keep((*changes.freed_data, *changes.freed_metadata))
-            self._retire(changes.taken)
-            self.tables.staged.changes = ChangeSet(self.tables.geometry, private=True)
-            self.log.in_transaction = False
+        self.medium.undo(self._forget)
 
-    def _retire(self, taken: list[Run]) -> None:
-        self.tables.space.retire(taken)
+    def _forget(self) -> None:
+        changes, space = self.tables.changes, self.tables.space
+        space.keep((*changes.freed_data, *changes.freed_metadata))
+        space.retire(changes.taken)
+        self.tables.staged.changes = ChangeSet(self.tables.geometry, private=True)
+        self.log.in_transaction = False
 
     # Going back
 
@@ -74,10 +73,11 @@ class PrivateChanges:
         try:
             yield
         except BaseException:
-            self.return_to(mark)
+            self.medium.undo(lambda: self._undo(mark))
             raise
-        finally:
-            with self.medium.lock:
-                if not self.medium.in_doubt:
-                    with self.medium.section():
-                        self.tables.changes.release(mark)
+        with self.medium.lock, self.medium.section():
+            self.tables.changes.release(mark)
+
+    def _undo(self, mark: Mark) -> None:
+        self.tables.undo(mark)
+        self.tables.changes.release(mark)

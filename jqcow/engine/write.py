@@ -291,10 +291,8 @@ class Writes:
 
     def give_back(self, taken: list[Run]) -> None:
         """A request failed: what it took and did not count is free again."""
-        with self.requests.lock:
-            if taken and not self.medium.in_doubt:
-                with self.medium.section():
-                    self.tables.space.give_back(taken)
+        if taken:
+            self.medium.undo(lambda: self.tables.space.give_back(taken))
 
     def copy_up(self, offset: int, length: int) -> None:
         """Give the clusters of a range that read from below the same data of their own."""

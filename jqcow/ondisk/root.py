@@ -193,4 +193,10 @@ def unpack_root_copy(data: bytes) -> bytes | None:
     root, magic, crc = ROOT_COPY_STRUCT.unpack_from(data)
     if magic != ROOT_COPY_MAGIC or crc != _native.crc32c(root + magic) or not is_live(root):
         return None
-    return bytes(root)
+    # In smaller clusters this place may be a guest's, who could write a root there.
+    return bytes(root) if has_room_for_copy(Header.unpack(root).cluster_bits) else None
+
+
+def has_room_for_copy(cluster_bits: int) -> bool:
+    """Return True where the root copy lies in the header cluster: in clusters of more than 4096 bytes."""
+    return 1 << min(cluster_bits, layout.MAX_CLUSTER_BITS) > ROOT_COPY_OFFSET

@@ -47,8 +47,13 @@ class Shown:
 
 
 def is_poisoned(image: jqcow.Image) -> bool:
-    """Return True if an open image turned read-only."""
+    """Return True if an open image turned read-only, or refuses everything."""
     return image._medium.poisoned or image._medium.in_doubt
+
+
+def is_in_doubt(image: jqcow.Image) -> bool:
+    """Return True if an open image refuses everything: a call was cut off half-way."""
+    return image._medium.in_doubt
 
 
 def require_free_locks(image: jqcow.Image, is_taken: Callable[..., bool]) -> None:

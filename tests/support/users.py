@@ -440,12 +440,16 @@ class Session(User):
         return self.image is not None and inside.is_poisoned(self.image)
 
     def recover_from_poison(self) -> None:
-        """After a failed barrier: no change is accepted, reading works, and the next opening recovers."""
+        """After a failed barrier: no change is accepted, reading works, and the next opening recovers.
+
+        An image in doubt accepts nothing at all.
+        """
         if self.image is not None and self._accepts_changes():
             # It claims that nothing was lost: its flush is a promise, and a crash will tell.
             return
         if self.image is not None:
-            self.look()
+            if not inside.is_in_doubt(self.image):
+                self.look()
             self.image.close()
         self.image, self._was_killed = None, False
         self.expectation.forget_order()

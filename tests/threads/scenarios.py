@@ -6,11 +6,13 @@ image must be fit for use: each promise is looked at by `Trial.judge`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from functools import cache
 
 import jqcow
+from jqcow.errors import PoisonedError
 from jqcow.offline.check import check_structure
 from jqcow.testing import SectorModel, SimulatedDevice, enumerate_states
 from tests.support import inside
@@ -58,8 +60,8 @@ class Trial:
         self.model = SectorModel(DISK, self.image.pread(DISK, 0))
         self.outcomes: list[bytes] = []
         """For an atomic change: the contents that the whole disk may have afterwards."""
-        self.may_be_poisoned = False
-        """A failed barrier makes an image read-only; an interrupt alone must not."""
+        self.may_be_poisoned = True
+        """False where the interrupt comes while the device is waited for: that leaves nothing in doubt."""
         if live:
             self.write(3, CLUSTER, 30 * CLUSTER)
             self.flush()
@@ -98,19 +100,35 @@ class Trial:
     # What must hold
 
     def judge(self) -> None:
-        """Look at everything that an exception, or a failing device, must not have broken."""
+        """The image works on, or refuses everything; opened again it keeps every promise. No lock is taken."""
         inside.require_free_locks(self.image, is_taken)
+        if not self.image.closed and not inside.is_poisoned(self.image):
+            try:
+                self.judge_open_image()
+                with self.model.flush():
+                    self.image.close()
+            except PoisonedError:
+                # What was cut off is found by the first call that meets it.
+                assert inside.is_in_doubt(self.image), "an image refused to work, and is not in doubt"
         if not self.image.closed:
-            self.image.info()
-        poisoned = inside.is_poisoned(self.image)
-        assert self.may_be_poisoned or not poisoned
-        if poisoned and not self.image.closed:
-            self.image.close()
-        elif not self.image.closed:
-            self.judge_open_image()
-            with self.model.flush():
-                self.image.close()
+            self.judge_refusal()
         self.judge_closed_image()
+
+    def judge_refusal(self) -> None:
+        """An image in doubt refuses every call; one that is read-only since a barrier failed can be read."""
+        assert self.may_be_poisoned, "the image must work on"
+        calls: list[Callable[[], object]] = [
+            lambda: self.image.pwrite(b"refused", 0),
+            lambda: self.image.discard(CLUSTER, 0),
+            self.image.flush,
+        ]
+        if inside.is_in_doubt(self.image):
+            calls += [lambda: self.image.pread(1, 0), self.image.info, self.image.check]
+        for call in calls:
+            with contextlib.suppress(PoisonedError):
+                call()
+                raise AssertionError("an image that refuses to work was used")
+        self.image.close()
 
     def judge_open_image(self) -> None:
         report = self.image.check()
@@ -151,7 +169,8 @@ class Trial:
         thread.start()
         thread.join(20)
         assert not thread.is_alive(), "another thread is blocked"
-        assert not errors, repr(errors[0])
+        if errors:
+            raise errors[0]
 
     def judge_crash_states(self) -> None:
         """What is acknowledged survives a power cut now, and one a little later."""

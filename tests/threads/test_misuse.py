@@ -192,7 +192,7 @@ def test_who_waits_for_a_transaction_finds_the_image_closed(image: Image) -> Non
         waiting.thread.start()
         assert waiting.is_waiting()
         # As `Image.__exit__` does when the end of a transaction was cut off.
-        image._close(image._lock)
+        image._end()
     waiting.thread.join(20)
     assert len(errors) == 1
 
@@ -306,6 +306,8 @@ def test_leaving_the_image_undoes_a_transaction_whose_end_was_cut_off(path: Path
     del scope
     with jqcow.open(path) as found:
         assert found.pread(CLUSTER, CLUSTER) == b"\7" * CLUSTER
+    with jqcow.open(path, "r+") as recovered:
+        assert recovered.recovered is not None
     subprocess.run(["qemu-img", "check", "-q", path], check=True)
 
 
