@@ -125,7 +125,7 @@ class FileView:
     def read(self, length: int, offset: int) -> bytes:
         """Return ``length`` bytes from host ``offset``; what lies past the end reads as zeros."""
         data = self._reader.pread(length, offset)
-        if self.journal is None and not self._blocks:
+        if not self._blocks and offset >= len(self.area.data):
             return data
         buffer = bytearray(data)
         if offset < len(self.area.data):

@@ -70,7 +70,6 @@ class PackedWrites:
                 # To the end of the sector: a reader takes whole ones.
                 padded = stream.ljust(layout.round_up(len(stream), SECTOR_BYTES), b"\0")
                 self.requests.medium.pwrite(padded, plan.host)
-                self.requests.commits.turn.is_clean = False
                 with self.requests.lock:
                     if self.tables.changes.packed_end != plan.packed_end:
                         # R4: what was packed before was undone or freed meanwhile.
@@ -79,6 +78,7 @@ class PackedWrites:
                         return False
                     with self.tables.operation():
                         self._stage(plan, len(stream), offset)
+                    self.requests.commits.turn.is_clean = False
             except BaseException:
                 self.writes.give_back(taken)
                 raise

@@ -110,11 +110,14 @@ class Writes:
                 return
             try:
                 self._run_write(plan, data_for(plan), offset)
-                # C2: a flush from here on must not take an older commit for its own.
-                requests.commits.turn.is_clean = False
                 if plan.fresh:
-                    with requests.lock, self.tables.operation():
-                        self._stage_write(plan)
+                    with requests.lock:
+                        with self.tables.operation():
+                            self._stage_write(plan)
+                        requests.commits.turn.is_clean = False
+                else:
+                    # C2: a flush from here on must not take an older commit for its own.
+                    requests.commits.turn.is_clean = False
             except BaseException:
                 self.give_back(plan.taken)
                 raise

@@ -100,7 +100,7 @@ class Trial:
     # What must hold
 
     def judge(self) -> None:
-        """The image works on, or refuses everything; opened again it keeps every promise. No lock is taken."""
+        """The image works on, or refuses everything; reopened it keeps every promise. No lock is taken."""
         inside.require_free_locks(self.image, is_taken)
         if not self.image.closed and not inside.is_poisoned(self.image):
             try:

@@ -1,4 +1,4 @@
-"""An exception thrown at any point leaves an image that works on, or refuses everything until it is reopened."""
+"""An exception thrown at any point leaves an image that works on, or one that refuses everything."""
 
 from __future__ import annotations
 
