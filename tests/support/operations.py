@@ -223,7 +223,7 @@ def _both(act: Act) -> Operation:
 
 
 def _grow(player: Player, tables: int) -> None:
-    player.user.resize(player.user.size_bytes + tables * player.windows.stride_bytes)
+    player.user.resize(player.user.state.size_bytes + tables * player.windows.stride_bytes)
 
 
 OUTGROWING = {512: 70, 1024: 34}

@@ -41,7 +41,7 @@ def put_over(user: Player, below: Below) -> None:
 def disk_of(user: Player) -> Below:
     """Return the disk as it is now, to put something over it."""
     session = user.session
-    return Below(user.windows, session.expectation.sectors.current_content(), session.size_bytes)
+    return Below(user.windows, session.expectation.sectors.current_content(), session.live.size)
 
 
 def emptied(user: Player) -> None:
@@ -75,11 +75,11 @@ def committed_into(user: Player) -> None:
             # A commit opens the overlay alone: what it copies is its own.
             inside.show_through(overlay.session.live, None)
             copy_into(overlay.session.live, draft.transaction)
-            draft.size_bytes = max(draft.size_bytes, size_bytes)
-            draft.sectors = SectorModel(windows.model_bytes, before.seen)
+            draft.state.size_bytes = max(draft.state.size_bytes, size_bytes)
+            draft.state.sectors = SectorModel(windows.model_bytes, before.seen)
             for start in range(0, windows.model_bytes, windows.window_bytes):
                 length = windows.clip(start, windows.window_bytes, size_bytes)
-                draft.sectors.write(start, shown[start : start + length]).complete()
+                draft.state.sectors.write(start, shown[start : start + length]).complete()
             draft.look()
         inside.show_through(overlay.session.live, disk_of(user))
         overlay.play("look close")
@@ -93,7 +93,7 @@ def copied_up(user: Player) -> None:
     inside.copy_on_read(session.live)
     for number in range(8):
         position = user.values.read("4w%s")
-        length = windows.clip(position, user.random.choice((1, 3)) * user.cluster_bytes, session.size_bytes)
+        length = windows.clip(position, user.random.choice((1, 3)) * user.cluster_bytes, session.live.size)
         if length:
             session.expectation.closed = None
             session.live.pread(length, windows.guest(position))
