@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from random import Random
-from typing import Literal
 
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
@@ -47,18 +46,17 @@ def open_simulated(
     device: SimulatedDevice,
     mode: jqcow.image.Mode = "r+",
     snapshot: str | None = None,
-    repair: Literal["leaks", "all"] | None = None,
+    *,
+    journal_bytes: int = JOURNAL_BYTES,
 ) -> jqcow.Image:
     """Open the image on a device, closed before or not, with salts that a replay meets again."""
     device.reopen()
-    salts = salts_of(device)
     return jqcow.open_device(
         device,
         mode,
-        journal_size=JOURNAL_BYTES,
-        new_salt=salts,
+        journal_size=journal_bytes,
+        new_salt=salts_of(device),
         snapshot=snapshot,
-        repair=repair,
         backing=find_below,
     )
 

@@ -1,6 +1,6 @@
 """Long runs on real files: does anything grow with the amount written, or with the number of checkpoints?
 
-    python -m tests.support.long_runs [--scale N] [DIRECTORY]
+    python -m tests.bench.long_runs [--scale N] [DIRECTORY]
 
 runs each story N times as long as CI does, and prints its figures. The images are made in DIRECTORY, a
 temporary one if not given. The figures stand in docs/design.md.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jqcow
 from jqcow.image import JournalInfo
+from tests.support import inside
 
 CLUSTER_BYTES = 4096
 SMALLEST_JOURNAL = 64 << 10
@@ -111,7 +112,7 @@ def spread_unflushed(path: Path, tables: int) -> MemoryFigures:
 def _measure(image: jqcow.Image, changes: int, change: Callable[[], object]) -> MemoryFigures:
     image.pwrite(SECTOR, 0)
     image.flush()
-    limit = image._store._staged_limit(image._store._require_journal())
+    _, limit = inside.staged(image)
     first, staged_max = live_journal(image).sequence, 0
     peaks, lengths = [], []
     with traced():
@@ -119,7 +120,7 @@ def _measure(image: jqcow.Image, changes: int, change: Callable[[], object]) -> 
             tracemalloc.reset_peak()
             for _ in range(changes // WINDOWS):
                 change()
-                staged_max = max(staged_max, image._store.metadata.staged_blocks)
+                staged_max = max(staged_max, inside.staged(image)[0])
             peaks.append(tracemalloc.get_traced_memory()[1])
             lengths.append(image.info().file_size)
     assert image.check().ok
