@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jqcow.testing import CrashFailure
-from tests.support.exhaustive import Plan, Run, Search, Sequence, run_search, search_group
-from tests.support.exhaustive_operations import LAYOUT, OPERATIONS
+from tests.crash.exhaustive import Plan, Run, Search, Sequence, run_search, search_group
+from tests.crash.exhaustive_operations import LAYOUT, OPERATIONS
 
 STATES = 12
 QEMU_EVERY = 400

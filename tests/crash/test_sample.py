@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jqcow.testing import LabOptions, Laboratory, Ledger
-from tests.support.campaign import quiet_barriers
+from tests.crash.campaign import quiet_barriers
 from tests.support.judge import Judge, recover_and_close
 from tests.support.trials import garble_sector_0
 from tests.support.workloads import (

@@ -205,7 +205,7 @@ class ImageMachine(RuleBasedStateMachine):
                 assert extent.host_offset is not None
                 assert self.device.pread(extent.length, extent.host_offset) == content
             elif extent.kind in ("zero", "unallocated"):
-                assert extent.host_offset is None
+                assert extent.depth or extent.host_offset is None
                 assert not any(content), f"{extent} does not read as zeros"
         assert position == self.image.size
         if self.image.reads_as_zeros(position, 0):

@@ -23,6 +23,7 @@ from typing import Any
 import jqcow
 from jqcow.transaction import Transaction
 from tests.outside.history import data_of
+from tests.support.operations import Discard, Request, Write, WriteZeroes
 
 SECTOR_BYTES = 512
 JOURNAL_BYTES = 64 << 10
@@ -101,11 +102,12 @@ class Writer:
         offset, length = self.range_for(kind)
         with self.said(kind, at=offset, length=length) as number:
             if kind == "write":
-                target.pwrite(data_of(self.seed, number, length), offset)
+                request: Request = Write(offset, data_of(self.seed, number, length))
             elif kind == "zero":
-                target.write_zeroes(length, offset, self.random.random() < 0.5)
+                request = WriteZeroes(offset, length, self.random.random() < 0.5)
             else:
-                target.discard(length, offset)
+                request = Discard(offset, length)
+            request.on(target)
 
     def range_for(self, kind: str) -> tuple[int, int]:
         """Return offset and length of a range: sectors, or whole clusters where the operation needs them."""

@@ -125,18 +125,46 @@ def compare_snapshots(holder: jqcow.Image | Transaction, windows: Windows, snaps
     return wrong
 
 
-@dataclass
-class Rival:
-    """What else a crash may leave, whole, while a commit is in doubt: the disk with the transaction."""
+@dataclass(eq=False)
+class State:
+    """A disk with its snapshots, as it must be, and what changes all of it at once."""
 
     windows: Windows
     sectors: SectorModel
     size_bytes: int
     snapshots: AllTaken = ()
 
-    def copy(self) -> Rival:
+    def copy(self) -> State:
         """Return an independent copy."""
         return replace(self, sectors=self.sectors.copy())
+
+    def settled(self) -> State:
+        """Return a copy in which all is durable."""
+        return replace(self, sectors=settled(self.sectors))
+
+    def resize(self, size_bytes: int) -> None:
+        """The disk has another size."""
+        self.windows.cut_off(self.sectors, size_bytes)
+        self.size_bytes = size_bytes
+
+    def keep(self, name: str) -> None:
+        """There is a snapshot of the disk."""
+        self.snapshots += (Taken(name, settled(self.sectors), self.size_bytes),)
+
+    def go_back(self, taken: Taken) -> None:
+        """The disk is what a snapshot holds."""
+        self.sectors, self.size_bytes = taken.sectors.copy(), taken.size_bytes
+
+    def give_up(self, taken: Taken) -> None:
+        """A snapshot is no longer there."""
+        self.snapshots = tuple(kept for kept in self.snapshots if kept is not taken)
+
+    def expect_now(self, holder: jqcow.Image | Transaction) -> list[str]:
+        """Return what a running image or transaction shows otherwise: size, disk, and snapshots."""
+        if holder.size != self.size_bytes:
+            return [f"the disk has {holder.size} bytes, not {self.size_bytes}"]
+        wrong = list(map(str, self.sectors.expect_now(self.windows.reader(holder))))
+        return wrong + compare_snapshots(holder, self.windows, self.snapshots)
 
 
 @dataclass
@@ -163,7 +191,7 @@ class Expectation:
     lost: bool = False
     vouched: bytes | None = None
     extensions: bytes = b""
-    rival: Rival | None = None
+    rival: State | None = None
     snapshots: AllTaken = ()
     damaged: bool = False
     renamed: tuple[bytes, ...] = ()
@@ -173,24 +201,22 @@ class Expectation:
         rival = None if self.rival is None else self.rival.copy()
         return replace(self, sectors=self.sectors.copy(), rival=rival)
 
+    @property
+    def state(self) -> State:
+        """What there is now: with the newest size."""
+        return State(self.windows, self.sectors, self.sizes[-1], self.snapshots)
+
     def check(self, image: jqcow.Image) -> list[str]:
         """Return what is wrong with a recovered image: nothing, if one of the disks that may be is there."""
-        wrong = self._compare(image)
+        wrong = _compare(image, self.state, self.sizes)
         if wrong and self.rival is not None:
-            rival = self._compare_rival(image, self.rival)
+            rival = _compare(image, self.rival, (self.rival.size_bytes,))
             return [*wrong, "and with the transaction", *rival] if rival else []
         return wrong
 
-    def _compare(self, image: jqcow.Image) -> list[str]:
-        return _compare(image, self.windows, self.sectors, self.sizes, self.snapshots)
-
-    def _compare_rival(self, image: jqcow.Image, rival: Rival) -> list[str]:
-        return _compare(image, self.windows, rival.sectors, (rival.size_bytes,), rival.snapshots)
-
-    def expect_now(self, image: jqcow.Image | Transaction) -> list[str]:
-        """Return the sectors and snapshots of the running image that do not read as asked for."""
-        wrong = list(map(str, self.sectors.expect_now(self.windows.reader(image))))
-        return wrong + compare_snapshots(image, self.windows, self.snapshots)
+    def expect_now(self, image: jqcow.Image) -> list[str]:
+        """Return what the running image shows otherwise than it was asked for."""
+        return self.state.expect_now(image)
 
     def adopt_rival(self) -> None:
         """The transaction is there, and durable."""
@@ -198,7 +224,7 @@ class Expectation:
             self._take(self.rival)
             self.rival = None
 
-    def _take(self, rival: Rival) -> None:
+    def _take(self, rival: State) -> None:
         self.sectors, self.sizes, self.snapshots = rival.sectors, (rival.size_bytes,), rival.snapshots
 
     def adopt(self, image: jqcow.Image) -> None:
@@ -225,7 +251,7 @@ class Expectation:
         It is no more durable than before: all older versions stay possible until a flush. But recovery
         has made durable which transactions there are.
         """
-        if self.rival is not None and self._compare(image):
+        if self.rival is not None and _compare(image, self.state, self.sizes):
             self._take(self.rival)
         self.rival = None
         if self.lost:
@@ -251,13 +277,11 @@ class Expectation:
                         sectors.write(offset, version)
 
 
-def _compare(
-    image: jqcow.Image, windows: Windows, sectors: SectorModel, sizes: tuple[int, ...], snapshots: AllTaken
-) -> list[str]:
+def _compare(image: jqcow.Image, state: State, sizes: tuple[int, ...]) -> list[str]:
     if image.size not in sizes:
         return [f"the disk has {image.size} bytes, not {' or '.join(map(str, sizes))}"]
-    wrong = list(map(str, sectors.check(windows.reader(image))))
-    return wrong + compare_snapshots(image, windows, snapshots)
+    wrong = list(map(str, state.sectors.check(state.windows.reader(image))))
+    return wrong + compare_snapshots(image, state.windows, state.snapshots)
 
 
 def settled(sectors: SectorModel) -> SectorModel:

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import jqcow
 from jqcow.errors import CorruptionError, JqcowError
@@ -22,6 +23,7 @@ from tests.support import inside
 from tests.support.below import Below, find_below, name_of
 from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
 from tests.support.inside import Shown
+from tests.support.player import Player
 from tests.support.users import JOURNAL_BYTES, Session, open_simulated, salts_of
 
 READ_ONLY_EVERY = 4
@@ -186,19 +188,11 @@ def write_on(device: SimulatedDevice, expectation: Expectation) -> None:
     later = expectation.copy()
     session = Session(device, later, written=1 << 20, image=open_simulated(device))
     later.adopt(session.live)
-    window_bytes = expectation.windows.window_bytes
-    for index in range(expectation.windows.count):
-        session.write(index * window_bytes + window_bytes // 2, SECTOR_BYTES * 3)
-    session.flush()
-    session.discard(0, window_bytes // 2)
-    session.write(window_bytes // 4, SECTOR_BYTES)
-    session.look()
-    session.delete_snapshot(0)
-    session.close()
+    player = Player(session, Random(0))
+    player.play(" ".join(f"write:{index}w+w/2:3s" for index in range(expectation.windows.count)))
+    player.play("flush discard:0:w/2 write:w/4:s look delete:0 close")
     judge_closed(device, expectation)
-    session.open()
-    session.look()
-    session.close()
+    player.play("open look close")
 
 
 RAW_BYTES_MAX = 8 << 40

@@ -18,6 +18,13 @@ model, see `Windows`:
     flush  checkpoint  look  open  close  kill
     begin  commit  rollback  abort  savepoint  return:NUMBER
 
+Of overlays (`tests.support.overlays`):
+
+    rebase                      goes over another disk, and reads as before
+    empty                       its base gets all of it, and the overlay gives that up
+    take-in:NUMBER              an overlay is committed into the image
+    copy-up:AT:LEN              a read that copies what lies below
+
 In stories a step can be left to chance (`DRAWN`), numbers are read by `Values`, and there is more:
 
     v=2w%c                      a number is named, for later steps
@@ -223,7 +230,7 @@ def _both(act: Act) -> Operation:
 
 
 def _grow(player: Player, tables: int) -> None:
-    player.user.resize(player.user.size_bytes + tables * player.windows.stride_bytes)
+    player.user.resize(player.user.state.size_bytes + tables * player.windows.stride_bytes)
 
 
 OUTGROWING = {512: 70, 1024: 34}

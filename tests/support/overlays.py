@@ -1,4 +1,4 @@
-"""What users do with overlays over disks that no crash changes, and with wrong refcounts: more stories."""
+"""Steps on overlays over disks that no crash changes, and stories of them and of wrong refcounts."""
 
 from __future__ import annotations
 
@@ -7,98 +7,97 @@ from jqcow.offline.rebase import copy_differences
 from jqcow.testing import SectorModel
 from tests.support import inside
 from tests.support.below import Below, find_below_by_name, name_of
+from tests.support.operations import OPERATIONS, Operation
 from tests.support.player import Player
 from tests.support.starts import new_overlay, some_disk, some_size
-
-REPAIRED = "open change:5:2 close open change close"
-"""Opening repairs; then the image is used like any other."""
-
-REPAIR_KILLED = "open kill open change:3:2 kill open change close"
-"""The process that repaired is killed, before and after a flush."""
+from tests.support.stories import turns
 
 
-def rebase(user: Player) -> None:
-    """The overlay goes over other disks, longer and shorter ones: what it reads stays."""
-    user.play("open")
-    for _ in range(2):
-        user.play("change:3:2")
-        put_over(user, some_disk(user.windows, user.random))
-    user.play("change:3:2 close")
-
-
-def put_over(user: Player, below: Below) -> None:
+def put_over(player: Player, below: Below) -> None:
     """Rebase, and open again: a running image goes on with the disk that it has."""
-    session, name = user.session, name_of(below)
+    session, name = player.session, name_of(below)
     renamed = inside.header_of(session.live).with_backing_file(name.encode(), b"raw")
     session.expectation.renamed += (renamed.data[renamed.header.header_length :],)
     with session.transaction() as draft:
         copy_differences(session.live, draft.transaction, find_below_by_name(name))
         draft.transaction.set_backing_file(name, "raw")
         draft.look()
-    user.play("close open")
+    player.play("close open")
 
 
-def disk_of(user: Player) -> Below:
+def disk_of(player: Player) -> Below:
     """Return the disk as it is now, to put something over it."""
-    session = user.session
-    return Below(user.windows, session.expectation.sectors.current_content(), session.size_bytes)
+    state = player.session.state
+    return Below(state.windows, state.sectors.current_content(), state.size_bytes)
 
 
-def emptied(user: Player) -> None:
-    """What a commit does once the base has all of it: the overlay gives up what is its own."""
-    user.play("open")
-    for _ in range(2):
-        user.play("change:4:2 flush")
-        put_over(user, disk_of(user))
-        with user.session.transaction() as draft:
-            draft.transaction.make_empty()
-            draft.look()
-    user.play("change:3:2 close")
+def make_empty(player: Player) -> None:
+    """What a commit does once the base has all of the overlay: this gives up what is its own."""
+    put_over(player, disk_of(player))
+    with player.session.transaction() as draft:
+        draft.transaction.make_empty()
+        draft.look()
 
 
-def committed_into(user: Player) -> None:
-    """Overlays of other sizes are committed into the image: all of an overlay at once, or nothing of it.
+def take_in(player: Player, number: int) -> None:
+    """Commit an overlay of some size into the image: all of it at once, or nothing of it.
 
     Whichever of both a crash leaves, an overlay that still has its own reads as before over it.
     """
-    user.play("open")
-    windows = user.windows
-    for number in range(2):
-        user.play("change:3:2")
-        before, random = disk_of(user), user.random
-        size_bytes = random.choice((some_size(windows, random), windows.stride_bytes, windows.disk_bytes))
-        overlay = Player(new_overlay(before, size_bytes), random)
-        overlay.session.written = 1 + number << 24
-        overlay.play("change:4:4")
-        shown = overlay.session.expectation.sectors.current_content()
-        with user.session.transaction() as draft:
-            # A commit opens the overlay alone: what it copies is its own.
-            inside.show_through(overlay.session.live, None)
-            copy_into(overlay.session.live, draft.transaction)
-            draft.size_bytes = max(draft.size_bytes, size_bytes)
-            draft.sectors = SectorModel(windows.model_bytes, before.seen)
-            for start in range(0, windows.model_bytes, windows.window_bytes):
-                length = windows.clip(start, windows.window_bytes, size_bytes)
-                draft.sectors.write(start, shown[start : start + length]).complete()
-            draft.look()
-        inside.show_through(overlay.session.live, disk_of(user))
-        overlay.play("look close")
-    user.play("change:3:2 close")
+    windows, before, random = player.windows, disk_of(player), player.random
+    size_bytes = random.choice((some_size(windows, random), windows.stride_bytes, windows.disk_bytes))
+    overlay = Player(new_overlay(before, size_bytes), random)
+    overlay.session.written = number << 24
+    overlay.play("change:4:4")
+    shown = overlay.session.expectation.sectors.current_content()
+    with player.session.transaction() as draft:
+        # A commit opens the overlay alone: what it copies is its own.
+        inside.show_through(overlay.session.live, None)
+        copy_into(overlay.session.live, draft.transaction)
+        draft.state.size_bytes = max(draft.state.size_bytes, size_bytes)
+        draft.state.sectors = SectorModel(windows.model_bytes, before.seen)
+        for start in range(0, windows.model_bytes, windows.window_bytes):
+            length = windows.clip(start, windows.window_bytes, size_bytes)
+            draft.state.sectors.write(start, shown[start : start + length]).complete()
+        draft.look()
+    inside.show_through(overlay.session.live, disk_of(player))
+    overlay.play("look close")
 
 
-def copied_up(user: Player) -> None:
-    """Copy on read: what is read from below is written to the overlay, between changes and flushes."""
-    user.play("open")
-    windows, session = user.windows, user.session
+def copy_up(player: Player, position: int, length: int) -> None:
+    """Read such that what lies below is copied into the overlay."""
+    session, windows = player.session, player.windows
     inside.copy_on_read(session.live)
-    for number in range(8):
-        position = user.values.read("4w%s")
-        length = windows.clip(position, user.random.choice((1, 3)) * user.cluster_bytes, session.size_bytes)
-        if length:
-            session.expectation.closed = None
-            session.live.pread(length, windows.guest(position))
-        user.play(("", "change", "flush")[number % 3])
-    user.play("close")
+    length = windows.clip(position, length, session.live.size)
+    if length:
+        session.expectation.closed = None
+        session.live.pread(length, windows.guest(position))
+
+
+OPERATIONS |= {
+    "rebase": Operation(lambda player: put_over(player, some_disk(player.windows, player.random)), None),
+    "empty": Operation(make_empty, None),
+    "take-in": Operation(take_in, None),
+    "copy-up": Operation(copy_up, None),
+}
+
+REBASE = f"{turns(2, 'change:3:2 rebase')} change:3:2"
+"""The overlay goes over other disks, longer and shorter ones: what it reads stays."""
+
+EMPTIED = f"{turns(2, 'change:4:2 flush empty')} change:3:2"
+"""Overlays give up what is their own once their base has it."""
+
+COMMITTED_INTO = f"{turns(2, 'change:3:2 take-in:{n}', '1', '2')} change:3:2"
+"""Overlays of other sizes are committed into the image."""
+
+COPIED_UP = turns(8, "copy-up:4w%s:c|3c {n}", "", "change", "flush")
+"""Copy on read: what is read from below is written to the overlay, between changes and flushes."""
+
+REPAIRED = "open change:5:2 close open change close"
+"""Opening repairs; then the image is used like any other."""
+
+REPAIR_KILLED = "open kill open change:3:2 kill open change close"
+"""The process that repaired is killed, before and after a flush."""
 
 
 def repair_fails(user: Player) -> None:

@@ -47,7 +47,7 @@ from tests.support.layouts import GarbageRule
 from tests.support.operations import Step
 from tests.support.player import Player
 from tests.support.starts import SIMULATED, STARTS, Start
-from tests.support.users import Session, salts_of
+from tests.support.users import Session, open_simulated
 
 LARGE_ONLY = ("long-header", "half-moved")
 """Starts for clusters of 8 KiB and more."""
@@ -154,15 +154,15 @@ class _Session(Session):
     """A session that opens its image until the host lets it."""
 
     journal_bytes: int = 0
-    plan: FaultPlan | None = None
+    plan: FaultPlan = field(default_factory=FaultPlan)
 
     def new_image(self) -> jqcow.Image:
         """Recovery may fail at any call, with the faults in force; it is then tried again."""
         for _ in range(OPENINGS):
             self.device.faults = self.plan
-            known = fired(self.plan)
+            known = len(self.plan.fired)
             try:
-                return self._try_to_open()
+                return open_simulated(self.device, journal_bytes=self.journal_bytes)
             except (OSError, Interrupt):
                 if not is_to_blame(self.plan, known):
                     raise
@@ -170,30 +170,17 @@ class _Session(Session):
                     self.expectation.forget_order()
             finally:
                 self.device.faults = None
-        self.plan = None
-        return self._try_to_open()
-
-    def _try_to_open(self) -> jqcow.Image:
-        self.device.reopen()
-        return jqcow.open_device(
-            self.device, "r+", journal_size=self.journal_bytes, new_salt=salts_of(self.device)
-        )
+        self.plan = FaultPlan()
+        return open_simulated(self.device, journal_bytes=self.journal_bytes)
 
 
-def fired(plan: FaultPlan | None) -> int:
-    """Return how many faults have struck."""
-    return 0 if plan is None else len(plan.fired)
-
-
-def is_to_blame(plan: FaultPlan | None, known: int) -> bool:
+def is_to_blame(plan: FaultPlan, known: int) -> bool:
     """Return True if an error may be the host's doing; ``known`` faults have struck before."""
-    return plan is not None and (len(plan.fired) > known or plan.capacity_bytes is not None)
+    return len(plan.fired) > known or plan.capacity_bytes is not None
 
 
-def lost_changes(plan: FaultPlan | None, known: int) -> bool:
+def lost_changes(plan: FaultPlan, known: int) -> bool:
     """Return True if a barrier failed since ``known`` faults had struck, and lost what was in flight."""
-    if plan is None:
-        return False
     since = zip(plan.fired[known:], plan.fired_calls[known:], strict=True)
     return any(call == "barrier" and isinstance(fault.exception(), OSError) for fault, call in since)
 
@@ -264,7 +251,7 @@ class Simulation:
         self.at = "setting up"
         self._faults: list[Fault] = []
         self._capacity_sectors: int | None = None
-        self._plan: FaultPlan | None = None
+        self._plan = FaultPlan()
         self._tally = Tally()
         self._power = Power(GarbageRule() if program.cluster_bytes > 4096 else None, self._tally)
         self.player = Player(self._new_session(1 << 16), Random(0))
@@ -302,7 +289,7 @@ class Simulation:
             self._PREPARATIONS[step.kind](self, *step.arguments)
             return
         self._put_faults()
-        known = fired(self._plan)
+        known = len(self._plan.fired)
         session = self._session
         session.plan = session.device.faults = self._plan
         try:
@@ -310,8 +297,7 @@ class Simulation:
         except (PowerCut, OSError, Interrupt) as error:
             session.device.faults = None
             self._meet(error, known)
-        finally:
-            session.device.faults = None
+        session.device.faults = None
         if self._power.left is not None:
             self._after_cut()
         device = self._session.device
@@ -361,8 +347,8 @@ class Simulation:
             expectation.adopt_rival()
 
     def _finish(self) -> None:
-        self._do(Step("commit"))
-        self._do(Step("close"))
+        for kind in ("commit", "close"):
+            self._do(Step(kind))
         if self._power.is_armed:
             # The power fails after all is done: a closed image is closed durably.
             self._power.fail(self._session.device)
@@ -385,7 +371,7 @@ class Simulation:
         self._faults, self._capacity_sectors = [], None
 
     def _heal(self) -> None:
-        self._plan = self._session.plan = None
+        self._plan = self._session.plan = FaultPlan()
         self._faults, self._capacity_sectors = [], None
 
     def _set_capacity(self, sectors: int) -> None:

@@ -26,9 +26,8 @@ def tell(story: Story, player: Player) -> None:
 
 def turns(count: int, steps: str, *others: str) -> str:
     """Return steps again and again; ``{t}`` is the turn, ``{n}`` what of ``others`` has its turn."""
-    return " ".join(
-        steps.format(t=turn, n=others[turn % len(others)] if others else "") for turn in range(count)
-    )
+    others = others or ("",)
+    return " ".join(steps.format(t=turn, n=others[turn % len(others)]) for turn in range(count))
 
 
 FRESH = "open change:7:3 close"
@@ -93,7 +92,8 @@ HOST_FAILS = turns(
 )
 """Calls of the host fail, one at a time, whatever they are; work goes on each time."""
 
-GOING_LIVE_FAILS = """open a=0|all fail:at=2:applied=a{ change:2:1 } change:2:2 fail:at=1:applied=a{ close } close
+GOING_LIVE_FAILS = """
+    open a=0|all fail:at=2:applied=a{ change:2:1 } change:2:2 fail:at=1:applied=a{ close } close
     open a=0|all fail:at=3:applied=a{ change:2:1 } close
     open a=0|all fail:at=4:applied=a{ change:2:1 } change:2:2 fail:at=3:applied=a{ close } close
     open a=0|all fail:at=5:applied=a{ change:2:1 } close"""
@@ -171,16 +171,11 @@ TRANSACTION_KILLED = """open change:2 begin change:3 commit change kill open cha
 REUSE_AFTER_TRANSACTIONS = turns(
     5,
     "begin v=2w%c write:v:2c discard:2w%c:2c write:v+s:s {n} write:2w%c+s:s",
-    *(
-        f"{zeroes}:v:c commit write:2w%c:c write:2w+2w%c:c {then}"
-        for zeroes, then in (
-            ("zeroes", ""),
-            ("unmap", ""),
-            ("zeroes", "checkpoint"),
-            ("unmap", ""),
-            ("zeroes", ""),
-        )
-    ),
+    "zeroes:v:c commit write:2w%c:c write:2w+2w%c:c",
+    "unmap:v:c commit write:2w%c:c write:2w+2w%c:c",
+    "zeroes:v:c commit write:2w%c:c write:2w+2w%c:c checkpoint",
+    "unmap:v:c commit write:2w%c:c write:2w+2w%c:c",
+    "zeroes:v:c commit write:2w%c:c write:2w+2w%c:c",
 )
 """Overwrite and free within transactions what others use at once; epochs end in between."""
 
@@ -273,9 +268,8 @@ IN_TRANSACTIONS = turns(
 def other_sizes(user: Player) -> None:
     """Snapshots of disks of other sizes: cut off, grown past them, and applied again."""
     for _ in range(3):
-        user.play(
-            "open v=1..3 i=w%s snapshot:9 resize:v:i mix resize:4|8|80:0 mix snapshot:9 apply:0..3 mix:2:0|2"
-        )
+        user.play("v=1..3 i=w%s snapshot:9 resize:v:i mix resize:4|8|80:0 mix snapshot:9")
+        user.play("apply:0..3 mix:2:0|2")
         if len(user.user.snapshots) > 2:
             user.play("delete:0..3")
     user.play("close")

@@ -9,29 +9,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from random import Random
-from typing import Literal
 
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
 from jqcow.ondisk.root import is_live
-from jqcow.testing import SECTOR_BYTES, FaultPlan, SectorModel, SimulatedDevice
+from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
 from jqcow.transaction import Savepoint, Transaction
 from tests.support import inside
 from tests.support.below import find_below
-from tests.support.expectation import (
-    AllTaken,
-    Expectation,
-    Rival,
-    Taken,
-    Windows,
-    compare_snapshots,
-    settled,
-)
-from tests.support.operations import Discard, PackedWrite, Request, Write, WriteZeroes
+from tests.support.expectation import AllTaken, Expectation, State, Taken, Windows
+from tests.support.operations import Discard, Disk, PackedWrite, Request, Write, WriteZeroes
 
 JOURNAL_BYTES = 64 << 10
 NOISE = (0, 0, 2, 0, 5, 8)
@@ -55,18 +46,17 @@ def open_simulated(
     device: SimulatedDevice,
     mode: jqcow.image.Mode = "r+",
     snapshot: str | None = None,
-    repair: Literal["leaks", "all"] | None = None,
+    *,
+    journal_bytes: int = JOURNAL_BYTES,
 ) -> jqcow.Image:
     """Open the image on a device, closed before or not, with salts that a replay meets again."""
     device.reopen()
-    salts = salts_of(device)
     return jqcow.open_device(
         device,
         mode,
-        journal_size=JOURNAL_BYTES,
-        new_salt=salts,
+        journal_size=journal_bytes,
+        new_salt=salts_of(device),
         snapshot=snapshot,
-        repair=repair,
         backing=find_below,
     )
 
@@ -75,52 +65,90 @@ class User(ABC):
     """Who changes a disk through windows, at positions in the model. What is not on the disk is left out."""
 
     session: Session
-    windows: Windows
-    size_bytes: int
-    snapshots: AllTaken
+    state: State
+    """The disk as this user must see it."""
 
     @abstractmethod
     def _do(self, request: Request, position: int) -> None:
         """Do a request, which begins at a position, and expect what it asks for."""
 
+    @abstractmethod
+    def _change(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
+        """Do what changes all at once. Where a refcount would not fit nothing happens."""
+
+    @property
+    def snapshots(self) -> AllTaken:
+        """Those of the disk now."""
+        return self.state.snapshots
+
+    def _guest(self, position: int, length: int) -> tuple[int, int]:
+        """Return the guest offset of a range, and how much of it lies in its window and on the disk."""
+        state = self.state
+        return state.windows.guest(position), state.windows.clip(position, length, state.size_bytes)
+
     def write(self, position: int, length: int, *, fua: bool = False) -> None:
         """Write bytes that no sector ever held before."""
-        length = self.windows.clip(position, length, self.size_bytes)
+        guest, length = self._guest(position, length)
         if length:
-            self._do(
-                Write(self.windows.guest(position), self.session.fresh_data(length, position), fua), position
-            )
+            self._do(Write(guest, self.session.fresh_data(length, position), fua), position)
 
     def write_compressed(self, position: int, length: int, noise: int | None = None) -> None:
         """Write whole clusters compressed, those that a range touches. ``noise``: see `packable_data`."""
-        cluster_bytes = self.windows.cluster_bytes
-        end, position = position + length, position - position % cluster_bytes
-        length = -(-(end - position) // cluster_bytes) * cluster_bytes
-        length = self.windows.clip(position, length, self.size_bytes)
+        cluster_bytes, end = self.state.windows.cluster_bytes, position + length
+        position -= position % cluster_bytes
+        guest, length = self._guest(position, -(-(end - position) // cluster_bytes) * cluster_bytes)
         if length:
-            data = self.session.packable_data(length, position, noise)
-            self._do(PackedWrite(self.windows.guest(position), data), position)
+            self._do(PackedWrite(guest, self.session.packable_data(length, position, noise)), position)
 
     def write_zeroes(self, position: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros."""
-        length = self.windows.clip(position, length, self.size_bytes)
+        guest, length = self._guest(position, length)
         if length:
-            self._do(WriteZeroes(self.windows.guest(position), length, unmap), position)
+            self._do(WriteZeroes(guest, length, unmap), position)
 
     def discard(self, position: int, length: int) -> None:
         """Discard a range: its whole clusters read as zeros, the rest is as it was."""
-        length = self.windows.clip(position, length, self.size_bytes)
+        guest, length = self._guest(position, length)
         if length:
-            self._do(Discard(self.windows.guest(position), length), position)
+            self._do(Discard(guest, length), position)
 
     def _result(self, request: Request, position: int) -> tuple[int, bytes]:
         """Return what a request that begins at a position leaves in the model: (position, bytes)."""
-        offset, data = request.result(self.windows.cluster_bytes, self.size_bytes)
-        return position + offset - self.windows.guest(position), data
+        windows = self.state.windows
+        offset, data = request.result(windows.cluster_bytes, self.state.size_bytes)
+        return position + offset - windows.guest(position), data
+
+    def resize(self, size_bytes: int) -> None:
+        """Set the size of the disk. A resize that fails leaves it as it was."""
+        self._change(lambda disk: disk.resize(size_bytes), lambda state: state.resize(size_bytes))
+
+    def create_snapshot(self) -> None:
+        """Keep the disk as it is now."""
+        name = self.session.fresh_name()
+        self._change(lambda disk: disk.create_snapshot(name, DATE), lambda state: state.keep(name))
+
+    def apply_snapshot(self, number: int) -> None:
+        """Make the disk what one of the snapshots holds, if there is one."""
+        taken = self._taken(number)
+        if taken is not None:
+            name = taken.name
+            self._change(lambda disk: disk.apply_snapshot(name), lambda state: state.go_back(taken))
+
+    def delete_snapshot(self, number: int) -> None:
+        """Give up one of the snapshots, if there is one."""
+        taken = self._taken(number)
+        if taken is not None:
+            name = taken.name
+            self._change(lambda disk: disk.delete_snapshot(name), lambda state: state.give_up(taken))
 
     def _taken(self, number: int) -> Taken | None:
         """Return one of the snapshots, counted from zero as often as it takes; None if there is none."""
-        return self.snapshots[number % len(self.snapshots)] if self.snapshots else None
+        there = self.snapshots
+        return there[number % len(there)] if there else None
+
+    @abstractmethod
+    def look(self) -> None:
+        """What is read now is what was asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +156,7 @@ class DraftPoint:
     """A state of a draft to go back to; it stays as it is."""
 
     savepoint: Savepoint
-    sectors: SectorModel
-    size_bytes: int
-    snapshots: AllTaken
+    state: State
 
 
 class Draft(User):
@@ -140,56 +166,25 @@ class Draft(User):
         """Start with what the session expects of its image."""
         self.session = session
         self.transaction = transaction
-        self.windows = session.windows
-        self.sectors = session.expectation.sectors.copy()
-        self.size_bytes = session.size_bytes
-        self.snapshots = session.snapshots
+        self.state = session.state.copy()
 
     def _do(self, request: Request, position: int) -> None:
-        with self.sectors.write(*self._result(request, position)):
+        with self.state.sectors.write(*self._result(request, position)):
             request.on(self.transaction)
 
-    def resize(self, size_bytes: int) -> None:
-        """Set the size of the disk. A resize that fails leaves it as it was."""
-        self.transaction.resize(size_bytes)
-        self.windows.cut_off(self.sectors, size_bytes)
-        self.size_bytes = size_bytes
-
-    def create_snapshot(self) -> None:
-        """Keep the disk as the transaction has it now. Where a refcount does not fit nothing happens."""
-        name = self.session.fresh_name()
+    def _change(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
         with suppress(UnsupportedFeatureError):
-            self.transaction.create_snapshot(name, DATE)
-            self.snapshots += (Taken(name, settled(self.sectors), self.size_bytes),)
-
-    def apply_snapshot(self, number: int) -> None:
-        """Make the disk what one of the snapshots holds, if there is one."""
-        taken = self._taken(number)
-        if taken is not None:
-            with suppress(UnsupportedFeatureError):
-                self.transaction.apply_snapshot(taken.name)
-                self.sectors, self.size_bytes = taken.sectors.copy(), taken.size_bytes
-
-    def delete_snapshot(self, number: int) -> None:
-        """Give up one of the snapshots, if there is one."""
-        taken = self._taken(number)
-        if taken is not None:
-            self.transaction.delete_snapshot(taken.name)
-            self.snapshots = tuple(kept for kept in self.snapshots if kept is not taken)
+            act(self.transaction)
+            change(self.state)
 
     def savepoint(self) -> DraftPoint:
         """Return a state to go back to."""
-        point = self.transaction.savepoint()
-        return DraftPoint(point, self.sectors.copy(), self.size_bytes, self.snapshots)
+        return DraftPoint(self.transaction.savepoint(), self.state.copy())
 
     def return_to(self, point: DraftPoint) -> None:
         """Go back to a state; it stays valid."""
         point.savepoint.rollback()
-        self.sectors, self.size_bytes, self.snapshots = (
-            point.sectors.copy(),
-            point.size_bytes,
-            point.snapshots,
-        )
+        self.state = point.state.copy()
 
     def rollback(self) -> None:
         """Undo all, and end."""
@@ -197,16 +192,9 @@ class Draft(User):
 
     def look(self) -> None:
         """The transaction reads its own state; everyone else the last committed one."""
-        violations = self.sectors.expect_now(self.windows.reader(self.transaction))
-        assert not violations, f"the transaction reads something else: {violations[0]}"
-        assert self.transaction.size == self.size_bytes, "the transaction's disk has another size"
-        wrong = compare_snapshots(self.transaction, self.windows, self.snapshots)
-        assert not wrong, f"the transaction has other snapshots: {wrong[0]}"
+        wrong = self.state.expect_now(self.transaction)
+        assert not wrong, f"the transaction reads something else: {wrong[0]}"
         self.session.look()
-
-    def as_rival(self) -> Rival:
-        """Return the disk that the commit makes, were it durable."""
-        return Rival(self.windows, settled(self.sectors), self.size_bytes, self.snapshots)
 
 
 @dataclass
@@ -280,19 +268,14 @@ class Session(User):
         return self
 
     @property
-    def windows(self) -> Windows:  # type: ignore[override]
-        """Those of the expectation."""
+    def windows(self) -> Windows:
+        """The parts of the disk that are used."""
         return self.expectation.windows
 
     @property
-    def size_bytes(self) -> int:  # type: ignore[override]
-        """The size of the disk now."""
-        return self.live.size
-
-    @property
-    def snapshots(self) -> AllTaken:  # type: ignore[override]
-        """Those of the image now."""
-        return self.expectation.snapshots
+    def state(self) -> State:  # type: ignore[override]
+        """What is expected of the image, with the size that it has."""
+        return replace(self.expectation.state, size_bytes=self.live.size)
 
     def _do(self, request: Request, position: int) -> None:
         durable = isinstance(request, Write) and request.fua
@@ -306,9 +289,7 @@ class Session(User):
     def resize(self, size_bytes: int) -> None:
         """Set the size of the disk: a larger one with the next flush, a smaller one at once and durably."""
         if size_bytes < self.live.size:
-            sectors = self.expectation.sectors.copy()
-            self.windows.cut_off(sectors, size_bytes)
-            self._transact(lambda: self.live.resize(size_bytes), sectors=sectors, size_bytes=size_bytes)
+            super().resize(size_bytes)
             return
         before = self.expectation.sizes
         self.expectation.closed = None
@@ -316,38 +297,8 @@ class Session(User):
         self.live.resize(size_bytes)
         self.expectation.sizes = (*before, size_bytes)
 
-    def create_snapshot(self) -> None:
-        """Keep the disk as it is now, durably. Where a refcount does not fit nothing happens."""
-        name, expectation = self.fresh_name(), self.expectation
-        taken = Taken(name, settled(expectation.sectors), self.live.size)
-        snapshots = (*expectation.snapshots, taken)
-        self._transact(lambda: self.live.create_snapshot(name, DATE), snapshots=snapshots)
-
-    def apply_snapshot(self, number: int) -> None:
-        """Make the disk what one of the snapshots holds, durably, if there is one."""
-        taken = self._taken(number)
-        if taken is not None:
-            name = taken.name
-            self._transact(
-                lambda: self.live.apply_snapshot(name), sectors=taken.sectors, size_bytes=taken.size_bytes
-            )
-
-    def delete_snapshot(self, number: int) -> None:
-        """Give up one of the snapshots, durably, if there is one."""
-        taken = self._taken(number)
-        if taken is not None:
-            name, kept = taken.name, tuple(other for other in self.snapshots if other is not taken)
-            self._transact(lambda: self.live.delete_snapshot(name), snapshots=kept)
-
-    def _transact(
-        self,
-        act: Callable[[], object],
-        *,
-        sectors: SectorModel | None = None,
-        size_bytes: int | None = None,
-        snapshots: AllTaken | None = None,
-    ) -> None:
-        """Do what is a transaction of its own; after it there are these sectors, this size, these snapshots.
+    def _change(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
+        """Do what is a transaction of its own.
 
         What was written before becomes durable first, or with it; a crash may show it without.
         """
@@ -355,16 +306,13 @@ class Session(User):
             # One commit at a time can be in doubt.
             self.flush()
         self.expectation.closed = None
-        self.expectation.rival = Rival(
-            self.windows,
-            settled(self.expectation.sectors if sectors is None else sectors),
-            self.live.size if size_bytes is None else size_bytes,
-            self.expectation.snapshots if snapshots is None else snapshots,
-        )
+        state = self.state.copy()
+        change(state)
+        self.expectation.rival = state.settled()
         try:
-            act()
+            act(self.live)
         except UnsupportedFeatureError:
-            # A refcount would not fit. The transaction was undone, and never logged.
+            # The transaction was undone, and never logged.
             self.expectation.rival = None
             return
         self.expectation.adopt_rival()
@@ -407,7 +355,7 @@ class Session(User):
             # Killed within: nothing of the process goes on, its locks are gone with it.
             return
         if transaction.is_open:
-            self.expectation.rival = draft.as_rival()
+            self.expectation.rival = draft.state.settled()
         manager.__exit__(None, None, None)
         self.expectation.adopt_rival()
 
@@ -474,8 +422,6 @@ class Session(User):
             self.open()
         violations = self.expectation.expect_now(self.live)
         assert not violations, f"the running image is wrong: {violations[0]}"
-        sizes = self.expectation.sizes
-        assert self.live.size == sizes[-1], f"the disk has another size than the last of {sizes}"
         report = self.live.check()
         assert report.ok, f"the running image is inconsistent: {report.findings[0]}"
 

@@ -1,6 +1,6 @@
 """Does anything grow with the amount written, or with the number of checkpoints, moves and crashes?
 
-The stories are those of tests/support/long_runs, which runs them longer.
+The stories are those of tests/bench/long_runs, which runs them longer.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jqcow
 from jqcow.engine import metadata, store
 from jqcow.offline.info import STAT_BLOCK_BYTES
 from jqcow.testing import SimulatedDevice
-from tests.support import long_runs
-from tests.support.long_runs import CLUSTER_BYTES, L2_TABLE_MAPS, SECTOR, SMALLEST_JOURNAL, live_journal
+from tests.bench import long_runs
+from tests.bench.long_runs import CLUSTER_BYTES, L2_TABLE_MAPS, SECTOR, SMALLEST_JOURNAL, live_journal
 
 MEMORY_VARIES = 1.25
 """What the parts of a run may differ by."""

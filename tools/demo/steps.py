@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Protocol
 
 import jqcow
+from tests.support.operations import Disk, Write
 
 BLOCK_BYTES = 4096
 STEP_COUNT = 12
@@ -22,14 +22,6 @@ CLUSTER_BYTES = 8192
 
 _COUNT = struct.Struct(">I")
 _NUMBER = struct.Struct(">Q")
-
-
-class Disk(Protocol):
-    """What a step is written to: an image, or a transaction on it."""
-
-    def pwrite(self, buffer: bytes, offset: int) -> int:
-        """Write ``buffer`` at a byte offset of the disk."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Step:
     def write(self, disk: Disk) -> None:
         """Write every block."""
         for number, content in self.blocks:
-            disk.pwrite(content, number * BLOCK_BYTES)
+            Write(number * BLOCK_BYTES, content).on(disk)
 
 
 def _block(disk: bytes, number: int) -> bytes:
@@ -100,4 +92,4 @@ def import_disk(disk_path: Path, image_path: Path) -> None:
         for offset in range(0, len(disk), CLUSTER_BYTES):
             cluster = disk[offset : offset + CLUSTER_BYTES]
             if any(cluster):
-                image.pwrite(cluster, offset)
+                Write(offset, cluster).on(image)

@@ -33,7 +33,7 @@ from jqcow.testing import (
     SimulatedDevice,
     Workload,
 )
-from tests.support.exhaustive_operations import OPERATIONS, Places, start
+from tests.crash.exhaustive_operations import OPERATIONS, Places, start
 from tests.support.expectation import SECTOR_BYTES, Expectation
 from tests.support.judge import Judge, judge_closed, recover_and_close
 from tests.support.runs import Outcome, run_parts, table

@@ -1,6 +1,6 @@
 """Long runs on real files: does anything grow with the amount written, or with the number of checkpoints?
 
-    python -m tests.support.long_runs [--scale N] [DIRECTORY]
+    python -m tests.bench.long_runs [--scale N] [DIRECTORY]
 
 runs each story N times as long as CI does, and prints its figures. The images are made in DIRECTORY, a
 temporary one if not given. The figures stand in docs/design.md.
@@ -112,7 +112,7 @@ def spread_unflushed(path: Path, tables: int) -> MemoryFigures:
 def _measure(image: jqcow.Image, changes: int, change: Callable[[], object]) -> MemoryFigures:
     image.pwrite(SECTOR, 0)
     image.flush()
-    limit = inside.staged(image)[1]
+    _, limit = inside.staged(image)
     first, staged_max = live_journal(image).sequence, 0
     peaks, lengths = [], []
     with traced():
