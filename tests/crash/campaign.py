@@ -79,7 +79,7 @@ def run_workload(plan: Plan, name: str) -> Outcome:
         outcome.failures.append(f"{failure}\n  campaign: --seed {plan.seed} --states {plan.states}")
     except Exception as error:
         outcome.failures.append(f"{type(error).__name__}: {error}\n  workload: {name} itself, no crash")
-    outcome.counts["judged by QEMU"] = judge.qemu_judged
+    outcome.counts["judged by QEMU too"] = judge.qemu_judged
     return outcome
 
 
@@ -120,3 +120,18 @@ def format_families(report: LabReport) -> Iterable[str]:
         distinct[name] += row.distinct
     rows = ((name, workloads[name], distinct[name]) for name in sorted(workloads))
     return table(("family", "workloads", "distinct"), rows)
+
+
+def totals_of(total: Outcome) -> dict[str, float | str]:
+    """Return the sums of a campaign by their names."""
+    report = total.ledger.report()
+    return {
+        "distinct states": report.distinct_states,
+        "judged": report.judged_states,
+        "quiet": report.quiet_states,
+        "broken": len(total.failures),
+        "workloads": total.counts["workloads"],
+        "largest workload": f"{report.largest_share:.2%}",
+        "judged by QEMU too": total.counts["judged by QEMU too"],
+        "seconds": round(total.seconds),
+    }

@@ -199,8 +199,8 @@ class Search:
         self._count(run.session.device)
         run.close()
         self.outcome.counts.update(("sequences", f"sequences of {len(sequence)}"))
-        self.outcome.counts["known already"] = self._judge.repeated
-        self.outcome.counts["judged by QEMU"] = self._judge.judge.qemu_judged
+        self.outcome.counts["known with the same expectation"] = self._judge.repeated
+        self.outcome.counts["judged by QEMU too"] = self._judge.judge.qemu_judged
 
     def replay(self, line: str, *, drop_barriers: Iterable[str] = ()) -> None:
         """Judge the state of a replay line again, or run the sequence whose name is all of the line.
@@ -240,7 +240,7 @@ class Search:
 
     def _count(self, device: SimulatedDevice) -> None:
         is_whole = state_count(device.in_flight()) <= self.plan.states
-        self.outcome.counts["judged in all their states" if is_whole else "judged in some of them"] += 1
+        self.outcome.counts["intervals judged in all their states" if is_whole else "intervals sampled"] += 1
 
 
 def search_group(plan: Plan, sequences: list[Sequence]) -> Outcome:
@@ -283,9 +283,15 @@ def format_intervals(report: LabReport) -> Iterable[str]:
     return table(("barrier interval", "met", "states", "distinct"), rows)
 
 
-def format_totals(total: Outcome) -> Iterable[str]:
-    """Yield the sums."""
-    report = total.ledger.report()
-    counts = {**total.counts, "distinct crash states with a change in flight": report.distinct_states}
-    counts |= {"states met": report.judged_states, "quiet states": report.quiet_states}
-    return (f"{number:>10,} {name}" for name, number in counts.items())
+def totals_of(total: Outcome) -> dict[str, float]:
+    """Return the sums by their names."""
+    report, counts = total.ledger.report(), dict(total.counts)
+    return {
+        "sequences": counts.pop("sequences"),
+        "distinct states": report.distinct_states,
+        "judged": report.judged_states,
+        "quiet": report.quiet_states,
+        "broken": len(total.failures),
+        **dict(sorted(counts.items())),
+        "seconds": round(total.seconds),
+    }

@@ -67,7 +67,7 @@ def show(totals: Iterable[Outcome], describe: Callable[[Outcome], str]) -> Outco
     return total
 
 
-def table(names: Sequence[str], rows: Iterable[tuple[str | int, ...]]) -> Iterator[str]:
+def table(names: Sequence[str], rows: Iterable[tuple[str | float, ...]]) -> Iterator[str]:
     """Yield rows as aligned lines, under the names of their columns; the first column is text."""
     cells = [[value if isinstance(value, str) else f"{value:,}" for value in row] for row in rows]
     lines = [list(names), *cells]
