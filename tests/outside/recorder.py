@@ -9,13 +9,14 @@ so are a mapping of the file into memory, synchronous or direct opening, asynchr
 process.
 
     C1. A change counts from its return; a barrier covers the changes that returned before it began.
-    C2. Two changes never overlap in time: their order would not be known.
+    C2. Two changes that overlap in time change other bytes: their order, which is not known, does not matter.
     C3. The log holds every string whole.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 from collections import Counter
@@ -298,7 +299,8 @@ class _Reader:
         self._name = re.compile(rf'(?<=["<])(?:{published}|{partial})(?:{removed})?(?=[">])')
         self._recording = Recording()
         self._barriers: dict[int, int] = {}
-        self._running_change: int | None = None
+        self._running_changes: dict[int, list[Change]] = {}
+        """By thread, the changes that ended while the thread's own change was running."""
         self._executed = False
 
     def read(self, lines: Iterable[str]) -> Recording:
@@ -309,7 +311,7 @@ class _Reader:
             else:
                 begun, call = item
                 self._end(begun, call)
-        if self._running_change is not None:
+        if self._running_changes:
             raise RecordingError("the process ended inside a change")
         return self._recording
 
@@ -326,9 +328,7 @@ class _Reader:
             self._barriers[begun.pid] = number
             self._recording.events.append(BarrierBegun(number))
         elif begun.name in _CHANGING:
-            if self._running_change is not None:
-                raise RecordingError(f"{begun.name} overlaps another change (C2)")
-            self._running_change = begun.pid
+            self._running_changes[begun.pid] = []
 
     def _end(self, begun: _Begun, call: _Call | None) -> None:
         if call is None:
@@ -361,9 +361,14 @@ class _Reader:
     def _take(self, pid: int, call: _Call) -> None:
         """Write down a call that touches the file."""
         if call.name in _CHANGING:
-            self._running_change = None
+            beside = self._running_changes.pop(pid)
             if call.errno is None:
-                self._recording.events.append(_change(call))
+                change = _change(call)
+                if any(_meet(change, other) for other in beside):
+                    raise RecordingError(f"{call.name} overlaps another change of the same bytes (C2)")
+                for others in self._running_changes.values():
+                    others.append(change)
+                self._recording.events.append(change)
             else:
                 kind = "punch" if "FALLOC_FL_PUNCH_HOLE" in call.arguments else call.name
                 self._recording.events.append(CallFailed(kind, call.errno))
@@ -372,6 +377,19 @@ class _Reader:
             self._recording.events.append(ended)
         else:
             _check_harmless(call)
+
+
+def _meet(one: Change, other: Change) -> bool:
+    """Return True if the order of two changes matters: they touch the same bytes, or one cuts off the other."""
+    (start, end), (other_start, other_end) = _range(one), _range(other)
+    return start < other_end and other_start < end
+
+
+def _range(change: Change) -> tuple[int, float]:
+    if isinstance(change, Resized):
+        return change.size_bytes, math.inf
+    length = len(change.data) if isinstance(change, Written) else change.length
+    return change.offset, change.offset + length
 
 
 def _change(call: _Call) -> Change:

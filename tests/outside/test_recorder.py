@@ -149,12 +149,22 @@ def test_barriers_that_overlap_cover_what_came_before_each() -> None:
     assert device.content() == b"abc"
 
 
-def test_changes_that_overlap_are_refused() -> None:
+def overlapping(second_offset: int) -> list[Event]:
+    """Return the events of two writes of one byte that overlap in time, the first of them at offset 0."""
+    return events_of(
+        f'10 pwrite64({FD}, "\\x61", 1, 0 <unfinished ...>',
+        f'11 pwrite64({FD}, "\\x62", 1, {second_offset}) = 1',
+        "10 <... pwrite64 resumed>) = 1",
+    )
+
+
+def test_changes_of_the_same_bytes_that_overlap_in_time_are_refused() -> None:
     with pytest.raises(RecordingError, match="overlaps"):
-        events_of(
-            f'10 pwrite64({FD}, "\\x61", 1, 0 <unfinished ...>',
-            f'11 pwrite64({FD}, "\\x62", 1, 0) = 1',
-        )
+        overlapping(0)
+
+
+def test_changes_of_other_bytes_may_overlap_in_time() -> None:
+    assert overlapping(1) == [Written(1, b"b"), Written(0, b"a")]
 
 
 WRITE = 'os.pwrite(fd, b"abc", 5)'
