@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 
 Mode = Literal["r", "r+"]
 
+UNCHECKED_BYTES_MAX = 1 << 20
+"""A buffer of this length is made before the range is known to lie within the disk."""
+
 
 @dataclass(frozen=True)
 class JournalInfo:
@@ -258,10 +261,11 @@ class Image:
             OSError: the host failed.
         """
         self._own()
-        if self._closed:
-            raise ImageClosedError
-        # Before the buffer is made; the request checks it again, with the lock held.
-        self._guest.requests.check_range(offset, length)
+        if not 0 <= length <= UNCHECKED_BYTES_MAX:
+            # Before the buffer is made; the request checks the range again, with the lock held.
+            with self._lock:
+                self._enter(False)
+                self._guest.requests.check_range(offset, length)
         buffer = bytearray(length)
         self._read_into(memoryview(buffer), offset)
         return bytes(buffer)

@@ -98,7 +98,12 @@ class Mapping:
         Raises:
             CorruptionError: the L1 entry is not one that an image can have.
         """
-        offset, entry_count, _ = l1 or self.l1
+        l1 = l1 or self.shown
+        if l1 is None:
+            header = self.view.header
+            offset, entry_count = header.l1_table_offset, header.l1_size
+        else:
+            offset, entry_count, _ = l1
         if l1_index >= entry_count:
             return HostOffset(0)
         place = HostOffset(offset + l1_index * ENTRY_BYTES)

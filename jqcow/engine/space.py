@@ -183,8 +183,7 @@ class Space:
 
         They are on no other list until `end_recycling`; the lock may be free meanwhile.
         """
-        oldest = self._guard.oldest()
-        runs = _before(self._released, oldest)
+        runs = _before(self._released, self._guard.oldest()) if self._released else []
         for run in runs:
             del self._released[run]
         missing = RECYCLE_CLUSTERS if wanted and self.is_short and self.host_punches else 0

@@ -24,6 +24,7 @@ The decoded payload is a MessagePack array of operations, applied in order. Each
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -166,11 +167,21 @@ def crc_matches(frame: bytes | memoryview) -> bool:
 def encode_operations(operations: Sequence[Operation]) -> EncodedPayload:
     """Encode operations as a payload, compressed where that is shorter."""
     plain: bytes = msgpack.packb([_as_list(operation) for operation in operations], use_bin_type=True)
-    packed = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True).compress(plain)
+    packed = _compressors.compressor.compress(plain)
     zeroed = zeroed_length(operations)
     if len(packed) < len(plain):
         return EncodedPayload(ENCODING_ZSTD, packed, len(plain), zeroed)
     return EncodedPayload(ENCODING_PLAIN, plain, len(plain), zeroed)
+
+
+class _Compressors(threading.local):
+    """A compressor is not for two threads at a time, and costs more to make than most records to compress."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
+
+
+_compressors = _Compressors()
 
 
 def zeroed_length(operations: Sequence[Operation]) -> int:

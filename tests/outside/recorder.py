@@ -380,7 +380,7 @@ class _Reader:
 
 
 def _meet(one: Change, other: Change) -> bool:
-    """Return True if the order of two changes matters: they touch the same bytes, or one cuts off the other."""
+    """Return True if the order of two changes matters: same bytes, or one cuts the other off."""
     (start, end), (other_start, other_end) = _range(one), _range(other)
     return start < other_end and other_start < end
 
