@@ -11,6 +11,7 @@ After a crash, opening with ``"r+"`` brings back everything that a flush or a tr
 """
 
 from jqcow._version import __version__
+from jqcow.checker.check import CheckReport
 from jqcow.device.disk import Extent
 from jqcow.engine.repair import RepairReport
 from jqcow.errors import (
@@ -32,12 +33,11 @@ from jqcow.image import (
     JournalInfo,
     Recovered,
 )
-from jqcow.imagefile import ImageFile
-from jqcow.offline.check import CheckReport
+from jqcow.image.file import ImageFile
+from jqcow.image.opening import create, create_on_device, open, open_device
+from jqcow.image.transaction import Receipt, Savepoint, Transaction
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
-from jqcow.opening import create, create_on_device, open, open_device
-from jqcow.transaction import Receipt, Savepoint, Transaction
 
 __all__ = [
     "CheckReport",

@@ -9,12 +9,12 @@ from typing import Any, TypedDict, cast
 import jqcow
 from jqcow.cli import common
 from jqcow.cli.common import human_size
+from jqcow.image.opening import DEFAULT_CLUSTER_BYTES
 from jqcow.offline.convert import create_raw
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
 from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.opening import DEFAULT_CLUSTER_BYTES
 
 _OPTIONS = ("cluster_size", "refcount_bits", "compression_type", "backing_file", "backing_fmt")
 _SIGNS = {"+": 1, "-": -1}

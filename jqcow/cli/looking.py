@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from jqcow import RepairReport
+from jqcow.checker.check import CheckReport
 from jqcow.cli import common, snapshots
 from jqcow.cli.common import human_size, plural
 from jqcow.disks.policy import Following
-from jqcow.offline.check import CheckReport
+from jqcow.image.opening import open_alone
 from jqcow.offline.info import (
     ImageFacts,
     Qcow2Facts,
@@ -24,7 +25,6 @@ from jqcow.offline.info import (
 from jqcow.offline.map import MapLine, map_file
 from jqcow.offline.records import JournalListing, Record, read_journal
 from jqcow.ondisk.naming import protocol_of, resolve
-from jqcow.opening import open_alone
 
 _COMPAT = {2: "0.10", 3: "1.1"}
 _MAP_ROW = "{:<16}{:<16}{:<16}{}"

@@ -15,10 +15,10 @@ from jqcow.disks.files import open_to_read
 from jqcow.disks.policy import FilePolicy, Following, require_allowed, stored_format
 from jqcow.disks.raw import RawDisk
 from jqcow.image import Image
+from jqcow.image.opening import open_alone, open_base
 from jqcow.offline.compare import Progress
 from jqcow.offline.rebase import refuse_snapshots
 from jqcow.ondisk.naming import DiskFormat, NamedFile
-from jqcow.opening import open_alone, open_base
 
 WINDOW_BYTES = 4 << 20
 

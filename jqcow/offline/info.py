@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from jqcow.checker.check import CheckReport, check_structure
 from jqcow.device.file import FileDevice
 from jqcow.disks.chain import walk
 from jqcow.disks.files import open_to_read
 from jqcow.disks.policy import Following
 from jqcow.disks.raw import RawDisk
 from jqcow.disks.view import FileView, open_view
-from jqcow.offline.check import CheckReport, check_structure
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import naming, snapshots
 from jqcow.ondisk.header import HeaderArea

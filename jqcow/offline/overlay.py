@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 
 from jqcow.device.file import FileDevice
+from jqcow.image.opening import write_blank
 from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
 from jqcow.ondisk.blank import blank_image, cluster_bits_of, refcount_order_of
 from jqcow.ondisk.compression import CompressionType, compression_type_of
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, decode_name, resolve
-from jqcow.opening import write_blank
 
 
 def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: DiskFormat) -> int:

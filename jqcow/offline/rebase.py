@@ -13,11 +13,11 @@ from jqcow.disks.chain import Chain
 from jqcow.disks.policy import FilePolicy
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.image import Image
+from jqcow.image.opening import open as open_image
+from jqcow.image.opening import open_alone, open_backing
+from jqcow.image.transaction import Transaction
 from jqcow.offline.compare import Progress
 from jqcow.ondisk.naming import DiskFormat
-from jqcow.opening import open as open_image
-from jqcow.opening import open_alone, open_backing
-from jqcow.transaction import Transaction
 
 WINDOW_BYTES = 4 << 20
 

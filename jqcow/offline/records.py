@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from jqcow.checker.tables import layers, nonzero_entries
 from jqcow.disks.view import FileView, open_view
 from jqcow.engine.scan import Scan
-from jqcow.offline.tables import layers, nonzero_entries
 from jqcow.ondisk import entries, snapshots
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import HeaderArea

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from jqcow.checker.check import check_structure
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
 from jqcow.disks.view import FileView
@@ -19,7 +20,6 @@ from jqcow.engine.engine import open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.scan import Scan, read_root_copy
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
-from jqcow.offline.check import check_structure
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import BlockOperation, ZeroOperation

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import pytest
 
 import jqcow
+from jqcow.image.opening import _open
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.naming import NamedFile
-from jqcow.opening import _open
 from jqcow.testing import CrashSpace, SimulatedDevice
 from jqcow.testing.device import InFlight
 from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jqcow.offline.check import check_structure
+from jqcow.checker.check import check_structure
 from tests.crash.traced import start
 from tests.support import sources
 

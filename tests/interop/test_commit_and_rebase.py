@@ -164,7 +164,7 @@ def test_created_overlays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("compression_type", ["zlib", "zstd"])
 def test_created_with_other_widths_and_compression(
-    tmp_path: Path, bits: int, compression_type: jqcow.opening.CompressionType
+    tmp_path: Path, bits: int, compression_type: jqcow.image.opening.CompressionType
 ) -> None:
     path = tmp_path / "image.qcow2"
     with jqcow.create(

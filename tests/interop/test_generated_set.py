@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import jqcow
-from jqcow.transaction import Transaction
+from jqcow.image.transaction import Transaction
 from tests.interop.commands import require_same_check, require_same_info, require_same_map
 from tests.interop.pairwise import CoveringArray, Row, pairs_of, table_of
 from tests.interop.qemu import check_clean, done

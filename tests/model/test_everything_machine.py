@@ -24,13 +24,13 @@ from hypothesis.stateful import initialize, invariant, precondition, rule, run_s
 import jqcow
 from jqcow import _native
 from jqcow.disks.chain import Chain
+from jqcow.image.opening import open_backing
+from jqcow.image.transaction import Transaction
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
 from jqcow.ondisk.naming import DiskFormat, NamedFile
-from jqcow.opening import open_backing
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
-from jqcow.transaction import Transaction
 from tests.interop.qemu import check_clean, compare, done, qemu_io
 from tests.model.test_image_machine import (
     CLUSTERS_MAX,

@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 
 import jqcow
 from jqcow import _native
+from jqcow.image.transaction import Savepoint, Transaction
 from jqcow.testing import SECTOR_BYTES, CrashSpace, SectorModel, SimulatedDevice
-from jqcow.transaction import Savepoint, Transaction
 from tests.support.operations import Discard, Disk, Request, Write, WriteZeroes, apply
 
 JOURNAL_BYTES = 64 << 10

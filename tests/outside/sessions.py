@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 import jqcow
-from jqcow.offline.check import check_structure
+from jqcow.checker.check import check_structure
 from jqcow.testing import CrashState, LabOptions, Laboratory, Ledger, SimulatedDevice, Workload
 from tests.outside.history import Expectation
 from tests.outside.recorder import Event, Message, RecordedDevice, Recording, parse_log, record

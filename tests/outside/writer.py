@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 import jqcow
-from jqcow.transaction import Transaction
+from jqcow.image.transaction import Transaction
 from tests.outside.history import data_of
 from tests.support.operations import Discard, Request, Write, WriteZeroes
 

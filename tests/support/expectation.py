@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import jqcow
+from jqcow.image.transaction import Transaction
 from jqcow.testing import SECTOR_BYTES, SectorModel
-from jqcow.transaction import Transaction
 from tests.support.inside import Shown
 
 WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 65536: 3}

@@ -12,11 +12,11 @@ from jqcow.engine.request import Requests
 from jqcow.engine.snapshots import Snapshots
 from jqcow.engine.tables import Tables
 from jqcow.errors import JqcowError
+from jqcow.image.transaction import Transaction
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import NamedFile, backing_file_of
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.testing import SimulatedDevice
-from jqcow.transaction import Transaction
 
 if TYPE_CHECKING:
     from tests.support.below import Below

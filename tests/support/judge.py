@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 
 import jqcow
+from jqcow.checker.check import check_structure
 from jqcow.errors import CorruptionError, JqcowError
-from jqcow.offline.check import check_structure
 from jqcow.ondisk.header import MAGIC, Header, HeaderArea
 from jqcow.ondisk.naming import backing_file_of
 from jqcow.ondisk.root import is_live

@@ -45,8 +45,8 @@ from random import Random
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jqcow
+from jqcow.image.transaction import Transaction
 from jqcow.testing import EVERYTHING, SECTOR_BYTES, SectorModel
-from jqcow.transaction import Transaction
 
 if TYPE_CHECKING:
     from tests.support.player import Player

@@ -16,9 +16,9 @@ from random import Random
 
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
+from jqcow.image.transaction import Savepoint, Transaction
 from jqcow.ondisk.root import is_live
 from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
-from jqcow.transaction import Savepoint, Transaction
 from tests.support import inside
 from tests.support.below import find_below
 from tests.support.expectation import AllTaken, Expectation, State, Taken, Windows

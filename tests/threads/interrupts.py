@@ -23,7 +23,7 @@ from typing import Any
 import jqcow
 
 PACKAGE = str(Path(jqcow.__file__).parent)
-TRACED = (f"{PACKAGE}/engine", f"{PACKAGE}/device", f"{PACKAGE}/image.py", f"{PACKAGE}/transaction.py")
+TRACED = (f"{PACKAGE}/engine", f"{PACKAGE}/device", f"{PACKAGE}/image")
 TRACED_TOO = (contextlib.__file__,)
 
 _CALLS = {"CALL", "CALL_FUNCTION_EX", "CALL_KW"}

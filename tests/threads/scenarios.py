@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import cache
 
 import jqcow
+from jqcow.checker.check import check_structure
 from jqcow.errors import PoisonedError
-from jqcow.offline.check import check_structure
 from jqcow.testing import SectorModel, SimulatedDevice, enumerate_states
 from tests.support import inside
 from tests.support.held import is_taken

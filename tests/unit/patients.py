@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jqcow.offline.check import CheckReport, check_structure
+from jqcow.checker.check import CheckReport, check_structure
 from jqcow.ondisk import entries
 from jqcow.ondisk.entries import ENTRY
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, encode_operations, frame_payload

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jqcow.checker.check import KEPT_FINDINGS, Kind, check_structure
 from jqcow.errors import FormatError, JqcowError, UnsupportedFeatureError
-from jqcow.offline.check import KEPT_FINDINGS, Kind, check_structure
 from jqcow.ondisk import entries
 from jqcow.ondisk.entries import COPIED, ENTRY, ZERO
 from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_EXTERNAL_DATA, INCOMPATIBLE_JOURNAL, Header

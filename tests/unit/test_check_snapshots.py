@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jqcow.checker import check as checks
+from jqcow.checker.check import Kind
 from jqcow.cli import main
 from jqcow.errors import CorruptionError, FormatError, JqcowError, UnsupportedFeatureError
-from jqcow.offline import check as checks
-from jqcow.offline.check import Kind
 from jqcow.offline.info import check_file, read_snapshots
 from jqcow.offline.records import read_journal
 from jqcow.ondisk import entries, snapshots

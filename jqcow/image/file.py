@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from jqcow.image import Image
+
+class OpenImage(Protocol):
+    """What the file asks of an open image."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def closed(self) -> bool: ...
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None: ...
+
+    def pwrite(self, buffer: Any, offset: int) -> int: ...
+
+    def flush(self) -> None: ...
 
 
 class ImageFile(io.RawIOBase):
@@ -16,7 +32,7 @@ class ImageFile(io.RawIOBase):
     time.
     """
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: OpenImage) -> None:
         """Start at offset 0."""
         super().__init__()
         self._image = image

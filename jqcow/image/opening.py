@@ -16,7 +16,7 @@ from jqcow.engine.engine import Engine, open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import What, clear_corrupt_bit
 from jqcow.errors import CorruptionError, FileAccessDenied
-from jqcow.image import Image, Mode
+from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk import root as roots

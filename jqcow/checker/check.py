@@ -29,8 +29,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jqcow import _native
+from jqcow.checker.tables import REFCOUNT_CODES, Code, decode_refcounts, layers, nonzero_entries, zeroed
 from jqcow.errors import UnsupportedFeatureError
-from jqcow.offline.tables import REFCOUNT_CODES, Code, decode_refcounts, layers, nonzero_entries, zeroed
 from jqcow.ondisk import entries, features, layout, snapshots
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.layout import ENTRY_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES

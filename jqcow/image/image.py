@@ -22,6 +22,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+from jqcow.checker.check import CheckReport, check_structure
 from jqcow.device.disk import Disk, Extent, found_below, joined
 from jqcow.device.file import path_of
 from jqcow.disks.image import extent_of
@@ -40,14 +41,13 @@ from jqcow.errors import (
     ReadOnlyError,
     TransactionError,
 )
-from jqcow.imagefile import ImageFile
-from jqcow.offline.check import CheckReport, check_structure
+from jqcow.image.file import ImageFile
+from jqcow.image.transaction import Transaction
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.entries import UNALLOCATED
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
-from jqcow.transaction import Transaction
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer

@@ -1,0 +1,5 @@
+"""The Python interface: images, transactions, opening and creating, a disk as a file object."""
+
+from jqcow.image.image import Image, ImageInfo, JournalInfo, Mode, Recovered
+
+__all__ = ["Image", "ImageInfo", "JournalInfo", "Mode", "Recovered"]
