@@ -153,3 +153,24 @@ def format_families(report: LabReport) -> Iterable[str]:
     yield f"{'family':<20}  {'workloads':>9}  {'distinct':>9}"
     for name, distinct in sorted(families.items()):
         yield f"{name:<20}  {len(distinct):>9,}  {sum(distinct):>9,}"
+
+
+def totals_of(total: Outcome) -> dict[str, float | str]:
+    """Return the sums of a campaign by their names, as docs/figures shows them."""
+    report = total.ledger.report()
+    return {
+        "distinct states": report.distinct_states,
+        "judged": report.judged_states,
+        "quiet": report.quiet_states,
+        "broken": len(total.failures),
+        "workloads": total.workloads,
+        "largest workload": f"{report.largest_share:.2%}",
+        "judged by QEMU too": total.qemu_judged,
+        "seconds": round(total.seconds),
+    }
+
+
+def tables_of(report: LabReport) -> dict[str, Iterable[str]]:
+    """Return the tables that docs/figures keeps, as lines of text."""
+    intervals = itertools.takewhile(bool, report.format_table().splitlines())
+    return {"barrier": format_barriers(report), "family": format_families(report), "interval": intervals}

@@ -336,3 +336,19 @@ def format_totals(total: Outcome) -> Iterable[str]:
     yield f"{report.distinct_states:,} distinct crash states with a change in flight"
     yield f"({report.judged_states:,} met, {total.repeated:,} known already, {report.quiet_states:,} quiet)"
     yield f"{total.qemu_judged:,} states judged by qemu-img check and compare; {total.seconds:.0f} s"
+
+
+def totals_of(total: Outcome) -> dict[str, float]:
+    """Return the sums by their names, as docs/figures shows them."""
+    report = total.ledger.report()
+    return {
+        "sequences": total.sequences.total(),
+        "distinct states": report.distinct_states,
+        "judged": report.judged_states,
+        "known with the same expectation": total.repeated,
+        "broken": len(total.failures),
+        "intervals judged in all their states": total.whole,
+        "intervals sampled": total.sampled,
+        "judged by QEMU too": total.qemu_judged,
+        "seconds": round(total.seconds),
+    }
