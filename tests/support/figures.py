@@ -20,7 +20,7 @@ FOLDER = ROOT / "docs" / "figures"
 PAGE = ROOT / "docs" / "figures.md"
 WIDTH = 120
 
-SHOWN = {"family": "distinct", "last operation": "states"}
+SHOWN = {"last operation": "states"}
 """Tables that the page shows as a list: the name of the table, and of the column to show."""
 
 INTRODUCTION = """# Figures

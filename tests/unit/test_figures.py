@@ -30,12 +30,14 @@ def test_a_recorded_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file.write_text(json.dumps({"title": "A new campaign", "note": "On a quiet machine."}))
     monkeypatch.setattr("sys.argv", ["tools/campaign", "--seed", "9", "--record", str(file)])
     barriers = ["barrier  calls  before  after", "flush.record  1,000  20  3,000"]
-    families = ["family  workloads  distinct", "killed  4  5,000"]
-    figures.record(file, {"distinct states": 5000}, {"barrier": barriers, "family": families}, text="a  1")
+    operations = ["last operation  giving states  states", "flush  4  5,000"]
+    figures.record(
+        file, {"distinct states": 5000}, {"barrier": barriers, "last operation": operations}, text="a  1"
+    )
     page = figures.render(tmp_path)
     assert "## A new campaign\n\n`tools/campaign --seed 9`\n\ndistinct states **5,000**.\n" in page
     assert "On a quiet machine." in page
-    assert "Distinct by family: killed 5,000." in page
+    assert "States by last operation: flush 5,000." in page
     assert "```\na  1\n```" in page
     assert re.search(r"flush\.record +20/3,000", page)
 
