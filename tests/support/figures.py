@@ -1,8 +1,8 @@
 """Figures of long runs: tools record them as small JSON files, `tools/figures` makes docs/figures.md of them.
 
 A file holds a ``title`` and a ``note`` that people write, the ``command``, ``totals`` (a name and a value
-each), a ``text`` that is shown as it stands, and ``tables``: columns, and rows by their name. The page shows
-the tables in `SHOWN` as lists and sums up the barriers; the others stay in the files.
+each), a ``text`` that is shown as it stands, and ``tables``: columns, and rows by their name. The page sums
+up the tables of barriers; the others stay in the files.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ FOLDER = ROOT / "docs" / "figures"
 PAGE = ROOT / "docs" / "figures.md"
 WIDTH = 120
 
-SHOWN = {"last operation": "states"}
-"""Tables that the page shows as a list: the name of the table, and of the column to show."""
-
 INTRODUCTION = """# Figures
 
 `tools/figures` makes this page from the files in `docs/figures`; the tools write those with `--record FILE`.
-The files also hold the states of every barrier interval. The machines were shared and had two cores.
+The files also hold the states of every family, operation and barrier interval. The machines were shared and
+had two cores.
 [crash-laboratory](crash-laboratory.md#the-campaigns-on-jqcow) and [outside](outside.md) tell what the
 campaigns do, [benchmarks](benchmarks.md) what is measured.
 """
@@ -97,11 +95,6 @@ def section_of(run: dict[str, Any]) -> str:
     """Return the part of the page on one run."""
     totals = ", ".join(f"{name} **{shown(value)}**" for name, value in run["totals"].items())
     paragraphs = [f"## {run['title']}", f"`{run['command']}`", totals and f"{totals}.", run["note"]]
-    for name, table in run["tables"].items():
-        if name in SHOWN:
-            at = table["columns"].index(SHOWN[name])
-            cells = (f"{row} {shown(values[at])}" for row, values in table["rows"].items())
-            paragraphs.append(f"{SHOWN[name].capitalize()} by {name}: {', '.join(cells)}.")
     parts = [textwrap.fill(text, WIDTH, break_on_hyphens=False) + "\n" for text in paragraphs if text]
     if run["text"]:
         parts.append(fenced(run["text"].splitlines()))
