@@ -3,7 +3,7 @@
     python -m tests.bench.long_runs [--scale N] [DIRECTORY]
 
 runs each story N times as long as CI does, and prints its figures. The images are made in DIRECTORY, a
-temporary one if not given. The figures stand in docs/design.md.
+temporary one if not given. The figures stand in docs/figures.md.
 """
 
 from __future__ import annotations

@@ -135,3 +135,9 @@ def totals_of(total: Outcome) -> dict[str, float | str]:
         "judged by QEMU too": total.counts["judged by QEMU too"],
         "seconds": round(total.seconds),
     }
+
+
+def tables_of(report: LabReport) -> dict[str, Iterable[str]]:
+    """Return the tables that docs/figures keeps, as lines of text."""
+    intervals = itertools.takewhile(bool, report.format_table().splitlines())
+    return {"barrier": format_barriers(report), "family": format_families(report), "interval": intervals}

@@ -1,6 +1,6 @@
 """The image builder of the how-to, killed and cut off: the disk is the old one or the new one, no mixture.
 
-The builder is taken from docs/how-to.md as it stands there.
+The builder is the example that docs/how-to.md shows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jqcow.testing import CrashFailure, CrashState, LabOptions, Laboratory, Simu
 from tests.interop.qemu import check_clean, compare, done
 
 ROOT = Path(__file__).resolve().parents[2]
-HOW_TO = ROOT / "docs" / "how-to.md"
+BUILDER = ROOT / "docs" / "examples" / "build_image.py"
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 MIB = 1 << 20
@@ -68,13 +68,12 @@ class Bench:
     new_raw: Path
 
 
-def extract_builder(folder: Path) -> ModuleType:
-    """Save the how-to's builder as a module that processes can import, and return it."""
-    blocks = [block for block in PYTHON_BLOCK.findall(HOW_TO.read_text()) if "def install(" in block]
-    assert len(blocks) == 1
-    (folder / "builder.py").write_text(blocks[0])
+def copy_builder(folder: Path) -> ModuleType:
+    """Save the example as a module that processes can import, and return it."""
+    source = BUILDER.read_text(encoding="utf-8")
+    (folder / "builder.py").write_text(source, encoding="utf-8")
     module = ModuleType("builder")
-    exec(compile(blocks[0], "builder.py", "exec"), module.__dict__)
+    exec(compile(source, "builder.py", "exec"), module.__dict__)
     return module
 
 
@@ -111,7 +110,7 @@ def disk_of(pieces: list[tuple[int, Path]]) -> bytes:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Return a disk with an older release and a user's data on it, and the pieces of a newer release."""
     folder = tmp_path_factory.mktemp("builder")
-    builder = extract_builder(folder)
+    builder = copy_builder(folder)
     old_image, chance = folder / "old.qcow2", random.Random(3)
     jqcow.create(old_image, DISK_BYTES, journal_size=JOURNAL_BYTES).close()
     with jqcow.open(old_image, "r+") as image:

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "jqcow"
 RULE = re.compile(r"^([A-Z]\d+)\. ", re.MULTILINE)
-LISTED_RULE = re.compile(r"^\| ([A-Z]\d+) ", re.MULTILINE)
+LISTED_RULE = re.compile(r"^- \*\*([A-Z]\d+)\*\* ", re.MULTILINE)
 
 
 def barrier_calls() -> list[tuple[str, str]]:

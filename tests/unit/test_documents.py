@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
+WORDS_MAX = 22_000
+
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
@@ -71,6 +73,10 @@ def test_pages_name_no_place_of_one_machine(page: Path) -> None:
     assert not MACHINE_PATH.findall(page.read_text(encoding="utf-8"))
 
 
+def test_all_pages_together_are_short() -> None:
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in PAGES) <= WORDS_MAX
+
+
 @every_page
 def test_python_blocks_are_python(page: Path) -> None:
     for language, text in blocks_of(page):
@@ -88,6 +94,9 @@ def command_path(tmp_path_factory: pytest.TempPathFactory) -> str:
             f"#!{sys.executable}\nimport sys\nfrom jqcow.cli.{module} import main\nsys.exit(main())\n"
         )
         script.chmod(0o755)
+    python = folder / "python3"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
 
 
@@ -107,4 +116,6 @@ def test_recipes_work(name: str, command_path: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", command_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for example in (DOCS / "examples").iterdir():
+        (tmp_path / example.name).write_bytes(example.read_bytes())
     run_blocks(ROOT / name)

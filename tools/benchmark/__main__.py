@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support import figures
 from tools.benchmark.barriers import compare_barriers
 from tools.benchmark.compress import compare_compression
 from tools.benchmark.speed import compare_speed
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--directory", help="where the images lie")
     common.add_argument("--output", choices=("human", "json"), default="human")
+    common.add_argument("--record", default="", metavar="FILE", help="write the figures as JSON")
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     barriers = parts.add_parser("barriers", parents=[common], help="count sync-like system calls")
@@ -60,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             speeds = compare_speed(folder, options.rounds, options.size << 20)
             text, data, status = speeds.format_table(), dataclasses.asdict(speeds), 0
+    figures.record(options.record, {}, text=text, program="tools/bench")
     print(json.dumps(data, indent=2) if options.output == "json" else text)
     return status
 
