@@ -1,5 +1,6 @@
 """The Python interface: images, transactions, opening and creating, a disk as a file object."""
 
-from jqcow.image.image import Image, ImageInfo, JournalInfo, Mode, Recovered
+from jqcow.image.image import Image, Mode
+from jqcow.image.reports import ImageInfo, JournalInfo, Recovered
 
 __all__ = ["Image", "ImageInfo", "JournalInfo", "Mode", "Recovered"]

@@ -17,7 +17,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -31,7 +30,6 @@ from jqcow.engine.engine import Guest, Opened
 from jqcow.engine.guard import is_mine
 from jqcow.engine.mapping import L1Table
 from jqcow.engine.repair import RepairReport
-from jqcow.engine.scan import Scan
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import (
@@ -42,6 +40,7 @@ from jqcow.errors import (
     TransactionError,
 )
 from jqcow.image.file import ImageFile
+from jqcow.image.reports import ImageInfo, JournalInfo, Recovered
 from jqcow.image.transaction import Transaction
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
@@ -56,52 +55,6 @@ Mode = Literal["r", "r+"]
 
 UNCHECKED_BYTES_MAX = 1 << 20
 """A buffer of this length is made before the range is known to lie within the disk."""
-
-
-@dataclass(frozen=True)
-class JournalInfo:
-    """The live journal: its place and length in bytes, the running epoch and the newest sequence."""
-
-    offset: int
-    length: int
-    epoch: int
-    sequence: int
-
-
-@dataclass(frozen=True)
-class ImageInfo:
-    """What the header says; sizes in bytes. ``journal`` is None while the image is clean.
-
-    Of an image that was opened to read a snapshot, ``virtual_size`` is the snapshot's.
-    """
-
-    virtual_size: int
-    cluster_size: int
-    file_size: int
-    version: int
-    refcount_bits: int
-    lazy_refcounts: bool
-    dirty: bool
-    corrupt: bool
-    compression_type: Literal["zlib", "zstd"]
-    snapshot_count: int
-    journal: JournalInfo | None
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """What opening found in a live journal: records applied, and whether a torn one was dropped."""
-
-    epoch: int
-    first_sequence: int
-    last_sequence: int
-    torn_tail: bool
-
-    @classmethod
-    def from_scan(cls, scan: Scan) -> Recovered:
-        """Summarise a scan."""
-        first = scan.frames[0].header.sequence
-        return cls(scan.epoch, first, scan.sequence, scan.torn_tail is not None)
 
 
 class Image:
