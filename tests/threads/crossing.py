@@ -42,10 +42,12 @@ class Change:
 
 @dataclass
 class Taking:
-    """A snapshot that is being made, or was."""
+    """A snapshot that is being made, or was; it may be deleted too."""
 
     began: int
     returned: int | None = None
+    is_leaving: bool = False
+    is_gone: bool = False
 
 
 @dataclass
@@ -87,6 +89,15 @@ class Record:
         taking.returned = self.now()
         self._flushed(taking.began)
 
+    @contextmanager
+    def deleting(self, name: str) -> Iterator[None]:
+        """Wrap a call that deletes a snapshot."""
+        taking, began = self.takings[name], self.now()
+        taking.is_leaving = True
+        yield
+        taking.is_gone = True
+        self._flushed(began)
+
     def was_read(self, first: int, data: bytes, began: int) -> None:
         """Note what a read returned that began at a tick."""
         returned = self.now()
@@ -123,31 +134,34 @@ class Judgement:
     def judge_disk(self, data: bytes, *, crashed: bool) -> None:
         """Judge the whole disk, as it is or as a crash left it."""
         since = self.record.flushed_from if crashed else self.moment
-        self._judge(values_of(data), since, self.moment)
+        self._judge(values_of(data), since, self.moment, shows_before=self.moment)
 
     def judge_snapshots(self, found: dict[str, bytes]) -> None:
         """Judge which snapshots there are, and what they hold."""
         for name, taking in self.record.takings.items():
             if name in found:
-                self._judge(values_of(found[name]), taking.began, taking.returned or self.moment)
-            elif taking.returned is not None:
+                if taking.is_gone:
+                    raise Broken(f"snapshot {name} is back")
+                until = taking.returned or self.moment
+                self._judge(values_of(found[name]), taking.began, until, shows_before=taking.began)
+            elif taking.returned is not None and not taking.is_leaving:
                 raise Broken(f"snapshot {name} is lost")
         if not found.keys() <= self.record.takings.keys():
             raise Broken("a snapshot that nobody made")
 
-    def _judge(self, values: list[bytes], since: int, until: int) -> None:
+    def _judge(self, values: list[bytes], since: int, until: int, *, shows_before: int) -> None:
+        """Judge all sectors. Atomic changes that returned before a tick must be there: they were durable."""
         for sector, value in enumerate(values):
             if not self._may_hold(sector, value, since, until):
                 calls = self.record.calls(sector)
                 raise Broken(f"sector {sector} holds {value.hex()} between {since} and {until}: {calls}")
         for change in self.record.changes:
             if change.whole:
-                self._judge_whole(change, values, until, returned=change.returned_before(since))
+                self._judge_whole(change, values, must_show=change.returned_before(shows_before))
 
-    def _judge_whole(self, change: Change, values: list[bytes], until: int, *, returned: bool) -> None:
+    def _judge_whole(self, change: Change, values: list[bytes], *, must_show: bool) -> None:
         """All of an atomic change is there, or has been written over, if any of it is."""
         shows = any(value != ZERO and values[sector] == value for sector, value in change.values.items())
-        must_show = change.returned_before(until) if until == self.moment else returned
         if not shows and not must_show:
             return
         for sector in change.values:

@@ -4,7 +4,7 @@
     python -m tests.threads.interleaving --replay SEED
 
 Each seed is one interleaving of reads, writes in place, allocating and compressed writes, discards, zeroing,
-flushes, a snapshot and transactions (scheduler.py). What reads return must be linearisable, and so must what
+flushes, snapshots and transactions (scheduler.py). What reads return must be linearisable, and so must what
 a crash leaves (crossing.py); the recovered image has no error and no leak. The campaign ends when so many
 distinct crash states have been judged. A failing seed is printed.
 """
@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from errno import EIO, ENOSPC
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +30,7 @@ from random import Random
 
 import jqcow
 from jqcow.offline.check import check_structure
-from jqcow.testing import CrashState, SimulatedDevice, enumerate_states
+from jqcow.testing import EVERYTHING, CrashState, Fault, SimulatedDevice, enumerate_states
 from tests.support import inside
 from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of
 from tests.threads.crossing import SECTOR, ZERO, Broken, Judgement, Record, filled
@@ -40,11 +42,14 @@ SECTORS = 20 * PER_CLUSTER
 DISK = SECTORS * SECTOR
 IN_FLIGHT = 4
 REQUESTS = 28
+DATE = datetime(2020, 1, 1, tzinfo=UTC)
 BUDGET = 12
 """States of one crash."""
 FAILURES_MAX = 10
-USUAL = ("write", "read", "discard", "zero", "packed", "flush", "checkpoint", "commit")
-WEIGHTS = (40, 22, 10, 6, 4, 10, 2, 6)
+USUAL = ("write", "read", "discard", "zero", "packed", "flush", "checkpoint", "commit", "forget")
+WEIGHTS = (40, 22, 10, 6, 4, 10, 2, 6, 2)
+FAILING = 0.3
+"""How many interleavings meet failures of the host."""
 AT_BARRIERS, ELSEWHERE = 0.3, 0.02
 """How often the power is cut at a point."""
 
@@ -113,7 +118,10 @@ class Interleaving:
         with scheduled_locks(self.scheduler):
             self.image = open_simulated(self.device)
             self._prepare()
+            if self.random.random() < FAILING:
+                self.device.fail(*self._drawn_faults())
             self.scheduler.run(*[self._work] * IN_FLIGHT)
+            self.device.fail()
             self._judge_end()
         self.outcome.counts["points"] = self.scheduler.points
         self.outcome.counts["switches"] = self.scheduler.switches
@@ -126,6 +134,12 @@ class Interleaving:
         if self.random.random() < 0.7:
             self.flush()
 
+    def _drawn_faults(self) -> Iterator[Fault]:
+        """Yield one or two failures of the host; after that of a barrier the image can only be read."""
+        for _ in range(self.random.randint(1, 2)):
+            error, applied = self.random.choice((EIO, ENOSPC)), self.random.choice((0, SECTOR, EVERYTHING))
+            yield Fault(error, self.random.randint(1, 120), applied_bytes=applied)
+
     # The requests
 
     def _work(self, worker: Worker) -> None:
@@ -133,7 +147,13 @@ class Interleaving:
             worker.doing = name
             self.outcome.counts["requests"] += 1
             self.in_flight += 1
-            getattr(self, name)()
+            try:
+                getattr(self, name)()
+            except OSError:
+                # The host failed this call, or a barrier before: it may have happened or not.
+                if not self.device.has_failed:
+                    raise
+                self.outcome.counts["requests that failed"] += 1
             self.in_flight -= 1
 
     def _sectors(self, most: int) -> range:
@@ -198,7 +218,15 @@ class Interleaving:
     def snapshot(self) -> None:
         name = f"taken {next(self._names)}"
         with self.record.taking(name):
-            self.image.create_snapshot(name)
+            self.image.create_snapshot(name, DATE)
+
+    def forget(self) -> None:
+        """Delete a snapshot, if there is one that nobody deletes yet."""
+        takings = self.record.takings
+        names = [name for name, taking in takings.items() if taking.returned and not taking.is_leaving]
+        if names:
+            with self.record.deleting(names[0]):
+                self.image.delete_snapshot(names[0])
 
     # Judgement
 
@@ -226,7 +254,9 @@ class Interleaving:
                     raise
 
     def _judge_state(self, judgement: Judgement, state: CrashState) -> None:
-        crashed = self.device.crash(state)
+        self._judge_opened(judgement, self.device.crash(state))
+
+    def _judge_opened(self, judgement: Judgement, crashed: SimulatedDevice) -> None:
         image = open_simulated(crashed)
         report = image.check()
         if report.counts:
@@ -239,6 +269,13 @@ class Interleaving:
     def _judge_end(self) -> None:
         judgement = Judgement(self.record)
         self.record.judge_reads(range(SECTORS))
+        if inside.is_in_doubt(self.image):
+            raise Broken("a failure of the host left the image in doubt")
+        if inside.is_poisoned(self.image):
+            self.image.close()
+            self.outcome.counts["left read-only"] += 1
+            self._judge_opened(judgement, self.device.killed())
+            return
         disk, snapshots = self.image.pread(DISK, 0), snapshots_of(self.image)
         judgement.judge_disk(disk, crashed=False)
         judgement.judge_snapshots(snapshots)
@@ -273,7 +310,7 @@ def try_seed(seed: int) -> Outcome:
     try:
         interleaving.run()
     except Exception as error:
-        story = "".join(traceback.format_exception(error)[-8:])
+        story = "".join(traceback.format_exception(error)[-16:])
         interleaving.outcome.failures.append(f"{story}  replay: --replay {seed}")
     return interleaving.outcome
 

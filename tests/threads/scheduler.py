@@ -60,6 +60,8 @@ class Scheduler:
         self.points = 0
         self.switches = 0
         self._stays = random.choice((0.0, 0.3, 0.6, 0.85))
+        self._sleeper: Worker | None = None
+        self._sleeps_until = 0
         self._current: Worker | None = None
         self._error: BaseException | None = None
         self._all_ended = threading.Semaphore(0)
@@ -143,10 +145,18 @@ class Scheduler:
             self._current = None
             self._all_ended.release()
             return
-        chosen = self.random.choice(able)
+        chosen = self._choose(able)
         self.switches += chosen is not self._current
         self._current = chosen
         chosen.wake()
+
+    def _choose(self, able: list[Worker]) -> Worker:
+        """Choose who goes on. Now and then one sleeps for long: much may happen while it is in flight."""
+        if self.points >= self._sleeps_until:
+            is_time = self.random.random() < 0.1
+            self._sleeper = self.random.choice(self.workers) if is_time else None
+            self._sleeps_until = self.points + self.random.randrange(20, 250) if is_time else 0
+        return self.random.choice([worker for worker in able if worker is not self._sleeper] or able)
 
 
 class ScheduledLock:
@@ -210,8 +220,19 @@ class ScheduledDevice(SimulatedDevice):
     def __init__(self, scheduler: Scheduler, initial: bytes) -> None:
         super().__init__(initial)
         self._scheduler = scheduler
-        slow = Fault(None, 1, "barrier", EVERYTHING, repeats=True, wait=lambda: scheduler.point("in barrier"))
-        self.faults = FaultPlan(slow)
+        self.fail()
+
+    def fail(self, *faults: Fault) -> None:
+        """Let calls from now on meet these faults; every other barrier takes its time."""
+        slow = Fault(
+            None, 1, "barrier", EVERYTHING, repeats=True, wait=lambda: self._scheduler.point("in barrier")
+        )
+        self.faults = FaultPlan(*faults, slow)
+
+    @property
+    def has_failed(self) -> bool:
+        """True if a call met a fault that was asked for."""
+        return self.faults is not None and any(fault.error is not None for fault in self.faults.fired)
 
     def pread(self, length: int, offset: int) -> bytes:
         self._scheduler.point("pread")

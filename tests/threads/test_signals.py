@@ -258,7 +258,7 @@ def run_until_interrupted(alarm: Alarm, step: Callable[[], None], seed: int) -> 
 
 
 class OtherThread(threading.Thread):
-    """Writes and flushes in its own part; nobody's interrupt may stop it, unless the image refuses to work."""
+    """Writes and flushes in its own part; nobody's interrupt stops it, unless the image refuses to work."""
 
     def __init__(self, image: jqcow.Image) -> None:
         super().__init__(daemon=True)
