@@ -8,7 +8,7 @@ T1. A record is appended only when all that it relies on is durable: the data of
     a transaction, the opening frame and root copy before the root that names them.
 T2. What a flush acknowledges is in a record (or in place) under a completed barrier.
 C1. At most one commit is under way; whoever holds the turn alone appends, checkpoints or moves.
-C2. A flush shares a commit only if that commit was cut after the flush began.
+C2. A flush shares a commit only if that commit was cut after all was complete that the flush is for.
 C3. A commit that was cut off, and could not be taken back, leaves the image in doubt for the next one.
 """
 
@@ -51,19 +51,29 @@ class Turn:
         self.is_clean = False
         self.in_doubt = False
         self._tickets = itertools.count(1)
+        self._newest_cut = 0
         self._durable_ticket = 0
 
     def draw(self) -> int:
-        """Return a ticket: a commit whose own was drawn later covers it (C2)."""
-        return next(self._tickets)
+        """Return a flush's ticket: that of the newest cut where nothing was changed since, or a new one.
+
+        It is asked first whether anything was changed: a cut in between is newer, and covers as much (C2).
+        """
+        return self._newest_cut if self.is_clean else next(self._tickets)
+
+    def cut(self) -> int:
+        """Return the ticket of a commit that is about to cut, with the lock held."""
+        self._newest_cut = next(self._tickets)
+        self.is_clean = True
+        return self._newest_cut
 
     def cover(self, ticket: int) -> None:
-        """A commit that drew ``ticket`` when it cut is durable."""
+        """The commit of that ticket is durable."""
         self._durable_ticket = max(self._durable_ticket, ticket)
 
     def is_covered(self, ticket: int) -> bool:
-        """Return True if everything that was complete when ``ticket`` was drawn is durable."""
-        return ticket < self._durable_ticket or (self.is_clean and not self.in_doubt)
+        """Return True if everything that was complete when a flush drew ``ticket`` is durable."""
+        return ticket <= self._durable_ticket
 
 
 @dataclass(frozen=True)
@@ -111,11 +121,11 @@ class Commits:
             return
         under_way = threading.Lock()
         with self.turn.taken, under_way:
+            # At once: who comes now waits for this flush, and not for the turn, which may be long in coming.
+            self.turn.under_way = under_way
             self.begin_turn()
             # Not before the turn: this flush may be covered by the commit that it waited for.
-            is_covered = self.turn.is_covered(ticket)
-            self.turn.under_way = under_way
-            if not is_covered:
+            if not self.turn.is_covered(ticket):
                 with self.medium.lock:
                     check()
                 self.run(self.public)
@@ -186,8 +196,7 @@ class Commits:
     def _cut(self, tables: Tables) -> _Cut:
         """Freeze what is staged: what is staged from here on travels in a later record."""
         with self.medium.lock, self.medium.section():
-            ticket, changes = self.turn.draw(), tables.changes
-            self.turn.is_clean = True
+            ticket, changes = self.turn.cut(), tables.changes
             if changes.is_empty:
                 return _Cut(ticket, None)
             if tables is self.public:

@@ -367,6 +367,10 @@ class Image:
                     yield transaction
             finally:
                 self._transaction_thread = None
+                if engine.log.in_transaction:
+                    # Cut off before its changes were given up.
+                    with self._lock:
+                        self._medium.in_doubt = True
 
     def _private_guest(self, tables: Tables) -> Guest:
         return self._engine.guest(self._enter, self._backing, tables=tables, alone=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import jqcow
@@ -127,3 +129,12 @@ def metadata_ranges(device: SimulatedDevice) -> list[Range]:
     if engine.log.journal is not None:
         ranges.append((engine.log.journal.extent.offset, engine.log.journal.extent.end))
     return ranges
+
+
+def modules_with_locks() -> list[ModuleType]:
+    """Return the engine's modules that make locks, as ``threading`` of theirs."""
+    return [module for name, module in sys.modules.items() if _makes_locks(name, module)]
+
+
+def _makes_locks(name: str, module: ModuleType) -> bool:
+    return name.startswith("jqcow.engine.") and hasattr(module, "threading")

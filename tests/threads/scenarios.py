@@ -62,6 +62,8 @@ class Trial:
         """For an atomic change: the contents that the whole disk may have afterwards."""
         self.may_be_poisoned = True
         """False where the interrupt comes while the device is waited for: that leaves nothing in doubt."""
+        self.durable_bytes: int | None = None
+        """Size of the disk before a growth that no flush has made durable."""
         if live:
             self.write(3, CLUSTER, 30 * CLUSTER)
             self.flush()
@@ -135,6 +137,7 @@ class Trial:
         assert not report.counts, report.findings
         self.judge_content()
         self.work_in_another_thread()
+        self.durable_bytes = None
         self.judge_crash_states()
         report = self.image.check()
         assert not report.counts, report.findings
@@ -145,6 +148,7 @@ class Trial:
         if self.outcomes:
             assert content in self.outcomes, "an atomic change happened in part"
             self.model.reset_to(content)
+            self.durable_bytes = len(self.outcomes[0])
             self.outcomes = []
         violations = self.model.expect_now(self.image.pread)
         assert not violations, violations[0]
@@ -184,6 +188,9 @@ class Trial:
             if self.outcomes:
                 assert image.pread(image.size, 0) in self.outcomes, "an atomic change happened in part"
             else:
+                if image.size < model.size_bytes and image.size == self.durable_bytes:
+                    model = model.copy()
+                    model.resize(image.size)
                 violations = model.check(image.pread)
                 assert not violations, violations[0]
             report = image.check()

@@ -15,6 +15,7 @@ from types import FrameType
 import pytest
 
 import jqcow
+from jqcow.errors import PoisonedError
 from jqcow.testing import SectorModel
 from tests.threads.interrupts import TRACED, TRACED_TOO, Interrupted
 
@@ -78,9 +79,12 @@ class Program:
         self.image = image
         self.model = model
         self.random = random.Random(seed)
-        self.count = 0
+        self.count = seed << 16
+        self.transaction: dict[int, bytes] = {}
+        """The sectors of the newest change, if that is a transaction: bytes by guest offset."""
 
     def step(self) -> None:
+        self.transaction = {}
         self.random.choice((self.write, self.write, self.zero, self.discard, self.flush, self.commit))()
 
     def part(self, alignment: int) -> tuple[int, int]:
@@ -118,6 +122,7 @@ class Program:
         """Two writes that are there together or not at all."""
         (length, offset), (length2, offset2) = self.part(512), self.part(512)
         first, second = self.data(length), self.data(length2)
+        self.transaction = sectors_of(offset, first) | sectors_of(offset2, second)
         with (
             self.model.write(offset, first),
             self.model.write(offset2, second),
@@ -132,45 +137,102 @@ class Program:
         with self.model.write(offset2, second):
             pass
 
+    def judge_reopened(self) -> None:
+        """Nothing that was acknowledged is lost, and of the newest transaction all is there or nothing.
+
+        Nothing else is written while a transaction is the newest change, so none of it can be written over.
+        """
+        content = self.image.pread(self.model.size_bytes, 0)
+        violations = self.model.check(lambda length, offset: content[offset : offset + length])
+        assert not violations, violations[0]
+        found = {content[offset : offset + 512] == data for offset, data in self.transaction.items()}
+        assert len(found) < 2, "a part of a transaction is there"
+        self.model.reset_to(content)
+
+
+def sectors_of(offset: int, data: bytes) -> dict[int, bytes]:
+    """Return the sectors of a write: bytes by guest offset."""
+    return {offset + at: data[at : at + 512] for at in range(0, len(data), 512)}
+
+
+class Sitting:
+    """An image under interrupts: what is open is replaced when it refuses to work."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model = SectorModel(OTHERS)
+        self.image = jqcow.create(path, DISK, cluster_size=CLUSTER, journal_size=65536)
+        self.other = OtherThread(self.image)
+        self.other.start()
+        self.reopened = 0
+
+    def interrupt(self, alarm: Alarm, seed: int) -> None:
+        """Interrupt the program once, and judge what is left of the image."""
+        program = Program(self.image, self.model, seed)
+        try:
+            run_until_interrupted(alarm, program.step, seed)
+            self.judge_running()
+        except PoisonedError:
+            assert not alarm.armed, "the image refused to work before anything was interrupted"
+            self.reopen()
+            program.image = self.image
+            program.judge_reopened()
+            self.judge_running()
+
+    def judge_running(self) -> None:
+        violations = self.model.expect_now(self.image.pread)
+        assert not violations, violations[0]
+        report = self.image.check()
+        assert not report.counts, report.findings
+        self.other.require_progress()
+
+    def reopen(self) -> None:
+        """Leave the image as it is, and recover it. The model has not been told of the outcome yet."""
+        self.other.require_end()
+        self.image.close()
+        self.image = jqcow.open(self.path, "r+", journal_size=65536)
+        self.other = self.other.successor(self.image)
+        self.other.start()
+        self.reopened += 1
+
+    def end(self) -> None:
+        self.other.stop.set()
+        self.other.join(20)
+        assert not self.other.is_alive()
+
 
 @pytest.mark.parametrize("collector", ["quiet", "busy"])
 def test_interrupted_by_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collector: str) -> None:
-    path = tmp_path / "disk.qcow2"
-    image = jqcow.create(path, DISK, cluster_size=CLUSTER, journal_size=65536)
-    model = SectorModel(OTHERS)
+    """Most interrupts come while something is waited for, and leave the image at work."""
+    sitting = Sitting(tmp_path / "disk.qcow2")
     alarm = Alarm()
     monkeypatch.setattr(sys, "unraisablehook", alarm.hear_of_dropped)
     before = signal.signal(signal.SIGALRM, alarm.handle)
-    stop = threading.Event()
-    other = OtherThread(image, stop)
-    other.start()
     thresholds = gc.get_threshold()
     if collector == "busy":
         gc.callbacks.append(dawdle)
         gc.set_threshold(20)
     try:
         for seed in range(INTERRUPTS):
-            run_until_interrupted(alarm, Program(image, model, seed).step, seed)
-            violations = model.expect_now(image.pread)
-            assert not violations, f"seed {seed}: {violations[0]}"
-            report = image.check()
-            assert not report.counts, f"seed {seed}: {report.findings}"
-            other.require_progress()
+            try:
+                sitting.interrupt(alarm, seed)
+            except BaseException as error:
+                error.add_note(f"seed {seed}")
+                raise
     finally:
         alarm.clear()
         signal.signal(signal.SIGALRM, before)
         gc.set_threshold(*thresholds)
         if collector == "busy":
             gc.callbacks.remove(dawdle)
-        stop.set()
-        other.join(20)
-    assert not other.is_alive()
+        sitting.end()
     assert alarm.delivered == INTERRUPTS
     assert alarm.dropped > 0 or collector == "quiet"
-    image.close()
-    subprocess.run(["qemu-img", "check", "-q", path], check=True)
-    with jqcow.open(path) as found:
-        assert not model.expect_now(found.pread)
+    assert sitting.reopened < INTERRUPTS * 3 // 4
+    sitting.image.close()
+    subprocess.run(["qemu-img", "check", "-q", sitting.path], check=True)
+    with jqcow.open(sitting.path) as found:
+        assert not sitting.model.expect_now(found.pread)
 
 
 def dawdle(phase: str, _information: dict[str, int]) -> None:
@@ -192,33 +254,50 @@ def run_until_interrupted(alarm: Alarm, step: Callable[[], None], seed: int) -> 
     except Interrupted:
         pass
     finally:
-        alarm.clear()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 class OtherThread(threading.Thread):
-    """Writes and flushes in its own part; nobody's interrupt may stop it."""
+    """Writes and flushes in its own part; nobody's interrupt stops it, unless the image refuses to work."""
 
-    def __init__(self, image: jqcow.Image, stop: threading.Event) -> None:
+    def __init__(self, image: jqcow.Image) -> None:
         super().__init__(daemon=True)
         self.image = image
-        self.stop = stop
-        self.rounds = 0
+        self.model = SectorModel(DISK - OTHERS)
+        self.stop = threading.Event()
+        self.rounds = 1
         self.moved_on = threading.Condition()
         self.error: BaseException | None = None
+
+    def successor(self, image: jqcow.Image) -> OtherThread:
+        """Return who goes on with the image opened again; what was flushed must be in it."""
+        content = image.pread(self.model.size_bytes, OTHERS)
+        violations = self.model.check(lambda length, offset: content[offset : offset + length])
+        assert not violations, f"the other thread's: {violations[0]}"
+        other = OtherThread(image)
+        other.model.reset_to(content)
+        other.rounds = self.rounds
+        return other
 
     def run(self) -> None:
         try:
             while not self.stop.is_set():
-                data = self.rounds.to_bytes(4, "big") * 512
-                offset = OTHERS + self.rounds % 7 * 2048
-                self.image.pwrite(data, offset)
-                self.image.flush()
-                assert self.image.pread(2048, offset) == data
+                self.step()
                 with self.moved_on:
                     self.rounds += 1
                     self.moved_on.notify_all()
         except BaseException as error:
-            self.error = error
+            with self.moved_on:
+                self.error = error
+                self.moved_on.notify_all()
+
+    def step(self) -> None:
+        data, offset = self.rounds.to_bytes(4, "big") * 512, self.rounds % 7 * 2048
+        with self.model.write(offset, data):
+            self.image.pwrite(data, OTHERS + offset)
+        with self.model.flush():
+            self.image.flush()
+        assert self.image.pread(2048, OTHERS + offset) == data
 
     def require_progress(self) -> None:
         with self.moved_on:
@@ -226,3 +305,10 @@ class OtherThread(threading.Thread):
             assert self.moved_on.wait_for(lambda: self.rounds > rounds or self.error, 20), "blocked"
         if self.error is not None:
             raise self.error
+
+    def require_end(self) -> None:
+        """The image is in doubt: the thread must find that out by itself."""
+        self.join(20)
+        assert not self.is_alive(), "blocked"
+        if not isinstance(self.error, PoisonedError):
+            raise AssertionError("the image refuses one thread, and not the other") from self.error
