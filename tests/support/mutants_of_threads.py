@@ -1,0 +1,1 @@
+MUTANTS_OF_THREADS = ()
