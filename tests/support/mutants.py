@@ -75,6 +75,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "commit.base": ("dropping:commit",),
 }
 
+
 def write_home(medium: Medium, changes: ChangeSet | None) -> None:
     """Write staged blocks where only a checkpoint may."""
     if changes is not None:
@@ -134,17 +135,6 @@ OF_MEDIUM = (
         "healthy-after-a-failed-barrier",
         restoring(f"{MEDIUM}.barrier", "self.poisoned"),
         trials=seeds("barrier-fails/4096", 2),
-    ),
-    Mutant(
-        "M3",
-        "covered-by-any-barrier",
-        with_argument(
-            "jqcow.engine.space:_before",
-            "number",
-            lambda number: number + (1 << 40),
-            during=f"{SPACE}._barrier_completed",
-        ),
-        trials=("overlapping/4096/0",),
     ),
     Mutant(
         "M5",
@@ -226,7 +216,7 @@ OF_CHANGES = (
         "D3",
         "failed-operation-kept",
         skipping(f"{TABLES}.undo", during=f"{OPERATION}.__exit__"),
-        trials=("host-fails/4096/0",),
+        trials=("host-fails/512/1",),
     ),
     Mutant(
         "D4",
@@ -256,7 +246,7 @@ OF_SPACE = (
         "S2",
         "freed-metadata-as-data",
         after(f"{REFCOUNTS}._free_as_metadata", count_as_data),
-        trials=("reuse-tables/512/2", "reuse-tables/512/3"),
+        trials=("reuse-tables/4096/0",),
     ),
     Mutant(
         "S3",
@@ -310,7 +300,7 @@ OF_REFCOUNTS = (
         restoring(f"{CHANGES}.return_to", "self.packed_end", during=f"{OPERATION}.__exit__"),
         trials=(
             SIMULATION
-            + "4096/empty/0/65536 write:0:1 flush fail:pwrite:1:EIO:0 packed:32768:1 packed:65536:1",
+            + "4096/empty/0/65536 write:0:1 flush fail:allocate:1:EIO:0 packed:32768:1 packed:65536:1",
         ),
     ),
     Mutant(
@@ -323,7 +313,10 @@ OF_REFCOUNTS = (
         "R4",
         "packing-into-what-a-transaction-frees",
         restoring(f"{PRIVATE}.__init__", "lifecycle.public.changes.packed_end"),
-        trials=seeds("compressed-undone/4096", 4),
+        trials=(
+            SIMULATION + "4096/empty/0/65536 write:0:1 packed:4096:1 flush"
+            " begin discard:4096:4096 commit packed:8192:1 flush",
+        ),
     ),
     Mutant(
         "R4",
