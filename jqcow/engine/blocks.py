@@ -66,8 +66,12 @@ class Blocks:
         """Read a block from the device without the lock, for whoever looks again (D6)."""
         block = self.medium.pread(absent.offset, self.geometry.block_bytes)
         with self.medium.lock:
-            if self.generation == absent.generation and absent.offset not in self.images:
+            if self._is_current(absent):
                 self._keep(absent.offset, block)
+
+    def _is_current(self, absent: Absent) -> bool:
+        """Return True if no home was written since ``absent`` was raised (D6)."""
+        return self.generation == absent.generation and absent.offset not in self.images
 
     def _keep(self, offset: HostOffset, block: bytes) -> None:
         if len(self._clean) >= CLEAN_BLOCKS_MAX:

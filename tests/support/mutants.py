@@ -2,43 +2,59 @@
 
 A mutant patches methods by their names (`tests.support.patches`); where a method is gone,
 `tests/crash/test_mutants.py` fails. `tests.support.mutation` judges mutants; `tests.support.trials` knows the
-kinds of trials.
+kinds of trials. Mutants that need several threads, or a call that is cut off, are in
+`tests.support.mutants_of_threads`.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from jqcow.engine.changes import ChangeSet, Run, Undone
+from jqcow.engine.medium import Medium
 from jqcow.ondisk.frame import ZeroOperation
+from tests.support.mutant import (
+    BLOCKS,
+    CHANGES,
+    COMMITS,
+    FRAME,
+    JOURNAL,
+    LIFECYCLE,
+    LOG,
+    MAPPING,
+    MEDIUM,
+    NATIVE,
+    OPERATION,
+    PACKED,
+    PRIVATE,
+    REFCOUNTS,
+    REQUESTS,
+    ROOT,
+    SNAPSHOTS,
+    SPACE,
+    TABLES,
+    VIEW,
+    WRITES,
+    Mutant,
+    seeds,
+    without_barrier,
+)
+from tests.support.mutants_of_threads import MUTANTS_OF_THREADS
 from tests.support.patches import (
     Function,
     Number,
-    Patch,
     after,
-    before,
     holding,
     replacing,
     restoring,
     returning,
-    setting,
     skipping,
     with_argument,
     with_result,
 )
-from tests.support.trials import DEEP, SCENARIO, SIMULATION
-
-
-class Mutant:
-    """A rule, what is done without it, the patches that do so, and the trials of which one must break."""
-
-    def __init__(self, rule: str, what: str, *patches: Patch | Number, trials: tuple[str, ...]) -> None:
-        self.rule = rule
-        self.name = f"{rule}-{what}"
-        self.patches = patches
-        self.trials = trials
-
+from tests.support.trials import SCENARIO, SIMULATION
 
 BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "create.blank": ("fresh/4096/0",),
@@ -59,63 +75,51 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "commit.base": ("dropping:commit",),
 }
 
-NATIVE = "jqcow._native"
-MEDIUM = "jqcow.engine.medium:Medium"
-JOURNAL = "jqcow.engine.journal:Journal"
-METADATA = "jqcow.engine.metadata:Metadata"
-SPACE = "jqcow.engine.space:Space"
-REFCOUNTS = "jqcow.engine.refcounts:Refcounts"
-MAPPING = "jqcow.engine.mapping:Mapping"
-SNAPSHOTS = "jqcow.engine.snapshots:Snapshots"
-STORE = "jqcow.engine.store:Store"
-TURN = "jqcow.engine.turn:Turn"
-DATAPATH = "jqcow.engine.datapath:DataPath"
 
-
-def seeds(family: str, count: int) -> tuple[str, ...]:
-    """Return the first workloads of a family."""
-    return tuple(f"{family}/{seed}" for seed in range(count))
-
-
-def without_barrier(name: str) -> Patch:
-    """Leave out a barrier."""
-    return skipping(f"{MEDIUM}.barrier", only=lambda medium, barrier, **_: barrier == name)
-
-
-def write_home(metadata: Any, layer: Any) -> None:
+def write_home(medium: Medium, changes: ChangeSet | None) -> None:
     """Write staged blocks where only a checkpoint may."""
-    for offset, block in layer.blocks.items():
-        metadata.medium.pwrite(bytes(block), offset)
+    if changes is not None:
+        for offset, block in changes.blocks.items():
+            medium.pwrite(bytes(block), offset)
 
 
-def keep_older_images(publish: Function, metadata: Any) -> None:
+def keep_older_images(publish: Function, blocks: Any, durable: ChangeSet) -> None:
     """Publish a record, and keep the log images that were there before it."""
-    older = dict(metadata.images)
-    publish(metadata)
-    metadata.images.update(older)
+    older = dict(blocks.images)
+    publish(blocks, durable)
+    blocks.images.update(older)
 
 
-def free_what_was_taken(space: Any) -> None:
-    """Give up at once what a transaction took."""
-    for run in space._transaction or ():
-        space.unknown.add(run.start, run.count)
-    space._transaction = []
+def show_to_all(_: None, private: Any, *__: object) -> None:
+    """Have the changes of a transaction staged in the public tables."""
+    private.log.public.staged.changes = private.tables.changes
 
 
-class NoTurn(nullcontext[None]):
-    """A turn that anybody has at any time."""
+def free_data_at_once(_: None, refcounts: Any, *__: object) -> None:
+    """Hand out what a staged change freed."""
+    freed = refcounts.view.changes.freed_data
+    refcounts.space.undo(Undone(list(freed), list(freed)))
+    freed.clear()
 
-    def _is_owned(self) -> bool:
-        return False
+
+def free_retired_at_once(_: Function, space: Any, runs: Iterable[Run]) -> None:
+    """Hand out what a failed transaction took."""
+    space.undo(Undone(list(runs), []))
 
 
-def write_span_late(write_span: Function, datapath: Any, *arguments: Any) -> None:
-    """Write a span, and its new data last, when the operation that maps it has ended."""
-    datapath.medium.late = []
+def count_as_data(_: None, refcounts: Any, run: Run) -> None:
+    """Have freed metadata come back as data does."""
+    changes = refcounts.view.changes
+    changes.freed_data.append(changes.freed_metadata.pop())
+
+
+def write_late(perform: Function, writes: Any, *arguments: Any) -> None:
+    """Write a part, and its new data last, when the operation that maps it has ended."""
+    writes.medium.late = []
     try:
-        write_span(datapath, *arguments)
+        perform(writes, *arguments)
     finally:
-        late, datapath.medium.late = datapath.medium.late, None
+        late, writes.medium.late = writes.medium.late, None
     for write in late:
         write()
 
@@ -129,34 +133,13 @@ OF_MEDIUM = (
     Mutant(
         "M1",
         "healthy-after-a-failed-barrier",
-        restoring(f"{MEDIUM}._sync", "self.poisoned"),
+        restoring(f"{MEDIUM}.barrier", "self.poisoned"),
         trials=seeds("barrier-fails/4096", 2),
-    ),
-    Mutant(
-        "M2",
-        "high-water-forgotten",
-        after(
-            f"{MEDIUM}._raise_high_water", lambda _, medium, end: setattr(medium, "high_water", medium.size())
-        ),
-        trials=(DEEP + "move-fails-first/4096/0",),
-    ),
-    Mutant(
-        "M3",
-        "covered-by-any-barrier",
-        with_argument("jqcow.engine.space:_covered", "number", lambda number: number + (1 << 40)),
-        trials=("overlapping/4096/0",),
-    ),
-    Mutant(
-        "M4",
-        "barriers-overlap",
-        setting(f"{MEDIUM}.__init__", "self._syncing", nullcontext),
-        skipping(f"{MEDIUM}.require_healthy", during=f"{MEDIUM}._sync"),
-        trials=(SCENARIO + "flush-beside-a-failed-barrier",),
     ),
     Mutant(
         "M5",
         "end-within-a-sector",
-        Number("jqcow.engine.medium:SECTOR_BYTES", 1),
+        skipping(f"{WRITES}._reach"),
         trials=(
             SIMULATION + "512/qemu/0/65536 fua:24576:1 write:27136:651 cut:6:8192 flush write:27136:768",
         ),
@@ -167,21 +150,20 @@ OF_JOURNAL = (
     Mutant(
         "J1",
         "frames-side-by-side-in-a-block",
-        Number("jqcow.ondisk.frame:FRAME_ALIGNMENT", 512),
-        Number("jqcow.engine.journal:FRAME_ALIGNMENT", 512),
+        Number(f"{FRAME}:FRAME_ALIGNMENT", 512),
         trials=("epochs/8192/0",),
     ),
     Mutant(
         "J2",
         "failed-frame-accepted",
-        replacing(f"{JOURNAL}.revoke", lambda _, journal, append: journal.accept(append)),
+        replacing(f"{JOURNAL}.revoke", lambda _, journal: journal._pending and journal.accept()),
         trials=seeds("host-fails/4096", 3),
     ),
     Mutant(
         "J3",
         "sequence-with-gaps",
         with_argument(
-            "jqcow.ondisk.frame:frame_payload",
+            f"{FRAME}:frame_payload",
             "sequence",
             lambda sequence: sequence + 1,
             during=f"{JOURNAL}.append",
@@ -191,7 +173,7 @@ OF_JOURNAL = (
     Mutant(
         "J4",
         "epoch-without-header",
-        replacing(f"{STORE}._with_header", lambda _, store, layer: layer.operations()),
+        replacing(f"{LOG}._with_header", lambda _, log, changes: changes.operations()),
         trials=("epochs/4096/0",),
     ),
     Mutant(
@@ -209,35 +191,38 @@ OF_JOURNAL = (
     Mutant(
         "T8",
         "record-longer-than-a-half",
-        returning("jqcow.ondisk.frame:EncodedPayload.frame_length", 0, during=f"{JOURNAL}.has_room"),
+        returning(f"{FRAME}:EncodedPayload.frame_length", 0, during=f"{JOURNAL}.has_room"),
         trials=("epochs/4096/0",),
     ),
 )
 
-OF_METADATA = (
+OF_CHANGES = (
     Mutant(
         "D1",
         "staged-blocks-home",
-        after(f"{METADATA}.cut", lambda layer, metadata: write_home(metadata, layer)),
+        after(
+            f"{OPERATION}.__exit__",
+            lambda _, operation, *__: write_home(operation._medium, operation._tables.changes),
+        ),
         trials=("reopened/512/0",),
     ),
     Mutant(
         "D2",
         "older-images-kept",
-        replacing(f"{METADATA}.publish", keep_older_images),
+        replacing(f"{BLOCKS}.publish", keep_older_images),
         trials=("reopened/4096/0",),
     ),
     Mutant(
         "D3",
         "failed-operation-kept",
-        replacing(f"{METADATA}.roll_back", lambda _, metadata: metadata.finish()),
-        trials=("host-fails/4096/0",),
+        skipping(f"{TABLES}.undo", during=f"{OPERATION}.__exit__"),
+        trials=("host-fails/512/1",),
     ),
     Mutant(
         "D4",
         "new-clusters-not-zeroed",
         with_result(
-            "jqcow.engine.metadata:Layer.operations",
+            f"{CHANGES}.operations",
             lambda operations: [found for found in operations if not isinstance(found, ZeroOperation)],
         ),
         trials=seeds("unpunchable/8192", 2),
@@ -245,7 +230,7 @@ OF_METADATA = (
     Mutant(
         "D5",
         "transaction-seen-by-all",
-        replacing(f"{METADATA}._top", lambda _, metadata: metadata._newest),
+        after(f"{PRIVATE}.__init__", show_to_all),
         trials=("transactions/4096/0",),
     ),
 )
@@ -254,14 +239,14 @@ OF_SPACE = (
     Mutant(
         "S1",
         "freed-data-reused-at-once",
-        replacing(f"{SPACE}.free_data", lambda _, space, start, count=1: space.unknown.add(start, count)),
+        after(f"{REFCOUNTS}.release", free_data_at_once),
         trials=("host-fails-dirty/4096/0", "transactions-dirty/4096/0"),
     ),
     Mutant(
         "S2",
         "freed-metadata-as-data",
-        replacing(f"{SPACE}.free_metadata", lambda _, space, *run: space.free_data(*run)),
-        trials=("reuse-tables/512/2", "reuse-tables/512/3"),
+        after(f"{REFCOUNTS}._free_as_metadata", count_as_data),
+        trials=("reuse-tables/4096/0",),
     ),
     Mutant(
         "S3",
@@ -278,7 +263,7 @@ OF_SPACE = (
     Mutant(
         "S5",
         "failed-transaction-free-at-once",
-        before(f"{SPACE}.abandon_transaction", free_what_was_taken),
+        replacing(f"{SPACE}.retire", free_retired_at_once, during=f"{PRIVATE}._forget"),
         trials=("commit-fails-first/4096/0",),
     ),
 )
@@ -287,18 +272,13 @@ OF_REFCOUNTS = (
     Mutant(
         "R1",
         "refcount-not-raised",
-        skipping(f"{REFCOUNTS}._raise", during=f"{REFCOUNTS}.allocate"),
+        skipping(f"{REFCOUNTS}._raise", during=f"{REFCOUNTS}.count_in"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
         "R2",
         "any-cluster-is-free",
-        replacing(
-            f"{NATIVE}:refcount_find_zero",
-            lambda _, data, order, position, limit: position,
-            during=f"{REFCOUNTS}._search_free",
-        ),
-        returning(f"{NATIVE}:refcount_find_used", -1, during=f"{REFCOUNTS}._search_free"),
+        replacing(f"{REFCOUNTS}._free_runs", lambda _, refcounts, start, stop: [(start, stop)]),
         returning(f"{NATIVE}:refcount_find_used", -1, during=f"{REFCOUNTS}._raise"),
         trials=("reopened/4096/0",),
     ),
@@ -311,34 +291,37 @@ OF_REFCOUNTS = (
     Mutant(
         "R3",
         "homes-of-new-not-allocated",
-        skipping(f"{MEDIUM}.allocate", during=f"{REFCOUNTS}._prepare_home"),
+        skipping(f"{MEDIUM}.allocate", during=f"{REFCOUNTS}._take_home"),
         trials=(SCENARIO + "checkpoint-on-full-disk",),
     ),
     Mutant(
         "R4",
         "packing-after-a-failed-operation",
-        skipping(f"{REFCOUNTS}.stop_packing", during=f"{STORE}._settle_operation"),
+        restoring(f"{CHANGES}.return_to", "self.packed_end", during=f"{OPERATION}.__exit__"),
         trials=(
             SIMULATION
-            + "4096/empty/0/65536 write:0:1 flush fail:pwrite:1:EIO:0 packed:32768:1 packed:65536:1",
+            + "4096/empty/0/65536 write:0:1 flush fail:allocate:1:EIO:0 packed:32768:1 packed:65536:1",
         ),
     ),
     Mutant(
         "R4",
         "packing-after-a-savepoint",
-        skipping(f"{REFCOUNTS}.stop_packing", during=f"{STORE}.return_to"),
+        restoring(f"{CHANGES}.return_to", "self.packed_end", during=f"{PRIVATE}.return_to"),
         trials=seeds("compressed-undone/4096", 4),
     ),
     Mutant(
         "R4",
-        "packing-after-an-abandoned-transaction",
-        skipping(f"{REFCOUNTS}.stop_packing", during=f"{STORE}.abandon_transaction"),
-        trials=seeds("compressed-undone/4096", 4),
+        "packing-into-what-a-transaction-frees",
+        restoring(f"{PRIVATE}.__init__", "lifecycle.public.changes.packed_end"),
+        trials=(
+            SIMULATION + "4096/empty/0/65536 write:0:1 packed:4096:1 flush"
+            " begin discard:4096:4096 commit packed:8192:1 flush",
+        ),
     ),
     Mutant(
         "R4",
         "packing-into-what-is-free",
-        skipping(f"{REFCOUNTS}.stop_packing", during=f"{REFCOUNTS}.release"),
+        skipping(f"{REFCOUNTS}._stop_packing_in"),
         trials=seeds("compressed/4096", 4),
     ),
 )
@@ -350,13 +333,13 @@ OF_MAPPING_AND_SNAPSHOTS = (
     Mutant(
         "G2",
         "metadata-written-in-place",
-        skipping(f"{REFCOUNTS}._check_holds_data"),
+        skipping(f"{REFCOUNTS}.check_holds_data"),
         trials=(SCENARIO + "entry-into-metadata",),
     ),
     Mutant(
         "G3",
         "shared-table-changed",
-        returning(f"{REFCOUNTS}.get", 1, during=f"{MAPPING}._own_l2_table"),
+        returning(f"{MAPPING}._has_one_owner", True),
         trials=("snapshots/4096/0",),
     ),
     Mutant(
@@ -371,7 +354,7 @@ OF_MAPPING_AND_SNAPSHOTS = (
         skipping(
             f"{REFCOUNTS}.share",
             during=f"{SNAPSHOTS}._share",
-            only=lambda refcounts, start, count: start in refcounts.metadata_clusters,
+            only=lambda refcounts, start, count: start in refcounts.search.metadata,
         ),
         trials=("snapshots/4096/0",),
     ),
@@ -395,54 +378,58 @@ OF_MAPPING_AND_SNAPSHOTS = (
     ),
 )
 
-OF_DATAPATH = (
+OF_WRITES = (
     Mutant(
         "W1",
         "in-place-without-the-flag",
-        with_argument(f"{DATAPATH}._may_overwrite", "copied", lambda _: True),
+        with_argument(f"{WRITES}.may_overwrite", "copied", lambda _: True),
         trials=(SCENARIO + "two-owners",),
     ),
     Mutant(
         "W1",
         "in-place-where-shared",
-        with_result(f"{REFCOUNTS}.data_refcount", lambda _: 1, during=f"{DATAPATH}._may_overwrite"),
+        with_result(f"{REFCOUNTS}.data_refcount", lambda _: 1, during=f"{WRITES}.may_overwrite"),
         trials=(SCENARIO + "stale-copied-flag",),
     ),
     Mutant(
         "W1",
         "in-place-in-a-transaction",
-        holding(f"{DATAPATH}._may_overwrite", "self.store.space.fresh", None),
+        holding(f"{WRITES}.may_overwrite", "self.tables.staged.changes.fresh", None),
         trials=("transactions/4096/0",),
     ),
     Mutant(
         "W2",
         "backing-file-taken-for-zeros",
-        returning(f"{DATAPATH}._backing_reads_as_zeros", True, during=f"{DATAPATH}._was_zero"),
+        returning(f"{REQUESTS}.below_reads_as_zeros", True, during=f"{WRITES}._was_zero"),
         trials=("overlay/4096/0", "overlay-reuse/4096/0", "copy-on-read/4096/0"),
     ),
     Mutant(
         "W2",
         "dirty-cluster-unordered",
-        skipping(f"{METADATA}.require_order", during=f"{DATAPATH}._write_run"),
+        skipping(f"{VIEW}.require_order", during=f"{WRITES}._stage_write"),
         trials=("reuse/4096/0",),
     ),
     Mutant(
         "W2",
         "compressed-data-unordered",
-        skipping(f"{METADATA}.require_order", during=f"{DATAPATH}._write_packed"),
+        skipping(f"{VIEW}.require_order", during=f"{PACKED}._stage"),
         trials=("compressed-new/4096/0",),
     ),
     Mutant(
         "W3",
         "old-bytes-not-copied",
-        skipping(f"{DATAPATH}.read_into", during=f"{DATAPATH}._write_run"),
+        skipping(f"{WRITES}._read_edge"),
         trials=("snapshots-cow/4096/0",),
     ),
     Mutant(
         "W3",
         "dirty-cluster-written-in-part",
-        before(f"{DATAPATH}._write_run", lambda datapath, *_: datapath.store.metadata.require_order()),
-        with_argument(f"{DATAPATH}._write_run", "run", lambda run: replace(run, zero_safe=True)),
+        with_result(f"{WRITES}._write_fresh", lambda _: True),
+        with_argument(
+            f"{WRITES}._write_fresh",
+            "fresh",
+            lambda fresh: fresh._replace(run=replace(fresh.run, zero_safe=True)),
+        ),
         trials=("unpunchable/4096/0",),
     ),
     Mutant(
@@ -451,79 +438,68 @@ OF_DATAPATH = (
         replacing(
             f"{MEDIUM}.pwrite",
             put_off,
-            during=f"{DATAPATH}._write_run",
+            during=f"{WRITES}._run_write",
             only=lambda medium, *_: getattr(medium, "late", None) is not None,
         ),
-        replacing(f"{DATAPATH}._write_span", write_span_late),
+        replacing(f"{WRITES}._perform", write_late),
         trials=seeds("host-fails-dirty/4096", 4),
     ),
 )
 
-OF_STORE = (
+OF_COMMITS = (
     Mutant("T1", "record-before-ordered-data", without_barrier("flush.ordered"), trials=("reuse/4096/0",)),
     Mutant(
         "T1",
         "record-before-data-of-a-transaction",
-        holding(f"{STORE}._cut", "commit.of_transaction", False),
+        holding(
+            f"{COMMITS}._log", "changes.ordered", False, only=lambda _, changes: changes.fresh is not None
+        ),
         trials=("transactions-new/4096/0",),
     ),
     Mutant("T2", "flush-without-barrier", without_barrier("flush.record"), trials=("reopened/4096/0",)),
     Mutant(
         "T3",
         "home-before-its-record",
-        after(f"{STORE}._cut", lambda _, store, commit: write_home(store.metadata, commit.layer)),
+        after(f"{LOG}.make_room", lambda _, log, changes: write_home(log.medium, changes)),
         trials=seeds("reopened/512", 2),
     ),
-    Mutant("T4", "epoch-ends-in-the-log", skipping(f"{STORE}._write_homes"), trials=("reopened/4096/0",)),
+    Mutant("T4", "epoch-ends-in-the-log", skipping(f"{LOG}.write_homes"), trials=("reopened/4096/0",)),
     Mutant(
         "T5",
         "root-beside-its-copy",
-        returning(f"{STORE}._root_copy_serves", True),
+        returning(f"{ROOT}.copy_serves", True),
         trials=("root:half-moved/8192/0",),
     ),
     Mutant(
         "T6",
         "failed-root-left",
-        skipping(f"{STORE}._write_root", during=f"{STORE}._give_up"),
+        skipping(f"{ROOT}.write", during=f"{ROOT}.put_back"),
         trials=seeds("going-live-fails/4096", 2),
     ),
     Mutant(
         "T7",
         "file-cut-too-short",
-        with_result(f"{REFCOUNTS}.used_end", lambda end: end - 1, during=f"{STORE}._release_journal"),
+        with_result(f"{REFCOUNTS}.used_end", lambda end: end - 1, during=f"{LIFECYCLE}._release_journal"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
         "F1",
         "search-before-repair",
-        after(
-            f"{STORE}.prepare_to_repair", lambda _, store: store.refcounts.start_search(store.space.frontier)
-        ),
+        after(f"{LIFECYCLE}.prepare_to_repair", lambda _, lifecycle: lifecycle.start_search()),
         trials=("repair/4096/0", "repair/4096/1", "repair-snapshots/4096/0"),
-    ),
-    Mutant(
-        "C1",
-        "commits-side-by-side",
-        setting(f"{TURN}.__init__", "self.taken", NoTurn),
-        trials=(SCENARIO + "checkpoint-while-flushing",),
-    ),
-    Mutant(
-        "C2",
-        "flush-shares-an-older-commit",
-        returning(f"{TURN}.changes", 0, during=f"{STORE}.flush"),
-        trials=("reopened/4096/0",),
     ),
 )
 
 MUTANTS = (
     *OF_MEDIUM,
     *OF_JOURNAL,
-    *OF_METADATA,
+    *OF_CHANGES,
     *OF_SPACE,
     *OF_REFCOUNTS,
     *OF_MAPPING_AND_SNAPSHOTS,
-    *OF_DATAPATH,
-    *OF_STORE,
+    *OF_WRITES,
+    *OF_COMMITS,
+    *MUTANTS_OF_THREADS,
 )
 
 

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from enum import IntEnum
 
-from tests.support import mutants, patches, sources
-from tests.support.mutants import Mutant, mutant_named
+from tests.support import mutants, mutants_of_threads, patches, sources
+from tests.support.mutant import Mutant
+from tests.support.mutants import mutant_named
 from tests.support.trials import action_of
 
 SECONDS_MAX = 120
 STUMBLES = (AttributeError, NameError, TypeError)
-PATCHING_FILES = (patches.__file__, mutants.__file__)
+PATCHING_FILES = (patches.__file__, mutants.__file__, mutants_of_threads.__file__)
 
 
 class Verdict(IntEnum):

@@ -1,4 +1,4 @@
-"""Stories without a power cut, for promises that hostile or unusual images put to the test.
+"""Stories without a power cut, for promises that hostile or unusual images put to the test, or threads.
 
 Each raises PromiseBroken if the promise does not hold.
 """
@@ -6,19 +6,23 @@ Each raises PromiseBroken if the promise does not hold.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from random import Random
-from threading import Event, Thread, current_thread
+from threading import Event
+from types import FrameType
 
 import jqcow
-from jqcow.errors import JqcowError
+from jqcow.errors import JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.header import Header
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
-from tests.support.judge import Judge, PromiseBroken, require
+from tests.support.inside import Shown
+from tests.support.judge import PromiseBroken, require
 from tests.support.player import Player
 from tests.support.starts import new_session
 from tests.support.users import JOURNAL_BYTES, open_simulated
@@ -40,7 +44,7 @@ class Crafted:
         """Return an image with guest clusters 0 to 2 allocated, and a snapshot from before or after that."""
         device = SimulatedDevice()
         image = jqcow.create_on_device(
-            device, 1 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES
+            device, 4 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES
         )
         if empty_snapshot:
             image.create_snapshot("empty")
@@ -152,73 +156,232 @@ def checkpoint_on_full_disk() -> None:
     session.look()
 
 
-def checkpoint_while_flushing() -> None:
-    """P1: what a flush acknowledged is there, whatever others ask for while it waits for the device."""
-    session = new_session(Windows.of(CLUSTER_BYTES))
-    device, expectation = session.device, session.expectation
-    session.write(0, CLUSTER_BYTES)
-    session.flush()
-    acknowledged = Event()
-    other = Thread(target=session.live.checkpoint)
-    original = device.barrier
-
-    def barrier(name: str) -> None:
-        if current_thread() is other:
-            acknowledged.wait()
-            original(name)
-            return
-        original(name)
-        if name == "flush.record" and other.ident is None:
-            other.start()
-            # It should wait for the flush; one that does not needs only a moment to do harm.
-            other.join(timeout=0.2)
-
-    session.write(CLUSTER_BYTES, CLUSTER_BYTES)
-    vars(device)["barrier"] = barrier
-    session.flush()
-    try:
-        for state in enumerate_states(device, budget=64):
-            Judge()(device.crash(state), expectation.copy(), state)
-    finally:
-        acknowledged.set()
-        other.join()
-    session.close()
+# Threads
 
 
-def flush_beside_a_failed_barrier() -> None:
-    """P1: of two barriers that overlap one fails; the host tells that to one of them alone."""
-    session = new_session(Windows.of(CLUSTER_BYTES))
-    device, expectation = session.device, session.expectation
-    Player(session, Random(0)).play("write:0:c close open write:0:s")
-    started, go_on = Event(), Event()
+def _live_image() -> tuple[SimulatedDevice, jqcow.Image]:
+    """Return a live image of four data clusters, and its device. What it maps is in memory."""
+    device = Crafted.new().device()
+    image = open_simulated(device)
+    image.pwrite(b"\x33" * CLUSTER_BYTES, 3 * CLUSTER_BYTES)
+    image.flush()
+    return device, image
 
-    def wait() -> None:
-        started.set()
-        go_on.wait()
 
-    delayed, failing = (
-        Fault.delay(wait, barrier_name="flush.data"),
-        Fault(errno.EIO, barrier_name="root.settle"),
-    )
-    device.faults = FaultPlan(delayed, failing)
-    flush = Thread(target=session.flush)
-    flush.start()
-    started.wait()
+def _image_to_grow() -> tuple[SimulatedDevice, jqcow.Image]:
+    """Return a live image that ends within its last cluster, and has no free cluster before that."""
+    device, image = _live_image()
+    cluster = 20
+    while device.size() % CLUSTER_BYTES == 0:
+        image.flush()
+        image.pwrite(b"\x33" * SECTOR_BYTES, cluster * CLUSTER_BYTES)
+        cluster += 1
+    return device, image
 
-    def go_live() -> None:
-        with suppress(OSError):
-            session.live.pwrite(b"x" * SECTOR_BYTES, CLUSTER_BYTES)
 
-    other = Thread(target=go_live)
-    other.start()
-    # It should wait for the flush; one that does not needs only a moment to do harm.
-    other.join(timeout=0.2)
-    go_on.set()
-    flush.join()
-    other.join()
-    # The session took part in the flush: where it returned, its sectors have one version.
+def _require_sound(image: jqcow.Image) -> None:
+    report = image.check()
+    require(report.ok, "P2: after what threads did", report.findings[:1])
+
+
+def _require_durable(device: SimulatedDevice, data: bytes, offset: int) -> None:
     crashed = open_simulated(SimulatedDevice(device.durable_content()))
-    require(not expectation.check(crashed), "P1: a flush was acknowledged", expectation.check(crashed)[:1])
+    require(crashed.pread(len(data), offset) == data, "P1: what a flush acknowledged", "not durable")
+
+
+def writers_of_one_cluster() -> None:
+    """P1: two threads write the halves of a cluster that is not there yet; both are there then."""
+    device, image = _live_image()
+    half, offset = CLUSTER_BYTES // 2, 10 * CLUSTER_BYTES
+    with HeldUp(device, lambda: image.pwrite(b"\x44" * half, offset), call="pwrite") as held:
+        held.run(lambda: image.pwrite(b"\x55" * half, offset + half))
+    found = image.pread(CLUSTER_BYTES, offset)
+    require(found == b"\x44" * half + b"\x55" * half, "P1: of two writes", "one is lost")
+    _require_sound(image)
+
+
+def snapshot_beside_a_write() -> None:
+    """P1: a snapshot is made while a cluster is written in place: it keeps what it showed at first."""
+    device, image = _live_image()
+    found: list[bytes] = []
+
+    def look() -> None:
+        found.append(Shown(image, image.snapshots()[0]).pread(CLUSTER_BYTES, 0))
+
+    def snapshot() -> None:
+        image.create_snapshot("kept")
+        look()
+
+    with HeldUp(device, lambda: image.pwrite(b"\x44" * CLUSTER_BYTES, 0), call="pwrite") as held:
+        held.run(snapshot)
+    look()
+    require(found[0] == found[1], "P1: the snapshot changed", found[1][:1])
+
+
+def write_beside_a_transaction() -> None:
+    """P1: a transaction and, while it is open, another thread write clusters of one L2 table."""
+    _, image = _live_image()
+    with Others() as others, image.transaction() as transaction:
+        transaction.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
+        others.run(lambda: image.pwrite(b"\x55" * SECTOR_BYTES, 11 * CLUSTER_BYTES))
+    for value, cluster in ((0x44, 10), (0x55, 11)):
+        require(image.pread(1, cluster * CLUSTER_BYTES)[0] == value, "P1: a completed write is gone", cluster)
+    _require_sound(image)
+
+
+def read_beside_a_discard() -> None:
+    """P1: a read is held up while its cluster is discarded, durably, and given to another guest cluster."""
+    device, image = _image_to_grow()
+    found: list[bytes] = []
+    with HeldUp(device, lambda: found.append(image.pread(CLUSTER_BYTES, 0)), call="pread"):
+        image.discard(CLUSTER_BYTES, 0)
+        # The second one's barrier covers the punching.
+        for cluster in (10, 11, 12):
+            image.flush()
+            image.pwrite(b"\x44" * CLUSTER_BYTES, cluster * CLUSTER_BYTES)
+    require(set(found[0]) in ({0x33}, {0}), "P1: a read returned another cluster's bytes", found[0][:1])
+
+
+def block_read_beside_a_checkpoint() -> None:
+    """P1: a table is read, and before it is kept its home is rewritten."""
+    crafted = Crafted.new()
+    device = crafted.device()
+    image = open_simulated(device)
+    begun, go_on = Event(), Event()
+    original = device.pread
+
+    def pread(length: int, offset: int) -> bytes:
+        data = original(length, offset)
+        if offset == crafted.l2_table and not begun.is_set():
+            begun.set()
+            go_on.wait()
+        return data
+
+    vars(device)["pread"] = pread
+    with Others() as others:
+        others.start(lambda: image.pread(SECTOR_BYTES, 0))
+        begun.wait()
+        image.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
+        image.checkpoint()
+        go_on.set()
+    require(image.pread(1, 10 * CLUSTER_BYTES) == b"\x44", "P1: a completed write is gone")
+
+
+def write_beside_a_growth() -> None:
+    """P1: a checkpoint makes the file longer; meanwhile another thread writes past its new end."""
+    device, image = _image_to_grow()
+    with HeldUp(device, image.checkpoint, call="truncate") as held:
+        held.run(lambda: image.pwrite(b"\x44" * SECTOR_BYTES, 11 * CLUSTER_BYTES))
+    require(image.pread(1, 11 * CLUSTER_BYTES) == b"\x44", "P1: a completed write is gone")
+
+
+def growth_beside_a_write() -> None:
+    """P1: a write past the end has its cluster when a checkpoint begins to make the file longer."""
+    device, image = _image_to_grow()
+    write = HeldUp(device, lambda: image.pwrite(b"\x44" * SECTOR_BYTES, 11 * CLUSTER_BYTES), call="pwrite")
+    with write, HeldUp(device, image.checkpoint, call="truncate"):
+        write.let_go()
+    require(image.pread(1, 11 * CLUSTER_BYTES) == b"\x44", "P1: a completed write is gone")
+
+
+def checkpoint_while_flushing() -> None:
+    """P1: a checkpoint is asked for while a flush writes its record; flushes before and after it hold."""
+    device, image = _live_image()
+    image.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
+    with HeldUp(device, image.flush, call="pwrite") as held:
+        held.run(image.checkpoint)
+    image.pwrite(b"\x55" * SECTOR_BYTES, 11 * CLUSTER_BYTES)
+    image.flush()
+    for value, cluster in ((0x44, 10), (0x55, 11)):
+        _require_durable(device, bytes([value]) * SECTOR_BYTES, cluster * CLUSTER_BYTES)
+
+
+def flush_during_a_flush() -> None:
+    """P1: what is written while another thread's flush waits for the device is flushed anew."""
+    device, image = _live_image()
+    image.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
+    with HeldUp(device, image.flush, barrier_name="flush.record") as held:
+        image.pwrite(b"\x55" * SECTOR_BYTES, 11 * CLUSTER_BYTES)
+        held.run(image.flush)
+    _require_durable(device, b"\x55" * SECTOR_BYTES, 11 * CLUSTER_BYTES)
+
+
+def write_during_a_barrier() -> None:
+    """P1: what is written in place while a barrier runs is not durable by that."""
+    device, image = _live_image()
+    image.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
+    with HeldUp(device, image.flush, barrier_name="flush.record"):
+        image.pwrite(b"\x55" * SECTOR_BYTES, 0)
+    image.flush()
+    _require_durable(device, b"\x55" * SECTOR_BYTES, 0)
+
+
+def checkpoint_behind_a_failed_flush() -> None:
+    """P1: a barrier fails, the host tells that once, and the next one reports success."""
+    device, image = _live_image()
+    image.checkpoint()
+    image.pwrite(b"\x44" * SECTOR_BYTES, 0)
+
+    def checkpoint() -> None:
+        with suppress(OSError):
+            image.checkpoint()
+            _require_durable(device, b"\x44" * SECTOR_BYTES, 0)
+
+    def flush() -> None:
+        with suppress(OSError):
+            image.flush()
+
+    with HeldUp(device, flush, error=errno.EIO, barrier_name="flush.data") as held:
+        held.run(checkpoint)
+
+
+# Cut off
+
+
+def interrupted_operation() -> None:
+    """P2: an operation is cut off between its changes; what follows must not make half of it durable."""
+    device, image = _live_image()
+    device.faults = FaultPlan(Fault(KeyboardInterrupt(), call="allocate"))
+    with suppress(KeyboardInterrupt):
+        # It needs an L2 table.
+        image.pwrite(b"\x44" * SECTOR_BYTES, 3 << 20)
+    require(device.faults.fired, "the write was not cut off")
+    with suppress(PoisonedError):
+        image.flush()
+        _require_sound(image)
+    _require_sound(open_simulated(device.killed()))
+
+
+@contextmanager
+def _interrupt_at(name: str) -> Iterator[None]:
+    """Raise KeyboardInterrupt where a function is entered, as a signal at that moment would."""
+    is_done = False
+
+    def trace(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal is_done
+        if frame.f_code.co_qualname == name and not is_done:
+            is_done = True
+            raise KeyboardInterrupt
+
+    sys.settrace(trace)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    require(is_done, f"{name} was not entered")
+
+
+def flush_cut_off() -> None:
+    """P1: a flush is cut off between its barrier and its end; the next one must not lose what it carried."""
+    _, image = _live_image()
+    image.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
+    with _interrupt_at("Commits._publish"):
+        image.flush()
+    with suppress(PoisonedError):
+        image.flush()
+        require(image.pread(1, 10 * CLUSTER_BYTES) == b"\x44", "P1: what a flush acknowledged is gone")
 
 
 def commit_into_a_raw_base(drop_barriers: tuple[str, ...]) -> None:
@@ -245,6 +408,17 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "two-owners": two_owners,
     "stale-copied-flag": stale_copied_flag,
     "checkpoint-on-full-disk": checkpoint_on_full_disk,
+    "writers-of-one-cluster": writers_of_one_cluster,
+    "snapshot-beside-a-write": snapshot_beside_a_write,
+    "write-beside-a-transaction": write_beside_a_transaction,
+    "read-beside-a-discard": read_beside_a_discard,
+    "block-read-beside-a-checkpoint": block_read_beside_a_checkpoint,
+    "write-beside-a-growth": write_beside_a_growth,
+    "growth-beside-a-write": growth_beside_a_write,
     "checkpoint-while-flushing": checkpoint_while_flushing,
-    "flush-beside-a-failed-barrier": flush_beside_a_failed_barrier,
+    "flush-during-a-flush": flush_during_a_flush,
+    "write-during-a-barrier": write_during_a_barrier,
+    "checkpoint-behind-a-failed-flush": checkpoint_behind_a_failed_flush,
+    "interrupted-operation": interrupted_operation,
+    "flush-cut-off": flush_cut_off,
 }

@@ -1,0 +1,49 @@
+"""What a mutant is, and the names by which the parts of the engine are patched."""
+
+from __future__ import annotations
+
+from tests.support.patches import Number, Patch, skipping
+
+NATIVE = "jqcow._native"
+FRAME = "jqcow.ondisk.frame"
+MEDIUM = "jqcow.engine.medium:Medium"
+BLOCKS = "jqcow.engine.blocks:Blocks"
+VIEW = "jqcow.engine.blocks:View"
+CHANGES = "jqcow.engine.changes:ChangeSet"
+COMMITS = "jqcow.engine.commit:Commits"
+GUARD = "jqcow.engine.guard:Guard"
+JOURNAL = "jqcow.engine.journal:Journal"
+LIFECYCLE = "jqcow.engine.lifecycle:Lifecycle"
+LOG = "jqcow.engine.log:Log"
+MAPPING = "jqcow.engine.mapping:Mapping"
+OPERATION = "jqcow.engine.tables:Operation"
+PACKED = "jqcow.engine.packed:PackedWrites"
+PRIVATE = "jqcow.engine.transaction:PrivateChanges"
+REFCOUNTS = "jqcow.engine.refcounts:Refcounts"
+REQUESTS = "jqcow.engine.request:Requests"
+ROOT = "jqcow.engine.root:Root"
+SNAPSHOTS = "jqcow.engine.snapshots:Snapshots"
+SPACE = "jqcow.engine.space:Space"
+TABLES = "jqcow.engine.tables:Tables"
+TURN = "jqcow.engine.commit:Turn"
+WRITES = "jqcow.engine.write:Writes"
+
+
+class Mutant:
+    """A rule, what is done without it, the patches that do so, and the trials of which one must break."""
+
+    def __init__(self, rule: str, what: str, *patches: Patch | Number, trials: tuple[str, ...]) -> None:
+        self.rule = rule
+        self.name = f"{rule}-{what}"
+        self.patches = patches
+        self.trials = trials
+
+
+def seeds(family: str, count: int) -> tuple[str, ...]:
+    """Return the first workloads of a family."""
+    return tuple(f"{family}/{seed}" for seed in range(count))
+
+
+def without_barrier(name: str) -> Patch:
+    """Leave out a barrier."""
+    return skipping(f"{MEDIUM}.barrier", only=lambda medium, barrier, **_: barrier == name)
