@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from jqcow.engine import scan as scans
-from jqcow.engine.journal import Journal
+from jqcow.engine.journal import Contents, Journal, write_range
 from jqcow.engine.medium import Medium
 from jqcow.engine.scan import Scan
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.blank import blank_image
-from jqcow.ondisk.frame import BlockOperation, EncodedPayload, HeaderOperation, Operation
+from jqcow.ondisk.frame import BlockOperation, EncodedPayload, HeaderOperation, Operation, ZeroOperation
+from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.root import MIN_JOURNAL_BYTES, JournalRange
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
@@ -34,12 +35,13 @@ def payload(number: int, *, first: bool = False) -> EncodedPayload:
 
 def make_journal(epoch: int = 1) -> tuple[Journal, SimulatedDevice]:
     device = SimulatedDevice(bytes(EXTENT.end))
-    return Journal(Medium(device), EXTENT, epoch, 0), device
+    return Journal(Medium(device), EXTENT, Contents(epoch, 0, (), 0, 0)), device
 
 
 def fill(journal: Journal, count: int) -> None:
     for number in range(count):
-        journal.accept(journal.append(payload(number, first=journal.epoch_is_empty)))
+        journal.append(payload(number, first=journal.epoch_is_empty))
+        journal.accept()
 
 
 def scan(device: SimulatedDevice) -> Scan:
@@ -86,9 +88,8 @@ class TestAppendAndScan:
         journal, _ = make_journal()
         big = EncodedPayload(1, b"x", EXTENT.half_bytes)
         assert journal.has_room(big)
-        journal.decoded_bytes = scans.DECODED_HALVES_MAX * EXTENT.half_bytes - 1
-        assert not journal.has_room(payload(1))
-        journal.decoded_bytes = 0
+        full = Contents(1, 0, (), scans.decoded_limit(EXTENT.half_bytes) - 1, 0)
+        assert not Journal(journal.medium, EXTENT, full).has_room(payload(1))
         assert not journal.has_room(replace(big, decoded_length=EXTENT.half_bytes + 1))
 
 
@@ -97,7 +98,7 @@ class TestTornTail:
     def test_torn_newest_frame_is_told_and_left_out(self, cut: int) -> None:
         journal, device = make_journal()
         fill(journal, 3)
-        offset = EXTENT.half_offset(1) + journal.position
+        offset = EXTENT.half_offset(1) + 3 * 4096
         noise = BlockOperation(8192, random.Random(1).randbytes(4096))
         whole = frames.frame_payload(frames.encode_operations([noise]), EXTENT.salt, 1, 4)
         device.pwrite(whole[:cut], offset)
@@ -111,8 +112,8 @@ class TestTornTail:
         journal, device = make_journal()
         fill(journal, 3)
         journal.start_epoch()
-        append = journal.append(payload(0, first=True))
-        device.pwrite(b"torn", append.offset + 100)
+        journal.append(payload(0, first=True))
+        device.pwrite(b"torn", EXTENT.half_offset(2) + 100)
         found = scan(device)
         assert (found.epoch, sequences(found)) == (1, [1, 2, 3])
         assert found.torn_tail is not None and found.torn_tail.epoch == 2
@@ -137,7 +138,7 @@ class TestRevoke:
         with pytest.raises(OSError):
             journal.append(payload(7))
         device.faults = None
-        revoke_pending(journal)
+        journal.revoke()
         assert sequences(scan(device)) == [1, 2]
         assert not journal.medium.poisoned
         fill(journal, 1)
@@ -151,7 +152,7 @@ class TestRevoke:
             journal.append(payload(7))
         assert not journal.medium.poisoned
         with pytest.raises(OSError):
-            revoke_pending(journal)
+            journal.revoke()
         assert journal.medium.poisoned
 
     def test_nothing_is_written_after_a_failed_barrier(self) -> None:
@@ -163,25 +164,29 @@ class TestRevoke:
         with pytest.raises(OSError):
             journal.medium.barrier("test")
         before = device.content()
-        revoke_pending(journal)
+        journal.revoke()
         assert device.content() == before
 
     def test_revoked_frame_is_not_found(self) -> None:
         journal, device = make_journal()
         fill(journal, 2)
-        journal.revoke(journal.append(payload(7)))
-        assert sequences(scan(device)) == [1, 2]
-        assert journal.pending is None and journal.sequence == 2
+        journal.append(payload(7))
+        journal.revoke()
+        assert sequences(scan(device)) == [1, 2] and journal.sequence == 2
+        fill(journal, 1)
+        assert sequences(scan(device)) == [1, 2, 3]
 
     def test_one_frame_is_pending_at_a_time(self) -> None:
         """J2: the next append waits until the one before is durable, or revoked."""
         journal, device = make_journal()
-        append = journal.append(payload(0, first=True))
-        assert journal.pending is append and journal.epoch_is_empty
+        with pytest.raises(RuntimeError, match="no frame is pending"):
+            journal.accept()
+        journal.append(payload(0, first=True))
+        assert journal.epoch_is_empty
         with pytest.raises(RuntimeError, match="neither accepted nor revoked"):
             journal.append(payload(1))
-        journal.accept(append)
-        assert journal.pending is None and not journal.epoch_is_empty
+        journal.accept()
+        assert not journal.epoch_is_empty
         fill(journal, 1)
         assert sequences(scan(device)) == [1, 2]
 
@@ -192,18 +197,11 @@ class TestRevoke:
         device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
         with pytest.raises(OSError):
             journal.append(payload(7))
-        assert journal.pending is not None
         with pytest.raises(RuntimeError, match="neither accepted nor revoked"):
             journal.append(payload(8))
-        revoke_pending(journal)
+        journal.revoke()
         fill(journal, 1)
         assert sequences(scan(device)) == [1, 2]
-
-
-def revoke_pending(journal: Journal) -> None:
-    """What the caller of a failed append does."""
-    assert journal.pending is not None
-    journal.revoke(journal.pending)
 
 
 def put_frame(device: SimulatedDevice, slot: int, **changes: Any) -> None:
@@ -275,3 +273,46 @@ class TestDamage:
         device.pwrite(raw, EXTENT.half_offset(1))
         with pytest.raises(CorruptionError, match="does not start with the header"):
             scan(device)
+
+
+class TestContents:
+    def test_what_a_scan_found_counts_towards_the_limits(self) -> None:
+        """J5: an epoch that goes on after opening is no larger than one that was never interrupted."""
+        journal, device = make_journal()
+        zeros = frames.encode_operations([HEADER, ZeroOperation(8192, 4096)])
+        journal.append(zeros)
+        journal.accept()
+        contents = Contents.of_scan(scan(device))
+        assert (contents.epoch, contents.sequence, contents.zeroed_bytes) == (1, 1, 4096)
+        assert contents.decoded_bytes == zeros.decoded_length
+        again = Journal(journal.medium, EXTENT, contents)
+        assert not again.epoch_is_empty
+        fill(again, 1)
+        assert sequences(scan(device)) == [1, 2]
+
+    @pytest.mark.parametrize("epoch", [1, 2])
+    def test_a_new_range_holds_them_under_its_own_salt(self, epoch: int) -> None:
+        journal, device = make_journal(epoch)
+        fill(journal, 3)
+        contents = Contents.of_scan(scan(device))
+        moved = JournalRange(EXTENT.end, EXTENT.length, bytes(reversed(EXTENT.salt)))
+        device.pwrite(b"x" * moved.length, moved.offset)
+        write_range(journal.medium, moved, contents)
+        found = scans.scan(device, moved, GEOMETRY)
+        assert (found.epoch, sequences(found), found.stale_frames) == (epoch, [1, 2, 3], 0)
+        assert tuple(found.operations) == tuple(scan(device).operations)
+
+    def test_an_opening_frame_is_the_header_alone(self) -> None:
+        """J4: it follows the record before it."""
+        device = SimulatedDevice(bytes(EXTENT.end))
+        area = HeaderArea.parse(HEADER.data)
+        write_range(Medium(device), EXTENT, Contents.opening(area, epoch=3, sequence=8))
+        found = scan(device)
+        assert (found.epoch, sequences(found), list(found.operations)) == (3, [9], [HEADER])
+
+    def test_zeroed_bytes_of_an_epoch_are_bounded(self) -> None:
+        journal, _ = make_journal()
+        limit = scans.zeroed_limit(EXTENT.half_bytes)
+        full = Journal(journal.medium, EXTENT, Contents(1, 0, (), 0, limit))
+        assert full.has_room(payload(1))
+        assert not full.has_room(frames.encode_operations([ZeroOperation(8192, 4096)]))

@@ -1,4 +1,4 @@
-"""The medium: barriers that fail or overlap, and how far the file may reach after a crash."""
+"""The medium: barriers that fail or overlap, and sections that are cut off."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import suppress
 import pytest
 
 from jqcow.engine.medium import Medium
-from jqcow.errors import PoisonedError
-from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
+from jqcow.errors import FormatError, PoisonedError
+from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.support.held import is_taken
 
 KIB = 1024
@@ -46,7 +46,7 @@ class Overlap:
 
     def _place(self, name: str) -> None:
         with suppress(OSError):
-            self.medium.barrier(name, unlocked=True)
+            self.medium.barrier(name)
 
     def start(self, name: str) -> None:
         """Start a barrier; return when it has its number. The device gets them one after the other."""
@@ -107,101 +107,66 @@ class TestNumbers:
         overlap.complete("first")
         assert locked == [True] and not is_taken(overlap.medium.lock)
 
-    def test_the_callers_lock_is_left_alone(self) -> None:
-        medium = Medium(SimulatedDevice())
-        with medium.lock:
-            medium.barrier("test")
-            assert is_taken(medium.lock)
 
+class TestLength:
+    """M2: the file grows to what it is told, and a call for less cuts nothing off."""
 
-class TestHighWater:
-    """M2: a range past it reads as zeros in every crash state."""
-
-    def test_every_way_to_grow_raises_it(self) -> None:
+    def test_growing_and_shrinking(self) -> None:
         medium = Medium(SimulatedDevice(bytes(KIB)))
-        assert medium.high_water == KIB
-        medium.pwrite(b"x" * KIB, KIB)
-        assert medium.high_water == 2 * KIB
-        medium.allocate(2 * KIB, KIB)
-        assert medium.high_water == 3 * KIB
         medium.grow(4 * KIB)
-        assert medium.high_water == 4 * KIB
+        assert medium.size() == 4 * KIB
         medium.grow(KIB)
-        medium.pwrite(b"x", 0)
-        assert medium.high_water == 4 * KIB
+        assert medium.size() == 4 * KIB
+        medium.shrink(2 * KIB)
+        assert medium.size() == 2 * KIB
+        medium.shrink(4 * KIB)
+        assert medium.size() == 2 * KIB
 
-    @pytest.mark.parametrize("applied_bytes", [0, 512, EVERYTHING])
-    def test_failed_write_raises_it_too(self, applied_bytes: int) -> None:
-        """Nobody knows how much of it was done."""
-        device = SimulatedDevice()
-        medium = Medium(device)
-        device.faults = FaultPlan(Fault(errno.EIO, call="pwrite", applied_bytes=applied_bytes))
-        with pytest.raises(OSError):
-            medium.pwrite(b"x" * KIB, 0)
-        assert medium.high_water == KIB
 
-    def test_shrinking_lowers_it_under_a_barrier_only(self) -> None:
-        medium = Medium(SimulatedDevice())
-        medium.pwrite(b"x" * 4 * KIB, 0)
-        medium.shrink(KIB)
-        assert medium.high_water == 4 * KIB
-        medium.barrier("test")
-        assert medium.high_water == KIB
+class TestSections:
+    """M6: what a section planned for leaves the state as good; anything else leaves it in doubt."""
 
-    def test_failed_barrier_leaves_it(self) -> None:
-        device = SimulatedDevice()
-        medium = Medium(device)
-        medium.pwrite(b"x" * 4 * KIB, 0)
-        medium.shrink(KIB)
-        device.faults = FaultPlan(Fault(errno.EIO, call="barrier"))
-        with pytest.raises(OSError):
+    @pytest.fixture
+    def medium(self) -> Medium:
+        return Medium(SimulatedDevice(bytes(KIB)))
+
+    def test_in_doubt_from_start_to_end(self, medium: Medium) -> None:
+        with medium.lock, medium.section():
+            assert medium.in_doubt and medium.read_only
+        assert not medium.in_doubt and not medium.read_only
+
+    @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), FormatError("damaged")])
+    def test_planned_errors_pass_through(self, medium: Medium, error: Exception) -> None:
+        with pytest.raises(type(error)), medium.lock, medium.section():
+            raise error
+        assert not medium.in_doubt
+        with medium.lock, medium.section():
+            pass
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), RuntimeError(), ValueError()])
+    def test_anything_else_leaves_it_in_doubt(self, medium: Medium, error: BaseException) -> None:
+        with pytest.raises(type(error)), medium.lock, medium.section():
+            raise error
+        assert medium.in_doubt and medium.read_only
+        for _ in range(2):
+            with pytest.raises(PoisonedError), medium.lock, medium.section():
+                pytest.fail("the state is not known")
+            with pytest.raises(PoisonedError):
+                medium.require_known()
+        assert medium.in_doubt and not is_taken(medium.lock)
+
+    def test_listener_that_is_cut_off(self, medium: Medium) -> None:
+        def interrupted(_: int) -> None:
+            raise KeyboardInterrupt
+
+        medium.listeners.append(interrupted)
+        with pytest.raises(KeyboardInterrupt):
             medium.barrier("test")
-        assert medium.high_water == 4 * KIB
+        assert medium.in_doubt and not medium.poisoned
 
-    def test_written_and_cut_off_during_a_barrier(self) -> None:
-        """The barrier does not cover the cutting: the bytes may show up after a crash."""
-        overlap = Overlap()
-        overlap.start("first")
-        overlap.medium.pwrite(b"x" * 4 * KIB, 0)
-        overlap.medium.shrink(KIB)
-        overlap.complete("first")
-        assert overlap.medium.high_water == 4 * KIB
-
-    @pytest.mark.parametrize("cut_off", ["before both", "between", "during both"])
-    def test_overlapping_barriers(self, cut_off: str) -> None:
-        """At no moment is it below a size that a crash may leave."""
-        overlap = Overlap()
-        medium, device = overlap.medium, overlap.device
-        medium.pwrite(b"x" * 4 * KIB, 0)
-
-        def cut_if(moment: str) -> None:
-            if cut_off == moment:
-                medium.shrink(KIB)
-
-        cut_if("before both")
-        overlap.start("first")
-        cut_if("between")
-        overlap.start("second")
-        cut_if("during both")
-        enough = {"before both": 1, "between": 2, "during both": 3}[cut_off]
-        overlap.complete("first")
-        if enough > 1:
-            assert medium.high_water == 4 * KIB
-        overlap.complete("second")
-        assert device.size() == KIB
-        # The newer barrier covers all that the older one does.
-        assert medium.high_water == (KIB if enough <= 2 else 4 * KIB)
-
-    def test_growth_during_the_newer_barrier(self) -> None:
-        overlap = Overlap(KIB)
-        overlap.start("first")
-        overlap.start("second")
-        overlap.medium.pwrite(b"x" * KIB, 7 * KIB)
-        overlap.medium.shrink(KIB)
-        overlap.complete("first")
-        assert overlap.medium.high_water == 8 * KIB
-        overlap.complete("second")
-        assert overlap.medium.high_water == 8 * KIB
+    def test_sections_do_not_nest(self, medium: Medium) -> None:
+        with medium.lock, medium.section(), pytest.raises(PoisonedError), medium.section():
+            pytest.fail("the inner one would end the doubt of the outer one")
 
 
 CHANGES: dict[str, Callable[[Medium], object]] = {
@@ -211,21 +176,20 @@ CHANGES: dict[str, Callable[[Medium], object]] = {
     "shrink": lambda medium: medium.shrink(0),
     "punch": lambda medium: medium.punch(0, 512),
     "barrier": lambda medium: medium.barrier("again"),
-    "unlocked barrier": lambda medium: medium.barrier("again", unlocked=True),
 }
 
 
 class TestFailedBarrier:
     """M1: it is final."""
 
-    @pytest.fixture(params=[False, True], ids=["locked", "unlocked"])
-    def medium(self, request: pytest.FixtureRequest) -> Medium:
+    @pytest.fixture
+    def medium(self) -> Medium:
         device = SimulatedDevice(bytes(4 * KIB))
         medium = Medium(device)
         medium.listeners.append(lambda number: pytest.fail(f"barrier {number} is said to have completed"))
         device.faults = FaultPlan(Fault(errno.EIO, call="barrier"))
         with pytest.raises(OSError) as caught:
-            medium.barrier("test", unlocked=request.param)
+            medium.barrier("test")
         assert caught.value.errno == errno.EIO
         device.faults = FaultPlan()
         return medium

@@ -1,0 +1,49 @@
+"""Sets of clusters kept as sorted runs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from jqcow.engine.changes import Run
+from jqcow.engine.clusters import ClusterRuns
+from jqcow.ondisk.layout import ClusterIndex
+
+
+def test_against_a_set() -> None:
+    """Adding, taking and discarding in any order: the same clusters as in a set, always joined."""
+    chance = random.Random(1)
+    runs, model = ClusterRuns(), set[int]()
+    for _ in range(3000):
+        start, count = chance.randrange(300), chance.randrange(1, 6)
+        new = set(range(start, start + count))
+        action = chance.random()
+        if action < 0.6:
+            if new & model:
+                with pytest.raises(RuntimeError, match="listed already"):
+                    runs.add(start, count)
+            else:
+                runs.add(start, count)
+                model |= new
+        elif action < 0.75:
+            runs.discard(start, count)
+            model -= new
+        elif model:
+            run = runs.take(count)
+            taken = set(range(run.start, run.start + run.count))
+            assert run.start == min(model) and taken <= model
+            model -= taken
+        assert bool(runs) == bool(model)
+        assert runs.holds(0) and runs.holds(1) == bool(model)
+        assert runs.holds(len(model)) and not runs.holds(len(model) + 1)
+        listed = [range(run.start, run.start + run.count) for run in runs]
+        assert {cluster for part in listed for cluster in part} == model
+        assert all(left.stop < right.start for left, right in itertools.pairwise(listed))
+    assert all((cluster in runs) == (cluster in model) for cluster in range(310))
+
+
+def test_runs_that_lie_side_by_side_are_joined() -> None:
+    runs = ClusterRuns(Run(ClusterIndex(start), 2) for start in (4, 0, 2))
+    assert list(runs) == [Run(ClusterIndex(0), 6)]
