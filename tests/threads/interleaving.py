@@ -29,7 +29,7 @@ from pathlib import Path
 from random import Random
 
 import jqcow
-from jqcow.offline.check import check_structure
+from jqcow.checker.check import check_structure
 from jqcow.testing import EVERYTHING, CrashState, Fault, SimulatedDevice, enumerate_states
 from tests.support import inside
 from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of
