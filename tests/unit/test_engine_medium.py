@@ -12,6 +12,7 @@ import pytest
 
 from jqcow.engine.medium import Medium
 from jqcow.errors import FormatError, PoisonedError
+from jqcow.ondisk.layout import HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.support.held import is_taken
 
@@ -206,7 +207,7 @@ class TestFailedBarrier:
     def test_reading_goes_on(self, medium: Medium) -> None:
         buffer = bytearray(b"x" * 16)
         medium.pread_into(memoryview(buffer), 4 * KIB - 8)
-        assert bytes(buffer) == bytes(16) == medium.pread(16, 0)
+        assert bytes(buffer) == bytes(16) == medium.pread(HostOffset(0), 16)
 
     def test_an_exception_from_outside_is_none(self) -> None:
         """An interrupted barrier has not completed; the next one covers the same."""
