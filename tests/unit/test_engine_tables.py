@@ -134,7 +134,7 @@ class TestL1Growth:
             image.pwrite(b"last", 100 * MIB - 4)
             new = image._engine.public.view.header
             assert new.l1_size > old.l1_size and new.l1_table_offset != old.l1_table_offset
-            assert image._store.refcounts.get(old.l1_table_offset // CLUSTER) == 0
+            assert image._engine.public.refcounts.get(old.l1_table_offset // CLUSTER) == 0
             assert image.check().ok
             image.flush()
             killed = device.killed()
