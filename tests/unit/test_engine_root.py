@@ -31,46 +31,50 @@ def root(device: SimulatedDevice) -> Root:
     return Root(Medium(device), Geometry(16))
 
 
+def state_of(root: Root) -> RootState:
+    return root.state
+
+
 class TestStates:
     def test_found_is_settled_by_any_barrier(self, root: Root) -> None:
-        assert root.state is RootState.FOUND
+        assert state_of(root) is RootState.FOUND
         root.medium.barrier("test")
-        assert root.state is RootState.SETTLED
+        assert state_of(root) is RootState.SETTLED
 
     def test_settling_needs_one_barrier(self, root: Root, device: SimulatedDevice) -> None:
         """T5."""
         for _ in range(2):
             root.settle()
-            assert root.state is RootState.SETTLED and device.barriers["root.settle"] == 1
+            assert state_of(root) is RootState.SETTLED and device.barriers["root.settle"] == 1
 
     def test_written_then_settled(self, root: Root) -> None:
         root.write(NEW)
-        assert root.state is RootState.UNDECIDED
+        assert state_of(root) is RootState.UNDECIDED
         root.decide()
-        assert root.state is RootState.WRITTEN
+        assert state_of(root) is RootState.WRITTEN
         root.medium.barrier("test")
-        assert root.state is RootState.SETTLED
+        assert state_of(root) is RootState.SETTLED
 
     def test_a_barrier_decides_nothing(self, root: Root) -> None:
         root.write(NEW)
         root.medium.barrier("test")
-        assert root.state is RootState.UNDECIDED
+        assert state_of(root) is RootState.UNDECIDED
         root.decide()
-        assert root.state is RootState.SETTLED
+        assert state_of(root) is RootState.SETTLED
 
     def test_a_barrier_that_began_before_does_not_count(self, root: Root, device: SimulatedDevice) -> None:
         device.barrier_listeners.append(lambda *_: root.write(NEW))
         root.medium.barrier("test")
         device.barrier_listeners.clear()
         root.decide()
-        assert root.state is RootState.WRITTEN
+        assert state_of(root) is RootState.WRITTEN
 
     def test_put_back(self, root: Root, device: SimulatedDevice) -> None:
         """T6."""
         root.settle()
         root.write(NEW)
         root.put_back(OLD)
-        assert root.state is RootState.WRITTEN
+        assert state_of(root) is RootState.WRITTEN
         assert device.pread(SECTOR_BYTES, SECTOR_0) == OLD
 
     def test_put_back_after_the_write_failed(self, root: Root, device: SimulatedDevice) -> None:
@@ -78,11 +82,11 @@ class TestStates:
         with pytest.raises(OSError):
             root.write(NEW)
         root.put_back(OLD)
-        assert device.pread(SECTOR_BYTES, SECTOR_0) == OLD and root.state is RootState.WRITTEN
+        assert device.pread(SECTOR_BYTES, SECTOR_0) == OLD and state_of(root) is RootState.WRITTEN
 
     def test_nothing_to_put_back(self, root: Root, device: SimulatedDevice) -> None:
         root.put_back(NEW)
-        assert not device.changes and root.state is RootState.FOUND
+        assert not device.changes and state_of(root) is RootState.FOUND
 
     def test_old_root_that_cannot_be_written(self, root: Root, device: SimulatedDevice) -> None:
         root.write(NEW)

@@ -220,7 +220,11 @@ class TestRecycling:
     def test_punched_during_a_barrier(self, pools: Pools) -> None:
         """S3, M3: the punch may be lost; the cluster is zero-safe under the next barrier."""
         pools.space.unknown.add(3, 1)
-        pools.device.barrier_listeners.append(lambda *_: pools.recycle(wanted=True))
+
+        def recycle(*_: object) -> None:
+            pools.recycle(wanted=True)
+
+        pools.device.barrier_listeners.append(recycle)
         pools.barrier()
         pools.device.barrier_listeners.clear()
         assert pools.listed(3) and 3 not in pools.space.zero_safe
