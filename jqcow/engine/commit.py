@@ -42,7 +42,7 @@ class Turn:
             whether the calling thread has it.
         under_way: held during the newest flush that commits: who is covered by it waits for this one, and is
             not kept waiting by the next. When it is free the flush has ended, well or not.
-        is_clean: nothing was changed since the newest cut.
+        is_clean: no data was written in place since the newest cut.
         in_doubt: a commit was begun, and is neither published nor taken back yet (C3).
     """
 
@@ -55,12 +55,12 @@ class Turn:
         self._newest_cut = 0
         self._durable_ticket = 0
 
-    def draw(self) -> int:
+    def draw(self, *, nothing_staged: bool) -> int:
         """Return a flush's ticket: that of the newest cut where nothing was changed since, or a new one.
 
         It is asked first whether anything was changed: a cut in between is newer, and covers as much (C2).
         """
-        return self._newest_cut if self.is_clean else next(self._tickets)
+        return self._newest_cut if nothing_staged and self.is_clean else next(self._tickets)
 
     def cut(self) -> int:
         """Return the ticket of a commit that is about to cut, with the lock held."""
@@ -117,7 +117,7 @@ class Commits:
             OSError: nothing is acknowledged. After a failed write the next flush tries anew; after a
                 failed barrier the image is read-only.
         """
-        ticket = self.turn.draw()
+        ticket = self.turn.draw(nothing_staged=self.public.changes.is_empty)
         if self._others_cover(ticket):
             return
         under_way = threading.Lock()
@@ -174,7 +174,6 @@ class Commits:
             OSError: nothing is durable; of the public tables the same changes travel in the next record.
         """
         self.turn.in_doubt = True
-        cut = None
         try:
             cut = self._cut(tables)
             if cut.changes is None:
@@ -183,7 +182,7 @@ class Commits:
             else:
                 self._log(cut.changes)
         except BaseException:
-            self._take_back(tables, cut)
+            self._take_back()
             self.turn.in_doubt = False
             raise
         self._publish(tables, cut)
@@ -197,6 +196,8 @@ class Commits:
     def _cut(self, tables: Tables) -> _Cut:
         """Freeze what is staged: what is staged from here on travels in a later record."""
         with self.medium.lock, self.medium.section():
+            if self.public.staged.in_flight is not None:
+                raise RuntimeError("one record is in flight at a time")
             ticket, changes = self.turn.cut(), tables.changes
             if changes.is_empty:
                 return _Cut(ticket, None)
@@ -228,33 +229,34 @@ class Commits:
                 tables.staged.changes = ChangeSet(tables.geometry)
             self.turn.cover(cut.ticket)
 
-    def _take_back(self, tables: Tables, cut: _Cut | None) -> None:
-        """The commit failed: the frame must not come back to life, and the changes are staged again."""
+    def _take_back(self) -> None:
+        """The commit failed: the frame must not come back to life, and what was cut is staged again."""
         self.turn.is_clean = False
-        changes = None if cut is None else cut.changes
-        if changes is None:
-            return
         try:
             if self.log.journal is not None:
                 self.log.journal.revoke()
         finally:
-            if tables is self.public:
-                self.medium.undo(lambda: self._restage(changes))
+            self.medium.undo(self._restage)
 
-    def _restage(self, failed: ChangeSet) -> None:
+    def _restage(self) -> None:
         """Lay what was staged since the cut over what was cut: both travel in the next record."""
-        staged = self.public.staged
-        failed.absorb(staged.changes)
-        staged.changes, staged.in_flight = failed, None
+        staged, failed = self.public.staged, self.public.staged.in_flight
+        if failed is not None:
+            failed.absorb(staged.changes)
+            staged.changes, staged.in_flight = failed, None
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, check: Callable[[], None]) -> None:
         """Commit, and write everything that durable records hold to its home; the journal is empty then.
+
+        ``check`` is called with the turn taken and the lock held.
 
         Raises:
             OSError: the log stays live, and the checkpoint can be tried again (unless a barrier failed).
         """
         with self.turn.taken:
             self.begin_turn()
+            with self.medium.lock:
+                check()
             self.run(self.public)
             if self.log.journal is not None and not self.log.journal.epoch_is_empty:
                 self.log.end_epoch()

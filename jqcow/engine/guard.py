@@ -80,6 +80,11 @@ class Guard:
         """Return the number of the oldest request in flight, or one that none has yet (Q3)."""
         return min(list(self._requests), default=self.newest + 1)
 
+    def require_not_mine(self) -> None:
+        """Raise RuntimeError if the calling thread is in the midst of a request: it is a finaliser."""
+        if any(is_mine(request.running) for request in list(self._requests.values())):
+            raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
+
     # Waiting, with the lock free
 
     def wait(self, busy: Busy) -> None:

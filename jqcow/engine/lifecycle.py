@@ -10,6 +10,7 @@ F1. While refcounts may be too low nothing below the end of everything is alloca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from jqcow.engine.commit import Commits
@@ -79,10 +80,10 @@ class Lifecycle:
         end = max(self.space.frontier, file_end, self.public.refcounts.used_end())
         self.space.frontier = ClusterIndex(end)
 
-    def go_live(self) -> None:
+    def go_live(self, check: Callable[[], None]) -> None:
         """Set up the journal before the first metadata change. Nothing to do if the image is live.
 
-        Called with the lock free.
+        Called with the lock free; ``check`` is called with the turn taken and the lock held.
 
         Raises:
             OSError: the host refused; the image is as it was.
@@ -92,6 +93,7 @@ class Lifecycle:
             self.commits.begin_turn()
             if self.log.journal is None:
                 with self.medium.lock:
+                    check()
                     self.prepare_to_change()
                 self._set_up()
 

@@ -80,7 +80,6 @@ class PackedWrites:
                         # From here on the operation gives them up, should it fail.
                         taken.clear()
                         self._stage(plan, len(stream), offset)
-                    self.requests.commits.turn.is_clean = False
             except BaseException:
                 self.writes.give_back(taken)
                 raise

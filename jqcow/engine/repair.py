@@ -128,7 +128,7 @@ def repair(lifecycle: Lifecycle, what: What) -> RepairReport:
     if not dirty and not differs and not public.snapshots.set_copied_flags(change=False):
         lifecycle.start_search()
         return RepairReport()
-    lifecycle.go_live()
+    lifecycle.go_live(lifecycle.medium.require_healthy)
     private = PrivateChanges(lifecycle)
     try:
         with lifecycle.medium.lock, private.tables.operation():
@@ -151,10 +151,9 @@ def clear_corrupt_bit(lifecycle: Lifecycle) -> None:
     Raises:
         OSError: the bit stays.
     """
-    lifecycle.go_live()
+    lifecycle.go_live(lifecycle.medium.require_healthy)
     with lifecycle.medium.lock, lifecycle.public.operation():
         _clear_features(lifecycle.public, INCOMPATIBLE_CORRUPT)
-    lifecycle.commits.turn.is_clean = False
     lifecycle.commits.flush(lifecycle.medium.require_healthy)
 
 

@@ -8,6 +8,7 @@ the tables is staged with the lock held, in one operation. Nothing maps its data
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 from jqcow.device.disk import Disk, read_padded, shows_zeros
@@ -23,6 +24,9 @@ from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, L2Entry
 from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
 
 Planned = TypeVar("Planned")
+
+RUNS_AT_ONCE = 1024
+"""Runs that are resolved with the lock held: it bounds memory, and how long others wait."""
 
 ZERO_CHUNK_BYTES = 1 << 20
 _ZEROS = bytes(ZERO_CHUNK_BYTES)
@@ -72,15 +76,34 @@ class Requests:
         """Call ``plan`` with the lock held, until nothing is in its way."""
         while True:
             try:
-                with self.lock:
-                    self.medium.require_known()
-                    return plan()
+                try:
+                    with self.lock:
+                        self.medium.require_known()
+                        return plan()
+                except NotLive:
+                    self.lifecycle.go_live(self._may_go_live)
             except Absent as absent:
-                self.tables.blocks.load_unlocked(absent)
+                self._load(absent)
             except Busy as busy:
                 self.guard.wait(busy)
-            except NotLive:
-                self.lifecycle.go_live()
+
+    def _may_go_live(self) -> None:
+        """Look again, with the turn taken: the image may have been closed, or somebody may be alone."""
+        self.enter(True)
+        if not self.alone:
+            self.guard.require_not_alone()
+
+    def _load(self, absent: Absent) -> None:
+        """Read a missing block from the device, as a request that a close waits for."""
+        request = Request()
+        with request.running:
+            with self.lock:
+                self.enter(False)
+                self.guard.begin(request)
+            try:
+                self.tables.blocks.load_unlocked(absent)
+            finally:
+                self.guard.end(request)
 
     def enter_change(self) -> None:
         self.enter(True)
@@ -122,26 +145,49 @@ class Requests:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the guest's bytes at ``offset``."""
+        position = self._read_some(buffer, offset, 0)
+        while position < len(buffer):
+            position = self._read_some(buffer, offset, position)
+
+    def _read_some(self, buffer: memoryview, offset: int, position: int) -> int:
+        """Read what can be resolved at once, from ``position`` in the buffer on; return how far that is."""
         request = Request()
         with request.running:
-            runs = self.planned(lambda: self._plan_read(request, offset, len(buffer)))
+            runs = self.planned(lambda: self._plan_read(request, offset + position, len(buffer) - position))
             try:
-                self._run_read(runs, buffer, GuestOffset(offset))
+                for run in runs:
+                    self.read_run(
+                        run, buffer[position : position + run.length], GuestOffset(offset + position)
+                    )
+                    position += run.length
             finally:
                 self.guard.end(request)
+        return position
 
     def _plan_read(self, request: Request, offset: int, length: int) -> list[MappedRun]:
         self.enter(False)
         self.check_range(offset, length)
-        runs = list(self.tables.mapping_at_hand.runs(GuestOffset(offset), length))
+        runs = self._runs_at_hand(GuestOffset(offset), length)
         self.guard.begin(request)
         return runs
 
-    def _run_read(self, runs: list[MappedRun], buffer: memoryview, offset: GuestOffset) -> None:
-        position = 0
-        for run in runs:
-            self.read_run(run, buffer[position : position + run.length], GuestOffset(offset + position))
-            position += run.length
+    def _runs_at_hand(self, offset: GuestOffset, length: int) -> list[MappedRun]:
+        """Return the first runs of a guest range, up to a block that is not in memory.
+
+        Raises:
+            Absent: that is the first block that the range needs.
+        """
+        found: list[MappedRun] = []
+        end = offset + length
+        try:
+            while offset < end and len(found) < RUNS_AT_ONCE:
+                run = self.tables.mapping_at_hand.run(offset, end - offset)
+                found.append(run)
+                offset = GuestOffset(offset + run.length)
+        except Absent:
+            if not found:
+                raise
+        return found
 
     def read_run(self, run: MappedRun, part: memoryview, offset: GuestOffset) -> None:
         if run.kind == DATA:
@@ -157,10 +203,10 @@ class Requests:
     def _decompress(self, run: MappedRun) -> bytes:
         """Return the bytes of a compressed cluster. The last one is kept: it is often read piece by piece.
 
-        It serves until a record is published: from then on the host cluster may hold something else.
+        It serves until clusters come back: from then on the host cluster may hold something else.
         """
-        kept, publications = self._decompressed, self.tables.space.publications
-        if kept is not None and kept[:2] == (publications, run.host):
+        kept, reuses = self._decompressed, self.tables.space.reuses
+        if kept is not None and kept[:2] == (reuses, run.host):
             return kept[2]
         kind = self.tables.view.header.compression_type
         try:
@@ -168,17 +214,20 @@ class Requests:
             data = compression.decompress(stream, self._cluster_bytes, kind)
         except FormatError as error:
             raise CorruptionError("compressed cluster", run.host, str(error)) from error
-        self._decompressed = publications, run.host, data
+        self._decompressed = reuses, run.host, data
         return data
 
-    def runs(self, offset: int, length: int) -> list[MappedRun]:
-        """Return what a guest range is mapped to; it need not lie within the disk."""
+    def runs(self, offset: int, length: int) -> Iterator[MappedRun]:
+        """Yield what a guest range is mapped to; it need not lie within the disk."""
+        end = offset + length
+        while offset < end:
+            for run in self.planned(partial(self._look, offset, end - offset)):
+                yield run
+                offset += run.length
 
-        def look() -> list[MappedRun]:
-            self.enter(False)
-            return list(self.tables.mapping_at_hand.runs(GuestOffset(offset), length))
-
-        return self.planned(look)
+    def _look(self, offset: int, length: int) -> list[MappedRun]:
+        self.enter(False)
+        return self._runs_at_hand(GuestOffset(offset), length)
 
     def first_run(self, offset: int, length: int) -> MappedRun:
         """Return the first run of a guest range."""

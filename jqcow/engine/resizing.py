@@ -54,7 +54,6 @@ class Resizing:
                 tables.view.require_order()
             tables.mapping.grow_l1(self.geometry.l1_entries_for(size_bytes), tables.refcounts)
             tables.view.set_header(size=size_bytes)
-        self.requests.commits.turn.is_clean = False
 
     def make_empty(self) -> None:
         """Give up all that the disk has of its own.
@@ -86,5 +85,4 @@ class Resizing:
         self.requests.require_live()
         with tables.operation():
             tables.mapping.drop_l2_table(found[0], tables.refcounts)
-        self.requests.commits.turn.is_clean = False
         return found[0]

@@ -49,7 +49,7 @@ class Space:
         frontier: the cluster behind the end of everything.
         reserved: the clusters of journal ranges (S4).
         host_punches: False once the host has refused to.
-        publications: how many records were published. While it stays, a cluster in use is not used anew.
+        reuses: how often clusters came back. While it stays, no cluster that was in use is used anew.
     """
 
     def __init__(self, medium: Medium, geometry: Geometry, guard: Guard) -> None:
@@ -60,7 +60,7 @@ class Space:
         self.zero_safe = ClusterRuns()
         self.unknown = ClusterRuns()
         self.host_punches = True
-        self.publications = 0
+        self.reuses = 0
         self._guard = guard
         self._lent = ClusterRuns()
         self._freed = ClusterRuns()
@@ -111,6 +111,7 @@ class Space:
 
     def undo(self, undone: Undone) -> None:
         """An operation was undone: what it took has unknown content (S3), what it freed is in use."""
+        self.reuses += 1
         for run in undone.taken:
             self._lent.discard(run.start, run.count)
             self.unknown.add(run.start, run.count)
@@ -160,7 +161,7 @@ class Space:
 
     def publish(self, durable: ChangeSet, epoch: int) -> None:
         """A record of ``epoch`` is durable: its data frees are released, its metadata frees wait (S1, S2)."""
-        self.publications += 1
+        self.reuses += 1
         self.keep((*durable.freed_data, *durable.freed_metadata))
         newest = self._guard.newest
         self._released |= dict.fromkeys(ClusterRuns(durable.freed_data), newest)

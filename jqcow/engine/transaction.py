@@ -25,6 +25,8 @@ class PrivateChanges:
         self.medium = lifecycle.medium
         public = lifecycle.public
         with self.medium.lock, self.medium.section():
+            if not public.changes.is_empty:
+                raise RuntimeError("a transaction starts with nothing staged")
             # R4: what the transaction frees, the public changes must not go on packing into.
             public.changes.packed_end = 0
             changes = ChangeSet(public.geometry, private=True)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from jqcow.engine.changes import Run
 from jqcow.engine.guard import Request
 from jqcow.engine.mapping import MappedRun
+from jqcow.engine.medium import PLANNED
 from jqcow.engine.request import Requests
 from jqcow.ondisk import layout
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER, L2Entry, data_entry
@@ -107,14 +108,11 @@ class Writes:
                 return
             try:
                 self._run_write(plan, data_for(plan), offset)
+                # C2: a flush from here on must not take an older commit for its own.
+                requests.commits.turn.is_clean = False
                 if plan.fresh:
-                    with requests.lock:
-                        with self.tables.operation():
-                            self._stage_write(plan)
-                        requests.commits.turn.is_clean = False
-                else:
-                    # C2: a flush from here on must not take an older commit for its own.
-                    requests.commits.turn.is_clean = False
+                    with requests.lock, self.tables.operation():
+                        self._stage_write(plan)
             except BaseException:
                 self.give_back(plan.taken)
                 raise
@@ -126,28 +124,29 @@ class Writes:
     def _plan_write(self, request: Request, offset: GuestOffset, length: int) -> WritePlan:
         plan = WritePlan(self._pieces(offset, length))
         if all(piece.in_place for piece in plan.pieces):
-            if plan.pieces:
-                self._reach(plan.pieces[-1])
+            self._reach(offset + length)
             self.guard.begin(request, changes=True)
             return plan
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
         self.requests.require_live()
         kept = [self._kept_clusters(piece) for piece in plan.pieces]
-        self._reach(plan.pieces[-1])
         with self.medium.section():
-            for piece, piece_kept in zip(plan.pieces, kept, strict=True):
-                if not piece.in_place:
-                    plan.fresh += self._take_fresh(piece, piece_kept)
-            plan.taken = [fresh.run for fresh in plan.fresh if not fresh.is_kept]
+            try:
+                for piece, piece_kept in zip(plan.pieces, kept, strict=True):
+                    if not piece.in_place:
+                        self._take_fresh(plan, piece, piece_kept)
+                self._reach(offset + length)
+            except PLANNED:
+                self.tables.space.give_back(plan.taken)
+                raise
             request.first, request.end = first, end
             self.guard.begin(request, changes=True)
         return plan
 
-    def _reach(self, piece: Piece) -> None:
-        """Make the file end where a sector does, should a write in place end within its last one (M5)."""
-        end = piece.run.host + piece.length
-        if piece.in_place and end % SECTOR_BYTES and end > self.medium.size():
+    def _reach(self, end: int) -> None:
+        """Make the file reach its frontier before a write that ends within a sector, maybe its last (M5)."""
+        if end % SECTOR_BYTES:
             self.medium.grow(self.geometry.offset_of(self.tables.space.frontier))
 
     def _pieces(self, offset: GuestOffset, length: int) -> list[Piece]:
@@ -200,7 +199,7 @@ class Writes:
                 kept[cluster] = entry.host
         return kept
 
-    def _take_fresh(self, piece: Piece, kept: dict[int, HostOffset]) -> Iterator[Fresh]:
+    def _take_fresh(self, plan: WritePlan, piece: Piece, kept: dict[int, HostOffset]) -> None:
         """Take clusters for a piece that needs another mapping: new ones, or those that zero entries keep."""
         cluster = piece.offset // self._cluster_bytes
         end = self.geometry.clusters(piece.offset + piece.length)
@@ -210,7 +209,8 @@ class Writes:
             else:
                 count = next((at - cluster for at in range(cluster, end) if at in kept), end - cluster)
                 run = self.tables.refcounts.take(count)
-            yield Fresh(piece, GuestCluster(cluster), run, cluster in kept)
+                plan.taken.append(run)
+            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, cluster in kept))
             cluster += run.count
 
     def _run_write(self, plan: WritePlan, data: memoryview, offset: GuestOffset) -> None:
@@ -312,6 +312,9 @@ class Writes:
             return
 
         def plan(request: Request) -> WritePlan | None:
+            if self.guard.is_alone and not self.requests.alone:
+                # A read does not wait for a transaction; a later one copies.
+                return None
             self.requests.enter_change()
             self.guard.require_free(offset // self._cluster_bytes, offset // self._cluster_bytes + 1)
             inside = min(length, self.tables.mapping.disk_bytes - offset)

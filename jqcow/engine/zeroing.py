@@ -25,27 +25,40 @@ class Zeroing:
         """Make a range read as zeros; ``unmap`` frees the clusters that it covers whole."""
         self._check(offset, length)
         for start, span in self.requests.spans(offset, length):
-            head, tail = self._whole_clusters(start, span)
-            if head < tail:
-                self.zero_part(start, head - start)
-                self._set_whole(head, tail, lambda entry: _zeroed(entry, unmap=unmap))
-                self.zero_part(tail, start + span - tail)
-            else:
-                self.zero_part(start, span)
+            while not self._zero_span(start, span, unmap=unmap):
+                pass
+
+    def _zero_span(self, start: int, span: int, *, unmap: bool) -> bool:
+        """Zero a range within one metadata block; return False if the disk was resized meanwhile."""
+        size = self._check(start, span)
+        head, tail = self._whole_clusters(start, span, size)
+        if head >= tail:
+            self.zero_part(start, span, within_disk=True)
+            return True
+        self.zero_part(start, head - start, within_disk=True)
+        if not self._set_whole(head, tail, lambda entry: _zeroed(entry, unmap=unmap), size):
+            return False
+        self.zero_part(tail, start + span - tail, within_disk=True)
+        return True
 
     def discard(self, offset: int, length: int) -> None:
         """Free the clusters that a range covers whole; they read as zeros. The rest stays as it is."""
         self._check(offset, length)
         for start, span in self.requests.spans(offset, length):
-            head, tail = self._whole_clusters(start, span)
-            if head < tail:
-                self._set_whole(head, tail, self._discarded)
+            while not self._discard_span(start, span):
+                pass
+
+    def _discard_span(self, start: int, span: int) -> bool:
+        """Discard a range within one metadata block; return False if the disk was resized meanwhile."""
+        size = self._check(start, span)
+        head, tail = self._whole_clusters(start, span, size)
+        return head >= tail or self._set_whole(head, tail, self._discarded, size)
 
     def hide_below(self, offset: int, length: int) -> None:
         """Make whole clusters read as zeros whatever lies below them, now or later."""
         self.requests.planned(lambda: self.requests.check_whole_clusters(offset, length))
         for start, span in self.requests.spans(offset, length):
-            head, tail = self._whole_clusters(start, span)
+            head, tail = self._whole_clusters(start, span, self.tables.mapping.disk_bytes)
             clusters = range(head // self._cluster_bytes, tail // self._cluster_bytes)
             self._set_entries(clusters, lambda entry: _zeroed(entry, unmap=True))
 
@@ -66,35 +79,42 @@ class Zeroing:
                 position += run.length
             self._set_entries(mapped, lambda entry: NO_ENTRY)
 
-    def zero_part(self, offset: int, length: int) -> None:
+    def zero_part(self, offset: int, length: int, *, within_disk: bool = False) -> None:
         """Write zeros over the part of a range that holds data (less than a cluster at either end)."""
         for run in self.requests.runs(offset, max(0, length)):
             if not self.requests.reads_as_zeros(offset, run.length):
-                self.writes.write_span(memoryview(bytes(run.length)), GuestOffset(offset))
+                zeros = memoryview(bytes(run.length))
+                self.writes.write_span(zeros, GuestOffset(offset), within_disk=within_disk)
             offset += run.length
 
-    def _check(self, offset: int, length: int) -> None:
-        def check() -> None:
+    def _check(self, offset: int, length: int) -> int:
+        """Check a range; return the size of the disk."""
+
+        def check() -> int:
             self.requests.enter_change()
             self.requests.check_range(offset, length)
+            return self.tables.mapping.disk_bytes
 
-        self.requests.planned(check)
+        return self.requests.planned(check)
 
     def _discarded(self, entry: L2Entry) -> L2Entry:
         """Return the entry of a discarded cluster: none, unless the backing file would show through."""
         return NO_ENTRY if self.requests.backing is None else ZERO_ENTRY
 
-    def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
+    def _whole_clusters(self, offset: int, length: int, disk_bytes: int) -> tuple[int, int]:
         """Return the guest range of the clusters covered whole; the end of the disk completes the last."""
         end = offset + length
         head = -(-offset // self._cluster_bytes) * self._cluster_bytes
-        if end == self.tables.mapping.disk_bytes:
+        if end == disk_bytes:
             end = self.tables.geometry.clusters(end) * self._cluster_bytes
         return head, end - end % self._cluster_bytes
 
-    def _set_whole(self, start: int, end: int, entry_for: EntryFor) -> None:
-        """Give whole guest clusters another entry where they do not read as zeros for want of one."""
-        self._set_entries(list(self._clusters_to_zero(start, end)), entry_for)
+    def _set_whole(self, start: int, end: int, entry_for: EntryFor, disk_bytes: int | None = None) -> bool:
+        """Give whole guest clusters another entry where they do not read as zeros for want of one.
+
+        Returns False, having changed nothing, if the size of the disk is not ``disk_bytes`` any more.
+        """
+        return self._set_entries(list(self._clusters_to_zero(start, end)), entry_for, disk_bytes)
 
     def _clusters_to_zero(self, start: int, end: int) -> Iterator[int]:
         """Yield the guest clusters that have an entry, or below which the backing file may hold data."""
@@ -106,14 +126,21 @@ class Zeroing:
                         yield offset // self._cluster_bytes
             start += run.length
 
-    def _set_entries(self, clusters: Iterable[int], entry_for: EntryFor) -> None:
+    def _set_entries(
+        self, clusters: Iterable[int], entry_for: EntryFor, disk_bytes: int | None = None
+    ) -> bool:
         """Give guest clusters, within one metadata block, another entry, made from the one that they have."""
         requests = self.requests
-        if self.requests.planned(lambda: self._stage(clusters, entry_for)) and not requests.alone:
+        done = requests.planned(lambda: self._stage(clusters, entry_for, disk_bytes))
+        if not requests.alone:
             requests.commits.flush_if_large(lambda: requests.enter(True))
+        return done
 
-    def _stage(self, clusters: Iterable[int], entry_for: EntryFor) -> bool:
+    def _stage(self, clusters: Iterable[int], entry_for: EntryFor, disk_bytes: int | None) -> bool:
         self.requests.enter_change()
+        if disk_bytes not in (None, self.tables.mapping.disk_bytes):
+            # The end of the disk completed the last cluster, and is elsewhere now.
+            return False
         mapping, refcounts = self.tables.mapping_at_hand, self.tables.refcounts_at_hand
         changes = []
         for cluster in map(GuestCluster, clusters):
@@ -130,8 +157,7 @@ class Zeroing:
             with self.tables.operation():
                 for cluster, old, new in changes:
                     self.writes.replace_entries(cluster, [old], [new])
-            self.requests.commits.turn.is_clean = False
-        return bool(changes)
+        return True
 
 
 def _zeroed(entry: L2Entry, *, unmap: bool) -> L2Entry:

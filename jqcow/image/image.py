@@ -361,7 +361,7 @@ class Image:
                 with self._lock:
                     self._enter(True)
                 engine.commits.flush(self._require_writable)
-                engine.lifecycle.go_live()
+                engine.lifecycle.go_live(self._require_writable)
                 transaction = Transaction(PrivateChanges(engine.lifecycle), self._private_guest, self._own)
                 with transaction._running():
                     yield transaction
@@ -452,7 +452,7 @@ class Image:
         self._own(changing=True)
         with self._lock:
             self._enter(True)
-        self._engine.commits.checkpoint()
+        self._engine.commits.checkpoint(self._require_writable)
 
     def as_file(self) -> ImageFile:
         """Return the disk as a raw binary file, for `io.BufferedRandom` and all that takes a file."""
@@ -478,11 +478,14 @@ class Image:
             return
         self._own(changing=True)
         guard = self._engine.guard
+        guard.require_not_mine()
         with guard.turnstile:
             try:
                 if self._is_tidy():
                     with guard.alone():
                         self._engine.lifecycle.clean()
+                        # Before others may change anything again: nobody makes a closed image live.
+                        self._closed = True
             finally:
                 self._end()
 
