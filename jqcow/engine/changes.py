@@ -12,6 +12,7 @@ D4. A new metadata cluster is zeroed in the record that brings it, before its bl
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
@@ -54,6 +55,12 @@ class Mark:
     before: dict[HostOffset, Block | None] = field(default_factory=dict)
 
 
+@cache
+def _zero_block(length_bytes: int) -> bytes:
+    """Return the one block of zeros of this length: it is told from others by being this one."""
+    return bytes(length_bytes)
+
+
 class ChangeSet:
     """Changes that will travel in one record: zeroed clusters first, then blocks, then the header.
 
@@ -82,7 +89,7 @@ class ChangeSet:
         self.fresh: set[ClusterIndex] | None = set() if private else None
         self._zeroed: dict[HostOffset, None] = {}
         self._marks: list[Mark] = []
-        self._zero_block = bytes(geometry.block_bytes)
+        self._zero_block = _zero_block(geometry.block_bytes)
 
     @property
     def is_empty(self) -> bool:
@@ -125,6 +132,8 @@ class ChangeSet:
 
     def return_to(self, mark: Mark) -> Undone:
         """Undo everything since ``mark``, which stays valid (D3)."""
+        if not self.has_mark(mark):
+            raise RuntimeError("the mark was released")
         while self._marks[-1] is not mark:
             self._restore(self._marks.pop())
         self._restore(mark)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from jqcow.engine import scan
 from jqcow.engine.changes import ChangeSet
 from jqcow.engine.log import Log
+from jqcow.engine.medium import PLANNED
 from jqcow.engine.tables import Tables
 
 STAGED_ZERO_BYTES_MAX = scan.ZEROED_BYTES_MIN // 4
@@ -188,9 +189,9 @@ class Commits:
         self._publish(tables, cut)
         self.turn.in_doubt = False
         # The commit is durable, whatever the host says of the space that it frees: an error here would read
-        # as if it had failed. It is raised when the clusters are punched anew, for their next use.
+        # as if it had failed. Who needs the space next meets the error again.
         if self.log.journal is not None:
-            with suppress(OSError):
+            with suppress(*PLANNED):
                 self.log.recycle()
 
     def _cut(self, tables: Tables) -> _Cut:

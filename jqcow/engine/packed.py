@@ -77,6 +77,8 @@ class PackedWrites:
                             self.tables.space.give_back(taken)
                         return False
                     with self.tables.operation():
+                        # From here on the operation gives them up, should it fail.
+                        taken.clear()
                         self._stage(plan, len(stream), offset)
                     self.requests.commits.turn.is_clean = False
             except BaseException:

@@ -55,11 +55,8 @@ class WritePlan:
     pieces: list[Piece]
     fresh: list[Fresh] = field(default_factory=list)
     ordered: bool = False
-
-    @property
-    def taken(self) -> list[Run]:
-        """The runs of clusters that the plan took."""
-        return [fresh.run for fresh in self.fresh if not fresh.is_kept]
+    taken: list[Run] = field(default_factory=list)
+    """The runs that it took and has not counted; those that were counted are the operation's to give up."""
 
 
 class Writes:
@@ -142,6 +139,7 @@ class Writes:
             for piece, piece_kept in zip(plan.pieces, kept, strict=True):
                 if not piece.in_place:
                     plan.fresh += self._take_fresh(piece, piece_kept)
+            plan.taken = [fresh.run for fresh in plan.fresh if not fresh.is_kept]
             request.first, request.end = first, end
             self.guard.begin(request, changes=True)
         return plan
@@ -267,6 +265,7 @@ class Writes:
             tables.view.require_order()
         for piece, first, run, is_kept in plan.fresh:
             if not is_kept:
+                plan.taken.remove(run)
                 tables.refcounts.count_in(run)
                 if changes.fresh is not None:
                     changes.fresh.update(ClusterIndex(at) for at in range(run.start, run.start + run.count))

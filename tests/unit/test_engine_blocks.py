@@ -232,6 +232,7 @@ class TestWithoutTheLock:
         metadata.put(PLACES[0], b"new")
         metadata.cut()
         metadata.publish()
+        metadata.blocks._clean.clear()
         metadata.blocks.load_unlocked(absent)
         assert PLACES[0] not in metadata.blocks._clean
         assert metadata.view.block(PLACES[0])[:3] == b"new"

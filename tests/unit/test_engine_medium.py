@@ -12,10 +12,12 @@ import pytest
 
 from jqcow.engine.medium import Medium
 from jqcow.errors import FormatError, PoisonedError
+from jqcow.ondisk.layout import HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.support.held import is_taken
 
 KIB = 1024
+START = HostOffset(0)
 
 
 class GatedDevice(SimulatedDevice):
@@ -103,7 +105,7 @@ class TestNumbers:
         overlap.medium.listeners.append(lambda _: locked.append(is_taken(overlap.medium.lock)))
         overlap.start("first")
         with overlap.medium.lock:
-            overlap.medium.pwrite(b"meanwhile", 0)
+            overlap.medium.pwrite(b"meanwhile", START)
         overlap.complete("first")
         assert locked == [True] and not is_taken(overlap.medium.lock)
 
@@ -170,11 +172,11 @@ class TestSections:
 
 
 CHANGES: dict[str, Callable[[Medium], object]] = {
-    "pwrite": lambda medium: medium.pwrite(b"x", 0),
-    "allocate": lambda medium: medium.allocate(0, 512),
+    "pwrite": lambda medium: medium.pwrite(b"x", START),
+    "allocate": lambda medium: medium.allocate(START, 512),
     "grow": lambda medium: medium.grow(8 * KIB),
     "shrink": lambda medium: medium.shrink(0),
-    "punch": lambda medium: medium.punch(0, 512),
+    "punch": lambda medium: medium.punch(START, 512),
     "barrier": lambda medium: medium.barrier("again"),
 }
 
@@ -205,8 +207,8 @@ class TestFailedBarrier:
 
     def test_reading_goes_on(self, medium: Medium) -> None:
         buffer = bytearray(b"x" * 16)
-        medium.pread_into(memoryview(buffer), 4 * KIB - 8)
-        assert bytes(buffer) == bytes(16) == medium.pread(16, 0)
+        medium.pread_into(memoryview(buffer), HostOffset(4 * KIB - 8))
+        assert bytes(buffer) == bytes(16) == medium.pread(START, 16)
 
     def test_an_exception_from_outside_is_none(self) -> None:
         """An interrupted barrier has not completed; the next one covers the same."""
@@ -229,4 +231,4 @@ class TestFailedBarrier:
         overlap.complete("first")
         assert overlap.completed == [1]
         with pytest.raises(PoisonedError):
-            overlap.medium.pwrite(b"x", 0)
+            overlap.medium.pwrite(b"x", START)

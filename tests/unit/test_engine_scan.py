@@ -9,7 +9,7 @@ import pytest
 from jqcow.engine.scan import replay
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk.blank import blank_image
-from jqcow.ondisk.frame import BlockOperation, HeaderOperation, ZeroOperation
+from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import Geometry
 
@@ -24,7 +24,7 @@ def block(letter: bytes) -> bytes:
 
 def test_the_newest_block_and_the_newest_header_win() -> None:
     grown = AREA.with_header(replace(AREA.header, size=2 << 20))
-    operations = [
+    operations: list[Operation] = [
         HEADER,
         BlockOperation(65536, block(b"a")),
         BlockOperation(65536, block(b"b")),
@@ -36,7 +36,7 @@ def test_the_newest_block_and_the_newest_header_win() -> None:
 
 
 def test_zeros_cover_every_block_of_their_range_and_blocks_after_them_lie_over() -> None:
-    operations = [
+    operations: list[Operation] = [
         HEADER,
         BlockOperation(65536, block(b"a")),
         ZeroOperation(65536, 65536),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import jqcow
+from jqcow.ondisk.layout import ClusterIndex, GuestOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 
 CLUSTER = 512
@@ -65,7 +66,9 @@ class TestRefcountGrowth:
             found = image._engine.public.view.header
             assert again._engine.public.view.header.refcount_table_offset == found.refcount_table_offset
             # Freed, and perhaps in use again, but by one owner: the check above counts.
-            assert all(refcounts.get(cluster) <= 1 for cluster in range(old[0], old[0] + old[1]))
+            assert all(
+                refcounts.get(ClusterIndex(cluster)) <= 1 for cluster in range(old[0], old[0] + old[1])
+            )
 
     def test_growth_survives_a_crash_at_any_flush(self, device: SimulatedDevice, image: jqcow.Image) -> None:
         data = fill(image, 8 * MIB - (64 << 10))
@@ -134,7 +137,7 @@ class TestL1Growth:
             image.pwrite(b"last", 100 * MIB - 4)
             new = image._engine.public.view.header
             assert new.l1_size > old.l1_size and new.l1_table_offset != old.l1_table_offset
-            assert image._engine.public.refcounts.get(old.l1_table_offset // CLUSTER) == 0
+            assert image._engine.public.refcounts.get(ClusterIndex(old.l1_table_offset // CLUSTER)) == 0
             assert image.check().ok
             image.flush()
             killed = device.killed()
@@ -167,7 +170,7 @@ class TestSparseTables:
         with jqcow.create_on_device(device, size, journal_size=JOURNAL) as image:
             image.pwrite(b"x", size // 2)
             mapping = image._engine.public.mapping
-            assert len(list(mapping.runs(0, size))) < 100
+            assert len(list(mapping.runs(GuestOffset(0), size))) < 100
             kinds = [(extent.kind, extent.length) for extent in image.extents()]
             assert kinds == [
                 ("unallocated", size // 2),
