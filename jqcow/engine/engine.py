@@ -2,6 +2,40 @@
 
 A clean image is its header. A live image is its root, its journal replayed into memory and, when it is
 opened for writing, the recovery that `Lifecycle.recover` tells.
+
+What opening and ``jqcow-recover`` do depends on sector 0, the root copy and the journal:
+
+    case  sector 0  root copy            journal  open "r"            open "r+"           jqcow-recover
+    A     clean     any                  any      opens               opens               nothing to do
+    B     live      no room, same        good     replays             recovers*           recovers*
+    C     live      none, torn, other    good     replays             recovers            recovers
+    D     live      any                  damaged  Corruption          Corruption          Corruption
+    E     live      any                  newer    UnsupportedFeature  UnsupportedFeature  UnsupportedFeature
+    F     no magic  no room, none, torn  any      Format              Format              Format
+    G     no magic  same, other          good     Corruption          Corruption          recovers*
+    H     no magic  same, other          damaged  Corruption          Corruption          Corruption
+    I     no magic  same, other          newer    Corruption          Corruption          UnsupportedFeature
+
+Sector 0 is clean (a header in standard layout), live (the root), or has no magic. Clusters up to 4 KiB leave
+no room for a root copy; elsewhere there is none, a torn one, or a whole one, of the same journal as sector 0
+or of another (a move that did not end).
+
+    replays     into memory
+    recovers*   sector 0 is rewritten first, as it was read; in case C that would put it at risk while no
+                whole copy of the same journal stands behind it
+    Corruption, Format, UnsupportedFeature   that error; nothing is written
+
+    journal  found           meaning, and what is done
+    good     opening record  the root landed, the first record did not: replay gives the header as it was
+    good     records         the ordinary crash: replay in order
+    good     torn tail       a crash in an append: drop the torn record
+    good     torn epoch      a crash at the start of an epoch: replay the epoch before it
+    good     two epochs      a checkpoint completed: replay the newer one
+    damaged  no frame        media damage
+    damaged  gap             acknowledged records are missing
+    damaged  cut             the range reaches past the end of the file
+    damaged  hostile         operations on the journal or on cluster 0
+    newer    newer           unknown version, encoding, flag or kind: refuse by name
 """
 
 from __future__ import annotations

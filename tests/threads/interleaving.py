@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 import traceback
@@ -31,7 +30,7 @@ from random import Random
 import jqcow
 from jqcow.checker.check import check_structure
 from jqcow.testing import EVERYTHING, CrashState, Fault, SimulatedDevice, enumerate_states
-from tests.support import inside
+from tests.support import figures, inside
 from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of
 from tests.threads.crossing import SECTOR, ZERO, Broken, Judgement, Record, filled
 from tests.threads.scheduler import ScheduledDevice, Scheduler, Worker, scheduled_locks
@@ -350,14 +349,14 @@ def main() -> int:
         print(f"\r{total}, {time.monotonic() - started:.0f} s ", end="", file=sys.stderr, flush=True)
     print(f"\n{total}; first seed {options.seed}, {time.monotonic() - started:.0f} s")
     if options.record is not None:
-        figures = {
+        totals: dict[str, float | str] = {
             **total.counts,
             "seed": options.seed,
             "distinct states": len(total.states),
             "distinct situations": len(total.situations),
             "failures": len(total.failures),
         }
-        options.record.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        figures.record(options.record, totals, program="python -m tests.threads.interleaving")
     return 1 if total.failures else 0
 
 
