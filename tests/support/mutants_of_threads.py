@@ -144,7 +144,7 @@ OF_COMMITS = (
     Mutant(
         "C2",
         "flush-shares-an-older-commit",
-        replacing(f"{TURN}.cover", lambda cover, turn, _: cover(turn, turn.draw())),
+        replacing(f"{TURN}.cover", lambda cover, turn, _: cover(turn, next(turn._tickets))),
         trials=(SCENARIO + "flush-during-a-flush",),
     ),
     Mutant(
