@@ -11,6 +11,7 @@ from tests.support.mutant import (
     GUARD,
     MEDIUM,
     OPERATION,
+    PACKED,
     REQUESTS,
     SPACE,
     TURN,
@@ -124,6 +125,12 @@ OF_REQUESTS = (
             during=f"{SPACE}.start_recycling",
         ),
         trials=(SCENARIO + "read-beside-a-discard",),
+    ),
+    Mutant(
+        "R4",
+        "packing-behind-what-was-freed-meanwhile",
+        returning(f"{PACKED}._is_stale", False),
+        trials=(SCENARIO + "packing-beside-a-discard",),
     ),
     Mutant(
         "D6",
