@@ -71,8 +71,7 @@ class PackedWrites:
                 padded = stream.ljust(layout.round_up(len(stream), SECTOR_BYTES), b"\0")
                 self.requests.medium.pwrite(padded, plan.host)
                 with self.requests.lock:
-                    if self.tables.changes.packed_end != plan.packed_end:
-                        # R4: what was packed before was undone or freed meanwhile.
+                    if self._is_stale(plan):
                         with self.requests.medium.section():
                             self.tables.space.give_back(taken)
                         return False
@@ -100,6 +99,10 @@ class PackedWrites:
             request.first, request.end = first, first + 1
             requests.guard.begin(request, changes=True)
         return PackPlan(host, taken, self.tables.changes.packed_end)
+
+    def _is_stale(self, plan: PackPlan) -> bool:
+        """Return True if what was packed before was undone or freed meanwhile (R4)."""
+        return self.tables.changes.packed_end != plan.packed_end
 
     def _stage(self, plan: PackPlan, length: int, offset: GuestOffset) -> None:
         tables = self.tables

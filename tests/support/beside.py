@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
 
-MOMENT_SECONDS = 0.1
+MOMENT_SECONDS = 0.5
 """Who should wait is given so long to show that it does not."""
 PATIENCE_SECONDS = 20
 

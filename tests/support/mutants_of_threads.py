@@ -11,6 +11,7 @@ from tests.support.mutant import (
     GUARD,
     MEDIUM,
     OPERATION,
+    PACKED,
     REQUESTS,
     SPACE,
     TURN,
@@ -126,6 +127,12 @@ OF_REQUESTS = (
         trials=(SCENARIO + "read-beside-a-discard",),
     ),
     Mutant(
+        "R4",
+        "packing-behind-what-was-freed-meanwhile",
+        returning(f"{PACKED}._is_stale", False),
+        trials=(SCENARIO + "packing-beside-a-discard",),
+    ),
+    Mutant(
         "D6",
         "old-block-kept",
         returning(f"{BLOCKS}._is_current", True),
@@ -144,7 +151,7 @@ OF_COMMITS = (
     Mutant(
         "C2",
         "flush-shares-an-older-commit",
-        replacing(f"{TURN}.cover", lambda cover, turn, _: cover(turn, turn.draw())),
+        replacing(f"{TURN}.cover", lambda cover, turn, _: cover(turn, next(turn._tickets))),
         trials=(SCENARIO + "flush-during-a-flush",),
     ),
     Mutant(

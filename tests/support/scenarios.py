@@ -242,6 +242,17 @@ def read_beside_a_discard() -> None:
     require(set(found[0]) in ({0x33}, {0}), "P1: a read returned another cluster's bytes", found[0][:1])
 
 
+def packing_beside_a_discard() -> None:
+    """P1: a cluster is packed behind another one, which is discarded meanwhile."""
+    device, image = _live_image()
+    image.pwrite_compressed(b"\x44" * CLUSTER_BYTES, 10 * CLUSTER_BYTES)
+    packed = b"\x55" * CLUSTER_BYTES
+    with HeldUp(device, lambda: image.pwrite_compressed(packed, 11 * CLUSTER_BYTES), call="pwrite"):
+        image.discard(CLUSTER_BYTES, 10 * CLUSTER_BYTES)
+    require(image.pread(CLUSTER_BYTES, 11 * CLUSTER_BYTES) == packed, "P1: a completed write is gone")
+    _require_sound(image)
+
+
 def block_read_beside_a_checkpoint() -> None:
     """P1: a table is read, and before it is kept its home is rewritten."""
     crafted = Crafted.new()
@@ -412,6 +423,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "snapshot-beside-a-write": snapshot_beside_a_write,
     "write-beside-a-transaction": write_beside_a_transaction,
     "read-beside-a-discard": read_beside_a_discard,
+    "packing-beside-a-discard": packing_beside_a_discard,
     "block-read-beside-a-checkpoint": block_read_beside_a_checkpoint,
     "write-beside-a-growth": write_beside_a_growth,
     "growth-beside-a-write": growth_beside_a_write,
