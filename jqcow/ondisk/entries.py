@@ -199,8 +199,10 @@ class StandardL2:
         kind, host, count = _native.l2_run(buffer, index, limit, self._cluster_bits)
         if kind == DATA:
             # The entries of a run of data differ by their offsets alone.
-            copied = self.decode(buffer, index).copied
-            return L2Run(kind, HostOffset(host), count, copied, 0)
+            (entry,) = ENTRY.unpack_from(buffer, index * self.entry_bytes)
+            if entry & L2_RESERVED:
+                raise DamagedEntry(f"entry {entry:#x} has reserved bits set")
+            return L2Run(kind, HostOffset(host), count, entry >= COPIED, 0)
         if kind == COMPRESSED_CLUSTER:
             entry = self.decode(buffer, index)
             return L2Run(kind, entry.host, 1, False, entry.length)
