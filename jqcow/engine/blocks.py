@@ -142,6 +142,9 @@ class View:
     @property
     def header(self) -> Header:
         """The header's fixed fields as this reader sees them."""
+        staged = self.staged
+        if staged.changes.area is None and staged.in_flight is None:
+            return self.blocks.area.header
         return self.area.header
 
     def block(self, offset: HostOffset) -> Block:
@@ -150,9 +153,7 @@ class View:
         found = staged.changes.blocks.get(offset)
         if found is None and staged.in_flight is not None:
             found = staged.in_flight.blocks.get(offset)
-        if found is None:
-            found = self.blocks.find(offset)
-        return self._absent(offset) if found is None else found
+        return found or self.blocks.find(offset) or self._absent(offset)
 
     def _absent(self, offset: HostOffset) -> Block:
         return self.blocks.load(offset)

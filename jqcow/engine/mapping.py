@@ -27,6 +27,7 @@ from jqcow.ondisk.entries import (
     L2Run,
     codec_of,
 )
+from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
@@ -76,6 +77,8 @@ class Mapping:
         self.codec = codec_of(view.geometry)
         self.shown = shown
         self._cluster_bytes = self.geometry.cluster_bytes
+        self._header: Header | None = None
+        """The header that `l1` was made from."""
 
     @property
     def l1(self) -> L1Table:
@@ -83,7 +86,10 @@ class Mapping:
         if self.shown is not None:
             return self.shown
         header = self.view.header
-        return L1Table(HostOffset(header.l1_table_offset), header.l1_size, header.size)
+        if header is not self._header:
+            self._l1 = L1Table(HostOffset(header.l1_table_offset), header.l1_size, header.size)
+            self._header = header
+        return self._l1
 
     @property
     def disk_bytes(self) -> int:
@@ -193,13 +199,19 @@ class Mapping:
         return self._entry_at(table, cluster % self.codec.per_table)
 
     def _entry_at(self, table: HostOffset, l2_index: int) -> L2Entry:
-        run = self._entries(table, l2_index, 1)
-        if run.kind in (DATA, COMPRESSED_CLUSTER):
-            return L2Entry(run.kind, run.host, run.copied, run.length)
-        # The COPIED flag of a cluster that a zero entry keeps is not a run's.
-        index = l2_index % self.codec.per_block
-        block = self.view.block(HostOffset(table + (l2_index - index) * self.codec.entry_bytes))
-        return self.codec.decode(block, index)
+        """Return one entry, checked (G1)."""
+        codec = self.codec
+        index = l2_index % codec.per_block
+        place = HostOffset(table + l2_index * codec.entry_bytes)
+        try:
+            entry = codec.decode(self.view.block(HostOffset(place - index * codec.entry_bytes)), index)
+        except DamagedEntry as error:
+            raise CorruptionError("L2 table", place, str(error)) from error
+        if entry.kind == COMPRESSED_CLUSTER:
+            self._check_compressed(place, entry.host, entry.length)
+        elif entry.host:
+            self._check_host("L2 table", place, entry.host, 1)
+        return entry
 
     def references(self, table: HostOffset) -> Iterator[tuple[ClusterIndex, int]]:
         """Yield (start, count) of the host clusters that the entries of an L2 table refer to, in its order.

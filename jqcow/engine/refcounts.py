@@ -80,9 +80,10 @@ class Refcounts:
         Raises:
             CorruptionError: the refcount table entry is not one that an image can have.
         """
-        if index >= self.table_entries:
+        header = self.view.header
+        if index * ENTRY_BYTES >= header.refcount_table_clusters * self.geometry.cluster_bytes:
             return HostOffset(0)
-        place = HostOffset(self.view.header.refcount_table_offset + index * ENTRY_BYTES)
+        place = HostOffset(header.refcount_table_offset + index * ENTRY_BYTES)
         try:
             return decode_refcount_table(self.view.entry(place), self.geometry)
         except DamagedEntry as error:
@@ -90,10 +91,13 @@ class Refcounts:
 
     def get(self, cluster: ClusterIndex) -> int:
         """Return the refcount of a host cluster, staged changes included."""
-        piece = self._piece(cluster, cluster + 1)
-        if not piece.block:
+        index, within = divmod(cluster, self.geometry.refcounts_per_cluster)
+        block = self.refcount_block(index)
+        if not block:
             return 0
-        return _native.refcount_get(self.view.block(piece.block), piece.position, self._order)
+        number, position = divmod(within, self.geometry.refcounts_per_block)
+        data = self.view.block(HostOffset(block + number * self.geometry.block_bytes))
+        return _native.refcount_get(data, position, self._order)
 
     def _piece(self, start: int, end: int) -> Piece:
         """Return where the refcounts of [start, end) begin, as many as lie in one metadata block."""
@@ -318,15 +322,27 @@ class Refcounts:
 
     def _add(self, start: int, count: int, delta: int) -> None:
         for piece in self._edited_pieces(start, count):
-            data = self.view.edit(piece.block)
-            failed = _native.refcount_add(data, self._order, piece.position, piece.stop, delta)
-            if failed >= 0:
-                self._refuse(ClusterIndex(piece.first + failed - piece.position), delta)
+            self._add_in(piece, delta)
+
+    def _add_in(self, piece: Piece, delta: int) -> bytearray:
+        """Add to the refcounts of one metadata block; return it."""
+        data = self.view.edit(piece.block)
+        failed = _native.refcount_add(data, self._order, piece.position, piece.stop, delta)
+        if failed >= 0:
+            self._refuse(ClusterIndex(piece.first + failed - piece.position), delta)
+        return data
 
     def _take_reference(self, start: int, count: int) -> list[Run]:
         """Take a reference from each cluster; return the runs that have none left."""
-        self._add(start, count, -1)
-        return [Run(first, length) for first, length, left in self.runs(start, count) if not left]
+        unused: list[Run] = []
+        for piece in self._edited_pieces(start, count):
+            data, position = self._add_in(piece, -1), piece.position
+            while position < piece.stop:
+                left, length = _native.refcount_run(data, self._order, position, piece.stop)
+                if not left:
+                    unused.append(Run(ClusterIndex(piece.first + position - piece.position), length))
+                position += length
+        return unused
 
     def _refuse(self, cluster: ClusterIndex, delta: int) -> NoReturn:
         offset = self.geometry.offset_of(cluster)

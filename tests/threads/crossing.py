@@ -2,7 +2,8 @@
 
 A sector is a register. What is found in it, at a moment between two ticks, must be the result of a read in
 some order of the calls (linear.py). A crash shows what the sector held at some moment since the newest flush
-that was acknowledged began.
+that was acknowledged began. What a read returned meanwhile does not count then: a flush is for the writes that
+had returned before it, and not for all that could be seen.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tests.threads.linear import Call, is_linearisable
 
@@ -107,14 +109,17 @@ class Record:
     def _flushed(self, began: int) -> None:
         self.flushed_from = max(self.flushed_from, began)
 
-    def calls(self, sector: int) -> list[Call]:
-        """Return all calls on a sector."""
-        writes = [
+    def writes(self, sector: int) -> list[Call]:
+        """Return the calls that write a sector."""
+        return [
             Call(True, change.values[sector], change.began, change.returned)
             for change in self.changes
             if sector in change.values
         ]
-        return writes + self.reads[sector]
+
+    def calls(self, sector: int) -> list[Call]:
+        """Return all calls on a sector."""
+        return self.writes(sector) + self.reads[sector]
 
     def judge_reads(self, sectors: range) -> None:
         """Raise Broken unless the calls of each sector have an order."""
@@ -123,18 +128,31 @@ class Record:
                 raise Broken(f"sector {sector}: no order of {self.calls(sector)}")
 
 
+class Window(NamedTuple):
+    """From which tick until which one a sector may have held what is found in it.
+
+    Atomic changes that returned before ``shows_before`` must be there. ``counts_reads``: what reads returned
+    counts, too.
+    """
+
+    since: int
+    until: int
+    shows_before: int
+    counts_reads: bool = True
+
+
 class Judgement:
     """What may be found at one moment; many crashes at this moment are judged by one."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self.moment = record.now()
-        self._known: dict[tuple[int, bytes, int, int], bool] = {}
+        self._known: dict[tuple[int, bytes, Window], bool] = {}
 
     def judge_disk(self, data: bytes, *, crashed: bool) -> None:
         """Judge the whole disk, as it is or as a crash left it."""
         since = self.record.flushed_from if crashed else self.moment
-        self._judge(values_of(data), since, self.moment, shows_before=self.moment)
+        self._judge(values_of(data), Window(since, self.moment, self.moment, not crashed))
 
     def judge_snapshots(self, found: dict[str, bytes]) -> None:
         """Judge which snapshots there are, and what they hold."""
@@ -143,21 +161,19 @@ class Judgement:
                 if taking.is_gone:
                     raise Broken(f"snapshot {name} is back")
                 until = taking.returned or self.moment
-                self._judge(values_of(found[name]), taking.began, until, shows_before=taking.began)
+                self._judge(values_of(found[name]), Window(taking.began, until, taking.began))
             elif taking.returned is not None and not taking.is_leaving:
                 raise Broken(f"snapshot {name} is lost")
         if not found.keys() <= self.record.takings.keys():
             raise Broken("a snapshot that nobody made")
 
-    def _judge(self, values: list[bytes], since: int, until: int, *, shows_before: int) -> None:
-        """Judge all sectors. Atomic changes that returned before a tick must be there: they were durable."""
+    def _judge(self, values: list[bytes], window: Window) -> None:
         for sector, value in enumerate(values):
-            if not self._may_hold(sector, value, since, until):
-                calls = self.record.calls(sector)
-                raise Broken(f"sector {sector} holds {value.hex()} between {since} and {until}: {calls}")
+            if not self._may_hold(sector, value, window):
+                raise Broken(f"sector {sector} holds {value!r} in {window}: {self.record.calls(sector)}")
         for change in self.record.changes:
             if change.whole:
-                self._judge_whole(change, values, must_show=change.returned_before(shows_before))
+                self._judge_whole(change, values, must_show=change.returned_before(window.shows_before))
 
     def _judge_whole(self, change: Change, values: list[bytes], *, must_show: bool) -> None:
         """All of an atomic change is there, or has been written over, if any of it is."""
@@ -168,10 +184,11 @@ class Judgement:
             if self._is_older(sector, values[sector], change):
                 raise Broken(f"sector {sector} holds {values[sector].hex()}, and is older than {change}")
 
-    def _may_hold(self, sector: int, value: bytes, since: int, until: int) -> bool:
-        key = sector, value, since, until
+    def _may_hold(self, sector: int, value: bytes, window: Window) -> bool:
+        key = sector, value, window
         if key not in self._known:
-            calls = [*self.record.calls(sector), Call(False, value, since, until)]
+            calls = self.record.calls(sector) if window.counts_reads else self.record.writes(sector)
+            calls.append(Call(False, value, window.since, window.until))
             self._known[key] = is_linearisable(calls, ZERO)
         return self._known[key]
 

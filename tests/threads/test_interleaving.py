@@ -102,3 +102,14 @@ def test_a_torn_sector_is_found() -> None:
     device.pwrite(TWO, 0)
     with pytest.raises(Broken):
         Judgement(Record()).judge_disk(device.content(), crashed=False)
+
+
+def test_a_flush_is_not_for_what_could_be_seen_and_had_not_returned() -> None:
+    record = Record()
+    with record.changing({0: ONE}):
+        record.was_read(0, filled(ONE, 1), record.now())
+        with record.flushing():
+            pass
+        Judgement(record).judge_disk(bytes(512), crashed=True)
+        with pytest.raises(Broken):
+            Judgement(record).judge_disk(bytes(512), crashed=False)

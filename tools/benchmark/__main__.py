@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.support import figures
 from tools.benchmark.barriers import compare_barriers
+from tools.benchmark.calls import compare_calls
 from tools.benchmark.compress import compare_compression
 from tools.benchmark.speed import compare_speed
 from tools.benchmark.threads import count_shared
@@ -47,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     compress = parts.add_parser("compress", parents=[common], help="time convert -c by both")
     compress.add_argument("--rounds", type=int, default=5)
     compress.add_argument("--size", type=int, default=128, metavar="MIB", help="of the disk")
+    calls = parts.add_parser("calls", parents=[common], help="CPU time per call, beside another checkout")
+    calls.add_argument("other", type=Path, metavar="CHECKOUT")
+    calls.add_argument("--rounds", type=int, default=5)
+    calls.add_argument("--calls", type=int, default=20_000, help="of the cheap kinds")
     options = parser.parse_args(arguments)
     with directory_for(options.directory) as folder:
         if options.part == "barriers":
@@ -56,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.part == "threads":
             share = count_shared(folder, options.threads, options.flushes)
             text, data, status = share.format_table(), dataclasses.asdict(share), 0 if share.kept else 1
+        elif options.part == "calls":
+            costs = compare_calls(folder, options.rounds, options.calls, options.other.resolve())
+            text, data, status = costs.format_table(), dataclasses.asdict(costs), 0
         elif options.part == "compress":
             works = compare_compression(folder, options.rounds, options.size << 20)
             text, data, status = works.format_table(), dataclasses.asdict(works), 0
