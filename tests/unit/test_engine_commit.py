@@ -19,32 +19,44 @@ MIB = 1 << 20
 CLUSTER = 4096
 
 
+def drawn(turn: Turn) -> int:
+    """Return the ticket of a flush after a change that is staged."""
+    return turn.draw(nothing_staged=False)
+
+
 class TestTickets:
     def test_nothing_is_durable_before_the_first_commit(self) -> None:
         """Not even nothing: an earlier process may have left something unsynced."""
         turn = Turn()
-        assert not turn.is_covered(turn.draw())
+        assert not turn.is_covered(turn.draw(nothing_staged=True))
 
     def test_a_commit_covers_tickets_drawn_before_it(self) -> None:
         """C2: a flush that began since then needs the next one."""
         turn = Turn()
-        before, commit, after = turn.draw(), turn.draw(), turn.draw()
+        before, commit, after = drawn(turn), turn.cut(), drawn(turn)
         turn.cover(commit)
         assert turn.is_covered(before) and not turn.is_covered(after)
 
     def test_an_older_commit_takes_nothing_back(self) -> None:
         turn = Turn()
-        older, ticket, newer = turn.draw(), turn.draw(), turn.draw()
+        older, ticket, newer = turn.cut(), drawn(turn), turn.cut()
         turn.cover(newer)
         turn.cover(older)
         assert turn.is_covered(ticket)
 
-    def test_where_nothing_changed_a_commit_that_ended_covers_all(self) -> None:
+    def test_where_nothing_changed_the_newest_cut_covers_all_once_it_is_durable(self) -> None:
         turn = Turn()
-        turn.is_clean = turn.in_doubt = True
-        assert not turn.is_covered(turn.draw()), "it may still fail"
-        turn.in_doubt = False
-        assert turn.is_covered(turn.draw())
+        commit = turn.cut()
+        assert not turn.is_covered(turn.draw(nothing_staged=True)), "it may still fail"
+        turn.cover(commit)
+        assert turn.is_covered(turn.draw(nothing_staged=True))
+
+    @pytest.mark.parametrize("nothing_staged", [False, True])
+    def test_what_changed_since_needs_a_commit_of_its_own(self, nothing_staged: bool) -> None:
+        turn = Turn()
+        turn.cover(turn.cut())
+        turn.is_clean = not nothing_staged
+        assert not turn.is_covered(turn.draw(nothing_staged=nothing_staged))
 
     def test_a_new_image_is_nobodys_turn(self) -> None:
         turn = Turn()
@@ -101,7 +113,7 @@ class TestCoverage:
     ) -> None:
         """C2, T2: a commit that comes between the data and its mapping does not cover the mapping."""
         requests = image._guest.requests
-        lock = LockWithHook(requests.lock, image._engine.commits.checkpoint)
+        lock = LockWithHook(requests.lock, lambda: image._engine.commits.checkpoint(lambda: None))
         write = device.pwrite
 
         def pwrite(buffer: bytes, offset: int) -> None:

@@ -42,30 +42,30 @@ class TestGoLive:
     def test_once(self) -> None:
         device = clean_device()
         engine = opened(device)
-        engine.lifecycle.go_live()
+        engine.lifecycle.go_live(lambda: None)
         assert is_live(device)
         journal, before = engine.log.journal, device.barriers.total()
-        engine.lifecycle.go_live()
+        engine.lifecycle.go_live(lambda: None)
         assert engine.log.journal is journal and device.barriers.total() == before
         assert first_bytes(device) == b"first"
 
     def test_a_failure_at_each_call_leaves_the_image_as_it_was(self) -> None:
         device = clean_device()
         device.faults = plan = FaultPlan()
-        opened(device).lifecycle.go_live()
+        opened(device).lifecycle.go_live(lambda: None)
         for call in ("pread", "pwrite", "barrier"):
             for at in range(1, plan.calls[call] + 1):
                 device = clean_device()
                 engine = opened(device)
                 device.faults = FaultPlan(Fault(errno.EIO, at=at, call=call))
                 try:
-                    engine.lifecycle.go_live()
+                    engine.lifecycle.go_live(lambda: None)
                 except OSError:
                     assert engine.log.journal is None
                     device.faults = None
                     if not engine.medium.poisoned:
                         assert not is_live(device)
-                        engine.lifecycle.go_live()
+                        engine.lifecycle.go_live(lambda: None)
                         assert is_live(device)
                 assert first_bytes(device) == b"first", (call, at)
 
@@ -75,7 +75,7 @@ class TestClean:
         device = clean_device()
         size = device.size()
         engine = opened(device)
-        engine.lifecycle.go_live()
+        engine.lifecycle.go_live(lambda: None)
         assert device.size() > size
         engine.lifecycle.clean()
         assert not is_live(device) and device.size() == size
@@ -85,7 +85,7 @@ class TestClean:
         for at in range(1, 4):
             device = clean_device()
             engine = opened(device)
-            engine.lifecycle.go_live()
+            engine.lifecycle.go_live(lambda: None)
             device.faults = FaultPlan(Fault(errno.EIO, at=at, call="pwrite"))
             try:
                 engine.lifecycle.clean()
@@ -100,7 +100,7 @@ class TestRecover:
     def test_order(self) -> None:
         """What was read is durable and copied elsewhere before any home is written."""
         device = clean_device()
-        opened(device).lifecycle.go_live()
+        opened(device).lifecycle.go_live(lambda: None)
         crashed = device.killed()
         names: list[str] = []
         crashed.barrier_listeners.append(lambda name, _: names.append(name))

@@ -110,9 +110,11 @@ class TestFrees:
         pools.guard.end(request)
         assert pools.recycle() == [run(3)]
 
-    def test_publishing_is_counted(self, pools: Pools) -> None:
+    def test_what_brings_clusters_back_is_counted(self, pools: Pools) -> None:
         pools.space.publish(ChangeSet(GEOMETRY), 1)
-        assert pools.space.publications == 1
+        assert pools.space.reuses == 1
+        pools.space.undo(Undone([], []))
+        assert pools.space.reuses == 2
 
 
 class TestFrontier:
