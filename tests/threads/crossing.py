@@ -2,7 +2,7 @@
 
 A sector is a register. What is found in it, at a moment between two ticks, must be the result of a read in
 some order of the calls (linear.py). A crash shows what the sector held at some moment since the newest flush
-that was acknowledged began. What a read returned meanwhile does not count then: a flush is for the writes
+that was acknowledged began. What a read returned meanwhile does not count there: a flush is for the writes
 that had returned before it, and not for all that could be seen.
 """
 
