@@ -80,7 +80,7 @@ OF_MEDIUM = (
         "M4",
         "barrier-after-a-failed-one",
         skipping(f"{MEDIUM}.require_healthy", during=f"{MEDIUM}.barrier"),
-        trials=(SCENARIO + "checkpoint-behind-a-failed-flush",),
+        trials=(SCENARIO + "close-behind-a-failed-flush",),
     ),
     Mutant(
         "M6",

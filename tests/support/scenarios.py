@@ -327,15 +327,15 @@ def write_during_a_barrier() -> None:
     _require_durable(device, b"\x55" * SECTOR_BYTES, 0)
 
 
-def checkpoint_behind_a_failed_flush() -> None:
+def close_behind_a_failed_flush() -> None:
     """P1: a barrier fails, the host tells that once, and the next one reports success."""
-    device, image = _live_image()
-    image.checkpoint()
+    device = Crafted.new().device()
+    image = open_simulated(device)
     image.pwrite(b"\x44" * SECTOR_BYTES, 0)
 
-    def checkpoint() -> None:
+    def close() -> None:
         with suppress(OSError):
-            image.checkpoint()
+            image.close()
             _require_durable(device, b"\x44" * SECTOR_BYTES, 0)
 
     def flush() -> None:
@@ -343,7 +343,7 @@ def checkpoint_behind_a_failed_flush() -> None:
             image.flush()
 
     with HeldUp(device, flush, error=errno.EIO, barrier_name="flush.data") as held:
-        held.run(checkpoint)
+        held.run(close)
 
 
 # Cut off
@@ -430,7 +430,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "checkpoint-while-flushing": checkpoint_while_flushing,
     "flush-during-a-flush": flush_during_a_flush,
     "write-during-a-barrier": write_during_a_barrier,
-    "checkpoint-behind-a-failed-flush": checkpoint_behind_a_failed_flush,
+    "close-behind-a-failed-flush": close_behind_a_failed_flush,
     "interrupted-operation": interrupted_operation,
     "flush-cut-off": flush_cut_off,
 }
