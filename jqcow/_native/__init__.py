@@ -16,8 +16,6 @@ from jqcow._native.twins import (
     DATA,
     UNALLOCATED,
     ZERO,
-    TableReferences,
-    count_table_references,
     crc32c,
     is_zero,
     l2_run,
@@ -32,7 +30,6 @@ from jqcow._native.twins import (
 )
 
 KERNELS = (
-    "count_table_references",
     "crc32c",
     "is_zero",
     "l2_run",
@@ -52,10 +49,8 @@ __all__ = [
     "KERNELS",
     "UNALLOCATED",
     "ZERO",
-    "TableReferences",
     "active",
     "build_info",
-    "count_table_references",
     "crc32c",
     "is_zero",
     "l2_run",

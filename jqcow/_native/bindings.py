@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jqcow._native import twins
 from jqcow._native._kernels import ffi, lib
-from jqcow._native.twins import Buffer, CountBuffer, TableReferences, WritableBuffer
+from jqcow._native.twins import Buffer, WritableBuffer
 
 _from_buffer = ffi.from_buffer
 
@@ -79,20 +79,6 @@ def refcount_add(buffer: WritableBuffer, order: int, start: int, stop: int, delt
     view = _from_buffer(buffer, require_writable=True)
     twins.check_refcount_range(len(view), order, start, stop)
     return lib.jqcow_refcount_add(view, order, start, stop, delta)  # type: ignore[no-any-return]
-
-
-def count_table_references(
-    table: Buffer, offset_mask: int, cluster_bits: int, counts: CountBuffer, cluster_limit: int
-) -> TableReferences:
-    """See :func:`jqcow._native.twins.count_table_references`."""
-    counters = ffi.from_buffer("uint32_t[]", counts, require_writable=True)
-    twins.check_cluster_limit(len(counters), cluster_limit)
-    view = _from_buffer(table)
-    tally = ffi.new("uint64_t[3]")
-    lib.jqcow_count_table_references(
-        view, len(view) // 8, offset_mask, cluster_bits, counters, cluster_limit, tally
-    )
-    return TableReferences(*tally)
 
 
 def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[int, int, int]:

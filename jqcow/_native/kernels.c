@@ -281,31 +281,7 @@ int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, in
 #define ENTRY_ZERO ((uint64_t)1)
 #define ENTRY_OFFSET ((uint64_t)0x00fffffffffffe00)
 
-enum tally_slot { TALLY_OUT_OF_RANGE, TALLY_UNALIGNED, TALLY_COMPRESSED };
 enum run_kind { RUN_UNALLOCATED, RUN_ZERO, RUN_DATA, RUN_COMPRESSED };
-
-void jqcow_count_table_references(const void *table, size_t entry_count, uint64_t offset_mask,
-                                  int cluster_bits, uint32_t *counts, uint64_t cluster_limit,
-                                  uint64_t *tally)
-{
-    const uint8_t *bytes = table;
-    uint64_t within_cluster = ((uint64_t)1 << cluster_bits) - 1;
-
-    for (size_t index = 0; index < entry_count; index++) {
-        uint64_t entry = load_big64(bytes + index * 8);
-        uint64_t offset = entry & offset_mask;
-        if (entry & ENTRY_COMPRESSED)
-            tally[TALLY_COMPRESSED]++;
-        else if (offset == 0)
-            continue;
-        else if (offset & within_cluster)
-            tally[TALLY_UNALIGNED]++;
-        else if (offset >> cluster_bits >= cluster_limit)
-            tally[TALLY_OUT_OF_RANGE]++;
-        else if (counts[offset >> cluster_bits] != UINT32_MAX)
-            counts[offset >> cluster_bits]++;
-    }
-}
 
 static inline enum run_kind kind_of(uint64_t entry)
 {

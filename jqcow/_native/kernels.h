@@ -3,7 +3,7 @@
  * plain declarations only, no preprocessor lines.
  *
  * No kernel allocates, does I/O, keeps state or fails. The caller has checked every index and
- * length against its buffers. Pointers need no alignment, counts excepted. Integers in tables
+ * length against its buffers. Pointers need no alignment. Integers in tables
  * and refcount blocks are big-endian, as qcow2 has them. The twins in twins.py say the same in
  * Python.
  */
@@ -21,11 +21,6 @@ int64_t jqcow_refcount_last_used(const void *block, int order, size_t entry_coun
 uint64_t jqcow_refcount_run(const void *block, int order, size_t start, size_t stop);
 /* Changes nothing where an entry would leave its range; returns the index of that one, or -1. */
 int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, int64_t delta);
-
-/* tally receives the entries out of range, the unaligned ones and the compressed ones. */
-void jqcow_count_table_references(const void *table, size_t entry_count, uint64_t offset_mask,
-                                  int cluster_bits, uint32_t *counts, uint64_t cluster_limit,
-                                  uint64_t *tally);
 
 /* Returns the number of entries in the run, shifted left by 2, plus the kind of the run. */
 uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits);

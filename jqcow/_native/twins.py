@@ -9,11 +9,9 @@ from __future__ import annotations
 import struct
 from array import array
 from functools import cache
-from typing import NamedTuple, TypeAlias
 
 Buffer = bytes | bytearray | memoryview
 WritableBuffer = bytearray | memoryview
-CountBuffer: TypeAlias = "array[int] | memoryview"
 
 UNALLOCATED = 0
 ZERO = 1
@@ -26,18 +24,9 @@ _ENTRY_ZERO = 1
 _ENTRY_OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 _CASTAGNOLI_REFLECTED = 0x82F6_3B78
-_COUNT_MAX = 0xFFFF_FFFF
 _CHUNK_BYTES = 65536
 _ZERO_CHUNK = bytes(_CHUNK_BYTES)
 _REFCOUNT_ORDER_MAX = 6
-
-
-class TableReferences(NamedTuple):
-    """The entries that :func:`count_table_references` met and did not count."""
-
-    out_of_range: int
-    unaligned: int
-    compressed: int
 
 
 def crc32c(data: Buffer, value: int = 0) -> int:
@@ -149,37 +138,6 @@ def refcount_add(buffer: WritableBuffer, order: int, start: int, stop: int, delt
     return -1
 
 
-def count_table_references(
-    table: Buffer, offset_mask: int, cluster_bits: int, counts: CountBuffer, cluster_limit: int
-) -> TableReferences:
-    """Add 1 to ``counts[cluster]`` for every host cluster that an L1 or L2 table refers to.
-
-    ``table`` holds 8-byte entries; ``offset_mask`` selects their host offset, and an entry whose masked
-    offset is 0 refers to nothing. ``counts`` holds 32-bit integers (``array('I')``), which stop at their
-    maximum. Not counted, but returned, in this order of precedence: compressed entries (bit 62), offsets
-    that are no multiple of the cluster size, clusters at or past ``cluster_limit``. Raises IndexError when
-    ``cluster_limit`` exceeds ``counts``.
-    """
-    counters = count_view(counts)
-    check_cluster_limit(len(counters), cluster_limit)
-    view = byte_view(table)
-    out_of_range = unaligned = compressed = 0
-    for (entry,) in _ENTRY.iter_unpack(view[: len(view) & ~7]):
-        offset = entry & offset_mask
-        cluster = offset >> cluster_bits
-        if entry & _ENTRY_COMPRESSED:
-            compressed += 1
-        elif offset == 0:
-            continue
-        elif offset != cluster << cluster_bits:
-            unaligned += 1
-        elif cluster >= cluster_limit:
-            out_of_range += 1
-        elif counters[cluster] < _COUNT_MAX:
-            counters[cluster] += 1
-    return TableReferences(out_of_range, unaligned, compressed)
-
-
 def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[int, int, int]:
     """Return ``(kind, host_offset, count)`` of the extent that starts at entry ``index`` of an L2 table.
 
@@ -233,12 +191,6 @@ def byte_view(data: Buffer | array[int]) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-def count_view(counts: CountBuffer) -> memoryview:
-    """Return ``counts`` as a view of 32-bit integers."""
-    view = memoryview(counts)
-    return view if view.format == "I" or not view.nbytes else byte_view(counts).cast("I")
-
-
 def refcount_entry_count(length_bytes: int, order: int) -> int:
     """Return how many refcounts of ``2**order`` bits fit. Raises ValueError for an order outside 0 to 6."""
     if not 0 <= order <= _REFCOUNT_ORDER_MAX:
@@ -269,12 +221,6 @@ def check_refcount_value(value: int, order: int) -> None:
     """Raise OverflowError unless ``value`` fits ``2**order`` bits."""
     if value < 0 or value >> (1 << order):
         raise OverflowError(f"refcount {value} does not fit {1 << order} bits")
-
-
-def check_cluster_limit(count_length: int, cluster_limit: int) -> None:
-    """Raise IndexError unless there is a counter for every cluster below ``cluster_limit``."""
-    if not 0 <= cluster_limit <= count_length:
-        raise IndexError(f"cluster limit {cluster_limit} exceeds {count_length} counters")
 
 
 def check_l2_range(length_bytes: int, index: int, limit: int) -> None:

@@ -149,10 +149,6 @@ class FileDevice:
         finally:
             os.close(replaced)
 
-    def discard_temporary(self) -> None:
-        """Close the device and remove its file, if it was never published."""
-        self.close()
-
     @property
     def path(self) -> str:
         """The name of the file; the temporary one until it is published."""

@@ -303,7 +303,7 @@ class TestPublishing:
         with pytest.raises(FileExistsError) as caught:
             device.publish(overwrite=False)
         assert caught.value.filename == str(tmp_path / "new")
-        device.discard_temporary()
+        device.close()
         assert os.listdir(tmp_path) == ["new"]
         assert (tmp_path / "new").read_bytes() == b"old"
 
@@ -322,7 +322,7 @@ class TestPublishing:
         device = FileDevice.create_temporary(path)
         with pytest.raises(ImageInUse):
             device.publish(overwrite=True)
-        device.discard_temporary()
+        device.close()
         assert os.listdir(path.parent) == [path.name]
         assert user.pread(2, 1) == b"\1\2"
 

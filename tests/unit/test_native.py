@@ -6,7 +6,6 @@ The tests call each implementation by name, so that they do not depend on which 
 from __future__ import annotations
 
 import struct
-from array import array
 from types import ModuleType
 
 import pytest
@@ -201,45 +200,6 @@ class TestRefcountSearches:
             full = bytearray(b"\xff" * 32)
             kernels.refcount_set(full, index, order, 0)
             assert kernels.refcount_find_zero(full, order, 0, entry_count) == index
-
-
-class TestCountTableReferences:
-    @given(
-        clusters=st.lists(st.integers(0, 40), max_size=60),
-        flags=st.sampled_from([0, COPIED, 1, COMPRESSED, 0x200]),
-        cluster_bits=st.sampled_from([9, 12, 16, 21]),
-        cluster_limit=st.integers(0, 32),
-    )
-    def test_equal(self, clusters: list[int], flags: int, cluster_bits: int, cluster_limit: int) -> None:
-        """Every third entry carries the flags; 0x200 makes an offset unaligned from 1 KiB clusters on."""
-        entries = [
-            (cluster << cluster_bits) | (flags if at % 3 == 0 else 0) for at, cluster in enumerate(clusters)
-        ]
-        by_c, by_twin = array("I", bytes(4 * 32)), array("I", bytes(4 * 32))
-        table = pack_table(entries)
-        arguments = (table, OFFSET_MASK, cluster_bits)
-        assert bindings.count_table_references(
-            *arguments, by_c, cluster_limit
-        ) == twins.count_table_references(*arguments, by_twin, cluster_limit)
-        assert by_c == by_twin
-
-    @IMPLEMENTATIONS
-    def test_each_entry_is_counted_or_reported(self, kernels: ModuleType) -> None:
-        entries = [0, 0x10000 | COPIED, 0x10000, 0x20000 | 1, 0x20200, 0x40000, COMPRESSED | 0x10000, 1]
-        counts = array("I", [0, 0, 0xFFFF_FFFF, 0])
-        references = kernels.count_table_references(pack_table(entries), OFFSET_MASK, 16, counts, 4)
-        assert references == (1, 1, 1)
-        assert references.out_of_range == references.unaligned == references.compressed == 1
-        assert list(counts) == [0, 2, 0xFFFF_FFFF, 0]
-
-    @IMPLEMENTATIONS
-    def test_a_limit_past_the_counters_is_refused(self, kernels: ModuleType) -> None:
-        with pytest.raises(IndexError):
-            kernels.count_table_references(bytes(8), OFFSET_MASK, 16, array("I", [0]), 2)
-
-    @IMPLEMENTATIONS
-    def test_empty_table_and_counters(self, kernels: ModuleType) -> None:
-        assert kernels.count_table_references(b"", OFFSET_MASK, 16, array("I"), 0) == (0, 0, 0)
 
 
 class TestL2Run:
