@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jqcow import _native
+from jqcow.engine.allocation import Allocation
 from jqcow.engine.blocks import View
-from jqcow.engine.refcounts import TABLE_ENTRY_ORDER, Refcounts
+from jqcow.engine.refcounts import TABLE_ENTRY_ORDER
 from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout
@@ -263,7 +264,7 @@ class Mapping:
 
     # Staging, inside an operation
 
-    def set_entries(self, first: GuestCluster, values: list[L2Entry], refcounts: Refcounts) -> None:
+    def set_entries(self, first: GuestCluster, values: list[L2Entry], refcounts: Allocation) -> None:
         """Stage L2 entries for guest clusters in a row, within one metadata block of one L2 table.
 
         Raises:
@@ -281,7 +282,7 @@ class Mapping:
         except ValueError as error:
             raise UnsupportedFeatureError("compressed data this far out in the file", str(error)) from error
 
-    def _own_l2_table(self, l1_index: int, refcounts: Refcounts) -> HostOffset:
+    def _own_l2_table(self, l1_index: int, refcounts: Allocation) -> HostOffset:
         """Return the host offset of an L2 table that may be changed (G3)."""
         table = self.l2_table(l1_index)
         if table and self._has_one_owner(table, refcounts):
@@ -295,7 +296,7 @@ class Mapping:
         self.set_l1_entry(l1_index, own, copied=True)
         return own
 
-    def _has_one_owner(self, table: HostOffset, refcounts: Refcounts) -> bool:
+    def _has_one_owner(self, table: HostOffset, refcounts: Allocation) -> bool:
         return refcounts.get(self.geometry.cluster_of(table)) == 1
 
     def set_l1_entry(self, l1_index: int, table: HostOffset, *, copied: bool) -> None:
@@ -316,7 +317,7 @@ class Mapping:
             if not _native.is_zero(old):
                 self.view.edit(HostOffset(target + position))[:used] = old
 
-    def drop_l2_table(self, l1_index: int, refcounts: Refcounts) -> None:
+    def drop_l2_table(self, l1_index: int, refcounts: Allocation) -> None:
         """Stage an L1 entry without an L2 table, and give up the table and all that it maps."""
         table = self.l2_table(l1_index)
         for start, count in self.references(table):
@@ -324,7 +325,7 @@ class Mapping:
         self.set_l1_entry(l1_index, HostOffset(0), copied=False)
         refcounts.release_metadata(self.geometry.cluster_of(table))
 
-    def grow_l1(self, l1_size: int, refcounts: Refcounts) -> None:
+    def grow_l1(self, l1_size: int, refcounts: Allocation) -> None:
         """Give the L1 table at least ``l1_size`` entries, in other clusters; the new entries are 0."""
         header = self.view.header
         if l1_size <= header.l1_size:
@@ -337,20 +338,3 @@ class Mapping:
         self.view.set_header(l1_table_offset=offset, l1_size=l1_size)
         old_clusters = self.geometry.clusters(header.l1_size * ENTRY_BYTES)
         refcounts.release_metadata(self.geometry.cluster_of(old), old_clusters)
-
-    # What holds metadata
-
-    def fixed_clusters(self) -> Iterator[tuple[str, ClusterIndex]]:
-        """Yield the clusters of header, refcount table and L1 table: (structure, cluster index)."""
-        header = self.view.header
-        yield "header", ClusterIndex(0)
-        first = self.geometry.cluster_of(HostOffset(header.refcount_table_offset))
-        for position in range(header.refcount_table_clusters):
-            yield "refcount table", ClusterIndex(first + position)
-        yield from self.l1_clusters(self.l1)
-
-    def l1_clusters(self, l1: L1Table) -> Iterator[tuple[str, ClusterIndex]]:
-        """Yield the clusters of an L1 table: (structure, cluster index)."""
-        first = self.geometry.cluster_of(l1.offset)
-        for position in range(self.geometry.clusters(l1.entry_count * ENTRY_BYTES)):
-            yield "L1 table", ClusterIndex(first + position)

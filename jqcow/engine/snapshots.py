@@ -11,9 +11,10 @@ N2. After each of these operations COPIED is set in the active tables exactly wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from jqcow.engine.allocation import Allocation
 from jqcow.engine.blocks import View
 from jqcow.engine.mapping import L1Table, Mapping
 from jqcow.engine.refcounts import Refcounts
@@ -41,7 +42,7 @@ class NewSnapshot:
 class Snapshots:
     """The snapshots of one image through one view. What changes them is called inside an operation."""
 
-    def __init__(self, view: View, mapping: Mapping, refcounts: Refcounts) -> None:
+    def __init__(self, view: View, mapping: Mapping, refcounts: Allocation) -> None:
         self.view = view
         self.mapping = mapping
         self.refcounts = refcounts
@@ -258,19 +259,33 @@ class Snapshots:
         geometry, mapping = self.geometry, self.mapping
         file_end = geometry.clusters(self.view.blocks.medium.size())
         survey = _Survey(geometry, max(file_end, self.refcounts.used_end()))
-        survey.add(mapping.fixed_clusters())
+        survey.add(self._fixed_clusters())
         survey.add(("refcount block", geometry.cluster_of(at)) for _, at in self.refcounts.blocks_from_top())
         first = geometry.cluster_of(HostOffset(self.view.header.snapshots_offset))
         count = geometry.clusters(self.read_table().length_bytes)
         survey.add(("snapshot table", ClusterIndex(cluster)) for cluster in range(first, first + count))
         for number, l1 in enumerate(self.l1_tables()):
             if number:
-                survey.add(mapping.l1_clusters(l1))
+                survey.add(self._l1_clusters(l1))
             l2_tables = [geometry.cluster_of(table) for _, table in mapping.l2_tables(0, l1)]
             if len(l2_tables) != len(set(l2_tables)):
                 raise CorruptionError("L1 table", l1.offset, "it names an L2 table twice")
             survey.add((("L2 table", cluster) for cluster in l2_tables), shared=True)
         return survey
+
+    def _fixed_clusters(self) -> Iterator[tuple[str, ClusterIndex]]:
+        """Yield the clusters of header, refcount table and active L1 table: (structure, cluster index)."""
+        header = self.view.header
+        yield "header", ClusterIndex(0)
+        first = self.geometry.cluster_of(HostOffset(header.refcount_table_offset))
+        for position in range(header.refcount_table_clusters):
+            yield "refcount table", ClusterIndex(first + position)
+        yield from self._l1_clusters(self.mapping.l1)
+
+    def _l1_clusters(self, l1: L1Table) -> Iterator[tuple[str, ClusterIndex]]:
+        first = self.geometry.cluster_of(l1.offset)
+        for position in range(self.geometry.clusters(l1.entry_count * ENTRY_BYTES)):
+            yield "L1 table", ClusterIndex(first + position)
 
 
 class _Survey:

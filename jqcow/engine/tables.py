@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from jqcow.engine.allocation import Allocation
 from jqcow.engine.blocks import Blocks, MemoryView, Staged, View
 from jqcow.engine.changes import ChangeSet, Mark
 from jqcow.engine.mapping import L1Table, Mapping
@@ -30,7 +31,7 @@ class Tables:
         self.staged = Staged(changes)
         self.geometry = blocks.geometry
         self.view = View(blocks, self.staged)
-        self.refcounts = Refcounts(self.view, space, search)
+        self.refcounts = Allocation(self.view, space, search)
         self.mapping = Mapping(self.view, space, shown)
         self.snapshots = Snapshots(self.view, self.mapping, self.refcounts)
         memory = MemoryView(blocks, self.staged)

@@ -16,6 +16,7 @@ from jqcow.engine.changes import ChangeSet, Run, Undone
 from jqcow.engine.medium import Medium
 from jqcow.ondisk.frame import ZeroOperation
 from tests.support.mutant import (
+    ALLOCATION,
     BLOCKS,
     CHANGES,
     COMMITS,
@@ -239,13 +240,13 @@ OF_SPACE = (
     Mutant(
         "S1",
         "freed-data-reused-at-once",
-        after(f"{REFCOUNTS}.release", free_data_at_once),
+        after(f"{ALLOCATION}.release", free_data_at_once),
         trials=("host-fails-dirty/4096/0", "transactions-dirty/4096/0"),
     ),
     Mutant(
         "S2",
         "freed-metadata-as-data",
-        after(f"{REFCOUNTS}._free_as_metadata", count_as_data),
+        after(f"{ALLOCATION}._free_as_metadata", count_as_data),
         trials=("reuse-tables/4096/0",),
     ),
     Mutant(
@@ -272,26 +273,26 @@ OF_REFCOUNTS = (
     Mutant(
         "R1",
         "refcount-not-raised",
-        skipping(f"{REFCOUNTS}._raise", during=f"{REFCOUNTS}.count_in"),
+        skipping(f"{ALLOCATION}._raise", during=f"{ALLOCATION}.count_in"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
         "R2",
         "any-cluster-is-free",
-        replacing(f"{REFCOUNTS}._free_runs", lambda _, refcounts, start, stop: [(start, stop)]),
-        returning(f"{NATIVE}:refcount_find_used", -1, during=f"{REFCOUNTS}._raise"),
+        replacing(f"{ALLOCATION}._free_runs", lambda _, refcounts, start, stop: [(start, stop)]),
+        returning(f"{NATIVE}:refcount_find_used", -1, during=f"{ALLOCATION}._raise"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
         "R3",
         "homes-of-old-not-allocated",
-        skipping(f"{MEDIUM}.allocate", during=f"{REFCOUNTS}.allocate_homes"),
+        skipping(f"{MEDIUM}.allocate", during=f"{ALLOCATION}.allocate_homes"),
         trials=(SCENARIO + "checkpoint-on-full-disk",),
     ),
     Mutant(
         "R3",
         "homes-of-new-not-allocated",
-        skipping(f"{MEDIUM}.allocate", during=f"{REFCOUNTS}._take_home"),
+        skipping(f"{MEDIUM}.allocate", during=f"{ALLOCATION}._take_home"),
         trials=(SCENARIO + "checkpoint-on-full-disk",),
     ),
     Mutant(
@@ -321,7 +322,7 @@ OF_REFCOUNTS = (
     Mutant(
         "R4",
         "packing-into-what-is-free",
-        skipping(f"{REFCOUNTS}._stop_packing_in"),
+        skipping(f"{ALLOCATION}._stop_packing_in"),
         trials=seeds("compressed/4096", 4),
     ),
 )
@@ -352,7 +353,7 @@ OF_MAPPING_AND_SNAPSHOTS = (
         "N1",
         "tables-not-counted",
         skipping(
-            f"{REFCOUNTS}.share",
+            f"{ALLOCATION}.share",
             during=f"{SNAPSHOTS}._share",
             only=lambda refcounts, start, count: start in refcounts.search.metadata,
         ),
