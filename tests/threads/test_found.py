@@ -104,22 +104,24 @@ def test_zeroing_to_the_old_end_spares_what_is_behind_it(
 # Closing beside requests
 
 
-def test_nobody_makes_a_closed_image_live(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["others may change again", "the file closes"])
+def test_nobody_makes_a_closed_image_live(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that found no journal goes on at either moment, the last ones at which it could do harm."""
     device = SimulatedDevice()
     image_with(device)
     image = jqcow.open_device(device, "r+")
     with Stop(monkeypatch, Lifecycle, "go_live") as others:
         writing = others.start(lambda: refused(lambda: image.pwrite(b"2" * CLUSTER, 2 * CLUSTER)))
         others.reach()
-        close_device = device.close
+        owner, name = (device, "close") if moment == "the file closes" else (image, "_end")
+        then = getattr(owner, name)
 
-        def close() -> None:
-            # The last moment at which the writer could still change the file.
+        def let_go_first() -> None:
             others.go()
             wait([writing], PATIENCE_SECONDS)
-            close_device()
+            then()
 
-        monkeypatch.setattr(device, "close", close)
+        monkeypatch.setattr(owner, name, let_go_first)
         image.close()
         assert writing.result(PATIENCE_SECONDS)
     device.reopen()
@@ -176,14 +178,15 @@ def test_a_read_that_copies_does_not_wait_for_a_transaction(monkeypatch: pytest.
 def test_a_failed_record_spells_out_no_zeros() -> None:
     """What was zeroed before and since the cut travels as zeroed clusters."""
     device = SimulatedDevice()
-    span = CLUSTER // 8 * CLUSTER
-    with jqcow.create_on_device(device, 4 * span, cluster_size=CLUSTER) as image:
+    cluster = 16 * CLUSTER
+    span = cluster // 8 * cluster
+    with jqcow.create_on_device(device, 4 * span, cluster_size=cluster) as image:
         image.pwrite(b"1" * CLUSTER, 0)
         with HeldUp(device, lambda: failing(image.flush), errno.EIO, call="pwrite"):
             image.pwrite(b"2" * CLUSTER, span)
         device.faults = None
         changes = image._engine.public.changes
-        assert changes.zeroed_bytes >= 2 * CLUSTER
+        assert changes.zeroed_bytes >= 2 * cluster
         spelt = [operation for operation in changes.operations() if isinstance(operation, BlockOperation)]
         assert spelt and all(any(operation.data) for operation in spelt)
         image.flush()
@@ -199,7 +202,7 @@ def failing(call: Callable[[], object]) -> None:
 def test_a_request_that_fails_while_it_is_staged_gives_back_only_what_it_did_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What it counted its operation gave up, and another request may have it before it gives back the rest."""
+    """What it counted its operation gave up, and another request may have it before the rest comes back."""
     device = SimulatedDevice(can_punch=False)
     with jqcow.create_on_device(device, MIB, cluster_size=SECTOR, journal_size=1 << 16) as image:
         count = leave_holes(image)
