@@ -77,8 +77,15 @@ class Guard:
             raise Busy(None)
 
     def oldest(self) -> int:
-        """Return the number of the oldest request in flight, or one that none has yet (Q3)."""
-        return min(list(self._requests), default=self.newest + 1)
+        """Return the number of the oldest request in flight, or one that none has yet (Q3).
+
+        A reader that was cut off is forgotten: nobody holds its lock.
+        """
+        for number, request in list(self._requests.items()):
+            if request.changes or is_held(request.running):
+                return number
+            self.end(request)
+        return self.newest + 1
 
     def require_not_mine(self) -> None:
         """Raise RuntimeError if the calling thread is in the midst of a request: it is a finaliser."""
@@ -153,6 +160,16 @@ class Alone:
 
     def __exit__(self, *exception: object) -> None:
         self._guard.is_alone = False
+
+
+def is_held(lock: threading.RLock) -> bool:
+    """Return True if any thread has the lock."""
+    if is_mine(lock):
+        return True
+    is_free = lock.acquire(blocking=False)
+    if is_free:
+        lock.release()
+    return not is_free
 
 
 def is_mine(lock: threading.RLock) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from jqcow.engine.changes import ChangeSet, Mark
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.tables import Tables
+from jqcow.errors import PoisonedError
 
 
 class PrivateChanges:
@@ -32,6 +33,8 @@ class PrivateChanges:
             changes = ChangeSet(public.geometry, private=True)
             self.tables = Tables(public.blocks, public.space, public.search, changes)
             self.log.in_transaction = True
+        self._is_halfway = False
+        """True within `whole`, and for good where it was cut off before it could be undone."""
 
     def commit(self) -> int:
         """Make the changes durable, whole; return the sequence of their record (or of the last one).
@@ -39,6 +42,8 @@ class PrivateChanges:
         Raises:
             OSError: nothing of them happened; `give_up` follows.
         """
+        if self._is_halfway:
+            raise PoisonedError("a change of the transaction was cut off half-way")
         with self.commits.turn.taken:
             self.commits.begin_turn()
             self.commits.run(self.tables)
@@ -72,6 +77,7 @@ class PrivateChanges:
     def whole(self) -> Iterator[None]:
         """All operations inside, or none of them."""
         mark = self.savepoint()
+        self._is_halfway = True
         try:
             yield
         except BaseException:
@@ -79,7 +85,9 @@ class PrivateChanges:
             raise
         with self.medium.lock, self.medium.section():
             self.tables.changes.release(mark)
+        self._is_halfway = False
 
     def _undo(self, mark: Mark) -> None:
         self.tables.undo(mark)
         self.tables.changes.release(mark)
+        self._is_halfway = False

@@ -466,8 +466,8 @@ class Image:
     def close(self) -> None:
         """Flush, checkpoint, and leave a standard qcow2 image. Closing again does nothing.
 
-        After a failed barrier nothing is written: the next opening recovers the image. In a forked child this
-        only drops the child's descriptor.
+        After a failed barrier, or a call that was cut off, nothing is written: the next opening recovers the
+        image. In a forked child this only drops the child's descriptor.
 
         Raises:
             TransactionError: this thread has a transaction open on this image.

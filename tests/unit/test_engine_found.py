@@ -10,7 +10,7 @@ import pytest
 
 import jqcow
 from jqcow.engine import blocks
-from jqcow.engine.refcounts import Refcounts
+from jqcow.engine.allocation import Allocation
 from jqcow.errors import PoisonedError
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
 
@@ -104,13 +104,13 @@ def test_a_flush_is_acknowledged_whatever_the_search_for_free_clusters_meets(
     image.pwrite(b"n" * CLUSTER, MIB // 2)
     searches = []
 
-    def fail(refcounts: Refcounts) -> None:
+    def fail(refcounts: Allocation) -> None:
         searches.append(refcounts)
         raise OSError(errno.EIO, "the device failed")
 
     def fail_from_here(name: str, device: SimulatedDevice) -> None:
         if name == "flush.record":
-            monkeypatch.setattr(Refcounts, "search_if_short", fail)
+            monkeypatch.setattr(Allocation, "search_if_short", fail)
 
     device.barrier_listeners.append(fail_from_here)
     image.flush()

@@ -166,8 +166,13 @@ class TestAlone:
 
     def test_it_does_not_wait_for_readers(self, guard: Guard) -> None:
         reader = begin(guard, changes=False)
-        with guard.turnstile, guard.alone():
+        with reader.running, guard.turnstile, guard.alone():
             assert guard.oldest() == reader.number
+
+    def test_a_reader_that_was_cut_off_keeps_no_cluster_from_reuse(self, guard: Guard) -> None:
+        """Nobody holds its lock: it never ends."""
+        begin(guard, changes=False)
+        assert guard.oldest() == guard.newest + 1
 
     def test_a_change_that_was_cut_off_before(self, guard: Guard) -> None:
         begin(guard)

@@ -92,6 +92,8 @@ class TestFrees:
     def test_frees_wait_for_requests_that_began_before_their_record(self, pools: Pools) -> None:
         """S6: whoever began since then cannot have found the cluster in a table."""
         requests = [Request() for _ in range(3)]
+        for request in requests:
+            request.running.acquire()
         pools.guard.begin(requests[0])
         pools.guard.begin(requests[1])
         pools.space.publish(pools.free(data=3), 1)
@@ -103,6 +105,7 @@ class TestFrees:
 
     def test_retired_clusters_wait_for_requests_too(self, pools: Pools) -> None:
         request = Request()
+        request.running.acquire()
         pools.guard.begin(request)
         pools.space.retire([run(3)])
         pools.barrier()
