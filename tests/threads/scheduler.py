@@ -168,8 +168,10 @@ class ScheduledLock:
         self.owner: int | None = None
         self._depth = 0
 
-    def acquire(self) -> bool:
+    def acquire(self, blocking: bool = True) -> bool:
         me = threading.get_ident()
+        if not blocking and self.owner not in (None, me):
+            return False
         if not (self._again and self.owner == me):
             self._scheduler.point("lock")
             if self.owner is not None:
