@@ -11,6 +11,7 @@ import pytest
 import jqcow
 from jqcow.engine import blocks
 from jqcow.engine.allocation import Allocation
+from jqcow.engine.medium import Medium
 from jqcow.errors import PoisonedError
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
 
@@ -189,3 +190,23 @@ def test_no_crash_tears_the_last_sector_of_the_file(first: int) -> None:
         with jqcow.open_device(device.crash(state), "r") as crashed:
             assert crashed.pread(SECTOR, sector) in (old, b"n" * SECTOR)
     image.close()
+
+
+def test_a_transaction_that_was_cut_off_within_a_resize_is_not_committed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The interrupt comes as the half-done change is to be undone, and the caller goes on regardless."""
+
+    def cut_off(medium: Medium, action: Callable[[], None]) -> None:
+        raise KeyboardInterrupt
+
+    with jqcow.create_on_device(SimulatedDevice(), 1 << 20, cluster_size=4096) as image:
+        with pytest.raises(PoisonedError), image.transaction() as transaction:
+            transaction.pwrite(b"never", 0)
+            with monkeypatch.context() as patch:
+                patch.setattr(Medium, "undo", cut_off)
+                with pytest.raises(KeyboardInterrupt), transaction._changes.whole():
+                    raise KeyboardInterrupt
+        assert image.pread(5, 0) == bytes(5)
+        image.pwrite(b"works on", 0)
+        assert image.check().ok
