@@ -185,7 +185,13 @@ class Commits:
             self._take_back()
             self.turn.in_doubt = False
             raise
-        self._publish(tables, cut)
+        try:
+            self._publish(tables, cut)
+        except BaseException:
+            # The record is durable, and nobody here sees it: what is shown must not be believed any more.
+            with self.medium.lock:
+                self.medium.in_doubt = True
+            raise
         self.turn.in_doubt = False
         # The commit is durable, whatever the host says of the space that it frees: an error here would read
         # as if it had failed. Who needs the space next meets the error again.

@@ -385,10 +385,11 @@ def _interrupt_at(name: str) -> Iterator[None]:
 
 
 def flush_cut_off() -> None:
-    """P1: a flush is cut off between its barrier and its end; the next one must not lose what it carried."""
-    _, image = _live_image()
+    """P1: a failed flush is cut off before it is taken back; the next one must not lose what it carried."""
+    device, image = _live_image()
     image.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
-    with _interrupt_at("Commits._publish"):
+    device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
+    with _interrupt_at("Commits._take_back"):
         image.flush()
     with suppress(PoisonedError):
         image.flush()

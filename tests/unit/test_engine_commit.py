@@ -195,6 +195,22 @@ class TestFailures:
         with pytest.raises(PoisonedError):
             image.pread(1, 0)
 
+    def test_durable_commit_that_is_not_published(
+        self, device: SimulatedDevice, image: jqcow.Image, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody reads the state before a record that is durable already; opening again shows its change."""
+
+        def cut_off(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("jqcow.engine.commit.Commits._publish", cut_off)
+        with pytest.raises(KeyboardInterrupt), image.transaction() as transaction:
+            transaction.pwrite(b"second", MIB)
+        monkeypatch.undo()
+        with pytest.raises(PoisonedError):
+            image.pread(1, MIB)
+        assert durable(device, 6, MIB) == b"second"
+
     def test_failed_checkpoint_can_be_tried_again(self, device: SimulatedDevice, image: jqcow.Image) -> None:
         image.flush()
         device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
