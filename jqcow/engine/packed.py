@@ -51,8 +51,7 @@ class PackedWrites:
             else:
                 while not self._pack(stream, start):
                     pass
-            if not requests.alone:
-                requests.commits.flush_if_large(lambda: requests.enter(True))
+                requests.commit_if_large()
 
     def _begin(self, offset: int, length: int) -> int:
         """Check a range; return the type of compression."""

@@ -81,14 +81,15 @@ class Requests:
                         self.medium.require_known()
                         return plan()
                 except NotLive:
-                    self.lifecycle.go_live(self._may_go_live)
+                    # Asked again with the turn taken: much may have happened meanwhile.
+                    self.lifecycle.go_live(self._require_admitted)
             except Absent as absent:
                 self._load(absent)
             except Busy as busy:
                 self.guard.wait(busy)
 
-    def _may_go_live(self) -> None:
-        """Look again, with the turn taken: the image may have been closed, or somebody may be alone."""
+    def _require_admitted(self) -> None:
+        """Refuse a change that the image's state does not allow, or that somebody who is alone keeps out."""
         self.enter(True)
         if not self.alone:
             self.guard.require_not_alone()
@@ -106,17 +107,22 @@ class Requests:
                 self.guard.end(request)
 
     def enter_change(self) -> None:
-        self.enter(True)
-        if not self.alone:
-            self.guard.require_not_alone()
+        """First thing in the plan of a change: look whether it may be made at all."""
+        self._require_admitted()
         self.lifecycle.prepare_to_change()
         if self.tables.view.header.autoclear_features:
             # A bit that jqcow does not know vouches for the data; going live clears it under a barrier.
             self.require_live()
 
     def require_live(self) -> None:
+        """Raise NotLive unless the image has its journal: metadata will change."""
         if self.lifecycle.log.journal is None:
             raise NotLive
+
+    def commit_if_large(self) -> None:
+        """After a change, with the lock free: keep what is staged within bounds. Who is alone does not."""
+        if not self.alone:
+            self.commits.flush_if_large(lambda: self.enter(True))
 
     def check_range(self, offset: int, length: int) -> None:
         """Raise ValueError unless a guest range lies within the disk."""
@@ -190,6 +196,7 @@ class Requests:
         return found
 
     def read_run(self, run: MappedRun, part: memoryview, offset: GuestOffset) -> None:
+        """Fill ``part`` with what a run of guest bytes at ``offset`` reads as; the request is in flight."""
         if run.kind == DATA:
             self.medium.pread_into(part, run.host)
         elif run.kind == COMPRESSED_CLUSTER:

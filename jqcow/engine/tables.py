@@ -60,20 +60,18 @@ class Operation:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
-        self._medium = tables.blocks.medium
+        self._section = tables.blocks.medium.section()
         self._mark: Mark | None = None
 
     def __enter__(self) -> None:
-        self._medium.require_known()
-        self._medium.in_doubt = True
+        self._section.__enter__()
         self._mark = self._tables.changes.mark()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._mark is None or not (kind is None or issubclass(kind, PLANNED)):
-            return
-        if kind is not None:
-            self._tables.undo(self._mark)
-        self._tables.changes.release(self._mark)
-        self._medium.in_doubt = False
+        if self._mark is not None and (kind is None or issubclass(kind, PLANNED)):
+            if kind is not None:
+                self._tables.undo(self._mark)
+            self._tables.changes.release(self._mark)
+        self._section.__exit__(kind, error, trace)

@@ -7,6 +7,7 @@ W2. A newly visible pair (guest range, host range) is zero-safe only if the gues
     zeros and the host range would read as zeros if its data never came. Every other pair is ordered.
 W3. A cluster that is not zero-safe is written whole.
 W4. Data goes to the device before the entry that maps it is staged.
+M5. The file ends where a sector does.
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ class Writes:
                 raise
             finally:
                 self.guard.end(request)
-        if plan.fresh and not requests.alone:
-            requests.commits.flush_if_large(lambda: requests.enter(True))
+        if plan.fresh:
+            requests.commit_if_large()
 
     def _plan_write(self, request: Request, offset: GuestOffset, length: int) -> WritePlan:
         plan = WritePlan(self._pieces(offset, length))

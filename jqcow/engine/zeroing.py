@@ -130,10 +130,8 @@ class Zeroing:
         self, clusters: Iterable[int], entry_for: EntryFor, disk_bytes: int | None = None
     ) -> bool:
         """Give guest clusters, within one metadata block, another entry, made from the one that they have."""
-        requests = self.requests
-        done = requests.planned(lambda: self._stage(clusters, entry_for, disk_bytes))
-        if not requests.alone:
-            requests.commits.flush_if_large(lambda: requests.enter(True))
+        done = self.requests.planned(lambda: self._stage(clusters, entry_for, disk_bytes))
+        self.requests.commit_if_large()
         return done
 
     def _stage(self, clusters: Iterable[int], entry_for: EntryFor, disk_bytes: int | None) -> bool:

@@ -203,7 +203,7 @@ OF_CHANGES = (
         "staged-blocks-home",
         after(
             f"{OPERATION}.__exit__",
-            lambda _, operation, *__: write_home(operation._medium, operation._tables.changes),
+            lambda _, operation, *__: write_home(operation._section._medium, operation._tables.changes),
         ),
         trials=("reopened/512/0",),
     ),

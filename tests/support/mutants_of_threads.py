@@ -49,7 +49,7 @@ def grow_unlocked(grow: Function, medium: Any, size_bytes: int) -> None:
 
 def go_on(_: None, operation: Any, *__: object) -> None:
     """Go on after an operation, however it ended."""
-    operation._medium.in_doubt = False
+    operation._section._medium.in_doubt = False
 
 
 def stay_clean(_: None, commits: Any, *__: object) -> None:
