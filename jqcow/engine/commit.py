@@ -9,7 +9,7 @@ T1. A record is appended only when all that it relies on is durable: the data of
 T2. What a flush acknowledges is in a record (or in place) under a completed barrier.
 C1. At most one commit is under way; whoever holds the turn alone appends, checkpoints or moves.
 C2. A flush shares a commit only if that commit was cut after all was complete that the flush is for.
-C3. A commit that was cut off, and could not be taken back, leaves the image in doubt for the next one.
+C3. A commit that was cut off, and is neither published nor taken back, leaves the image in doubt.
 """
 
 from __future__ import annotations
@@ -175,6 +175,20 @@ class Commits:
         """
         self.turn.in_doubt = True
         try:
+            self._commit(tables)
+        except PLANNED:
+            raise
+        except BaseException:
+            self._leave_in_doubt()
+            raise
+        # The commit is durable, whatever the host says of the space that it frees: an error here would read
+        # as if it had failed. Who needs the space next meets the error again.
+        if self.log.journal is not None:
+            with suppress(*PLANNED):
+                self.log.recycle()
+
+    def _commit(self, tables: Tables) -> None:
+        try:
             cut = self._cut(tables)
             if cut.changes is None:
                 # Durable now: data written in place, and whatever an earlier process left unsynced.
@@ -185,19 +199,14 @@ class Commits:
             self._take_back()
             self.turn.in_doubt = False
             raise
-        try:
-            self._publish(tables, cut)
-        except BaseException:
-            # The record is durable, and nobody here sees it: what is shown must not be believed any more.
+        self._publish(tables, cut)
+        self.turn.in_doubt = False
+
+    def _leave_in_doubt(self) -> None:
+        """Who reads on would see what an image that is opened again may not show (C3)."""
+        if self.turn.in_doubt:
             with self.medium.lock:
                 self.medium.in_doubt = True
-            raise
-        self.turn.in_doubt = False
-        # The commit is durable, whatever the host says of the space that it frees: an error here would read
-        # as if it had failed. Who needs the space next meets the error again.
-        if self.log.journal is not None:
-            with suppress(*PLANNED):
-                self.log.recycle()
 
     def _cut(self, tables: Tables) -> _Cut:
         """Freeze what is staged: what is staged from here on travels in a later record."""

@@ -160,6 +160,12 @@ OF_COMMITS = (
         holding(f"{COMMITS}.begin_turn", "self.turn.in_doubt", False),
         trials=(SCENARIO + "flush-cut-off",),
     ),
+    Mutant(
+        "C3",
+        "commit-cut-off-is-shown",
+        skipping(f"{COMMITS}._leave_in_doubt"),
+        trials=(SCENARIO + "transaction-cut-off",),
+    ),
 )
 
 MUTANTS_OF_THREADS = (*OF_MEDIUM, *OF_REQUESTS, *OF_COMMITS)

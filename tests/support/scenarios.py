@@ -18,7 +18,7 @@ import jqcow
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.header import Header
-from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
+from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.inside import Shown
@@ -384,16 +384,38 @@ def _interrupt_at(name: str) -> Iterator[None]:
     require(is_done, f"{name} was not entered")
 
 
+def _commit_that_is_not_taken_back() -> FaultPlan:
+    """The record is written, and the host reports an error; an interrupt comes while it is taken back."""
+    return FaultPlan(
+        Fault(errno.EIO, call="pwrite", applied_bytes=EVERYTHING),
+        Fault(KeyboardInterrupt(), at=2, call="pwrite"),
+    )
+
+
 def flush_cut_off() -> None:
     """P1: a failed flush is cut off before it is taken back; the next one must not lose what it carried."""
     device, image = _live_image()
     image.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
-    device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
-    with _interrupt_at("Commits._take_back"):
+    device.faults = _commit_that_is_not_taken_back()
+    with _interrupt_at("Commits._leave_in_doubt"):
         image.flush()
     with suppress(PoisonedError):
         image.flush()
         require(image.pread(1, 10 * CLUSTER_BYTES) == b"\x44", "P1: what a flush acknowledged is gone")
+
+
+def transaction_cut_off() -> None:
+    """P3: a transaction whose record may be durable, or may not, is not shown as undone."""
+    device, image = _live_image()
+    plan = _commit_that_is_not_taken_back()
+    with suppress(KeyboardInterrupt), image.transaction() as transaction:
+        transaction.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
+        device.faults = plan
+    require(len(plan.fired) == 2, "the commit was not cut off")
+    with suppress(PoisonedError):
+        shown = image.pread(1, 10 * CLUSTER_BYTES)
+        opened = open_simulated(device.killed())
+        require(shown == opened.pread(1, 10 * CLUSTER_BYTES), "P3: shown as undone, and there after opening")
 
 
 def commit_into_a_raw_base(drop_barriers: tuple[str, ...]) -> None:
@@ -434,4 +456,5 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "close-behind-a-failed-flush": close_behind_a_failed_flush,
     "interrupted-operation": interrupted_operation,
     "flush-cut-off": flush_cut_off,
+    "transaction-cut-off": transaction_cut_off,
 }
