@@ -8,9 +8,7 @@ from jqcow.device.base import Reader
 from jqcow.device.file import FileDevice
 from jqcow.engine import scan as scans
 from jqcow.errors import ImageInUse
-from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import MAGIC
-from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat
 
 
@@ -47,7 +45,7 @@ def open_to_read(
 
 def refuse_live_journal(device: FileDevice) -> None:
     """Raise ImageInUse if the file has a live journal: its writer goes on, so it cannot be replayed."""
-    if roots.is_live(device.pread(SECTOR_BYTES, 0)):
+    if scans.find_live_root(device) is not None:
         raise ImageInUse(
             f"{device.path} has a live journal, which cannot be read beside its writer. "
             "Close the program that holds the image, or open it without force_share if none does."

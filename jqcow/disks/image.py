@@ -50,7 +50,7 @@ class ImageDisk(Disk):
         shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
         self.area: HeaderArea = engine.blocks.area
         self._guard = engine.guard
-        self._requests = engine.guest(_always, shown=shown).requests
+        self._reads = engine.guest(_always, shown=shown).reads
 
     @property
     def path(self) -> str:
@@ -60,7 +60,7 @@ class ImageDisk(Disk):
     @property
     def size(self) -> int:
         """Size of the disk."""
-        return self._requests.tables.mapping.disk_bytes
+        return self._reads.tables.mapping.disk_bytes
 
     def backing_file(self) -> NamedFile | None:
         """Return what the header names as the file below, None if it names none.
@@ -72,7 +72,7 @@ class ImageDisk(Disk):
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer``."""
-        self._requests.read_into(buffer, offset)
+        self._reads.read_into(buffer, offset)
 
     def extents(self, length: int, offset: int) -> Iterator[Extent]:
         """Yield what the image's own tables say."""
@@ -81,7 +81,7 @@ class ImageDisk(Disk):
     def _extents(self, length: int, offset: int) -> Iterator[Extent]:
         end = offset + length
         while offset < end:
-            run = self._requests.first_run(offset, end - offset)
+            run = self._reads.first_run(offset, end - offset)
             yield extent_of(run, offset)
             offset += run.length
 
@@ -93,11 +93,11 @@ class ImageDisk(Disk):
         return joined(self._kept_clusters(extent))
 
     def _kept_clusters(self, extent: Extent) -> Iterator[Extent]:
-        cluster_bytes = self._requests.geometry.cluster_bytes
+        cluster_bytes = self._reads.tables.geometry.cluster_bytes
         offset = extent.offset
         while offset < extent.end:
             cluster, within = divmod(offset, cluster_bytes)
-            host = self._requests.entry(cluster).host
+            host = self._reads.entry(cluster).host
             length = min(cluster_bytes - within, extent.end - offset)
             yield Extent(offset, length, "zero", host + within if host else None, extent.depth)
             offset += length

@@ -19,9 +19,8 @@ from jqcow.disks.files import open_to_read
 from jqcow.engine import scan as scans
 from jqcow.engine.scan import Scan
 from jqcow.ondisk import entries
-from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import MAGIC, Header, HeaderArea
-from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES, Geometry
+from jqcow.ondisk.header import Header, HeaderArea
+from jqcow.ondisk.layout import ENTRY_BYTES, Geometry
 from jqcow.ondisk.root import JournalRange
 
 
@@ -67,16 +66,11 @@ class FileView:
             UnsupportedFeatureError: a frame or operation that a newer jqcow wrote.
             CorruptionError: the header, the root or the journal is damaged.
         """
-        sector = reader.pread(SECTOR_BYTES, 0)
-        if use_root_copy and sector[: len(MAGIC)] != MAGIC:
-            sector = scans.read_root_copy(reader) or sector
-        if not roots.is_live(sector):
+        root = scans.find_live_root(reader, use_root_copy=use_root_copy)
+        if root is None:
             return cls(reader, scans.read_header(reader), {})
-        cluster_bits, extent = roots.unpack_root(sector)
-        geometry = Geometry(cluster_bits)
-        scan = scans.scan(reader, extent, geometry)
-        replayed = scans.replay(scan.operations, geometry)
-        return cls(reader, replayed.area, replayed.blocks, journal=extent, scan=scan)
+        scan, replayed = scans.read_journal(reader, root)
+        return cls(reader, replayed.area, replayed.blocks, journal=scan.extent, scan=scan)
 
     @property
     def header(self) -> Header:

@@ -1,13 +1,22 @@
-"""Sets of host clusters, kept as sorted runs."""
+"""Runs of host clusters, and sets of them."""
 
 from __future__ import annotations
 
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from jqcow.engine.changes import Run
 from jqcow.ondisk.layout import ClusterIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``count`` host clusters from ``start`` on; ``zero_safe`` as in space.py, S3."""
+
+    start: ClusterIndex
+    count: int
+    zero_safe: bool = False
 
 
 class ClusterRuns:

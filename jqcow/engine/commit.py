@@ -1,8 +1,9 @@
 """Commit: one thread at a time makes a record durable, on behalf of all that wait (group commit).
 
 A flush, from top to bottom: wait while another commit covers it; take the turn; cut what is staged; barrier
-for ordered data; make room, and append the record; barrier; publish. The lock is held only to cut and to
-publish, so others read, write and stage meanwhile.
+for ordered data; make room, which may take a checkpoint or a move, and append the record; barrier; publish.
+The lock is held only to cut and to publish, so others read, write and stage meanwhile. What changes metadata
+has made the image live before (request.py).
 
 T1. A record is appended only when all that it relies on is durable: the data of ordered pairs, all data of
     a transaction, the opening frame and root copy before the root that names them.
@@ -21,9 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from jqcow.engine import scan
-from jqcow.engine.changes import ChangeSet
 from jqcow.engine.log import Log
-from jqcow.engine.medium import PLANNED
+from jqcow.engine.medium import EXPECTED
+from jqcow.engine.metadata import ChangeSet
 from jqcow.engine.tables import Tables
 
 STAGED_ZERO_BYTES_MAX = scan.ZEROED_BYTES_MIN // 4
@@ -38,19 +39,19 @@ class Turn:
     The turn is taken without the lock held, by ``with`` on a lock of the interpreter.
 
     Attributes:
-        taken: held by whoever commits, checkpoints, moves or closes; re-entrant only so that it can tell
+        lock: held by whoever commits, checkpoints, moves or closes; re-entrant only so that it can tell
             whether the calling thread has it.
         under_way: held during the newest flush that commits: who is covered by it waits for this one, and is
             not kept waiting by the next. When it is free the flush has ended, well or not.
         is_clean: no data was written in place since the newest cut.
-        in_doubt: a commit was begun, and is neither published nor taken back yet (C3).
+        is_undecided: a commit was begun, and is neither published nor taken back yet (C3).
     """
 
     def __init__(self) -> None:
-        self.taken = threading.RLock()
+        self.lock = threading.RLock()
         self.under_way = threading.Lock()
         self.is_clean = False
-        self.in_doubt = False
+        self.is_undecided = False
         self._tickets = itertools.count(1)
         self._newest_cut = 0
         self._durable_ticket = 0
@@ -58,9 +59,16 @@ class Turn:
     def draw(self, *, nothing_staged: bool) -> int:
         """Return a flush's ticket: that of the newest cut where nothing was changed since, or a new one.
 
-        It is asked first whether anything was changed: a cut in between is newer, and covers as much (C2).
+        The caller has looked whether anything is staged: a cut since then is newer, and covers as much (C2).
         """
         return self._newest_cut if nothing_staged and self.is_clean else next(self._tickets)
+
+    def data_was_written(self) -> None:
+        """Data was written, or may have been: from here on a flush must not take an older commit for its own.
+
+        Also after a failed write: what it left can be read, and the next flush acknowledges it (C2).
+        """
+        self.is_clean = False
 
     def cut(self) -> int:
         """Return the ticket of a commit that is about to cut, with the lock held."""
@@ -101,48 +109,49 @@ class Commits:
             PoisonedError: an earlier commit or change of the root was cut off half-way.
         """
         with self.medium.lock:
-            if self.turn.in_doubt or not self.log.root.is_decided:
-                self.medium.in_doubt = True
+            if self.turn.is_undecided or not self.log.root.is_decided:
+                self.medium.leave_in_doubt()
             self.medium.require_known()
 
     # Flush
 
-    def flush(self, check: Callable[[], None]) -> None:
+    def flush(self, admit: Callable[[], None]) -> None:
         """Make every completed change durable: data in place, new data, and the metadata that maps it.
 
         Called with the lock free. Other threads may go on meanwhile; their flushes share the next commit.
-        ``check`` is called just before a commit, with the lock held: much may have happened before.
+        ``admit`` is called just before a commit, with the lock held: much may have happened before.
 
         Raises:
             OSError: nothing is acknowledged. After a failed write the next flush tries anew; after a
                 failed barrier the image is read-only.
         """
-        ticket = self.turn.draw(nothing_staged=self.public.changes.is_empty)
+        nothing_staged = self.public.changes.is_empty
+        ticket = self.turn.draw(nothing_staged=nothing_staged)
         if self._others_cover(ticket):
             return
         under_way = threading.Lock()
-        with self.turn.taken, under_way:
+        with self.turn.lock, under_way:
             # At once: who comes now waits for this flush, and not for the turn, which may be long in coming.
             self.turn.under_way = under_way
             self.begin_turn()
             # Not before the turn: this flush may be covered by the commit that it waited for.
             if not self.turn.is_covered(ticket):
                 with self.medium.lock:
-                    check()
-                self.run(self.public)
+                    admit()
+                self.commit(self.public)
 
     def _others_cover(self, ticket: int) -> bool:
         """Wait while others commit; return True once everything up to ``ticket`` is durable."""
-        ended = None
+        waited_for = None
         while not self.turn.is_covered(ticket):
             under_way = self.turn.under_way
-            if under_way is ended:
+            if under_way is waited_for:
                 return False
             with under_way:
-                ended = under_way
+                waited_for = under_way
         return True
 
-    def flush_if_large(self, check: Callable[[], None]) -> None:
+    def flush_if_large(self, admit: Callable[[], None]) -> None:
         """Between changes, with the lock free: keep memory and the next record within bounds.
 
         Raises:
@@ -158,7 +167,7 @@ class Commits:
                 or changes.freed_clusters * self.log.geometry.cluster_bytes > STAGED_FREE_BYTES_MAX
             )
         ):
-            self.flush(check)
+            self.flush(admit)
 
     def staged_limit(self) -> int:
         """Return how many staged blocks call for a commit."""
@@ -167,111 +176,99 @@ class Commits:
 
     # One commit
 
-    def run(self, tables: Tables) -> None:
+    def commit(self, tables: Tables) -> None:
         """Commit what is staged in ``tables``: the public ones, or a transaction's. The turn is taken.
 
         Raises:
-            OSError: nothing is durable; of the public tables the same changes travel in the next record.
+            OSError: nothing is acknowledged, and the same changes are staged again. After a failed barrier
+                the record may be found when the image is opened again.
         """
-        self.turn.in_doubt = True
+        self.turn.is_undecided = True
         try:
-            self._commit(tables)
-        except PLANNED:
-            raise
+            self._make_durable(tables)
         except BaseException:
-            self._leave_in_doubt()
+            self._leave_in_doubt_if_undecided()
             raise
         # The commit is durable, whatever the host says of the space that it frees: an error here would read
         # as if it had failed. Who needs the space next meets the error again.
         if self.log.journal is not None:
-            with suppress(*PLANNED):
+            with suppress(*EXPECTED):
                 self.log.recycle()
 
-    def _commit(self, tables: Tables) -> None:
+    def _make_durable(self, tables: Tables) -> None:
         try:
             cut = self._cut(tables)
             if cut.changes is None:
                 # Durable now: data written in place, and whatever an earlier process left unsynced.
                 self.medium.barrier("flush.data")
             else:
-                self._log(cut.changes)
+                self._write_record(cut.changes)
         except BaseException:
-            self._take_back()
-            self.turn.in_doubt = False
+            self._take_back(tables)
             raise
         self._publish(tables, cut)
-        self.turn.in_doubt = False
 
-    def _leave_in_doubt(self) -> None:
+    def _leave_in_doubt_if_undecided(self) -> None:
         """Who reads on would see what an image that is opened again may not show (C3)."""
-        if self.turn.in_doubt:
+        if self.turn.is_undecided:
             with self.medium.lock:
-                self.medium.in_doubt = True
+                self.medium.leave_in_doubt()
 
     def _cut(self, tables: Tables) -> _Cut:
-        """Freeze what is staged: what is staged from here on travels in a later record."""
         with self.medium.lock, self.medium.section():
-            if self.public.staged.in_flight is not None:
-                raise RuntimeError("one record is in flight at a time")
-            ticket, changes = self.turn.cut(), tables.changes
-            if changes.is_empty:
-                return _Cut(ticket, None)
-            if tables is self.public:
-                tables.staged.in_flight = changes
-                tables.staged.changes = ChangeSet(changes.geometry, packed_end=changes.packed_end)
-            return _Cut(ticket, changes)
+            return _Cut(self.turn.cut(), tables.staged.cut())
 
-    def _log(self, changes: ChangeSet) -> None:
+    def _write_record(self, changes: ChangeSet) -> None:
         """Make one record of the cut durable."""
         if changes.ordered:
             # Durable now: the data of ordered pairs (T1). The record that maps it may land from here on.
             self.medium.barrier("flush.ordered")
         payload = self.log.make_room(changes)
         self.log.require_journal().append(payload)
-        # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.
+        # Durable now: the record, and the data of its zero-safe pairs; with the first record the root that
+        # names the journal. The flush is acknowledged.
         self.medium.barrier("flush.record")
 
     def _publish(self, tables: Tables, cut: _Cut) -> None:
+        """Everybody sees what is durable. A transaction's covers all flushes: nothing else is staged then."""
         with self.medium.lock, self.medium.section():
             if cut.changes is not None:
                 journal = self.log.require_journal()
                 journal.accept()
                 self.public.blocks.publish(cut.changes)
                 self.public.space.publish(cut.changes, journal.epoch)
-            if tables is self.public:
-                tables.staged.in_flight = None
-            else:
-                tables.staged.changes = ChangeSet(tables.geometry)
+            tables.staged.landed()
             self.turn.cover(cut.ticket)
+            self.turn.is_undecided = False
 
-    def _take_back(self) -> None:
-        """The commit failed: the frame must not come back to life, and what was cut is staged again."""
+    def _take_back(self, tables: Tables) -> None:
+        """The commit failed: the frame must not come back to life, and what was cut is staged again.
+
+        Where the frame cannot be revoked either the image is read-only; what it shows was never acknowledged.
+        """
         self.turn.is_clean = False
         try:
             if self.log.journal is not None:
                 self.log.journal.revoke()
         finally:
-            self.medium.undo(self._restage)
+            self.medium.undo(lambda: self._restage(tables))
 
-    def _restage(self) -> None:
-        """Lay what was staged since the cut over what was cut: both travel in the next record."""
-        staged, failed = self.public.staged, self.public.staged.in_flight
-        if failed is not None:
-            failed.absorb(staged.changes)
-            staged.changes, staged.in_flight = failed, None
+    def _restage(self, tables: Tables) -> None:
+        tables.staged.take_back()
+        self.turn.is_undecided = False
 
-    def checkpoint(self, check: Callable[[], None]) -> None:
-        """Commit, and write everything that durable records hold to its home; the journal is empty then.
+    def checkpoint(self, admit: Callable[[], None]) -> None:
+        """Commit, and bring every block home: the next record starts in the other half of the journal.
 
-        ``check`` is called with the turn taken and the lock held.
+        ``admit`` is called with the turn taken and the lock held.
 
         Raises:
             OSError: the log stays live, and the checkpoint can be tried again (unless a barrier failed).
         """
-        with self.turn.taken:
+        with self.turn.lock:
             self.begin_turn()
             with self.medium.lock:
-                check()
-            self.run(self.public)
+                admit()
+            self.commit(self.public)
             if self.log.journal is not None and not self.log.journal.epoch_is_empty:
-                self.log.end_epoch()
+                self.log.checkpoint()

@@ -82,7 +82,7 @@ class Journal:
 
     @property
     def epoch_is_empty(self) -> bool:
-        """True until the first frame of the running epoch was accepted."""
+        """True until the first frame of the running epoch was accepted: it starts with the header (J4)."""
         return self._position == 0
 
     def has_room(self, payload: EncodedPayload) -> bool:
@@ -133,7 +133,12 @@ class Journal:
         self._pending = None
 
     def start_epoch(self) -> None:
-        """The running epoch is in its homes: go on in the other half."""
+        """The running epoch is in its homes: go on in the other half, which is chosen by the epoch's parity.
+
+        An empty epoch goes on: the other half is that of the newest frames.
+        """
+        if self.epoch_is_empty:
+            return
         self.epoch += 1
         self._position = self._decoded_bytes = self._zeroed_bytes = 0
 

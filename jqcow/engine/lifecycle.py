@@ -16,10 +16,9 @@ from dataclasses import replace
 from jqcow.engine.commit import Commits
 from jqcow.engine.journal import Contents
 from jqcow.engine.root import SECTOR_0
-from jqcow.engine.scan import Scan
+from jqcow.engine.scan import LiveRoot, Scan
 from jqcow.errors import CorruptionError
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
 from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, HostOffset
 from jqcow.ondisk.root import JournalRange
 
@@ -55,7 +54,7 @@ class Lifecycle:
             CorruptionError: changing this image would destroy it.
         """
         if not self._is_surveyed:
-            self.public.search.metadata = self.public.snapshots.survey()
+            self.space.metadata = self.public.snapshots.survey()
             self._find_frontier()
             self.start_search()
             self._is_surveyed = True
@@ -67,33 +66,33 @@ class Lifecycle:
             CorruptionError: a metadata cluster is used twice.
         """
         if not self._is_surveyed:
-            self.public.search.metadata = set(self.public.snapshots.find_metadata())
+            self.space.metadata = set(self.public.snapshots.find_metadata())
             self._find_frontier()
             self._is_surveyed = True
 
     def start_search(self) -> None:
         """Free clusters may be looked for: the refcounts can be trusted (F1)."""
-        self.public.search.start(self.space.frontier)
+        self.space.search_end = self.space.frontier
 
     def _find_frontier(self) -> None:
         file_end = self.geometry.clusters(self.medium.size())
         end = max(self.space.frontier, file_end, self.public.refcounts.used_end())
         self.space.frontier = ClusterIndex(end)
 
-    def go_live(self, check: Callable[[], None]) -> None:
+    def go_live(self, admit: Callable[[], None]) -> None:
         """Set up the journal before the first metadata change. Nothing to do if the image is live.
 
-        Called with the lock free; ``check`` is called with the turn taken and the lock held.
+        Called with the lock free; ``admit`` is called with the turn taken and the lock held.
 
         Raises:
             OSError: the host refused; the image is as it was.
             UnsupportedFeatureError: the header leaves no room for the root.
         """
-        with self.commits.turn.taken:
+        with self.commits.turn.lock:
             self.commits.begin_turn()
             if self.log.journal is None:
                 with self.medium.lock:
-                    check()
+                    admit()
                     self.prepare_to_change()
                 self._set_up()
 
@@ -103,7 +102,7 @@ class Lifecycle:
         # Autoclear bits that jqcow does not keep are gone from the first header that the journal holds.
         live = clean.with_header(replace(clean.header, autoclear_features=0))
         self.root.settle()
-        before = self.medium.pread(SECTOR_0, SECTOR_BYTES)
+        before = self.medium.pread(SECTOR_BYTES, SECTOR_0)
         self.public.refcounts.allocate_homes()
         # Under the next barrier they become zero-safe: new clusters need not go behind the journal.
         self.log.recycle()
@@ -120,53 +119,46 @@ class Lifecycle:
             self.log.retire(journal.extent)
             raise
         with self.medium.lock, self.medium.section():
-            self.blocks.area, self.log.journal = live, journal
-            self.root.decide()
+            self.blocks.area = live
+            self.log.go_on_in(journal)
 
     # Recovery
 
-    def check_replayed(self, cluster_bits: int, extent: JournalRange) -> None:
-        """Raise unless replay leaves the header cluster's geometry and the journal's clusters alone.
+    def check_journal_is_free(self, extent: JournalRange) -> None:
+        """Raise unless the journal's clusters have refcount 0.
 
         Raises:
             CorruptionError: the journal is not one that a writer leaves.
         """
-        if self.geometry.cluster_bits != cluster_bits:
-            raise CorruptionError(
-                "journal", extent.offset, "its header has another cluster size than the root"
-            )
-        roots.check_room(self.blocks.area.header, len(self.blocks.area.data))
-        for offset in self.blocks.images:
-            if extent.offset <= offset < extent.end:
-                raise CorruptionError("journal", extent.offset, f"it would write into itself at {offset:#x}")
         start, end = extent.offset // self.geometry.cluster_bytes, self.geometry.clusters(extent.end)
         if not self.public.refcounts.is_free(start, end):
             raise CorruptionError("journal", extent.offset, "its clusters have a refcount")
 
-    def recover(self, sector: bytes, scan: Scan, *, repairing: bool) -> None:
-        """Bring a crashed image home: what was replayed into memory becomes durable.
+    def recover(self, root: LiveRoot, scan: Scan, *, repairing: bool) -> None:
+        """Bring a crashed image home: what was replayed into memory becomes durable. Nobody else has it yet.
 
         Args:
-            sector: the root as it was read.
+            root: as it was read.
             scan: the journal as it was read.
             repairing: the refcounts may be wrong, and are made right next.
 
         Raises:
             OSError: recovery can be tried again, from the start.
         """
-        if repairing or self.blocks.area.header.incompatible_features & INCOMPATIBLE_DIRTY:
+        if repairing:
             self.prepare_to_repair()
         else:
             self.prepare_to_change()
         # Durable now: what a killed writer left unsynced, a root copy in flight among it.
         self.medium.barrier("recover.settle")
-        if self.root.copy_serves(scan.extent):
-            # A failed barrier may have lost this write; what was read may be in the page cache alone.
-            self.root.rewrite(sector)
+        if self.root.may_be_rewritten(scan.extent):
+            # A failed barrier of the killed writer may have lost its write, and the page cache alone hold it.
+            self.root.rewrite(root.sector)
             # Durable now: the root as it was read. The root copy may be rewritten from here on.
             self.medium.barrier("recover.root")
-        self.log.relocate(max(scan.extent.length, self.log.journal_bytes), Contents.of_scan(scan))
-        self.log.end_epoch()
+        self.log.move(self.log.journal_bytes, Contents.of_scan(scan))
+        self.log.checkpoint()
+        # R3: before the records of this process, not before those that a crash left.
         self.public.refcounts.allocate_homes()
 
     # Clean close
@@ -180,14 +172,17 @@ class Lifecycle:
             OSError: the image stays live and recoverable, unless only the last step failed: then it is
                 clean, and the journal's clusters are not given back.
         """
-        with self.commits.turn.taken:
+        with self.commits.turn.lock:
             self.commits.begin_turn()
             if not self.public.changes.is_empty:
-                self.commits.run(self.public)
+                self.commits.commit(self.public)
             if self.log.journal is None:
                 self._close_clean()
             else:
-                self._bring_home()
+                self._settle_copy()
+                self._write_header_tail()
+                # No clusters are needed any more, so none are punched before the journal is gone.
+                self.log.checkpoint(recycle=False)
                 self._clear_root()
                 self._release_journal()
 
@@ -198,35 +193,37 @@ class Lifecycle:
         # Durable now: data written in place; no root copy that a crash or a failed start left.
         self.medium.barrier("close.data")
 
-    def _bring_home(self) -> None:
+    def _settle_copy(self) -> None:
         if self.root.copy_is_stale:
             # A move failed after it wrote the copy; sector 0 is about to rely on it.
             self.root.settle()
             self.root.write_copy(self.blocks.area.header, self.log.require_journal().extent)
-        # The journal still has all of the header.
+
+    def _write_header_tail(self) -> None:
+        """Write what of the header is behind sector 0; the journal has all of it until sector 0 follows."""
         tail = self.blocks.area.data[SECTOR_BYTES:]
-        if tail and self.medium.pread(HEADER_TAIL, len(tail)) != tail:
+        if tail and self.medium.pread(len(tail), HEADER_TAIL) != tail:
             self.medium.pwrite(tail, HEADER_TAIL)
-        self.log.end_epoch(closing=True)
 
     def _clear_root(self) -> None:
         area = self.blocks.area
-        live_root = roots.pack_root(area.header, self.log.require_journal().extent)
+        live = roots.pack_root(area.header, self.log.require_journal().extent)
         try:
-            self.medium.pwrite(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"), SECTOR_0)
+            self.root.write(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"))
             # Durable now: sector 0 in standard layout. The journal and the root copy may go.
             self.medium.barrier("close.clear")
         except BaseException:
-            # The journal is intact, so the live root is right whatever the disk holds.
-            self.medium.device.pwrite(live_root, SECTOR_0)
+            self.root.put_back_on_closing(live)
             raise
+        self.root.decide()
 
     def _release_journal(self) -> None:
         extent = self.log.require_journal().extent
         with self.medium.lock, self.medium.section():
             self.log.journal = None
+            self.space.journal_is_gone()
             used_end = self.public.refcounts.used_end()
-        self.log.recycle(wanted=False)
+        self.log.recycle(refill=False)
         self.root.clear_copy()
         self._cut_file(max(self.kept_bytes, self.geometry.offset_of(used_end)), extent)
         # Durable now: the file without the journal. Closing is complete.

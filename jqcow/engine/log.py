@@ -1,8 +1,12 @@
 """The log of a live image: from records to homes, and from one journal range to the next.
 
-Whoever calls in here has the turn (commit.py), and the lock is free while the device works.
+A checkpoint is due when the next record does not fit, on request, in recovery and on closing. It brings all
+blocks home; the header stays in the journal, at the start of each epoch (J4), until the image is closed.
 
-T3. Homes are written only from durable records, and by `write_homes` alone.
+Whoever calls in here has the turn (commit.py), or nobody else has the image yet. The lock is free while the
+device works on anything but metadata.
+
+T3. Homes of blocks are written only from durable records, and by `write_homes` alone.
 T4. An epoch ends only after all its log images are home under a completed barrier.
 T7. The file reaches to the end of the highest cluster in use before a checkpoint's barrier, and is never
     cut below that.
@@ -13,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jqcow.engine.blocks import Blocks
-from jqcow.engine.changes import ChangeSet, Run
+from jqcow.engine.clusters import Run
 from jqcow.engine.journal import Contents, Journal, write_range
 from jqcow.engine.medium import Medium
+from jqcow.engine.metadata import Blocks, ChangeSet
 from jqcow.engine.root import Root
 from jqcow.engine.space import Space
 from jqcow.engine.tables import Tables
@@ -38,7 +42,8 @@ class Log:
         journal: None while the image is clean.
         journal_bytes: length of the next range.
         new_salt: makes the salt of each new range.
-        in_transaction: what a transaction took looks free in the public tables.
+        in_transaction: a transaction is open: what it took looks free in the public tables, which must not be
+            searched for free clusters then.
     """
 
     def __init__(self, public: Tables, root: Root, journal_bytes: int, new_salt: NewSalt) -> None:
@@ -62,50 +67,51 @@ class Log:
     # Room for a record
 
     def make_room(self, changes: ChangeSet) -> EncodedPayload:
-        """Encode a change set for the place where its frame goes; end the epoch or move where it must.
+        """Encode a change set for the place where its frame goes; that may take a checkpoint, and a move.
 
         Raises:
             OSError: the checkpoint or the move failed; the log is live as before.
+            UnsupportedFeatureError: the record is too large for any journal.
         """
-        journal = self.require_journal()
-        if not journal.epoch_is_empty:
-            payload = frames.encode_operations(changes.operations())
-            if journal.has_room(payload):
-                return payload
-            self.end_epoch()
-        first = frames.encode_operations(self._with_header(changes))
-        if journal.has_room(first):
-            return first
-        self._move(self._length_for(first))
-        return frames.encode_operations(changes.operations())
+        payload = self._encode(changes)
+        if not self.require_journal().has_room(payload):
+            if not self.require_journal().epoch_is_empty:
+                self.checkpoint()
+                # Now the record opens an epoch.
+                payload = self._encode(changes)
+            if not self.require_journal().has_room(payload):
+                self._grow(self._length_for(payload))
+                payload = self._encode(changes)
+        return payload
 
-    def _with_header(self, changes: ChangeSet) -> list[frames.Operation]:
-        """Return the operations of the first frame of an epoch, which starts with the header (J4)."""
+    def _encode(self, changes: ChangeSet) -> EncodedPayload:
+        """Encode a change set; the first frame of an epoch starts with the header (J4)."""
         operations = changes.operations()
-        if changes.area is not None:
-            return operations
-        return [HeaderOperation(self.blocks.area.data), *operations]
+        if self.require_journal().epoch_is_empty and changes.area is None:
+            operations = [HeaderOperation(self.blocks.area.data), *operations]
+        return frames.encode_operations(operations)
 
     def _length_for(self, payload: EncodedPayload) -> int:
         """Return a journal length whose half holds an opening frame and this payload, with room to spare."""
         opening = roots.MAX_LIVE_HEADER_BYTES + 2 * frames.FRAME_ALIGNMENT
-        needed = max(2 * (opening + payload.decoded_length), payload.zeroed_length)
-        half = layout.round_up(needed, frames.FRAME_ALIGNMENT)
-        if 2 * half > MAX_JOURNAL_BYTES:
-            raise UnsupportedFeatureError("a journal of more than 1 GiB", "the transaction is too large")
-        return max(2 * half, self.journal_bytes)
+        most = MAX_JOURNAL_BYTES // 2
+        needed = opening + max(payload.decoded_length, payload.frame_length)
+        if max(needed, payload.zeroed_length) > most:
+            detail = f"the change is too large: {payload.decoded_length} bytes of metadata in one record"
+            raise UnsupportedFeatureError("a journal of more than 1 GiB", detail)
+        half_bytes = min(most, max(2 * needed, payload.zeroed_length, self.journal_bytes // 2))
+        return 2 * layout.round_up(half_bytes, frames.FRAME_ALIGNMENT)
 
     # Checkpoint: from the log to the homes
 
-    def end_epoch(self, *, closing: bool = False) -> None:
-        """Write everything that durable records hold to its home; go on in the other half.
+    def checkpoint(self, *, recycle: bool = True) -> None:
+        """Write every block that durable records hold to its home; the next epoch goes to the other half.
 
         Raises:
             OSError: the log stays live, and this can be tried again (unless a barrier failed).
         """
         self.write_homes()
-        if not closing:
-            # After the homes: a cluster that was freed may be among them.
+        if recycle:
             self.recycle()
         # Durable now: every log image of the epoch is home. The next epoch's first frame says so.
         self.medium.barrier("checkpoint.homes")
@@ -115,15 +121,16 @@ class Log:
 
     def write_homes(self) -> None:
         """Write the log images of durable records to their homes (T3), and grow the file to hold all (T7)."""
-        for offset, blocks in self.blocks.image_runs():
-            self.medium.pwrite(blocks, offset)
+        # Only whoever has the turn changes the log images.
+        for offset, data in self.blocks.image_runs():
+            self.medium.pwrite(data, offset)
         with self.medium.lock:
             self.medium.grow(self.geometry.offset_of(self.space.frontier))
 
     # Space that comes back
 
-    def recycle(self, *, wanted: bool = True) -> None:
-        """Punch what durable records freed and, when short of zero-safe clusters and ``wanted``, some others.
+    def recycle(self, *, refill: bool = True) -> None:
+        """Punch what durable records freed and, to ``refill`` the zero-safe clusters, some others.
 
         All of them are zero-safe after the next barrier.
 
@@ -131,10 +138,10 @@ class Log:
             OSError: the host failed; what it did not punch is free, and punched anew before it is used.
         """
         with self.medium.lock, self.medium.section():
-            wanted = wanted and not self.in_transaction
-            if wanted:
+            refill = refill and not self.in_transaction
+            if refill:
                 self.public.refcounts.search_if_short()
-            runs = self.space.start_recycling(wanted=wanted)
+            runs = self.space.start_recycling(refill=refill)
         failure: OSError | None = None
         for run in runs:
             punched = False
@@ -200,12 +207,12 @@ class Log:
 
     # Move: one procedure for growing, moving and recovering
 
-    def _move(self, length: int) -> None:
-        """Go on in a new range of ``length`` bytes. The running epoch must be home."""
+    def _grow(self, length: int) -> None:
+        """Go on in a new range of ``length`` bytes. The running epoch is home."""
         journal = self.require_journal()
-        self.relocate(length, Contents.opening(self.blocks.area, journal.epoch, journal.sequence))
+        self.move(length, Contents.opening(self.blocks.area, journal.epoch, journal.sequence))
 
-    def relocate(self, length: int, contents: Contents) -> None:
+    def move(self, length: int, contents: Contents) -> None:
         """Lay a new range with ``contents``, and make the root name it.
 
         Raises:
@@ -226,6 +233,11 @@ class Log:
             self.root.put_back(roots.pack_root(header, old))
             self.retire(journal.extent)
             raise
+        with self.medium.lock, self.medium.section():
+            self.go_on_in(journal)
+        self.retire(old)
+
+    def go_on_in(self, journal: Journal) -> None:
+        """The root names the range of ``journal``, which is the image's from here on; the lock is held."""
         self.journal = journal
         self.root.decide()
-        self.retire(old)

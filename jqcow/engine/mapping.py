@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jqcow import _native
-from jqcow.engine.allocation import Allocation
-from jqcow.engine.blocks import View
-from jqcow.engine.refcounts import TABLE_ENTRY_ORDER
+from jqcow.engine.metadata import View
+from jqcow.engine.refcounts import TABLE_ENTRY_ORDER, Allocation
 from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout
@@ -130,6 +129,11 @@ class Mapping:
             if table:
                 yield l1_index, table
             l1_index += 1 if table else self._absent_tables(l1_index, l1)
+
+    def l1_is_copied(self, l1_index: int) -> bool:
+        """Return the COPIED flag of an entry of the active L1 table."""
+        place = HostOffset(self.view.header.l1_table_offset + l1_index * ENTRY_BYTES)
+        return entries.decode_l1(self.view.entry(place))[1]
 
     def run(self, offset: GuestOffset, length: int) -> MappedRun:
         """Return the first run of one kind at guest ``offset``: at most ``length`` bytes, within one block.
@@ -262,9 +266,15 @@ class Mapping:
             if run.start < cluster + count and cluster < run.start + run.count:
                 raise CorruptionError(structure, place, f"host offset {host:#x} is in the journal")
 
-    # Staging, inside an operation
 
-    def set_entries(self, first: GuestCluster, values: list[L2Entry], refcounts: Allocation) -> None:
+class MappingEditor(Mapping):
+    """The mapping of one image, to be changed inside an operation."""
+
+    def __init__(self, view: View, space: Space, refcounts: Allocation, shown: L1Table | None = None) -> None:
+        super().__init__(view, space, shown)
+        self.refcounts = refcounts
+
+    def set_entries(self, first: GuestCluster, values: list[L2Entry]) -> None:
         """Stage L2 entries for guest clusters in a row, within one metadata block of one L2 table.
 
         Raises:
@@ -272,7 +282,7 @@ class Mapping:
             UnsupportedFeatureError: compressed data lies too far out in the file.
         """
         codec = self.codec
-        table = self._own_l2_table(first // codec.per_table, refcounts)
+        table = self._own_l2_table(first // codec.per_table)
         l2_index = first % codec.per_table
         index = l2_index % codec.per_block
         block = self.view.edit(HostOffset(table + (l2_index - index) * codec.entry_bytes))
@@ -282,32 +292,27 @@ class Mapping:
         except ValueError as error:
             raise UnsupportedFeatureError("compressed data this far out in the file", str(error)) from error
 
-    def _own_l2_table(self, l1_index: int, refcounts: Allocation) -> HostOffset:
+    def _own_l2_table(self, l1_index: int) -> HostOffset:
         """Return the host offset of an L2 table that may be changed (G3)."""
         table = self.l2_table(l1_index)
-        if table and self._has_one_owner(table, refcounts):
+        if table and self._has_one_owner(table):
             return table
         if l1_index >= self.view.header.l1_size:
-            self.grow_l1(l1_index + 1, refcounts)
-        own = refcounts.allocate_metadata()
+            self.grow_l1(l1_index + 1)
+        own = self.refcounts.allocate_metadata()
         if table:
             self.copy_table(table, own, self._cluster_bytes)
-            refcounts.release_metadata(self.geometry.cluster_of(table))
+            self.refcounts.release_metadata(self.geometry.cluster_of(table))
         self.set_l1_entry(l1_index, own, copied=True)
         return own
 
-    def _has_one_owner(self, table: HostOffset, refcounts: Allocation) -> bool:
-        return refcounts.get(self.geometry.cluster_of(table)) == 1
+    def _has_one_owner(self, table: HostOffset) -> bool:
+        return self.refcounts.get(self.geometry.cluster_of(table)) == 1
 
     def set_l1_entry(self, l1_index: int, table: HostOffset, *, copied: bool) -> None:
         """Stage an L1 entry; ``table`` 0 for none."""
         place = HostOffset(self.view.header.l1_table_offset + l1_index * ENTRY_BYTES)
         self.view.set_entry(place, entries.l1_entry(table, copied=copied) if table else 0)
-
-    def l1_is_copied(self, l1_index: int) -> bool:
-        """Return the COPIED flag of an entry of the active L1 table."""
-        place = HostOffset(self.view.header.l1_table_offset + l1_index * ENTRY_BYTES)
-        return entries.decode_l1(self.view.entry(place))[1]
 
     def copy_table(self, source: HostOffset, target: HostOffset, length: int) -> None:
         """Stage a copy of ``length`` bytes of a table in new, zeroed metadata clusters."""
@@ -317,15 +322,15 @@ class Mapping:
             if not _native.is_zero(old):
                 self.view.edit(HostOffset(target + position))[:used] = old
 
-    def drop_l2_table(self, l1_index: int, refcounts: Allocation) -> None:
+    def drop_l2_table(self, l1_index: int) -> None:
         """Stage an L1 entry without an L2 table, and give up the table and all that it maps."""
         table = self.l2_table(l1_index)
         for start, count in self.references(table):
-            refcounts.release(start, count)
+            self.refcounts.release(start, count)
         self.set_l1_entry(l1_index, HostOffset(0), copied=False)
-        refcounts.release_metadata(self.geometry.cluster_of(table))
+        self.refcounts.release_metadata(self.geometry.cluster_of(table))
 
-    def grow_l1(self, l1_size: int, refcounts: Allocation) -> None:
+    def grow_l1(self, l1_size: int) -> None:
         """Give the L1 table at least ``l1_size`` entries, in other clusters; the new entries are 0."""
         header = self.view.header
         if l1_size <= header.l1_size:
@@ -333,8 +338,8 @@ class Mapping:
         if l1_size * ENTRY_BYTES > layout.MAX_L1_BYTES:
             raise UnsupportedFeatureError("an L1 table of more than 32 MiB")
         old = HostOffset(header.l1_table_offset)
-        offset = refcounts.allocate_metadata(self.geometry.clusters(l1_size * ENTRY_BYTES))
+        offset = self.refcounts.allocate_metadata(self.geometry.clusters(l1_size * ENTRY_BYTES))
         self.copy_table(old, offset, header.l1_size * ENTRY_BYTES)
         self.view.set_header(l1_table_offset=offset, l1_size=l1_size)
         old_clusters = self.geometry.clusters(header.l1_size * ENTRY_BYTES)
-        refcounts.release_metadata(self.geometry.cluster_of(old), old_clusters)
+        self.refcounts.release_metadata(self.geometry.cluster_of(old), old_clusters)

@@ -23,7 +23,7 @@ from jqcow.ondisk.layout import HostOffset
 BarrierListener = Callable[[int], None]
 """Told, with the lock held, the number of a barrier that has completed (M3)."""
 
-PLANNED = (OSError, JqcowError)
+EXPECTED = (OSError, JqcowError)
 """What a section expects of host and image, and undoes itself. Anything else leaves it in doubt."""
 
 
@@ -40,15 +40,15 @@ class Section:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, PLANNED):
+        if kind is None or issubclass(kind, EXPECTED):
             self._medium.in_doubt = False
 
 
 class Medium:
     """A device with memory. Offsets and lengths are in bytes; the kernel's ``OSError`` passes through.
 
-    ``lock`` is the image's one lock: whoever looks at its state, or changes it, holds it. Nobody waits for
-    the device's data with the lock held.
+    ``lock`` is the image's one lock: whoever looks at its state, or changes it, holds it. No guest data is
+    read or written with the lock held; metadata may be read, and space be allocated.
     """
 
     def __init__(self, device: Device) -> None:
@@ -61,10 +61,9 @@ class Medium:
         self.barriers_started = 0
         self.listeners: list[BarrierListener] = []
 
-    @property
-    def read_only(self) -> bool:
-        """True when the device cannot be changed, from the start or since a failed barrier."""
-        return self.poisoned or self.in_doubt or self.device.read_only
+    def leave_in_doubt(self) -> None:
+        """A critical section, or what one began, was left half-way: for good (M6). The lock is held."""
+        self.in_doubt = True
 
     def require_known(self) -> None:
         """Raise PoisonedError if a critical section was left half-way (M6)."""
@@ -77,11 +76,11 @@ class Medium:
             raise PoisonedError("an earlier barrier or journal write failed: reopen the image to recover it")
 
     def section(self) -> Section:
-        """Return a critical section: the caller holds the lock, and raises before it changes anything."""
+        """Return a critical section: the caller holds the lock, and undoes what `EXPECTED` cuts off."""
         return Section(self)
 
     def undo(self, action: Callable[[], None]) -> None:
-        """Clean up after a failure, in a section of its own. In doubt there is nothing to clean up for."""
+        """Take something back, in a section of its own. In doubt there is nothing to take back."""
         with self.lock:
             if not self.in_doubt:
                 with self.section():
@@ -91,7 +90,7 @@ class Medium:
         """Return the length of the device."""
         return self.device.size()
 
-    def pread(self, offset: HostOffset, length: int) -> bytes:
+    def pread(self, length: int, offset: HostOffset) -> bytes:
         """Return ``length`` bytes; what lies past the end reads as zeros."""
         return self.device.pread(length, offset)
 

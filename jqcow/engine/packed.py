@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
-from jqcow.engine.changes import Run
-from jqcow.engine.guard import Request
+from jqcow.engine.clusters import Run
+from jqcow.engine.request import Request
 from jqcow.engine.write import Writes
 from jqcow.ondisk import compression, layout
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, L2Entry
@@ -95,8 +95,7 @@ class PackedWrites:
         requests.require_live()
         with requests.medium.section():
             host, taken = self.tables.refcounts.take_packed(len(stream))
-            request.first, request.end = first, first + 1
-            requests.guard.begin(request, changes=True)
+            requests.guard.begin(request, changes=True, first=first, end=first + 1)
         return PackPlan(host, taken, self.tables.changes.packed_end)
 
     def _is_stale(self, plan: PackPlan) -> bool:
@@ -106,7 +105,7 @@ class PackedWrites:
     def _stage(self, plan: PackPlan, length: int, offset: GuestOffset) -> None:
         tables = self.tables
         # W2: a descriptor must not become durable before what it describes.
-        tables.view.require_order()
+        tables.changes.ordered = True
         tables.refcounts.count_in_packed(plan.host, length, plan.taken)
         cluster = GuestCluster(offset // tables.geometry.cluster_bytes)
         entry = L2Entry(COMPRESSED_CLUSTER, plan.host, False, length)

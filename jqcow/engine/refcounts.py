@@ -1,19 +1,32 @@
-"""Refcounts, read through one view (qcow2 specification, "Host cluster management")."""
+"""The refcounts of host clusters (qcow2 specification, "Host cluster management"): read, and changed.
+
+R1. A refcount is raised in the operation, and so in the record, that makes the reference.
+R2. A cluster is handed out only if its refcount, staged changes included, is 0.
+R3. The home of a metadata cluster is allocated on the host before a record names it, and that of every
+    older one before the first record: a full disk fails the operation, not the checkpoint.
+R4. Compressed data is packed only into sectors that no durable or staged entry names: behind what this
+    process packed last, and never after the host cluster was freed or its packing was undone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from jqcow import _native
-from jqcow.engine.blocks import View
+from jqcow.engine.clusters import ClusterRuns, Run
+from jqcow.engine.metadata import View
 from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.ondisk import layout
 from jqcow.ondisk.entries import DamagedEntry, decode_refcount_table
-from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, HostOffset
+from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES, ClusterIndex, HostOffset
 
 TABLE_ENTRY_ORDER = 6
 """A table entry is as wide as a refcount of this order."""
+
+SCAN_BLOCKS_PER_TAKE = 16
+"""Refcount blocks searched for free clusters before the file grows instead."""
 
 
 class Piece(NamedTuple):
@@ -25,26 +38,12 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Search:
-    """Which host clusters hold metadata, and how far the image was searched for free ones."""
-
-    def __init__(self) -> None:
-        self.metadata: set[ClusterIndex] = set()
-        self.cluster = 0
-        self.end = 0
-
-    def start(self, end: ClusterIndex) -> None:
-        """Search the refcounts for free clusters, as allocation asks for them, up to ``end``."""
-        self.cluster, self.end = 0, end
-
-
 class Refcounts:
-    """The refcounts of one image through one view, to be read; `jqcow.engine.allocation` changes them."""
+    """The refcounts of one image through one view, to be read."""
 
-    def __init__(self, view: View, space: Space, search: Search) -> None:
+    def __init__(self, view: View, space: Space) -> None:
         self.view = view
         self.space = space
-        self.search = search
         self.geometry = view.geometry
         self._order = view.geometry.refcount_order
 
@@ -152,7 +151,7 @@ class Refcounts:
                 clusters have it, or the refcount is wrong.
         """
         refcount = self.get(cluster)
-        if refcount == 1 and cluster not in self.search.metadata:
+        if refcount == 1 and cluster not in self.space.metadata:
             return 1
         offset = self.geometry.offset_of(cluster)
         if refcount == 0:
@@ -166,6 +165,288 @@ class Refcounts:
 
     def check_holds_data(self, cluster: ClusterIndex) -> None:
         """Raise CorruptionError if a cluster holds metadata: a guest's entry must not change it (G2)."""
-        if cluster in self.search.metadata:
+        if cluster in self.space.metadata:
             offset = self.geometry.offset_of(cluster)
             raise CorruptionError("L2 table", offset, "a guest cluster is mapped onto metadata")
+
+
+class Allocation(Refcounts):
+    """The refcounts of one image through one view. What changes them is called inside an operation."""
+
+    # Taking clusters
+
+    def take(self, count: int) -> Run:
+        """Take up to ``count`` free clusters in a row, at least one; `count_in` gives them their refcount."""
+        self.search_if_short()
+        changes = self.view.changes
+        run = self.space.take(count, ordered=changes.is_private)
+        # Among them may be freed metadata.
+        self.space.metadata.difference_update(range(run.start, run.start + run.count))
+        return run
+
+    def count_in(self, run: Run) -> None:
+        """Give clusters that were taken for data refcount 1 (R1).
+
+        Raises:
+            OSError: the host has no space for a refcount block.
+            CorruptionError: a cluster that should be free is not.
+        """
+        changes = self.view.changes
+        changes.taken.append(run)
+        if changes.own is not None:
+            changes.own.update(ClusterIndex(at) for at in range(run.start, run.start + run.count))
+        self._raise(run)
+
+    def _raise(self, run: Run) -> None:
+        """Give free clusters refcount 1 (R2)."""
+        for piece in self._edited_pieces(run.start, run.count):
+            data = self.view.edit(piece.block)
+            used = _native.refcount_find_used(data, self._order, piece.position, piece.stop)
+            if used >= 0:
+                place = self.geometry.offset_of(ClusterIndex(piece.first + used - piece.position))
+                refcount = _native.refcount_get(data, used, self._order)
+                raise CorruptionError("refcount block", place, f"a free cluster has refcount {refcount}")
+            _native.refcount_add(data, self._order, piece.position, piece.stop, 1)
+        self.space.count_in(run)
+
+    def allocate_metadata(self, count: int = 1) -> HostOffset:
+        """Allocate ``count`` zeroed metadata clusters in a row; return their host offset.
+
+        Raises:
+            OSError: the host has no space for them.
+        """
+        run = self._take_home(count)
+        self._raise(run)
+        return self.geometry.offset_of(run.start)
+
+    def _take_home(self, count: int) -> Run:
+        """Take clusters for metadata, and allocate them on the host (R3)."""
+        changes = self.view.changes
+        if count == 1:
+            run = self.space.take(1, ordered=changes.is_private)
+        else:
+            run = self.space.take_at_frontier(count)
+        changes.taken.append(run)
+        offset, length = self.geometry.offset_of(run.start), count * self.geometry.cluster_bytes
+        if offset + length > layout.MAX_HOST_OFFSET:
+            raise UnsupportedFeatureError("a file of more than 64 PiB")
+        self.view.blocks.medium.allocate(offset, length)
+        for cluster in range(run.start, run.start + count):
+            self.view.zero_cluster(ClusterIndex(cluster))
+            self.space.metadata.add(ClusterIndex(cluster))
+        return run
+
+    def allocate_homes(self) -> None:
+        """Give every metadata cluster its space on the host: who made the image may have left holes (R3).
+
+        Raises:
+            OSError: the host has no space for them.
+        """
+        for run in ClusterRuns(Run(cluster, 1) for cluster in sorted(self.space.metadata)):
+            offset = self.geometry.offset_of(run.start)
+            self.view.blocks.medium.allocate(offset, run.count * self.geometry.cluster_bytes)
+
+    def _edited_pieces(self, start: int, count: int) -> Iterator[Piece]:
+        """Yield the metadata blocks that hold the refcounts of clusters in a row; missing ones are added."""
+        end = start + count
+        while start < end:
+            piece = self._piece(start, end)
+            if piece.block:
+                yield piece
+                start += piece.stop - piece.position
+            else:
+                self._add_block(start // self.geometry.refcounts_per_cluster)
+
+    def _add_block(self, index: int) -> None:
+        """Add the refcount block ``index``. Its own refcount may be in itself, or in a further new block."""
+        if index >= self.table_entries:
+            self._grow_table(index)
+            if self.refcount_block(index):
+                return
+        run = self._take_home(1)
+        table = self.view.header.refcount_table_offset
+        self.view.set_entry(HostOffset(table + index * ENTRY_BYTES), self.geometry.offset_of(run.start))
+        self._raise(run)
+
+    def _grow_table(self, index: int) -> None:
+        """Move the refcount table to more clusters, in a row past the end of the file."""
+        header = self.view.header
+        old_entries = self.table_entries
+        clusters = self._table_clusters_for(max(index + 1, old_entries * 3 // 2))
+        run = self._take_home(clusters)
+        offset = self.geometry.offset_of(run.start)
+        for position in range(0, old_entries * ENTRY_BYTES, self.geometry.block_bytes):
+            old = self.view.block(HostOffset(header.refcount_table_offset + position))
+            if not _native.is_zero(old):
+                self.view.edit(HostOffset(offset + position))[:] = old
+        self.view.set_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
+        self._raise(run)
+        first_old = self.geometry.cluster_of(HostOffset(header.refcount_table_offset))
+        self.release_metadata(first_old, header.refcount_table_clusters)
+
+    def _table_clusters_for(self, entries: int) -> int:
+        """Return how many clusters a new table at the frontier needs, to count itself and its blocks too."""
+        geometry = self.geometry
+        clusters = geometry.clusters(entries * ENTRY_BYTES)
+        while True:
+            new_blocks = clusters // geometry.refcounts_per_cluster + 2
+            last_block = (self.space.frontier + clusters + new_blocks) // geometry.refcounts_per_cluster
+            if clusters * geometry.cluster_bytes // ENTRY_BYTES > last_block:
+                break
+            clusters += 1
+        if clusters * geometry.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:
+            raise UnsupportedFeatureError("a refcount table of more than 8 MiB")
+        return clusters
+
+    # Sharing and releasing
+
+    def share(self, start: ClusterIndex, count: int) -> None:
+        """Add a reference to each of the clusters, which are in use.
+
+        Raises:
+            CorruptionError: one of them is free.
+            UnsupportedFeatureError: its refcount does not fit the refcount's width.
+        """
+        for run_start, _, before in self.runs(start, count):
+            if not before:
+                self._refuse(run_start, -1)
+        self._add(start, count, 1)
+
+    def release(self, start: ClusterIndex, count: int = 1) -> None:
+        """Take a reference from each of the data clusters; those without another one are free.
+
+        Raises:
+            CorruptionError: one of them is free already, or holds metadata.
+        """
+        changes = self.view.changes
+        for run in self._take_reference(start, count):
+            for cluster in range(run.start, run.start + run.count):
+                self.check_holds_data(ClusterIndex(cluster))
+            self._stop_packing_in(run)
+            self.space.free(run.start, run.count)
+            changes.freed_data.append(run)
+            changes.freed_clusters += run.count
+
+    def release_metadata(self, start: ClusterIndex, count: int = 1) -> None:
+        """Take a reference from each of the metadata clusters; those without another one are free."""
+        for run in self._take_reference(start, count):
+            self._free_as_metadata(run)
+
+    def _free_as_metadata(self, run: Run) -> None:
+        changes = self.view.changes
+        self.space.free(run.start, run.count)
+        changes.freed_metadata.append(run)
+        changes.freed_clusters += run.count
+
+    def _add(self, start: int, count: int, delta: int) -> None:
+        for piece in self._edited_pieces(start, count):
+            self._add_in(piece, delta)
+
+    def _add_in(self, piece: Piece, delta: int) -> bytearray:
+        """Add to the refcounts of one metadata block; return it."""
+        data = self.view.edit(piece.block)
+        failed = _native.refcount_add(data, self._order, piece.position, piece.stop, delta)
+        if failed >= 0:
+            self._refuse(ClusterIndex(piece.first + failed - piece.position), delta)
+        return data
+
+    def _take_reference(self, start: int, count: int) -> list[Run]:
+        """Take a reference from each cluster; return the runs that have none left."""
+        unused: list[Run] = []
+        for piece in self._edited_pieces(start, count):
+            data, position = self._add_in(piece, -1), piece.position
+            while position < piece.stop:
+                left, length = _native.refcount_run(data, self._order, position, piece.stop)
+                if not left:
+                    unused.append(Run(ClusterIndex(piece.first + position - piece.position), length))
+                position += length
+        return unused
+
+    def _refuse(self, cluster: ClusterIndex, delta: int) -> NoReturn:
+        offset = self.geometry.offset_of(cluster)
+        if delta < 0:
+            raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
+        detail = f"the cluster at host offset {offset:#x} has no room for another reference"
+        raise UnsupportedFeatureError(f"a refcount above {self.largest}", detail)
+
+    # Correcting
+
+    def correct(self, start: ClusterIndex, count: int, refcount: int, references: int) -> None:
+        """Give clusters in a row the refcount ``references`` instead of ``refcount``.
+
+        Raises:
+            UnsupportedFeatureError: it does not fit the refcount's width.
+            OSError: the host has no space for a refcount block.
+        """
+        self._add(start, count, references - refcount)
+        if not references:
+            # What they hold is not known: as if it were metadata, whose old blocks may still be replayed.
+            self._free_as_metadata(Run(start, count))
+        elif not refcount:
+            self.space.withdraw(start, count)
+
+    # Packing compressed data (R4)
+
+    def take_packed(self, length: int) -> tuple[HostOffset, Run | None]:
+        """Take whole sectors for ``length`` bytes of one compressed cluster.
+
+        They follow those that were packed before, in the same host cluster while there is room. Returns
+        their host offset, and the new cluster that was taken for them, if any.
+        """
+        geometry, packed_end = self.geometry, self.view.changes.packed_end
+        length = layout.round_up(length, SECTOR_BYTES)
+        left = -packed_end % geometry.cluster_bytes
+        current = ClusterIndex(packed_end // geometry.cluster_bytes)
+        has_room = bool(left) and self.get(current) < self.largest
+        run = None if has_room and length <= left else self.take(1)
+        if run is None or (has_room and run.start == current + 1):
+            return HostOffset(packed_end), run
+        return geometry.offset_of(run.start), run
+
+    def count_in_packed(self, offset: HostOffset, length: int, run: Run | None) -> None:
+        """Count one more compressed cluster in the host clusters that `take_packed` gave for it."""
+        first = self.geometry.cluster_of(offset)
+        if run is None or run.start != first:
+            self.share(first, 1)
+        if run is not None:
+            self.count_in(run)
+        self.view.changes.packed_end = layout.round_up(offset + length, SECTOR_BYTES)
+
+    def _stop_packing_in(self, run: Run) -> None:
+        changes = self.view.changes
+        if run.start <= changes.packed_end // self.geometry.cluster_bytes < run.start + run.count:
+            changes.packed_end = 0
+
+    # Free clusters below the end of the file
+
+    def search_if_short(self) -> None:
+        """When short of clusters that read as zeros, find some that are free and not listed."""
+        if not self.space.is_short or self.space.unknown:
+            return
+        for _ in range(SCAN_BLOCKS_PER_TAKE):
+            start = self.space.search_at
+            if start >= self.space.search_end or self.space.unknown:
+                return
+            per_block = self.geometry.refcounts_per_block
+            stop = min(self.space.search_end, start - start % per_block + per_block)
+            for run_start, run_end in self._free_runs(start, stop):
+                self._list_free(run_start, run_end)
+            self.space.search_at = stop
+
+    def _free_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield [start, end) runs of refcount 0 within one metadata block of refcounts."""
+        return (
+            (first, first + count)
+            for first, count, refcount in self.runs(start, stop - start)
+            if not refcount
+        )
+
+    def _list_free(self, start: int, end: int) -> None:
+        run_start = start
+        for cluster in range(start, end):
+            if self.space.is_listed(ClusterIndex(cluster)):
+                if run_start < cluster:
+                    self.space.add_found(ClusterIndex(run_start), cluster - run_start)
+                run_start = cluster + 1
+        if run_start < end:
+            self.space.add_found(ClusterIndex(run_start), end - run_start)

@@ -1,35 +1,178 @@
-"""Requests of a guest: plan, run, stage. Here: how a request is planned, and what a read does.
+"""Requests of a guest: how one is planned, and who is kept from what while it runs.
 
 A request is planned with the lock held: its runs are resolved, and the clusters that it needs are taken. It
 runs without the lock, any number of requests at a time: bytes are read, copied, written. What it changes in
 the tables is staged with the lock held, in one operation. Nothing maps its data before a record is durable.
+
+Each request holds a lock of its own from before its plan until after its end; who has to wait for it waits
+for that lock. Locks are taken by ``with`` alone: an exception at any point leaves none of them taken.
+
+Q1. The guest clusters that a request will map are its own until it has ended: no other request changes
+    their entries.
+Q2. While somebody is alone (a transaction, a resize, a close) no other request changes anything, and none
+    that began before is still running.
+Q3. What a request resolved stays in place until it has ended (space.py, S6).
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TypeVar
 
-from jqcow.device.disk import Disk, read_padded, shows_zeros
-from jqcow.engine.blocks import Absent
 from jqcow.engine.commit import Commits
-from jqcow.engine.guard import Busy, Guard, Request
 from jqcow.engine.lifecycle import Lifecycle
-from jqcow.engine.mapping import MappedRun
+from jqcow.engine.medium import Medium
+from jqcow.engine.metadata import Absent
 from jqcow.engine.tables import Tables
-from jqcow.errors import CorruptionError, FormatError
-from jqcow.ondisk import compression
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, L2Entry
-from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
+from jqcow.ondisk.layout import GuestOffset
 
 Planned = TypeVar("Planned")
 
-RUNS_AT_ONCE = 1024
-"""Runs that are resolved with the lock held: it bounds memory, and how long others wait."""
 
-ZERO_CHUNK_BYTES = 1 << 20
-_ZEROS = bytes(ZERO_CHUNK_BYTES)
+class Request:
+    """A request in flight. ``first`` and ``end`` are guest clusters whose entries it will change."""
+
+    __slots__ = ("changes", "end", "first", "number", "running")
+
+    def __init__(self) -> None:
+        self.running = threading.RLock()
+        self.number = 0
+        self.changes = False
+        self.first = 0
+        self.end = 0
+
+
+class Busy(Exception):
+    """What has to end first before a request can be planned. ``request`` None: somebody is alone."""
+
+    def __init__(self, request: Request | None) -> None:
+        super().__init__()
+        self.request = request
+
+
+class Guard:
+    """The requests of one image in flight. The lock is held, but for `end` and what waits."""
+
+    def __init__(self, medium: Medium) -> None:
+        self.medium = medium
+        self.newest = 0
+        """The number of the newest request."""
+        self.turnstile = threading.RLock()
+        """Held by whoever is alone."""
+        self.is_alone = False
+        self._requests: dict[int, Request] = {}
+        self._owner_pid = os.getpid()
+
+    # One request
+
+    def begin(self, request: Request, *, changes: bool = False, first: int = 0, end: int = 0) -> None:
+        """A request has its plan, and runs from here on; it will map the guest clusters [first, end) (Q1)."""
+        self.newest += 1
+        request.number, request.changes = self.newest, changes
+        request.first, request.end = first, end
+        self._requests[self.newest] = request
+
+    def end(self, request: Request) -> None:
+        """A request has ended, well or not. One call of the interpreter: it needs no lock."""
+        self._requests.pop(request.number, None)
+
+    def require_free(self, first: int, end: int) -> None:
+        """Raise Busy if another request will change the entries of guest clusters [first, end) (Q1)."""
+        for request in list(self._requests.values()):
+            if request.first < end and first < request.end:
+                raise Busy(request)
+
+    def require_not_alone(self) -> None:
+        """Raise Busy while somebody is alone (Q2)."""
+        if self.is_alone:
+            raise Busy(None)
+
+    def oldest(self) -> int:
+        """Return the number of the oldest request in flight, or one that none has yet (Q3).
+
+        A reader that was cut off is forgotten: nobody holds its lock.
+        """
+        for number, request in list(self._requests.items()):
+            if request.changes or is_held(request.running):
+                return number
+            self.end(request)
+        return self.newest + 1
+
+    def require_not_mine(self) -> None:
+        """Raise RuntimeError if the calling thread is in the midst of a request: it is a finaliser."""
+        if any(is_mine(request.running) for request in list(self._requests.values())):
+            raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
+
+    # Waiting, with the lock free
+
+    def wait(self, busy: Busy) -> None:
+        """Wait until what is in the way has ended.
+
+        Raises:
+            PoisonedError: it was cut off, and will never end.
+            RuntimeError: the calling thread would wait for itself.
+        """
+        lock = self.turnstile if busy.request is None else busy.request.running
+        if is_mine(lock):
+            raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
+        with lock, self.medium.lock:
+            left = self.is_alone if busy.request is None else busy.request.number in self._requests
+            if left:
+                self.medium.leave_in_doubt()
+            self.medium.require_known()
+
+    def alone(self) -> Alone:
+        """Return a context that keeps all other changes out; the caller holds the turnstile, not the lock."""
+        return Alone(self)
+
+    def drain(self) -> None:
+        """Wait until no request that changes is in flight.
+
+        Raises:
+            PoisonedError: one of them was cut off.
+        """
+        for request in list(self._requests.values()):
+            if request.changes:
+                self.wait(Busy(request))
+
+    def end_all(self) -> None:
+        """Wait until no request at all is in flight; one that was cut off holds nothing back any more.
+
+        A forked child does not wait: the requests of its parent never end there.
+        """
+        if os.getpid() != self._owner_pid:
+            return
+        for request in list(self._requests.values()):
+            with request.running:
+                self.end(request)
+
+
+class Alone:
+    """Nobody else changes the image, and nobody is still doing so (Q2).
+
+    Where it is cut off the guard still says that somebody is alone, and whoever comes next finds that out.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        guard = self._guard
+        with guard.medium.lock:
+            if guard.is_alone:
+                guard.medium.leave_in_doubt()
+            guard.medium.require_known()
+            guard.is_alone = True
+        try:
+            guard.drain()
+        except BaseException:
+            guard.is_alone = False
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        self._guard.is_alone = False
 
 
 class NotLive(Exception):
@@ -41,7 +184,7 @@ class Requests:
 
     Errors of all: ValueError where a range reaches past the disk's end; CorruptionError where a table on the
     way is damaged; OSError where the host failed; PoisonedError where the image has to be opened again; and
-    what ``enter`` raises, which is called with the lock held before anything else.
+    what ``admit`` raises, which is called with the lock held before anything else: with True for a change.
     """
 
     def __init__(
@@ -50,27 +193,22 @@ class Requests:
         lifecycle: Lifecycle,
         commits: Commits,
         guard: Guard,
-        enter: Callable[[bool], None],
-        backing: Disk | None = None,
+        admit: Callable[[bool], None],
         *,
         alone: bool = False,
     ) -> None:
-        """``backing``: the disk that unallocated clusters read from. ``alone``: the caller is (Q2)."""
+        """``alone``: the caller is (Q2)."""
         self.tables = tables
         self.lifecycle = lifecycle
         self.commits = commits
         self.guard = guard
-        self.backing = backing
         self.medium = tables.blocks.medium
         self.geometry = tables.geometry
-        self.enter = enter
+        self.admit = admit
         self.alone = alone
         self.lock = self.medium.lock
         self._cluster_bytes = tables.geometry.cluster_bytes
         self._span_bytes = tables.mapping.codec.per_block * self._cluster_bytes
-        self._decompressed: tuple[int, HostOffset, bytes] | None = None
-
-    # Planning
 
     def planned(self, plan: Callable[[], Planned]) -> Planned:
         """Call ``plan`` with the lock held, until nothing is in its way."""
@@ -90,7 +228,7 @@ class Requests:
 
     def _require_admitted(self) -> None:
         """Refuse a change that the image's state does not allow, or that somebody who is alone keeps out."""
-        self.enter(True)
+        self.admit(True)
         if not self.alone:
             self.guard.require_not_alone()
 
@@ -99,7 +237,7 @@ class Requests:
         request = Request()
         with request.running:
             with self.lock:
-                self.enter(False)
+                self.admit(False)
                 self.guard.begin(request)
             try:
                 self.tables.blocks.load_unlocked(absent)
@@ -122,7 +260,7 @@ class Requests:
     def commit_if_large(self) -> None:
         """After a change, with the lock free: keep what is staged within bounds. Who is alone does not."""
         if not self.alone:
-            self.commits.flush_if_large(lambda: self.enter(True))
+            self.commits.flush_if_large(lambda: self.admit(True))
 
     def check_range(self, offset: int, length: int) -> None:
         """Raise ValueError unless a guest range lies within the disk."""
@@ -139,6 +277,20 @@ class Requests:
                 f"{length} bytes at {offset} are not whole clusters of {self._cluster_bytes} bytes"
             )
 
+    def check_change(self, offset: int, length: int) -> int:
+        """Refuse a change of a guest range that may not be made as a whole; return the size of the disk."""
+
+        def check() -> int:
+            self.enter_change()
+            self.check_range(offset, length)
+            return self.tables.mapping.disk_bytes
+
+        return self.planned(check)
+
+    def is_one_span(self, offset: int, length: int) -> bool:
+        """Return True if `spans` would not cut a guest range."""
+        return offset % self._span_bytes + length <= self._span_bytes
+
     def spans(self, offset: int, length: int) -> Iterator[tuple[GuestOffset, int]]:
         """Cut a guest range where the metadata blocks of its L2 tables end: (offset, length) of each part."""
         end = offset + length
@@ -147,139 +299,17 @@ class Requests:
             yield GuestOffset(offset), reach - offset
             offset = reach
 
-    # Read
 
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with the guest's bytes at ``offset``."""
-        position = self._read_some(buffer, offset, 0)
-        while position < len(buffer):
-            position = self._read_some(buffer, offset, position)
-
-    def _read_some(self, buffer: memoryview, offset: int, position: int) -> int:
-        """Read what can be resolved at once, from ``position`` in the buffer on; return how far that is."""
-        request = Request()
-        with request.running:
-            runs = self.planned(lambda: self._plan_read(request, offset + position, len(buffer) - position))
-            try:
-                for run in runs:
-                    self.read_run(
-                        run, buffer[position : position + run.length], GuestOffset(offset + position)
-                    )
-                    position += run.length
-            finally:
-                self.guard.end(request)
-        return position
-
-    def _plan_read(self, request: Request, offset: int, length: int) -> list[MappedRun]:
-        self.enter(False)
-        self.check_range(offset, length)
-        runs = self._runs_at_hand(GuestOffset(offset), length)
-        self.guard.begin(request)
-        return runs
-
-    def _runs_at_hand(self, offset: GuestOffset, length: int) -> list[MappedRun]:
-        """Return the first runs of a guest range, up to a block that is not in memory.
-
-        Raises:
-            Absent: that is the first block that the range needs.
-        """
-        found: list[MappedRun] = []
-        end = offset + length
-        try:
-            while offset < end and len(found) < RUNS_AT_ONCE:
-                run = self.tables.mapping_at_hand.run(offset, end - offset)
-                found.append(run)
-                offset = GuestOffset(offset + run.length)
-        except Absent:
-            if not found:
-                raise
-        return found
-
-    def read_run(self, run: MappedRun, part: memoryview, offset: GuestOffset) -> None:
-        """Fill ``part`` with what a run of guest bytes at ``offset`` reads as; the request is in flight."""
-        if run.kind == DATA:
-            self.medium.pread_into(part, run.host)
-        elif run.kind == COMPRESSED_CLUSTER:
-            within = offset % self._cluster_bytes
-            part[:] = self._decompress(run)[within : within + len(part)]
-        elif run.kind == UNALLOCATED and self.backing is not None:
-            read_padded(self.backing, part, offset)
-        else:
-            _fill_zeros(part)
-
-    def _decompress(self, run: MappedRun) -> bytes:
-        """Return the bytes of a compressed cluster. The last one is kept: it is often read piece by piece.
-
-        It serves until clusters come back: from then on the host cluster may hold something else.
-        """
-        kept, reuses = self._decompressed, self.tables.space.reuses
-        if kept is not None and kept[:2] == (reuses, run.host):
-            return kept[2]
-        kind = self.tables.view.header.compression_type
-        try:
-            stream = self.medium.pread(run.host, run.packed_bytes)
-            data = compression.decompress(stream, self._cluster_bytes, kind)
-        except FormatError as error:
-            raise CorruptionError("compressed cluster", run.host, str(error)) from error
-        self._decompressed = reuses, run.host, data
-        return data
-
-    def runs(self, offset: int, length: int) -> Iterator[MappedRun]:
-        """Yield what a guest range is mapped to; it need not lie within the disk."""
-        end = offset + length
-        while offset < end:
-            for run in self.planned(partial(self._look, offset, end - offset)):
-                yield run
-                offset += run.length
-
-    def _look(self, offset: int, length: int) -> list[MappedRun]:
-        self.enter(False)
-        return self._runs_at_hand(GuestOffset(offset), length)
-
-    def first_run(self, offset: int, length: int) -> MappedRun:
-        """Return the first run of a guest range."""
-
-        def look() -> MappedRun:
-            self.enter(False)
-            return self.tables.mapping_at_hand.run(GuestOffset(offset), length)
-
-        return self.planned(look)
-
-    def entry(self, cluster: int) -> L2Entry:
-        """Return the L2 entry of a guest cluster."""
-
-        def look() -> L2Entry:
-            self.enter(False)
-            return self.tables.mapping_at_hand.l2_entry(GuestCluster(cluster))
-
-        return self.planned(look)
-
-    def reads_as_zeros(self, offset: int, length: int) -> bool:
-        """Return True if a guest range reads as zeros, as far as the tables of the chain tell."""
-        for run in self.runs(offset, length):
-            if run.kind in (DATA, COMPRESSED_CLUSTER):
-                return False
-            if run.kind == UNALLOCATED and not self.below_reads_as_zeros(offset, run.length):
-                return False
-            offset += run.length
+def is_held(lock: threading.RLock) -> bool:
+    """Return True if any thread has the lock."""
+    if is_mine(lock):
         return True
-
-    def below_reads_as_zeros(self, offset: int, length: int) -> bool:
-        """Return True if what lies below a guest range, which may reach past either disk, reads as zeros."""
-        return shows_zeros(self.backing, length, offset)
-
-    def reads_from_below(self, offset: int, length: int) -> bool:
-        """Return True if the backing file may hold data of a range."""
-        if self.backing is None:
-            return False
-        for run in self.runs(offset, length):
-            if run.kind == UNALLOCATED and not self.below_reads_as_zeros(offset, run.length):
-                return True
-            offset += run.length
-        return False
+    is_free = lock.acquire(blocking=False)
+    if is_free:
+        lock.release()
+    return not is_free
 
 
-def _fill_zeros(buffer: memoryview) -> None:
-    for position in range(0, len(buffer), ZERO_CHUNK_BYTES):
-        part = buffer[position : position + ZERO_CHUNK_BYTES]
-        part[:] = _ZEROS[: len(part)]
+def is_mine(lock: threading.RLock) -> bool:
+    """Return True if the calling thread has the lock: a finaliser runs in the midst of anything."""
+    return bool(lock._is_owned())  # type: ignore[attr-defined]

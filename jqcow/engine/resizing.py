@@ -19,7 +19,7 @@ class Resizing:
 
     def is_one_operation(self, size_bytes: int) -> bool:
         """Return True if `resize` shows nothing before its last operation; else it needs a transaction."""
-        old_size, backing = self.tables.mapping.disk_bytes, self.requests.backing
+        old_size, backing = self.tables.mapping.disk_bytes, self.zeroing.reads.backing
         return size_bytes >= old_size and (backing is None or backing.size <= old_size)
 
     def resize(self, size_bytes: int) -> None:
@@ -37,7 +37,7 @@ class Resizing:
         if within:
             self.zeroing.zero_part(min(old_size, size_bytes), self._cluster_bytes - within)
         self.requests.planned(lambda: self._stage_size(size_bytes, ordered=bool(within)))
-        backing = self.requests.backing
+        backing = self.zeroing.reads.backing
         if backing is not None and size_bytes > old_size and backing.size > old_size:
             # What the backing file has there was never the guest's either.
             hidden = self.geometry.clusters(old_size) * self._cluster_bytes
@@ -51,8 +51,8 @@ class Resizing:
         with tables.operation():
             if ordered:
                 # The zeros behind the old end must be durable before the record that shows them.
-                tables.view.require_order()
-            tables.mapping.grow_l1(self.geometry.l1_entries_for(size_bytes), tables.refcounts)
+                tables.changes.ordered = True
+            tables.mapping.grow_l1(self.geometry.l1_entries_for(size_bytes))
             tables.view.set_header(size=size_bytes)
 
     def make_empty(self) -> None:
@@ -84,5 +84,5 @@ class Resizing:
             return None
         self.requests.require_live()
         with tables.operation():
-            tables.mapping.drop_l2_table(found[0], tables.refcounts)
+            tables.mapping.drop_l2_table(found[0])
         return found[0]

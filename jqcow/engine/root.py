@@ -1,6 +1,7 @@
 """Sector 0, the root, and its copy: what this process knows of them.
 
-Sector 0 is one write of 512 bytes, which is never torn. It is in one of these states:
+Sector 0 is one write of 512 bytes, which is never torn; the copy stands in for one that the drive lost. It is
+in one of these states:
 
     FOUND       as it was read; the last write of a killed process may be in flight
     SETTLED     durable
@@ -15,6 +16,7 @@ Sector 0 is one write of 512 bytes, which is never torn. It is in one of these s
                                                                     SETTLED
     UNDECIDED          the change failed: the old root goes on      WRITTEN      put_back
     UNDECIDED          the old root cannot be written               poisoned     put_back
+    FOUND, SETTLED     recovery writes the root as it was read      WRITTEN      rewrite
     UNDECIDED          the change was cut off                       in doubt     Commits.begin_turn
 
 T5. Sector 0 and the root copy are never in flight together.
@@ -30,7 +32,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.scan import read_root_copy
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import Header
-from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, HostOffset
+from jqcow.ondisk.layout import Geometry, HostOffset
 from jqcow.ondisk.root import JournalRange
 
 SECTOR_0 = HostOffset(0)
@@ -57,7 +59,7 @@ class Root:
         self.has_copy = roots.has_room_for_copy(geometry.cluster_bits)
         self.copy_is_stale = False
         self.state = RootState.FOUND
-        self._written_before = 0
+        self._barriers_before = 0
         self._is_durable = False
         medium.listeners.append(self._barrier_completed)
 
@@ -75,7 +77,7 @@ class Root:
             self.medium.barrier("root.settle")
 
     def _barrier_completed(self, number: int) -> None:
-        if self._written_before < number:
+        if self._barriers_before < number:
             self._is_durable = True
             if self.state is not RootState.UNDECIDED:
                 self.state = RootState.SETTLED
@@ -83,7 +85,7 @@ class Root:
     def write(self, sector: bytes) -> None:
         """Write sector 0; `decide` or `put_back` follows."""
         self.state, self._is_durable = RootState.UNDECIDED, False
-        self._written_before = self.medium.barriers_started
+        self._barriers_before = self.medium.barriers_started
         self.medium.pwrite(sector, SECTOR_0)
 
     def decide(self) -> None:
@@ -107,6 +109,15 @@ class Root:
                 raise
         self.state = RootState.WRITTEN
 
+    def put_back_on_closing(self, live: bytes) -> None:
+        """Sector 0 could not be cleared durably: write the live root again, also behind a failed barrier.
+
+        The journal is intact, so the live root is right whatever the disk holds. In the page cache it keeps
+        other programs from a disk that may show it again.
+        """
+        self.medium.device.pwrite(live, SECTOR_0)
+        self.state = RootState.WRITTEN
+
     # The copy
 
     def write_copy(self, header: Header, extent: JournalRange) -> None:
@@ -124,7 +135,7 @@ class Root:
         """Return True if a clean image has a copy that speaks of a journal."""
         return self.copy_is_stale or (self.has_copy and read_root_copy(self.medium.device) is not None)
 
-    def copy_serves(self, extent: JournalRange) -> bool:
+    def may_be_rewritten(self, extent: JournalRange) -> bool:
         """Return True if sector 0 may be rewritten: its copy names the same journal, or there is never one.
 
         A copy that is torn or names another range was begun while sector 0 was durable (T5), so nothing
@@ -137,4 +148,5 @@ class Root:
 
     def rewrite(self, sector: bytes) -> None:
         """Write the root as it was read: a failed barrier of another process may have lost it."""
-        self.medium.pwrite(sector[:SECTOR_BYTES], SECTOR_0)
+        self.write(sector)
+        self.decide()

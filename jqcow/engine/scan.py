@@ -2,6 +2,18 @@
 
 The writer's rules J1 to J6 (`jqcow.engine.journal`) are what the scan relies on. The checker, the laboratory
 and whatever looks at an image file use this module of the engine and no other.
+
+    journal  found           meaning, and what is done
+    good     opening record  the root landed, the first record did not: replay gives the header as it was
+    good     records         the ordinary crash: replay in order
+    good     torn tail       a crash in an append: drop the torn record
+    good     torn epoch      a crash at the start of an epoch: replay the epoch before it
+    good     two epochs      a checkpoint completed: replay the newer one
+    damaged  no frame        media damage
+    damaged  gap             acknowledged records are missing
+    damaged  cut             the range reaches past the end of the file
+    damaged  hostile         not what a writer logs: operations on the journal or cluster 0, no header
+    newer    newer           unknown version, encoding, flag or kind: refuse by name
 """
 
 from __future__ import annotations
@@ -28,8 +40,8 @@ from jqcow.ondisk.root import JournalRange
 DECODED_HALVES_MAX = 16
 DECODED_BYTES_MAX = 256 << 20
 ZEROED_BYTES_MIN = 64 << 20
-CHECKED_HALVES_MAX = 8
-"""Frames whose CRC is wrong are few in an honest journal; reading them all again and again takes forever."""
+TORN_HALVES_MAX = 8
+"""Frames whose CRC is wrong may come to so many halves: reading them all again and again takes forever."""
 SERIAL_MAX = 1 << 63
 """Epochs and sequences stay below this: a writer at one a nanosecond needs three centuries."""
 
@@ -141,7 +153,7 @@ def _valid_frames(device: Reader, extent: JournalRange, half: int) -> Iterator[_
                 yield _Candidate(start + position, header)
             else:
                 torn_bytes += header.frame_length
-                if torn_bytes > CHECKED_HALVES_MAX * extent.half_bytes:
+                if torn_bytes > TORN_HALVES_MAX * extent.half_bytes:
                     raise CorruptionError(
                         "journal", start + position, "it holds too many frames that are torn"
                     )
@@ -203,6 +215,44 @@ def _torn_tail(device: Reader, extent: JournalRange, newest: _Candidate) -> Torn
             reason = "its checksum does not match: the write was cut off"
             return TornTail(offset, header.epoch, header.sequence, reason)
     return None
+
+
+@dataclass(frozen=True)
+class LiveRoot:
+    """The root of an image with a live journal: sector 0, or what its copy holds in place of a lost one."""
+
+    sector: bytes
+    is_copy: bool = False
+
+
+def find_live_root(reader: Reader, *, use_root_copy: bool = False) -> LiveRoot | None:
+    """Return the root of a live image, None where no journal is live.
+
+    ``use_root_copy``: where sector 0 has no valid magic, take the root from its copy.
+    """
+    sector = reader.pread(SECTOR_BYTES, 0)
+    if roots.is_live(sector):
+        return LiveRoot(sector)
+    copy = read_root_copy(reader) if use_root_copy and sector[: len(MAGIC)] != MAGIC else None
+    return None if copy is None else LiveRoot(copy, is_copy=True)
+
+
+def read_journal(reader: Reader, root: LiveRoot) -> tuple[Scan, Replayed]:
+    """Return what the journal that ``root`` names holds, and what it leaves.
+
+    Raises:
+        FormatError: a root or header that breaks the specification.
+        CorruptionError: the journal is damaged, or not one that a writer leaves.
+        UnsupportedFeatureError: a newer jqcow wrote it, or the header leaves no room for a root.
+    """
+    cluster_bits, extent = roots.unpack_root(root.sector)
+    found = scan(reader, extent, Geometry(cluster_bits))
+    replayed = replay(found.operations, Geometry(cluster_bits))
+    roots.check_room(replayed.area.header, len(replayed.area.data))
+    for offset in replayed.blocks:
+        if extent.offset <= offset < extent.end:
+            raise CorruptionError("journal", extent.offset, f"it would write into itself at {offset:#x}")
+    return found, replayed
 
 
 def read_root_copy(reader: Reader) -> bytes | None:

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from jqcow.engine.allocation import Allocation
-from jqcow.engine.blocks import View
-from jqcow.engine.mapping import L1Table, Mapping
-from jqcow.engine.refcounts import Refcounts
+from jqcow.engine.mapping import L1Table, MappingEditor
+from jqcow.engine.metadata import View
+from jqcow.engine.refcounts import Allocation, Refcounts
 from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk import snapshots as tables
@@ -42,7 +41,7 @@ class NewSnapshot:
 class Snapshots:
     """The snapshots of one image through one view. What changes them is called inside an operation."""
 
-    def __init__(self, view: View, mapping: Mapping, refcounts: Allocation) -> None:
+    def __init__(self, view: View, mapping: MappingEditor, refcounts: Allocation) -> None:
         self.view = view
         self.mapping = mapping
         self.refcounts = refcounts

@@ -1,21 +1,25 @@
 """Free host clusters, by what is known of their content. Refcounts are kept elsewhere (refcounts.py).
 
-A free cluster is in exactly one of these places:
+A free cluster is in exactly one of these places, and moves on by these calls:
 
-    lent             taken by a request that has not yet counted it
-    freed            freed by changes that are not yet in a durable record
-    metadata frees   freed metadata: their old log images may still be replayed
-    retired          of a journal range or transaction that was given up; free once a barrier has completed
-    released         free, but a request in flight may still use it
-    punching         free, and being given back to the host
-    settling         free, and given back to the host; they read as zeros once a barrier has completed
-    zero-safe        read as zeros in every crash state until they are written
-    unknown          free, with old bytes in them
-    the frontier     past the end of everything: zero-safe without being listed
+    place          what it holds                              goes on to (by)
+    lent           taken by a request, and not counted yet    in use (count_in), unknown (give_back, undo)
+    freed          freed by changes not yet in a durable      released (publish), in use (forget_frees)
+                   record
+    old metadata   freed metadata: its old log images may     released (publish of a later epoch,
+                   still be replayed                          journal_is_gone)
+    retired        of a journal range or transaction that     released (a barrier)
+                   was given up
+    released       a request in flight may still use it       punching (start_recycling)
+    punching       being given back to the host               settling, unknown (end_recycling)
+    settling       given back to the host                     zero-safe (a barrier)
+    zero-safe      read as zeros in every crash state         lent (take)
+    unknown        free, with old bytes in them               lent (take), punching (start_recycling)
+    the frontier   past the end of everything: zero-safe      lent (take_at_frontier)
 
 S1. A freed data cluster is handed out only after the record that frees it is durable.
 S2. A freed metadata cluster is handed out only after a durable frame declares the epoch that frees it
-    checkpointed: until then replay may write its old blocks.
+    checkpointed, or the journal is gone: until then replay may write its old blocks.
 S3. A cluster is zero-safe only if it lies past the frontier, which never goes back, or this process punched
     it under a completed barrier. Clusters of a failed operation are unknown.
 S4. Clusters of a live journal range are never handed out.
@@ -28,18 +32,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol
 
-from jqcow.engine.changes import ChangeSet, Run, Undone
-from jqcow.engine.clusters import ClusterRuns
-from jqcow.engine.guard import Guard
+from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.engine.medium import Medium
+from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
 
 RECYCLE_CLUSTERS = 8
 """Unknown clusters given back to the host ahead of need: hardly more old bytes go than are written over."""
 
 _Waiting = dict[Run, int]
-"""Runs that wait, each with the number of the barrier, epoch or request that they wait for."""
+"""Runs that wait until a number is passed: of an epoch (old metadata), a request (released) or a barrier."""
+
+
+class InFlight(Protocol):
+    """The requests in flight, which are numbered as they begin (request.py, Q3)."""
+
+    newest: int
+
+    def oldest(self) -> int:
+        """Return the number of the oldest request in flight, or one that none has yet."""
+        ...
 
 
 class Space:
@@ -48,23 +62,28 @@ class Space:
     Attributes:
         frontier: the cluster behind the end of everything.
         reserved: the clusters of journal ranges (S4).
+        metadata: the clusters that hold metadata, so that no guest cluster may be written there (G2).
+        search_at, search_end: where the refcounts are still to be searched for free clusters.
         host_punches: False once the host has refused to.
         reuses: how often clusters came back. While it stays, no cluster that was in use is used anew.
     """
 
-    def __init__(self, medium: Medium, geometry: Geometry, guard: Guard) -> None:
+    def __init__(self, medium: Medium, geometry: Geometry, requests: InFlight) -> None:
         self.medium = medium
         self.geometry = geometry
         self.frontier = ClusterIndex(0)
         self.reserved: list[Run] = []
         self.zero_safe = ClusterRuns()
         self.unknown = ClusterRuns()
+        self.metadata: set[ClusterIndex] = set()
+        self.search_at = 0
+        self.search_end = 0
         self.host_punches = True
         self.reuses = 0
-        self._guard = guard
+        self._requests = requests
         self._lent = ClusterRuns()
         self._freed = ClusterRuns()
-        self._metadata_frees: _Waiting = {}
+        self._old_metadata: _Waiting = {}
         self._retired: _Waiting = {}
         self._released: _Waiting = {}
         self._punching: list[Run] = []
@@ -73,7 +92,7 @@ class Space:
 
     def is_listed(self, cluster: ClusterIndex) -> bool:
         """Return True for a free cluster that must not be handed out yet, or is listed already."""
-        waiting = (self._metadata_frees, self._retired, self._released, self._punching, self._settling)
+        waiting = (self._old_metadata, self._retired, self._released, self._punching, self._settling)
         return (
             any(cluster in pool for pool in (self._lent, self._freed, self.zero_safe, self.unknown))
             or any(run.start <= cluster < run.start + run.count for run in self.reserved)
@@ -115,7 +134,7 @@ class Space:
         for run in undone.taken:
             self._lent.discard(run.start, run.count)
             self.unknown.add(run.start, run.count)
-        self.keep(undone.freed)
+        self.forget_frees(undone.freed)
 
     def give_back(self, runs: Iterable[Run]) -> None:
         """A request failed: those of its clusters that it has not counted have unknown content (S3)."""
@@ -125,7 +144,7 @@ class Space:
                 self.unknown.add(run.start, run.count)
 
     def retire(self, runs: Iterable[Run]) -> None:
-        """Take back runs that a record or root names which failed; they are free after a barrier (S5)."""
+        """Take back runs that a failed record or root may still name; they are free after a barrier (S5)."""
         for run in ClusterRuns(runs):
             self._lent.discard(run.start, run.count)
             self._retired[run] = self.medium.barriers_started
@@ -154,7 +173,7 @@ class Space:
         """A staged change frees clusters (S1)."""
         self._freed.add(start, count)
 
-    def keep(self, runs: Iterable[Run]) -> None:
+    def forget_frees(self, runs: Iterable[Run]) -> None:
         """The clusters are not among the staged frees any more."""
         for run in runs:
             self._freed.discard(run.start, run.count)
@@ -162,14 +181,19 @@ class Space:
     def publish(self, durable: ChangeSet, epoch: int) -> None:
         """A record of ``epoch`` is durable: its data frees are released, its metadata frees wait (S1, S2)."""
         self.reuses += 1
-        self.keep((*durable.freed_data, *durable.freed_metadata))
-        newest = self._guard.newest
+        self.forget_frees((*durable.freed_data, *durable.freed_metadata))
+        newest = self._requests.newest
         self._released |= dict.fromkeys(ClusterRuns(durable.freed_data), newest)
-        home = [run for run, freeing_epoch in self._metadata_frees.items() if freeing_epoch < epoch]
+        home = [run for run, freeing_epoch in self._old_metadata.items() if freeing_epoch < epoch]
         for run in home:
-            del self._metadata_frees[run]
+            del self._old_metadata[run]
         self._released |= dict.fromkeys(home, newest)
-        self._metadata_frees |= dict.fromkeys(ClusterRuns(durable.freed_metadata), epoch)
+        self._old_metadata |= dict.fromkeys(ClusterRuns(durable.freed_metadata), epoch)
+
+    def journal_is_gone(self) -> None:
+        """The image is clean: nothing will be replayed any more (S2)."""
+        self._released |= dict.fromkeys(self._old_metadata, self._requests.newest)
+        self._old_metadata.clear()
 
     def _barrier_completed(self, number: int) -> None:
         for run in _before(self._settling, number):
@@ -177,17 +201,17 @@ class Space:
             self.zero_safe.add(run.start, run.count)
         for run in _before(self._retired, number):
             del self._retired[run]
-            self._released[run] = self._guard.newest
+            self._released[run] = self._requests.newest
 
-    def start_recycling(self, *, wanted: bool) -> list[Run]:
+    def start_recycling(self, *, refill: bool) -> list[Run]:
         """Return runs to be punched: those that no request uses any more, and unknown ones when short (S6).
 
         They are on no other list until `end_recycling`; the lock may be free meanwhile.
         """
-        runs = _before(self._released, self._guard.oldest()) if self._released else []
+        runs = _before(self._released, self._requests.oldest()) if self._released else []
         for run in runs:
             del self._released[run]
-        missing = RECYCLE_CLUSTERS if wanted and self.is_short and self.host_punches else 0
+        missing = RECYCLE_CLUSTERS if refill and self.is_short and self.host_punches else 0
         while missing and self.unknown:
             runs.append(self.unknown.take(missing))
             missing -= runs[-1].count
@@ -215,7 +239,7 @@ class Space:
         self.frontier = ClusterIndex(max(self.frontier, run.start + run.count))
 
     def unreserve(self, offset: HostOffset, length: int) -> None:
-        """A journal range was given up: free once a barrier has made the other root durable."""
+        """A journal range was given up: free after a barrier, from when on no root names it."""
         run = self._clusters_of(offset, length)
         self.reserved.remove(run)
         self.retire([run])

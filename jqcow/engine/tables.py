@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from jqcow.engine.allocation import Allocation
-from jqcow.engine.blocks import Blocks, MemoryView, Staged, View
-from jqcow.engine.changes import ChangeSet, Mark
-from jqcow.engine.mapping import L1Table, Mapping
-from jqcow.engine.medium import PLANNED
-from jqcow.engine.refcounts import Refcounts, Search
+from jqcow.engine.mapping import L1Table, Mapping, MappingEditor
+from jqcow.engine.medium import EXPECTED
+from jqcow.engine.metadata import Blocks, ChangeSet, Mark, MemoryView, Staged, View
+from jqcow.engine.refcounts import Allocation, Refcounts
 from jqcow.engine.snapshots import Snapshots
 from jqcow.engine.space import Space
 
@@ -23,20 +21,19 @@ class Tables:
     """
 
     def __init__(
-        self, blocks: Blocks, space: Space, search: Search, changes: ChangeSet, shown: L1Table | None = None
+        self, blocks: Blocks, space: Space, changes: ChangeSet, shown: L1Table | None = None
     ) -> None:
         self.blocks = blocks
         self.space = space
-        self.search = search
         self.staged = Staged(changes)
         self.geometry = blocks.geometry
         self.view = View(blocks, self.staged)
-        self.refcounts = Allocation(self.view, space, search)
-        self.mapping = Mapping(self.view, space, shown)
+        self.refcounts = Allocation(self.view, space)
+        self.mapping = MappingEditor(self.view, space, self.refcounts, shown)
         self.snapshots = Snapshots(self.view, self.mapping, self.refcounts)
         memory = MemoryView(blocks, self.staged)
         self.mapping_at_hand = Mapping(memory, space, shown)
-        self.refcounts_at_hand = Refcounts(memory, space, search)
+        self.refcounts_at_hand = Refcounts(memory, space)
 
     @property
     def changes(self) -> ChangeSet:
@@ -53,7 +50,7 @@ class Tables:
 
 
 class Operation:
-    """The metadata changes of one operation, as a context manager: all of them, or none (changes.py, D3).
+    """The metadata changes of one operation, as a context manager: all of them, or none (metadata.py, D3).
 
     It is a critical section: what is not planned for leaves the image in doubt (medium.py, M6).
     """
@@ -70,7 +67,7 @@ class Operation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._mark is not None and (kind is None or issubclass(kind, PLANNED)):
+        if self._mark is not None and (kind is None or issubclass(kind, EXPECTED)):
             if kind is not None:
                 self._tables.undo(self._mark)
             self._tables.changes.release(self._mark)

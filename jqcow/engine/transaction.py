@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jqcow.engine.changes import ChangeSet, Mark
 from jqcow.engine.lifecycle import Lifecycle
+from jqcow.engine.metadata import ChangeSet, Mark
 from jqcow.engine.tables import Tables
 from jqcow.errors import PoisonedError
 
@@ -31,7 +31,7 @@ class PrivateChanges:
             # R4: what the transaction frees, the public changes must not go on packing into.
             public.changes.packed_end = 0
             changes = ChangeSet(public.geometry, private=True)
-            self.tables = Tables(public.blocks, public.space, public.search, changes)
+            self.tables = Tables(public.blocks, public.space, changes)
             self.log.in_transaction = True
         self._is_halfway = False
         """True within `whole`, and for good where it was cut off before it could be undone."""
@@ -44,9 +44,9 @@ class PrivateChanges:
         """
         if self._is_halfway:
             raise PoisonedError("a change of the transaction was cut off half-way")
-        with self.commits.turn.taken:
+        with self.commits.turn.lock:
             self.commits.begin_turn()
-            self.commits.run(self.tables)
+            self.commits.commit(self.tables)
             self.log.in_transaction = False
             return self.log.require_journal().sequence
 
@@ -56,7 +56,7 @@ class PrivateChanges:
 
     def _forget(self) -> None:
         changes, space = self.tables.changes, self.tables.space
-        space.keep((*changes.freed_data, *changes.freed_metadata))
+        space.forget_frees((*changes.freed_data, *changes.freed_metadata))
         space.retire(changes.taken)
         self.tables.staged.changes = ChangeSet(self.tables.geometry, private=True)
         self.log.in_transaction = False

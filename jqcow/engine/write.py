@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jqcow.engine.changes import Run
-from jqcow.engine.guard import Request
+from jqcow.engine.clusters import Run
 from jqcow.engine.mapping import MappedRun
-from jqcow.engine.medium import PLANNED
-from jqcow.engine.request import Requests
-from jqcow.ondisk import layout
+from jqcow.engine.medium import EXPECTED
+from jqcow.engine.read import Reads
+from jqcow.engine.request import Request
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER, L2Entry, data_entry
 from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
@@ -57,20 +56,21 @@ class WritePlan:
     pieces: list[Piece]
     fresh: list[Fresh] = field(default_factory=list)
     ordered: bool = False
-    taken: list[Run] = field(default_factory=list)
-    """The runs that it took and has not counted; those that were counted are the operation's to give up."""
+    uncounted: list[Run] = field(default_factory=list)
+    """The runs that it took and has not counted: its own to give back, should it fail."""
 
 
 class Writes:
     """Writes of a guest. Each part up to a metadata block of mapping is all or nothing in its mapping."""
 
-    def __init__(self, requests: Requests) -> None:
-        self.requests = requests
-        self.tables = requests.tables
-        self.medium = requests.medium
-        self.guard = requests.guard
-        self.geometry = requests.geometry
-        self._cluster_bytes = requests.geometry.cluster_bytes
+    def __init__(self, reads: Reads) -> None:
+        self.reads = reads
+        self.requests = reads.requests
+        self.tables = reads.tables
+        self.medium = reads.medium
+        self.guard = reads.requests.guard
+        self.geometry = reads.requests.geometry
+        self._cluster_bytes = self.geometry.cluster_bytes
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write the guest's bytes at ``offset``.
@@ -79,28 +79,35 @@ class Writes:
             OSError: sectors of the failed part that were overwritten in place may be old or new; all else
                 of it is as before.
         """
-        spans = self.requests.spans(offset, len(data)) if data else [(GuestOffset(offset), 0)]
-        for start, length in spans:
-            self.write_span(data[start - offset : start - offset + length], start, within_disk=True)
+        start, length = GuestOffset(offset), len(data)
+        if length and self.requests.is_one_span(start, length):
+            self.write_span(data, start, within_disk=True)
+            return
+        self.requests.check_change(offset, length)
+        for start, part in self.requests.spans(offset, length):
+            self.write_span(data[start - offset : start - offset + part], start, within_disk=True)
 
-    def write_span(self, data: memoryview, offset: GuestOffset, *, within_disk: bool = False) -> None:
+    def write_span(self, data: memoryview, offset: GuestOffset, *, within_disk: bool) -> None:
         """Write within one metadata block of mapping; ``within_disk``: and within the disk."""
 
         def plan(request: Request) -> WritePlan:
             self.requests.enter_change()
             if within_disk:
                 self.requests.check_range(offset, len(data))
-            return self._plan_write(request, offset, len(data))
+            return self.plan(request, offset, len(data))
 
-        self._perform(offset, plan, lambda plan: data)
+        self.perform(offset, plan, data)
 
-    def _perform(
+    def perform(
         self,
         offset: GuestOffset,
         plan_for: Callable[[Request], WritePlan | None],
-        data_for: Callable[[WritePlan], memoryview],
+        data: memoryview | None,
     ) -> None:
-        """Plan, run and stage a write; a plan of None has nothing to do."""
+        """Plan, run and stage a write; a plan of None has nothing to do.
+
+        ``data`` None: what the range reads from below is written to clusters of its own.
+        """
         requests = self.requests
         request = Request()
         with request.running:
@@ -108,53 +115,61 @@ class Writes:
             if plan is None:
                 return
             try:
-                self._run_write(plan, data_for(plan), offset)
-                # C2: a flush from here on must not take an older commit for its own.
-                requests.commits.turn.is_clean = False
+                try:
+                    self._run_write(plan, self._read_below(plan) if data is None else data, offset)
+                finally:
+                    requests.commits.turn.data_was_written()
                 if plan.fresh:
                     with requests.lock, self.tables.operation():
                         self._stage_write(plan)
             except BaseException:
-                self.give_back(plan.taken)
+                self.give_back(plan.uncounted)
                 raise
             finally:
                 self.guard.end(request)
         if plan.fresh:
             requests.commit_if_large()
 
-    def _plan_write(self, request: Request, offset: GuestOffset, length: int) -> WritePlan:
+    # Plan, with the lock held
+
+    def plan(self, request: Request, offset: GuestOffset, length: int) -> WritePlan:
+        """Find what may be written in place, take clusters for the rest, and begin the request."""
         plan = WritePlan(self._pieces(offset, length))
         if all(piece.in_place for piece in plan.pieces):
-            self._reach(offset + length)
+            # It changes no entry, so none is its own (Q1); its clusters stay where they are (S6).
+            self._fill_last_sector(offset + length)
             self.guard.begin(request, changes=True)
             return plan
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
         self.requests.require_live()
+        # Outside the section: a block that is not in memory interrupts the plan, and must leave no doubt.
         kept = [self._kept_clusters(piece) for piece in plan.pieces]
         with self.medium.section():
             try:
                 for piece, piece_kept in zip(plan.pieces, kept, strict=True):
                     if not piece.in_place:
                         self._take_fresh(plan, piece, piece_kept)
-                self._reach(offset + length)
-            except PLANNED:
-                self.tables.space.give_back(plan.taken)
+                self._fill_last_sector(offset + length)
+            except EXPECTED:
+                self.tables.space.give_back(plan.uncounted)
                 raise
-            request.first, request.end = first, end
-            self.guard.begin(request, changes=True)
+            self.guard.begin(request, changes=True, first=first, end=end)
         return plan
 
-    def _reach(self, end: int) -> None:
-        """Make the file reach its frontier before a write that ends within a sector, maybe its last (M5)."""
+    def _fill_last_sector(self, end: int) -> None:
+        """Make the file reach its frontier before a write that ends within a sector, maybe its last (M5).
+
+        Clusters are whole sectors, so the guest's offset tells as much as the host's.
+        """
         if end % SECTOR_BYTES:
             self.medium.grow(self.geometry.offset_of(self.tables.space.frontier))
 
     def _pieces(self, offset: GuestOffset, length: int) -> list[Piece]:
-        """Return the runs of a guest range that is about to be changed, all of them checked for it.
+        """Return the runs of a guest range that is about to be changed; data clusters are checked for it.
 
         Raises:
-            CorruptionError: a cluster holds metadata, or is mapped with refcount 0.
+            CorruptionError: a data cluster holds metadata, or has refcount 0.
             UnsupportedFeatureError: a cluster is shared, and there is no snapshot to share it with.
         """
         pieces: list[Piece] = []
@@ -168,25 +183,27 @@ class Writes:
 
     def _split_at_shared(self, offset: GuestOffset, run: MappedRun) -> Iterator[Piece]:
         """Cut a data run where clusters that may be overwritten meet such that may not (W1)."""
-        cluster_bytes, end = self._cluster_bytes, offset + run.length
-        start = offset
-        in_place = self.may_overwrite(self.geometry.cluster_of(run.host), copied=run.copied)
-        while start < end:
-            reach, follows = int(start), in_place
-            while reach < end and follows == in_place:
-                reach = min(end, reach - reach % cluster_bytes + cluster_bytes)
-                if reach < end:
-                    host = HostOffset(run.host + reach - offset)
-                    follows = self.may_overwrite(self.geometry.cluster_of(host), copied=run.copied)
-            part = run._replace(host=HostOffset(run.host + start - offset), length=reach - start)
-            yield Piece(start, reach - start, part, in_place)
-            start, in_place = GuestOffset(reach), follows
+        end, cluster_bytes = offset + run.length, self._cluster_bytes
+
+        def may_overwrite(position: int) -> bool:
+            host = HostOffset(run.host + position - offset)
+            return self.may_overwrite(self.geometry.cluster_of(host), copied=run.copied)
+
+        def piece(start: int, end: int) -> Piece:
+            part = run._replace(host=HostOffset(run.host + start - offset), length=end - start)
+            return Piece(GuestOffset(start), end - start, part, in_place)
+
+        start, in_place = int(offset), may_overwrite(offset)
+        for position in range(start - start % cluster_bytes + cluster_bytes, end, cluster_bytes):
+            if may_overwrite(position) != in_place:
+                yield piece(start, position)
+                start, in_place = position, not in_place
+        yield piece(start, end)
 
     def may_overwrite(self, cluster: ClusterIndex, *, copied: bool) -> bool:
         """Return True if a cluster that a guest's entry names may be written in place (W1, G2)."""
         is_shared = self.tables.refcounts_at_hand.data_refcount(cluster) > 1
-        fresh = self.tables.changes.fresh
-        return copied and not is_shared and (fresh is None or cluster in fresh)
+        return copied and not is_shared and self.tables.changes.may_overwrite(cluster)
 
     def _kept_clusters(self, piece: Piece) -> dict[int, HostOffset]:
         """Return what zero entries of a piece keep and may be reused: host offsets by guest cluster."""
@@ -206,13 +223,16 @@ class Writes:
         end = self.geometry.clusters(piece.offset + piece.length)
         while cluster < end:
             if cluster in kept:
-                run = Run(self.geometry.cluster_of(kept[cluster]), 1)
+                # Whatever a zero entry keeps has old bytes in it.
+                run = Run(self.geometry.cluster_of(kept[cluster]), 1, zero_safe=False)
             else:
                 count = next((at - cluster for at in range(cluster, end) if at in kept), end - cluster)
                 run = self.tables.refcounts.take(count)
-                plan.taken.append(run)
+                plan.uncounted.append(run)
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, cluster in kept))
             cluster += run.count
+
+    # Run, without the lock
 
     def _run_write(self, plan: WritePlan, data: memoryview, offset: GuestOffset) -> None:
         for piece in plan.pieces:
@@ -226,7 +246,7 @@ class Writes:
     def _write_fresh(self, fresh: Fresh, data: memoryview) -> bool:
         """Write the part of a piece's ``data`` that falls into a fresh run; return True if it is ordered."""
         piece, run = fresh.piece, fresh.run
-        guest_start = fresh.cluster * self._cluster_bytes
+        guest_start = GuestOffset(fresh.cluster * self._cluster_bytes)
         guest_end = guest_start + run.count * self._cluster_bytes
         start, end = max(guest_start, piece.offset), min(guest_end, piece.offset + piece.length)
         part = data[start - piece.offset : end - piece.offset]
@@ -235,98 +255,88 @@ class Writes:
             self.medium.pwrite(part, HostOffset(host + start - guest_start))
             return False
         # W2, W3: without the barrier in between, a crash could show what the host clusters held before.
-        if len(part) < guest_end - guest_start:
-            whole = bytearray(guest_end - guest_start)
-            for edge, edge_end in ((guest_start, start), (end, guest_end)):
-                if edge < edge_end:
-                    self._read_edge(
-                        piece, edge, memoryview(whole)[edge - guest_start : edge_end - guest_start]
-                    )
-            whole[start - guest_start : end - guest_start] = part
-            part = memoryview(whole)
-        self.medium.pwrite(part, host)
+        position = guest_start
+        while position < guest_end:
+            reach = end - end % self._cluster_bytes
+            if position < start or position >= reach:
+                reach = position + self._cluster_bytes
+                whole = self._complete(piece, position, part, start)
+            else:
+                whole = part[position - start : reach - start]
+            self.medium.pwrite(whole, HostOffset(host + position - guest_start))
+            position = GuestOffset(reach)
         return True
 
-    def _read_edge(self, piece: Piece, offset: int, buffer: memoryview) -> None:
+    def _complete(self, piece: Piece, cluster: GuestOffset, part: memoryview, start: int) -> memoryview:
+        """Return a whole guest cluster: of ``part``, which begins at ``start``, and old bytes beside it.
+
+        Behind the end of the disk these may come from a longer backing file; growing hides them.
+        """
+        whole = memoryview(bytearray(self._cluster_bytes))
+        first, end = max(0, start - cluster), min(self._cluster_bytes, start + len(part) - cluster)
+        if first:
+            self._read_old(piece, cluster, whole[:first])
+        if end < self._cluster_bytes:
+            self._read_old(piece, GuestOffset(cluster + end), whole[end:])
+        whole[first:end] = part[cluster + first - start : cluster + end - start]
+        return whole
+
+    def _read_old(self, piece: Piece, offset: GuestOffset, buffer: memoryview) -> None:
         """Read the guest's old bytes beside a piece, in the first or last of its clusters."""
         run = piece.run
         if run.kind == DATA:
             run = run._replace(host=HostOffset(run.host + offset - piece.offset))
-        self.requests.read_run(run, buffer, GuestOffset(offset))
+        self.reads.read_run(run, buffer, offset)
+
+    def _read_below(self, plan: WritePlan) -> memoryview:
+        (piece,) = plan.pieces
+        buffer = memoryview(bytearray(piece.length))
+        self.reads.read_run(piece.run, buffer, piece.offset)
+        return buffer
 
     def _was_zero(self, piece: Piece, guest_start: int, guest_end: int) -> bool:
         """Return True if whole guest clusters of a piece read as zeros until now (W2)."""
         if piece.run.kind == UNALLOCATED:
-            return self.requests.below_reads_as_zeros(guest_start, guest_end - guest_start)
+            return self.reads.below_reads_as_zeros(guest_start, guest_end - guest_start)
         return piece.run.kind == ZERO_CLUSTER
 
+    # Stage, with the lock held, in an operation
+
     def _stage_write(self, plan: WritePlan) -> None:
-        tables, changes = self.tables, self.tables.changes
+        tables = self.tables
         if plan.ordered:
-            tables.view.require_order()
+            tables.changes.ordered = True
         for piece, first, run, is_kept in plan.fresh:
             if not is_kept:
-                plan.taken.remove(run)
+                # From here on they are the operation's to give up, should it fail.
+                plan.uncounted.remove(run)
                 tables.refcounts.count_in(run)
-                if changes.fresh is not None:
-                    changes.fresh.update(ClusterIndex(at) for at in range(run.start, run.start + run.count))
             start = self.geometry.offset_of(run.start)
             values = [data_entry(HostOffset(start + at * self._cluster_bytes)) for at in range(run.count)]
-            replaced: list[L2Entry] = []
+            replaced = None
             if piece.run.kind != UNALLOCATED:
                 clusters = range(first, first + run.count)
                 replaced = [tables.mapping.l2_entry(GuestCluster(cluster)) for cluster in clusters]
             self.replace_entries(first, replaced, values)
 
-    def replace_entries(self, first: GuestCluster, replaced: list[L2Entry], values: list[L2Entry]) -> None:
+    def replace_entries(
+        self, first: GuestCluster, replaced: list[L2Entry] | None, values: list[L2Entry]
+    ) -> None:
         """Stage other L2 entries, and give up what the old ones referred to and the new ones do not.
 
-        ``replaced`` are the old ones, none where none of them refers to anything.
+        ``replaced`` are the old ones, None where none of them refers to anything.
         """
         mapping, refcounts = self.tables.mapping, self.tables.refcounts
-        mapping.set_entries(first, values, refcounts)
-        for old, new in zip(replaced, values, strict=bool(replaced)):
-            # A packed cluster counted its own references, also in the host cluster of what it replaces.
+        mapping.set_entries(first, values)
+        for old, new in zip(replaced or (), values, strict=replaced is not None):
+            # A new compressed cluster has counted references of its own, also where it lies in the host
+            # cluster of the old one: all references of that one go.
             kept = range(0) if new.kind == COMPRESSED_CLUSTER else mapping.codec.hosts(new)
             hosts = mapping.codec.hosts(old)
             if hosts and hosts != kept:
                 refcounts.release(ClusterIndex(hosts.start), len(hosts))
 
-    def give_back(self, taken: list[Run]) -> None:
+    def give_back(self, uncounted: list[Run]) -> None:
         """A request failed: what it took and did not count is free again."""
-        if taken:
-            self.medium.undo(lambda: self.tables.space.give_back(taken))
-
-    def copy_up(self, offset: int, length: int) -> None:
-        """Give the clusters of a range that read from below the same data of their own."""
-        start = offset - offset % self._cluster_bytes
-        end = layout.round_up(offset + length, self._cluster_bytes)
-        end = min(end, self.tables.mapping.disk_bytes)
-        for run in self.requests.runs(start, end - start):
-            if run.kind == UNALLOCATED:
-                for cluster in range(start, start + run.length, self._cluster_bytes):
-                    self._copy_up_cluster(GuestOffset(cluster), min(self._cluster_bytes, end - cluster))
-            start += run.length
-
-    def _copy_up_cluster(self, offset: GuestOffset, length: int) -> None:
-        if self.requests.below_reads_as_zeros(offset, length):
-            return
-
-        def plan(request: Request) -> WritePlan | None:
-            if self.guard.is_alone and not self.requests.alone:
-                # A read does not wait for a transaction; a later one copies.
-                return None
-            self.requests.enter_change()
-            self.guard.require_free(offset // self._cluster_bytes, offset // self._cluster_bytes + 1)
-            inside = min(length, self.tables.mapping.disk_bytes - offset)
-            if inside < length or self.tables.mapping_at_hand.run(offset, length).kind != UNALLOCATED:
-                # It was written or cut off meanwhile: the copy must not undo that.
-                return None
-            return self._plan_write(request, offset, length)
-
-        def data(plan: WritePlan) -> memoryview:
-            buffer = memoryview(bytearray(length))
-            self.requests.read_run(plan.pieces[0].run, buffer, offset)
-            return buffer
-
-        self._perform(offset, plan, data)
+        if uncounted:
+            self.medium.undo(lambda: self.tables.space.give_back(uncounted))

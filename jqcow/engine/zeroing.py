@@ -17,20 +17,21 @@ class Zeroing:
 
     def __init__(self, writes: Writes) -> None:
         self.writes = writes
+        self.reads = writes.reads
         self.requests = writes.requests
         self.tables = writes.tables
         self._cluster_bytes = writes.geometry.cluster_bytes
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros; ``unmap`` frees the clusters that it covers whole."""
-        self._check(offset, length)
+        self.requests.check_change(offset, length)
         for start, span in self.requests.spans(offset, length):
             while not self._zero_span(start, span, unmap=unmap):
                 pass
 
     def _zero_span(self, start: int, span: int, *, unmap: bool) -> bool:
         """Zero a range within one metadata block; return False if the disk was resized meanwhile."""
-        size = self._check(start, span)
+        size = self.requests.check_change(start, span)
         head, tail = self._whole_clusters(start, span, size)
         if head >= tail:
             self.zero_part(start, span, within_disk=True)
@@ -43,14 +44,14 @@ class Zeroing:
 
     def discard(self, offset: int, length: int) -> None:
         """Free the clusters that a range covers whole; they read as zeros. The rest stays as it is."""
-        self._check(offset, length)
+        self.requests.check_change(offset, length)
         for start, span in self.requests.spans(offset, length):
             while not self._discard_span(start, span):
                 pass
 
     def _discard_span(self, start: int, span: int) -> bool:
         """Discard a range within one metadata block; return False if the disk was resized meanwhile."""
-        size = self._check(start, span)
+        size = self.requests.check_change(start, span)
         head, tail = self._whole_clusters(start, span, size)
         return head >= tail or self._set_whole(head, tail, self._discarded, size)
 
@@ -72,7 +73,7 @@ class Zeroing:
         for offset, length in self.requests.spans(start, max(0, end - start)):
             mapped: list[int] = []
             position = int(offset)
-            for run in self.requests.runs(offset, length):
+            for run in self.reads.runs(offset, length):
                 if run.kind != UNALLOCATED:
                     first = position // self._cluster_bytes
                     mapped += range(first, first + self.tables.geometry.clusters(run.length))
@@ -81,25 +82,15 @@ class Zeroing:
 
     def zero_part(self, offset: int, length: int, *, within_disk: bool = False) -> None:
         """Write zeros over the part of a range that holds data (less than a cluster at either end)."""
-        for run in self.requests.runs(offset, max(0, length)):
-            if not self.requests.reads_as_zeros(offset, run.length):
+        for run in self.reads.runs(offset, max(0, length)):
+            if not self.reads.reads_as_zeros(offset, run.length):
                 zeros = memoryview(bytes(run.length))
                 self.writes.write_span(zeros, GuestOffset(offset), within_disk=within_disk)
             offset += run.length
 
-    def _check(self, offset: int, length: int) -> int:
-        """Check a range; return the size of the disk."""
-
-        def check() -> int:
-            self.requests.enter_change()
-            self.requests.check_range(offset, length)
-            return self.tables.mapping.disk_bytes
-
-        return self.requests.planned(check)
-
     def _discarded(self, entry: L2Entry) -> L2Entry:
         """Return the entry of a discarded cluster: none, unless the backing file would show through."""
-        return NO_ENTRY if self.requests.backing is None else ZERO_ENTRY
+        return NO_ENTRY if self.reads.backing is None else ZERO_ENTRY
 
     def _whole_clusters(self, offset: int, length: int, disk_bytes: int) -> tuple[int, int]:
         """Return the guest range of the clusters covered whole; the end of the disk completes the last."""
@@ -118,11 +109,11 @@ class Zeroing:
 
     def _clusters_to_zero(self, start: int, end: int) -> Iterator[int]:
         """Yield the guest clusters that have an entry, or below which the backing file may hold data."""
-        for run in self.requests.runs(start, end - start):
+        for run in self.reads.runs(start, end - start):
             is_mapped = run.kind != UNALLOCATED
-            if is_mapped or not self.requests.below_reads_as_zeros(start, run.length):
+            if is_mapped or not self.reads.below_reads_as_zeros(start, run.length):
                 for offset in range(start, start + run.length, self._cluster_bytes):
-                    if is_mapped or not self.requests.below_reads_as_zeros(offset, self._cluster_bytes):
+                    if is_mapped or not self.reads.below_reads_as_zeros(offset, self._cluster_bytes):
                         yield offset // self._cluster_bytes
             start += run.length
 

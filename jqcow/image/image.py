@@ -27,9 +27,9 @@ from jqcow.device.file import path_of
 from jqcow.disks.image import extent_of
 from jqcow.disks.view import FileView
 from jqcow.engine.engine import Guest, Opened
-from jqcow.engine.guard import is_mine
 from jqcow.engine.mapping import L1Table
 from jqcow.engine.repair import RepairReport
+from jqcow.engine.request import is_mine
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import (
@@ -71,6 +71,7 @@ class Image:
         *,
         copy_on_read: bool = False,
         shown: L1Table | None = None,
+        repaired: RepairReport | None = None,
     ) -> None:
         """Not for users: see `open` and `create`."""
         self._engine = opened.engine
@@ -83,7 +84,7 @@ class Image:
         self._transaction_thread: int | None = None
         self._owner_pid = os.getpid()
         self._closed = False
-        self.repaired: RepairReport | None = opened.repaired
+        self.repaired: RepairReport | None = repaired
         self.recovered = None if opened.scan is None else Recovered.from_scan(opened.scan)
 
     # What it is
@@ -195,7 +196,7 @@ class Image:
         end = offset + length
         while offset < end:
             self._own()
-            run = self._guest.requests.first_run(offset, end - offset)
+            run = self._guest.reads.first_run(offset, end - offset)
             if run.kind == UNALLOCATED and self._backing is not None:
                 yield from found_below(self._backing, run.length, offset)
             else:
@@ -230,11 +231,11 @@ class Image:
             self._read_into(view, offset)
 
     def _read_into(self, view: memoryview, offset: int) -> None:
-        self._guest.requests.read_into(view, offset)
+        self._guest.reads.read_into(view, offset)
         # A later read copies what is read while a transaction is open.
         copies = self._copy_on_read and self._transaction_thread is None
-        if copies and self._guest.requests.reads_from_below(offset, len(view)):
-            self._guest.writes.copy_up(offset, len(view))
+        if copies and self._guest.reads.reads_from_below(offset, len(view)):
+            self._guest.copying.copy_up(offset, len(view))
 
     def reads_as_zeros(self, length: int, offset: int) -> bool:
         """Return True if a range is known to read as zeros, by the tables of the image and of those below.
@@ -249,7 +250,7 @@ class Image:
         with self._lock:
             self._enter(False)
             self._guest.requests.check_range(offset, length)
-        return self._guest.requests.reads_as_zeros(offset, length)
+        return self._guest.reads.reads_as_zeros(offset, length)
 
     # Writing
 
@@ -370,7 +371,7 @@ class Image:
                 if engine.log.in_transaction:
                     # Cut off before its changes were given up.
                     with self._lock:
-                        self._medium.in_doubt = True
+                        self._medium.leave_in_doubt()
 
     def _private_guest(self, tables: Tables) -> Guest:
         return self._engine.guest(self._enter, self._backing, tables=tables, alone=True)
@@ -497,7 +498,7 @@ class Image:
 
     def _end(self) -> None:
         """Refuse all calls from here on, wait for those in flight, and close the files."""
-        with self._engine.commits.turn.taken, self._lock:
+        with self._engine.commits.turn.lock, self._lock:
             self._closed = True
         self._engine.guard.end_all()
         self._close_files()
@@ -518,7 +519,7 @@ class Image:
         if self._transaction_thread == threading.get_ident():
             # The end of a ``with image.transaction()`` was cut off on the way to here, by an exception.
             with self._lock:
-                self._medium.in_doubt = True
+                self._medium.leave_in_doubt()
             self._end()
         else:
             self.close()
@@ -545,7 +546,7 @@ class Image:
             )
         if changing and self._transaction_thread == threading.get_ident():
             raise TransactionError("this thread has a transaction open: use its own methods")
-        if is_mine(self._lock) or is_mine(self._engine.commits.turn.taken):
+        if is_mine(self._lock) or is_mine(self._engine.commits.turn.lock):
             raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
 
     def _enter(self, changing: bool) -> None:

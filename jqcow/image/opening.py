@@ -12,7 +12,7 @@ from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
 from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
-from jqcow.engine.engine import Engine, open_engine, random_salt
+from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import What, clear_corrupt_bit
 from jqcow.errors import CorruptionError, FileAccessDenied
@@ -268,10 +268,19 @@ def _open(
     )
     engine = opened.engine
     shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
-    image = Image(opened, mode, find_backing(engine), copy_on_read=copy_on_read, shown=shown)
-    if mode == "r+" and engine.blocks.area.header.incompatible_features & headers.INCOMPATIBLE_CORRUPT:
-        _clear_corrupt_mark(image)
-    return image
+    backing = find_backing(engine)
+    try:
+        # Only now: an image whose backing file cannot be opened is not written to.
+        repaired = make_writable(opened, repair) if mode == "r+" else None
+        image = Image(opened, mode, backing, copy_on_read=copy_on_read, shown=shown, repaired=repaired)
+        if mode == "r+" and engine.blocks.area.header.incompatible_features & headers.INCOMPATIBLE_CORRUPT:
+            _clear_corrupt_mark(image)
+        return image
+    except BaseException:
+        if isinstance(backing, Chain):
+            # Opened for this image, unlike a disk of the caller's own.
+            backing.close()
+        raise
 
 
 def open_alone(

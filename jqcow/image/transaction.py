@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from jqcow.engine.changes import Mark
 from jqcow.engine.engine import Guest
+from jqcow.engine.metadata import Mark
 from jqcow.engine.snapshots import NewSnapshot
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
@@ -112,21 +112,21 @@ class Transaction:
         if not self._open:
             raise TransactionError("the transaction has ended")
         with self._lock:
-            self._guest.requests.enter(changing)
+            self._guest.requests.admit(changing)
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return the disk's bytes as the transaction sees them; errors as `Image.pread`."""
         self._enter()
         self._guest.requests.check_range(offset, length)
         buffer = bytearray(length)
-        self._guest.requests.read_into(memoryview(buffer), offset)
+        self._guest.reads.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` with the disk's bytes as the transaction sees them; errors as `Image.pread`."""
         self._enter()
         with memoryview(buffer) as whole, whole.cast("B") as view:
-            self._guest.requests.read_into(view, offset)
+            self._guest.reads.read_into(view, offset)
 
     def pwrite(self, buffer: ReadableBuffer, offset: int) -> int:
         """Write ``buffer``; return its length. A failed write leaves the transaction open.

@@ -16,12 +16,12 @@ from jqcow.checker.check import check_structure
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
 from jqcow.disks.view import FileView
-from jqcow.engine.engine import open_engine, random_salt
+from jqcow.engine.engine import make_writable, open_engine, random_salt
 from jqcow.engine.medium import Medium
-from jqcow.engine.scan import Scan, read_root_copy
+from jqcow.engine.repair import RepairReport
+from jqcow.engine.scan import Scan, find_live_root
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import header as headers
-from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import BlockOperation, ZeroOperation
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import SECTOR_BYTES
@@ -143,39 +143,42 @@ def recover_image(
 def _recover(
     device: Device, name: str | None, *, dry_run: bool, verify: bool, new_salt: Callable[[], bytes]
 ) -> RecoveryReport:
-    medium = Medium(device)
-    state = _state(medium)
-    if state == "clean":
-        return _report_clean(device, name, dry_run=dry_run, verify=verify)
     started = time.perf_counter()
+    medium = Medium(device)
+    root = find_live_root(device, use_root_copy=True)
+    if root is None:
+        return _report_clean(device, name, dry_run=dry_run, verify=verify)
     opened = open_engine(medium, writable=not dry_run, use_root_copy=True, new_salt=new_salt)
     if opened.scan is None:
         raise RuntimeError("a live image was opened without its journal")
+    header = opened.engine.blocks.area.header
+    is_dirty = bool(header.incompatible_features & headers.INCOMPATIBLE_DIRTY)
+    repaired = None
     if not dry_run:
+        repaired = make_writable(opened)
         opened.engine.lifecycle.clean()
     seconds = time.perf_counter() - started
     found = _describe_journal(opened.scan, opened.engine.geometry.block_bytes)
+    state: State = "live by root copy" if root.is_copy else "live"
     return RecoveryReport(
         image=name,
         state=state,
         dry_run=dry_run,
-        virtual_size=opened.engine.blocks.area.header.size,
+        virtual_size=header.size,
         journal=found,
-        actions=_actions(state, found),
-        notes=(),
+        actions=_actions(state, found, is_dirty=is_dirty),
+        notes=_recount_notes(repaired, is_dirty=is_dirty),
         verification=_verify(device) if verify else None,
         replay_seconds=seconds,
     )
 
 
-def _state(medium: Medium) -> State:
-    """Tell whether a journal is live, and by whose word."""
-    sector = medium.device.pread(SECTOR_BYTES, 0)
-    if roots.is_live(sector):
-        return "live"
-    if sector[: len(headers.MAGIC)] != headers.MAGIC and read_root_copy(medium.device) is not None:
-        return "live by root copy"
-    return "clean"
+def _recount_notes(repaired: RepairReport | None, *, is_dirty: bool) -> tuple[str, ...]:
+    """Tell what counting anew found, or that a dry run checks what it would still make right."""
+    if repaired is not None:
+        wrong = (repaired.leaks, repaired.too_low, repaired.copied_flags)
+        return ("refcounts were {} too high, {} too low, and {} COPIED flags wrong".format(*wrong),)
+    return ("what is checked is before the refcounts are counted anew",) if is_dirty else ()
 
 
 def _report_clean(device: Device, name: str | None, *, dry_run: bool, verify: bool) -> RecoveryReport:
@@ -226,7 +229,7 @@ def _describe_journal(scan: Scan, block_bytes: int) -> JournalFound:
     )
 
 
-def _actions(state: State, found: JournalFound) -> tuple[str, ...]:
+def _actions(state: State, found: JournalFound, *, is_dirty: bool) -> tuple[str, ...]:
     actions = []
     if state == "live by root copy":
         actions.append("take the root from its copy, and write sector 0 anew")
@@ -235,6 +238,7 @@ def _actions(state: State, found: JournalFound) -> tuple[str, ...]:
     actions += [
         f"copy the {found.record_count} live records to a new place, and make them durable there",
         f"write {found.blocks_applied} metadata blocks to their homes",
+        *(["count the refcounts anew, as the dirty bit asks"] if is_dirty else []),
         "write the header in standard layout, without the journal's feature bit",
         f"give back the journal's {found.length} bytes",
     ]

@@ -12,7 +12,7 @@ from functools import partial
 from types import FrameType
 
 import jqcow
-from jqcow.engine.engine import open_engine
+from jqcow.engine.engine import make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.errors import JqcowError
 from jqcow.ondisk.header import MAGIC
@@ -194,7 +194,7 @@ class Handling:
         """Guest bytes never landed on a cluster that holds metadata."""
         engine = image._engine
         cluster_bytes = engine.geometry.cluster_bytes
-        for cluster in [0, *engine.search.metadata]:
+        for cluster in [0, *engine.space.metadata]:
             start = cluster * cluster_bytes
             if start < self.device.size() and not self.device.is_hole(start, cluster_bytes):
                 content = self.device.pread(cluster_bytes, start)
@@ -206,6 +206,7 @@ class Handling:
 
         def recover() -> None:
             opened = open_engine(Medium(self.device), writable=True, use_root_copy=True)
+            make_writable(opened)
             opened.engine.lifecycle.clean()
 
         self.tolerate("root copy", recover)

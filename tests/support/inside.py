@@ -8,8 +8,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import jqcow
-from jqcow.engine.engine import open_engine
+from jqcow.engine.engine import make_writable, open_engine
 from jqcow.engine.medium import Medium
+from jqcow.engine.read import Reads
 from jqcow.engine.request import Requests
 from jqcow.engine.snapshots import Snapshots
 from jqcow.engine.tables import Tables
@@ -33,18 +34,17 @@ class Shown:
         """Take one of the snapshots that ``holder`` lists."""
         guest = holder._guest
         tables, shown = guest.tables, Snapshots.l1_of(snapshot)
-        self._tables = Tables(tables.blocks, tables.space, tables.search, tables.changes, shown)
+        self._tables = Tables(tables.blocks, tables.space, tables.changes, shown)
         self._tables.staged = tables.staged
         engine = guest.requests
-        self._requests = Requests(
-            self._tables, engine.lifecycle, engine.commits, engine.guard, engine.enter, engine.backing
-        )
+        requests = Requests(self._tables, engine.lifecycle, engine.commits, engine.guard, engine.admit)
+        self._reads = Reads(requests, guest.reads.backing)
         self.size = snapshot.disk_bytes
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return the bytes of the snapshot's disk."""
         buffer = bytearray(length)
-        self._requests.read_into(memoryview(buffer), offset)
+        self._reads.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
 
@@ -61,7 +61,7 @@ def is_in_doubt(image: jqcow.Image) -> bool:
 def require_free_locks(image: jqcow.Image, is_taken: Callable[..., bool]) -> None:
     """No lock of an image was left taken."""
     assert not is_taken(image._engine.guard.turnstile), "the turnstile was left taken"
-    assert not is_taken(image._engine.commits.turn.taken), "the turn was left taken"
+    assert not is_taken(image._engine.commits.turn.lock), "the turn was left taken"
     assert not is_taken(image._lock), "the lock was left taken"
 
 
@@ -90,7 +90,7 @@ def copy_on_read(image: jqcow.Image) -> None:
 
 def show_through(image: jqcow.Image, below: Below | None) -> None:
     """Let a running image show another disk where it has nothing of its own."""
-    image._backing = image._guest.requests.backing = below
+    image._backing = image._guest.reads.backing = below
 
 
 def staged(image: jqcow.Image) -> tuple[int, int]:
@@ -109,8 +109,10 @@ def open_by_root_copy(
     opened = open_engine(
         Medium(device), writable=True, journal_bytes=journal_bytes, use_root_copy=True, new_salt=new_salt
     )
+    repaired = make_writable(opened)
     named = backing_file_of(opened.engine.blocks.area, "")
-    return jqcow.Image(opened, "r+", None if named is None else find_below(named))
+    below = None if named is None else find_below(named)
+    return jqcow.Image(opened, "r+", below, repaired=repaired)
 
 
 def metadata_ranges(device: SimulatedDevice) -> list[Range]:

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from jqcow.engine.changes import ChangeSet, Run, Undone
+from jqcow.engine.clusters import Run
 from jqcow.engine.medium import Medium
+from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.ondisk.frame import ZeroOperation
 from tests.support.mutant import (
     ALLOCATION,
@@ -355,7 +356,7 @@ OF_MAPPING_AND_SNAPSHOTS = (
         skipping(
             f"{ALLOCATION}.share",
             during=f"{SNAPSHOTS}._share",
-            only=lambda refcounts, start, count: start in refcounts.search.metadata,
+            only=lambda refcounts, start, count: start in refcounts.space.metadata,
         ),
         trials=("snapshots/4096/0",),
     ),
@@ -395,7 +396,7 @@ OF_WRITES = (
     Mutant(
         "W1",
         "in-place-in-a-transaction",
-        holding(f"{WRITES}.may_overwrite", "self.tables.staged.changes.fresh", None),
+        holding(f"{WRITES}.may_overwrite", "self.tables.staged.changes.own", None),
         trials=("transactions/4096/0",),
     ),
     Mutant(
@@ -442,7 +443,7 @@ OF_WRITES = (
             during=f"{WRITES}._run_write",
             only=lambda medium, *_: getattr(medium, "late", None) is not None,
         ),
-        replacing(f"{WRITES}._perform", write_late),
+        replacing(f"{WRITES}.perform", write_late),
         trials=seeds("host-fails-dirty/4096", 4),
     ),
 )
@@ -453,7 +454,7 @@ OF_COMMITS = (
         "T1",
         "record-before-data-of-a-transaction",
         holding(
-            f"{COMMITS}._log", "changes.ordered", False, only=lambda _, changes: changes.fresh is not None
+            f"{COMMITS}._write_record", "changes.ordered", False, only=lambda _, changes: changes.is_private
         ),
         trials=("transactions-new/4096/0",),
     ),
@@ -468,7 +469,7 @@ OF_COMMITS = (
     Mutant(
         "T5",
         "root-beside-its-copy",
-        returning(f"{ROOT}.copy_serves", True),
+        returning(f"{ROOT}.may_be_rewritten", True),
         trials=("root:half-moved/8192/0",),
     ),
     Mutant(

@@ -144,7 +144,7 @@ OF_COMMITS = (
     Mutant(
         "C1",
         "commits-side-by-side",
-        setting(f"{TURN}.__init__", "self.taken", NoTurn),
+        setting(f"{TURN}.__init__", "self.lock", NoTurn),
         skipping(f"{COMMITS}.begin_turn"),
         trials=(SCENARIO + "checkpoint-while-flushing",),
     ),
@@ -157,7 +157,7 @@ OF_COMMITS = (
     Mutant(
         "C3",
         "commit-cut-off-goes-on",
-        holding(f"{COMMITS}.begin_turn", "self.turn.in_doubt", False),
+        holding(f"{COMMITS}.begin_turn", "self.turn.is_undecided", False),
         trials=(SCENARIO + "flush-cut-off",),
     ),
     Mutant(

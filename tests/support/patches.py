@@ -111,7 +111,7 @@ class Call:
         return bound
 
     def attribute(self, path: str) -> Attribute:
-        """Return the attribute that ``path`` names, from a parameter on: ``self.turn.taken``."""
+        """Return the attribute that ``path`` names, from a parameter on: ``self.turn.lock``."""
         parameter, *outer, name = path.split(".")
         owner = functools.reduce(getattr, outer, self.bound().arguments[parameter])
         return Attribute(owner, name, getattr(owner, name))

@@ -11,9 +11,9 @@ from typing import Any, Self
 import pytest
 
 import jqcow
-from jqcow.engine.blocks import Blocks
-from jqcow.engine.changes import Run
+from jqcow.engine.clusters import Run
 from jqcow.engine.lifecycle import Lifecycle
+from jqcow.engine.metadata import Blocks
 from jqcow.engine.write import Writes
 from jqcow.engine.zeroing import Zeroing
 from jqcow.errors import ImageClosedError
@@ -167,9 +167,9 @@ def test_a_read_that_copies_does_not_wait_for_a_transaction(monkeypatch: pytest.
             with image.transaction():
                 others.go()
                 assert reading.result(READER_SECONDS) == b"B" * CLUSTER
-        assert not image._guest.requests.entry(0).host, "the read that crossed a transaction copied"
+        assert not image._guest.reads.entry(0).host, "the read that crossed a transaction copied"
         assert image.pread(CLUSTER, 0) == b"B" * CLUSTER
-        assert image._guest.requests.entry(0).host, "a later read did not copy"
+        assert image._guest.reads.entry(0).host, "a later read did not copy"
 
 
 # What failed

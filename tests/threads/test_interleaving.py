@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from jqcow.engine.guard import Guard
+from jqcow.engine.request import Guard
 from jqcow.testing import SimulatedDevice
 from tests.threads.crossing import Broken, Judgement, Record, filled
 from tests.threads.interleaving import Interleaving

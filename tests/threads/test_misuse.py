@@ -373,7 +373,7 @@ def test_a_child_is_refused_while_the_parent_holds_every_lock(image: Image) -> N
             image.flush()
         image.close()
 
-    with image._engine.guard.turnstile, image._engine.commits.turn.taken, image._lock:
+    with image._engine.guard.turnstile, image._engine.commits.turn.lock, image._lock:
         in_child(child)
 
 

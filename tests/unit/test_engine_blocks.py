@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from jqcow.engine.blocks import CLEAN_BLOCKS_MAX, Absent, Blocks, MemoryView, Staged, View
-from jqcow.engine.changes import ChangeSet
 from jqcow.engine.medium import Medium
+from jqcow.engine.metadata import CLEAN_BLOCKS_MAX, Absent, Blocks, ChangeSet, MemoryView, Staged, View
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset

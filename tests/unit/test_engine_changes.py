@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jqcow.engine.changes import ChangeSet, Mark, Run, Undone
+from jqcow.engine.clusters import Run
+from jqcow.engine.metadata import ChangeSet, Mark, Undone
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, ZeroOperation
 from jqcow.ondisk.header import HeaderArea
@@ -151,19 +152,19 @@ class TestTransaction:
     def test_its_data_is_ordered_and_its_clusters_are_fresh(self) -> None:
         """T1; outside no cluster is fresh."""
         private = ChangeSet(GEOMETRY, private=True)
-        assert private.ordered and private.fresh == set()
-        assert ChangeSet(GEOMETRY).fresh is None
+        assert private.ordered and private.own == set()
+        assert ChangeSet(GEOMETRY).own is None
 
     def test_fresh_clusters_are_closed_by_a_savepoint(self) -> None:
         """What a savepoint may come back to is not written in place."""
         private = ChangeSet(GEOMETRY, private=True)
-        assert private.fresh is not None
-        private.fresh.add(ClusterIndex(7))
+        assert private.own is not None
+        private.own.add(ClusterIndex(7))
         mark = private.savepoint()
-        assert private.fresh == set()
-        private.fresh.add(ClusterIndex(8))
+        assert private.own == set()
+        private.own.add(ClusterIndex(8))
         private.return_to(mark)
-        assert private.fresh == set() and private.ordered
+        assert private.own == set() and private.ordered
 
     def test_an_older_savepoint_drops_the_newer_ones(self) -> None:
         private = ChangeSet(GEOMETRY, private=True)

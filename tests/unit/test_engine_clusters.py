@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from jqcow.engine.changes import Run
-from jqcow.engine.clusters import ClusterRuns
+from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.ondisk.layout import ClusterIndex
 
 

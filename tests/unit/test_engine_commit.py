@@ -60,7 +60,7 @@ class TestTickets:
 
     def test_a_new_image_is_nobodys_turn(self) -> None:
         turn = Turn()
-        assert not is_taken(turn.taken) and not is_taken(turn.under_way)
+        assert not is_taken(turn.lock) and not is_taken(turn.under_way)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
     image.flush()
     yield image
     device.faults = None
-    image._medium.in_doubt = image._engine.commits.turn.in_doubt = False
+    image._medium.in_doubt = image._engine.commits.turn.is_undecided = False
     if not image._medium.poisoned:
         image.close()
 
@@ -189,7 +189,7 @@ class TestFailures:
     def test_commit_that_was_cut_off(self, image: jqcow.Image) -> None:
         """C3: neither published nor taken back."""
         image.pwrite(b"second", MIB)
-        image._engine.commits.turn.in_doubt = True
+        image._engine.commits.turn.is_undecided = True
         with pytest.raises(PoisonedError):
             image.flush()
         with pytest.raises(PoisonedError):

@@ -9,9 +9,9 @@ from types import TracebackType
 import pytest
 
 import jqcow
-from jqcow.engine import blocks
-from jqcow.engine.allocation import Allocation
+from jqcow.engine import metadata
 from jqcow.engine.medium import Medium
+from jqcow.engine.refcounts import Allocation
 from jqcow.errors import PoisonedError
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
 
@@ -151,7 +151,7 @@ def disk_of_many_tables(device: SimulatedDevice, tables: int) -> jqcow.Image:
 def test_a_walk_over_more_blocks_than_memory_holds_ends(
     walk: Callable[[jqcow.Image], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "CLEAN_BLOCKS_MAX", 4)
+    monkeypatch.setattr(metadata, "CLEAN_BLOCKS_MAX", 4)
     device = SimulatedDevice()
     image = disk_of_many_tables(device, 12)
     # It would load the same blocks again and again.

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from jqcow.engine.guard import Busy, Guard, Request
 from jqcow.engine.medium import Medium
+from jqcow.engine.request import Busy, Guard, Request
 from jqcow.errors import PoisonedError
 from jqcow.testing import SimulatedDevice
 from tests.support.held import is_taken
@@ -23,8 +23,7 @@ def guard() -> Guard:
 
 def begin(guard: Guard, first: int = 0, end: int = 0, *, changes: bool = True) -> Request:
     request = Request()
-    request.first, request.end = first, end
-    guard.begin(request, changes=changes)
+    guard.begin(request, changes=changes, first=first, end=end)
     return request
 
 
@@ -33,14 +32,15 @@ class Running:
 
     def __init__(self, guard: Guard, first: int = 0, end: int = 0, *, ends: bool = True) -> None:
         self.request = Request()
-        self.request.first, self.request.end = first, end
+        self._clusters = first, end
         self._guard, self._ends = guard, ends
         self._begun, self.go_on = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         with self.request.running:
-            self._guard.begin(self.request, changes=True)
+            first, end = self._clusters
+            self._guard.begin(self.request, changes=True, first=first, end=end)
             self._begun.set()
             assert self.go_on.wait(60)
             if self._ends:

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 import jqcow
-from jqcow.engine.engine import Engine, open_engine
+from jqcow.engine.engine import Engine, make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import root as roots
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
@@ -25,7 +25,9 @@ def clean_device() -> SimulatedDevice:
 
 
 def opened(device: SimulatedDevice) -> Engine:
-    return open_engine(Medium(device), writable=True, journal_bytes=JOURNAL).engine
+    opened = open_engine(Medium(device), writable=True, journal_bytes=JOURNAL)
+    make_writable(opened)
+    return opened.engine
 
 
 def is_live(device: SimulatedDevice) -> bool:

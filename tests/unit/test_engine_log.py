@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from jqcow.engine.changes import ChangeSet
 from jqcow.engine.engine import Engine, open_engine
 from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
+from jqcow.engine.metadata import ChangeSet
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 from jqcow.ondisk.root import MIN_JOURNAL_BYTES
@@ -75,7 +75,7 @@ class TestEndOfEpoch:
         changes = changes_of(engine, 2)
         engine.space.frontier = ClusterIndex(1002)
         engine.blocks.publish(changes)
-        engine.log.end_epoch()
+        engine.log.checkpoint()
         assert not engine.blocks.images and engine.log.require_journal().epoch == 2
         assert device.size() == 1002 * CLUSTER and not device.changes
         for offset, block in changes.blocks.items():
@@ -85,7 +85,7 @@ class TestEndOfEpoch:
         engine.blocks.publish(changes_of(engine, 1))
         device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
         with pytest.raises(OSError):
-            engine.log.end_epoch()
+            engine.log.checkpoint()
         assert engine.blocks.images and engine.log.require_journal().epoch == 1
 
 
@@ -96,20 +96,18 @@ class TestMove:
         contents = Contents.opening(engine.blocks.area, 2, old.sequence)
         device.faults = FaultPlan(Fault(errno.ENOSPC, call="pwrite", at=2))
         with pytest.raises(OSError):
-            log.relocate(2 * MIN_JOURNAL_BYTES, contents)
+            log.move(2 * MIN_JOURNAL_BYTES, contents)
         device.faults = None
         assert log.journal is old and device.size() == size
         assert [run.start for run in engine.space.reserved] == [old.extent.offset // CLUSTER]
-        log.relocate(2 * MIN_JOURNAL_BYTES, contents)
+        log.move(2 * MIN_JOURNAL_BYTES, contents)
         assert log.require_journal().extent.length == 2 * MIN_JOURNAL_BYTES
 
     def test_failed_root_is_put_back(self, device: SimulatedDevice, engine: Engine) -> None:
         old, sector = engine.log.require_journal(), device.pread(512, 0)
         device.faults = FaultPlan(Fault(KeyboardInterrupt(), call="barrier", barrier_name="move.root"))
         with pytest.raises(KeyboardInterrupt):
-            engine.log.relocate(
-                MIN_JOURNAL_BYTES, Contents.opening(engine.blocks.area, old.epoch, old.sequence)
-            )
+            engine.log.move(MIN_JOURNAL_BYTES, Contents.opening(engine.blocks.area, old.epoch, old.sequence))
         assert engine.log.journal is old and device.pread(512, 0) == sector
 
 

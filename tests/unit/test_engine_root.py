@@ -107,7 +107,7 @@ class TestCopy:
         assert root.copy_is_stale and root.has_leftover_copy()
         root.write(roots.pack_root(AREA.header, EXTENT))
         root.decide()
-        assert not root.copy_is_stale and root.copy_serves(EXTENT)
+        assert not root.copy_is_stale and root.may_be_rewritten(EXTENT)
 
     def test_put_back_leaves_it_stale(self, root: Root) -> None:
         root.write_copy(AREA.header, EXTENT)
@@ -116,12 +116,12 @@ class TestCopy:
         assert root.copy_is_stale
 
     def test_one_that_names_another_range_does_not_serve(self, root: Root, device: SimulatedDevice) -> None:
-        assert not root.copy_serves(EXTENT)
+        assert not root.may_be_rewritten(EXTENT)
         root.write_copy(AREA.header, EXTENT)
         other = JournalRange(EXTENT.offset * 2, EXTENT.length, EXTENT.salt)
-        assert root.copy_serves(EXTENT) and not root.copy_serves(other)
+        assert root.may_be_rewritten(EXTENT) and not root.may_be_rewritten(other)
         device.pwrite(b"torn", ROOT_COPY + 8)
-        assert not root.copy_serves(EXTENT)
+        assert not root.may_be_rewritten(EXTENT)
 
     def test_cleared(self, root: Root, device: SimulatedDevice) -> None:
         root.write_copy(AREA.header, EXTENT)
@@ -132,4 +132,4 @@ class TestCopy:
         root = Root(Medium(device), Geometry(9))
         root.write_copy(AREA.header, EXTENT)
         root.clear_copy()
-        assert not device.changes and root.copy_serves(EXTENT) and not root.has_leftover_copy()
+        assert not device.changes and root.may_be_rewritten(EXTENT) and not root.has_leftover_copy()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jqcow.engine.changes import ChangeSet, Run, Undone
-from jqcow.engine.guard import Guard, Request
+from jqcow.engine.clusters import Run
 from jqcow.engine.medium import Medium
+from jqcow.engine.metadata import ChangeSet, Undone
+from jqcow.engine.request import Guard, Request
 from jqcow.engine.space import RECYCLE_CLUSTERS, Space
 from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
 from jqcow.testing import SimulatedDevice
@@ -38,9 +39,9 @@ class Pools:
                 self.space._freed.add(cluster, 1)
         return changes
 
-    def recycle(self, *, wanted: bool = False) -> list[Run]:
+    def recycle(self, *, refill: bool = False) -> list[Run]:
         """Punch what may be punched, as the log does."""
-        runs = self.space.start_recycling(wanted=wanted)
+        runs = self.space.start_recycling(refill=refill)
         for each in runs:
             punched = self.medium.punch(HostOffset(each.start * CLUSTER), each.count * CLUSTER)
             self.space.host_punches = punched
@@ -71,11 +72,11 @@ class TestFrees:
         assert pools.listed(3) and space.take(1).start == 18
         pools.barrier()
         assert space.take(1) == run(3, zero_safe=True)
-        assert pools.medium.pread(HostOffset(3 * CLUSTER), CLUSTER) == bytes(CLUSTER)
+        assert pools.medium.pread(CLUSTER, HostOffset(3 * CLUSTER)) == bytes(CLUSTER)
         space.count_in(run(3))
         assert not pools.listed(3)
 
-    def test_metadata_frees_wait_for_the_next_epoch(self, pools: Pools) -> None:
+    def test_old_metadata_wait_for_the_next_epoch(self, pools: Pools) -> None:
         """S2: replay may write their old blocks until a later epoch says that theirs is home."""
         space = pools.space
         space.publish(pools.free(metadata=2), 1)
@@ -173,7 +174,7 @@ class TestFailures:
         pools.medium.pwrite(b"of the transaction", HostOffset(16 * CLUSTER))
         pools.space.retire([taken])
         assert not pools.recycle() and pools.space.take(2).start == 18
-        assert pools.medium.pread(HostOffset(16 * CLUSTER), 18) == b"of the transaction"
+        assert pools.medium.pread(18, HostOffset(16 * CLUSTER)) == b"of the transaction"
         pools.barrier()
         assert pools.recycle() == [run(16, 2)]
 
@@ -194,19 +195,19 @@ class TestFailures:
 class TestRecycling:
     def test_it_destroys_no_more_than_needed(self, pools: Pools) -> None:
         pools.space.unknown.add(0, 16)
-        assert pools.recycle(wanted=False) == []
-        assert pools.recycle(wanted=True) == [run(0, RECYCLE_CLUSTERS)]
-        assert pools.recycle(wanted=True) == [], "some are on their way"
+        assert pools.recycle(refill=False) == []
+        assert pools.recycle(refill=True) == [run(0, RECYCLE_CLUSTERS)]
+        assert pools.recycle(refill=True) == [], "some are on their way"
         pools.barrier()
-        assert pools.recycle(wanted=True) == [], "not short"
+        assert pools.recycle(refill=True) == [], "not short"
         assert pools.space.take(100) == run(0, RECYCLE_CLUSTERS, zero_safe=True)
-        assert pools.recycle(wanted=True) == [run(RECYCLE_CLUSTERS, 8)]
+        assert pools.recycle(refill=True) == [run(RECYCLE_CLUSTERS, 8)]
 
     def test_while_it_runs_they_are_on_no_other_list(self, pools: Pools) -> None:
         pools.space.unknown.add(3, 1)
-        assert pools.space.start_recycling(wanted=True) == [run(3)]
+        assert pools.space.start_recycling(refill=True) == [run(3)]
         assert pools.listed(3) and not pools.space.unknown
-        assert pools.space.start_recycling(wanted=True) == []
+        assert pools.space.start_recycling(refill=True) == []
         pools.barrier()
         assert not pools.space.zero_safe, "the punching is not known to have happened"
 
@@ -215,7 +216,7 @@ class TestRecycling:
         pools.space.unknown.add(3, 1)
 
         def recycle(*_: object) -> None:
-            pools.recycle(wanted=True)
+            pools.recycle(refill=True)
 
         pools.device.barrier_listeners.append(recycle)
         pools.barrier()
@@ -235,7 +236,7 @@ class TestRecycling:
 
     def test_what_cannot_be_punched_is_unknown(self, pools: Pools) -> None:
         pools.space.publish(pools.free(data=3), 1)
-        (each,) = pools.space.start_recycling(wanted=False)
+        (each,) = pools.space.start_recycling(refill=False)
         pools.space.end_recycling(each, punched=False)
         pools.barrier()
         assert list(pools.space.unknown) == [run(3)] and not pools.space.zero_safe
@@ -247,7 +248,7 @@ class TestRecycling:
         pools.recycle()
         assert pools.space.take(4) == run(3)
         pools.space.unknown.add(5, 1)
-        assert pools.recycle(wanted=True) == []
+        assert pools.recycle(refill=True) == []
 
     def test_what_the_refcounts_call_free_is_unknown(self, pools: Pools) -> None:
         """A hole that the host shows is no proof: the punching may have been lost in a failed barrier."""

@@ -546,7 +546,7 @@ class TestFinalisers:
         request(image)
 
     def test_a_change_during_a_commit_is_refused(self, image: jqcow.Image) -> None:
-        with image._engine.commits.turn.taken, pytest.raises(RuntimeError, match="in use by this thread"):
+        with image._engine.commits.turn.lock, pytest.raises(RuntimeError, match="in use by this thread"):
             image.pwrite(b"x", 0)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import jqcow
-from jqcow.engine import blocks, log
+from jqcow.engine import log, metadata
 from jqcow.offline.info import STAT_BLOCK_BYTES
 from jqcow.testing import SimulatedDevice
 from tests.bench import long_runs
@@ -50,7 +50,7 @@ def test_unflushed_changes_of_the_same_clusters(path: Path) -> None:
 def test_unflushed_changes_of_more_tables_than_fit_in_memory(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "CLEAN_BLOCKS_MAX", 128)
+    monkeypatch.setattr(metadata, "CLEAN_BLOCKS_MAX", 128)
     require_level(long_runs.spread_unflushed(path, 1_600))
 
 
@@ -162,7 +162,7 @@ class TestTooLarge:
         with long_runs.create(path, 100 * L2_TABLE_MAPS) as image:
             image.pwrite(SECTOR, 0, fua=True)
             before = live_journal(image)
-            with pytest.raises(jqcow.UnsupportedFeatureError, match="the transaction is too large"):
+            with pytest.raises(jqcow.UnsupportedFeatureError, match="the change is too large"):
                 self.change_many_tables(image, 100)
             self.require_unchanged(image)
             assert live_journal(image).offset == before.offset
@@ -176,7 +176,7 @@ class TestTooLarge:
         device = SimulatedDevice()
         image = create_on(device, 100 * L2_TABLE_MAPS)
         image.pwrite(SECTOR, 0, fua=True)
-        with pytest.raises(jqcow.UnsupportedFeatureError, match="the transaction is too large"):
+        with pytest.raises(jqcow.UnsupportedFeatureError, match="the change is too large"):
             self.change_many_tables(image, 100)
         with jqcow.open_device(device.killed(), "r+") as recovered:
             self.require_unchanged(recovered)

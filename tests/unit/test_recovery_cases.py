@@ -1,7 +1,7 @@
 """The table of recovery cases, tried with every combination of its inputs, in real bytes.
 
 The inputs are sector 0, the root copy, the journal and the size of the clusters. The table stands in the
-docstring of the module that decides; every combination must fit exactly one row, and do what that row says.
+docstrings of the modules that decide; every combination must fit exactly one row, and do what that row says.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 import jqcow
 from jqcow import _native
-from jqcow.engine import engine
+from jqcow.engine import engine, scan
 from jqcow.offline.recover import RecoveryReport, recover_image
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import header as headers
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 
 ROWS = [Row(*re.split(r" {2,}", cells)) for cells in ROW.findall(TABLE)]
-JOURNALS = {found: kind for kind, found in JOURNAL_ROW.findall(TABLE)}
+JOURNALS = {found: kind for kind, found in JOURNAL_ROW.findall(scan.__doc__ or "")}
 
 
 class Crashed(NamedTuple):

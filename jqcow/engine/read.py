@@ -1,0 +1,173 @@
+"""What a guest's read does: resolve runs, then read each from where it is, or from the backing file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from jqcow.device.disk import Disk, read_padded, shows_zeros
+from jqcow.engine.mapping import MappedRun
+from jqcow.engine.metadata import Absent
+from jqcow.engine.request import Request, Requests
+from jqcow.errors import CorruptionError, FormatError
+from jqcow.ondisk import compression
+from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, L2Entry
+from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
+
+RUNS_AT_ONCE = 1024
+"""Runs that are resolved with the lock held: it bounds memory, and how long others wait."""
+
+ZERO_CHUNK_BYTES = 1 << 20
+_ZEROS = bytes(ZERO_CHUNK_BYTES)
+
+
+class Reads:
+    """Reads of a guest, and questions about what it would read. Errors as `Requests`.
+
+    ``backing``: the disk that unallocated clusters read from.
+    """
+
+    def __init__(self, requests: Requests, backing: Disk | None = None) -> None:
+        self.requests = requests
+        self.tables = requests.tables
+        self.medium = requests.medium
+        self.backing = backing
+        self._cluster_bytes = requests.geometry.cluster_bytes
+        self._decompressed: tuple[int, HostOffset, bytes] | None = None
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the guest's bytes at ``offset``."""
+        position = self._read_some(buffer, offset, 0)
+        while position < len(buffer):
+            position = self._read_some(buffer, offset, position)
+
+    def _read_some(self, buffer: memoryview, offset: int, position: int) -> int:
+        """Read what can be resolved at once, from ``position`` in the buffer on; return how far that is."""
+        request = Request()
+        with request.running:
+            runs = self.requests.planned(
+                lambda: self._plan_read(request, offset + position, len(buffer) - position)
+            )
+            try:
+                for run in runs:
+                    self.read_run(
+                        run, buffer[position : position + run.length], GuestOffset(offset + position)
+                    )
+                    position += run.length
+            finally:
+                self.requests.guard.end(request)
+        return position
+
+    def _plan_read(self, request: Request, offset: int, length: int) -> list[MappedRun]:
+        self.requests.admit(False)
+        self.requests.check_range(offset, length)
+        runs = self._runs_at_hand(GuestOffset(offset), length)
+        self.requests.guard.begin(request)
+        return runs
+
+    def _runs_at_hand(self, offset: GuestOffset, length: int) -> list[MappedRun]:
+        """Return the first runs of a guest range, up to a block that is not in memory.
+
+        Raises:
+            Absent: that is the first block that the range needs.
+        """
+        found: list[MappedRun] = []
+        end = offset + length
+        try:
+            while offset < end and len(found) < RUNS_AT_ONCE:
+                run = self.tables.mapping_at_hand.run(offset, end - offset)
+                found.append(run)
+                offset = GuestOffset(offset + run.length)
+        except Absent:
+            if not found:
+                raise
+        return found
+
+    def read_run(self, run: MappedRun, part: memoryview, offset: GuestOffset) -> None:
+        """Fill ``part`` with what a run of guest bytes at ``offset`` reads as; the request is in flight."""
+        if run.kind == DATA:
+            self.medium.pread_into(part, run.host)
+        elif run.kind == COMPRESSED_CLUSTER:
+            within = offset % self._cluster_bytes
+            part[:] = self._decompress(run)[within : within + len(part)]
+        elif run.kind == UNALLOCATED and self.backing is not None:
+            read_padded(self.backing, part, offset)
+        else:
+            _fill_zeros(part)
+
+    def _decompress(self, run: MappedRun) -> bytes:
+        """Return the bytes of a compressed cluster. The last one is kept: it is often read piece by piece.
+
+        It serves until clusters come back: from then on the host cluster may hold something else.
+        """
+        kept, reuses = self._decompressed, self.tables.space.reuses
+        if kept is not None and kept[:2] == (reuses, run.host):
+            return kept[2]
+        kind = self.tables.view.header.compression_type
+        try:
+            stream = self.medium.pread(run.packed_bytes, run.host)
+            data = compression.decompress(stream, self._cluster_bytes, kind)
+        except FormatError as error:
+            raise CorruptionError("compressed cluster", run.host, str(error)) from error
+        self._decompressed = reuses, run.host, data
+        return data
+
+    def runs(self, offset: int, length: int) -> Iterator[MappedRun]:
+        """Yield what a guest range is mapped to; it need not lie within the disk."""
+        end = offset + length
+        while offset < end:
+            for run in self.requests.planned(partial(self._look, offset, end - offset)):
+                yield run
+                offset += run.length
+
+    def _look(self, offset: int, length: int) -> list[MappedRun]:
+        self.requests.admit(False)
+        return self._runs_at_hand(GuestOffset(offset), length)
+
+    def first_run(self, offset: int, length: int) -> MappedRun:
+        """Return the first run of a guest range."""
+
+        def look() -> MappedRun:
+            self.requests.admit(False)
+            return self.tables.mapping_at_hand.run(GuestOffset(offset), length)
+
+        return self.requests.planned(look)
+
+    def entry(self, cluster: int) -> L2Entry:
+        """Return the L2 entry of a guest cluster."""
+
+        def look() -> L2Entry:
+            self.requests.admit(False)
+            return self.tables.mapping_at_hand.l2_entry(GuestCluster(cluster))
+
+        return self.requests.planned(look)
+
+    def reads_as_zeros(self, offset: int, length: int) -> bool:
+        """Return True if a guest range reads as zeros, as far as the tables of the chain tell."""
+        for run in self.runs(offset, length):
+            if run.kind in (DATA, COMPRESSED_CLUSTER):
+                return False
+            if run.kind == UNALLOCATED and not self.below_reads_as_zeros(offset, run.length):
+                return False
+            offset += run.length
+        return True
+
+    def below_reads_as_zeros(self, offset: int, length: int) -> bool:
+        """Return True if what lies below a guest range, which may reach past either disk, reads as zeros."""
+        return shows_zeros(self.backing, length, offset)
+
+    def reads_from_below(self, offset: int, length: int) -> bool:
+        """Return True if the backing file may hold data of a range."""
+        if self.backing is None:
+            return False
+        for run in self.runs(offset, length):
+            if run.kind == UNALLOCATED and not self.below_reads_as_zeros(offset, run.length):
+                return True
+            offset += run.length
+        return False
+
+
+def _fill_zeros(buffer: memoryview) -> None:
+    for position in range(0, len(buffer), ZERO_CHUNK_BYTES):
+        part = buffer[position : position + ZERO_CHUNK_BYTES]
+        part[:] = _ZEROS[: len(part)]
