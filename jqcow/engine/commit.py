@@ -255,7 +255,9 @@ class Commits:
 
     def _restage(self, tables: Tables) -> None:
         tables.staged.take_back()
-        self.turn.is_undecided = False
+        # A frame that is still pending may yet be found.
+        journal = self.log.journal
+        self.turn.is_undecided = journal is not None and journal.is_pending
 
     def checkpoint(self, admit: Callable[[], None]) -> None:
         """Commit, and bring every block home: the next record starts in the other half of the journal.

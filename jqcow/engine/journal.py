@@ -85,6 +85,11 @@ class Journal:
         """True until the first frame of the running epoch was accepted: it starts with the header (J4)."""
         return self._position == 0
 
+    @property
+    def is_pending(self) -> bool:
+        """True from the beginning of an append until its frame was accepted or revoked."""
+        return self._pending is not None
+
     def has_room(self, payload: EncodedPayload) -> bool:
         """Return True if a frame with this payload fits behind the last one (J5)."""
         half_bytes = self.extent.half_bytes
@@ -128,7 +133,7 @@ class Journal:
             try:
                 self.medium.pwrite(bytes(FRAME_ALIGNMENT), self._pending.offset)
             except OSError:
-                self.medium.poisoned = True
+                self.medium.poisoned, self._pending = True, None
                 raise
         self._pending = None
 

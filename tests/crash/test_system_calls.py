@@ -65,8 +65,10 @@ def test_one_system_call_fails(call: str, injection: str, number: int, tmp_path:
     image = tmp_path / "image.qcow2"
     done = run_traced(image, "-e", f"trace={call}", "-e", f"inject={call}:{injection}:when={when}")
     assert done.returncode == 0, done.stderr
-    assert "(INJECTED)" in image.with_suffix(".trace").read_text(encoding="utf-8")
-    if injection.startswith("error="):
+    (failed,) = re.findall(r".*\(INJECTED\)", image.with_suffix(".trace").read_text(encoding="utf-8"))[:1]
+    # Space that could not be given back behind a durable record is no failure of what the user asked for.
+    may_be_kept_quiet = "PUNCH_HOLE" in failed and done.stdout.strip() == "none"
+    if injection.startswith("error=") and not may_be_kept_quiet:
         assert done.stdout.strip() == str(getattr(errno, injection.removeprefix("error=")))
     content = image.read_bytes()
     report = check_structure(lambda length, offset: content[offset : offset + length], len(content))

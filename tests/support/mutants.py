@@ -15,6 +15,7 @@ from typing import Any
 from jqcow.engine.clusters import Run
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
+from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
 from tests.support.mutant import (
     ALLOCATION,
@@ -26,18 +27,18 @@ from tests.support.mutant import (
     LIFECYCLE,
     LOG,
     MAPPING,
+    MAPPING_EDITOR,
     MEDIUM,
     NATIVE,
     OPERATION,
     PACKED,
     PRIVATE,
+    READS,
     REFCOUNTS,
-    REQUESTS,
     ROOT,
     SNAPSHOTS,
     SPACE,
     TABLES,
-    VIEW,
     WRITES,
     Mutant,
     seeds,
@@ -141,7 +142,7 @@ OF_MEDIUM = (
     Mutant(
         "M5",
         "end-within-a-sector",
-        skipping(f"{WRITES}._reach"),
+        skipping(f"{WRITES}._fill_last_sector"),
         trials=(
             SIMULATION + "512/qemu/0/65536 fua:24576:1 write:27136:651 cut:6:8192 flush write:27136:768",
         ),
@@ -175,7 +176,7 @@ OF_JOURNAL = (
     Mutant(
         "J4",
         "epoch-without-header",
-        replacing(f"{LOG}._with_header", lambda _, log, changes: changes.operations()),
+        replacing(f"{LOG}._encode", lambda _, log, changes: frames.encode_operations(changes.operations())),
         trials=("epochs/4096/0",),
     ),
     Mutant(
@@ -341,7 +342,7 @@ OF_MAPPING_AND_SNAPSHOTS = (
     Mutant(
         "G3",
         "shared-table-changed",
-        returning(f"{MAPPING}._has_one_owner", True),
+        returning(f"{MAPPING_EDITOR}._has_one_owner", True),
         trials=("snapshots/4096/0",),
     ),
     Mutant(
@@ -402,25 +403,25 @@ OF_WRITES = (
     Mutant(
         "W2",
         "backing-file-taken-for-zeros",
-        returning(f"{REQUESTS}.below_reads_as_zeros", True, during=f"{WRITES}._was_zero"),
+        returning(f"{READS}.below_reads_as_zeros", True, during=f"{WRITES}._was_zero"),
         trials=("overlay/4096/0", "overlay-reuse/4096/0", "copy-on-read/4096/0"),
     ),
     Mutant(
         "W2",
         "dirty-cluster-unordered",
-        skipping(f"{VIEW}.require_order", during=f"{WRITES}._stage_write"),
+        with_result(f"{WRITES}._write_fresh", lambda _: False),
         trials=("reuse/4096/0",),
     ),
     Mutant(
         "W2",
         "compressed-data-unordered",
-        skipping(f"{VIEW}.require_order", during=f"{PACKED}._stage"),
+        after(f"{PACKED}._stage", lambda _, packed, *__: setattr(packed.tables.changes, "ordered", False)),
         trials=("compressed-new/4096/0",),
     ),
     Mutant(
         "W3",
         "old-bytes-not-copied",
-        skipping(f"{WRITES}._read_edge"),
+        skipping(f"{WRITES}._read_old"),
         trials=("snapshots-cow/4096/0",),
     ),
     Mutant(

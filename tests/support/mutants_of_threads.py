@@ -12,7 +12,7 @@ from tests.support.mutant import (
     MEDIUM,
     OPERATION,
     PACKED,
-    REQUESTS,
+    READS,
     SPACE,
     TURN,
     Mutant,
@@ -112,7 +112,7 @@ OF_REQUESTS = (
     Mutant(
         "Q3",
         "reads-not-in-flight",
-        skipping(f"{GUARD}.begin", during=f"{REQUESTS}._plan_read"),
+        skipping(f"{GUARD}.begin", during=f"{READS}._plan_read"),
         trials=(SCENARIO + "read-beside-a-discard",),
     ),
     Mutant(
@@ -163,7 +163,7 @@ OF_COMMITS = (
     Mutant(
         "C3",
         "commit-cut-off-is-shown",
-        skipping(f"{COMMITS}._leave_in_doubt"),
+        skipping(f"{COMMITS}._leave_in_doubt_if_undecided"),
         trials=(SCENARIO + "transaction-cut-off",),
     ),
 )

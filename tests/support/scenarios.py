@@ -397,7 +397,7 @@ def flush_cut_off() -> None:
     device, image = _live_image()
     image.pwrite(b"\x44" * SECTOR_BYTES, 10 * CLUSTER_BYTES)
     device.faults = _commit_that_is_not_taken_back()
-    with _interrupt_at("Commits._leave_in_doubt"):
+    with _interrupt_at("Commits._leave_in_doubt_if_undecided"):
         image.flush()
     with suppress(PoisonedError):
         image.flush()
