@@ -287,9 +287,11 @@ class Requests:
 
         return self.planned(check)
 
-    def is_one_span(self, offset: int, length: int) -> bool:
-        """Return True if `spans` would not cut a guest range."""
-        return offset % self._span_bytes + length <= self._span_bytes
+    def spans_to_change(self, offset: int, length: int) -> Iterator[tuple[GuestOffset, int]]:
+        """As `spans`. Several are refused together; each is to be checked again when it is planned."""
+        if length <= 0 or offset % self._span_bytes + length > self._span_bytes:
+            self.check_change(offset, length)
+        return self.spans(offset, length)
 
     def spans(self, offset: int, length: int) -> Iterator[tuple[GuestOffset, int]]:
         """Cut a guest range where the metadata blocks of its L2 tables end: (offset, length) of each part."""

@@ -79,13 +79,8 @@ class Writes:
             OSError: sectors of the failed part that were overwritten in place may be old or new; all else
                 of it is as before.
         """
-        start, length = GuestOffset(offset), len(data)
-        if length and self.requests.is_one_span(start, length):
-            self.write_span(data, start, within_disk=True)
-            return
-        self.requests.check_change(offset, length)
-        for start, part in self.requests.spans(offset, length):
-            self.write_span(data[start - offset : start - offset + part], start, within_disk=True)
+        for start, length in self.requests.spans_to_change(offset, len(data)):
+            self.write_span(data[start - offset : start - offset + length], start, within_disk=True)
 
     def write_span(self, data: memoryview, offset: GuestOffset, *, within_disk: bool) -> None:
         """Write within one metadata block of mapping; ``within_disk``: and within the disk."""
@@ -226,7 +221,9 @@ class Writes:
                 # Whatever a zero entry keeps has old bytes in it.
                 run = Run(self.geometry.cluster_of(kept[cluster]), 1, zero_safe=False)
             else:
-                count = next((at - cluster for at in range(cluster, end) if at in kept), end - cluster)
+                count = end - cluster
+                if kept:
+                    count = next((at - cluster for at in range(cluster, end) if at in kept), count)
                 run = self.tables.refcounts.take(count)
                 plan.uncounted.append(run)
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, cluster in kept))

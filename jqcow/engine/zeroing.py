@@ -24,8 +24,7 @@ class Zeroing:
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros; ``unmap`` frees the clusters that it covers whole."""
-        self.requests.check_change(offset, length)
-        for start, span in self.requests.spans(offset, length):
+        for start, span in self.requests.spans_to_change(offset, length):
             while not self._zero_span(start, span, unmap=unmap):
                 pass
 
@@ -44,8 +43,7 @@ class Zeroing:
 
     def discard(self, offset: int, length: int) -> None:
         """Free the clusters that a range covers whole; they read as zeros. The rest stays as it is."""
-        self.requests.check_change(offset, length)
-        for start, span in self.requests.spans(offset, length):
+        for start, span in self.requests.spans_to_change(offset, length):
             while not self._discard_span(start, span):
                 pass
 

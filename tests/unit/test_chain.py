@@ -416,3 +416,22 @@ def test_commands_follow_names_only_when_allowed(run: Run, command: list[str]) -
     assert run(*command, "--allow-files", "top")[0] == 63
     assert run(*command, "--allow-files", "--probe", "top")[0] == 0
     assert run("info", "top")[0] == 0
+
+
+def test_a_crashed_image_is_not_written_to_before_its_backing_file_may_be_opened() -> None:
+    """Trying again and again must not make the file longer each time."""
+    jqcow.create("base", MIB).close()
+    overlay("top", "base", "qcow2")
+    image = jqcow.open("top", "r+", allow_files=True)
+    image.pwrite(b"x", 0)
+    image.flush()
+    crashed = Path("top").read_bytes()
+    image.close()
+    Path("top").write_bytes(crashed)
+    for _ in range(2):
+        with pytest.raises(FileAccessDenied):
+            jqcow.open("top", "r+")
+    os.rename("base", "gone")
+    with pytest.raises(FileNotFoundError):
+        jqcow.open("top", "r+", allow_files=True)
+    assert Path("top").read_bytes() == crashed

@@ -210,3 +210,92 @@ def test_a_transaction_that_was_cut_off_within_a_resize_is_not_committed(
         assert image.pread(5, 0) == bytes(5)
         image.pwrite(b"works on", 0)
         assert image.check().ok
+
+
+# What readers of the paths found
+
+
+def test_a_flush_after_a_write_that_failed_half_way_is_a_barrier() -> None:
+    """C2: what the failed write left can be read, so the flush that follows makes it durable."""
+    device = SimulatedDevice()
+    image = jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=1 << 16)
+    image.pwrite(b"A" * CLUSTER, 0)
+    image.flush()
+    device.faults = FaultPlan(Fault(errno.EIO, call="pwrite", applied_bytes=2 * SECTOR))
+    with pytest.raises(OSError):
+        image.pwrite(b"B" * CLUSTER, 0)
+    device.faults = None
+    shown = image.pread(CLUSTER, 0)
+    assert shown == b"B" * 2 * SECTOR + b"A" * (CLUSTER - 2 * SECTOR)
+    image.flush()
+    for state in enumerate_states(device, budget=50):
+        with jqcow.open_device(device.crash(state), "r") as crashed:
+            assert crashed.pread(CLUSTER, 0) == shown
+
+
+@pytest.mark.parametrize("call", ["pwrite", "write_zeroes", "discard"])
+def test_a_range_past_the_end_changes_nothing(call: str) -> None:
+    """Also where it is so long that it is done part by part."""
+    size = 5 * CLUSTER * CLUSTER // 8
+    with jqcow.create_on_device(SimulatedDevice(), size, cluster_size=CLUSTER) as image:
+        image.pwrite(b"A" * CLUSTER, 0)
+        change = getattr(image, call)
+        arguments = (bytes(size + 1), 0) if call == "pwrite" else (size + 1, 0)
+        with pytest.raises(ValueError, match=f"^{size + 1} bytes at 0 are not within"):
+            change(*arguments)
+        assert image.pread(CLUSTER, 0) == b"A" * CLUSTER
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["alone", "beside a second flush"])
+def test_reading_goes_on_where_a_record_cannot_be_revoked(others: bool) -> None:
+    """The image turns read-only; nothing that it shows was acknowledged, whoever comes next."""
+    device = SimulatedDevice()
+    image = jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=1 << 16)
+    image.pwrite(b"A" * CLUSTER, 0)
+    image.flush()
+    image.pwrite(b"B" * CLUSTER, CLUSTER)
+    device.faults = FaultPlan(*(Fault(errno.EIO, at=at, call="pwrite") for at in (1, 2)))
+    with pytest.raises(OSError):
+        image.flush()
+    device.faults = None
+    if others:
+        with pytest.raises(PoisonedError):
+            image.flush()
+    assert image.pread(2 * CLUSTER, 0) == b"A" * CLUSTER + b"B" * CLUSTER
+    image.close()
+
+
+def test_closing_gives_back_what_the_last_epoch_freed() -> None:
+    """S2: once the journal is gone nothing is replayed into freed tables."""
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, 1 << 30, cluster_size=CLUSTER) as image:
+        for number in range(20):
+            image.pwrite(b"x" * CLUSTER, number * (2 << 20))
+        # The tables are not at the end of the file, which closing cuts off.
+        image.pwrite(b"last", MIB // 2)
+    device.reopen()
+    with jqcow.open_device(device, "r+") as image:
+        before = {table for _, table in image._engine.public.mapping.l2_tables(0)}
+        image.resize(MIB)
+        kept = {table for _, table in image._engine.public.mapping.l2_tables(0)}
+    device.reopen()
+    freed = {table for table in before - kept if table < device.size()}
+    assert len(freed) > 10
+    assert all(device.is_hole(table, CLUSTER) for table in freed)
+
+
+def test_a_checkpoint_of_nothing_leaves_the_newest_frames_alone() -> None:
+    """The half of the newest frames is not the next to be written."""
+    device = SimulatedDevice()
+    image = jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=1 << 16)
+    image.pwrite(b"A" * CLUSTER, 0)
+    image.checkpoint()
+    epoch = image._engine.log.require_journal().epoch
+    with image._engine.commits.turn.lock:
+        image._engine.log.checkpoint()
+    assert image._engine.log.require_journal().epoch == epoch
+    image.pwrite(b"B" * CLUSTER, CLUSTER)
+    image.flush()
+    with jqcow.open_device(device.killed(), "r") as crashed:
+        assert crashed.pread(2 * CLUSTER, 0) == b"A" * CLUSTER + b"B" * CLUSTER
+    image.close()

@@ -17,7 +17,7 @@ import pytest
 import jqcow
 from jqcow.cli import recover as command
 from jqcow.offline.recover import RecoveryReport, recover_image
-from jqcow.testing import SimulatedDevice
+from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -309,3 +309,27 @@ def test_a_killed_process_is_recovered(tmp_path: Path) -> None:
     assert report.journal.record_count >= acknowledged
     with jqcow.open(path) as image:
         assert_acknowledged(image, acknowledged)
+
+
+def test_refcounts_that_are_counted_anew_are_told() -> None:
+    """A writer that died while it repaired a dirty image leaves the bit set, and a live journal."""
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, MIB, cluster_size=CLUSTER) as image:
+        image.pwrite(b"data", 0)
+    device.reopen()
+    device.pwrite(bytes([1]), 79)
+    refcounts = int.from_bytes(device.pread(8, int.from_bytes(device.pread(8, 48), "big")), "big")
+    device.pwrite((1).to_bytes(2, "big"), refcounts + 2 * 30)
+    device.faults = FaultPlan(Fault(KeyboardInterrupt(), at=3, call="barrier"))
+    with pytest.raises(KeyboardInterrupt):
+        jqcow.open_device(device, "r+")
+    planned = recover_image(device.killed(), dry_run=True)
+    crashed = device.killed()
+    done = recover_image(crashed)
+    assert planned.state == done.state == "live"
+    assert planned.actions == done.actions
+    assert any("count the refcounts anew" in action for action in done.actions)
+    assert planned.verification is not None and planned.verification.leaks == 1
+    assert planned.notes == ("what is checked is before the refcounts are counted anew",)
+    assert done.notes == ("refcounts were 1 too high, 0 too low, and 0 COPIED flags wrong",)
+    assert done.verification is not None and done.verification.leaks == 0
