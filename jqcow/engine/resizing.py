@@ -1,4 +1,4 @@
-"""Another size for the disk, or nothing in it. The caller is alone (guard.py, Q2)."""
+"""Another size for the disk, or nothing in it. The caller is alone (request.py, Q2)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A user transaction, as the engine sees it: a private change set, committed whole or given up.
 
 Its writes go to fresh clusters, also where the guest cluster was allocated, so that leaving them out leaves
-the old disk. Committing switches the mapping in one record. Whoever has one is alone (guard.py, Q2).
+the old disk. Committing switches the mapping in one record. Whoever has one is alone (request.py, Q2).
 """
 
 from __future__ import annotations

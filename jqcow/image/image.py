@@ -2,10 +2,10 @@
 
 Threads may share an image. Its locks are taken in this order, each by ``with`` alone:
 
-    the turnstile   held by whoever is alone: a transaction, a resize, a close (engine/guard.py)
+    the turnstile   held by whoever is alone: a transaction, a resize, a close (engine/request.py)
     a request's     held by that request from before its plan until after its end
-    the turn        held by a commit (engine/commit.py)
-    the lock        held by whoever looks at the image's state or changes it, never while the device works
+    the turn        held by a commit, and beside it one that later flushes wait for (engine/commit.py)
+    the lock        held by whoever looks at the image's state or changes it, never while guest data moves
 
 Each call plans and stages under the lock, and reads and writes without it. A forked child must not use its
 parent's image. See docs/threads-and-locks.
