@@ -8,12 +8,12 @@ from random import Random
 import pytest
 
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
+from tests.crash.judge import judge_closed, judge_running, recover
+from tests.crash.stories import EACH_ONCE, MIXED
 from tests.support import inside
 from tests.support.expectation import SECTOR_BYTES, Expectation
-from tests.support.judge import judge_closed, judge_running, recover
 from tests.support.player import Player
 from tests.support.starts import full_image
-from tests.support.stories import EACH_ONCE, MIXED
 from tests.support.users import Session
 
 CLUSTER_BYTES = 4096

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
+from tests.crash.mutants import BARRIER_TRIALS, MUTANTS, Mutant
+from tests.crash.trials import judge_trial
 from tests.support import mutation, sources
-from tests.support.mutants import BARRIER_TRIALS, MUTANTS, Mutant
 from tests.support.mutation import Verdict
-from tests.support.trials import judge_trial
 
 TRIALS = sorted(
     {trial for trials in BARRIER_TRIALS.values() for trial in trials}
@@ -64,5 +64,5 @@ def test_barrier_is_needed(name: str) -> None:
 
 @every_mutant
 def test_rule_is_needed(mutant: Mutant) -> None:
-    verdict, text = mutation.run_alone("tests.support.mutation", mutant.name)
+    verdict, text = mutation.run_alone("tests.crash.mutants", mutant.name)
     assert verdict is Verdict.RED, text

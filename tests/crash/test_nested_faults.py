@@ -14,12 +14,12 @@ from random import Random
 import pytest
 
 from jqcow.testing import EVERYTHING, CrashSpace, Fault, FaultPlan
-from tests.support import stories
+from tests.crash import stories
+from tests.crash.judge import Judge, judge_closed, judge_running, recover, recover_and_close
+from tests.crash.stories import Story, tell
 from tests.support.expectation import SECTOR_BYTES
-from tests.support.judge import Judge, judge_closed, judge_running, recover, recover_and_close
 from tests.support.player import Player
 from tests.support.starts import STARTS as PREPARED
-from tests.support.stories import Story, tell
 from tests.support.users import Session
 
 STORIES: dict[str, tuple[Story, str, int]] = {

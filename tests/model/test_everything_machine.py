@@ -31,6 +31,7 @@ from jqcow.offline.rebase import rebase
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
+from tests.crash.mutants import mutant_named
 from tests.interop.qemu import check_clean, compare, done, qemu_io
 from tests.model.test_image_machine import (
     CLUSTERS_MAX,
@@ -46,7 +47,6 @@ from tests.model.test_image_machine import (
 )
 from tests.support import inside, mutation
 from tests.support.inside import Shown
-from tests.support.mutants import mutant_named
 from tests.support.mutation import Verdict
 from tests.support.operations import Disk, PackedWrite, Write, WriteZeroes, apply
 from tests.support.starts import DIRTY_BYTE, spoil_refcounts

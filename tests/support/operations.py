@@ -18,7 +18,7 @@ model, see `Windows`:
     flush  checkpoint  look  open  close  kill
     begin  commit  rollback  abort  savepoint  return:NUMBER
 
-Of overlays (`tests.support.overlays`):
+Of overlays (`tests.crash.overlays`):
 
     rebase                      goes over another disk, and reads as before
     empty                       its base gets all of it, and the overlay gives that up

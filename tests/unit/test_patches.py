@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 
 from tests.support import patches
-from tests.support.mutants import Mutant
+from tests.support.mutant import Mutant
 from tests.support.mutation import Verdict, judge
 from tests.support.patches import Number, Patch, PatchError
 

@@ -19,10 +19,10 @@ from jqcow.errors import JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.header import Header
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.inside import Shown
-from tests.support.judge import PromiseBroken, require
 from tests.support.player import Player
 from tests.support.starts import new_session
 from tests.support.users import JOURNAL_BYTES, open_simulated

@@ -1,13 +1,18 @@
 """Mutants: jqcow with one rule taken away, and the trials of which one must then break a promise.
 
 A mutant patches methods by their names (`tests.support.patches`); where a method is gone,
-`tests/crash/test_mutants.py` fails. `tests.support.mutation` judges mutants; `tests.support.trials` knows the
+`tests/crash/test_mutants.py` fails. `tests.support.mutation` judges mutants; `tests.crash.trials` knows the
 kinds of trials. Mutants that need several threads, or a call that is cut off, are in
-`tests.support.mutants_of_threads`.
+`tests.crash.mutants_of_threads`.
+
+    python -m tests.crash.mutants RULE-WHAT [TRIAL...]
+
+judges one. It says what broke.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +20,8 @@ from typing import Any
 from jqcow.engine.changes import ChangeSet, Run, Undone
 from jqcow.engine.medium import Medium
 from jqcow.ondisk.frame import ZeroOperation
+from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
+from tests.crash.trials import SCENARIO, SIMULATION, action_of
 from tests.support.mutant import (
     ALLOCATION,
     BLOCKS,
@@ -42,7 +49,7 @@ from tests.support.mutant import (
     seeds,
     without_barrier,
 )
-from tests.support.mutants_of_threads import MUTANTS_OF_THREADS
+from tests.support.mutation import judge
 from tests.support.patches import (
     Function,
     Number,
@@ -55,7 +62,6 @@ from tests.support.patches import (
     with_argument,
     with_result,
 )
-from tests.support.trials import SCENARIO, SIMULATION
 
 BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "create.blank": ("fresh/4096/0",),
@@ -508,3 +514,16 @@ def mutant_named(name: str) -> Mutant:
     """Return the mutant of a name."""
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
     return mutant
+
+
+def main() -> int:
+    """Judge the mutant that the command line names, by its own trials or by those named after it."""
+    name, *trials = sys.argv[1:]
+    mutant = mutant_named(name)
+    verdict, text = judge(mutant, map(action_of, trials or mutant.trials))
+    print(f"{mutant.name} is {verdict.name}: {text}")
+    return verdict
+
+
+if __name__ == "__main__":
+    sys.exit(main())

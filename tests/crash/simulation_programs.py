@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from random import Random
 
+from tests.crash.simulation import LARGE_ONLY, Program, SimulationFailure, run
+from tests.crash.simulation_minimise import minimise
 from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.operations import Step
 from tests.support.runs import Outcome, run_parts
-from tests.support.simulation import LARGE_ONLY, Program, SimulationFailure, run
-from tests.support.simulation_minimise import minimise
 from tests.support.starts import SIMULATED
 
 CLUSTER_SIZES = (512, 1024, 4096, 8192, 65536)

@@ -2,8 +2,8 @@
 
 A `Program` is plain values: what the run starts from, and a list of steps. It can be written on one line and
 read back, and steps can be left out of it: a step that makes no sense where it stands does nothing. So a
-failing program can be minimised (`tests.support.simulation_minimise`). Programs come from seeds
-(`tests.support.simulation_programs`).
+failing program can be minimised (`tests.crash.simulation_minimise`). Programs come from seeds
+(`tests.crash.simulation_programs`).
 
 The steps are those of `tests.support.operations`, and what befalls them:
 
@@ -41,9 +41,9 @@ from jqcow.testing import (
     FaultPlan,
     SimulatedDevice,
 )
+from tests.crash.judge import Judge, judge_closed, recover, recover_and_close
+from tests.crash.layouts import GarbageRule
 from tests.support.expectation import Expectation
-from tests.support.judge import Judge, judge_closed, recover, recover_and_close
-from tests.support.layouts import GarbageRule
 from tests.support.operations import Step
 from tests.support.player import Player
 from tests.support.starts import SIMULATED, STARTS, Start

@@ -1,10 +1,12 @@
-"""Mutants (`tests.support.mutants`) without a rule that holds where threads meet, or a call is cut off."""
+"""Mutants (`tests.crash.mutants`) without a rule that holds where threads meet, or a call is cut off."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
 
+from tests.crash.scenarios import CLUSTER_BYTES
+from tests.crash.trials import SCENARIO
 from tests.support.mutant import (
     BLOCKS,
     COMMITS,
@@ -27,8 +29,6 @@ from tests.support.patches import (
     skipping,
     with_argument,
 )
-from tests.support.scenarios import CLUSTER_BYTES
-from tests.support.trials import SCENARIO
 
 
 class NoTurn(nullcontext[None]):
