@@ -6,14 +6,12 @@ digest, is looked at more closely: opened for reading only beforehand, written t
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import jqcow
-from jqcow.checker.check import check_structure
 from jqcow.errors import CorruptionError, JqcowError
 from jqcow.ondisk.header import MAGIC, Header, HeaderArea
 from jqcow.ondisk.naming import backing_file_of
@@ -23,7 +21,9 @@ from tests.support import inside
 from tests.support.below import Below, find_below, name_of
 from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
 from tests.support.inside import Shown
+from tests.support.patients import check
 from tests.support.player import Player
+from tests.support.qemu import run
 from tests.support.users import JOURNAL_BYTES, Session, open_simulated, salts_of
 
 READ_ONLY_EVERY = 4
@@ -166,11 +166,7 @@ def judge_closed(device: SimulatedDevice, expectation: Expectation) -> None:
     """After recovery and close the file is standard qcow2, without a leak, and opening it changes nothing."""
     content = device.content()
     require(not is_live(content[:SECTOR_BYTES]), "P2: the feature bit after a clean close")
-
-    def read(length: int, offset: int) -> bytes:
-        return content[offset : offset + length].ljust(length, b"\0")
-
-    report = check_structure(read, len(content))
+    report = check(content)
     require(report.ok, "P2: after a clean close", report.findings[:1])
     area = HeaderArea.parse(content[: report.image_end_offset])
     extensions = area.data[area.header.header_length :]
@@ -213,10 +209,10 @@ def judge_by_qemu(device: SimulatedDevice, windows: Windows, found: Found) -> No
             if max(size, below.size) > RAW_BYTES_MAX:
                 return
             _write_raw(Path(folder, name_of(below)), below.windows, below.content, below.size)
-        commands = [["qemu-img", "check", "-q", "-f", "qcow2", str(image)]]
+        commands: list[list[object]] = [["qemu-img", "check", "-q", "-f", "qcow2", image]]
         if size <= RAW_BYTES_MAX:
             _write_raw(raw, windows, found.disk, size)
-            commands.append(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", str(raw), str(image)])
+            commands.append(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", raw, image])
         for name, snapshot_size, content in found.snapshots[:1]:
             if size <= RAW_BYTES_MAX:
                 expected, shown = Path(folder, "snapshot.raw"), Path(folder, "shown.raw")
@@ -224,13 +220,13 @@ def judge_by_qemu(device: SimulatedDevice, windows: Windows, found: Found) -> No
                 _write_raw(expected, windows, content, min(snapshot_size, size))
                 chosen = ["-l", f"snapshot.name={name}"]
                 commands += [
-                    ["qemu-img", "convert", "-f", "qcow2", *chosen, "-O", "raw", str(image), str(shown)],
-                    ["truncate", "-s", str(min(snapshot_size, size)), str(shown)],
-                    ["qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", str(expected), str(shown)],
+                    ["qemu-img", "convert", "-f", "qcow2", *chosen, "-O", "raw", image, shown],
+                    ["truncate", "-s", str(min(snapshot_size, size)), shown],
+                    ["qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", expected, shown],
                 ]
         for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            require(done.returncode == 0, f"{command[1]} by QEMU", done.stdout + done.stderr)
+            result = run(*command)
+            require(result.returncode == 0, f"{command[1]} by QEMU", result.stdout + result.stderr)
 
 
 def below_of(content: bytes) -> Below | None:

@@ -28,9 +28,9 @@ from pathlib import Path
 from random import Random
 
 import jqcow
-from jqcow.checker.check import check_structure
 from jqcow.testing import EVERYTHING, CrashState, Fault, SimulatedDevice, enumerate_states
 from tests.support import figures, inside
+from tests.support.patients import check
 from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of
 from tests.threads.crossing import SECTOR, ZERO, Broken, Judgement, Record, filled
 from tests.threads.scheduler import ScheduledDevice, Scheduler, Worker, scheduled_locks
@@ -295,10 +295,7 @@ def snapshots_of(image: jqcow.Image) -> dict[str, bytes]:
 
 def require_sound(device: SimulatedDevice) -> None:
     """A closed image has no error and no leak."""
-    content = device.content()
-    report = check_structure(
-        lambda length, offset: content[offset : offset + length].ljust(length, b"\0"), len(content)
-    )
+    report = check(device.content())
     if report.counts:
         raise Broken(f"after closing: {report.findings[:2]}")
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from functools import cache
 
 import jqcow
-from jqcow.checker.check import check_structure
 from jqcow.errors import PoisonedError
 from jqcow.testing import SectorModel, SimulatedDevice, enumerate_states
 from tests.support import inside
 from tests.support.held import is_taken
 from tests.support.operations import Discard, PackedWrite, Write, WriteZeroes, apply
+from tests.support.patients import check
 
 SECTOR = 512
 CLUSTER = 4096
@@ -200,10 +200,7 @@ class Trial:
         """The next program finds what was flushed, and leaves a sound image."""
         device = self.device.killed()
         self.judge_crash(device, self.model)
-        content = device.content()
-        report = check_structure(
-            lambda length, offset: content[offset:][:length].ljust(length, b"\0"), len(content)
-        )
+        report = check(device.content())
         assert not report.counts, report.findings
 
 
