@@ -30,12 +30,8 @@ def test_every_barrier_has_a_trial() -> None:
     assert set(sources.barrier_names()) == set(BARRIER_TRIALS)
 
 
-def test_every_rule_is_documented() -> None:
-    assert sorted(rule for rule, _ in sources.engine_rules()) == sorted(sources.documented_rules())
-
-
 def test_every_rule_has_a_mutant_and_every_mutant_a_rule() -> None:
-    assert {rule for rule, _ in sources.engine_rules()} == {mutant.rule for mutant in MUTANTS}
+    assert sources.engine_rules() == {mutant.rule for mutant in MUTANTS}
 
 
 def test_every_mutant_has_a_name_of_its_own() -> None:

@@ -7,7 +7,6 @@ image must be fit for use: each promise is looked at by `Trial.judge`.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -15,7 +14,7 @@ import jqcow
 from jqcow.errors import PoisonedError
 from jqcow.testing import SectorModel, SimulatedDevice, enumerate_states
 from tests.support import inside
-from tests.support.held import is_taken
+from tests.support.beside import Others, is_taken
 from tests.support.operations import Discard, PackedWrite, Write, WriteZeroes, apply
 from tests.support.patients import check
 
@@ -155,26 +154,17 @@ class Trial:
 
     def work_in_another_thread(self) -> None:
         """Others are not blocked; what they flush is durable."""
-        errors: list[BaseException] = []
 
         def work() -> None:
-            try:
-                self.write(9, 3 * CLUSTER, 8 * CLUSTER + SECTOR)
-                self.discard(CLUSTER, 0)
-                with self.image.transaction() as transaction:
-                    request = Write(20 * CLUSTER, filled(10, 2 * CLUSTER))
-                    apply(request, transaction, self.model)
-                self.write(11, CLUSTER, 2 * CLUSTER)
-                self.flush()
-            except BaseException as error:
-                errors.append(error)
+            self.write(9, 3 * CLUSTER, 8 * CLUSTER + SECTOR)
+            self.discard(CLUSTER, 0)
+            with self.image.transaction() as transaction:
+                apply(Write(20 * CLUSTER, filled(10, 2 * CLUSTER)), transaction, self.model)
+            self.write(11, CLUSTER, 2 * CLUSTER)
+            self.flush()
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(20)
-        assert not thread.is_alive(), "another thread is blocked"
-        if errors:
-            raise errors[0]
+        with Others(work):
+            pass
 
     def judge_crash_states(self) -> None:
         """What is acknowledged survives a power cut now, and one a little later."""
