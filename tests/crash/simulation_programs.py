@@ -1,4 +1,4 @@
-"""Programs of the simulation out of seeds: what is done to an image, what befalls it, and runs of many."""
+"""Programs of the simulation out of seeds: a story that chance tells anew for each, and runs of many."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from random import Random
 
 from tests.crash.simulation import LARGE_ONLY, Program, SimulationFailure, run
 from tests.crash.simulation_minimise import minimise
-from tests.support.expectation import SECTOR_BYTES, Windows
+from tests.support.expectation import Windows
 from tests.support.operations import Step
 from tests.support.runs import Outcome, run_parts
 from tests.support.starts import SIMULATED
+from tests.support.telling import Teller
 
 CLUSTER_SIZES = (512, 1024, 4096, 8192, 65536)
 CLUSTER_WEIGHTS = (4, 4, 6, 4, 1)
@@ -20,15 +21,82 @@ JOURNALS = (64 << 10, 64 << 10, 64 << 10, 72 << 10, 128 << 10)
 START_SEEDS = 4
 """A start costs more than a run: so many of each kind are made."""
 
-CALLS = (
-    *("pwrite",) * 3, *("any",) * 2, *("barrier",) * 2, "allocate", "punch", "truncate", "pread",
-)  # fmt: skip
-PHASE_WEIGHTS = (8, 9, 4, 2, 7)
-"""Of plain work, transactions, resizes, many flushes, and snapshots."""
 
-RESIZED_TO = (0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 8)
-APPLIED: tuple[int | str, ...] = (0, 0, 512, 4096, "all")
-ERROR_NAMES = ("EIO", "EIO", "EIO", "ENOSPC", "INT")
+def either(*weighted: tuple[int, str]) -> str:
+    """Return words that do one of some texts; each has a weight."""
+    return f"one{{ {' | '.join(text for weight, text in weighted for _ in range(weight))} }}"
+
+
+# What is done
+
+# A few clusters are used again and again: what is freed there is taken there.
+FAVOURITES = "a=4w%c b=4w%c d=4w%c e=4w%c"
+CHANGE = "p=a|b|d|e|4w%c|4w%c|4w%c " + either(
+    (2, "write:p:1..4c"),
+    (5, "write:p+c%s:s|2s|3s|8s"),
+    (1, "write:p+c%s+0..511:1..512|1..1536|1..4096"),
+    (1, "fua:p+c%s:s|2s|3s|8s"),
+    (3, "packed:p:1..4c"),
+    (1, "zeroes:p:1..4c"),
+    (2, "unmap:p:1..4c"),
+    (2, "discard:p:1..4c"),
+)
+RESIZE = "resize:0|1|1|2|2|3|3|4|4|4|8:0|w%s"
+SNAPSHOT = either((2, "snapshot"), (1, "apply:0..3"), (1, "delete:0..3"))
+
+INSIDE = either(
+    (27, CHANGE), (6, "savepoint"), (6, "return:0..2"), (1, "flush"), (2, "look"), (3, RESIZE), (5, SNAPSHOT)
+)
+END = either((7, "commit"), (1, "rollback"), (1, "abort"), (1, "kill"))
+
+PLAIN = f"1..7*{{ {CHANGE} 0.1|0.5|0.9{{ {either((6, 'flush'), (1, 'checkpoint'))} }} }}"
+TRANSACTION = f"begin 1..7*{{ {INSIDE} 0.06{{ TROUBLE }} }} {END} 0..2*{{ {CHANGE} }}"
+RESIZES = f"1..3*{{ {CHANGE} {RESIZE} {CHANGE} 0.5{{ flush }} }}"
+FLUSHES = f"6..14*{{ {CHANGE} flush }}"
+"""So many records that an epoch ends."""
+SNAPSHOTS = f"1..5*{{ {SNAPSHOT} 0..2*{{ {CHANGE} }} 0.3{{ flush }} }}"
+OUTGROWING = f"begin {CHANGE} outgrow {CHANGE} commit {CHANGE} flush"
+
+# What befalls it. Small numbers come more often: so many calls has hardly any step.
+
+ERROR = "EIO|EIO|EIO|ENOSPC|INT"
+APPLIED = "0|0|512|4096|all"
+CALL = "pwrite|pwrite|pwrite|any|any|allocate|punch|truncate|pread"
+FAULT = "t=t+1..4|t+1..16 " + either(
+    (7, f"fail:{CALL}:t:{ERROR}:{APPLIED}"),
+    (2, f"fail:barrier:1+t/4:{ERROR}:{APPLIED}"),
+    (1, f"tear:t:0..255:{ERROR}"),
+)
+FAULTS = f"t=0 {FAULT} 0.6{{ {FAULT} 0.33{{ {FAULT} }} }}"
+"""One fault, or several: the later ones strike while the engine deals with the first."""
+
+AGAIN = either(
+    (14, "recut:1..6|1..24:0..65535"),
+    (5, f"refail:{CALL}:1..6|1..24:{ERROR}:{APPLIED}"),
+    (1, f"refail:barrier:1..6:{ERROR}:{APPLIED}"),
+)
+CUT = f"0.55{{ cut:1..10|1..40:0..65535 0.4{{ {AGAIN} 0.4{{ {AGAIN} }} }} }}"
+CALM = f"0.36{{ full:0..199 }} {CUT}"
+TROUBLED = f"{either((5, FAULTS), (1, 'full:0..199'), (9, ''))} {CUT}"
+
+PHASE = either((8, PLAIN), (9, TRANSACTION), (4, RESIZES), (2, FLUSHES), (7, SNAPSHOTS))
+AFTERWARDS = either((1, "close"), (2, "kill"), (1, "checkpoint"), (1, "look"))
+TURN = f"TROUBLE {PHASE} 0.3{{ {AFTERWARDS} }} 0.4{{ well }}"
+PROGRAM = f"{FAVOURITES} 2..5*{{ {TURN} }} 0.08{{ TROUBLE {OUTGROWING} }}"
+PROGRAMS = either((7, PROGRAM.replace("TROUBLE", TROUBLED)), (3, PROGRAM.replace("TROUBLE", CALM)))
+
+
+class Writer(Teller):
+    """Writes down what it tells."""
+
+    def __init__(self, cluster_bytes: int, random: Random) -> None:
+        """Start with no step."""
+        super().__init__(cluster_bytes, Windows.of(cluster_bytes).window_bytes, random)
+        self.steps: list[Step] = []
+
+    def perform(self, step: Step) -> None:
+        """Write a step down."""
+        self.steps.append(step)
 
 
 def program_of(seed: int, drop_barriers: tuple[str, ...] = ()) -> Program:
@@ -36,168 +104,10 @@ def program_of(seed: int, drop_barriers: tuple[str, ...] = ()) -> Program:
     random = Random(f"simulation {seed}")
     (cluster_bytes,) = random.choices(CLUSTER_SIZES, CLUSTER_WEIGHTS)
     starts = [name for name in SIMULATED if cluster_bytes > 4096 or name not in LARGE_ONLY]
-    start, start_seed = random.choice(starts), random.randrange(START_SEEDS)
-    steps = tuple(_Writer(random, cluster_bytes).steps())
-    return Program(cluster_bytes, start, start_seed, random.choice(JOURNALS), steps, drop_barriers)
-
-
-class _Writer:
-    """Writes the steps of one program."""
-
-    def __init__(self, random: Random, cluster_bytes: int) -> None:
-        self.random = random
-        self.cluster_bytes = cluster_bytes
-        self.windows = Windows.of(cluster_bytes)
-        self.clusters = self.windows.model_bytes // cluster_bytes
-        # A few clusters are used again and again: what is freed there is taken there.
-        self.favourites = [random.randrange(self.clusters) for _ in range(4)]
-        self.troubled = random.random() < 0.7
-        self.outgrows = random.random() < 0.08
-
-    def steps(self) -> Iterator[Step]:
-        """Yield the steps: phases, each with something that may go wrong."""
-        for _ in range(self.random.randint(2, 5)):
-            yield from self._trouble()
-            phases = (self._plain, self._transaction, self._resizes, self._flushes, self._snapshots)
-            yield from self.random.choices(phases, PHASE_WEIGHTS)[0]()
-            if self.random.random() < 0.3:
-                yield Step(self.random.choice(("close", "kill", "kill", "checkpoint", "look")))
-            if self.random.random() < 0.4:
-                yield Step("well")
-        if self.outgrows:
-            yield from self._trouble()
-            yield from self._outgrowing()
-
-    # What is done
-
-    def _plain(self) -> Iterator[Step]:
-        flush_often = self.random.random()
-        for _ in range(self.random.randint(1, 7)):
-            yield self._change()
-            if self.random.random() < flush_often:
-                yield Step(self.random.choice(("flush",) * 6 + ("checkpoint",)))
-
-    def _transaction(self) -> Iterator[Step]:
-        yield Step("begin")
-        for _ in range(self.random.randint(1, 7)):
-            chance = self.random.random()
-            if chance < 0.12:
-                yield Step("savepoint")
-            elif chance < 0.24:
-                yield Step("return", (self.random.randrange(3),))
-            elif chance < 0.3:
-                yield Step(self.random.choice(("flush", "look", "look")))
-            elif chance < 0.36:
-                yield self._resize()
-            elif chance < 0.46:
-                yield self._snapshot()
-            else:
-                yield self._change()
-            if self.random.random() < 0.06:
-                yield from self._trouble()
-        yield Step(self.random.choice(("commit",) * 7 + ("rollback", "abort", "kill")))
-        for _ in range(self.random.randrange(3)):
-            yield self._change()
-
-    def _resizes(self) -> Iterator[Step]:
-        for _ in range(self.random.randint(1, 3)):
-            yield self._change()
-            yield self._resize()
-            yield self._change()
-            if self.random.random() < 0.5:
-                yield Step("flush")
-
-    def _snapshots(self) -> Iterator[Step]:
-        for _ in range(self.random.randint(1, 5)):
-            yield self._snapshot()
-            for _ in range(self.random.randrange(3)):
-                yield self._change()
-            if self.random.random() < 0.3:
-                yield Step("flush")
-
-    def _snapshot(self) -> Step:
-        """Return a step that makes, applies or deletes a snapshot."""
-        kind = self.random.choice(("snapshot", "snapshot", "apply", "delete"))
-        return Step(kind) if kind == "snapshot" else Step(kind, (self.random.randrange(4),))
-
-    def _flushes(self) -> Iterator[Step]:
-        """So many records that an epoch ends."""
-        for _ in range(self.random.randint(6, 14)):
-            yield self._change()
-            yield Step("flush")
-
-    def _outgrowing(self) -> Iterator[Step]:
-        yield Step("begin")
-        yield self._change()
-        yield Step("outgrow")
-        yield self._change()
-        yield Step("commit")
-        yield self._change()
-        yield Step("flush")
-
-    def _change(self) -> Step:
-        kinds = ("write",) * 8 + ("packed",) * 3 + ("fua", "zeroes", "unmap", "discard", "discard", "unmap")
-        kind = self.random.choice(kinds)
-        cluster = self.random.choice(self.favourites)
-        if self.random.random() < 0.4:
-            cluster = self.random.randrange(self.clusters)
-        position, length = cluster * self.cluster_bytes, self.cluster_bytes * self.random.randint(1, 4)
-        if kind in ("write", "fua") and self.random.random() < 0.75:
-            position += self.random.randrange(self.cluster_bytes // SECTOR_BYTES) * SECTOR_BYTES
-            length = self.random.choice((1, 2, 3, 8)) * SECTOR_BYTES
-            if self.random.random() < 0.15:
-                position += self.random.randrange(SECTOR_BYTES)
-                length = self.random.randint(1, length)
-        return Step(kind, (position, length))
-
-    def _resize(self) -> Step:
-        inside = self.random.randrange(self.windows.window_bytes // SECTOR_BYTES) * SECTOR_BYTES
-        return Step("resize", (self.random.choice(RESIZED_TO), self.random.choice((0, inside))))
-
-    # What befalls it
-
-    def _trouble(self) -> Iterator[Step]:
-        chance = self.random.random()
-        if self.troubled and chance < 0.3:
-            yield from self._faults()
-        elif chance < 0.36:
-            yield Step("full", (self.random.randrange(200),))
-        if self.random.random() < 0.55:
-            yield from self._cut()
-
-    def _faults(self) -> Iterator[Step]:
-        """One fault, or several: the later ones strike while the engine deals with the first."""
-        at = 1
-        for _ in range(self.random.choice((1, 1, 2, 2, 3))):
-            at += self._early(16)
-            if self.random.random() < 0.1:
-                yield Step("tear", (at, self.random.randrange(1 << 8), self._error()))
-            else:
-                yield self._fail("fail", at)
-
-    def _fail(self, kind: str, at: int) -> Step:
-        call = self.random.choice(CALLS)
-        if call == "barrier":
-            at = 1 + at // 4
-        return Step(kind, (call, at, self._error(), self.random.choice(APPLIED)))
-
-    def _error(self) -> str:
-        return self.random.choice(ERROR_NAMES)
-
-    def _cut(self) -> Iterator[Step]:
-        yield Step("cut", (self._early(40), self._pick()))
-        while self.random.random() < 0.4:
-            if self.random.random() < 0.7:
-                yield Step("recut", (self._early(24), self._pick()))
-            else:
-                yield self._fail("refail", self._early(24))
-
-    def _early(self, below: int) -> int:
-        """Return a number from 1 on, small ones more often."""
-        return 1 + min(self.random.randrange(below), self.random.randrange(below))
-
-    def _pick(self) -> int:
-        return self.random.randrange(1 << 16)
+    start, start_seed, journal = random.choice(starts), random.randrange(START_SEEDS), random.choice(JOURNALS)
+    writer = Writer(cluster_bytes, random)
+    writer.play(PROGRAMS)
+    return Program(cluster_bytes, start, start_seed, journal, tuple(writer.steps), drop_barriers)
 
 
 # Runs of many
