@@ -16,7 +16,7 @@ from jqcow.errors import CorruptionError, JqcowError
 from jqcow.ondisk.header import MAGIC, Header, HeaderArea
 from jqcow.ondisk.naming import backing_file_of
 from jqcow.ondisk.root import is_live
-from jqcow.testing import CrashState, SimulatedDevice
+from jqcow.testing import CrashState, Fault, FaultPlan, SimulatedDevice
 from tests.support import inside
 from tests.support.below import Below, find_below, name_of
 from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
@@ -24,7 +24,7 @@ from tests.support.inside import Shown
 from tests.support.patients import check
 from tests.support.player import Player
 from tests.support.qemu import run
-from tests.support.users import JOURNAL_BYTES, Session, open_simulated, salts_of
+from tests.support.users import JOURNAL_BYTES, Interrupt, Session, open_simulated, salts_of
 
 READ_ONLY_EVERY = 4
 WRITE_ON_EVERY = 8
@@ -62,6 +62,30 @@ def recover_and_close(device: SimulatedDevice) -> None:
         # An image that nobody was told of need not open; the judge knows which.
         if device.durable_content()[: len(MAGIC)] == MAGIC and is_live(device.content()[:SECTOR_BYTES]):
             raise
+
+
+def recover_and_judge(device: SimulatedDevice, expectation: Expectation) -> None:
+    """The next user finds what was promised, and so does everybody after the close."""
+    image = recover(device)
+    judge_running(image, expectation)
+    image.close()
+    judge_closed(device, expectation)
+
+
+def fail_recovery(device: SimulatedDevice, expectation: Expectation, *faults: Fault) -> bool:
+    """Recover while the host fails; return True if that ended the recovery."""
+    device.faults = plan = FaultPlan(*faults)
+    failed = False
+    try:
+        recover_and_close(device)
+    except (OSError, Interrupt):
+        if not plan.fired:
+            raise
+        failed = True
+    device.faults = None
+    if plan.lost_changes:
+        expectation.forget_order()
+    return failed
 
 
 @dataclass

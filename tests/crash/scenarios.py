@@ -25,7 +25,7 @@ from tests.support.inside import Shown
 from tests.support.patients import Tables
 from tests.support.player import Player
 from tests.support.starts import new_session
-from tests.support.users import JOURNAL_BYTES, open_simulated
+from tests.support.users import create_simulated, open_simulated
 
 CLUSTER_BYTES = 4096
 
@@ -36,9 +36,7 @@ class Crafted(Tables):
     def __init__(self, *, empty_snapshot: bool = False, snapshot: bool = False) -> None:
         """Allocate guest clusters 0 to 2, with a snapshot from before or after that."""
         device = SimulatedDevice()
-        image = jqcow.create_on_device(
-            device, 4 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES
-        )
+        image = create_simulated(device, 4 << 20, CLUSTER_BYTES)
         if empty_snapshot:
             image.create_snapshot("empty")
         image.pwrite(b"\x33" * (3 * CLUSTER_BYTES), 0)
@@ -400,7 +398,7 @@ def commit_into_a_raw_base(drop_barriers: tuple[str, ...]) -> None:
     base = SimulatedDevice(bytes(1 << 20))
     base.drop_barriers = set(drop_barriers)
     top = SimulatedDevice()
-    image = jqcow.create_on_device(top, 1 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES)
+    image = create_simulated(top, 1 << 20, CLUSTER_BYTES)
     image.pwrite(b"\x44" * 10_000, 5000)
     with raw_base(base) as raw:
         copy_into(image, raw)

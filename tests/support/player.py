@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from random import Random
 from typing import Any
 
-from jqcow.testing import EVERYTHING, Fault, FaultPlan
+from jqcow.testing import EVERYTHING, SECTOR_BYTES, Fault, FaultPlan
 from tests.support.expectation import Windows
 from tests.support.operations import DRAWN, LEAVING, OPERATIONS, Step
 from tests.support.telling import Block, Teller
@@ -150,6 +150,15 @@ class Player(Teller):
             except OSError as error:
                 self.leave(error)
                 raise
+
+
+FAILURES = {
+    "EIO": (errno.EIO, 0),
+    "ENOSPC": (errno.ENOSPC, 0),
+    "short": (errno.EIO, SECTOR_BYTES),
+    "late": (errno.EIO, EVERYTHING),
+}
+"""How a call of the host may fail: its error, and how many bytes of it happen all the same."""
 
 
 def some_fault(chance: Random) -> FaultPlan:

@@ -29,7 +29,7 @@ import jqcow
 from jqcow.testing import EVERYTHING, CrashState, Fault, SimulatedDevice, enumerate_states
 from tests.support import figures, inside, runs
 from tests.support.patients import check
-from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of
+from tests.support.users import create_simulated, open_simulated
 from tests.threads.crossing import SECTOR, ZERO, Broken, Judgement, Record, filled
 from tests.threads.scheduler import ScheduledDevice, Scheduler, Worker, scheduled_locks
 
@@ -78,9 +78,7 @@ class Outcome(runs.Outcome):
 def prepared_image() -> bytes:
     """Return an empty image."""
     device = SimulatedDevice()
-    jqcow.create_on_device(
-        device, DISK, cluster_size=CLUSTER, journal_size=JOURNAL_BYTES, new_salt=salts_of(device)
-    ).close()
+    create_simulated(device, DISK, CLUSTER).close()
     return device.content()
 
 

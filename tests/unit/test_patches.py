@@ -170,5 +170,5 @@ def test_verdict(patch: Patch, verdict: Verdict, text: str) -> None:
     def promise() -> None:
         assert Counter().add(1) + 0 == 2, "total"
 
-    found = judge(Mutant("X1", "broken", patch, trials=()), [promise])
+    found = judge(Mutant("X1-broken", patch, trials=()), [promise])
     assert found[0] is verdict and text in found[1]
