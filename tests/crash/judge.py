@@ -19,8 +19,7 @@ from jqcow.ondisk.root import is_live
 from jqcow.testing import CrashState, Fault, FaultPlan, SimulatedDevice
 from tests.support import inside
 from tests.support.below import Below, find_below, name_of
-from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
-from tests.support.inside import Shown
+from tests.support.expectation import SECTOR_BYTES, Expectation, Found, Windows, read_all
 from tests.support.patients import check
 from tests.support.player import Player
 from tests.support.qemu import run
@@ -137,24 +136,6 @@ def _check_vouched(device: SimulatedDevice, expectation: Expectation) -> None:
         return
     found = read_without_writing(device, expectation.windows, exact=True)
     require(found.disk == expectation.vouched, "P1: autoclear bits vouch for data that changed")
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the windows of a disk show, and those of each of its snapshots: (name, size, bytes)."""
-
-    disk: bytes
-    snapshots: tuple[tuple[str, int, bytes], ...]
-
-
-def read_all(image: jqcow.Image, windows: Windows) -> Found:
-    """Read a disk and its snapshots."""
-    shown = [(taken.name, Shown(image, taken)) for taken in image.snapshots()]
-    length = windows.model_bytes
-    return Found(
-        windows.reader(image)(length, 0),
-        tuple((name, snapshot.size, windows.reader(snapshot)(length, 0)) for name, snapshot in shown),
-    )
 
 
 def read_without_writing(device: SimulatedDevice, windows: Windows, *, exact: bool) -> Found:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import pytest
 import jqcow
 from jqcow.cli import main, recover
 from tests.interop.commands import plain
+from tests.support.patients import Patient
 from tests.support.qemu import qemu_io, run
 
 MIB = 1 << 20
@@ -186,12 +186,9 @@ def test_map_and_info_of_a_raw_file(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def damage(path: Path, *, cluster: int, refcount: int) -> None:
-    with path.open("r+b") as file:
-        (table,) = struct.unpack_from(">Q", file.read(104), 48)
-        file.seek(table)
-        (block,) = struct.unpack(">Q", file.read(8))
-        file.seek(block + 2 * cluster)
-        file.write(struct.pack(">H", refcount))
+    patient = Patient(path)
+    patient.set_refcount(cluster * patient.cluster_bytes, refcount)
+    path.write_bytes(patient.image)
 
 
 @pytest.mark.parametrize(("cluster", "refcount"), [(30, 1), (8, 0), (8, 2)])
