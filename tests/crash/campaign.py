@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from jqcow.testing import CrashFailure, LabOptions, Laboratory, LabReport
-from tests.support.judge import Judge, recover_and_close
+from tests.crash.judge import Judge, recover_and_close
+from tests.crash.workloads import FAMILIES, workload_named
 from tests.support.runs import Outcome, run_parts, table
 from tests.support.sources import engine_barrier_names
-from tests.support.workloads import FAMILIES, workload_named
 
 MAX_SHARE = 0.01
 MIN_WORKLOADS = 150

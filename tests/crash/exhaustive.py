@@ -34,8 +34,8 @@ from jqcow.testing import (
     Workload,
 )
 from tests.crash.exhaustive_operations import OPERATIONS, Places, start
+from tests.crash.judge import Judge, judge_closed, recover_and_close
 from tests.support.expectation import SECTOR_BYTES, Expectation
-from tests.support.judge import Judge, judge_closed, recover_and_close
 from tests.support.runs import Outcome, run_parts, table
 from tests.support.users import Session
 

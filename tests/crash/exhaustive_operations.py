@@ -17,8 +17,9 @@ from random import Random
 from jqcow.device.base import ReadBuffer
 from jqcow.testing import EVERYTHING, SECTOR_BYTES, Fault, FaultPlan
 from tests.support.expectation import Windows
+from tests.support.patients import Tables
 from tests.support.player import Player
-from tests.support.starts import GARBAGE, Start, free_clusters, played
+from tests.support.starts import GARBAGE, Start, played
 from tests.support.users import JOURNAL_BYTES, Session
 
 DATA, ZERO, FREE, DISCARDED, GONE, PACKED = "data", "zero", "free", "discarded", "gone", "compressed"
@@ -81,7 +82,7 @@ def start(cluster_bytes: int) -> Start:
     size_bytes = disk_sizes(cluster_bytes)[START_SIZE]
     made = played(" ".join(steps), windows_of(cluster_bytes), Random(0), size_bytes)
     content = bytearray(made.content)
-    for cluster in free_clusters(made.content)[::DIRTY_EVERY]:
+    for cluster in Tables(made.content).free_clusters()[::DIRTY_EVERY]:
         content[cluster * cluster_bytes : (cluster + 1) * cluster_bytes] = GARBAGE * cluster_bytes
     content += GARBAGE * (cluster_bytes + SECTOR_BYTES // 2)
     return replace(made, content=bytes(content))

@@ -18,7 +18,7 @@ from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.naming import NamedFile
 from jqcow.testing import CrashSpace, SimulatedDevice
 from jqcow.testing.device import InFlight
-from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of
+from tests.support.users import JOURNAL_BYTES, create_simulated, open_simulated, salts_of
 
 SECTOR_BYTES = 512
 STATES_OF_EACH = 4
@@ -89,10 +89,10 @@ class Pair:
         if self.is_raw:
             self.base = SimulatedDevice(chance.randbytes(sizes[0]))
         else:
-            with self.create(self.base, sizes[0], cluster_bytes) as image:
+            with create_simulated(self.base, sizes[0], cluster_bytes) as image:
                 some_content(image, chance, cluster_bytes)
         with (
-            self.create(self.overlay, sizes[1], chance.choice((512, 4096))) as image,
+            create_simulated(self.overlay, sizes[1], chance.choice((512, 4096))) as image,
             image.transaction() as transaction,
         ):
             transaction.set_backing_file("base", "raw" if self.is_raw else "qcow2")
@@ -100,12 +100,6 @@ class Pair:
             some_content(image, chance, cluster_bytes)
         with self.shown(self.base, self.overlay) as image:
             self.expected = image.pread(image.size, 0)
-
-    @staticmethod
-    def create(device: SimulatedDevice, size: int, cluster_bytes: int) -> jqcow.Image:
-        return jqcow.create_on_device(
-            device, size, cluster_size=cluster_bytes, journal_size=JOURNAL_BYTES, new_salt=salts_of(device)
-        )
 
     @contextmanager
     def shown(self, base: SimulatedDevice, overlay: SimulatedDevice) -> Iterator[jqcow.Image]:
@@ -115,10 +109,7 @@ class Pair:
             return RawDisk(base) if self.is_raw else ImageDisk(base)
 
         base.reopen()
-        overlay.reopen()
-        with jqcow.open_device(
-            overlay, "r+", journal_size=JOURNAL_BYTES, new_salt=salts_of(overlay), backing=find
-        ) as image:
+        with open_simulated(overlay, backing=find) as image:
             assert image.check().ok
             yield image
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 from random import Random
 
 import pytest
 
-from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
+from jqcow.testing import Fault, FaultPlan, SimulatedDevice
+from tests.crash.judge import judge_closed, recover_and_judge
+from tests.crash.stories import EACH_ONCE, MIXED
 from tests.support import inside
-from tests.support.expectation import SECTOR_BYTES, Expectation
-from tests.support.judge import judge_closed, judge_running, recover
-from tests.support.player import Player
+from tests.support.expectation import SECTOR_BYTES
+from tests.support.player import FAILURES, Player
 from tests.support.starts import full_image
-from tests.support.stories import EACH_ONCE, MIXED
 from tests.support.users import Session
 
 CLUSTER_BYTES = 4096
@@ -54,23 +53,17 @@ def count_calls(story: str) -> int:
 
 
 CALLS = {name: count_calls(story) for name, story in STORIES.items()}
-FAULTS = {
-    "EIO": (errno.EIO, 0),
-    "ENOSPC": (errno.ENOSPC, 0),
-    "short": (errno.EIO, SECTOR_BYTES),
-    "late": (errno.EIO, EVERYTHING),
-}
 
 
 @pytest.mark.parametrize("group", range(GROUPS))
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", FAILURES)
 @pytest.mark.parametrize("name", STORIES)
 def test_each_call_may_fail_once(name: str, kind: str, group: int) -> None:
     """The error reaches the caller as it is; the image stays right, and the same work succeeds afterwards.
 
     One error may be kept from the caller, that of a punch: see `test_failed_punch_leaves_unknown_clusters`.
     """
-    error, applied_bytes = FAULTS[kind]
+    error, applied_bytes = FAILURES[kind]
     for number in range(1 + group, CALLS[name] + 1, GROUPS):
         fail_at(STORIES[name], Fault(error, at=number, applied_bytes=applied_bytes))
 
@@ -95,19 +88,14 @@ def fail_at(story: str, fault: Fault) -> None:
 
 def judge_killed(session: Session) -> None:
     """Were the process killed now, the next one would find what was promised."""
-    twin: SimulatedDevice = session.device.killed()
-    expectation: Expectation = session.expectation.copy()
-    image = recover(twin)
-    judge_running(image, expectation)
-    image.close()
-    judge_closed(twin, expectation)
+    recover_and_judge(session.device.killed(), session.expectation.copy())
 
 
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", FAILURES)
 @pytest.mark.parametrize("number", [1, 2])
 def test_failed_punch_leaves_unknown_clusters(number: int, kind: str) -> None:
     """The flush that freed the clusters is durable, and says so. They hold old bytes, and are treated so."""
-    error, applied_bytes = FAULTS[kind]
+    error, applied_bytes = FAILURES[kind]
     session = new_session()
     session.open()
     session.discard(0, 3 * CLUSTER_BYTES)

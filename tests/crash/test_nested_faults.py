@@ -13,13 +13,12 @@ from random import Random
 
 import pytest
 
-from jqcow.testing import EVERYTHING, CrashSpace, Fault, FaultPlan
-from tests.support import stories
-from tests.support.expectation import SECTOR_BYTES
-from tests.support.judge import Judge, judge_closed, judge_running, recover, recover_and_close
-from tests.support.player import Player
+from jqcow.testing import CrashSpace, Fault, FaultPlan
+from tests.crash import stories
+from tests.crash.judge import Judge, fail_recovery, judge_closed, recover_and_judge
+from tests.crash.stories import Story, tell
+from tests.support.player import FAILURES, Player
 from tests.support.starts import STARTS as PREPARED
-from tests.support.stories import Story, tell
 from tests.support.users import Session
 
 STORIES: dict[str, tuple[Story, str, int]] = {
@@ -39,12 +38,6 @@ STORIES: dict[str, tuple[Story, str, int]] = {
 STARTS = {
     name: PREPARED[start](cluster_bytes, Random(f"nested faults {name}"))
     for name, (_, start, cluster_bytes) in STORIES.items()
-}
-KINDS = {
-    "EIO": (errno.EIO, 0),
-    "ENOSPC": (errno.ENOSPC, 0),
-    "short": (errno.EIO, SECTOR_BYTES),
-    "late": (errno.EIO, EVERYTHING),
 }
 CASES_OF_A_STORY = 48
 STATES_OF_A_CASE = 2
@@ -67,7 +60,7 @@ def calls_of(name: str) -> int:
 
 
 def fault_at(number: int, random: Random) -> Fault:
-    error, applied_bytes = KINDS[random.choice(list(KINDS))]
+    error, applied_bytes = random.choice(list(FAILURES.values()))
     return Fault(error, at=number, applied_bytes=applied_bytes)
 
 
@@ -129,33 +122,18 @@ def judge_failing_recovery(session: Session, random: Random) -> None:
     twin, expectation = session.device.killed(), session.expectation.copy()
     for _ in range(2):
         fault = fault_at(random.randint(1, 60), random)
-        twin.faults = plan = FaultPlan(fault, Fault(errno.EIO, at=fault.at + random.randint(1, 3)))
-        try:
-            recover_and_close(twin)
-        except OSError:
-            assert plan.fired
-        if plan.lost_changes:
-            expectation.forget_order()
-        twin.faults = None
-    image = recover(twin)
-    judge_running(image, expectation)
-    image.close()
-    judge_closed(twin, expectation)
+        fail_recovery(twin, expectation, fault, Fault(errno.EIO, at=fault.at + random.randint(1, 3)))
+    recover_and_judge(twin, expectation)
 
 
 def judge_power_cuts(session: Session, random: Random) -> None:
     """Were the power cut now, what is left would keep the promises; so would a cut of the failed recovery."""
     device = session.device.killed()
     expectation = session.expectation.copy()
-    device.faults = plan = FaultPlan(fault_at(random.randint(10, 60), random))
+    fault = fault_at(random.randint(10, 60), random)
     for recovered in (False, True):
         if recovered:
-            try:
-                recover_and_close(device)
-            except OSError:
-                assert plan.fired
-            if plan.lost_changes:
-                expectation.forget_order()
+            fail_recovery(device, expectation, fault)
             # What recovery brings home depends on what the killed process left unsynced.
             expectation.closed = None
         space = CrashSpace(device.in_flight(), seed=random.randrange(1 << 16))

@@ -6,9 +6,9 @@ import pytest
 
 from jqcow.testing import LabOptions, Laboratory, Ledger
 from tests.crash.campaign import quiet_barriers
-from tests.support.judge import Judge, recover_and_close
-from tests.support.trials import garble_sector_0
-from tests.support.workloads import (
+from tests.crash.judge import Judge, recover_and_close
+from tests.crash.trials import garble_sector_0
+from tests.crash.workloads import (
     FAMILIES,
     Family,
     names_in,

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
+from tests.crash.simulation import Program, SimulationFailure, run, without_step
+from tests.crash.simulation_minimise import minimise
+from tests.crash.simulation_programs import describe, program_of, run_seeds
 from tests.support import sources
 from tests.support.operations import Step
-from tests.support.simulation import Program, SimulationFailure, run, without_step
-from tests.support.simulation_minimise import minimise
-from tests.support.simulation_programs import describe, program_of, run_seeds
 
 SEEDS = 200
 GROUPS = 8

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from jqcow.checker.check import check_structure
 from tests.crash.traced import start
 from tests.support import sources
+from tests.support.patients import check
 
 CALLS = ("pwrite64", "fdatasync", "fallocate", "ftruncate", "pread64")
 SAMPLES = 3
@@ -71,6 +71,6 @@ def test_one_system_call_fails(call: str, injection: str, number: int, tmp_path:
     if injection.startswith("error=") and not may_be_kept_quiet:
         assert done.stdout.strip() == str(getattr(errno, injection.removeprefix("error=")))
     content = image.read_bytes()
-    report = check_structure(lambda length, offset: content[offset : offset + length], len(content))
+    report = check(content)
     assert report.ok, report.findings
     subprocess.run(["qemu-img", "check", "-q", str(image)], check=True, timeout=SECONDS_MAX)

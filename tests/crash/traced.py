@@ -14,9 +14,9 @@ from random import Random
 
 import jqcow
 from jqcow.testing import FaultPlan, SimulatedDevice
+from tests.crash.stories import MIXED
 from tests.support.player import Player
 from tests.support.starts import Start, full_image
-from tests.support.stories import MIXED
 from tests.support.users import JOURNAL_BYTES, Session
 
 CLUSTER_BYTES = 4096

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jqcow.cli import main
-from tests.interop.qemu import done, run
+from tests.support.qemu import done, run
 
 
 def ours(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

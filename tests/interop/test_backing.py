@@ -12,7 +12,8 @@ import pytest
 
 import jqcow
 from jqcow.ondisk.naming import NamedFile
-from tests.interop.qemu import RawModel, Rounds, check_clean, compare, done, qemu_io
+from tests.interop.rounds import RawModel, Rounds
+from tests.support.qemu import check_clean, compare, done, qemu_io
 
 MIB = 1 << 20
 

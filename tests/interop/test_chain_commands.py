@@ -10,8 +10,8 @@ import pytest
 
 import jqcow
 from jqcow.cli.main import main
-from tests.interop.qemu import check_clean, compare, done, qemu_io, run
 from tests.interop.test_backing import MIB, make_chain
+from tests.support.qemu import check_clean, compare, done, qemu_io, run
 
 Captured = pytest.CaptureFixture[str]
 

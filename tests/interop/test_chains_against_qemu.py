@@ -14,7 +14,7 @@ from jqcow.cli import main
 from jqcow.disks.policy import Following
 from jqcow.offline.map import map_file
 from tests.interop.commands import ours, require_same_info, require_same_map
-from tests.interop.qemu import check_clean, done, qemu_io, run
+from tests.support.qemu import check_clean, done, qemu_io, run
 
 KIB = 1 << 10
 MIB = 1 << 20

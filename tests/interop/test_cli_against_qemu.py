@@ -7,17 +7,18 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import jqcow
 from jqcow.cli import main, recover
+from tests.interop.commands import plain
+from tests.support.patients import Patient
+from tests.support.qemu import qemu_io, run
 
 MIB = 1 << 20
 
@@ -34,15 +35,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def qemu(*arguments: object, codes: tuple[int, ...] = (0,)) -> str:
-    command = ["qemu-img", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run("qemu-img", *arguments)
     assert result.returncode in codes, result.stdout + result.stderr
     return result.stdout
-
-
-def qemu_io(path: Path, *commands: str) -> None:
-    options = [option for command in commands for option in ("-c", command)]
-    subprocess.run(["qemu-io", "-f", "qcow2", *options, path], check=True, capture_output=True)
 
 
 def ours(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -150,11 +145,6 @@ def image(request: pytest.FixtureRequest, tmp_path: Path, cluster_size: int) -> 
     return path
 
 
-def plain(extents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a map without the field that older versions of qemu-img do not have."""
-    return [{name: value for name, value in extent.items() if name != "compressed"} for extent in extents]
-
-
 def test_json_is_that_of_qemu_img(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("info", "check"):
         code, told = ours(capsys, command, "--output=json", image)
@@ -196,12 +186,9 @@ def test_map_and_info_of_a_raw_file(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def damage(path: Path, *, cluster: int, refcount: int) -> None:
-    with path.open("r+b") as file:
-        (table,) = struct.unpack_from(">Q", file.read(104), 48)
-        file.seek(table)
-        (block,) = struct.unpack(">Q", file.read(8))
-        file.seek(block + 2 * cluster)
-        file.write(struct.pack(">H", refcount))
+    patient = Patient(path)
+    patient.set_refcount(cluster * patient.cluster_bytes, refcount)
+    path.write_bytes(patient.image)
 
 
 @pytest.mark.parametrize(("cluster", "refcount"), [(30, 1), (8, 0), (8, 2)])
@@ -216,7 +203,7 @@ def test_check_of_damaged_images(
     found, told = ours(capsys, "check", "--output=json", path)
     theirs = qemu("check", "--output=json", path, codes=(2, 3))
     assert json.loads(told) == json.loads(theirs)
-    command = subprocess.run(["qemu-img", "check", str(path)], capture_output=True, text=True, check=False)
+    command = run("qemu-img", "check", path)
     assert found in (2, 3)
     assert (found, ours(capsys, "check", path)[0]) == (command.returncode, command.returncode)
 
@@ -263,7 +250,7 @@ def test_resize_is_that_of_qemu_img(
     make(ours_path, cluster_size)
     shutil.copy(ours_path, theirs_path)
     whole_sectors = int(re.sub(r"\D", "", size)) % 512 == 0 or size[-1].isalpha()
-    theirs = subprocess.run(["qemu-img", "resize", "-q", "--shrink", theirs_path, size], check=False)
+    theirs = run("qemu-img", "resize", "-q", "--shrink", theirs_path, size)
     found = main.main(["resize", "-q", "--shrink", str(ours_path), size])
     if not whole_sectors:
         # jqcow rounds up where qemu-img refuses.
@@ -354,7 +341,7 @@ def killed(tmp_path: Path, cluster_size: int) -> Path:
 def test_recovery_of_a_killed_process_satisfies_qemu(
     killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = subprocess.run(["qemu-img", "info", str(killed)], capture_output=True, text=True, check=False)
+    refused = run("qemu-img", "info", killed)
     assert refused.returncode == 1
     assert "run jqcow-recover" in refused.stderr
     assert ours(capsys, "check", killed)[0] == 0

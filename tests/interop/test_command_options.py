@@ -11,7 +11,7 @@ import pytest
 import jqcow
 from jqcow.cli import main
 from tests.interop.commands import ours
-from tests.interop.qemu import check_clean, done, qemu_io, run
+from tests.support.qemu import check_clean, done, qemu_io, run
 
 MIB = 1 << 20
 

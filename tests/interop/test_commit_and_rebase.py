@@ -11,8 +11,9 @@ import pytest
 import jqcow
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
-from tests.interop.qemu import RawModel, check_clean, compare, done, qemu_io
+from tests.interop.rounds import RawModel
 from tests.interop.test_backing import CHAINS, MIB, make_chain, scribble
+from tests.support.qemu import check_clean, compare, done, qemu_io
 
 
 def extents_of(path: Path) -> int:

@@ -18,8 +18,8 @@ from jqcow.ondisk.compression import (
     CompressionType,
     decompress,
 )
-from tests.interop.qemu import check_clean, compare, done, run
 from tests.support.compressed import compressible, mixed_disk, padded, plant, streams_of
+from tests.support.qemu import check_clean, compare, done, run
 from tests.unit.test_ondisk_compression import BAD_DEFLATE, BAD_FRAMES, CONTENT, GOOD_FRAMES, deflated, frame
 
 MIB = 1 << 20

@@ -10,8 +10,8 @@ import pytest
 import jqcow
 from jqcow.cli.main import main
 from jqcow.offline.convert import convert
-from tests.interop.qemu import check_clean, compare, done, qemu_io, run
 from tests.interop.test_backing import CHAINS, MIB, make_chain
+from tests.support.qemu import check_clean, compare, done, qemu_io, run
 
 
 @pytest.mark.parametrize(("base_format", "sizes", "cluster_bytes"), CHAINS)

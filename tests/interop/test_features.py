@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jqcow
-from tests.interop.qemu import done, qemu_io, run
+from tests.support.qemu import done, qemu_io, run
 
 SIZE = 4 << 20
 PATTERN = b"\x5a" * 65536

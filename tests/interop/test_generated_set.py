@@ -19,7 +19,7 @@ import jqcow
 from jqcow.image.transaction import Transaction
 from tests.interop.commands import require_same_check, require_same_info, require_same_map
 from tests.interop.pairwise import CoveringArray, Row, pairs_of, table_of
-from tests.interop.qemu import check_clean, done
+from tests.support.qemu import check_clean, done
 
 SECTOR_BYTES = 512
 SEED = 20

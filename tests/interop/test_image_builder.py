@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import struct
 import subprocess
@@ -25,11 +24,10 @@ import pytest
 
 import jqcow
 from jqcow.testing import CrashFailure, CrashState, LabOptions, Laboratory, SimulatedDevice, Workload
-from tests.interop.qemu import check_clean, compare, done
+from tests.support.qemu import check_clean, compare, done
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDER = ROOT / "docs" / "examples" / "build_image.py"
-PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 MIB = 1 << 20
 SECTOR_BYTES = 512

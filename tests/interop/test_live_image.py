@@ -11,7 +11,7 @@ import pytest
 
 import jqcow
 from jqcow.ondisk.root import FEATURE_NAME
-from tests.interop.qemu import check_clean, done, qemu_io, run
+from tests.support.qemu import check_clean, done, qemu_io, run
 
 SIZE = 8 << 20
 CLUSTERS = [512, 4096, 65536, 2 << 20]

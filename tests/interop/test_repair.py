@@ -13,7 +13,7 @@ import pytest
 
 import jqcow
 from jqcow.ondisk.header import Header
-from tests.interop.qemu import check_clean, done, qemu_io, run
+from tests.support.qemu import check_clean, done, qemu_io, run
 
 MIB = 1 << 20
 DIRTY, CORRUPT = 1, 2

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import jqcow
-from tests.interop.qemu import RawModel, Rounds, check_clean, compare, done
+from tests.interop.rounds import RawModel, Rounds
+from tests.support.qemu import check_clean, compare, done
 
 MIB = 1 << 20
 TIB = 1 << 40

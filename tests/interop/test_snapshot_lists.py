@@ -14,7 +14,7 @@ from jqcow.cli import main
 from jqcow.offline.info import read_snapshots
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.snapshots import Snapshot, pack_table, parse_table
-from tests.interop.qemu import done, qemu_io, run
+from tests.support.qemu import done, qemu_io, run
 
 SIZE = 4 << 20
 NAMES = ("first", "zweiter", "a name of more than sixteen characters", "größer")

@@ -14,7 +14,8 @@ from typing import Literal
 import pytest
 
 import jqcow
-from tests.interop.qemu import RawModel, Rounds, check_clean, done
+from tests.interop.rounds import RawModel, Rounds
+from tests.support.qemu import check_clean, done
 
 MIB = 1 << 20
 

@@ -19,7 +19,7 @@ import pytest
 import jqcow
 from jqcow import ImageInUse
 from jqcow.ondisk.root import is_live
-from tests.support.holders import WAIT_SECONDS, qemu_io
+from tests.support.qemu import WAIT_SECONDS, holding, run
 
 CLUSTER = 4096
 DISK = 1 << 20
@@ -33,12 +33,6 @@ def path(tmp_path: Path) -> Path:
     with jqcow.create(path, DISK, cluster_size=CLUSTER, journal_size=65536) as image:
         image.pwrite(b"\7" * 65536, 0)
     return path
-
-
-def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(argument) for argument in arguments], capture_output=True, text=True, check=False
-    )
 
 
 # Who may hold an image
@@ -107,12 +101,12 @@ def jqcow_process(path: Path, mode: Mode, share: bool = False) -> Iterator[subpr
 
 
 WRITERS = {
-    "qemu-io": qemu_io,
+    "qemu-io": holding,
     "qemu-nbd": qemu_nbd,
     "jqcow": lambda path: jqcow_process(path, "r+"),
 }
 READERS = {
-    "qemu-io": lambda path: qemu_io(path, "-r"),
+    "qemu-io": lambda path: holding(path, "-r"),
     "qemu-nbd": lambda path: qemu_nbd(path, "-r"),
     "jqcow": lambda path: jqcow_process(path, "r"),
 }
@@ -176,7 +170,7 @@ OTHER_READERS: dict[str, tuple[str, ...]] = {
 def run_on(path: Path, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     socket_path = str(path.with_suffix(".sock"))
     filled = [socket_path if part == "SOCKET" else part for part in command]
-    return tool(*filled, path, *(["2M"] if "resize" in command else []))
+    return run(*filled, path, *(["2M"] if "resize" in command else []))
 
 
 @pytest.mark.parametrize("command", OTHER_WRITERS.values(), ids=OTHER_WRITERS)
@@ -231,7 +225,7 @@ def test_a_killed_holder_leaves_no_lock(path: Path, mode: Mode) -> None:
         process.wait(WAIT_SECONDS)
         with jqcow.open(path, "r+") as image:
             assert (image.recovered is not None) == (mode == "r+")
-    assert tool("qemu-img", "check", path).returncode == 0
+    assert run("qemu-img", "check", path).returncode == 0
 
 
 def test_a_refused_opening_holds_nothing(path: Path) -> None:
@@ -252,9 +246,9 @@ def test_a_refused_opening_holds_nothing(path: Path) -> None:
 
 
 def test_forced_sharing_reads_beside_a_writer(path: Path) -> None:
-    with qemu_io(path), pytest.raises(ImageInUse):
+    with holding(path), pytest.raises(ImageInUse):
         jqcow.open(path)
-    with qemu_io(path), jqcow.open(path, force_share=True) as image:
+    with holding(path), jqcow.open(path, force_share=True) as image:
         assert image.pread(65536, 0) == b"\7" * 65536
     with jqcow.open(path, "r+"), jqcow.open(path, force_share=True) as image:
         assert image.pread(65536, 0) == b"\7" * 65536
@@ -271,10 +265,10 @@ def test_a_forced_sharer_keeps_no_writer_out(path: Path) -> None:
 
 def test_qemu_img_shares_by_force_with_our_writer_while_the_image_is_clean(path: Path) -> None:
     with jqcow.open(path, "r+") as image:
-        assert tool("qemu-img", "info", "-U", path).returncode == 0
+        assert run("qemu-img", "info", "-U", path).returncode == 0
         image.pwrite(b"\1" * 512, 512 * 1024)
         image.flush()
-        done = tool("qemu-img", "info", "-U", path)
+        done = run("qemu-img", "info", "-U", path)
         assert done.returncode and "jqcow" in done.stderr
 
 

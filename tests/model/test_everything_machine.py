@@ -31,7 +31,7 @@ from jqcow.offline.rebase import rebase
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
-from tests.interop.qemu import check_clean, compare, done, qemu_io
+from tests.crash.mutants import mutant_named
 from tests.model.test_image_machine import (
     CLUSTERS_MAX,
     JOURNAL_BYTES,
@@ -46,10 +46,10 @@ from tests.model.test_image_machine import (
 )
 from tests.support import inside, mutation
 from tests.support.inside import Shown
-from tests.support.mutants import mutant_named
 from tests.support.mutation import Verdict
 from tests.support.operations import Disk, PackedWrite, Write, WriteZeroes, apply
-from tests.support.starts import DIRTY_BYTE, spoil_refcounts
+from tests.support.patients import DIRTY_BYTE, Tables
+from tests.support.qemu import check_clean, compare, done, qemu_io
 
 SNAPSHOTS_MAX = 3
 
@@ -303,11 +303,11 @@ class EverythingMachine(ImageMachine):
         """Spoil refcounts of the closed image; opening makes them right, and no byte reads otherwise."""
         self.image.close()
         self.promise_everything()
-        content = bytearray(self.device.content())
-        spoil_refcounts(content, random.Random(seed), 0.3, (0, 0, 1, 2, 5))
+        tables = Tables(self.device.content())
+        tables.spoil_refcounts(random.Random(seed), 0.3, (0, 0, 1, 2, 5))
         if is_marked:
-            content[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
-        self.device = SimulatedDevice(bytes(content), can_punch=self.device.can_punch)
+            tables.image[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
+        self.device = SimulatedDevice(bytes(tables.image), can_punch=self.device.can_punch)
         if not is_marked:
             with jqcow.open_device(
                 self.device, "r+", repair="all", new_salt=self.new_salt, backing=self.find_below

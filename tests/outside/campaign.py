@@ -17,8 +17,9 @@ from pathlib import Path
 
 from jqcow.testing import Ledger
 from tests.outside.kills import kill_writers
-from tests.outside.sessions import crash, qemu_check, record_session
+from tests.outside.sessions import crash, record_session
 from tests.outside.test_system_calls import changes_during_barriers, check_recording, messages_in
+from tests.support import qemu
 
 THREADED_EVERY = 3
 
@@ -35,7 +36,7 @@ def run_recordings(seed: int, sessions: int, budget: int) -> None:
             session = record_session(Path(folder), number, threads=threads)
             check_recording(session)
             if number % 2 == 0:
-                complaint = qemu_check(Path(folder, "image.qcow2"))
+                complaint = qemu.complaint(Path(folder, "image.qcow2"))
                 assert not complaint, complaint
         during += changes_during_barriers(session)
         operations += messages_in(session)

@@ -76,12 +76,6 @@ def ext4(target: Path, size_bytes: int) -> Iterator[Path]:
     device_file.unlink()
 
 
-def free_bytes(folder: Path) -> int:
-    """Return how much room the file system of a folder has."""
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize
-
-
 def fill_up(ballast: Path) -> None:
     """Write a file until the file system is full, to the last block."""
     with ballast.open("ab", buffering=0) as file:

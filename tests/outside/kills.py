@@ -15,8 +15,9 @@ from typing import IO
 
 import jqcow
 from tests.outside.history import Expectation, MessageContent
-from tests.outside.sessions import CLUSTER_SIZES, CLUSTERS_ON_DISK, environment, qemu_check, writer_command
+from tests.outside.sessions import CLUSTER_SIZES, CLUSTERS_ON_DISK, environment, writer_command
 from tests.outside.writer import JOURNAL_BYTES
+from tests.support import qemu
 
 KILLS_OF_ONE_IMAGE = 50
 LONGEST_LIFE_SECONDS = 0.15
@@ -143,7 +144,7 @@ class Victim:
             violations = self._expectation.check(image.pread)
             assert not violations, f"{where}: {'; '.join(map(str, violations[:2]))}"
             content = image.pread(image.size, 0)
-        complaint = qemu_check(self.image)
+        complaint = qemu.complaint(self.image)
         assert not complaint, f"{where}: {complaint}"
         self.report.acknowledgements += self._expectation.acknowledged
         self.report.transactions_committed += self._expectation.transactions_committed

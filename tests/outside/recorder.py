@@ -154,16 +154,6 @@ class Recording:
     events: list[Event] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
 
-    @property
-    def change_count(self) -> int:
-        """How many calls changed the file."""
-        return sum(isinstance(event, Change) for event in self.events)
-
-    @property
-    def barrier_count(self) -> int:
-        """How many barriers returned without an error."""
-        return sum(isinstance(event, BarrierEnded) and not event.failed for event in self.events)
-
 
 # Recording
 

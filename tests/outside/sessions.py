@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from random import Random
 
 import jqcow
-from jqcow.checker.check import check_structure
 from jqcow.testing import CrashState, LabOptions, Laboratory, Ledger, SimulatedDevice, Workload
 from tests.outside.history import Expectation
 from tests.outside.recorder import Event, Message, RecordedDevice, Recording, parse_log, record
 from tests.outside.writer import JOURNAL_BYTES
+from tests.support.patients import check
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER_SIZES = (512, 4096, 65536)
@@ -162,7 +161,7 @@ def judge(device: SimulatedDevice, expectation: Expectation, state: CrashState) 
     assert not violations, "; ".join(map(str, violations[:2]))
     image.close()
     content = device.content()
-    report = check_structure(lambda length, at: content[at : at + length].ljust(length, b"\0"), len(content))
+    report = check(content)
     assert report.ok, f"after closing: {report.findings[:2]}"
 
 
@@ -183,11 +182,3 @@ def crash(
     options = LabOptions(budget=budget, seed=seed, depth=depth, nested_every=16, nested_budget=4, kill=True)
     laboratory = Laboratory(judge, recover=recover_and_close, options=options, ledger=ledger)
     laboratory.run(session.workload(), drop_barriers=drop_barriers)
-
-
-def qemu_check(image: Path) -> str:
-    """Return what ``qemu-img check`` says against an image: errors and leaks; nothing if it is clean."""
-    done = subprocess.run(
-        ["qemu-img", "check", "-q", "-f", "qcow2", str(image)], capture_output=True, text=True, check=False
-    )
-    return "" if done.returncode == 0 else f"status {done.returncode}: {done.stdout}{done.stderr}"

@@ -14,8 +14,9 @@ from jqcow.testing import Fault, FaultPlan, Ledger, SimulatedDevice
 from tests.outside import hosts
 from tests.outside.history import Expectation
 from tests.outside.recorder import BarrierEnded, CallFailed, Message
-from tests.outside.sessions import Session, crash, qemu_check, read_disk, record_session
+from tests.outside.sessions import Session, crash, read_disk, record_session
 from tests.outside.test_full_disk import JOURNAL_BYTES, MIB, STEP_BYTES, User
+from tests.support import qemu
 
 DEVICE_BYTES = 64 * MIB
 BACKING_BYTES = 16 * MIB
@@ -73,7 +74,7 @@ def test_a_device_that_loses_what_it_took(tmp_path: Path, backing: Path, cluster
             violations = user.model.check(image.pread)
             assert not violations, violations[0]
             image.pwrite(b"\4" * STEP_BYTES, 0)
-        assert not qemu_check(user.path)
+        assert not qemu.complaint(user.path)
         assert read_disk(user.path)[:STEP_BYTES] == b"\4" * STEP_BYTES
 
 
@@ -114,7 +115,7 @@ def judge_file(session: Session, image: Path) -> None:
         assert report.ok, report.findings[:2]
         violations = expectation.check(opened.pread)
         assert not violations, violations[0]
-    complaint = qemu_check(image)
+    complaint = qemu.complaint(image)
     assert not complaint, complaint
 
 

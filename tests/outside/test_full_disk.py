@@ -15,7 +15,8 @@ import jqcow
 from jqcow.testing import SectorModel
 from tests.outside import hosts
 from tests.outside.history import data_of
-from tests.outside.sessions import environment, qemu_check, read_disk, writer_command
+from tests.outside.sessions import environment, read_disk, writer_command
+from tests.support import qemu
 
 MIB = 1 << 20
 HOST_BYTES = 12 * MIB
@@ -78,7 +79,7 @@ class User:
     def close(self) -> None:
         """Close the image; QEMU finds it clean, and it holds what it must."""
         self.image.close()
-        complaint = qemu_check(self.path)
+        complaint = qemu.complaint(self.path)
         assert not complaint, complaint
         content = read_disk(self.path)
         violations = self.model.expect_now(lambda length, offset: content[offset : offset + length])
@@ -94,7 +95,7 @@ def judge_copy(user: User, folder: Path) -> None:
         assert report.ok, report.findings[:2]
         violations = user.model.check(image.pread)
         assert not violations, violations[0]
-    complaint = qemu_check(copy)
+    complaint = qemu.complaint(copy)
     assert not complaint, complaint
     copy.unlink()
 
@@ -187,7 +188,7 @@ def test_recovery_on_a_full_disk_waits_for_room(host: Path, tmp_path: Path) -> N
     with jqcow.open(path, "r+") as image:
         assert image.recovered is not None
         assert image.pread(image.size, 0) == found
-    assert not qemu_check(path)
+    assert not qemu.complaint(path)
     # What failed had not harmed the image: the file as it was before recovers to the same disk.
     before = tmp_path / "before.qcow2"
     before.write_bytes(content)

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import random
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from jqcow.device.file import FileDevice
 from jqcow.offline.build import ImageBuilder
+from jqcow.ondisk.entries import COMPRESSED, OFFSET_MASK
+from tests.support.patients import Tables
 
 SECTOR_BYTES = 512
-OFFSETS = (1 << 56) - 512
-COMPRESSED = 1 << 62
 
 
 def streams_of(image: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield (guest offset, host offset, bytes to the end of the last sector) of each compressed cluster."""
-    (cluster_bits,) = struct.unpack_from(">I", image, 20)
-    l1_size, l1_offset = struct.unpack_from(">IQ", image, 36)
-    l2_size = (1 << cluster_bits) // 8
-    width = 62 - (cluster_bits - 8)
-    for index, l1_entry in enumerate(struct.unpack_from(f">{l1_size}Q", image, l1_offset)):
-        l2_offset = l1_entry & OFFSETS
-        entries = struct.unpack_from(f">{l2_size}Q", image, l2_offset) if l2_offset else ()
-        for within, entry in enumerate(entries):
-            if entry & COMPRESSED:
-                host = entry & ((1 << width) - 1)
-                sectors = ((entry & (COMPRESSED - 1)) >> width) + 1
-                length = sectors * SECTOR_BYTES - host % SECTOR_BYTES
-                yield (index * l2_size + within) << cluster_bits, host, length
+    tables = Tables(image)
+    bits = tables.header.cluster_bits
+    per_table, width = (1 << bits) // 8, 62 - (bits - 8)
+    for number in range(tables.header.l1_size * per_table):
+        index, within = divmod(number, per_table)
+        l2 = tables.entry(tables.l1 + 8 * index) & OFFSET_MASK
+        entry = tables.entry(l2 + 8 * within) if l2 else 0
+        if entry & COMPRESSED:
+            host = entry & ((1 << width) - 1)
+            sectors = ((entry & (COMPRESSED - 1)) >> width) + 1
+            yield number << bits, host, sectors * SECTOR_BYTES - host % SECTOR_BYTES
 
 
 def plant(path: Path, streams: list[bytes], cluster_bits: int, compression_type: int) -> None:

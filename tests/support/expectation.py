@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import jqcow
 from jqcow.image.transaction import Transaction
-from jqcow.testing import SECTOR_BYTES, SectorModel
+from jqcow.testing import SECTOR_BYTES, SectorModel, Violation
+from jqcow.testing.model import ReadFunction
 from tests.support.inside import Shown
 
 WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 65536: 3}
@@ -104,13 +105,22 @@ AllTaken = tuple[Taken, ...]
 """The snapshots of an image, in the order of its table."""
 
 
-def take_all(image: jqcow.Image, windows: Windows) -> AllTaken:
-    """Return the snapshots of an image as they are found."""
-    found = []
-    for snapshot in image.snapshots():
-        content = windows.reader(Shown(image, snapshot))(windows.model_bytes, 0)
-        found.append(Taken(snapshot.name, SectorModel(windows.model_bytes, content), snapshot.disk_bytes))
-    return tuple(found)
+@dataclass(frozen=True)
+class Found:
+    """What the windows of a disk show, and those of each of its snapshots: (name, size, bytes)."""
+
+    disk: bytes
+    snapshots: tuple[tuple[str, int, bytes], ...]
+
+
+def read_all(image: jqcow.Image, windows: Windows) -> Found:
+    """Read a disk and its snapshots."""
+    shown = [(taken.name, Shown(image, taken)) for taken in image.snapshots()]
+    length = windows.model_bytes
+    return Found(
+        windows.reader(image)(length, 0),
+        tuple((name, snapshot.size, windows.reader(snapshot)(length, 0)) for name, snapshot in shown),
+    )
 
 
 def compare_snapshots(holder: jqcow.Image | Transaction, windows: Windows, snapshots: AllTaken) -> list[str]:
@@ -161,9 +171,21 @@ class State:
 
     def expect_now(self, holder: jqcow.Image | Transaction) -> list[str]:
         """Return what a running image or transaction shows otherwise: size, disk, and snapshots."""
-        if holder.size != self.size_bytes:
-            return [f"the disk has {holder.size} bytes, not {self.size_bytes}"]
-        wrong = list(map(str, self.sectors.expect_now(self.windows.reader(holder))))
+        return self._compare(holder, (self.size_bytes,), self.sectors.expect_now)
+
+    def check(self, image: jqcow.Image, *sizes: int) -> list[str]:
+        """Return what a recovered image shows otherwise; its size may be one of those, if any is given."""
+        return self._compare(image, sizes or (self.size_bytes,), self.sectors.check)
+
+    def _compare(
+        self,
+        holder: jqcow.Image | Transaction,
+        sizes: tuple[int, ...],
+        check: Callable[[ReadFunction], list[Violation]],
+    ) -> list[str]:
+        if holder.size not in sizes:
+            return [f"the disk has {holder.size} bytes, not {' or '.join(map(str, sizes))}"]
+        wrong = list(map(str, check(self.windows.reader(holder))))
         return wrong + compare_snapshots(holder, self.windows, self.snapshots)
 
 
@@ -208,9 +230,9 @@ class Expectation:
 
     def check(self, image: jqcow.Image) -> list[str]:
         """Return what is wrong with a recovered image: nothing, if one of the disks that may be is there."""
-        wrong = _compare(image, self.state, self.sizes)
+        wrong = self.state.check(image, *self.sizes)
         if wrong and self.rival is not None:
-            rival = _compare(image, self.rival, (self.rival.size_bytes,))
+            rival = self.rival.check(image)
             return [*wrong, "and with the transaction", *rival] if rival else []
         return wrong
 
@@ -229,8 +251,11 @@ class Expectation:
 
     def adopt(self, image: jqcow.Image) -> None:
         """After a crash: what was found is all that there is, durably."""
-        self.sectors.reset_to(self.windows.reader(image)(self.windows.model_bytes, 0))
-        self.snapshots = take_all(image, self.windows)
+        found = read_all(image, self.windows)
+        self.sectors.reset_to(found.disk)
+        self.snapshots = tuple(
+            Taken(name, SectorModel(len(content), content), size) for name, size, content in found.snapshots
+        )
         self.sizes, self.rival, self.closed = (image.size,), None, None
 
     @contextmanager
@@ -251,7 +276,7 @@ class Expectation:
         It is no more durable than before: all older versions stay possible until a flush. But recovery
         has made durable which transactions there are.
         """
-        if self.rival is not None and _compare(image, self.state, self.sizes):
+        if self.rival is not None and self.state.check(image, *self.sizes):
             self._take(self.rival)
         self.rival = None
         if self.lost:
@@ -275,13 +300,6 @@ class Expectation:
                     for version in versions:
                         # An operation that never completes leaves old and new possible, also after a flush.
                         sectors.write(offset, version)
-
-
-def _compare(image: jqcow.Image, state: State, sizes: tuple[int, ...]) -> list[str]:
-    if image.size not in sizes:
-        return [f"the disk has {image.size} bytes, not {' or '.join(map(str, sizes))}"]
-    wrong = list(map(str, state.sectors.check(state.windows.reader(image))))
-    return wrong + compare_snapshots(image, state.windows, state.snapshots)
 
 
 def settled(sectors: SectorModel) -> SectorModel:

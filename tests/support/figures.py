@@ -11,9 +11,11 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tests.support.runs import table
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "figures"
@@ -109,27 +111,19 @@ def barrier_section(runs: dict[str, dict[str, Any]]) -> str:
         if "barrier" in run["tables"]
     }
     barriers = dict.fromkeys(barrier for rows in tables.values() for barrier in rows)
-    grid = [["barrier", *tables]]
+    lines = []
     for barrier in barriers:
         cells = (rows.get(barrier, [0, 0, 0]) for rows in tables.values())
-        grid.append([barrier, *(f"{shown(before)}/{shown(after)}" for _, before, after in cells)])
+        lines.append((barrier, *(f"{shown(before)}/{shown(after)}" for _, before, after in cells)))
     heading = (
         "## Barriers\n\nDistinct states that the campaigns cut just before and just after each barrier:\n"
     )
-    return f"{heading}\n{fenced(aligned(grid))}"
+    return f"{heading}\n{fenced(table(('barrier', *tables), lines))}"
 
 
 def fenced(lines: Iterable[str]) -> str:
     """Return lines as a block that is shown as it stands."""
     return "\n".join(["```", *lines, "```", ""])
-
-
-def aligned(grid: list[list[str]]) -> Iterator[str]:
-    """Yield the rows of a grid as lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    for name, *cells in grid:
-        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        yield "  ".join([name.ljust(widths[0]), *right]).rstrip()
 
 
 def shown(value: float | str) -> str:

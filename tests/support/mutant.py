@@ -32,11 +32,11 @@ WRITES = "jqcow.engine.write:Writes"
 
 
 class Mutant:
-    """A rule, what is done without it, the patches that do so, and the trials of which one must break."""
+    """A rule and what is done without it, the patches that do so, and the trials of which one must break."""
 
-    def __init__(self, rule: str, what: str, *patches: Patch | Number, trials: tuple[str, ...]) -> None:
-        self.rule = rule
-        self.name = f"{rule}-{what}"
+    def __init__(self, name: str, *patches: Patch | Number, trials: tuple[str, ...]) -> None:
+        self.name = name
+        self.rule = name.partition("-")[0]
         self.patches = patches
         self.trials = trials
 

@@ -1,10 +1,6 @@
 """The judge of mutants: with a mutant's patches in place, does a promise break?
 
-Each mutant is judged in a process of its own::
-
-    python -m tests.support.mutation RULE-WHAT [TRIAL...]
-
-It says what broke. Its exit status is the verdict.
+Each mutant is judged in a process of its own. Its exit status is the verdict.
 """
 
 from __future__ import annotations
@@ -14,15 +10,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from enum import IntEnum
+from pathlib import Path
 
-from tests.support import mutants, mutants_of_threads, patches, sources
+from tests.support import patches, sources
 from tests.support.mutant import Mutant
-from tests.support.mutants import mutant_named
-from tests.support.trials import action_of
 
 SECONDS_MAX = 120
 STUMBLES = (AttributeError, NameError, TypeError)
-PATCHING_FILES = (patches.__file__, mutants.__file__, mutants_of_threads.__file__)
+PATCHING_FILES = (Path(patches.__file__).name, "mutants.py", "mutants_of_threads.py")
 
 
 class Verdict(IntEnum):
@@ -72,7 +67,7 @@ def is_own_fault(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename in PATCHING_FILES
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).name in PATCHING_FILES
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -100,16 +95,3 @@ def run_alone(module: str, *arguments: str, seconds_max: int = SECONDS_MAX) -> t
     )
     assert done.returncode in list(Verdict), done.stderr
     return Verdict(done.returncode), done.stdout
-
-
-def main() -> int:
-    """Judge the mutant that the command line names, by its own trials or by those named after it."""
-    name, *trials = sys.argv[1:]
-    mutant = mutant_named(name)
-    verdict, text = judge(mutant, map(action_of, trials or mutant.trials))
-    print(f"{mutant.name} is {verdict.name}: {text}")
-    return verdict
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,17 +18,15 @@ model, see `Windows`:
     flush  checkpoint  look  open  close  kill
     begin  commit  rollback  abort  savepoint  return:NUMBER
 
-Of overlays (`tests.support.overlays`):
+Of overlays (`tests.crash.overlays`):
 
     rebase                      goes over another disk, and reads as before
     empty                       its base gets all of it, and the overlay gives that up
     take-in:NUMBER              an overlay is committed into the image
     copy-up:AT:LEN              a read that copies what lies below
 
-In stories a step can be left to chance (`DRAWN`), numbers are read by `Values`, and there is more:
+In stories (`tests.support.telling`) a step can be left to chance (`DRAWN`), and a player knows more blocks:
 
-    v=2w%c                      a number is named, for later steps
-    0.5{ STEP... }              done in so many of all cases
     fail:call=pwrite|barrier:at=1..5:applied=0|512|all:error=ENOSPC{ STEP... }
                                 a call of the host fails meanwhile, EIO and nothing applied if not given;
                                 an error ends the steps, and their transaction; ``full=3``: the disk is full
@@ -38,15 +36,13 @@ In stories a step can be left to chance (`DRAWN`), numbers are read by `Values`,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from random import Random
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jqcow
 from jqcow.image.transaction import Transaction
-from jqcow.testing import EVERYTHING, SECTOR_BYTES, SectorModel
+from jqcow.testing import SECTOR_BYTES, SectorModel
 
 if TYPE_CHECKING:
     from tests.support.player import Player
@@ -170,46 +166,6 @@ class Step(NamedTuple):
         """Read a step back."""
         kind, *arguments = text.split(":")
         return cls(kind, tuple(int(word) if word.isdecimal() else word for word in arguments))
-
-
-_TERM = re.compile(r"([+-]?)(?:(\d+)\.\.)?(\d*)([a-z]?)(?:/(\d+))?(?:%([cs]))?")
-
-
-class Values(dict[str, int]):
-    """Reads the numbers of stories. A number is a sum of terms, such as ``2w+w/2-s``.
-
-    ``c``, ``w`` and ``s`` are the bytes of a cluster, a window and a sector; a story may name more numbers.
-    ``1..4`` is a random number from 1 to 4, ``2w%c`` a random multiple of a cluster below two windows,
-    ``0|512|all`` one of these; ``all`` is `EVERYTHING`.
-    """
-
-    def __init__(self, cluster_bytes: int, window_bytes: int, random: Random) -> None:
-        super().__init__({"c": cluster_bytes, "w": window_bytes, "s": SECTOR_BYTES, "": 1})
-        self.random = random
-
-    def choose(self, text: str) -> str:
-        """Return one of the words of a text."""
-        words = text.split("|")
-        return self.random.choice(words) if len(words) > 1 else text
-
-    def read(self, text: str) -> int:
-        """Return the value of a text. Raises ``ValueError`` for what is none."""
-        total, position, text = 0, 0, self.choose(text)
-        if text == "all":
-            return EVERYTHING
-        while position < len(text):
-            term = _TERM.match(text, position)
-            if term is None or not term[0]:
-                raise ValueError(f"not a number: {text}")
-            total += -self._term(term) if term[1] == "-" else self._term(term)
-            position = term.end()
-        return total
-
-    def _term(self, term: re.Match[str]) -> int:
-        _, low, count, unit, divisor, step = term.groups()
-        number = self.random.randint(int(low), int(count)) if low else int(count or 1)
-        value = number * self[unit] // int(divisor or 1)
-        return self.random.randrange(value // self[step]) * self[step] if step else value
 
 
 # How steps are done

@@ -8,23 +8,24 @@ from contextlib import contextmanager, suppress
 from random import Random
 from typing import Any
 
-from jqcow.testing import EVERYTHING, Fault, FaultPlan
+from jqcow.testing import EVERYTHING, SECTOR_BYTES, Fault, FaultPlan
 from tests.support.expectation import Windows
-from tests.support.operations import DRAWN, LEAVING, OPERATIONS, Step, Values
+from tests.support.operations import DRAWN, LEAVING, OPERATIONS, Step
+from tests.support.telling import Block, Teller
 from tests.support.users import Draft, DraftPoint, Session, User
 
 
-class Player:
+class Player(Teller):
     """Does steps. ``draft`` is the open transaction, ``savepoints`` are those within it."""
 
     def __init__(self, session: Session, random: Random) -> None:
         """Take a session, which may have its image open, and what chance decides by."""
+        windows = session.windows
+        super().__init__(windows.cluster_bytes, windows.window_bytes, random)
         self.session = session
-        self.random = random
         self.draft: Draft | None = None
         self.savepoints: list[DraftPoint] = []
         self._context: Any = None
-        self.values = Values(self.cluster_bytes, self.windows.window_bytes, random)
 
     @property
     def windows(self) -> Windows:
@@ -50,37 +51,17 @@ class Player:
 
     # Steps
 
-    def play(self, text: str) -> None:
-        """Do steps given as text, of a story: some may be left to chance, or fail."""
-        self._play(text.split())
-
-    def _play(self, words: list[str]) -> None:
-        while words:
-            word, words = words[0], words[1:]
-            name, is_named, number = word.partition("=")
-            if word.endswith("{"):
-                body, words = _block(words)
-                self._play_block(word[:-1], body)
-            elif is_named:
-                self.values[name] = self.values.read(number)
-            else:
-                kind, *arguments = word.split(":")
-                numbers = tuple(map(self.values.read, arguments))
-                if kind in DRAWN:
-                    self._draw(kind, *numbers)
-                else:
-                    self.perform(Step(kind, numbers))
-
-    def _play_block(self, head: str, body: list[str]) -> None:
-        kind, *how = head.split(":")
+    def tell_block(self, block: Block) -> None:
+        """Tell what a block asks for, also while the host fails."""
+        kind, *how = block.head.split(":")
         if kind == "fail":
             with self.faults(some_fault(self.random) if how == ["some"] else self._plan(how)):
-                self._play(body)
+                self.tell(block.choices[0])
         elif kind == "try":
             with suppress(OSError):
-                self._play(body)
-        elif self.random.random() < float(kind):
-            self._play(body)
+                self.tell(block.choices[0])
+        else:
+            super().tell_block(block)
 
     def _plan(self, how: list[str]) -> FaultPlan:
         """Return the plan of a story's words, which are drawn in their order."""
@@ -105,6 +86,9 @@ class Player:
 
     def perform(self, step: Step) -> None:
         """Do one step, or nothing where it makes no sense."""
+        if step.kind in DRAWN:
+            self._draw(step.kind, *map(int, step.arguments))
+            return
         operation = OPERATIONS[step.kind]
         act = operation.outside if self.draft is None else operation.inside
         if act is None:
@@ -168,14 +152,13 @@ class Player:
                 raise
 
 
-def _block(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return the words up to the end of a block, and those behind it."""
-    depth = 1
-    for place, word in enumerate(words):
-        depth += word.endswith("{") - (word == "}")
-        if not depth:
-            return words[:place], words[place + 1 :]
-    raise ValueError("a block has no end")
+FAILURES = {
+    "EIO": (errno.EIO, 0),
+    "ENOSPC": (errno.ENOSPC, 0),
+    "short": (errno.EIO, SECTOR_BYTES),
+    "late": (errno.EIO, EVERYTHING),
+}
+"""How a call of the host may fail: its error, and how many bytes of it happen all the same."""
 
 
 def some_fault(chance: Random) -> FaultPlan:

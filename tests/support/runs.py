@@ -22,7 +22,7 @@ class Outcome:
     """What came of a run or a part of it. ``failures`` are texts, each with a line for a replay."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: Ledger = field(default_factory=Ledger, compare=False)
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -33,15 +33,19 @@ class Outcome:
         self.failures += other.failures
 
 
+Total = TypeVar("Total", bound=Outcome)
+
+
 def run_parts(
-    work: Callable[[Part], Outcome],
+    work: Callable[[Part], Total],
     parts: Iterable[Part],
     jobs: int,
-    is_met: Callable[[Outcome], bool] = lambda total: False,
-) -> Iterator[Outcome]:
+    is_met: Callable[[Total], bool] = lambda total: False,
+    new_total: Callable[[], Total] = Outcome,  # type: ignore[assignment]
+) -> Iterator[Total]:
     """Do parts, until there are no more, the total is enough, or ten failed; yield the total after each."""
-    total, started, left = Outcome(), time.monotonic(), iter(parts)
-    running: set[Future[Outcome]] = set()
+    total, started, left = new_total(), time.monotonic(), iter(parts)
+    running: set[Future[Total]] = set()
     with ProcessPoolExecutor(jobs) as pool:
         while True:
             if len(total.failures) < FAILURES_MAX and not is_met(total):
@@ -55,9 +59,9 @@ def run_parts(
             yield total
 
 
-def show(totals: Iterable[Outcome], describe: Callable[[Outcome], str]) -> Outcome:
+def show(totals: Iterable[Total], describe: Callable[[Total], str]) -> Total:
     """Show a run as it goes on: failures on the standard output, the rest beside. Return the whole of it."""
-    total, shown = Outcome(), 0
+    shown = 0
     for total in totals:
         print(f"\r{describe(total)}, {total.seconds:.0f} s ", end="", file=sys.stderr, flush=True)
         for failure in total.failures[shown:]:

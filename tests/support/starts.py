@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,13 +25,13 @@ from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
 from tests.support.below import Below, name_of
 from tests.support.expectation import AllTaken, Expectation, Taken, Windows
 from tests.support.operations import Request, Write
+from tests.support.patients import DIRTY_BYTE, Tables
 from tests.support.player import Player
+from tests.support.qemu import done, qemu_io
 from tests.support.users import Session, open_simulated
 
 NO_EXTENSIONS = bytes(8)
 GARBAGE = b"\xee"
-DIRTY_BYTE = 79
-"""The last byte of the incompatible features."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def half_free_image(cluster_bytes: int, random: Random) -> Start:
 def with_old_bytes(start: Start, random: Random) -> Start:
     """Fill the free clusters, and what comes behind the used ones."""
     content, cluster_bytes = bytearray(start.content), start.windows.cluster_bytes
-    for cluster in free_clusters(start.content):
+    for cluster in Tables(start.content).free_clusters():
         content[cluster * cluster_bytes : (cluster + 1) * cluster_bytes] = GARBAGE * cluster_bytes
     content += GARBAGE * (2 * cluster_bytes + random.choice((0, cluster_bytes // 2)))
     return replace(start, content=bytes(content))
@@ -156,7 +155,7 @@ def holed_image(cluster_bytes: int, random: Random) -> Start:
     start = dirty_image(cluster_bytes, random)
     holes = [
         (cluster * cluster_bytes, cluster_bytes)
-        for cluster in free_clusters(start.content)
+        for cluster in Tables(start.content).free_clusters()
         if random.random() < 0.6 and (cluster + 1) * cluster_bytes <= len(start.content)
     ]
     return replace(start, holes=tuple(holes))
@@ -231,39 +230,15 @@ def table_end_image(cluster_bytes: int, random: Random) -> Start:
     return replace(start, content=start.content + bytes(padding), holes=((len(start.content), padding),))
 
 
-def free_clusters(content: bytes) -> list[int]:
-    """Return the clusters of a clean image's file that have refcount 0, or none yet."""
-    places = enumerate(refcount_places(content))
-    return [cluster for cluster, place in places if not place or not any(content[place : place + 2])]
-
-
-def refcount_places(content: bytes) -> list[int]:
-    """Return where the refcount of each cluster stands, of 16 bits; 0 for one that has no block yet."""
-    header, places = Header.unpack(content[:SECTOR_BYTES]), []
-    per_block = header.geometry.refcounts_per_cluster
-    for cluster in range(len(content) // header.geometry.cluster_bytes):
-        entry = header.refcount_table_offset + cluster // per_block * 8
-        block = int.from_bytes(content[entry : entry + 8], "big")
-        places.append(block + cluster % per_block * 2 if block else 0)
-    return places
-
-
-def spoil_refcounts(content: bytearray, random: Random, share: float, values: tuple[int, ...]) -> None:
-    """Change a share of the refcounts, of 16 bits each: many become 0, some too large."""
-    for place in refcount_places(bytes(content)):
-        if place and random.random() < share:
-            content[place : place + 2] = random.choice(values).to_bytes(2, "big")
-
-
 def damaged(prepare: Prepare) -> Prepare:
     """Return what makes the same image with a dirty bit: its refcounts may be wrong, and many are."""
 
     def prepare_damaged(cluster_bytes: int, random: Random) -> Start:
         start = prepare(cluster_bytes, random)
-        content = bytearray(start.content)
-        spoil_refcounts(content, random, 0.6, (0, 0, 0, 1, 2, 5))
-        content[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
-        return replace(start, content=bytes(content), damaged=True)
+        tables = Tables(start.content)
+        tables.spoil_refcounts(random, 0.6, (0, 0, 0, 1, 2, 5))
+        tables.image[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
+        return replace(start, content=bytes(tables.image), damaged=True)
 
     return prepare_damaged
 
@@ -378,14 +353,14 @@ def made(recipe: Recipe) -> bytes:
         path, raw = Path(folder, "made.qcow2"), Path(folder, "first.raw")
         size = str(recipe.windows.disk_bytes)
         if recipe.compressed:
-            _run("qemu-img", "create", "-q", "-f", "raw", raw, size)
+            done("qemu-img", "create", "-q", "-f", "raw", raw, size)
             _write(raw, "raw", recipe.requests(0))
-            _run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", recipe.options, raw, path)
+            done("qemu-img", "convert", "-c", "-O", "qcow2", "-o", recipe.options, raw, path)
         else:
-            _run("qemu-img", "create", "-q", "-f", "qcow2", "-o", recipe.options, path, size)
+            done("qemu-img", "create", "-q", "-f", "qcow2", "-o", recipe.options, path, size)
             _write(path, "qcow2", recipe.requests(0))
         for layer in range(1, len(recipe.layers)):
-            _run("qemu-img", "snapshot", "-c", _name(layer - 1), path)
+            done("qemu-img", "snapshot", "-c", _name(layer - 1), path)
             _write(path, "qcow2", recipe.requests(layer))
         return without_dates(path.read_bytes())
 
@@ -403,12 +378,7 @@ def without_dates(content: bytes) -> bytes:
 
 def _write(path: Path, kind: str, requests: list[Request]) -> None:
     if requests:
-        commands = [word for request in requests for word in ("-c", request.qemu())]
-        _run("qemu-io", "-f", kind, *commands, path)
-
-
-def _run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, capture_output=True)
+        qemu_io(path, *(request.qemu() for request in requests), kind=kind)
 
 
 def by_qemu(cluster_bytes: int, options: str, layers: int, **choices: Any) -> Start:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from random import Random
+from typing import Any
 
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
 from jqcow.image.transaction import Savepoint, Transaction
+from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.root import is_live
 from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
 from tests.support import inside
@@ -42,12 +44,28 @@ def salts_of(device: SimulatedDevice) -> Callable[[], bytes]:
     return new_salt
 
 
+class Interrupt(BaseException):
+    """What KeyboardInterrupt is to a user."""
+
+
+def create_simulated(device: SimulatedDevice, size_bytes: int, cluster_bytes: int) -> jqcow.Image:
+    """Create an image on an empty device, with salts that a replay meets again."""
+    return jqcow.create_on_device(
+        device,
+        size_bytes,
+        cluster_size=cluster_bytes,
+        journal_size=JOURNAL_BYTES,
+        new_salt=salts_of(device),
+    )
+
+
 def open_simulated(
     device: SimulatedDevice,
     mode: jqcow.image.Mode = "r+",
     snapshot: str | None = None,
     *,
     journal_bytes: int = JOURNAL_BYTES,
+    backing: Callable[[NamedFile], Any] = find_below,
 ) -> jqcow.Image:
     """Open the image on a device, closed before or not, with salts that a replay meets again."""
     device.reopen()
@@ -57,7 +75,7 @@ def open_simulated(
         journal_size=journal_bytes,
         new_salt=salts_of(device),
         snapshot=snapshot,
-        backing=find_below,
+        backing=backing,
     )
 
 
@@ -216,13 +234,7 @@ class Session(User):
 
     def create(self, cluster_bytes: int, size_bytes: int) -> None:
         """Create the image on the empty device."""
-        self.image = jqcow.create_on_device(
-            self.device,
-            size_bytes,
-            cluster_size=cluster_bytes,
-            journal_size=JOURNAL_BYTES,
-            new_salt=salts_of(self.device),
-        )
+        self.image = create_simulated(self.device, size_bytes, cluster_bytes)
         self.expectation.exists = True
 
     def new_image(self) -> jqcow.Image:

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from errno import EIO, ENOSPC
@@ -28,10 +26,10 @@ from pathlib import Path
 from random import Random
 
 import jqcow
-from jqcow.checker.check import check_structure
 from jqcow.testing import EVERYTHING, CrashState, Fault, SimulatedDevice, enumerate_states
-from tests.support import figures, inside
-from tests.support.users import JOURNAL_BYTES, open_simulated, salts_of
+from tests.support import figures, inside, runs
+from tests.support.patients import check
+from tests.support.users import create_simulated, open_simulated
 from tests.threads.crossing import SECTOR, ZERO, Broken, Judgement, Record, filled
 from tests.threads.scheduler import ScheduledDevice, Scheduler, Worker, scheduled_locks
 
@@ -44,7 +42,6 @@ REQUESTS = 28
 DATE = datetime(2020, 1, 1, tzinfo=UTC)
 BUDGET = 12
 """States of one crash."""
-FAILURES_MAX = 10
 USUAL = ("write", "read", "discard", "zero", "packed", "flush", "checkpoint", "commit", "forget")
 WEIGHTS = (40, 22, 10, 6, 4, 10, 2, 6, 2)
 FAILING = 0.3
@@ -54,20 +51,18 @@ AT_BARRIERS, ELSEWHERE = 0.3, 0.02
 
 
 @dataclass
-class Outcome:
+class Outcome(runs.Outcome):
     """What came of one interleaving, or of many. ``states`` and ``situations`` are digests."""
 
-    counts: Counter[str] = field(default_factory=Counter)
     states: set[bytes] = field(default_factory=set)
     situations: set[bytes] = field(default_factory=set)
-    failures: list[str] = field(default_factory=list)
 
-    def add(self, other: Outcome) -> None:
+    def add(self, other: runs.Outcome) -> None:
         """Take another in."""
-        self.counts += other.counts
+        super().add(other)
+        assert isinstance(other, Outcome)
         self.states |= other.states
         self.situations |= other.situations
-        self.failures += other.failures
 
     def __str__(self) -> str:
         return (
@@ -83,9 +78,7 @@ class Outcome:
 def prepared_image() -> bytes:
     """Return an empty image."""
     device = SimulatedDevice()
-    jqcow.create_on_device(
-        device, DISK, cluster_size=CLUSTER, journal_size=JOURNAL_BYTES, new_salt=salts_of(device)
-    ).close()
+    create_simulated(device, DISK, CLUSTER).close()
     return device.content()
 
 
@@ -295,10 +288,7 @@ def snapshots_of(image: jqcow.Image) -> dict[str, bytes]:
 
 def require_sound(device: SimulatedDevice) -> None:
     """A closed image has no error and no leak."""
-    content = device.content()
-    report = check_structure(
-        lambda length, offset: content[offset : offset + length].ljust(length, b"\0"), len(content)
-    )
+    report = check(device.content())
     if report.counts:
         raise Broken(f"after closing: {report.findings[:2]}")
 
@@ -316,18 +306,9 @@ def try_seed(seed: int) -> Outcome:
 
 def run_campaign(states: int, seed: int, jobs: int) -> Iterator[Outcome]:
     """Run seed after seed until so many distinct states are judged; yield the total after each."""
-    total, seeds = Outcome(), itertools.count(seed)
-    running: set[Future[Outcome]] = set()
-    with ProcessPoolExecutor(jobs) as pool:
-        while True:
-            if len(total.states) < states and len(total.failures) < FAILURES_MAX:
-                running |= {pool.submit(try_seed, next(seeds)) for _ in range(2 * jobs - len(running))}
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                total.add(future.result())
-            yield total
+    return runs.run_parts(
+        try_seed, itertools.count(seed), jobs, lambda total: len(total.states) >= states, Outcome
+    )
 
 
 def main() -> int:
@@ -341,13 +322,8 @@ def main() -> int:
     if options.replay is not None:
         print(Interleaving(options.replay).run())
         return 0
-    total, started, shown = Outcome(), time.monotonic(), 0
-    for total in run_campaign(options.states, options.seed, options.jobs):
-        for failure in total.failures[shown:]:
-            print(f"\n{failure}", flush=True)
-        shown = len(total.failures)
-        print(f"\r{total}, {time.monotonic() - started:.0f} s ", end="", file=sys.stderr, flush=True)
-    print(f"\n{total}; first seed {options.seed}, {time.monotonic() - started:.0f} s")
+    total = runs.show(run_campaign(options.states, options.seed, options.jobs), str)
+    print(f"{total}; first seed {options.seed}, {total.seconds:.0f} s")
     if options.record is not None:
         totals: dict[str, float | str] = {
             **total.counts,

@@ -7,17 +7,16 @@ image must be fit for use: each promise is looked at by `Trial.judge`.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from functools import cache
 
 import jqcow
-from jqcow.checker.check import check_structure
 from jqcow.errors import PoisonedError
 from jqcow.testing import SectorModel, SimulatedDevice, enumerate_states
 from tests.support import inside
-from tests.support.held import is_taken
+from tests.support.beside import Others, is_taken
 from tests.support.operations import Discard, PackedWrite, Write, WriteZeroes, apply
+from tests.support.patients import check
 
 SECTOR = 512
 CLUSTER = 4096
@@ -155,26 +154,17 @@ class Trial:
 
     def work_in_another_thread(self) -> None:
         """Others are not blocked; what they flush is durable."""
-        errors: list[BaseException] = []
 
         def work() -> None:
-            try:
-                self.write(9, 3 * CLUSTER, 8 * CLUSTER + SECTOR)
-                self.discard(CLUSTER, 0)
-                with self.image.transaction() as transaction:
-                    request = Write(20 * CLUSTER, filled(10, 2 * CLUSTER))
-                    apply(request, transaction, self.model)
-                self.write(11, CLUSTER, 2 * CLUSTER)
-                self.flush()
-            except BaseException as error:
-                errors.append(error)
+            self.write(9, 3 * CLUSTER, 8 * CLUSTER + SECTOR)
+            self.discard(CLUSTER, 0)
+            with self.image.transaction() as transaction:
+                apply(Write(20 * CLUSTER, filled(10, 2 * CLUSTER)), transaction, self.model)
+            self.write(11, CLUSTER, 2 * CLUSTER)
+            self.flush()
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(20)
-        assert not thread.is_alive(), "another thread is blocked"
-        if errors:
-            raise errors[0]
+        with Others(work):
+            pass
 
     def judge_crash_states(self) -> None:
         """What is acknowledged survives a power cut now, and one a little later."""
@@ -200,10 +190,7 @@ class Trial:
         """The next program finds what was flushed, and leaves a sound image."""
         device = self.device.killed()
         self.judge_crash(device, self.model)
-        content = device.content()
-        report = check_structure(
-            lambda length, offset: content[offset:][:length].ljust(length, b"\0"), len(content)
-        )
+        report = check(device.content())
         assert not report.counts, report.findings
 
 

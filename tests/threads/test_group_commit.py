@@ -8,7 +8,7 @@ import pytest
 
 import jqcow
 from jqcow.testing import SimulatedDevice
-from tests.threads.running import Background, run_threads
+from tests.support.beside import Others, run_threads
 
 THREADS = 8
 ROUNDS = 25
@@ -112,7 +112,7 @@ def test_others_go_on_while_a_flush_waits_for_the_device() -> None:
     with jqcow.create_on_device(device, 64 * PAGE, cluster_size=PAGE) as image:
         image.pwrite(b"\1" * PAGE, 0)
         device.stuck = True
-        with Background(image.flush) as flush:
+        with Others(image.flush) as flush:
             while device.stuck:
                 time.sleep(0.001)
             assert image.pread(PAGE, 0) == b"\1" * PAGE

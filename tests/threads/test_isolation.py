@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 import jqcow
 from jqcow import Image
 from jqcow.errors import TransactionError
-from tests.threads.running import Background, run_threads
+from tests.support.beside import Others, run_threads
 
 CLUSTER = 4096
 SECTOR = 512
@@ -112,14 +111,13 @@ def test_transactions_of_many_threads_follow_each_other(image: Image) -> None:
 
 def test_changes_wait_for_a_transaction_and_reads_do_not(image: Image) -> None:
     image.pwrite(b"\1" * CLUSTER, 0)
-    writer = Background(lambda: image.pwrite(b"\3" * CLUSTER, CLUSTER))
-    with contextlib.ExitStack() as stack, image.transaction() as transaction:
+    with Others() as writer, image.transaction() as transaction:
         transaction.pwrite(b"\2" * CLUSTER, 0)
-        stack.enter_context(writer)
+        writer.start(lambda: image.pwrite(b"\3" * CLUSTER, CLUSTER))
         assert writer.is_waiting()
-        with Background(image.flush) as flusher:
+        with Others(image.flush) as flusher:
             assert not flusher.is_waiting(20)
-        with Background(lambda: check_old(image)) as reader:
+        with Others(lambda: check_old(image)) as reader:
             assert not reader.is_waiting(20)
         transaction.rollback()
         # Rolled back or not, for the others it ends with its block.
@@ -144,9 +142,9 @@ def test_a_transaction_waits_for_nobody_but_a_transaction(image: Image) -> None:
         with image.transaction() as transaction:
             assert transaction.pread(SECTOR, 0) == b"\1" * SECTOR
 
-    with Background(first):
+    with Others(first):
         assert entered.wait(20)
-        with Background(second) as waiting:
+        with Others(second) as waiting:
             assert waiting.is_waiting()
             leave.set()
             assert not waiting.is_waiting(20)

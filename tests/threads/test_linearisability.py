@@ -11,8 +11,8 @@ import pytest
 
 import jqcow
 from jqcow import Image
+from tests.support.beside import run_threads
 from tests.threads.linear import Call, History, is_linearisable
-from tests.threads.running import run_threads
 
 SECTOR = 512
 CLUSTER = 4096

@@ -6,7 +6,6 @@ import errno
 import gc
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import pytest
 import jqcow
 from jqcow import Image, ImageClosedError, ImageInUse, PoisonedError, ReadOnlyError
 from jqcow.errors import TransactionError
-from jqcow.testing import Fault, FaultPlan, SimulatedDevice
-from tests.threads.running import Background
+from jqcow.testing import SimulatedDevice
+from tests.support.beside import HeldUp, Others
 
 CLUSTER = 4096
 DISK = 64 * CLUSTER
@@ -97,32 +96,14 @@ def test_a_reader_changes_nothing(image: Image, path: Path, call: Callable[[Imag
 # Closing while others are at work
 
 
-class StuckDevice(SimulatedDevice):
-    """Its next barrier of a name does not end before it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stuck = ""
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def barrier(self, name: str) -> None:
-        if name == self.stuck:
-            self.stuck = ""
-            self.reached.set()
-            assert self.go.wait(20)
-        super().barrier(name)
-
-
 def test_closing_waits_for_a_flush_that_waits_for_the_device() -> None:
-    device = StuckDevice()
+    device = SimulatedDevice()
     image = jqcow.create_on_device(device, DISK, cluster_size=CLUSTER)
     image.pwrite(b"\1" * CLUSTER, 0)
-    device.stuck = "flush.record"
-    with Background(image.flush) as flush:
-        assert device.reached.wait(20)
-        with Background(image.close) as close, Background(image.flush) as waiting:
-            assert close.is_waiting() and waiting.is_waiting() and flush.is_waiting()
-            device.go.set()
+    held = HeldUp(device, image.flush, barrier_name="flush.record")
+    with held as flush, Others(image.close) as close, Others(image.flush) as waiting:
+        assert close.is_waiting() and waiting.is_waiting() and flush.is_waiting()
+        flush.let_go()
     assert image.closed
     device.reopen()
     with jqcow.open_device(device) as found:
@@ -130,10 +111,9 @@ def test_closing_waits_for_a_flush_that_waits_for_the_device() -> None:
 
 
 def test_who_waits_for_a_flush_that_fails_gets_an_error_too() -> None:
-    device = StuckDevice()
+    device = SimulatedDevice()
     image = jqcow.create_on_device(device, DISK, cluster_size=CLUSTER)
     image.pwrite(b"\1" * CLUSTER, 0)
-    device.stuck = "flush.record"
     errors: list[BaseException] = []
 
     def failing_flush() -> None:
@@ -142,12 +122,10 @@ def test_who_waits_for_a_flush_that_fails_gets_an_error_too() -> None:
         except OSError as error:
             errors.append(error)
 
-    with Background(failing_flush) as first:
-        assert device.reached.wait(20)
-        with Background(failing_flush) as second:
-            assert first.is_waiting() and second.is_waiting()
-            device.faults = FaultPlan(Fault(errno.EIO, call="barrier"))
-            device.go.set()
+    held = HeldUp(device, failing_flush, errno.EIO, barrier_name="flush.record")
+    with held as first, Others(failing_flush) as second:
+        assert first.is_waiting() and second.is_waiting()
+        first.let_go()
     assert sorted(type(error).__name__ for error in errors) == ["OSError", "PoisonedError"]
     with pytest.raises(PoisonedError):
         image.pwrite(b"\1", 0)
@@ -155,15 +133,11 @@ def test_who_waits_for_a_flush_that_fails_gets_an_error_too() -> None:
 
 
 def test_closing_waits_for_a_transaction(image: Image, path: Path) -> None:
-    with image.transaction() as transaction:
-        close = Background(image.close)
-        close.thread.start()
-        assert close.is_waiting()
-        waiting_write = Background(lambda: write_late(image))
-        waiting_write.thread.start()
+    with Others() as others, image.transaction() as transaction:
+        others.start(image.close)
+        assert others.is_waiting()
+        others.start(lambda: write_late(image))
         transaction.pwrite(b"\3" * CLUSTER, 0)
-    close.thread.join(20)
-    waiting_write.thread.join(20)
     assert image.closed
     with jqcow.open(path) as found:
         assert found.pread(CLUSTER, 0) == b"\3" * CLUSTER
@@ -187,13 +161,11 @@ def test_who_waits_for_a_transaction_finds_the_image_closed(image: Image) -> Non
         except ImageClosedError as error:
             errors.append(error)
 
-    waiting = Background(wait)
-    with image._engine.guard.turnstile:
-        waiting.thread.start()
+    with Others() as waiting, image._engine.guard.turnstile:
+        waiting.start(wait)
         assert waiting.is_waiting()
         # As `Image.__exit__` does when the end of a transaction was cut off.
         image._end()
-    waiting.thread.join(20)
     assert len(errors) == 1
 
 
@@ -289,7 +261,7 @@ def test_a_transaction_that_nobody_ends_is_undone_when_it_is_dropped(image: Imag
     scope = image.transaction()
     transaction = scope.__enter__()
     transaction.pwrite(b"\2" * CLUSTER, CLUSTER)
-    with Background(lambda: image.pwrite(b"\4" * 512, 0)) as waiting:
+    with Others(lambda: image.pwrite(b"\4" * 512, 0)) as waiting:
         assert waiting.is_waiting()
         del scope
     assert not transaction.is_open

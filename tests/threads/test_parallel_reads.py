@@ -7,7 +7,7 @@ from functools import partial
 
 import jqcow
 from jqcow.testing import SimulatedDevice
-from tests.threads.running import run_threads
+from tests.support.beside import run_threads
 
 THREADS = 8
 READS = 24

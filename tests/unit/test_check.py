@@ -18,7 +18,7 @@ from jqcow.errors import FormatError, JqcowError, UnsupportedFeatureError
 from jqcow.ondisk import entries
 from jqcow.ondisk.entries import COPIED, ENTRY, ZERO
 from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_EXTERNAL_DATA, INCOMPATIBLE_JOURNAL, Header
-from tests.unit.patients import Patient, check, make_image, our_numbers, qemu_numbers
+from tests.support.patients import Patient, check, make_image, our_numbers, qemu_numbers
 
 MIB = 1 << 20
 

@@ -22,7 +22,8 @@ from jqcow.offline.records import read_journal
 from jqcow.ondisk import entries, snapshots
 from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.snapshots import Snapshot
-from tests.unit.patients import Patient, as_live, check, make_image, our_numbers, qemu_numbers, run
+from tests.support.patients import Patient, as_live, check, make_image, our_numbers, qemu_numbers
+from tests.support.qemu import done
 
 MIB = 1 << 20
 
@@ -49,10 +50,10 @@ class SnapshotPatient(Patient):
     def make(cls, path: Path, options: str = "cluster_size=4096") -> SnapshotPatient:
         """Make the image with QEMU's tools."""
         make_image(path, "write 0 12k", "write -c 16k 4k", options=options)
-        run("qemu-img", "snapshot", "-c", "first", path)
-        run("qemu-io", "-f", "qcow2", "-c", "write 0 4k", path)
-        run("qemu-img", "snapshot", "-c", "second", path)
-        run("qemu-io", "-f", "qcow2", "-c", "write 4k 4k", "-c", "write 2400k 4k", path)
+        done("qemu-img", "snapshot", "-c", "first", path)
+        done("qemu-io", "-f", "qcow2", "-c", "write 0 4k", path)
+        done("qemu-img", "snapshot", "-c", "second", path)
+        done("qemu-io", "-f", "qcow2", "-c", "write 4k 4k", "-c", "write 2400k 4k", path)
         return cls(path)
 
     def table_of(self, l1_entry: int) -> int:
@@ -104,7 +105,7 @@ class History:
         # Two bits count the disk and two snapshots, and QEMU counts once more while it applies one.
         self.most, self.applies = (2, False) if refcount_bits == 2 else (4, True)
         options = options or f"cluster_size={cluster_bytes},refcount_bits={refcount_bits}"
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, str(self.disk_bytes))
+        done("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, str(self.disk_bytes))
 
     def write(self) -> None:
         """Write, zero, discard and compress a few clusters."""
@@ -118,22 +119,22 @@ class History:
             else:
                 continue
             commands += ["-c", f"{verb} {cluster * self.cluster_bytes} {self.cluster_bytes}"]
-        run("qemu-io", "-f", "qcow2", *commands, self.path)
+        done("qemu-io", "-f", "qcow2", *commands, self.path)
 
     def create(self) -> None:
         """Take a snapshot."""
         self.created += 1
         self.names.append(f"number {self.created}")
-        run("qemu-img", "snapshot", "-c", self.names[-1], self.path)
+        done("qemu-img", "snapshot", "-c", self.names[-1], self.path)
 
     def change_snapshots(self) -> None:
         """Take a snapshot, and perhaps apply one; keep some of the older ones."""
         while len(self.names) >= self.most:
             name = self.names.pop(self.chance.randrange(len(self.names)))
-            run("qemu-img", "snapshot", "-d", name, self.path)
+            done("qemu-img", "snapshot", "-d", name, self.path)
         self.create()
         if self.applies and self.chance.random() < 0.3:
-            run("qemu-img", "snapshot", "-a", self.chance.choice(self.names), self.path)
+            done("qemu-img", "snapshot", "-a", self.chance.choice(self.names), self.path)
 
 
 @pytest.mark.parametrize("cluster_bytes", [512, 4096, 65536, 2 * MIB])
@@ -166,10 +167,10 @@ def test_sound_images_with_other_options(tmp_path: Path, options: str) -> None:
 def test_snapshots_of_disks_of_another_size(tmp_path: Path, size: str) -> None:
     path = tmp_path / "image"
     make_image(path, size=size)
-    run("qemu-img", "snapshot", "-c", "as it was", path)
-    run("qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", path, "24M")
-    run("qemu-io", "-f", "qcow2", "-c", "write 20M 64k", path)
-    run("qemu-img", "snapshot", "-c", "as it is", path)
+    done("qemu-img", "snapshot", "-c", "as it was", path)
+    done("qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", path, "24M")
+    done("qemu-io", "-f", "qcow2", "-c", "write 20M 64k", path)
+    done("qemu-img", "snapshot", "-c", "as it is", path)
     report = check(path.read_bytes())
     assert report.ok, report.findings
     assert our_numbers(report) == qemu_numbers(path)
@@ -397,9 +398,9 @@ class TestStricterThanQemu:
     def test_an_l1_table_that_shares_its_cluster_with_right_refcounts(self, patient: SnapshotPatient) -> None:
         """Two snapshots of one state point to one L1 table, and everything is counted twice."""
         # Both point to the tables of the second state already: only the L1 tables and a name differ.
-        run("qemu-img", "snapshot", "-d", "first", patient.path)
-        run("qemu-img", "snapshot", "-a", "second", patient.path)
-        run("qemu-img", "snapshot", "-c", "third", patient.path)
+        done("qemu-img", "snapshot", "-d", "first", patient.path)
+        done("qemu-img", "snapshot", "-a", "second", patient.path)
+        done("qemu-img", "snapshot", "-c", "third", patient.path)
         patient.read_image()
         second, third = patient.first, patient.second
         patient.set_snapshots(second, dataclasses.replace(third, l1_table_offset=second.l1_table_offset))

@@ -15,37 +15,33 @@ import pytest
 
 from jqcow.device import FileDevice, locks
 from jqcow.errors import ImageInUse, UnsupportedFeatureError
-from tests.support.holders import qemu_io
+from tests.support.qemu import done, holding, run
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
+    done("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
     return path
-
-
-def qemu_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["qemu-img", *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("writable", [False, True])
 def test_a_qemu_writer_keeps_us_out(image: Path, writable: bool) -> None:
-    with qemu_io(image), pytest.raises(ImageInUse, match="has it open for writing") as caught:
+    with holding(image), pytest.raises(ImageInUse, match="has it open for writing") as caught:
         FileDevice.open(image, writable=writable)
     assert str(image) in str(caught.value)
     assert caught.value.errno == errno.EAGAIN
 
 
 def test_a_qemu_reader_keeps_our_writer_out_but_not_our_reader(image: Path) -> None:
-    with qemu_io(image, "-r"):
+    with holding(image, "-r"):
         with pytest.raises(ImageInUse, match="does not let it be written"):
             FileDevice.open(image, writable=True)
         FileDevice.open(image, writable=False).close()
 
 
 def test_a_shared_reader_may_stand_beside_a_qemu_writer(image: Path) -> None:
-    with qemu_io(image):
+    with holding(image):
         device = FileDevice.open(image, writable=False, share_writers=True)
         assert device.pread(4, 0) == b"QFI\xfb"
         device.close()
@@ -53,29 +49,29 @@ def test_a_shared_reader_may_stand_beside_a_qemu_writer(image: Path) -> None:
 
 def test_our_writer_keeps_qemu_out(image: Path) -> None:
     device = FileDevice.open(image, writable=True)
-    refused = qemu_img("info", image)
+    refused = run("qemu-img", "info", image)
     assert refused.returncode == 1
     assert "lock" in refused.stderr
-    assert qemu_img("info", "-U", image).returncode == 0
+    assert run("qemu-img", "info", "-U", image).returncode == 0
     refused = subprocess.run(["qemu-io", image], capture_output=True, text=True, input="q", check=False)
     assert "lock" in refused.stderr
     device.close()
-    assert qemu_img("info", image).returncode == 0
+    assert run("qemu-img", "info", image).returncode == 0
 
 
 def test_our_reader_keeps_a_qemu_writer_out_but_not_a_reader(image: Path) -> None:
     device = FileDevice.open(image, writable=False)
-    refused = qemu_img("resize", image, "2M")
+    refused = run("qemu-img", "resize", image, "2M")
     assert refused.returncode == 1
     assert "lock" in refused.stderr
-    assert qemu_img("info", image).returncode == 0
+    assert run("qemu-img", "info", image).returncode == 0
     device.close()
-    assert qemu_img("resize", image, "2M").returncode == 0
+    assert run("qemu-img", "resize", image, "2M").returncode == 0
 
 
 def test_our_shared_reader_lets_a_qemu_writer_in(image: Path) -> None:
     device = FileDevice.open(image, writable=False, share_writers=True)
-    assert qemu_img("resize", image, "2M").returncode == 0
+    assert run("qemu-img", "resize", image, "2M").returncode == 0
     device.close()
 
 
@@ -93,11 +89,11 @@ def test_qemu_nbd_and_we_keep_each_other_out(image: Path) -> None:
         str(image),
     ]
     device = FileDevice.open(image, writable=True)
-    refused = subprocess.run(server, capture_output=True, text=True, check=False)
+    refused = run(*server)
     assert refused.returncode != 0
     assert "lock" in refused.stderr
     device.close()
-    subprocess.run(server, check=True, capture_output=True)
+    done(*server)
     pid = int(Path(f"{socket}.pid").read_text())
     try:
         with pytest.raises(ImageInUse):
@@ -120,9 +116,9 @@ def test_two_of_us(image: Path, first_writes: bool, second_writes: bool) -> None
 
 
 def test_a_refused_open_leaves_no_lock_behind(image: Path) -> None:
-    with qemu_io(image, "-r"), pytest.raises(ImageInUse):
+    with holding(image, "-r"), pytest.raises(ImageInUse):
         FileDevice.open(image, writable=True)
-    assert qemu_img("resize", image, "2M").returncode == 0
+    assert run("qemu-img", "resize", image, "2M").returncode == 0
 
 
 def test_the_locks_end_with_a_killed_process(image: Path) -> None:

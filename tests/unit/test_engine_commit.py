@@ -13,7 +13,7 @@ import jqcow
 from jqcow.engine.commit import Turn
 from jqcow.errors import PoisonedError
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
-from tests.support.held import is_taken
+from tests.support.beside import is_taken
 
 MIB = 1 << 20
 CLUSTER = 4096

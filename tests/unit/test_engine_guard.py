@@ -13,7 +13,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.request import Busy, Guard, Request
 from jqcow.errors import PoisonedError
 from jqcow.testing import SimulatedDevice
-from tests.support.held import is_taken
+from tests.support.beside import is_taken
 
 
 @pytest.fixture

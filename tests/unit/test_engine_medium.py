@@ -14,7 +14,7 @@ from jqcow.engine.medium import Medium
 from jqcow.errors import FormatError, PoisonedError
 from jqcow.ondisk.layout import HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
-from tests.support.held import is_taken
+from tests.support.beside import is_taken
 
 KIB = 1024
 START = HostOffset(0)

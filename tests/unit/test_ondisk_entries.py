@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jqcow.ondisk.entries import COMPRESSED, COPIED, compressed_entry, compressed_extent
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MIN_CLUSTER_BITS
-from tests.unit.patients import Patient, make_image
+from tests.support.patients import Patient, make_image
 
 CLUSTER_BITS = st.integers(MIN_CLUSTER_BITS, MAX_CLUSTER_BITS)
 

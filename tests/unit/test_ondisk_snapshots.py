@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,8 @@ from jqcow.ondisk.snapshots import (
     pack_table,
     parse_table,
 )
-from tests.unit.patients import make_image, run
+from tests.support.patients import make_image
+from tests.support.qemu import done
 
 DISK_BYTES = 8 << 20
 HEADER = Header(
@@ -115,17 +115,15 @@ def test_a_table_of_qemu(tmp_path: Path, cluster_bytes: int) -> None:
     make_image(path, "write 0 64k", options=f"cluster_size={cluster_bytes}")
     given_names = ["first", "zweiter: größer", "x" * 200, ""]
     for name in given_names:
-        run("qemu-img", "snapshot", "-c", name, path)
-    run("qemu-img", "snapshot", "-d", "first", path)
-    run("qemu-img", "resize", "-f", "qcow2", path, "9M")
-    run("qemu-img", "snapshot", "-c", "larger", path)
+        done("qemu-img", "snapshot", "-c", name, path)
+    done("qemu-img", "snapshot", "-d", "first", path)
+    done("qemu-img", "resize", "-f", "qcow2", path, "9M")
+    done("qemu-img", "snapshot", "-c", "larger", path)
     image = path.read_bytes()
     header = Header.unpack(image)
     place = header.snapshots_offset
     table = parse_table(reader(image, 0), place, header.nb_snapshots, header=header)
-    told = json.loads(
-        subprocess.run(["qemu-img", "info", "--output=json", path], check=True, capture_output=True).stdout
-    )
+    told = json.loads(done("qemu-img", "info", "--output=json", path))
     assert [snapshot.name for snapshot in table.snapshots] == [*given_names[1:], "larger"]
     for ours, theirs in zip(table.snapshots, told["snapshots"], strict=True):
         assert (ours.id, ours.name) == (theirs["id"], theirs["name"])
@@ -202,7 +200,7 @@ class TestL1Tables:
 
     def test_snapshots_of_an_empty_disk_by_qemu(self, tmp_path: Path) -> None:
         image = make_image(tmp_path / "image", size="0")
-        run("qemu-img", "snapshot", "-c", "nothing", tmp_path / "image")
+        done("qemu-img", "snapshot", "-c", "nothing", tmp_path / "image")
         image = bytearray((tmp_path / "image").read_bytes())
         header = Header.unpack(bytes(image))
         table = parse_table(reader(bytes(image), 0), header.snapshots_offset, 1, header=header)

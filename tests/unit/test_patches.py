@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 
 from tests.support import patches
-from tests.support.mutants import Mutant
+from tests.support.mutant import Mutant
 from tests.support.mutation import Verdict, judge
 from tests.support.patches import Number, Patch, PatchError
 
@@ -170,5 +170,5 @@ def test_verdict(patch: Patch, verdict: Verdict, text: str) -> None:
     def promise() -> None:
         assert Counter().add(1) + 0 == 2, "total"
 
-    found = judge(Mutant("X1", "broken", patch, trials=()), [promise])
+    found = judge(Mutant("X1-broken", patch, trials=()), [promise])
     assert found[0] is verdict and text in found[1]

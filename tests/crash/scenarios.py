@@ -9,7 +9,6 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from random import Random
 from threading import Event
 from types import FrameType
@@ -17,66 +16,42 @@ from types import FrameType
 import jqcow
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
-from jqcow.ondisk.header import Header
+from jqcow.ondisk.entries import COPIED
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.inside import Shown
-from tests.support.judge import PromiseBroken, require
+from tests.support.patients import Tables
 from tests.support.player import Player
 from tests.support.starts import new_session
-from tests.support.users import JOURNAL_BYTES, open_simulated
+from tests.support.users import create_simulated, open_simulated
 
 CLUSTER_BYTES = 4096
-COPIED = 1 << 63
 
 
-@dataclass
-class Crafted:
+class Crafted(Tables):
     """A closed image of three data clusters, whose tables are then changed by hand."""
 
-    content: bytearray
-    header: Header
-    l2_table: int
-
-    @classmethod
-    def new(cls, *, empty_snapshot: bool = False, snapshot: bool = False) -> Crafted:
-        """Return an image with guest clusters 0 to 2 allocated, and a snapshot from before or after that."""
+    def __init__(self, *, empty_snapshot: bool = False, snapshot: bool = False) -> None:
+        """Allocate guest clusters 0 to 2, with a snapshot from before or after that."""
         device = SimulatedDevice()
-        image = jqcow.create_on_device(
-            device, 4 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES
-        )
+        image = create_simulated(device, 4 << 20, CLUSTER_BYTES)
         if empty_snapshot:
             image.create_snapshot("empty")
         image.pwrite(b"\x33" * (3 * CLUSTER_BYTES), 0)
         if snapshot:
             image.create_snapshot("kept")
         image.close()
-        content = bytearray(device.content())
-        header = Header.unpack(bytes(content[:512]))
-        entry = int.from_bytes(content[header.l1_table_offset :][:8], "big")
-        return cls(content, header, entry & ~COPIED)
+        super().__init__(device.content())
 
-    def entry(self, guest_cluster: int) -> int:
-        """Return an L2 entry."""
-        place = self.l2_table + 8 * guest_cluster
-        return int.from_bytes(self.content[place : place + 8], "big")
-
-    def set_entry(self, guest_cluster: int, value: int) -> None:
-        """Change an L2 entry."""
-        place = self.l2_table + 8 * guest_cluster
-        self.content[place : place + 8] = value.to_bytes(8, "big")
-
-    def set_refcount(self, host_offset: int, value: int) -> None:
-        """Change the refcount of a host cluster (they are all in the first block)."""
-        place = self.header.refcount_table_offset
-        block = int.from_bytes(self.content[place : place + 8], "big")
-        place = block + host_offset // CLUSTER_BYTES * 2
-        self.content[place : place + 2] = value.to_bytes(2, "big")
+    def place(self, guest_cluster: int) -> int:
+        """Return where the L2 entry of a guest cluster stands."""
+        return self.l2 + 8 * guest_cluster
 
     def device(self) -> SimulatedDevice:
         """Return a device that holds the image."""
-        return SimulatedDevice(bytes(self.content))
+        return SimulatedDevice(bytes(self.image))
 
     def open(self) -> jqcow.Image:
         """Open the image for writing."""
@@ -93,16 +68,16 @@ def _must_refuse(promise: str, action: Callable[[], object]) -> None:
 
 def unaligned_entry() -> None:
     """P6: an entry into the middle of a cluster is refused, not read."""
-    crafted = Crafted.new()
-    crafted.set_entry(1, crafted.entry(1) + 512)
+    crafted = Crafted()
+    crafted.set_entry(crafted.place(1), crafted.entry(crafted.place(1)) + 512)
     image = crafted.open()
     _must_refuse("P6: another cluster's bytes were read", lambda: image.pread(512, CLUSTER_BYTES))
 
 
 def entry_into_metadata() -> None:
     """P6: a guest write must not land on the L1 table that an entry leads to."""
-    crafted = Crafted.new()
-    crafted.set_entry(1, crafted.header.l1_table_offset | COPIED)
+    crafted = Crafted()
+    crafted.set_entry(crafted.place(1), crafted.header.l1_table_offset | COPIED)
     image = crafted.open()
     _must_refuse("P6: a guest write destroyed the L1 table", lambda: image.pwrite(b"x" * 512, CLUSTER_BYTES))
 
@@ -112,10 +87,10 @@ def two_owners() -> None:
 
     The first write leaves the host cluster to the other one, but not durably.
     """
-    crafted = Crafted.new(empty_snapshot=True)
-    shared, given_up = crafted.entry(0) & ~COPIED, crafted.entry(1) & ~COPIED
+    crafted = Crafted(empty_snapshot=True)
+    shared, given_up = crafted.entry(crafted.place(0)) & ~COPIED, crafted.entry(crafted.place(1)) & ~COPIED
     for guest_cluster in (0, 1):
-        crafted.set_entry(guest_cluster, shared)
+        crafted.set_entry(crafted.place(guest_cluster), shared)
     crafted.set_refcount(shared, 2)
     crafted.set_refcount(given_up, 0)
     device = crafted.device()
@@ -134,8 +109,8 @@ def stale_copied_flag() -> None:
 
     So another program leaves it that is cut off between the two.
     """
-    crafted = Crafted.new(snapshot=True)
-    crafted.set_entry(0, crafted.entry(0) | COPIED)
+    crafted = Crafted(snapshot=True)
+    crafted.set_entry(crafted.place(0), crafted.entry(crafted.place(0)) | COPIED)
     device = crafted.device()
     with open_simulated(device) as image:
         image.pwrite(b"\x44" * SECTOR_BYTES, 0)
@@ -161,7 +136,7 @@ def checkpoint_on_full_disk() -> None:
 
 def _live_image() -> tuple[SimulatedDevice, jqcow.Image]:
     """Return a live image of four data clusters, and its device. What it maps is in memory."""
-    device = Crafted.new().device()
+    device = Crafted().device()
     image = open_simulated(device)
     image.pwrite(b"\x33" * CLUSTER_BYTES, 3 * CLUSTER_BYTES)
     image.flush()
@@ -255,7 +230,7 @@ def packing_beside_a_discard() -> None:
 
 def block_read_beside_a_checkpoint() -> None:
     """P1: a table is read, and before it is kept its home is rewritten."""
-    crafted = Crafted.new()
+    crafted = Crafted()
     device = crafted.device()
     image = open_simulated(device)
     begun, go_on = Event(), Event()
@@ -263,7 +238,7 @@ def block_read_beside_a_checkpoint() -> None:
 
     def pread(length: int, offset: int) -> bytes:
         data = original(length, offset)
-        if offset == crafted.l2_table and not begun.is_set():
+        if offset == crafted.l2 and not begun.is_set():
             begun.set()
             go_on.wait()
         return data
@@ -329,7 +304,7 @@ def write_during_a_barrier() -> None:
 
 def close_behind_a_failed_flush() -> None:
     """P1: a barrier fails, the host tells that once, and the next one reports success."""
-    device = Crafted.new().device()
+    device = Crafted().device()
     image = open_simulated(device)
     image.pwrite(b"\x44" * SECTOR_BYTES, 0)
 
@@ -423,7 +398,7 @@ def commit_into_a_raw_base(drop_barriers: tuple[str, ...]) -> None:
     base = SimulatedDevice(bytes(1 << 20))
     base.drop_barriers = set(drop_barriers)
     top = SimulatedDevice()
-    image = jqcow.create_on_device(top, 1 << 20, cluster_size=CLUSTER_BYTES, journal_size=JOURNAL_BYTES)
+    image = create_simulated(top, 1 << 20, CLUSTER_BYTES)
     image.pwrite(b"\x44" * 10_000, 5000)
     with raw_base(base) as raw:
         copy_into(image, raw)
@@ -437,24 +412,27 @@ DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {"commit": co
 """Those that show the need of a barrier: they are told which ones do nothing."""
 
 SCENARIOS: dict[str, Callable[[], None]] = {
-    "unaligned-entry": unaligned_entry,
-    "entry-into-metadata": entry_into_metadata,
-    "two-owners": two_owners,
-    "stale-copied-flag": stale_copied_flag,
-    "checkpoint-on-full-disk": checkpoint_on_full_disk,
-    "writers-of-one-cluster": writers_of_one_cluster,
-    "snapshot-beside-a-write": snapshot_beside_a_write,
-    "write-beside-a-transaction": write_beside_a_transaction,
-    "read-beside-a-discard": read_beside_a_discard,
-    "packing-beside-a-discard": packing_beside_a_discard,
-    "block-read-beside-a-checkpoint": block_read_beside_a_checkpoint,
-    "write-beside-a-growth": write_beside_a_growth,
-    "growth-beside-a-write": growth_beside_a_write,
-    "checkpoint-while-flushing": checkpoint_while_flushing,
-    "flush-during-a-flush": flush_during_a_flush,
-    "write-during-a-barrier": write_during_a_barrier,
-    "close-behind-a-failed-flush": close_behind_a_failed_flush,
-    "interrupted-operation": interrupted_operation,
-    "flush-cut-off": flush_cut_off,
-    "transaction-cut-off": transaction_cut_off,
+    scenario.__name__.replace("_", "-"): scenario
+    for scenario in (
+        unaligned_entry,
+        entry_into_metadata,
+        two_owners,
+        stale_copied_flag,
+        checkpoint_on_full_disk,
+        writers_of_one_cluster,
+        snapshot_beside_a_write,
+        write_beside_a_transaction,
+        read_beside_a_discard,
+        packing_beside_a_discard,
+        block_read_beside_a_checkpoint,
+        write_beside_a_growth,
+        growth_beside_a_write,
+        checkpoint_while_flushing,
+        flush_during_a_flush,
+        write_during_a_barrier,
+        close_behind_a_failed_flush,
+        interrupted_operation,
+        flush_cut_off,
+        transaction_cut_off,
+    )
 }

@@ -6,25 +6,24 @@ digest, is looked at more closely: opened for reading only beforehand, written t
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import jqcow
-from jqcow.checker.check import check_structure
 from jqcow.errors import CorruptionError, JqcowError
 from jqcow.ondisk.header import MAGIC, Header, HeaderArea
 from jqcow.ondisk.naming import backing_file_of
 from jqcow.ondisk.root import is_live
-from jqcow.testing import CrashState, SimulatedDevice
+from jqcow.testing import CrashState, Fault, FaultPlan, SimulatedDevice
 from tests.support import inside
 from tests.support.below import Below, find_below, name_of
-from tests.support.expectation import SECTOR_BYTES, Expectation, Windows
-from tests.support.inside import Shown
+from tests.support.expectation import SECTOR_BYTES, Expectation, Found, Windows, read_all
+from tests.support.patients import check
 from tests.support.player import Player
-from tests.support.users import JOURNAL_BYTES, Session, open_simulated, salts_of
+from tests.support.qemu import run
+from tests.support.users import JOURNAL_BYTES, Interrupt, Session, open_simulated, salts_of
 
 READ_ONLY_EVERY = 4
 WRITE_ON_EVERY = 8
@@ -62,6 +61,30 @@ def recover_and_close(device: SimulatedDevice) -> None:
         # An image that nobody was told of need not open; the judge knows which.
         if device.durable_content()[: len(MAGIC)] == MAGIC and is_live(device.content()[:SECTOR_BYTES]):
             raise
+
+
+def recover_and_judge(device: SimulatedDevice, expectation: Expectation) -> None:
+    """The next user finds what was promised, and so does everybody after the close."""
+    image = recover(device)
+    judge_running(image, expectation)
+    image.close()
+    judge_closed(device, expectation)
+
+
+def fail_recovery(device: SimulatedDevice, expectation: Expectation, *faults: Fault) -> bool:
+    """Recover while the host fails; return True if that ended the recovery."""
+    device.faults = plan = FaultPlan(*faults)
+    failed = False
+    try:
+        recover_and_close(device)
+    except (OSError, Interrupt):
+        if not plan.fired:
+            raise
+        failed = True
+    device.faults = None
+    if plan.lost_changes:
+        expectation.forget_order()
+    return failed
 
 
 @dataclass
@@ -115,24 +138,6 @@ def _check_vouched(device: SimulatedDevice, expectation: Expectation) -> None:
     require(found.disk == expectation.vouched, "P1: autoclear bits vouch for data that changed")
 
 
-@dataclass(frozen=True)
-class Found:
-    """What the windows of a disk show, and those of each of its snapshots: (name, size, bytes)."""
-
-    disk: bytes
-    snapshots: tuple[tuple[str, int, bytes], ...]
-
-
-def read_all(image: jqcow.Image, windows: Windows) -> Found:
-    """Read a disk and its snapshots."""
-    shown = [(taken.name, Shown(image, taken)) for taken in image.snapshots()]
-    length = windows.model_bytes
-    return Found(
-        windows.reader(image)(length, 0),
-        tuple((name, snapshot.size, windows.reader(snapshot)(length, 0)) for name, snapshot in shown),
-    )
-
-
 def read_without_writing(device: SimulatedDevice, windows: Windows, *, exact: bool) -> Found:
     """Return the guest's bytes by read-only openings, which must not change the file.
 
@@ -166,11 +171,7 @@ def judge_closed(device: SimulatedDevice, expectation: Expectation) -> None:
     """After recovery and close the file is standard qcow2, without a leak, and opening it changes nothing."""
     content = device.content()
     require(not is_live(content[:SECTOR_BYTES]), "P2: the feature bit after a clean close")
-
-    def read(length: int, offset: int) -> bytes:
-        return content[offset : offset + length].ljust(length, b"\0")
-
-    report = check_structure(read, len(content))
+    report = check(content)
     require(report.ok, "P2: after a clean close", report.findings[:1])
     area = HeaderArea.parse(content[: report.image_end_offset])
     extensions = area.data[area.header.header_length :]
@@ -213,10 +214,10 @@ def judge_by_qemu(device: SimulatedDevice, windows: Windows, found: Found) -> No
             if max(size, below.size) > RAW_BYTES_MAX:
                 return
             _write_raw(Path(folder, name_of(below)), below.windows, below.content, below.size)
-        commands = [["qemu-img", "check", "-q", "-f", "qcow2", str(image)]]
+        commands: list[list[object]] = [["qemu-img", "check", "-q", "-f", "qcow2", image]]
         if size <= RAW_BYTES_MAX:
             _write_raw(raw, windows, found.disk, size)
-            commands.append(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", str(raw), str(image)])
+            commands.append(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", raw, image])
         for name, snapshot_size, content in found.snapshots[:1]:
             if size <= RAW_BYTES_MAX:
                 expected, shown = Path(folder, "snapshot.raw"), Path(folder, "shown.raw")
@@ -224,13 +225,13 @@ def judge_by_qemu(device: SimulatedDevice, windows: Windows, found: Found) -> No
                 _write_raw(expected, windows, content, min(snapshot_size, size))
                 chosen = ["-l", f"snapshot.name={name}"]
                 commands += [
-                    ["qemu-img", "convert", "-f", "qcow2", *chosen, "-O", "raw", str(image), str(shown)],
-                    ["truncate", "-s", str(min(snapshot_size, size)), str(shown)],
-                    ["qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", str(expected), str(shown)],
+                    ["qemu-img", "convert", "-f", "qcow2", *chosen, "-O", "raw", image, shown],
+                    ["truncate", "-s", str(min(snapshot_size, size)), shown],
+                    ["qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", expected, shown],
                 ]
         for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            require(done.returncode == 0, f"{command[1]} by QEMU", done.stdout + done.stderr)
+            result = run(*command)
+            require(result.returncode == 0, f"{command[1]} by QEMU", result.stdout + result.stderr)
 
 
 def below_of(content: bytes) -> Below | None:

@@ -1,35 +1,36 @@
-"""Images to be damaged and checked: by jqcow's checker, and by qemu-img check."""
+"""Images as bytes, to be changed by hand and checked: by jqcow's checker, and by qemu-img check."""
 
 from __future__ import annotations
 
 import json
 import struct
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 from jqcow.checker.check import CheckReport, check_structure
 from jqcow.ondisk import entries
-from jqcow.ondisk.entries import ENTRY
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, encode_operations, frame_payload
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.root import MIN_JOURNAL_BYTES, JournalRange, pack_root
+from tests.support.qemu import done, qemu_io, run
 
-
-def run(*command: str | Path) -> None:
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+DIRTY_BYTE = 79
+"""The last byte of the incompatible features."""
 
 
 def make_image(path: Path, *commands: str, size: str = "8M", options: str = "cluster_size=4096") -> bytearray:
     """Create an image, let qemu-io run commands on it, and return its bytes."""
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, size)
+    done("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, size)
     if commands:
-        run("qemu-io", "-f", "qcow2", *(part for command in commands for part in ("-c", command)), path)
+        qemu_io(path, *commands)
     return bytearray(path.read_bytes())
 
 
 def check(image: bytes | bytearray, reserved: Sequence[tuple[int, int]] = ()) -> CheckReport:
+    """Return what the independent checker finds in a file; past its end it reads zeros."""
+
     def read(length: int, offset: int) -> bytes:
         return bytes(image[offset : offset + length]).ljust(length, b"\0")
 
@@ -38,10 +39,7 @@ def check(image: bytes | bytearray, reserved: Sequence[tuple[int, int]] = ()) ->
 
 def qemu_numbers(path: Path) -> tuple[int, ...]:
     """Return what qemu-img check says, in the order of :func:`our_numbers`."""
-    answer = subprocess.run(
-        ["qemu-img", "check", "--output=json", str(path)], capture_output=True, text=True, check=False
-    )
-    report = json.loads(answer.stdout)
+    report = json.loads(run("qemu-img", "check", "--output=json", path).stdout)
     assert report["check-errors"] == 0
     names = ("image-end-offset", "total-clusters", "allocated-clusters", "fragmented-clusters")
     return tuple(report.get(name, 0) for name in (*names, "compressed-clusters", "corruptions", "leaks"))
@@ -59,16 +57,14 @@ def our_numbers(report: CheckReport) -> tuple[int, ...]:
     )
 
 
-class Patient:
-    """An image to be damaged: ``l2`` is its first L2 table, ``data`` the cluster of its first entry."""
+class Tables:
+    """The bytes of a closed image, with refcounts of 16 bits, and its tables.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.read_image()
+    ``l2`` is the first L2 table, ``data`` the cluster of its first entry.
+    """
 
-    def read_image(self) -> None:
-        """Find the structures of the image file."""
-        self.image = bytearray(self.path.read_bytes())
+    def __init__(self, content: bytes | bytearray) -> None:
+        self.image = bytearray(content)
         self.header = Header.unpack(bytes(self.image[:512]))
         self.cluster_bytes = 1 << self.header.cluster_bits
         self.l1 = self.header.l1_table_offset
@@ -77,14 +73,51 @@ class Patient:
         self.data = self.entry(self.l2) & entries.OFFSET_MASK
 
     def entry(self, place: int) -> int:
-        value: int = ENTRY.unpack_from(self.image, place)[0]
-        return value
+        """Return the entry of a table at a host offset."""
+        return int.from_bytes(self.image[place : place + 8], "big")
 
     def set_entry(self, place: int, value: int) -> None:
-        ENTRY.pack_into(self.image, place, value)
+        """Change the entry of a table at a host offset."""
+        self.image[place : place + 8] = value.to_bytes(8, "big")
+
+    def refcount_place(self, host: int) -> int:
+        """Return where the refcount of a host offset stands; 0: in no block yet."""
+        index, within = divmod(host // self.cluster_bytes, self.header.geometry.refcounts_per_cluster)
+        block = self.entry(self.header.refcount_table_offset + 8 * index)
+        return block and block + 2 * within
 
     def set_refcount(self, host: int, value: int) -> None:
-        struct.pack_into(">H", self.image, self.refcount_block + 2 * (host // self.cluster_bytes), value)
+        """Change the refcount of a host cluster."""
+        place = self.refcount_place(host)
+        self.image[place : place + 2] = value.to_bytes(2, "big")
+
+    def refcount_places(self) -> list[int]:
+        """Return where the refcounts of the file's whole clusters stand."""
+        end = len(self.image) - len(self.image) % self.cluster_bytes
+        return [self.refcount_place(host) for host in range(0, end, self.cluster_bytes)]
+
+    def free_clusters(self) -> list[int]:
+        """Return the numbers of the file's clusters that have refcount 0, or none yet."""
+        places = enumerate(self.refcount_places())
+        return [number for number, place in places if not place or not any(self.image[place : place + 2])]
+
+    def spoil_refcounts(self, random: Random, share: float, values: tuple[int, ...]) -> None:
+        """Change a share of the refcounts."""
+        for place in self.refcount_places():
+            if place and random.random() < share:
+                self.image[place : place + 2] = random.choice(values).to_bytes(2, "big")
+
+
+class Patient(Tables):
+    """An image file to be damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.read_image()
+
+    def read_image(self) -> None:
+        """Find the structures of the image file."""
+        super().__init__(self.path.read_bytes())
 
     def change_header(self, place: int, layout: str, value: int) -> None:
         struct.pack_into(layout, self.image, place, value)

@@ -22,12 +22,12 @@ from jqcow.testing import (
     enumerate_states,
 )
 from jqcow.testing.crash import GARBAGE_BLOCK_BYTES
+from tests.crash.judge import Judge
+from tests.crash.scenarios import DROPPING_SCENARIOS, SCENARIOS
+from tests.crash.simulation import Program
+from tests.crash.simulation import run as run_program
+from tests.crash.workloads import workload_named
 from tests.support.expectation import Expectation
-from tests.support.judge import Judge
-from tests.support.scenarios import DROPPING_SCENARIOS, SCENARIOS
-from tests.support.simulation import Program
-from tests.support.simulation import run as run_program
-from tests.support.workloads import workload_named
 
 SCENARIO = "scenario:"
 DROPPING = "dropping:"

@@ -2,8 +2,8 @@
 
 A `Program` is plain values: what the run starts from, and a list of steps. It can be written on one line and
 read back, and steps can be left out of it: a step that makes no sense where it stands does nothing. So a
-failing program can be minimised (`tests.support.simulation_minimise`). Programs come from seeds
-(`tests.support.simulation_programs`).
+failing program can be minimised (`tests.crash.simulation_minimise`). Programs come from seeds
+(`tests.crash.simulation_programs`).
 
 The steps are those of `tests.support.operations`, and what befalls them:
 
@@ -41,13 +41,13 @@ from jqcow.testing import (
     FaultPlan,
     SimulatedDevice,
 )
+from tests.crash.judge import Judge, fail_recovery, judge_closed, recover, recover_and_close
+from tests.crash.layouts import GarbageRule
 from tests.support.expectation import Expectation
-from tests.support.judge import Judge, judge_closed, recover, recover_and_close
-from tests.support.layouts import GarbageRule
 from tests.support.operations import Step
 from tests.support.player import Player
 from tests.support.starts import SIMULATED, STARTS, Start
-from tests.support.users import Session, open_simulated
+from tests.support.users import Interrupt, Session, open_simulated
 
 LARGE_ONLY = ("long-header", "half-moved")
 """Starts for clusters of 8 KiB and more."""
@@ -67,10 +67,6 @@ STATE_KINDS = (
 
 class PowerCut(BaseException):
     """The power is gone: nothing that the process does from here on reaches the device."""
-
-
-class Interrupt(BaseException):
-    """What KeyboardInterrupt is to a user."""
 
 
 @dataclass(frozen=True)
@@ -413,7 +409,8 @@ class Simulation:
     ) -> tuple[SimulatedDevice, CrashState]:
         """Recover a crashed device, and cut the power or let the host fail on the way."""
         if step.kind == "refail":
-            self._fail_recovery(device, expectation, fault_of(*step.arguments))
+            failed = fail_recovery(device, expectation, fault_of(*step.arguments))
+            self._tally.counts["recoveries failed"] += failed
             return device, state
         later = self._power.later
         self._power.arm(*map(int, step.arguments))
@@ -431,18 +428,6 @@ class Simulation:
             device.barrier_listeners.clear()
             return device, state
         return device.crash(left[0]), left[0]
-
-    def _fail_recovery(self, device: SimulatedDevice, expectation: Expectation, fault: Fault) -> None:
-        device.faults = plan = FaultPlan(fault)
-        try:
-            recover_and_close(device)
-        except (OSError, Interrupt):
-            if not plan.fired:
-                raise
-            self._tally.counts["recoveries failed"] += 1
-        device.faults = None
-        if plan.lost_changes:
-            expectation.forget_order()
 
     def _go_on(self, device: SimulatedDevice, expectation: Expectation) -> None:
         """The next user takes the image as it was found."""

@@ -1,13 +1,18 @@
 """Mutants: jqcow with one rule taken away, and the trials of which one must then break a promise.
 
 A mutant patches methods by their names (`tests.support.patches`); where a method is gone,
-`tests/crash/test_mutants.py` fails. `tests.support.mutation` judges mutants; `tests.support.trials` knows the
+`tests/crash/test_mutants.py` fails. `tests.support.mutation` judges mutants; `tests.crash.trials` knows the
 kinds of trials. Mutants that need several threads, or a call that is cut off, are in
-`tests.support.mutants_of_threads`.
+`tests.crash.mutants_of_threads`.
+
+    python -m tests.crash.mutants RULE-WHAT [TRIAL...]
+
+judges one. It says what broke.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +22,8 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
+from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
+from tests.crash.trials import SCENARIO, SIMULATION, action_of
 from tests.support.mutant import (
     ALLOCATION,
     BLOCKS,
@@ -44,7 +51,7 @@ from tests.support.mutant import (
     seeds,
     without_barrier,
 )
-from tests.support.mutants_of_threads import MUTANTS_OF_THREADS
+from tests.support.mutation import judge
 from tests.support.patches import (
     Function,
     Number,
@@ -57,7 +64,6 @@ from tests.support.patches import (
     with_argument,
     with_result,
 )
-from tests.support.trials import SCENARIO, SIMULATION
 
 BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "create.blank": ("fresh/4096/0",),
@@ -134,14 +140,12 @@ def put_off(pwrite: Function, medium: Any, data: Any, offset: int) -> None:
 
 OF_MEDIUM = (
     Mutant(
-        "M1",
-        "healthy-after-a-failed-barrier",
+        "M1-healthy-after-a-failed-barrier",
         restoring(f"{MEDIUM}.barrier", "self.poisoned"),
         trials=seeds("barrier-fails/4096", 2),
     ),
     Mutant(
-        "M5",
-        "end-within-a-sector",
+        "M5-end-within-a-sector",
         skipping(f"{WRITES}._fill_last_sector"),
         trials=(
             SIMULATION + "512/qemu/0/65536 fua:24576:1 write:27136:651 cut:6:8192 flush write:27136:768",
@@ -151,49 +155,39 @@ OF_MEDIUM = (
 
 OF_JOURNAL = (
     Mutant(
-        "J1",
-        "frames-side-by-side-in-a-block",
+        "J1-frames-side-by-side-in-a-block",
         Number(f"{FRAME}:FRAME_ALIGNMENT", 512),
         trials=("epochs/8192/0",),
     ),
     Mutant(
-        "J2",
-        "failed-frame-accepted",
+        "J2-failed-frame-accepted",
         replacing(f"{JOURNAL}.revoke", lambda _, journal: journal._pending and journal.accept()),
         trials=seeds("host-fails/4096", 3),
     ),
     Mutant(
-        "J3",
-        "sequence-with-gaps",
+        "J3-sequence-with-gaps",
         with_argument(
-            f"{FRAME}:frame_payload",
-            "sequence",
-            lambda sequence: sequence + 1,
-            during=f"{JOURNAL}.append",
+            f"{FRAME}:frame_payload", "sequence", lambda sequence: sequence + 1, during=f"{JOURNAL}.append"
         ),
         trials=("reopened/4096/0",),
     ),
     Mutant(
-        "J4",
-        "epoch-without-header",
+        "J4-epoch-without-header",
         replacing(f"{LOG}._encode", lambda _, log, changes: frames.encode_operations(changes.operations())),
         trials=("epochs/4096/0",),
     ),
     Mutant(
-        "J5",
-        "payload-without-bound",
+        "J5-payload-without-bound",
         with_argument(f"{JOURNAL}.has_room", "payload", lambda payload: replace(payload, decoded_length=0)),
         trials=("move/4096/0",),
     ),
     Mutant(
-        "J6",
-        "failed-frame-left",
+        "J6-failed-frame-left",
         skipping(f"{MEDIUM}.pwrite", during=f"{JOURNAL}.revoke"),
         trials=("commit-fails-first/4096/0",),
     ),
     Mutant(
-        "T8",
-        "record-longer-than-a-half",
+        "T8-record-longer-than-a-half",
         returning(f"{FRAME}:EncodedPayload.frame_length", 0, during=f"{JOURNAL}.has_room"),
         trials=("epochs/4096/0",),
     ),
@@ -201,8 +195,7 @@ OF_JOURNAL = (
 
 OF_CHANGES = (
     Mutant(
-        "D1",
-        "staged-blocks-home",
+        "D1-staged-blocks-home",
         after(
             f"{OPERATION}.__exit__",
             lambda _, operation, *__: write_home(operation._section._medium, operation._tables.changes),
@@ -210,20 +203,15 @@ OF_CHANGES = (
         trials=("reopened/512/0",),
     ),
     Mutant(
-        "D2",
-        "older-images-kept",
-        replacing(f"{BLOCKS}.publish", keep_older_images),
-        trials=("reopened/4096/0",),
+        "D2-older-images-kept", replacing(f"{BLOCKS}.publish", keep_older_images), trials=("reopened/4096/0",)
     ),
     Mutant(
-        "D3",
-        "failed-operation-kept",
+        "D3-failed-operation-kept",
         skipping(f"{TABLES}.undo", during=f"{OPERATION}.__exit__"),
         trials=("host-fails/512/1",),
     ),
     Mutant(
-        "D4",
-        "new-clusters-not-zeroed",
+        "D4-new-clusters-not-zeroed",
         with_result(
             f"{CHANGES}.operations",
             lambda operations: [found for found in operations if not isinstance(found, ZeroOperation)],
@@ -231,8 +219,7 @@ OF_CHANGES = (
         trials=seeds("unpunchable/8192", 2),
     ),
     Mutant(
-        "D5",
-        "transaction-seen-by-all",
+        "D5-transaction-seen-by-all",
         after(f"{PRIVATE}.__init__", show_to_all),
         trials=("transactions/4096/0",),
     ),
@@ -240,32 +227,27 @@ OF_CHANGES = (
 
 OF_SPACE = (
     Mutant(
-        "S1",
-        "freed-data-reused-at-once",
+        "S1-freed-data-reused-at-once",
         after(f"{ALLOCATION}.release", free_data_at_once),
         trials=("host-fails-dirty/4096/0", "transactions-dirty/4096/0"),
     ),
     Mutant(
-        "S2",
-        "freed-metadata-as-data",
+        "S2-freed-metadata-as-data",
         after(f"{ALLOCATION}._free_as_metadata", count_as_data),
         trials=("reuse-tables/4096/0",),
     ),
     Mutant(
-        "S3",
-        "unknown-as-zero-safe",
+        "S3-unknown-as-zero-safe",
         with_result(f"{SPACE}.take", lambda run: replace(run, zero_safe=True)),
         trials=("unpunchable/4096/0",),
     ),
     Mutant(
-        "S4",
-        "frontier-before-the-journal",
+        "S4-frontier-before-the-journal",
         restoring(f"{SPACE}.reserve", "self.frontier"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
-        "S5",
-        "failed-transaction-free-at-once",
+        "S5-failed-transaction-free-at-once",
         replacing(f"{SPACE}.retire", free_retired_at_once, during=f"{PRIVATE}._forget"),
         trials=("commit-fails-first/4096/0",),
     ),
@@ -273,33 +255,28 @@ OF_SPACE = (
 
 OF_REFCOUNTS = (
     Mutant(
-        "R1",
-        "refcount-not-raised",
+        "R1-refcount-not-raised",
         skipping(f"{ALLOCATION}._raise", during=f"{ALLOCATION}.count_in"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
-        "R2",
-        "any-cluster-is-free",
+        "R2-any-cluster-is-free",
         replacing(f"{ALLOCATION}._free_runs", lambda _, refcounts, start, stop: [(start, stop)]),
         returning(f"{NATIVE}:refcount_find_used", -1, during=f"{ALLOCATION}._raise"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
-        "R3",
-        "homes-of-old-not-allocated",
+        "R3-homes-of-old-not-allocated",
         skipping(f"{MEDIUM}.allocate", during=f"{ALLOCATION}.allocate_homes"),
         trials=(SCENARIO + "checkpoint-on-full-disk",),
     ),
     Mutant(
-        "R3",
-        "homes-of-new-not-allocated",
+        "R3-homes-of-new-not-allocated",
         skipping(f"{MEDIUM}.allocate", during=f"{ALLOCATION}._take_home"),
         trials=(SCENARIO + "checkpoint-on-full-disk",),
     ),
     Mutant(
-        "R4",
-        "packing-after-a-failed-operation",
+        "R4-packing-after-a-failed-operation",
         restoring(f"{CHANGES}.return_to", "self.packed_end", during=f"{OPERATION}.__exit__"),
         trials=(
             SIMULATION
@@ -307,14 +284,12 @@ OF_REFCOUNTS = (
         ),
     ),
     Mutant(
-        "R4",
-        "packing-after-a-savepoint",
+        "R4-packing-after-a-savepoint",
         restoring(f"{CHANGES}.return_to", "self.packed_end", during=f"{PRIVATE}.return_to"),
         trials=seeds("compressed-undone/4096", 4),
     ),
     Mutant(
-        "R4",
-        "packing-into-what-a-transaction-frees",
+        "R4-packing-into-what-a-transaction-frees",
         restoring(f"{PRIVATE}.__init__", "lifecycle.public.changes.packed_end"),
         trials=(
             SIMULATION + "4096/empty/0/65536 write:0:1 packed:4096:1 flush"
@@ -322,8 +297,7 @@ OF_REFCOUNTS = (
         ),
     ),
     Mutant(
-        "R4",
-        "packing-into-what-is-free",
+        "R4-packing-into-what-is-free",
         skipping(f"{ALLOCATION}._stop_packing_in"),
         trials=seeds("compressed/4096", 4),
     ),
@@ -331,29 +305,25 @@ OF_REFCOUNTS = (
 
 OF_MAPPING_AND_SNAPSHOTS = (
     Mutant(
-        "G1", "entries-unchecked", skipping(f"{MAPPING}._check_host"), trials=(SCENARIO + "unaligned-entry",)
+        "G1-entries-unchecked", skipping(f"{MAPPING}._check_host"), trials=(SCENARIO + "unaligned-entry",)
     ),
     Mutant(
-        "G2",
-        "metadata-written-in-place",
+        "G2-metadata-written-in-place",
         skipping(f"{REFCOUNTS}.check_holds_data"),
         trials=(SCENARIO + "entry-into-metadata",),
     ),
     Mutant(
-        "G3",
-        "shared-table-changed",
+        "G3-shared-table-changed",
         returning(f"{MAPPING_EDITOR}._has_one_owner", True),
         trials=("snapshots/4096/0",),
     ),
     Mutant(
-        "N1",
-        "data-not-counted",
+        "N1-data-not-counted",
         returning(f"{MAPPING}.references", (), during=f"{SNAPSHOTS}._share"),
         trials=("snapshots/4096/0",),
     ),
     Mutant(
-        "N1",
-        "tables-not-counted",
+        "N1-tables-not-counted",
         skipping(
             f"{ALLOCATION}.share",
             during=f"{SNAPSHOTS}._share",
@@ -362,20 +332,17 @@ OF_MAPPING_AND_SNAPSHOTS = (
         trials=("snapshots/4096/0",),
     ),
     Mutant(
-        "N1",
-        "deleted-table-still-counted",
+        "N1-deleted-table-still-counted",
         skipping(f"{SNAPSHOTS}._release", during=f"{SNAPSHOTS}.delete"),
         trials=seeds("snapshots/4096", 2),
     ),
     Mutant(
-        "N2",
-        "flags-left-by-create",
+        "N2-flags-left-by-create",
         skipping(f"{SNAPSHOTS}.set_copied_flags", during=f"{SNAPSHOTS}.create"),
         trials=("snapshots/4096/0",),
     ),
     Mutant(
-        "N2",
-        "flags-left-by-delete",
+        "N2-flags-left-by-delete",
         skipping(f"{SNAPSHOTS}.set_copied_flags", during=f"{SNAPSHOTS}.delete"),
         trials=seeds("snapshots/4096", 2),
     ),
@@ -383,50 +350,42 @@ OF_MAPPING_AND_SNAPSHOTS = (
 
 OF_WRITES = (
     Mutant(
-        "W1",
-        "in-place-without-the-flag",
+        "W1-in-place-without-the-flag",
         with_argument(f"{WRITES}.may_overwrite", "copied", lambda _: True),
         trials=(SCENARIO + "two-owners",),
     ),
     Mutant(
-        "W1",
-        "in-place-where-shared",
+        "W1-in-place-where-shared",
         with_result(f"{REFCOUNTS}.data_refcount", lambda _: 1, during=f"{WRITES}.may_overwrite"),
         trials=(SCENARIO + "stale-copied-flag",),
     ),
     Mutant(
-        "W1",
-        "in-place-in-a-transaction",
+        "W1-in-place-in-a-transaction",
         holding(f"{WRITES}.may_overwrite", "self.tables.staged.changes.own", None),
         trials=("transactions/4096/0",),
     ),
     Mutant(
-        "W2",
-        "backing-file-taken-for-zeros",
+        "W2-backing-file-taken-for-zeros",
         returning(f"{READS}.below_reads_as_zeros", True, during=f"{WRITES}._was_zero"),
         trials=("overlay/4096/0", "overlay-reuse/4096/0", "copy-on-read/4096/0"),
     ),
     Mutant(
-        "W2",
-        "dirty-cluster-unordered",
+        "W2-dirty-cluster-unordered",
         with_result(f"{WRITES}._write_fresh", lambda _: False),
         trials=("reuse/4096/0",),
     ),
     Mutant(
-        "W2",
-        "compressed-data-unordered",
+        "W2-compressed-data-unordered",
         after(f"{PACKED}._stage", lambda _, packed, *__: setattr(packed.tables.changes, "ordered", False)),
         trials=("compressed-new/4096/0",),
     ),
     Mutant(
-        "W3",
-        "old-bytes-not-copied",
+        "W3-old-bytes-not-copied",
         skipping(f"{WRITES}._read_old"),
         trials=("snapshots-cow/4096/0",),
     ),
     Mutant(
-        "W3",
-        "dirty-cluster-written-in-part",
+        "W3-dirty-cluster-written-in-part",
         with_result(f"{WRITES}._write_fresh", lambda _: True),
         with_argument(
             f"{WRITES}._write_fresh",
@@ -436,8 +395,7 @@ OF_WRITES = (
         trials=("unpunchable/4096/0",),
     ),
     Mutant(
-        "W4",
-        "data-after-its-entry",
+        "W4-data-after-its-entry",
         replacing(
             f"{MEDIUM}.pwrite",
             put_off,
@@ -450,44 +408,38 @@ OF_WRITES = (
 )
 
 OF_COMMITS = (
-    Mutant("T1", "record-before-ordered-data", without_barrier("flush.ordered"), trials=("reuse/4096/0",)),
+    Mutant("T1-record-before-ordered-data", without_barrier("flush.ordered"), trials=("reuse/4096/0",)),
     Mutant(
-        "T1",
-        "record-before-data-of-a-transaction",
+        "T1-record-before-data-of-a-transaction",
         holding(
             f"{COMMITS}._write_record", "changes.ordered", False, only=lambda _, changes: changes.is_private
         ),
         trials=("transactions-new/4096/0",),
     ),
-    Mutant("T2", "flush-without-barrier", without_barrier("flush.record"), trials=("reopened/4096/0",)),
+    Mutant("T2-flush-without-barrier", without_barrier("flush.record"), trials=("reopened/4096/0",)),
     Mutant(
-        "T3",
-        "home-before-its-record",
+        "T3-home-before-its-record",
         after(f"{LOG}.make_room", lambda _, log, changes: write_home(log.medium, changes)),
         trials=seeds("reopened/512", 2),
     ),
-    Mutant("T4", "epoch-ends-in-the-log", skipping(f"{LOG}.write_homes"), trials=("reopened/4096/0",)),
+    Mutant("T4-epoch-ends-in-the-log", skipping(f"{LOG}.write_homes"), trials=("reopened/4096/0",)),
     Mutant(
-        "T5",
-        "root-beside-its-copy",
+        "T5-root-beside-its-copy",
         returning(f"{ROOT}.may_be_rewritten", True),
         trials=("root:half-moved/8192/0",),
     ),
     Mutant(
-        "T6",
-        "failed-root-left",
+        "T6-failed-root-left",
         skipping(f"{ROOT}.write", during=f"{ROOT}.put_back"),
         trials=seeds("going-live-fails/4096", 2),
     ),
     Mutant(
-        "T7",
-        "file-cut-too-short",
+        "T7-file-cut-too-short",
         with_result(f"{REFCOUNTS}.used_end", lambda end: end - 1, during=f"{LIFECYCLE}._release_journal"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
-        "F1",
-        "search-before-repair",
+        "F1-search-before-repair",
         after(f"{LIFECYCLE}.prepare_to_repair", lambda _, lifecycle: lifecycle.start_search()),
         trials=("repair/4096/0", "repair/4096/1", "repair-snapshots/4096/0"),
     ),
@@ -510,3 +462,16 @@ def mutant_named(name: str) -> Mutant:
     """Return the mutant of a name."""
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
     return mutant
+
+
+def main() -> int:
+    """Judge the mutant that the command line names, by its own trials or by those named after it."""
+    name, *trials = sys.argv[1:]
+    mutant = mutant_named(name)
+    verdict, text = judge(mutant, map(action_of, trials or mutant.trials))
+    print(f"{mutant.name} is {verdict.name}: {text}")
+    return verdict
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from random import Random
 
 from jqcow.testing import SimulatedDevice, Workload
-from tests.support import overlays, stories
+from tests.crash import overlays, stories
+from tests.crash.layouts import GarbageRule
+from tests.crash.stories import Story, tell
 from tests.support.expectation import Expectation
-from tests.support.layouts import GarbageRule
 from tests.support.player import Player
 from tests.support.starts import STARTS
-from tests.support.stories import Story, tell
 from tests.support.users import Session
 
 CLUSTER_SIZES = (512, 1024, 4096, 8192, 65536)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from jqcow.offline.commit import copy_into
 from jqcow.offline.rebase import copy_differences
 from jqcow.testing import SectorModel
+from tests.crash.stories import turns
 from tests.support import inside
 from tests.support.below import Below, find_below_by_name, name_of
 from tests.support.operations import OPERATIONS, Operation
 from tests.support.player import Player
 from tests.support.starts import new_overlay, some_disk, some_size
-from tests.support.stories import turns
 
 
 def put_over(player: Player, below: Below) -> None:

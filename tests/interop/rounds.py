@@ -1,54 +1,16 @@
-"""QEMU's tools, and a raw disk as the model that all parties are held to."""
+"""Images that jqcow and QEMU change in turn, and a raw disk as the model that both are held to."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jqcow
 from jqcow.testing import SECTOR_BYTES
 from tests.support.operations import Discard, Request, Write, WriteZeroes
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, whatever its exit status."""
-    words = [str(word) for word in command]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
-
-
-def done(*command: object) -> str:
-    """Run a command that must succeed; return what it printed."""
-    result = run(*command)
-    assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
-    return result.stdout
-
-
-def check_clean(path: Path) -> None:
-    """QEMU's check finds no error and no leak."""
-    result = run("qemu-img", "check", "-f", "qcow2", "--output=json", path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    report: dict[str, Any] = json.loads(result.stdout)
-    bad = {key: report.get(key, 0) for key in ("corruptions", "leaks", "check-errors")}
-    assert not any(bad.values()), bad
-
-
-def compare(image: Path, raw: Path) -> None:
-    """QEMU reads the same from the image as from a raw file."""
-    done("qemu-img", "compare", "-f", "qcow2", "-F", "raw", image, raw)
-
-
-def qemu_io(path: Path, *commands: str) -> str:
-    """Run qemu-io commands on an image; one that it complains of fails the test."""
-    options = [word for command in commands for word in ("-c", command)]
-    output = done("qemu-io", "-f", "qcow2", *options, path)
-    complaints = ("failed", "error", "invalid", "not supported", "does not", "out of range")
-    assert not any(word in output.lower() for word in complaints), output
-    return output
+from tests.support.qemu import check_clean, compare, done, qemu_io
 
 
 class RawModel:

@@ -11,8 +11,8 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from tests.crash.simulation import Program, SimulationFailure, run
 from tests.support.operations import Step
-from tests.support.simulation import Program, SimulationFailure, run
 
 MAX_RUNS = 3000
 JOURNAL_BYTES = 64 << 10

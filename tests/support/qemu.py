@@ -1,0 +1,64 @@
+"""QEMU's tools: run, asked whether an image is sound and what it reads, and made to hold an image."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+WAIT_SECONDS = 20
+COMPLAINTS = ("failed", "error", "invalid", "not supported", "does not", "out of range")
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, whatever its exit status."""
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+
+
+def done(*command: object) -> str:
+    """Run a command that must succeed; return what it printed."""
+    result = run(*command)
+    assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def complaint(path: Path) -> str:
+    """Return what QEMU's check says against an image: errors and leaks; nothing if it is clean."""
+    result = run("qemu-img", "check", "-q", "-f", "qcow2", path)
+    return "" if result.returncode == 0 else f"status {result.returncode}: {result.stdout}{result.stderr}"
+
+
+def check_clean(path: Path) -> None:
+    """QEMU's check finds no error and no leak."""
+    told = complaint(path)
+    assert not told, told
+
+
+def compare(image: Path, raw: Path) -> None:
+    """QEMU reads the same from the image as from a raw file."""
+    done("qemu-img", "compare", "-f", "qcow2", "-F", "raw", image, raw)
+
+
+def qemu_io(path: Path, *commands: str, kind: str = "qcow2") -> str:
+    """Run qemu-io commands on an image; one that it complains of fails the test."""
+    output = done("qemu-io", "-f", kind, *(word for command in commands for word in ("-c", command)), path)
+    assert not any(word in output.lower() for word in COMPLAINTS), output
+    return output
+
+
+@contextlib.contextmanager
+def holding(image: Path, *options: str) -> Iterator[None]:
+    """Hold an image of 1 MiB open, and so locked, in a running qemu-io."""
+    command = ["qemu-io", *options, "-f", "qcow2", str(image)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin and process.stdout
+    try:
+        # The answer to a command shows that the image is open.
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        assert "1 MiB" in process.stdout.readline()
+        yield
+    finally:
+        process.communicate("quit\n", timeout=WAIT_SECONDS)
+    assert process.returncode == 0
