@@ -43,7 +43,8 @@ class Turn:
             whether the calling thread has it.
         under_way: held during the newest flush that commits: who is covered by it waits for this one, and is
             not kept waiting by the next. When it is free the flush has ended, well or not.
-        is_clean: no data was written in place since the newest cut.
+        is_clean: no data was written since the newest cut. Whoever writes data clears it, well or not: what can
+            be read the next flush acknowledges, and must not take an older commit for its own (C2).
         is_undecided: a commit was begun, and is neither published nor taken back yet (C3).
     """
 
@@ -62,13 +63,6 @@ class Turn:
         The caller has looked whether anything is staged: a cut since then is newer, and covers as much (C2).
         """
         return self._newest_cut if nothing_staged and self.is_clean else next(self._tickets)
-
-    def data_was_written(self) -> None:
-        """Data was written, or may have been: from here on a flush must not take an older commit for its own.
-
-        Also after a failed write: what it left can be read, and the next flush acknowledges it (C2).
-        """
-        self.is_clean = False
 
     def cut(self) -> int:
         """Return the ticket of a commit that is about to cut, with the lock held."""

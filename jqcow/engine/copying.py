@@ -47,4 +47,9 @@ class Copying:
                 return None
             return self.writes.plan(request, offset, length)
 
-        self.writes.perform(offset, plan, None)
+        def data(plan: WritePlan) -> memoryview:
+            buffer = memoryview(bytearray(length))
+            self.reads.read_run(plan.pieces[0].run, buffer, offset)
+            return buffer
+
+        self.writes.perform(offset, plan, data)

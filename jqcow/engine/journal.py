@@ -108,6 +108,8 @@ class Journal:
         """
         if self._pending is not None:
             raise RuntimeError("the frame before was neither accepted nor revoked")
+        if not self.has_room(payload):
+            raise RuntimeError("the half has no room for the frame")
         frame = frames.frame_payload(payload, self.extent.salt, self.epoch, self.sequence + 1)
         offset = HostOffset(self.extent.half_offset(self.epoch) + self._position)
         self._pending = Append(offset, len(frame), self.sequence + 1, payload)
@@ -133,7 +135,8 @@ class Journal:
             try:
                 self.medium.pwrite(bytes(FRAME_ALIGNMENT), self._pending.offset)
             except OSError:
-                self.medium.poisoned, self._pending = True, None
+                self.medium.poisoned = True
+                self._pending = None
                 raise
         self._pending = None
 

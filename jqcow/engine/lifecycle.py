@@ -11,10 +11,12 @@ F1. While refcounts may be too low nothing below the end of everything is alloca
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from jqcow.engine.commit import Commits
 from jqcow.engine.journal import Contents
+from jqcow.engine.medium import EXPECTED
 from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
 from jqcow.errors import CorruptionError
@@ -215,16 +217,20 @@ class Lifecycle:
         except BaseException:
             self.root.put_back_on_closing(live)
             raise
-        self.root.decide()
 
     def _release_journal(self) -> None:
         extent = self.log.require_journal().extent
         with self.medium.lock, self.medium.section():
+            # Until here the root is undecided: no record goes into a journal that nothing names.
             self.log.journal = None
-            self.space.journal_is_gone()
+            self.root.decide()
+            if not self.kept_bytes:
+                self.space.journal_is_gone()
             used_end = self.public.refcounts.used_end()
-        self.log.recycle(refill=False)
         self.root.clear_copy()
+        with suppress(*EXPECTED):
+            # Space that cannot be given back is no reason to leave more of it.
+            self.log.recycle(refill=False)
         self._cut_file(max(self.kept_bytes, self.geometry.offset_of(used_end)), extent)
         # Durable now: the file without the journal. Closing is complete.
         self.medium.barrier("close.release")

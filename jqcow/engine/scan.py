@@ -188,11 +188,14 @@ def _decode(
         raw = device.pread(found.header.frame_length, found.offset)
         payload = raw[frames.FRAME_HEADER_BYTES :][: found.header.payload_length]
         operations = frames.decode_operations(
-            found.header, payload, geometry, extent.half_bytes, found.offset
+            found.header,
+            payload,
+            geometry,
+            extent.half_bytes,
+            found.offset,
+            zeroed_limit_bytes=zeroed_limit(extent.half_bytes) - zeroed_bytes,
         )
         zeroed_bytes += frames.zeroed_length(operations)
-        if zeroed_bytes > zeroed_limit(extent.half_bytes):
-            raise CorruptionError("journal", extent.offset, "the live epoch zeroes more than a writer logs")
         decoded.append(ScannedFrame(found.offset, found.header, operations, raw))
     first = decoded[0]
     if not first.operations or not isinstance(first.operations[0], HeaderOperation):

@@ -91,18 +91,15 @@ class Writes:
                 self.requests.check_range(offset, len(data))
             return self.plan(request, offset, len(data))
 
-        self.perform(offset, plan, data)
+        self.perform(offset, plan, lambda _: data)
 
     def perform(
         self,
         offset: GuestOffset,
         plan_for: Callable[[Request], WritePlan | None],
-        data: memoryview | None,
+        data_for: Callable[[WritePlan], memoryview],
     ) -> None:
-        """Plan, run and stage a write; a plan of None has nothing to do.
-
-        ``data`` None: what the range reads from below is written to clusters of its own.
-        """
+        """Plan, run and stage a write; a plan of None has nothing to do."""
         requests = self.requests
         request = Request()
         with request.running:
@@ -111,9 +108,10 @@ class Writes:
                 return
             try:
                 try:
-                    self._run_write(plan, self._read_below(plan) if data is None else data, offset)
+                    self._run_write(plan, data_for(plan), offset)
                 finally:
-                    requests.commits.turn.data_was_written()
+                    # Also after a failure: what it left can be read. Not by a call, which could be cut off.
+                    requests.commits.turn.is_clean = False
                 if plan.fresh:
                     with requests.lock, self.tables.operation():
                         self._stage_write(plan)
@@ -252,16 +250,14 @@ class Writes:
             self.medium.pwrite(part, HostOffset(host + start - guest_start))
             return False
         # W2, W3: without the barrier in between, a crash could show what the host clusters held before.
-        position = guest_start
+        position, whole_end = guest_start, end - end % self._cluster_bytes
         while position < guest_end:
-            reach = end - end % self._cluster_bytes
-            if position < start or position >= reach:
-                reach = position + self._cluster_bytes
-                whole = self._complete(piece, position, part, start)
+            if start <= position < whole_end:
+                whole = part[position - start : whole_end - start]
             else:
-                whole = part[position - start : reach - start]
+                whole = self._complete(piece, position, part, start)
             self.medium.pwrite(whole, HostOffset(host + position - guest_start))
-            position = GuestOffset(reach)
+            position = GuestOffset(position + len(whole))
         return True
 
     def _complete(self, piece: Piece, cluster: GuestOffset, part: memoryview, start: int) -> memoryview:
@@ -284,12 +280,6 @@ class Writes:
         if run.kind == DATA:
             run = run._replace(host=HostOffset(run.host + offset - piece.offset))
         self.reads.read_run(run, buffer, offset)
-
-    def _read_below(self, plan: WritePlan) -> memoryview:
-        (piece,) = plan.pieces
-        buffer = memoryview(bytearray(piece.length))
-        self.reads.read_run(piece.run, buffer, piece.offset)
-        return buffer
 
     def _was_zero(self, piece: Piece, guest_start: int, guest_end: int) -> bool:
         """Return True if whole guest clusters of a piece read as zeros until now (W2)."""

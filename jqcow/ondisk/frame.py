@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgpack
@@ -53,6 +53,10 @@ ZSTD_LEVEL = 1
 KIND_BLOCK = 1
 KIND_ZERO = 2
 KIND_HEADER = 3
+
+ITEM_LENGTH_MAX = 3
+_SCALAR_BYTES = {*range(0x80), *range(0xC4, 0xC7), *range(0xCC, 0xD4), *range(0xE0, 0x100)}
+"""First bytes of numbers and of byte strings (MessagePack specification, "Formats")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +229,13 @@ def reframe(frame: bytes, salt: bytes) -> bytes:
 
 
 def decode_operations(
-    header: FrameHeader, payload: bytes, geometry: Geometry, limit_bytes: int, offset: int
+    header: FrameHeader,
+    payload: bytes,
+    geometry: Geometry,
+    limit_bytes: int,
+    offset: int,
+    *,
+    zeroed_limit_bytes: int,
 ) -> tuple[Operation, ...]:
     """Decode the payload of a frame whose CRC was right.
 
@@ -235,6 +245,7 @@ def decode_operations(
         geometry: of the image; blocks must have its block size.
         limit_bytes: the most that a decoded payload may take (the half's length).
         offset: host offset of the frame, for error messages.
+        zeroed_limit_bytes: the most that its zero operations may name.
 
     Raises:
         CorruptionError: the payload is not a list of operations that jqcow would write.
@@ -249,13 +260,44 @@ def decode_operations(
     plain = _decompress(payload, header.decoded_length, damaged) if header.encoding else payload
     if len(plain) != header.decoded_length:
         raise damaged("the payload's length is not the declared one")
+    operations: list[Operation] = []
+    header_count = zeroed_bytes = 0
+    for item in _items(plain, damaged):
+        operation = _as_operation(item, geometry, damaged)
+        header_count += isinstance(operation, HeaderOperation)
+        zeroed_bytes += operation.length if isinstance(operation, ZeroOperation) else 0
+        if header_count > 1 or zeroed_bytes > zeroed_limit_bytes:
+            raise damaged("it has more headers, or zeroes more, than a writer logs")
+        operations.append(operation)
+    return tuple(operations)
+
+
+def _items(plain: bytes, damaged: _Damage) -> Iterator[list[int | bytes]]:
+    """Yield the arrays of a payload one by one: a hostile one must not become millions of objects.
+
+    A writer's items have numbers and bytes in them, and nothing that could hold more.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=max(1, len(plain)))
+    unpacker.feed(plain)
     try:
-        items = msgpack.unpackb(plain, raw=False, use_list=True, strict_map_key=True)
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise damaged(f"the payload is not MessagePack: {error}") from error
-    if not isinstance(items, list):
-        raise damaged("the payload is not a list of operations")
-    return tuple(_as_operation(item, geometry, damaged) for item in items)
+        for _ in range(unpacker.read_array_header()):
+            item: list[int | bytes] = []
+            for _ in range(unpacker.read_array_header()):
+                if not _is_scalar(plain[unpacker.tell() : unpacker.tell() + 1]):
+                    raise damaged("an operation of the wrong shape")
+                item.append(unpacker.unpack())
+                if item[0] not in (KIND_BLOCK, KIND_ZERO, KIND_HEADER) or len(item) > ITEM_LENGTH_MAX:
+                    break
+            yield item
+    except (ValueError, msgpack.UnpackException) as error:
+        raise damaged(f"the payload is not a list of operations in MessagePack: {error}") from error
+    if unpacker.tell() != len(plain):
+        raise damaged("the payload goes on behind its operations")
+
+
+def _is_scalar(first_byte: bytes) -> bool:
+    """Return True if a number, or bytes, begin with this byte."""
+    return bool(first_byte) and first_byte[0] in _SCALAR_BYTES
 
 
 def _decompress(payload: bytes, length: int, damaged: _Damage) -> bytes:

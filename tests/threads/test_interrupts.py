@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
+import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
-from jqcow.testing import EVERYTHING, Fault, FaultPlan
+import jqcow
+from jqcow.errors import JqcowError, PoisonedError
+from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
+from tests.support.beside import Others
 from tests.threads.interrupts import Interrupted, Interrupter
 from tests.threads.scenarios import SCENARIOS, Act, Trial
 
@@ -20,6 +25,7 @@ FAILURES = 15
 """Pairs of a failing call and an interrupt for each scenario."""
 
 SECTOR = 512
+CLUSTER = 4096
 
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda act: act.__name__)
 clean_and_live = pytest.mark.parametrize("live", [False, True], ids=["clean", "live"])
@@ -133,3 +139,81 @@ def test_the_scenarios_reach_what_they_are_for() -> None:
         "move.range", "move.root", "close.data", "close.clear", "close.release",
     }  # fmt: skip
     assert names <= barriers.keys()
+
+
+def overwrite(image: jqcow.Image) -> None:
+    image.pwrite(b"B" * CLUSTER, 0)
+
+
+def overwrite_durably(image: jqcow.Image) -> None:
+    image.pwrite(b"B" * CLUSTER, 0, fua=True)
+
+
+def zero_a_part(image: jqcow.Image) -> None:
+    image.write_zeroes(SECTOR, SECTOR)
+
+
+def allocate(image: jqcow.Image) -> None:
+    image.pwrite(b"B" * CLUSTER, 6 * CLUSTER + SECTOR)
+
+
+def flushed_image() -> tuple[SimulatedDevice, jqcow.Image]:
+    """Return an image of which everything is durable, so that the next flush has nothing to do."""
+    device = SimulatedDevice()
+    image = jqcow.create_on_device(device, 1 << 20, cluster_size=CLUSTER, journal_size=1 << 16)
+    image.pwrite(b"A" * 4 * CLUSTER, 0)
+    image.flush()
+    return device, image
+
+
+@pytest.mark.parametrize("change", [overwrite, overwrite_durably, zero_a_part, allocate])
+def test_a_flush_makes_durable_what_an_interrupted_change_left(change: Callable[[jqcow.Image], None]) -> None:
+    """C2: a flush must not rely on the one before the change, at whatever point that was cut off."""
+    counting, (_, image) = Interrupter(), flushed_image()
+    counting.run(lambda: change(image))
+    for at in range(1, counting.points + 1):
+        device, image = flushed_image()
+        interrupter = Interrupter(at)
+        interrupter.run(lambda image=image: change(image))  # type: ignore[misc]
+        try:
+            shown = image.pread(image.size, 0)
+            image.flush()
+        except PoisonedError:
+            continue
+        with jqcow.open_device(SimulatedDevice(device.durable_content())) as reopened:
+            assert reopened.pread(image.size, 0) == shown, f"point {at}: {interrupter.where}"
+
+
+def test_nobody_flushes_into_a_journal_that_closing_gave_up() -> None:
+    """Another thread comes between a close that was cut off and the end of the image."""
+    counting, (_, image) = Interrupter(), flushed_image()
+    counting.run(image.close)
+    for at in sorted(random.Random("close").sample(range(1, counting.points + 1), 60)):
+        close_beside_a_flush(at)
+
+
+def close_beside_a_flush(at: int) -> None:
+    device, image = flushed_image()
+    interrupter, end, flushed = Interrupter(at), image._end, []
+
+    def work() -> None:
+        with contextlib.suppress(JqcowError):
+            image.pwrite(b"B" * CLUSTER, 80 * CLUSTER)
+            image.flush()
+            flushed.append(at)
+
+    def end_later() -> None:
+        before = sys.gettrace()
+        sys.settrace(None)
+        with Others(work) as others:
+            others.is_waiting(0.05 if image._engine.guard.is_alone else 5)
+            sys.settrace(before)
+            end()
+
+    image._end = end_later  # type: ignore[method-assign]
+    interrupter.run(image.close)
+    with jqcow.open_device(device.killed(), "r+") as reopened:
+        assert reopened.check().ok
+        assert reopened.pread(CLUSTER, 0) == b"A" * CLUSTER
+        if flushed:
+            assert reopened.pread(CLUSTER, 80 * CLUSTER) == b"B" * CLUSTER, f"point {at}: {interrupter.where}"

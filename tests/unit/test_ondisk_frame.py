@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from dataclasses import replace
 
 import msgpack
@@ -33,6 +34,7 @@ from jqcow.ondisk.frame import (
 from jqcow.ondisk.layout import Geometry
 
 SALT = bytes(range(16))
+MANY = 200_000
 LIMIT_BYTES = 4 << 20
 SMALL = Geometry(9)
 LARGE = Geometry(16)
@@ -53,9 +55,8 @@ def operations_of(geometry: Geometry) -> st.SearchStrategy[list[Operation]]:
         st.integers(1, blocks_per_cluster),
     )
     header = st.builds(HeaderOperation, st.binary(max_size=4096))
-    return st.lists(
-        st.one_of(st.builds(BlockOperation, place, random_block | even_block), zero, header), max_size=4
-    )
+    blocks = st.lists(st.builds(BlockOperation, place, random_block | even_block) | zero, max_size=4)
+    return st.builds(lambda headers, others: headers + others, st.lists(header, max_size=1), blocks)
 
 
 def take_apart(frame: bytes) -> tuple[FrameHeader, bytes]:
@@ -65,7 +66,7 @@ def take_apart(frame: bytes) -> tuple[FrameHeader, bytes]:
 
 
 def decode(header: FrameHeader, payload: bytes, geometry: Geometry = LARGE) -> tuple[Operation, ...]:
-    return decode_operations(header, payload, geometry, LIMIT_BYTES, 0x10000)
+    return decode_operations(header, payload, geometry, LIMIT_BYTES, 0x10000, zeroed_limit_bytes=LIMIT_BYTES)
 
 
 def header_of(encoding: int, payload: bytes, decoded_length: int) -> FrameHeader:
@@ -165,6 +166,24 @@ class TestHostilePayloads:
         unsized = zstandard.ZstdCompressor(write_content_size=False).compress(b"\x90")
         with pytest.raises(CorruptionError, match="content size"):
             decode(header_of(ENCODING_ZSTD, unsized, 1), unsized)
+
+    @pytest.mark.parametrize(
+        "items",
+        [b"\x90" * MANY, b"\x91" * MANY, b"\x93\x02\x90" + b"\x90" * MANY, b"\x92\x03\xc4\x00" * MANY,
+         b"\x93\x02\xce\x00\x01\x00\x00\xcd\x10\x00" * MANY],
+        ids=["empty arrays", "arrays in arrays", "an array for a number", "headers", "zeros"],
+    )  # fmt: skip
+    def test_a_small_frame_does_not_become_millions_of_objects(self, items: bytes) -> None:
+        plain = b"\xdd" + MANY.to_bytes(4, "big") + items
+        packed = zstandard.compress(plain)
+        header = header_of(ENCODING_ZSTD, packed, len(plain))
+        tracemalloc.start()
+        try:
+            with pytest.raises(CorruptionError):
+                decode_operations(header, packed, LARGE, 1 << 30, 0x10000, zeroed_limit_bytes=1 << 20)
+            assert tracemalloc.get_traced_memory()[1] < 3 * len(plain) + (1 << 20)
+        finally:
+            tracemalloc.stop()
 
     @pytest.mark.parametrize("payload", [b"", b"\x28\xb5\x2f\xfd", b"no zstd at all", bytes(100)])
     def test_no_zstd(self, payload: bytes) -> None:

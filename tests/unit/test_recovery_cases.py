@@ -142,6 +142,7 @@ def with_journal(state: str, cluster_bytes: int) -> tuple[Crashed, int]:
                 headers_geometry(image),
                 image.extent.half_bytes,
                 first_offset,
+                zeroed_limit_bytes=0,
             )
             begun = frames.frame_payload(
                 frames.encode_operations(operations), image.extent.salt, epoch + 1, sequence + 1
