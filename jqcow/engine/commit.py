@@ -43,8 +43,8 @@ class Turn:
             whether the calling thread has it.
         under_way: held during the newest flush that commits: who is covered by it waits for this one, and is
             not kept waiting by the next. When it is free the flush has ended, well or not.
-        is_clean: no data was written since the newest cut. Whoever writes data clears it, well or not: what can
-            be read the next flush acknowledges, and must not take an older commit for its own (C2).
+        is_clean: no data was written since the newest cut. Whoever writes data clears it, well or not: what
+            can be read the next flush acknowledges, and must not take an older commit for its own (C2).
         is_undecided: a commit was begun, and is neither published nor taken back yet (C3).
     """
 
