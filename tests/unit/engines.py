@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import jqcow
 from jqcow.checker.check import CheckReport, check_structure
 from jqcow.disks.view import FileView
+from jqcow.engine.clusters import Run
 from jqcow.engine.engine import Engine, make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.engine.tables import Tables
@@ -20,11 +21,13 @@ from jqcow.testing import SimulatedDevice
 
 MIB = 1 << 20
 CLUSTER = 4096
-JOURNAL = 1 << 17
+JOURNAL = 1 << 16
 OLD = random.Random(1).randbytes(8 * CLUSTER)
 """What `written_image` has at its start."""
 
 SECTOR = 512
+PER_BLOCK = SECTOR * 8 // 16
+"""Clusters that one refcount block counts, with clusters of 512 bytes."""
 
 
 class Below:
@@ -65,11 +68,17 @@ def overlay(name: str = "base.raw") -> SimulatedDevice:
 @contextmanager
 def written_image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
     """Open a new image of 1 MiB whose first clusters hold `OLD`, durably; its end meets no fault."""
-    with jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=JOURNAL) as image:
+    with jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=2 * JOURNAL) as image:
         image.pwrite(OLD, 0)
         image.flush()
         yield image
         device.faults = None
+
+
+def reopened(device: SimulatedDevice) -> jqcow.Image:
+    """Open the image on a device again, for writing, after a close or a crash."""
+    device.reopen()
+    return jqcow.open_device(device, "r+", journal_size=JOURNAL)
 
 
 def admit(change: bool) -> None:
@@ -97,6 +106,26 @@ def changing(engine: Engine) -> Iterator[Tables]:
     """Make the changes inside in one operation of the public tables."""
     with engine.medium.lock, engine.public.operation():
         yield engine.public
+
+
+def device_of(engine: Engine) -> SimulatedDevice:
+    """Return the device below an engine."""
+    device = engine.medium.device
+    assert isinstance(device, SimulatedDevice)
+    return device
+
+
+def take_data(engine: Engine, count: int = 1) -> Run:
+    """Take data clusters in a row at the end of the file, and give them refcount 1."""
+    with changing(engine) as tables:
+        run = engine.space.take_at_frontier(count)
+        tables.refcounts.count_in(run)
+    return run
+
+
+def counts(engine: Engine, run: Run) -> list[int]:
+    """Return the refcounts of clusters in a row."""
+    return [engine.public.refcounts.get(ClusterIndex(run.start + at)) for at in range(run.count)]
 
 
 def map_one(tables: Tables, guest: int = 0) -> ClusterIndex:

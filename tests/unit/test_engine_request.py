@@ -17,7 +17,7 @@ from jqcow.errors import PoisonedError
 from jqcow.ondisk.layout import GuestOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.support.held import is_taken
-from tests.unit.engines import CLUSTER, MIB, SECTOR, admit, new_engine, written_image
+from tests.unit.engines import CLUSTER, JOURNAL, MIB, SECTOR, admit, device_of, new_engine, written_image
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def not_live() -> tuple[Engine, Requests]:
     device = SimulatedDevice()
     jqcow.create_on_device(device, MIB, cluster_size=CLUSTER).close()
     device.reopen()
-    opened = open_engine(Medium(device), writable=True, journal_bytes=1 << 17)
+    opened = open_engine(Medium(device), writable=True, journal_bytes=JOURNAL)
     make_writable(opened)
     return opened.engine, opened.engine.guest(admit).requests
 
@@ -262,8 +262,7 @@ class TestPlanning:
     def test_blocks_that_are_missing_are_read_with_the_lock_free(self) -> None:
         """And the plan is made again, from its start."""
         engine, requests = not_live()
-        tables, device = engine.public, engine.medium.device
-        assert isinstance(device, SimulatedDevice)
+        tables, device = engine.public, device_of(engine)
         taken: list[bool] = []
         device.faults = FaultPlan(
             Fault.delay(lambda: taken.append(is_taken(engine.medium.lock)), call="pread")
@@ -280,8 +279,7 @@ class TestPlanning:
     def test_a_close_waits_for_a_block_that_is_being_read(self) -> None:
         """Q3: loading is a request; it ends, well or not."""
         engine, requests = not_live()
-        device = engine.medium.device
-        assert isinstance(device, SimulatedDevice)
+        device = device_of(engine)
         oldest: list[int] = []
         device.faults = FaultPlan(Fault.delay(lambda: oldest.append(engine.guard.oldest()), call="pread"))
         requests.planned(lambda: engine.public.mapping_at_hand.run(GuestOffset(0), CLUSTER))
