@@ -81,9 +81,11 @@ def test_a_whole_sector_is_written() -> None:
         assert device.pread(SECTOR, host) == stream.ljust(SECTOR, b"\0")
 
 
-def test_what_does_not_shrink_is_written_as_it_is(image: jqcow.Image) -> None:
+@pytest.mark.parametrize("saved", [0, SECTOR - 100])
+def test_what_does_not_shrink_is_written_as_it_is(image: jqcow.Image, saved: int) -> None:
     """A sector at least is to be saved."""
-    content = random.Random(2).randbytes(CLUSTER)
+    content = random.Random(2).randbytes(CLUSTER - saved).ljust(CLUSTER, b"\0")
+    assert (compression.compress(content, 0, None) is None) == (not saved)
     image.pwrite_compressed(content + b"x" * CLUSTER, MIB // 2)
     first = MIB // 2 // CLUSTER
     kinds = [image._guest.reads.entry(first + position).kind for position in range(2)]

@@ -98,8 +98,9 @@ class TestTaking:
 
 class TestMetadata:
     def test_its_home_is_allocated_before_its_record(self, engine: Engine) -> None:
-        """R3: a full disk fails the operation."""
+        """R3: a full disk fails the operation. It is zeroed in the record (D4), whatever lies there."""
         device = device_of(engine)
+        device.pwrite(b"\xaa" * 2 * SECTOR, engine.space.frontier * SECTOR)
         device.faults = plan = FaultPlan()
         with changing(engine) as tables:
             host = tables.refcounts.allocate_metadata(2)

@@ -11,11 +11,13 @@ from jqcow.engine.engine import Engine, make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport, What
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.ondisk.entries import data_entry
 from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
-from jqcow.ondisk.layout import ClusterIndex, GuestCluster, HostOffset
+from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.unit.engines import (
     JOURNAL,
+    PER_BLOCK,
     SECTOR,
     changing,
     check,
@@ -160,6 +162,28 @@ class TestEverything:
         assert report is not None and report.too_low > 4 and check(repaired).ok
         assert repaired.public.refcounts.refcount_block(0) >= used * SECTOR
 
+    def test_a_table_that_is_counted_as_free_and_has_to_move(self, engine: Engine) -> None:
+        """Its own refcounts are made right first: moving it gives the old clusters up."""
+        engine.space.frontier = ClusterIndex(10 * PER_BLOCK)
+        with changing(engine) as tables:
+            run = engine.space.take_at_frontier(1)
+            tables.refcounts.count_in(run)
+            host = tables.geometry.offset_of(run.start)
+            tables.mapping.set_entries(GuestCluster(1), [data_entry(host)])
+        engine.space.frontier = ClusterIndex(64 * PER_BLOCK)
+        with changing(engine) as tables:
+            tables.refcounts.count_in(engine.space.take_at_frontier(1))
+            header = tables.view.header
+            tables.view.set_entry(HostOffset(header.refcount_table_offset + 10 * ENTRY_BYTES), 0)
+        table = tables.geometry.cluster_of(HostOffset(header.refcount_table_offset))
+        assert table > 64 * PER_BLOCK and header.refcount_table_clusters == 2
+        miscount(engine, table, ClusterIndex(table + 1))
+        device = closed(engine)
+        device.truncate(engine.public.refcounts.table_entries * PER_BLOCK * SECTOR)
+        repaired, report = opened(device, "all")
+        assert report is not None and report.too_low == 3 and check(repaired).ok
+        assert repaired.public.view.header.refcount_table_offset != header.refcount_table_offset
+
     def test_a_failure_changes_nothing(self, engine: Engine) -> None:
         """At whichever write; tried again it is made right."""
         leak(engine)
@@ -173,8 +197,10 @@ class TestEverything:
         for at in range(1, writes + 1):
             device = SimulatedDevice(before)
             device.faults = FaultPlan(Fault(errno.EIO, at=at, call="pwrite"))
+            failed = open_engine(Medium(device), writable=True, journal_bytes=JOURNAL, repair="all")
             with pytest.raises(OSError):
-                opened(device, "all")
+                make_writable(failed, "all")
+            assert not failed.engine.log.in_transaction and failed.engine.public.changes.is_empty
             killed = device.killed()
             found = open_engine(Medium(killed), writable=False).engine
             assert found.public.refcounts.get(data(found)) == 0

@@ -12,7 +12,7 @@ from jqcow.engine.snapshots import NewSnapshot
 from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk import snapshots as snapshot_tables
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, ZERO_CLUSTER, L2Entry
+from jqcow.ondisk.entries import COMPRESSED_CLUSTER, ZERO_CLUSTER, L2Entry, data_entry
 from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.testing import Fault, FaultPlan
@@ -240,18 +240,37 @@ class TestCopiedFlags:
     def test_wrong_ones_are_counted_and_made_right(self, engine: Engine) -> None:
         """N2: each way, in both kinds of tables; in one block of them every entry by its own refcount."""
         snapshots, mapping = engine.public.snapshots, engine.public.mapping
+        first = take_data(engine, 3).start
+        places = [engine.geometry.offset_of(ClusterIndex(first + at)) for at in range(3)]
         with changing(engine) as tables:
-            tables.refcounts.share(host(engine, 1), 1)
-            tables.mapping.set_entries(
-                GuestCluster(0), [mapping.l2_entry(GuestCluster(0))._replace(copied=False)]
-            )
+            tables.mapping.set_entries(GuestCluster(10), [data_entry(place) for place in places])
+            tables.refcounts.share(ClusterIndex(first + 1), 1)
+            entry = mapping.l2_entry(GuestCluster(0))
+            tables.mapping.set_entries(GuestCluster(0), [entry._replace(copied=False)])
             tables.mapping.set_l1_entry(1, mapping.l2_table(1), copied=False)
+
+        def row() -> list[bool]:
+            return [mapping.l2_entry(GuestCluster(guest)).copied for guest in (10, 11, 12)]
+
         assert snapshots.set_copied_flags(change=False) == 3
-        assert flags(engine) == [True, False, False, True, True]
+        assert (flags(engine), row()) == ([True, False, False, True, True], [True] * 3)
         with changing(engine):
             assert snapshots.set_copied_flags() == 3
-        assert flags(engine) == [True, True, True, False, True]
+        assert (flags(engine), row()) == ([True] * 5, [True, False, True])
         assert snapshots.set_copied_flags(change=False) == 0
+
+    def test_what_another_program_left_in_a_snapshots_tables(self, engine: Engine) -> None:
+        """They are judged in the active tables alone, and become active by `apply`."""
+        snapshot, old = create(engine), host(engine, 0)
+        shared = engine.public.mapping.l2_table(0)
+        with changing(engine) as tables:
+            map_one(tables, 0)
+            tables.refcounts.release(old)
+            assert tables.mapping.l2_table(0) != shared
+            tables.mapping.codec.set_copied(tables.view.edit(shared), 0, 2, copied=True)
+            tables.snapshots.apply(snapshot)
+        assert engine.public.mapping.l2_table(0) == shared and host(engine, 0) == old
+        assert flags(engine) == [False] * 5 and check(engine).ok
 
 
 class TestSurvey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 import pytest
 
@@ -11,7 +12,7 @@ from jqcow.engine.engine import Engine
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import PoisonedError
 from jqcow.ondisk.entries import NO_ENTRY
-from jqcow.ondisk.layout import ClusterIndex, GuestCluster
+from jqcow.ondisk.layout import ClusterIndex, GuestCluster, HostOffset
 from jqcow.testing import Fault, FaultPlan
 from tests.unit.engines import (
     changing,
@@ -228,6 +229,16 @@ class TestWhole:
         assert mapped(private) == [0, 1]
         private.commit()
         assert durably_mapped(engine) == [0, 1] and check(engine).ok
+
+    @pytest.mark.parametrize("error", [None, OSError])
+    def test_no_mark_is_left(self, private: PrivateChanges, error: type[Exception] | None) -> None:
+        """Outside of operations nothing is staged, and nothing is copied for a state of the past."""
+        with suppress(OSError), private.whole():
+            map_privately(private, 1)
+            if error is not None:
+                raise error
+        with pytest.raises(RuntimeError, match="inside an operation"):
+            private.tables.view.set_entry(HostOffset(0), 0)
 
     def test_an_outer_savepoint_outlives_it(self, private: PrivateChanges) -> None:
         mark = private.savepoint()

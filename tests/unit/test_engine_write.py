@@ -63,6 +63,17 @@ class TestInPlace:
         assert first_run(image).host != old and first_run(image).copied
         assert image.pread(9, 0) == OLD[:5] + b"new" + OLD[8:9]
 
+    def test_not_where_a_shared_cluster_has_the_flag(self, image: jqcow.Image) -> None:
+        """Neither does the flag alone: the snapshot would change."""
+        snapshot = image.create_snapshot("kept")
+        with changing(image._engine) as tables:
+            entry = tables.mapping.l2_entry(GuestCluster(0))
+            tables.mapping.set_entries(GuestCluster(0), [entry._replace(copied=True)])
+        image.pwrite(b"new", 5)
+        assert first_run(image).host != entry.host
+        image.apply_snapshot(snapshot.id)
+        assert image.pread(CLUSTER, 0) == OLD[:CLUSTER]
+
     def test_in_a_transaction_only_what_it_took_since_its_savepoint(self, image: jqcow.Image) -> None:
         def host() -> HostOffset:
             with image._lock:
