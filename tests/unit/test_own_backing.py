@@ -6,46 +6,14 @@ import pytest
 
 import jqcow
 from jqcow.testing import SimulatedDevice
-
-SIZE = 1 << 20
-
-
-class Below:
-    """A disk in memory; ``closed`` counts how often it was closed."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self.closed = 0
-
-    @property
-    def size(self) -> int:
-        return len(self.content)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        assert offset + len(buffer) <= self.size, "read past the end of the backing disk"
-        buffer[:] = self.content[offset : offset + len(buffer)]
-
-    def reads_as_zeros(self, length: int, offset: int) -> bool:
-        assert offset + length <= self.size, "asked past the end of the backing disk"
-        return not any(self.content[offset : offset + length])
-
-    def close(self) -> None:
-        self.closed += 1
-
-
-def overlay(name: str = "base.raw") -> SimulatedDevice:
-    device = SimulatedDevice()
-    with jqcow.create_on_device(device, SIZE, cluster_size=4096) as image, image.transaction() as transaction:
-        transaction.set_backing_file(name, "raw")
-    device.reopen()
-    return device
+from tests.unit.engines import MIB, Below, overlay
 
 
 def test_read_and_written_over() -> None:
     below = Below(b"\7" * 100_352)
     device = overlay()
     with jqcow.open_device(device, "r+", backing=below) as image:
-        assert image.pread(SIZE, 0) == below.content + bytes(SIZE - below.size)
+        assert image.pread(MIB, 0) == below.content + bytes(MIB - below.size)
         image.pwrite(b"\1" * 10, 5000)
         image.discard(4096, 8192)
         image.write_zeroes(100, 98_304)
@@ -53,12 +21,12 @@ def test_read_and_written_over() -> None:
         assert image.check().ok
     assert below.closed == 1
     device.reopen()
-    expected = bytearray(below.content + bytes(SIZE - below.size))
+    expected = bytearray(below.content + bytes(MIB - below.size))
     expected[5000:5010] = b"\1" * 10
     expected[8192:12_288] = bytes(4096)
     expected[98_304:98_404] = bytes(100)
     with jqcow.open_device(device, backing=lambda named: below) as image:
-        assert image.pread(SIZE, 0) == bytes(expected)
+        assert image.pread(MIB, 0) == bytes(expected)
 
 
 def test_a_function_chooses_by_name() -> None:
@@ -72,7 +40,7 @@ def test_a_function_chooses_by_name() -> None:
         assert image.pread(2, 511) == b"\5\0"
     assert asked == ["five"]
     plain = SimulatedDevice()
-    jqcow.create_on_device(plain, SIZE).close()
+    jqcow.create_on_device(plain, MIB).close()
     plain.reopen()
     jqcow.open_device(plain, backing=choose).close()
     assert asked == ["five"]
@@ -82,7 +50,7 @@ def test_refusals() -> None:
     with pytest.raises(jqcow.FileAccessDenied):
         jqcow.open_device(overlay())
     plain = SimulatedDevice()
-    jqcow.create_on_device(plain, SIZE).close()
+    jqcow.create_on_device(plain, MIB).close()
     plain.reopen()
     with pytest.raises(ValueError, match="no backing file"):
         jqcow.open_device(plain, backing=Below(b""))

@@ -25,6 +25,8 @@ FILE_CALLS = {
     "fallocate", "fdatasync", "fsync", "ftruncate", "open", "posix_fallocate", "pread", "preadv",
     "pwrite", "pwritev", "sync", "sync_file_range", "syncfs", "truncate",
 }  # fmt: skip
+# engine.py puts the parts together: what opening makes of each case is tried there.
+UNIT_FILES = {"engine": "test_recovery_cases.py"}
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "sys.argv"}
 LINE_NUMBER = re.compile(r"\.(?:py|c|h):\d+|\blines? \d+", re.IGNORECASE)
 
@@ -82,6 +84,13 @@ def test_classes_are_small(path: Path) -> None:
         if (count := sum(isinstance(part, ast.FunctionDef) for part in node.body)) > CLASS_METHODS_MAX
     }
     assert not too_many
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "engine").glob("*.py")), ids=name_of)
+def test_module_of_the_engine_has_a_unit_file(path: Path) -> None:
+    """Who changes a module finds its tests by its name."""
+    name = UNIT_FILES.get(path.stem, f"test_engine_{path.stem}.py")
+    assert path.stem == "__init__" or (Path(__file__).parent / name).is_file()
 
 
 @every_module

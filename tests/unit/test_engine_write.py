@@ -1,0 +1,195 @@
+"""Writes of a guest: in place or to fresh clusters, in which order, and what a failure leaves."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+import jqcow
+from jqcow.engine.mapping import MappedRun
+from jqcow.errors import CorruptionError
+from jqcow.ondisk.entries import data_entry
+from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
+from jqcow.testing import Fault, FaultPlan, SimulatedDevice
+from tests.support.held import is_taken
+from tests.unit.engines import CLUSTER, JOURNAL, MIB, OLD, SECTOR, changing, written_image
+
+
+@pytest.fixture
+def device() -> SimulatedDevice:
+    return SimulatedDevice()
+
+
+@pytest.fixture
+def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
+    with written_image(device) as image:
+        yield image
+
+
+def first_run(image: jqcow.Image, offset: int = 0) -> MappedRun:
+    with image._lock:
+        return image._engine.public.mapping.run(GuestOffset(offset), CLUSTER)
+
+
+class TestInPlace:
+    """W1."""
+
+    def test_it_takes_nothing(self, image: jqcow.Image) -> None:
+        space, changes = image._engine.space, image._engine.public.changes
+        frontier, before = space.frontier, len(changes.blocks)
+        image.pwrite(b"new", 5)
+        assert (space.frontier, len(changes.blocks)) == (frontier, before)
+        assert image.pread(9, 0) == OLD[:5] + b"new" + OLD[8:9]
+
+    def test_not_where_a_snapshot_has_the_cluster_too(self, image: jqcow.Image) -> None:
+        old = first_run(image).host
+        snapshot = image.create_snapshot("kept")
+        image.pwrite(b"new", 5)
+        assert first_run(image).host != old
+        with image._lock:
+            shared = image._engine.public.mapping.run(GuestOffset(CLUSTER), CLUSTER)
+        assert not shared.copied, "what was not written is still shared"
+        image.apply_snapshot(snapshot.id)
+        assert image.pread(CLUSTER, 0) == OLD[:CLUSTER] and image.check().ok
+
+    def test_not_where_the_copied_flag_is_missing(self, image: jqcow.Image) -> None:
+        """Refcount 1 alone does not tell: in other programs' images the flag counts."""
+        old = first_run(image).host
+        with changing(image._engine) as tables:
+            tables.mapping.set_entries(GuestCluster(0), [data_entry(old)._replace(copied=False)])
+        image.pwrite(b"new", 5)
+        assert first_run(image).host != old and first_run(image).copied
+        assert image.pread(9, 0) == OLD[:5] + b"new" + OLD[8:9]
+
+    def test_not_where_a_shared_cluster_has_the_flag(self, image: jqcow.Image) -> None:
+        """Neither does the flag alone: the snapshot would change."""
+        snapshot = image.create_snapshot("kept")
+        with changing(image._engine) as tables:
+            entry = tables.mapping.l2_entry(GuestCluster(0))
+            tables.mapping.set_entries(GuestCluster(0), [entry._replace(copied=True)])
+        image.pwrite(b"new", 5)
+        assert first_run(image).host != entry.host
+        image.apply_snapshot(snapshot.id)
+        assert image.pread(CLUSTER, 0) == OLD[:CLUSTER]
+
+    def test_in_a_transaction_only_what_it_took_since_its_savepoint(self, image: jqcow.Image) -> None:
+        def host() -> HostOffset:
+            with image._lock:
+                return transaction._tables.mapping.run(GuestOffset(0), 1).host
+
+        public = first_run(image).host
+        with image.transaction() as transaction:
+            transaction.pwrite(b"a", 0)
+            first = host()
+            transaction.pwrite(b"b", 1)
+            assert host() == first != public
+            transaction.savepoint()
+            transaction.pwrite(b"c", 2)
+            assert host() not in (first, public)
+        assert image.pread(4, 0) == b"abc" + OLD[3:4] and image.check().ok
+
+    def test_a_run_is_cut_where_it_may_not_be_overwritten(self, image: jqcow.Image) -> None:
+        """Clusters that lie side by side, with one flag: the part behind the savepoint stays where it is."""
+
+        def hosts() -> list[HostOffset]:
+            with image._lock:
+                mapping = transaction._tables.mapping
+                return [mapping.l2_entry(GuestCluster(cluster)).host for cluster in (0, 1)]
+
+        with image.transaction() as transaction:
+            transaction.pwrite(b"a" * CLUSTER, 0)
+            transaction.savepoint()
+            transaction.pwrite(b"b" * CLUSTER, CLUSTER)
+            before = hosts()
+            assert before[1] == before[0] + CLUSTER
+            transaction.pwrite(b"n" * 2 * CLUSTER, 0)
+            after = hosts()
+            assert after[1] == before[1] and after[0] not in before
+        assert image.pread(2 * CLUSTER, 0) == b"n" * 2 * CLUSTER and image.check().ok
+
+    def test_never_onto_metadata(self, image: jqcow.Image) -> None:
+        """G2."""
+        with changing(image._engine) as tables:
+            table = tables.mapping.l2_table(0)
+            tables.mapping.set_entries(GuestCluster(0), [data_entry(table)])
+        with pytest.raises(CorruptionError, match="mapped onto metadata"):
+            image.pwrite(b"new", 0)
+
+
+class TestOrder:
+    """W2: what is not zero-safe becomes durable before the record that maps it."""
+
+    def test_zeros_need_none(self, image: jqcow.Image) -> None:
+        image.pwrite(b"x", MIB // 2)
+        assert not image._engine.public.changes.ordered
+
+    def test_data_behind_data_needs_it(self, image: jqcow.Image) -> None:
+        image.create_snapshot("kept")
+        image.pwrite(b"x", 0)
+        assert image._engine.public.changes.ordered
+
+    def test_old_bytes_of_a_host_cluster_need_it(self, image: jqcow.Image) -> None:
+        """W3: what a zero entry keeps is written whole: its old bytes are not the guest's."""
+        old = first_run(image).host
+        image.write_zeroes(CLUSTER, 0, unmap=False)
+        image.flush()
+        image.pwrite(b"x", 5)
+        assert first_run(image).host == old and image._engine.public.changes.ordered
+        assert image.pread(CLUSTER, 0) == bytes(5) + b"x" + bytes(CLUSTER - 6)
+
+    def test_clusters_that_cannot_be_punched_are_written_whole(self) -> None:
+        """W3."""
+        device = SimulatedDevice(can_punch=False)
+        with written_image(device) as image:
+            used = {first_run(image, offset).host for offset in range(0, len(OLD), CLUSTER)}
+            image.discard(len(OLD), 0)
+            image.flush()
+            image.pwrite(b"x", MIB // 2 + 5)
+            assert first_run(image, MIB // 2).host in used
+            assert image._engine.public.changes.ordered
+            assert image.pread(CLUSTER, MIB // 2) == bytes(5) + b"x" + bytes(CLUSTER - 6)
+            assert image.check().ok
+
+    def test_data_goes_before_its_entry(self, device: SimulatedDevice, image: jqcow.Image) -> None:
+        """W4: while it is written nothing is staged, and the lock is free."""
+        seen: list[tuple[bool, bool]] = []
+        image.checkpoint()
+        device.faults = FaultPlan(
+            Fault.delay(
+                lambda: seen.append(
+                    (image._engine.public.changes.is_empty, is_taken(image._engine.medium.lock))
+                ),
+                call="pwrite",
+            )
+        )
+        image.pwrite(b"x" * CLUSTER, MIB // 2)
+        assert seen == [(True, False)] and not image._engine.public.changes.is_empty
+
+
+class TestFailures:
+    def test_all_is_as_before(self, device: SimulatedDevice, image: jqcow.Image) -> None:
+        """W4: what it took is unknown, and nothing is staged."""
+        device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
+        with pytest.raises(OSError):
+            image.pwrite(b"x" * CLUSTER, MIB // 2)
+        device.faults = None
+        assert image.pread(CLUSTER, MIB // 2) == bytes(CLUSTER)
+        assert image._engine.public.changes.is_empty and image._engine.space.unknown.holds(1)
+        image.pwrite(b"x" * CLUSTER, MIB // 2)
+        assert image.pread(CLUSTER, MIB // 2) == b"x" * CLUSTER and image.check().ok
+
+    def test_no_space_for_an_l2_table_gives_the_data_clusters_back(self) -> None:
+        """The operation is undone: what it counted is free, and counted nowhere."""
+        device = SimulatedDevice()
+        with jqcow.create_on_device(device, MIB, cluster_size=SECTOR, journal_size=JOURNAL) as image:
+            image.pwrite(b"first", 0)
+            image.flush()
+            device.faults = FaultPlan(Fault(errno.ENOSPC, call="allocate"))
+            with pytest.raises(OSError):
+                image.pwrite(b"x" * SECTOR, MIB // 2)
+            device.faults = None
+            assert image._engine.public.changes.is_empty and image.check().ok
+            assert image._engine.space.unknown.holds(2), "one for the data, one for the table"
+            assert image._engine.guard.oldest() == image._engine.guard.newest + 1
