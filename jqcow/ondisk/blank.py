@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.ondisk import layout
+from jqcow.ondisk.entries import pack_refcount_table
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header, HeaderArea
-from jqcow.ondisk.layout import ENTRY_BYTES, Geometry
+from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.naming import name_backing_file
 
 
@@ -43,9 +44,9 @@ def blank_image(
     """
     geometry = Geometry(cluster_bits, refcount_order)
     l1_size = geometry.l1_entries_for(size)
-    if l1_size * ENTRY_BYTES > layout.MAX_L1_BYTES:
+    if l1_size > layout.MAX_L1_ENTRIES:
         raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
-    l1_clusters = geometry.clusters(l1_size * ENTRY_BYTES)
+    l1_clusters = geometry.clusters(layout.table_bytes(l1_size))
     table_clusters, block_count = refcount_clusters(geometry, 1 + l1_clusters)
     table = geometry.cluster_bytes
     blocks = table + table_clusters * geometry.cluster_bytes
@@ -72,9 +73,8 @@ def blank_image(
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
     used = 1 + table_clusters + block_count + l1_clusters
-    offsets = [blocks + index * geometry.cluster_bytes for index in range(block_count)]
-    entries = b"".join(offset.to_bytes(ENTRY_BYTES, "big") for offset in offsets)
-    parts = ((0, area.data), (table, entries), (blocks, _refcounts(geometry, used)))
+    refcount_table = pack_refcount_table(geometry, blocks, block_count)
+    parts = ((0, area.data), (table, refcount_table), (blocks, _refcounts(geometry, used)))
     return BlankImage(parts, used * geometry.cluster_bytes)
 
 
@@ -110,7 +110,7 @@ def refcount_clusters(geometry: Geometry, other_clusters: int) -> tuple[int, int
     while True:
         used = other_clusters + table_clusters + blocks
         needed_blocks = -(-used // geometry.refcounts_per_cluster)
-        needed_table = geometry.clusters(needed_blocks * ENTRY_BYTES)
+        needed_table = geometry.clusters(layout.table_bytes(needed_blocks))
         if (needed_table, needed_blocks) == (table_clusters, blocks):
             return table_clusters, blocks
         table_clusters, blocks = max(needed_table, table_clusters), max(needed_blocks, blocks)
