@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from jqcow.device.base import Device
 from jqcow.ondisk import entries, layout
-from jqcow.ondisk.blank import refcount_clusters
+from jqcow.ondisk.blank import new_header, new_l1_size, refcount_clusters
 from jqcow.ondisk.compression import COMPRESSION_ZLIB
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, L2Entry, codec_of, data_entry
-from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header
 from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, HostOffset
 
 REFCOUNT_BYTES = 2
@@ -38,10 +37,7 @@ class ImageBuilder:
         self._geometry = Geometry(cluster_bits)
         self._codec = codec_of(self._geometry)
         self._compression_type = compression_type
-        l1_size = self._geometry.l1_entries_for(size)
-        if l1_size > layout.MAX_L1_ENTRIES:
-            raise ValueError(f"a disk of {size} bytes needs clusters larger than {1 << cluster_bits} bytes")
-        self._l1_table = bytearray(layout.table_bytes(l1_size))
+        self._l1_table = bytearray(layout.table_bytes(new_l1_size(self._geometry, size)))
         self._next_cluster = 1 + self._geometry.clusters(len(self._l1_table))
         self._l2_index = -1
         self._l2_table = bytearray()
@@ -141,25 +137,12 @@ class ImageBuilder:
             self._device.pwrite(refcounts, blocks + index * cluster_bytes)
         self._device.pwrite(entries.pack_refcount_table(geometry, blocks, block_count), table)
         self._device.pwrite(self._l1_table, cluster_bytes)
-        self._device.pwrite(self._header(table, table_clusters).pack(), 0)
-
-    def _header(self, refcount_table_offset: int, refcount_table_clusters: int) -> Header:
-        # The bit is set where the type is not zlib, and only there (specification, "Incompatible features").
-        is_other_type = self._compression_type != COMPRESSION_ZLIB
-        return Header(
-            version=3,
-            backing_file_offset=0,
-            backing_file_size=0,
-            cluster_bits=self._geometry.cluster_bits,
-            size=self._size,
-            crypt_method=0,
-            l1_size=layout.table_entries(len(self._l1_table)),
-            l1_table_offset=self.cluster_bytes,
-            refcount_table_offset=refcount_table_offset,
-            refcount_table_clusters=refcount_table_clusters,
-            nb_snapshots=0,
-            snapshots_offset=0,
-            incompatible_features=INCOMPATIBLE_COMPRESSION if is_other_type else 0,
-            header_length=CREATED_HEADER_BYTES,
+        header = new_header(
+            geometry,
+            self._size,
+            l1_table_offset=cluster_bytes,
+            refcount_table_offset=table,
+            refcount_table_clusters=table_clusters,
             compression_type=self._compression_type,
         )
+        self._device.pwrite(header.pack(), 0)

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.ondisk import layout
+from jqcow.ondisk.compression import COMPRESSION_ZLIB
 from jqcow.ondisk.entries import pack_refcount_table
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header, HeaderArea
 from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.naming import name_backing_file
+
+DEFAULT_CLUSTER_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ def blank_image(
     cluster_bits: int,
     *,
     refcount_order: int = 4,
-    compression_type: int = 0,
+    compression_type: int = COMPRESSION_ZLIB,
     backing_file: str | None = None,
     backing_format: str | None = None,
 ) -> BlankImage:
@@ -43,30 +46,18 @@ def blank_image(
         ValueError: the disk needs an L1 table larger than 32 MiB, or `name_backing_file` refuses the name.
     """
     geometry = Geometry(cluster_bits, refcount_order)
-    l1_size = geometry.l1_entries_for(size)
-    if l1_size > layout.MAX_L1_ENTRIES:
-        raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
+    l1_size = new_l1_size(geometry, size)
     l1_clusters = geometry.clusters(layout.table_bytes(l1_size))
     table_clusters, block_count = refcount_clusters(geometry, 1 + l1_clusters)
     table = geometry.cluster_bytes
     blocks = table + table_clusters * geometry.cluster_bytes
     l1_table = blocks + block_count * geometry.cluster_bytes
-    header = Header(
-        version=3,
-        backing_file_offset=0,
-        backing_file_size=0,
-        cluster_bits=cluster_bits,
-        size=size,
-        crypt_method=0,
-        l1_size=l1_size,
+    header = new_header(
+        geometry,
+        size,
         l1_table_offset=l1_table,
         refcount_table_offset=table,
         refcount_table_clusters=table_clusters,
-        nb_snapshots=0,
-        snapshots_offset=0,
-        incompatible_features=INCOMPATIBLE_COMPRESSION if compression_type else 0,
-        refcount_order=refcount_order,
-        header_length=CREATED_HEADER_BYTES,
         compression_type=compression_type,
     )
     area = HeaderArea(header, (), header.pack())
@@ -76,6 +67,49 @@ def blank_image(
     refcount_table = pack_refcount_table(geometry, blocks, block_count)
     parts = ((0, area.data), (table, refcount_table), (blocks, _refcounts(geometry, used)))
     return BlankImage(parts, used * geometry.cluster_bytes)
+
+
+def new_l1_size(geometry: Geometry, size: int) -> int:
+    """Return how many L1 entries a new image of a disk of ``size`` bytes has.
+
+    Raises:
+        ValueError: the disk needs an L1 table larger than 32 MiB.
+    """
+    l1_size = geometry.l1_entries_for(size)
+    if l1_size > layout.MAX_L1_ENTRIES:
+        raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
+    return l1_size
+
+
+def new_header(
+    geometry: Geometry,
+    size: int,
+    *,
+    l1_table_offset: int,
+    refcount_table_offset: int,
+    refcount_table_clusters: int,
+    compression_type: int,
+) -> Header:
+    """Return the header of a new version 3 image of a disk of ``size`` bytes."""
+    return Header(
+        version=3,
+        backing_file_offset=0,
+        backing_file_size=0,
+        cluster_bits=geometry.cluster_bits,
+        size=size,
+        crypt_method=0,
+        l1_size=geometry.l1_entries_for(size),
+        l1_table_offset=l1_table_offset,
+        refcount_table_offset=refcount_table_offset,
+        refcount_table_clusters=refcount_table_clusters,
+        nb_snapshots=0,
+        snapshots_offset=0,
+        # The bit is set where the type is not zlib, and only there (specification, "Incompatible features").
+        incompatible_features=INCOMPATIBLE_COMPRESSION if compression_type != COMPRESSION_ZLIB else 0,
+        refcount_order=geometry.refcount_order,
+        header_length=CREATED_HEADER_BYTES,
+        compression_type=compression_type,
+    )
 
 
 def cluster_bits_of(cluster_size: int) -> int:
