@@ -29,11 +29,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jqcow import _native
-from jqcow.checker.tables import REFCOUNT_CODES, Code, decode_refcounts, layers, nonzero_entries, zeroed
+from jqcow.checker.tables import REFCOUNT_CODES, Code, decode_refcounts, layers, zeroed
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import entries, features, layout, snapshots
+from jqcow.ondisk.entries import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
 from jqcow.ondisk.header import Header, HeaderArea
-from jqcow.ondisk.layout import ENTRY_BYTES, MAX_CLUSTER_BITS, MAX_L1_BYTES
+from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_L1_ENTRIES, SECTOR_BYTES, table_bytes
 from jqcow.ondisk.snapshots import TableEntry
 
 Read = Callable[[int, int], bytes]
@@ -185,6 +186,7 @@ class _Check:
         self.read = read
         self.header = header
         self.geometry = header.geometry
+        self.codec = codec_of(header.geometry)
         self.cluster_bits = header.cluster_bits
         self.cluster_bytes = 1 << header.cluster_bits
         # As in QEMU, the last cluster may be cut short by the end of the file.
@@ -279,10 +281,10 @@ class _Check:
         self.claim("refcount table", header.refcount_table_offset, length, "header", 48)
         table = self.read(length, header.refcount_table_offset)
         seen_past_end: set[int] = set()
-        for index, entry in nonzero_entries(table):
-            place = header.refcount_table_offset + index * ENTRY_BYTES
-            block = entry & entries.REFCOUNT_TABLE_OFFSET_MASK
-            if entry & entries.REFCOUNT_TABLE_RESERVED:
+        for index, entry in entries.nonzero_entries(table):
+            place = header.refcount_table_offset + table_bytes(index)
+            block, has_reserved = entries.split_refcount_table(entry)
+            if has_reserved:
                 self.findings.add(Kind.RESERVED_BITS, "refcount table entry", place, f"{entry:#018x}")
             if block & (self.cluster_bytes - 1):
                 self.findings.add(Kind.UNALIGNED, "refcount table entry", place, f"{entry:#018x}")
@@ -323,7 +325,7 @@ class _Check:
     def walk_active_l1_table(self) -> None:
         """Claim the L1 table of the disk and the L2 tables that it points to."""
         header = self.header
-        length = header.l1_size * ENTRY_BYTES
+        length = table_bytes(header.l1_size)
         if header.l1_size < self.geometry.l1_entries_for(header.size):
             self.findings.add(Kind.L1_TOO_SMALL, "header", 36, f"{header.l1_size} entries")
         self.claim("L1 table", header.l1_table_offset, length, "header", 40)
@@ -342,10 +344,10 @@ class _Check:
             end = entry.offset + entry.length
             if self.check_snapshot(entry) and entry.snapshot.l1_size:
                 offset = entry.snapshot.l1_table_offset
-                ranges.append((offset, offset + entry.snapshot.l1_size * ENTRY_BYTES))
+                ranges.append((offset, offset + table_bytes(entry.snapshot.l1_size)))
         self.claim("snapshot table", start, end - start, "header", 64)
         # What there is of a table that reaches past the end of the file still counts.
-        file_end = layout.round_up(self.file_bytes, ENTRY_BYTES)
+        file_end = layout.round_up(self.file_bytes, SECTOR_BYTES)
         present = [(first, min(last, file_end)) for first, last in ranges if first < file_end]
         total = sum(last - first for first, last, _ in layers(present))
         if total > MAX_SNAPSHOT_L1_BYTES:
@@ -357,7 +359,7 @@ class _Check:
     def check_snapshot(self, entry: TableEntry) -> bool:
         """Check an entry of the snapshot table; return whether its L1 table can be walked."""
         snapshot, place = entry.snapshot, entry.offset
-        length = snapshot.l1_size * ENTRY_BYTES
+        length = table_bytes(snapshot.l1_size)
         if self.header.version >= 3 and entry.extra_bytes < snapshots.REQUIRED_EXTRA_BYTES:
             detail = f"{entry.extra_bytes} bytes of extra data"
             self.findings.add(Kind.INCOMPLETE_SNAPSHOT, "snapshot table entry", place, detail)
@@ -369,7 +371,7 @@ class _Check:
             detail = f"{snapshot.l1_table_offset:#x}"
             self.findings.add(Kind.UNALIGNED, "snapshot table entry", place, detail)
             return False
-        if length > MAX_L1_BYTES:
+        if snapshot.l1_size > MAX_L1_ENTRIES:
             detail = f"{snapshot.l1_size} entries"
             self.findings.add(Kind.L1_TOO_LARGE, "snapshot table entry", place + 8, detail)
             return False
@@ -398,13 +400,13 @@ class _Check:
         is_active = pointers is self.active_pointers
         for start in range(offset, offset + length, _L1_STEP_BYTES):
             data = self.read(min(_L1_STEP_BYTES, offset + length - start), start)
-            for index, entry in nonzero_entries(data):
-                place = start + index * ENTRY_BYTES
-                cluster = self.check_l1_entry(place, entry, repeats)
+            for index, entry in entries.nonzero_entries(data):
+                place = start + table_bytes(index)
+                cluster, copied = self.check_l1_entry(place, entry, repeats)
                 if cluster is None:
                     continue
                 if is_active:
-                    self.check_copied("L1 entry", place, entry, cluster, 1)
+                    self.check_copied("L1 entry", place, entry, copied, cluster, 1)
                 if cluster >= self.cluster_count:
                     table = cluster << self.cluster_bits
                     self.findings.add(Kind.PAST_END, "L1 entry", place, f"L2 table at {table:#x}", repeats)
@@ -415,20 +417,20 @@ class _Check:
                     self.claim_cluster("L2 table", cluster, "L1 entry", place, repeats)
                 pointers[cluster] += repeats
 
-    def check_l1_entry(self, place: int, entry: int, repeats: int) -> int | None:
-        """Check an L1 entry that is not zero; return the cluster of its L2 table if it has one."""
-        table = entry & entries.OFFSET_MASK
-        if entry & entries.L1_RESERVED:
+    def check_l1_entry(self, place: int, entry: int, repeats: int) -> tuple[int | None, bool]:
+        """Check an L1 entry that is not zero; return the cluster of its L2 table, if any, and COPIED."""
+        table, copied, has_reserved = entries.split_l1(entry)
+        if has_reserved:
             self.findings.add(Kind.RESERVED_BITS, "L1 entry", place, f"{entry:#018x}", repeats)
         if table & (self.cluster_bytes - 1):
             self.findings.add(Kind.UNALIGNED, "L1 entry", place, f"{entry:#018x}", repeats)
-            return None
+            return None, copied
         if not table:
-            if entry & entries.COPIED:
+            if copied:
                 detail = "COPIED without an L2 table"
                 self.findings.add(Kind.COPIED_FLAG, "L1 entry", place, detail, repeats)
-            return None
-        return table >> self.cluster_bits
+            return None, copied
+        return table >> self.cluster_bits, copied
 
     def is_known_l2_table(self, cluster: int) -> bool:
         """Return whether an L1 entry was met that says that this cluster is an L2 table."""
@@ -451,19 +453,17 @@ class _Check:
 
     def walk_l2_table(self, offset: int, active: int, repeats: int) -> None:
         """Check one L2 table that ``repeats`` L1 entries point to, ``active`` of them of the active disk."""
-        following = 0
-        reserved = entries.L2_RESERVED | (entries.ZERO if self.header.version == 2 else 0)
-        unaligned = self.cluster_bytes - 1
-        for index, entry in nonzero_entries(self.read(self.cluster_bytes, offset)):
-            place = offset + index * ENTRY_BYTES
-            if entry & entries.COMPRESSED:
-                self.check_compressed(place, entry, active, repeats)
+        following, unaligned, entry_bytes = 0, self.cluster_bytes - 1, self.codec.entry_bytes
+        for found in self.codec.found(self.read(self.cluster_bytes, offset)):
+            position, raw, kind, host, copied, _, has_reserved = found
+            place = offset + position * entry_bytes
+            if kind == COMPRESSED_CLUSTER:
+                self.check_compressed(place, found, active, repeats)
                 continue
-            if entry & reserved:
-                self.findings.add(Kind.RESERVED_BITS, "L2 entry", place, f"{entry:#018x}", repeats)
-            if entry & entries.ZERO:
+            if has_reserved or (kind == ZERO_CLUSTER and self.header.version == 2):
+                self.findings.add(Kind.RESERVED_BITS, "L2 entry", place, f"{raw:#018x}", repeats)
+            if kind == ZERO_CLUSTER:
                 self.zeros += active
-            host = entry & entries.OFFSET_MASK
             if not host:
                 continue
             self.allocated += active
@@ -471,47 +471,57 @@ class _Check:
                 self.fragmented += active
             following = host + self.cluster_bytes
             if host & unaligned:
-                self.findings.add(Kind.UNALIGNED, "L2 entry", place, f"{entry:#018x}", repeats)
+                self.findings.add(Kind.UNALIGNED, "L2 entry", place, f"{raw:#018x}", repeats)
                 continue
             cluster = host >> self.cluster_bits
-            if active:
-                self.check_copied("L2 entry", place, entry, cluster, active)
-            self.refer_data(place, cluster, f"data at {host:#x}", repeats)
+            # Entries come by the million: those that are right take as few calls as can be.
+            is_inside = cluster < self.cluster_count
+            if active and not (is_inside and copied == (self.refcounts[cluster] == 1)):
+                self.check_copied("L2 entry", place, raw, copied, cluster, active)
+            if is_inside and not self.owners[cluster]:
+                self.refer(cluster, "L2 entry", place, repeats)
+            else:
+                self.refer_data(place, cluster, "data", host, repeats)
 
-    def check_compressed(self, place: int, entry: int, active: int, repeats: int) -> None:
+    def check_compressed(self, place: int, found: FoundEntry, active: int, repeats: int) -> None:
         """Check the L2 entry of a compressed cluster and count the clusters that its data touches."""
         self.allocated += active
         self.compressed += active
         self.fragmented += active
-        if entry & entries.COPIED:
+        _, _, _, host, copied, length, _ = found
+        if copied:
             detail = "COPIED on a compressed cluster"
             self.findings.add(Kind.COPIED_FLAG, "L2 entry", place, detail, repeats)
-        offset, length = entries.compressed_extent(entry, self.cluster_bits)
-        last = (offset + length - 1) >> self.cluster_bits
+        end = host + length
+        last = (end - 1) >> self.cluster_bits
         # As in QEMU: less than a cluster past the end of the file is fine, more is one error.
-        if last >= self.cluster_count and offset + length - self.file_bytes >= self.cluster_bytes:
-            detail = f"compressed data at {offset:#x}"
-            self.findings.add(Kind.PAST_END, "L2 entry", place, detail, repeats)
+        if last >= self.cluster_count and end - self.file_bytes >= self.cluster_bytes:
+            self.findings.add(Kind.PAST_END, "L2 entry", place, f"compressed data at {host:#x}", repeats)
             return
-        for cluster in range(offset >> self.cluster_bits, min(last + 1, self.cluster_count)):
-            self.refer_data(place, cluster, f"compressed data at {offset:#x}", repeats)
+        for cluster in range(host >> self.cluster_bits, min(last + 1, self.cluster_count)):
+            if self.owners[cluster]:
+                self.refer_data(place, cluster, "compressed data", host, repeats)
+            else:
+                self.refer(cluster, "L2 entry", place, repeats)
 
-    def refer_data(self, place: int, cluster: int, target: str, repeats: int) -> None:
-        """Count the references of the L2 entry at ``place`` to a cluster of guest data."""
+    def refer_data(self, place: int, cluster: int, what: str, host: int, repeats: int) -> None:
+        """Count the references of the L2 entry at ``place`` to a cluster of ``what`` at ``host``."""
         if cluster >= self.cluster_count:
-            self.findings.add(Kind.PAST_END, "L2 entry", place, target, repeats)
+            self.findings.add(Kind.PAST_END, "L2 entry", place, f"{what} at {host:#x}", repeats)
             return
         if self.owners[cluster]:
-            detail = f"{target}, which is in use as {_OWNERS[self.owners[cluster]]}"
+            detail = f"{what} at {host:#x}, which is in use as {_OWNERS[self.owners[cluster]]}"
             self.findings.add(Kind.OVERLAP, "L2 entry", place, detail, repeats)
         self.refer(cluster, "L2 entry", place, repeats)
 
-    def check_copied(self, structure: str, place: int, entry: int, cluster: int, repeats: int) -> None:
+    def check_copied(
+        self, structure: str, place: int, entry: int, copied: bool, cluster: int, repeats: int
+    ) -> None:
         """COPIED must say whether the refcount is 1."""
         refcount = (
             self.refcounts[cluster] if cluster < self.cluster_count else self.refcount_past_end(cluster)
         )
-        if (refcount == 1) != (entry >= entries.COPIED):
+        if (refcount == 1) != copied:
             detail = f"{entry:#018x}, refcount {refcount}"
             self.findings.add(Kind.COPIED_FLAG, structure, place, detail, repeats)
 
@@ -521,9 +531,9 @@ class _Check:
         if index not in self.blocks:
             return 0
         order = self.header.refcount_order
-        first_bit = slot << order
-        data = self.read(max(1 << order >> 3, 1), self.blocks[index] + first_bit // 8)
-        return decode_refcounts(data, order)[first_bit % 8 >> order]
+        position, bits = divmod(slot << order, 8)
+        data = self.read(max(1 << order >> 3, 1), self.blocks[index] + position)
+        return decode_refcounts(data, order)[bits >> order]
 
     def compare(self) -> None:
         """Compare refcounts with references, cluster by cluster where they differ."""

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import mmap
-import struct
 import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from jqcow.ondisk import entries
-from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES
-
-_GROUP_BYTES = SECTOR_BYTES
-_GROUP_STRUCT = struct.Struct(f">{_GROUP_BYTES // ENTRY_BYTES}Q")
-_ZERO_GROUP = bytes(_GROUP_BYTES)
 _LAZY_BYTES = 1 << 20
 
 Code = Literal["B", "H", "I", "Q"]
@@ -30,23 +23,6 @@ def zeroed(code: Code, count: int) -> memoryview:
     size_bytes = count * array(code).itemsize
     store = bytearray(size_bytes) if size_bytes < _LAZY_BYTES else mmap.mmap(-1, size_bytes)
     return memoryview(store).cast("B").cast(code)
-
-
-def nonzero_entries(table: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (index, entry) of the entries that are not zero; most of a table often is."""
-    whole = len(table) - len(table) % _GROUP_BYTES
-    for position in range(0, whole, _GROUP_BYTES):
-        group = table[position : position + _GROUP_BYTES]
-        if group != _ZERO_GROUP:
-            index = position // ENTRY_BYTES
-            for entry in _GROUP_STRUCT.unpack(group):
-                if entry:
-                    yield index, entry
-                index += 1
-    for position in range(whole, len(table), ENTRY_BYTES):
-        (entry,) = entries.ENTRY.unpack_from(table, position)
-        if entry:
-            yield position // ENTRY_BYTES, entry
 
 
 def decode_refcounts(data: bytes | bytearray, order: int) -> array[int]:

@@ -26,9 +26,6 @@ EXIT_IN_USE = 4
 EXIT_UNSUPPORTED = 63
 EXIT_INTERRUPTED = 130
 
-Main = Callable[[Sequence[str] | None], int]
-"""A console script: takes its arguments, or those of the process, and returns the exit code."""
-
 FORMATS = ("qcow2", "raw")
 
 _ACCEPTED_OPTIONS = {("compat", "1.1"), ("compat", "v3"), ("refcount_bits", "16"), ("preallocation", "off")}
@@ -94,6 +91,13 @@ def add_allow_files(parser: argparse.ArgumentParser) -> None:
         "--probe",
         action="store_true",
         help="tell the format of a backing file by its magic where the image does not say it",
+    )
+
+
+def add_force_share(parser: argparse.ArgumentParser) -> None:
+    """Add ``-U``, of what only reads."""
+    parser.add_argument(
+        "-U", "--force-share", action="store_true", help="look also while another program writes"
     )
 
 

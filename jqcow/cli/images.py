@@ -9,10 +9,10 @@ from typing import Any, TypedDict, cast
 import jqcow
 from jqcow.cli import common
 from jqcow.cli.common import human_size
-from jqcow.image.opening import DEFAULT_CLUSTER_BYTES
 from jqcow.offline.convert import create_raw
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
+from jqcow.ondisk.blank import DEFAULT_CLUSTER_BYTES
 from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.layout import SECTOR_BYTES
 

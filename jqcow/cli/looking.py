@@ -66,9 +66,7 @@ def add_parsers(commands: Any) -> None:
     journal.set_defaults(command=journal_command)
     for parser in (info, check, mapping):
         common.add_format(parser)
-        parser.add_argument(
-            "-U", "--force-share", action="store_true", help="look also while another program writes"
-        )
+        common.add_force_share(parser)
     for parser in (info, mapping):
         common.add_allow_files(parser)
     for parser in (info, check, mapping, journal):

@@ -36,9 +36,7 @@ def add_parsers(commands: Any) -> None:
     action.add_argument("-d", dest="delete", metavar="SNAPSHOT", help="delete a snapshot, by id or name")
     common.add_journal_size(snapshot)
     common.add_quiet(snapshot)
-    snapshot.add_argument(
-        "-U", "--force-share", action="store_true", help="look also while another program writes"
-    )
+    common.add_force_share(snapshot)
     common.add_output(snapshot)
     snapshot.add_argument("image", metavar="IMAGE")
 

@@ -18,9 +18,9 @@ from jqcow.device.base import Reader
 from jqcow.disks.files import open_to_read
 from jqcow.engine import scan as scans
 from jqcow.engine.scan import Scan
-from jqcow.ondisk import entries
+from jqcow.ondisk import entries, layout
 from jqcow.ondisk.header import Header, HeaderArea
-from jqcow.ondisk.layout import ENTRY_BYTES, Geometry
+from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.root import JournalRange
 
 
@@ -108,9 +108,8 @@ class FileView:
         seen: set[int] = set()
         geometry, table_offset = self.geometry, self.header.refcount_table_offset
         table = self.read(self.header.refcount_table_clusters * geometry.cluster_bytes, table_offset)
-        for index in range(len(table) // ENTRY_BYTES - 1, -1, -1):
-            (entry,) = entries.ENTRY.unpack_from(table, index * ENTRY_BYTES)
-            block = entry & entries.REFCOUNT_TABLE_OFFSET_MASK
+        for index in reversed(range(layout.table_entries(len(table)))):
+            block, _ = entries.split_refcount_table(entries.entry_at(table, index))
             is_there = block < self._reader.size() or block in self._blocks
             if block and is_there and block not in seen:
                 seen.add(block)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 from jqcow.device.base import Device
 from jqcow.device.disk import Disk
@@ -20,12 +22,18 @@ from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.blank import BlankImage, blank_image, cluster_bits_of, refcount_order_of
+from jqcow.ondisk.blank import (
+    DEFAULT_CLUSTER_BYTES,
+    BlankImage,
+    blank_image,
+    cluster_bits_of,
+    refcount_order_of,
+)
 from jqcow.ondisk.compression import CompressionType, compression_type_of
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
-DEFAULT_CLUSTER_BYTES = 65536
+_Closable = TypeVar("_Closable", bound=FileDevice | Chain | None)
 
 
 def create(
@@ -78,23 +86,15 @@ def create(
         backing_format=backing_format,
     )
     target = os.fspath(path)
-    device = FileDevice.create_temporary(path)
-    try:
+    with _closed_on_error(FileDevice.create_temporary(path)) as device:
         write_blank(device, blank)
         named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
         # Before the name: an image whose backing file cannot be read is of no use.
         following = Following(allowing_what_it_names(target, allow_files))
         chain = None if named is None else open_below(named, [device.identity()], following)
-        try:
+        with _closed_on_error(chain):
             device.publish(overwrite)
             return _open(device, "r+", journal_size=journal_size, find_backing=lambda engine: chain)
-        except BaseException:
-            if chain is not None:
-                chain.close()
-            raise
-    except BaseException:
-        device.close()
-        raise
 
 
 def open(
@@ -120,13 +120,11 @@ def open(
         mode: ``"r"`` or ``"r+"``.
         journal_size: in bytes, of the journal that writing will use; None keeps what there is, or 8 MiB.
         force_share: with ``"r"``, read also while another program writes, as ``qemu-img -U`` does. What is
-            read may then be old, mixed or wrong. A live journal is refused: it would be replayed while its
-            writer goes on.
+            read may be old, mixed or wrong. A live journal is refused: its writer goes on beside the replay.
         snapshot: with ``"r"``, the id or name of an internal snapshot to read instead of the disk.
-        repair: with ``"r+"``, make refcounts and COPIED flags right before anything else, in one transaction:
-            ``"leaks"`` what is too high, ``"all"`` what is too low as well. With ``"all"`` an image marked
-            corrupt opens too, and loses the mark if a check then finds nothing. `Image.repaired` tells what
-            was wrong.
+        repair: with ``"r+"``, first make refcounts and COPIED flags right, in one transaction: ``"leaks"``
+            what is too high, ``"all"`` what is too low as well; with this an image marked corrupt opens too,
+            and loses the mark if a check then finds nothing. `Image.repaired` tells what was wrong.
         allow_files: whether backing files may be opened that the image names, and those that they name:
             none, all (True), or what a function says that is given a `NamedFile`. They are opened for
             reading, and locked against writers. A name is relative to the image that holds it.
@@ -146,9 +144,8 @@ def open(
         OSError: the host failed.
     """
     _check_mode(mode, journal_size, force_share=force_share)
-    device = FileDevice.open(path, writable=mode == "r+", share_writers=force_share)
     following = Following(allow_files, probe, share_writers=force_share)
-    try:
+    with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
         return _open(
@@ -160,9 +157,6 @@ def open(
             find_backing=lambda engine: _open_chain(engine, device, following),
             copy_on_read=copy_on_read,
         )
-    except BaseException:
-        device.close()
-        raise
 
 
 def open_base(named: NamedFile, above: Iterable[Identity], following: Following) -> Image:
@@ -176,11 +170,18 @@ def open_base(named: NamedFile, above: Iterable[Identity], following: Following)
     Raises:
         JqcowError, OSError: as `open`.
     """
-    device = FileDevice.open(named.path, writable=True)
-    try:
+    with _closed_on_error(FileDevice.open(named.path, writable=True)) as device:
         return _open(device, "r+", find_backing=lambda engine: _open_chain(engine, device, following, above))
+
+
+@contextmanager
+def _closed_on_error(opened: _Closable) -> Iterator[_Closable]:
+    """Close what was opened, if anything was, unless the image that it is for opens."""
+    try:
+        yield opened
     except BaseException:
-        device.close()
+        if opened is not None:
+            opened.close()
         raise
 
 
@@ -291,12 +292,8 @@ def open_alone(
     For what works on the image's own tables: who reads its disk wants `open`. Arguments and errors as `open`.
     """
     _check_mode(mode, journal_size, force_share=False)
-    device = FileDevice.open(path, writable=mode == "r+")
-    try:
+    with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
         return _open(device, mode, journal_size=journal_size, repair=repair, find_backing=lambda engine: None)
-    except BaseException:
-        device.close()
-        raise
 
 
 def open_backing(
@@ -367,5 +364,5 @@ def write_blank(device: Device, blank: BlankImage) -> None:
 
 
 def _check_journal_size(journal_size: int) -> None:
-    if not roots.MIN_JOURNAL_BYTES <= journal_size <= roots.MAX_JOURNAL_BYTES or journal_size % 8192:
+    if not roots.is_journal_length(journal_size):
         raise ValueError("the journal's size must be a multiple of 8192 from 64 KiB to 1 GiB")

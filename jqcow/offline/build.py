@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from jqcow.device.base import Device
 from jqcow.ondisk import entries, layout
-from jqcow.ondisk.blank import refcount_clusters
+from jqcow.ondisk.blank import new_header, new_l1_size, refcount_clusters
 from jqcow.ondisk.compression import COMPRESSION_ZLIB
-from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header
-from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES, Geometry
+from jqcow.ondisk.entries import COMPRESSED_CLUSTER, L2Entry, codec_of, data_entry
+from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, HostOffset
 
 REFCOUNT_BYTES = 2
 REFCOUNT_ONE = (1).to_bytes(REFCOUNT_BYTES, "big")
@@ -35,11 +35,9 @@ class ImageBuilder:
         self._device = device
         self._size = size
         self._geometry = Geometry(cluster_bits)
+        self._codec = codec_of(self._geometry)
         self._compression_type = compression_type
-        l1_size = self._geometry.l1_entries_for(size)
-        if l1_size * ENTRY_BYTES > layout.MAX_L1_BYTES:
-            raise ValueError(f"a disk of {size} bytes needs clusters larger than {1 << cluster_bits} bytes")
-        self._l1_table = bytearray(l1_size * ENTRY_BYTES)
+        self._l1_table = bytearray(layout.table_bytes(new_l1_size(self._geometry, size)))
         self._next_cluster = 1 + self._geometry.clusters(len(self._l1_table))
         self._l2_index = -1
         self._l2_table = bytearray()
@@ -65,7 +63,7 @@ class ImageBuilder:
         self._next_cluster += count
         first = offset // self.cluster_bytes
         for cluster in range(first, first + count):
-            self._map(cluster, entries.l2_entry(host + (cluster - first) * self.cluster_bytes))
+            self._map(cluster, data_entry(HostOffset(host + (cluster - first) * self.cluster_bytes)))
 
     def write_compressed(self, stream: bytes, offset: int) -> None:
         """Map the guest cluster at ``offset`` to its compressed content; offsets only rise."""
@@ -73,7 +71,7 @@ class ImageBuilder:
         length = layout.round_up(len(stream), SECTOR_BYTES)
         host = self._pack(length)
         self._device.pwrite(stream.ljust(length, b"\0"), host)
-        entry = entries.compressed_entry(host, length, self._geometry.cluster_bits)
+        entry = L2Entry(COMPRESSED_CLUSTER, HostOffset(host), length=length)
         self._map(offset // self.cluster_bytes, entry)
 
     def _reach(self, offset: int, length_bytes: int) -> None:
@@ -105,13 +103,13 @@ class ImageBuilder:
         count = int.from_bytes(refcounts[place], "big") + 1
         refcounts[place] = count.to_bytes(REFCOUNT_BYTES, "big")
 
-    def _map(self, guest_cluster: int, entry: int) -> None:
-        l2_index, within = divmod(guest_cluster, self._geometry.l2_entries)
+    def _map(self, guest_cluster: int, entry: L2Entry) -> None:
+        l2_index, within = divmod(guest_cluster, self._codec.per_table)
         if l2_index != self._l2_index:
             self._finish_l2_table()
             self._l2_index = l2_index
             self._l2_table = bytearray(self.cluster_bytes)
-        entries.ENTRY.pack_into(self._l2_table, within * ENTRY_BYTES, entry)
+        self._codec.encode(self._l2_table, within, entry)
 
     def _finish_l2_table(self) -> None:
         if self._l2_index < 0:
@@ -119,7 +117,7 @@ class ImageBuilder:
         host = self._next_cluster * self.cluster_bytes
         self._next_cluster += 1
         self._device.pwrite(self._l2_table, host)
-        entries.ENTRY.pack_into(self._l1_table, self._l2_index * ENTRY_BYTES, entries.l1_entry(host))
+        entries.put_l1(self._l1_table, self._l2_index, host)
         self._l2_index = -1
 
     def finish(self) -> None:
@@ -137,28 +135,14 @@ class ImageBuilder:
             count = min(geometry.refcounts_per_cluster, used - first)
             refcounts = self._shared_refcounts.get(index, REFCOUNT_ONE * count)[: count * REFCOUNT_BYTES]
             self._device.pwrite(refcounts, blocks + index * cluster_bytes)
-            entry = entries.ENTRY.pack(blocks + index * cluster_bytes)
-            self._device.pwrite(entry, table + index * ENTRY_BYTES)
+        self._device.pwrite(entries.pack_refcount_table(geometry, blocks, block_count), table)
         self._device.pwrite(self._l1_table, cluster_bytes)
-        self._device.pwrite(self._header(table, table_clusters).pack(), 0)
-
-    def _header(self, refcount_table_offset: int, refcount_table_clusters: int) -> Header:
-        # The bit is set where the type is not zlib, and only there (specification, "Incompatible features").
-        is_other_type = self._compression_type != COMPRESSION_ZLIB
-        return Header(
-            version=3,
-            backing_file_offset=0,
-            backing_file_size=0,
-            cluster_bits=self._geometry.cluster_bits,
-            size=self._size,
-            crypt_method=0,
-            l1_size=len(self._l1_table) // ENTRY_BYTES,
-            l1_table_offset=self.cluster_bytes,
-            refcount_table_offset=refcount_table_offset,
-            refcount_table_clusters=refcount_table_clusters,
-            nb_snapshots=0,
-            snapshots_offset=0,
-            incompatible_features=INCOMPATIBLE_COMPRESSION if is_other_type else 0,
-            header_length=CREATED_HEADER_BYTES,
+        header = new_header(
+            geometry,
+            self._size,
+            l1_table_offset=cluster_bytes,
+            refcount_table_offset=table,
+            refcount_table_clusters=table_clusters,
             compression_type=self._compression_type,
         )
+        self._device.pwrite(header.pack(), 0)

@@ -15,11 +15,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
 
-def _no_progress(done: int, total: int) -> None:
-    """Tell nobody."""
-
-
-def first_difference(one: Disk, other: Disk, progress: Progress = _no_progress) -> int | None:
+def first_difference(one: Disk, other: Disk) -> int | None:
     """Return the guest offset of the first byte that differs, None where the disks are equal.
 
     What neither disk holds data for reads as zeros in both, and is not read. Where one disk is shorter, its
@@ -40,8 +36,6 @@ def first_difference(one: Disk, other: Disk, progress: Progress = _no_progress) 
         other.read_into(second, offset)
         if first != second:
             return offset + _first_unequal(bytes(first), bytes(second))
-        progress(offset + count, size)
-    progress(size, size)
     return None if one.size == other.size else size
 
 

@@ -28,13 +28,12 @@ from jqcow.errors import JqcowError
 from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import Progress, first_difference, windows
 from jqcow.offline.compressing import CompressingWriter, Compression
-from jqcow.ondisk import layout
+from jqcow.ondisk.blank import DEFAULT_CLUSTER_BYTES, cluster_bits_of
 from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.naming import DiskFormat
 
 BUFFER_BYTES = 2 << 20
 RAW_UNIT_BYTES = 4096
-DEFAULT_CLUSTER_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,11 @@ class _Form:
     """What the target is to be; ``compression`` is what a qcow2 header announces, used or not."""
 
     format: DiskFormat
-    cluster_size: int
+    cluster_bits: int
     is_compressed: bool
     compression: Compression
 
     def __post_init__(self) -> None:
-        smallest, largest = 1 << layout.MIN_CLUSTER_BITS, 1 << layout.MAX_CLUSTER_BITS
-        size = self.cluster_size
-        if size & (size - 1) or not smallest <= size <= largest:
-            raise ValueError(f"the cluster size must be a power of two from 512 to 2 MiB, not {size}")
         if self.format == "raw" and (self.is_compressed or self.compression != Compression()):
             raise ValueError("a raw file cannot be compressed")
         if self.compression.level is not None and not self.is_compressed:
@@ -100,6 +95,8 @@ class _Amounts:
     written_bytes: int
     compressed_bytes: int
     packed_bytes: int
+    target_bytes: int
+    verify_seconds: float | None = None
 
 
 class _Target(Protocol):
@@ -188,8 +185,7 @@ def convert(
         target: the file to make; it appears under this name when it is whole and durable.
         source_format: None tells it by the magic.
         snapshot: id or name of an internal snapshot of the source, to be copied instead of its disk.
-        allow_files: whether the backing files may be opened that the source names, as in `jqcow.open`. What
-            they have is copied too: the target has no backing file.
+        allow_files: whether backing files of the source may be opened, as in `jqcow.open`, and copied too.
         probe: tell formats of backing files that are not stored by their magic.
         target_format: ``raw`` or ``qcow2``.
         cluster_size: of a qcow2 target, in bytes.
@@ -201,27 +197,20 @@ def convert(
         progress: called with the bytes of the disk that are done, and all of them.
 
     Raises:
-        ValueError: a cluster size that no image can have, a compression that the target cannot have, a
-            snapshot of a raw file, or source and target are the same file.
+        ValueError: a cluster size or compression that the target cannot have, a snapshot of a raw file, or
+            source and target are the same file.
         FileExistsError: the target exists.
         FileAccessDenied: the source names a backing file, and that is not allowed.
-        JqcowError: the source cannot be read, one of the files is in use, or the verification found a
-            difference; there is no target then.
-        OSError: the host failed; there is no target then.
+        JqcowError: the source cannot be read, a file is in use, or the verification found a difference.
+        OSError: the host failed. After this, as after a `JqcowError`, there is no new target.
     """
-    form = _Form(target_format, cluster_size, compressed, Compression(compression_type, compression_level))
+    compression = Compression(compression_type, compression_level)
+    form = _Form(target_format, cluster_bits_of(cluster_size), compressed, compression)
     _check_target(source, target, overwrite=overwrite)
     started = time.perf_counter()
     following = Following(allow_files, probe)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as disk:
-        device = FileDevice.create_temporary(target)
-        try:
-            amounts = _copy(disk, device, form, progress)
-            verify_seconds = _verify(disk, device, target_format) if verify else None
-            target_bytes = device.size()
-            device.publish(overwrite)
-        finally:
-            device.close()
+        amounts = _write(disk, target, form, progress, overwrite=overwrite, verify=verify)
         return ConvertReport(
             source=os.fspath(source),
             source_format=disk.layers[0].format,
@@ -229,10 +218,8 @@ def convert(
             target_format=target_format,
             virtual_size=disk.size,
             **dataclasses.asdict(amounts),
-            compression_type=form.compression.type if compressed else None,
-            target_bytes=target_bytes,
-            seconds=time.perf_counter() - started - (verify_seconds or 0),
-            verify_seconds=verify_seconds,
+            compression_type=compression_type if compressed else None,
+            seconds=time.perf_counter() - started - (amounts.verify_seconds or 0),
         )
 
 
@@ -248,12 +235,33 @@ def _check_target(source: str | os.PathLike[str], target: str | os.PathLike[str]
         FileDevice.open(target, writable=True).close()
 
 
+def _write(
+    disk: Disk,
+    target: str | os.PathLike[str],
+    form: _Form,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    verify: bool,
+) -> _Amounts:
+    """Copy a disk into a new file, which gets its name when it is whole, verified and durable."""
+    device = FileDevice.create_temporary(target)
+    try:
+        amounts = _copy(disk, device, form, progress)
+        if verify:
+            amounts = dataclasses.replace(amounts, verify_seconds=_verify(disk, device, form.format))
+        device.publish(overwrite)
+        return amounts
+    finally:
+        device.close()
+
+
 @contextmanager
 def _target(device: FileDevice, disk: Disk, form: _Form) -> Iterator[_Target]:
     if form.format == "raw":
         yield _RawTarget(device, disk.size)
         return
-    builder = ImageBuilder(device, disk.size, form.cluster_size.bit_length() - 1, form.compression.number)
+    builder = ImageBuilder(device, disk.size, form.cluster_bits, form.compression.number)
     if not form.is_compressed:
         yield _ImageTarget(builder)
         return
@@ -280,7 +288,8 @@ def _copy(disk: Disk, device: FileDevice, form: _Form, progress: Progress) -> _A
             progress(offset + length, disk.size)
         target.finish()
         progress(disk.size, disk.size)
-        return _Amounts(read_bytes, written_bytes, target.compressed_bytes, target.packed_bytes)
+        packed = target.compressed_bytes, target.packed_bytes
+        return _Amounts(read_bytes, written_bytes, *packed, device.size())
 
 
 def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from jqcow.checker.tables import layers, nonzero_entries
+from jqcow.checker.tables import layers
 from jqcow.disks.view import FileView, open_view
 from jqcow.engine.scan import Scan
 from jqcow.ondisk import entries, snapshots
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES
+from jqcow.ondisk.layout import table_bytes, table_entries
 from jqcow.ondisk.snapshots import Snapshot
 
 _L1_STEP_BYTES = 1 << 20
@@ -139,12 +139,12 @@ class _Meanings:
         self._view = view
         self._geometry = view.geometry
         cluster_bytes, header = self._geometry.cluster_bytes, view.header
-        l1_bytes = header.l1_size * ENTRY_BYTES
-        table_bytes = header.refcount_table_clusters * cluster_bytes
-        self._l1 = range(header.l1_table_offset, header.l1_table_offset + l1_bytes)
-        self._refcount_table = range(header.refcount_table_offset, header.refcount_table_offset + table_bytes)
-        self._l2_tables = dict(self._pointers(self._l1, entries.OFFSET_MASK))
-        self._refcount_blocks = dict(self._pointers(self._refcount_table, entries.REFCOUNT_TABLE_OFFSET_MASK))
+        self._codec = entries.codec_of(self._geometry)
+        refcount_table_end = header.refcount_table_offset + header.refcount_table_clusters * cluster_bytes
+        self._l1 = range(header.l1_table_offset, header.l1_table_offset + table_bytes(header.l1_size))
+        self._refcount_table = range(header.refcount_table_offset, refcount_table_end)
+        self._l2_tables = dict(self._pointers(self._l1, entries.split_l1))
+        self._refcount_blocks = dict(self._pointers(self._refcount_table, entries.split_refcount_table))
         place, count = header.snapshots_offset, header.nb_snapshots
         table = snapshots.parse_table(view.read, place, count, header=header)
         self._snapshot_table = range(place, place + table.length_bytes)
@@ -162,25 +162,23 @@ class _Meanings:
             if not isinstance(operation, HeaderOperation)
         }
         tables: set[int] = set()
-        spans = [(each.l1_table_offset, each.l1_table_offset + each.l1_size * ENTRY_BYTES) for each in found]
+        spans = [(each.l1_table_offset, each.l1_table_offset + table_bytes(each.l1_size)) for each in found]
         left = _SEARCHED_L1_BYTES
         for first, last, _ in layers(spans):
             for start in range(first, min(last, first + left), _L1_STEP_BYTES):
                 data = self._view.read(min(_L1_STEP_BYTES, last - start), start)
-                offsets = {entry & entries.OFFSET_MASK for _, entry in nonzero_entries(data)}
+                offsets = {entries.split_l1(entry)[0] for _, entry in entries.nonzero_entries(data)}
                 tables |= offsets & changed
                 left -= len(data)
         return tables
 
-    def _pointers(self, table: range, mask: int) -> Iterator[tuple[int, int]]:
-        """Yield (host offset, index) of what a table points to."""
+    def _pointers(self, table: range, split: Callable[[int], tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+        """Yield (host offset, index) of what a table points to; ``split`` tells what its entries say."""
         data = self._view.read(len(table), table.start) if table else b""
-        for position in range(0, len(data), SECTOR_BYTES):
-            sector = data[position : position + SECTOR_BYTES]
-            if any(sector):
-                for index, (entry,) in enumerate(entries.ENTRY.iter_unpack(sector), position // ENTRY_BYTES):
-                    if entry & mask:
-                        yield entry & mask, index
+        for index, entry in entries.nonzero_entries(data):
+            offset = split(entry)[0]
+            if offset:
+                yield offset, index
 
     def describe(self, operation: Operation) -> RecordedOperation:
         """Return an operation with what it means."""
@@ -204,8 +202,8 @@ class _Meanings:
         within = offset % cluster_bytes
         cluster = offset - within
         if cluster in self._l2_tables:
-            first = self._l2_tables[cluster] * self._geometry.l2_entries + within // ENTRY_BYTES
-            return f"L2 table, {self._guest(first, length // ENTRY_BYTES)}"
+            first = self._l2_tables[cluster] * self._codec.per_table + within // self._codec.entry_bytes
+            return f"L2 table, {self._guest(first, length // self._codec.entry_bytes)}"
         if cluster in self._refcount_blocks:
             per_byte = self._geometry.refcounts_per_cluster / cluster_bytes
             index = self._refcount_blocks[cluster] * self._geometry.refcounts_per_cluster
@@ -213,19 +211,19 @@ class _Meanings:
             span = f"{first * cluster_bytes:#x} to {(first + count) * cluster_bytes:#x}"
             return f"refcount block, host range {span}"
         if offset in self._l1:
-            first = (offset - self._l1.start) // ENTRY_BYTES
-            count = min(length // ENTRY_BYTES, self._view.header.l1_size - first)
-            reach = self._geometry.l2_entries
+            first = table_entries(offset - self._l1.start)
+            count = min(table_entries(length), self._view.header.l1_size - first)
+            reach = self._codec.per_table
             return f"L1 table, {self._guest(first * reach, count * reach)}"
         if offset in self._refcount_table:
-            first = (offset - self._refcount_table.start) // ENTRY_BYTES
-            return f"refcount table, entries {first} to {first + length // ENTRY_BYTES - 1}"
+            first = table_entries(offset - self._refcount_table.start)
+            return f"refcount table, entries {first} to {first + table_entries(length) - 1}"
         if offset in self._snapshot_table:
             return f"snapshot table of {self._view.header.nb_snapshots}"
         snapshot = self._snapshot_with_l1_at(offset)
         if snapshot is not None:
-            first = (offset - snapshot.l1_table_offset) // ENTRY_BYTES
-            count = min(length // ENTRY_BYTES, snapshot.l1_size - first)
+            first = table_entries(offset - snapshot.l1_table_offset)
+            count = min(table_entries(length), snapshot.l1_size - first)
             return f"L1 table of snapshot {snapshot.id!r}, entries {first} to {first + count - 1}"
         if cluster in self._snapshot_l2_tables:
             return "L2 table of a snapshot"
@@ -238,7 +236,7 @@ class _Meanings:
             return None
         snapshot = self._snapshot_l1[index]
         within = offset - snapshot.l1_table_offset
-        return snapshot if within < snapshot.l1_size * ENTRY_BYTES else None
+        return snapshot if within < table_bytes(snapshot.l1_size) else None
 
     def _guest(self, first_cluster: int, count: int) -> str:
         """Return a guest range in words, cut at the end of the disk."""

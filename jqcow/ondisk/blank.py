@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.ondisk import layout
+from jqcow.ondisk.compression import COMPRESSION_ZLIB
+from jqcow.ondisk.entries import pack_refcount_table
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header, HeaderArea
-from jqcow.ondisk.layout import ENTRY_BYTES, Geometry
+from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.naming import name_backing_file
+
+DEFAULT_CLUSTER_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ def blank_image(
     cluster_bits: int,
     *,
     refcount_order: int = 4,
-    compression_type: int = 0,
+    compression_type: int = COMPRESSION_ZLIB,
     backing_file: str | None = None,
     backing_format: str | None = None,
 ) -> BlankImage:
@@ -42,40 +46,70 @@ def blank_image(
         ValueError: the disk needs an L1 table larger than 32 MiB, or `name_backing_file` refuses the name.
     """
     geometry = Geometry(cluster_bits, refcount_order)
-    l1_size = geometry.l1_entries_for(size)
-    if l1_size * ENTRY_BYTES > layout.MAX_L1_BYTES:
-        raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
-    l1_clusters = geometry.clusters(l1_size * ENTRY_BYTES)
+    l1_size = new_l1_size(geometry, size)
+    l1_clusters = geometry.clusters(layout.table_bytes(l1_size))
     table_clusters, block_count = refcount_clusters(geometry, 1 + l1_clusters)
     table = geometry.cluster_bytes
     blocks = table + table_clusters * geometry.cluster_bytes
     l1_table = blocks + block_count * geometry.cluster_bytes
-    header = Header(
-        version=3,
-        backing_file_offset=0,
-        backing_file_size=0,
-        cluster_bits=cluster_bits,
-        size=size,
-        crypt_method=0,
-        l1_size=l1_size,
+    header = new_header(
+        geometry,
+        size,
         l1_table_offset=l1_table,
         refcount_table_offset=table,
         refcount_table_clusters=table_clusters,
-        nb_snapshots=0,
-        snapshots_offset=0,
-        incompatible_features=INCOMPATIBLE_COMPRESSION if compression_type else 0,
-        refcount_order=refcount_order,
-        header_length=CREATED_HEADER_BYTES,
         compression_type=compression_type,
     )
     area = HeaderArea(header, (), header.pack())
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
     used = 1 + table_clusters + block_count + l1_clusters
-    offsets = [blocks + index * geometry.cluster_bytes for index in range(block_count)]
-    entries = b"".join(offset.to_bytes(ENTRY_BYTES, "big") for offset in offsets)
-    parts = ((0, area.data), (table, entries), (blocks, _refcounts(geometry, used)))
+    refcount_table = pack_refcount_table(geometry, blocks, block_count)
+    parts = ((0, area.data), (table, refcount_table), (blocks, _refcounts(geometry, used)))
     return BlankImage(parts, used * geometry.cluster_bytes)
+
+
+def new_l1_size(geometry: Geometry, size: int) -> int:
+    """Return how many L1 entries a new image of a disk of ``size`` bytes has.
+
+    Raises:
+        ValueError: the disk needs an L1 table larger than 32 MiB.
+    """
+    l1_size = geometry.l1_entries_for(size)
+    if l1_size > layout.MAX_L1_ENTRIES:
+        raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
+    return l1_size
+
+
+def new_header(
+    geometry: Geometry,
+    size: int,
+    *,
+    l1_table_offset: int,
+    refcount_table_offset: int,
+    refcount_table_clusters: int,
+    compression_type: int,
+) -> Header:
+    """Return the header of a new version 3 image of a disk of ``size`` bytes."""
+    return Header(
+        version=3,
+        backing_file_offset=0,
+        backing_file_size=0,
+        cluster_bits=geometry.cluster_bits,
+        size=size,
+        crypt_method=0,
+        l1_size=geometry.l1_entries_for(size),
+        l1_table_offset=l1_table_offset,
+        refcount_table_offset=refcount_table_offset,
+        refcount_table_clusters=refcount_table_clusters,
+        nb_snapshots=0,
+        snapshots_offset=0,
+        # The bit is set where the type is not zlib, and only there (specification, "Incompatible features").
+        incompatible_features=INCOMPATIBLE_COMPRESSION if compression_type != COMPRESSION_ZLIB else 0,
+        refcount_order=geometry.refcount_order,
+        header_length=CREATED_HEADER_BYTES,
+        compression_type=compression_type,
+    )
 
 
 def cluster_bits_of(cluster_size: int) -> int:
@@ -110,7 +144,7 @@ def refcount_clusters(geometry: Geometry, other_clusters: int) -> tuple[int, int
     while True:
         used = other_clusters + table_clusters + blocks
         needed_blocks = -(-used // geometry.refcounts_per_cluster)
-        needed_table = geometry.clusters(needed_blocks * ENTRY_BYTES)
+        needed_table = geometry.clusters(layout.table_bytes(needed_blocks))
         if (needed_table, needed_blocks) == (table_clusters, blocks):
             return table_clusters, blocks
         table_clusters, blocks = max(needed_table, table_clusters), max(needed_blocks, blocks)

@@ -32,10 +32,11 @@ Refcount table entry::
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jqcow import _native
-from jqcow.ondisk.layout import MAX_HOST_OFFSET, SECTOR_BYTES, Geometry, HostOffset
+from jqcow.ondisk.layout import ENTRY_BYTES, MAX_HOST_OFFSET, SECTOR_BYTES, Geometry, HostOffset
 
 UNALLOCATED = _native.UNALLOCATED
 ZERO_CLUSTER = _native.ZERO
@@ -53,6 +54,9 @@ ZERO = 1
 L1_RESERVED = 0x7F00_0000_0000_01FF
 L2_RESERVED = 0x3F00_0000_0000_01FE
 REFCOUNT_TABLE_RESERVED = 0x1FF
+
+_GROUP = struct.Struct(f">{SECTOR_BYTES // ENTRY_BYTES}Q")
+_ZERO_GROUP = bytes(SECTOR_BYTES)
 
 
 def l1_entry(l2_table_offset: int, *, copied: bool = True) -> int:
@@ -138,6 +142,28 @@ class L2Run(NamedTuple):
     length: int
 
 
+class FoundEntry(NamedTuple):
+    """An L2 entry that is not zero as it stands, whether or not an image can have it.
+
+    Attributes:
+        position: index in its table.
+        raw: the entry itself, to be shown to people.
+        kind: UNALLOCATED, ZERO_CLUSTER, DATA or COMPRESSED_CLUSTER.
+        host: as in `L2Entry`, aligned or not.
+        copied: the COPIED flag.
+        length: as in `L2Entry`.
+        has_reserved: reserved bits are set. The zero flag is none of them, but version 2 does not have it.
+    """
+
+    position: int
+    raw: int
+    kind: int
+    host: int
+    copied: bool
+    length: int
+    has_reserved: bool
+
+
 NO_ENTRY = L2Entry(UNALLOCATED)
 ZERO_ENTRY = L2Entry(ZERO_CLUSTER)
 
@@ -216,6 +242,21 @@ class StandardL2:
         for position in range(index, index + count):
             self.decode(buffer, position)
 
+    def found(self, table: bytes) -> Iterator[FoundEntry]:
+        """Yield the entries of a whole table that are not zero, in order; none is refused."""
+        # The constructor of a named tuple would take half the time of this walk over millions of entries.
+        make, mask, special = tuple.__new__, OFFSET_MASK, COMPRESSED | ZERO | L2_RESERVED
+        for position, entry in _nonzero_words(table):
+            host, copied = entry & mask, entry >= COPIED
+            if host and not entry & special:
+                yield make(FoundEntry, (position, entry, DATA, host, copied, 0, False))
+            elif entry & COMPRESSED:
+                first, length = compressed_extent(entry, self._cluster_bits)
+                yield make(FoundEntry, (position, entry, COMPRESSED_CLUSTER, first, copied, length, False))
+            else:
+                kind = ZERO_CLUSTER if entry & ZERO else DATA if host else UNALLOCATED
+                yield make(FoundEntry, (position, entry, kind, host, copied, 0, entry & L2_RESERVED != 0))
+
     def hosts(self, entry: L2Entry) -> range:
         """Return the indices of the host clusters that an entry refers to."""
         if not entry.host:
@@ -255,3 +296,55 @@ def decode_refcount_table(entry: int, geometry: Geometry) -> HostOffset:
     if entry & REFCOUNT_TABLE_RESERVED or offset % geometry.cluster_bytes or offset >= MAX_HOST_OFFSET:
         raise DamagedEntry(f"entry {entry:#x} is not valid")
     return HostOffset(offset)
+
+
+# Tables of pointers, L1 and refcount table, as they stand: a checker tells what it finds and goes on.
+
+
+def nonzero_entries(table: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (index, entry) of the entries of an L1 or refcount table that are not zero.
+
+    What they say, `split_l1` and `split_refcount_table` tell.
+    """
+    return _nonzero_words(table)
+
+
+def split_l1(entry: int) -> tuple[int, bool, bool]:
+    """Return what an L1 entry says, allowed or not: (host offset, COPIED flag, has reserved bits set)."""
+    return entry & OFFSET_MASK, entry >= COPIED, entry & L1_RESERVED != 0
+
+
+def split_refcount_table(entry: int) -> tuple[int, bool]:
+    """Return what a refcount table entry says, allowed or not: (host offset, has reserved bits set)."""
+    return entry & REFCOUNT_TABLE_OFFSET_MASK, entry & REFCOUNT_TABLE_RESERVED != 0
+
+
+def entry_at(table: bytes | bytearray, index: int) -> int:
+    """Return an entry of an L1 or refcount table."""
+    entry: int = ENTRY.unpack_from(table, index * ENTRY_BYTES)[0]
+    return entry
+
+
+def put_l1(table: bytearray, index: int, l2_table_offset: int) -> None:
+    """Write the L1 entry of an L2 table that has one owner."""
+    ENTRY.pack_into(table, index * ENTRY_BYTES, l1_entry(l2_table_offset))
+
+
+def pack_refcount_table(geometry: Geometry, first_block: int, block_count: int) -> bytes:
+    """Return the entries of refcount blocks that follow each other from host offset ``first_block`` on."""
+    return b"".join(ENTRY.pack(first_block + index * geometry.cluster_bytes) for index in range(block_count))
+
+
+def _nonzero_words(table: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (index, word) of the 8-byte words that are not zero; most of a table often is."""
+    whole = len(table) - len(table) % SECTOR_BYTES
+    for position in range(0, whole, SECTOR_BYTES):
+        group = table[position : position + SECTOR_BYTES]
+        if group != _ZERO_GROUP:
+            for index, word in enumerate(_GROUP.unpack(group), position // ENTRY_BYTES):
+                if word:
+                    yield index, word
+    for index in range(whole // ENTRY_BYTES, len(table) // ENTRY_BYTES):
+        word = entry_at(table, index)
+        if word:
+            yield index, word

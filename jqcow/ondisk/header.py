@@ -165,7 +165,7 @@ class Header:
             raise FormatError(f"header_length {self.header_length} exceeds the first cluster")
         if self.size >= 1 << 63:
             raise FormatError(f"a disk of {self.size} bytes is too large")
-        if self.l1_size * layout.ENTRY_BYTES > layout.MAX_L1_BYTES:
+        if self.l1_size > layout.MAX_L1_ENTRIES:
             raise FormatError(f"an L1 table of {self.l1_size} entries is too large")
         if not 0 < self.refcount_table_clusters <= layout.MAX_REFCOUNT_TABLE_BYTES // cluster_bytes + 1:
             raise FormatError(f"refcount_table_clusters {self.refcount_table_clusters} is out of bounds")

@@ -37,6 +37,7 @@ MAX_HOST_OFFSET = 1 << 56
 """Host offsets end at bit 55 (qcow2 specification, L2 table entry)."""
 
 MAX_L1_BYTES = 32 << 20
+MAX_L1_ENTRIES = MAX_L1_BYTES // ENTRY_BYTES
 MAX_REFCOUNT_ORDER = 6
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 """The largest tables that QEMU opens; jqcow keeps to the same limits (they also bound memory)."""
@@ -45,6 +46,16 @@ MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 def round_up(value: int, unit: int) -> int:
     """Return the smallest multiple of ``unit`` that is at least ``value``."""
     return -(-value // unit) * unit
+
+
+def table_bytes(entry_count: int) -> int:
+    """Return the bytes that ``entry_count`` entries of an L1 or refcount table take."""
+    return entry_count * ENTRY_BYTES
+
+
+def table_entries(length_bytes: int) -> int:
+    """Return how many whole entries of an L1 or refcount table ``length_bytes`` hold."""
+    return length_bytes // ENTRY_BYTES
 
 
 @dataclass(frozen=True)

@@ -110,11 +110,16 @@ class JournalRange:
         version, flags, offset, length, salt, reserved = JOURNAL_STRUCT.unpack(data)
         if version != JOURNAL_VERSION or flags or any(reserved):
             raise UnsupportedFeatureError(f"jqcow journal version {version}, flags {flags:#x}")
-        if not MIN_JOURNAL_BYTES <= length <= MAX_JOURNAL_BYTES or length % (2 * JOURNAL_ALIGNMENT):
+        if not is_journal_length(length):
             raise CorruptionError("journal extension", 0, f"a journal of {length} bytes")
         if offset % JOURNAL_ALIGNMENT or not 0 < offset <= layout.MAX_HOST_OFFSET - length:
             raise CorruptionError("journal extension", 0, f"a journal at host offset {offset:#x}")
         return cls(offset, length, salt)
+
+
+def is_journal_length(length: int) -> bool:
+    """Return whether a journal can have this many bytes: two aligned halves, within the bounds."""
+    return MIN_JOURNAL_BYTES <= length <= MAX_JOURNAL_BYTES and length % (2 * JOURNAL_ALIGNMENT) == 0
 
 
 def check_room(header: Header, used_bytes: int) -> None:

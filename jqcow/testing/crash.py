@@ -27,7 +27,7 @@ DIGEST_BYTES = 16
 GarbageRule = Callable[[int, int], bool]
 """``rule(offset, length)``: may a torn write of this range leave garbage in the 4 KiB blocks under it?"""
 
-_MASK = (1 << (8 * DIGEST_BYTES)) - 1
+_MASK = 256**DIGEST_BYTES - 1
 _DUPLICATES_IN_A_ROW = 256
 """So many repeated states in a row, and the random families count as used up."""
 

@@ -6,7 +6,7 @@ import argparse
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -480,7 +480,9 @@ def test_wrong_arguments_exit_with_1(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", [main.main, recover.main])
-def test_version_tells_which_kernels_serve(command: common.Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_tells_which_kernels_serve(
+    command: Callable[[Sequence[str] | None], int], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         command(["--version"])
     assert left.value.code == 0

@@ -1,4 +1,4 @@
-"""The compressed cluster descriptor: what QEMU writes is understood, and what is packed comes back."""
+"""Table entries: what QEMU writes is understood, what is packed comes back, and nothing found is refused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jqcow.ondisk.entries import COMPRESSED, COPIED, compressed_entry, compressed_extent
-from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MIN_CLUSTER_BITS
+from jqcow.ondisk import entries
+from jqcow.ondisk.entries import (
+    COMPRESSED,
+    COPIED,
+    ENTRY,
+    DamagedEntry,
+    FoundEntry,
+    codec_of,
+    compressed_entry,
+    compressed_extent,
+)
+from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MIN_CLUSTER_BITS, Geometry
 from tests.support.patients import Patient, make_image
 
 CLUSTER_BITS = st.integers(MIN_CLUSTER_BITS, MAX_CLUSTER_BITS)
@@ -77,3 +87,66 @@ def test_entries_that_qemu_wrote(tmp_path: Path, cluster_bytes: int) -> None:
         assert last_end - 512 < offset
         last_end = offset + length
         assert compressed_entry(offset, length, patient.header.cluster_bits) == entry
+
+
+# As they stand
+
+
+@pytest.mark.parametrize(
+    ("raw", "found"),
+    [
+        (COPIED | 0x50000, FoundEntry(3, COPIED | 0x50000, entries.DATA, 0x50000, True, 0, False)),
+        (0x50200, FoundEntry(3, 0x50200, entries.DATA, 0x50200, False, 0, False)),
+        (1 << 60 | 0x50000, FoundEntry(3, 1 << 60 | 0x50000, entries.DATA, 0x50000, False, 0, True)),
+        (0x50001, FoundEntry(3, 0x50001, entries.ZERO_CLUSTER, 0x50000, False, 0, False)),
+        (1, FoundEntry(3, 1, entries.ZERO_CLUSTER, 0, False, 0, False)),
+        (COPIED | 2, FoundEntry(3, COPIED | 2, entries.UNALLOCATED, 0, True, 0, True)),
+        (
+            COPIED | COMPRESSED | 0x50001,
+            FoundEntry(
+                3, COPIED | COMPRESSED | 0x50001, entries.COMPRESSED_CLUSTER, 0x50001, True, 511, False
+            ),
+        ),
+    ],
+)
+def test_an_l2_entry_is_told_whatever_it_says(raw: int, found: FoundEntry) -> None:
+    table = b"".join(map(ENTRY.pack, (0, 0, 0, raw, *[0] * 8188)))
+    assert list(codec_of(Geometry(16)).found(table)) == [found]
+
+
+@given(raw=st.integers(1, 2**64 - 1), cluster_bits=CLUSTER_BITS)
+def test_what_is_found_is_what_is_decoded(raw: int, cluster_bits: int) -> None:
+    codec = codec_of(Geometry(cluster_bits))
+    (found,) = codec.found(ENTRY.pack(raw))
+    assert (found.position, found.raw) == (0, raw)
+    try:
+        decoded = codec.decode(ENTRY.pack(raw), 0)
+    except DamagedEntry:
+        assert found.has_reserved or (found.copied and found.kind == entries.COMPRESSED_CLUSTER)
+    else:
+        assert not found.has_reserved
+        assert (found.kind, found.host, found.copied, found.length) == decoded
+
+
+@given(raw=st.integers(0, 2**64 - 1))
+def test_what_a_pointer_says_is_what_is_decoded(raw: int) -> None:
+    host, copied, has_reserved = entries.split_l1(raw)
+    try:
+        assert entries.decode_l1(raw) == (host, copied)
+    except DamagedEntry:
+        assert has_reserved or (copied and not host)
+    geometry = Geometry(MIN_CLUSTER_BITS)
+    host, has_reserved = entries.split_refcount_table(raw)
+    try:
+        assert entries.decode_refcount_table(raw, geometry) == host
+    except DamagedEntry:
+        assert has_reserved or host >= MAX_HOST_OFFSET
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 64, 65, 200])
+def test_entries_that_are_not_zero(length: int) -> None:
+    words = [index % 3 and index + 1 for index in range(length)]
+    words[64:128] = [0] * len(words[64:128])
+    table = b"".join(map(ENTRY.pack, words))
+    assert list(entries.nonzero_entries(table)) == [(at, word) for at, word in enumerate(words) if word]
+    assert [entries.entry_at(table, index) for index in range(length)] == words

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from jqcow.ondisk import entries
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "jqcow"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 MODULE_LINES_MAX = 600
-FUNCTION_LINES_MAX = 70
+FUNCTION_LINES_MAX = 60
 CLASS_METHODS_MAX = 25
 MANY_METHODS = {"Image", "CrashSpace", "SimulatedDevice"}
 """The public face, which only delegates, and the laboratory's device and states."""
@@ -28,6 +30,17 @@ FILE_CALLS = {
 # engine.py puts the parts together: what opening makes of each case is tried there.
 UNIT_FILES = {"engine": "test_recovery_cases.py"}
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "sys.argv"}
+
+# What a table entry looks like: its size, and its bits.
+ENTRY_SIZES = {"ENTRY", "ENTRY_BYTES"}
+ENTRY_BITS = {
+    "COMPRESSED", "COPIED", "L1_RESERVED", "L2_RESERVED", "OFFSET_MASK", "REFCOUNT_TABLE_OFFSET_MASK",
+    "REFCOUNT_TABLE_RESERVED", "ZERO",
+}  # fmt: skip
+MASKS = {value for name in ENTRY_BITS if (value := getattr(entries, name)) > 1}
+PLACES_ENTRIES = {"allocation.py", "blocks.py", "mapping.py", "refcounts.py", "snapshots.py"}
+"""Modules of the engine that still know how long an entry of an L1 or refcount table is."""
+
 LINE_NUMBER = re.compile(r"\.(?:py|c|h):\d+|\blines? \d+", re.IGNORECASE)
 
 
@@ -53,6 +66,42 @@ def dotted_uses(tree: ast.Module, module: str) -> Iterator[tuple[str, int]]:
             yield f"{module}.{node.attr}", node.lineno
         elif isinstance(node, ast.ImportFrom) and node.module == module:
             yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def folded(node: ast.AST) -> int | None:
+    """Return the value of a number, also of one like ``1 << 63`` or ``~511``."""
+    match node:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.BinOp(
+            left=ast.Constant(value=int(left)), op=ast.LShift(), right=ast.Constant(value=int(right))
+        ):
+            return left << right
+        case ast.UnaryOp(op=ast.Invert(), operand=ast.Constant(value=int(value))):
+            return ~value
+    return None
+
+
+def entry_layout(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield what a module knows of the size and the bits of table entries, each with its line."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="entries" | "layout"), attr=name):
+                if name in ENTRY_SIZES | ENTRY_BITS:
+                    yield name, node.lineno
+            case ast.ImportFrom(module=str(module)) if module.startswith("jqcow.ondisk"):
+                known = (alias.name for alias in node.names if alias.name in ENTRY_SIZES | ENTRY_BITS)
+                yield from ((name, node.lineno) for name in known)
+            case ast.Import(names=names) if any(alias.name == "struct" for alias in names):
+                yield "struct", node.lineno
+            case ast.Constant(value=int(value)) if value in MASKS and value > 1 << 48:
+                yield f"{value:#x}", node.lineno
+            case ast.BinOp(left=left, op=ast.BitAnd() | ast.BitOr(), right=right):
+                masks = {folded(left), folded(right)} & (MASKS | {~0x1FF})
+                yield from ((f"{mask:#x}", node.lineno) for mask in masks if mask is not None)
+            case ast.BinOp(left=left, op=ast.Mult() | ast.FloorDiv() | ast.Mod(), right=right):
+                if 8 in (folded(left), folded(right)):
+                    yield "8", node.lineno
 
 
 def function_length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -119,6 +168,37 @@ def test_only_the_commands_read_arguments_and_environment(path: Path) -> None:
     tree = parse(path)
     uses = [use for module in ("os", "sys") for use in dotted_uses(tree, module) if use[0] in ENVIRONMENT]
     assert not uses
+
+
+@pytest.mark.parametrize("path", modules_outside("ondisk", "_native"), ids=name_of)
+def test_only_the_codec_knows_what_an_entry_looks_like(path: Path) -> None:
+    allowed = {"struct"} if path.parent.name == "device" else set()
+    if path.parent.name == "engine" and path.name in PLACES_ENTRIES:
+        allowed = ENTRY_SIZES
+    assert not [use for use in entry_layout(parse(path)) if use[0] not in allowed]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from jqcow.ondisk.layout import ENTRY_BYTES, Geometry",
+        "from jqcow.ondisk.entries import OFFSET_MASK as M",
+        "layout.ENTRY_BYTES * index",
+        "host = entry & entries.OFFSET_MASK",
+        "host = entry & 0x00FF_FFFF_FFFF_FE00",
+        "MASK = 0x00FF_FFFF_FFFF_FE00",
+        "copied = bool(entry & 1 << 63)",
+        "entry = host | 1 << 63",
+        "host = entry & ~511",
+        "reserved = entry & 0x1FF",
+        "place = table + index * 8",
+        "index = 8 * position",
+        "index = (place - table) // 8",
+        "import struct",
+    ],
+)
+def test_what_an_entry_looks_like_is_recognised(code: str) -> None:
+    assert list(entry_layout(ast.parse(code)))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
