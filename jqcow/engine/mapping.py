@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jqcow import _native
 from jqcow.engine.metadata import View
-from jqcow.engine.refcounts import TABLE_ENTRY_ORDER, Allocation
+from jqcow.engine.refcounts import Allocation
 from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout
@@ -28,7 +27,7 @@ from jqcow.ondisk.entries import (
     codec_of,
 )
 from jqcow.ondisk.header import Header
-from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
+from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset, HostOffset, entry_place
 
 
 class MappedRun(NamedTuple):
@@ -112,13 +111,13 @@ class Mapping:
             offset, entry_count, _ = l1
         if l1_index >= entry_count:
             return HostOffset(0)
-        place = HostOffset(offset + l1_index * ENTRY_BYTES)
+        l1_offset = HostOffset(offset)
         try:
-            table, _ = entries.decode_l1(self.view.entry(place))
+            table, _ = entries.decode_l1(self.view.entry(l1_offset, l1_index))
         except DamagedEntry as error:
-            raise CorruptionError("L1 table", place, str(error)) from error
+            raise CorruptionError("L1 table", entry_place(l1_offset, l1_index), str(error)) from error
         if table:
-            self._check_host("L1 table", place, table, 1)
+            self._check_host("L1 table", entry_place(l1_offset, l1_index), table, 1)
         return table
 
     def l2_tables(self, l1_index: int, l1: L1Table | None = None) -> Iterator[tuple[int, HostOffset]]:
@@ -132,8 +131,8 @@ class Mapping:
 
     def l1_is_copied(self, l1_index: int) -> bool:
         """Return the COPIED flag of an entry of the active L1 table."""
-        place = HostOffset(self.view.header.l1_table_offset + l1_index * ENTRY_BYTES)
-        return entries.decode_l1(self.view.entry(place))[1]
+        l1_offset = HostOffset(self.view.header.l1_table_offset)
+        return entries.decode_l1(self.view.entry(l1_offset, l1_index))[1]
 
     def run(self, offset: GuestOffset, length: int) -> MappedRun:
         """Return the first run of one kind at guest ``offset``: at most ``length`` bytes, within one block.
@@ -180,8 +179,8 @@ class Mapping:
         limit = min(self.geometry.entries_per_block, position + l1.entry_count - l1_index)
         if limit <= position:
             return 1
-        block = self.view.block(HostOffset(l1.offset + (l1_index - position) * ENTRY_BYTES))
-        present = _native.refcount_find_used(block, TABLE_ENTRY_ORDER, position, limit)
+        block = self.view.block(entry_place(l1.offset, l1_index - position))
+        present = entries.first_present(block, position, limit)
         return (limit if present < 0 else present) - position
 
     def runs(self, offset: GuestOffset, length: int) -> Iterator[MappedRun]:
@@ -301,7 +300,7 @@ class MappingEditor(Mapping):
             self.grow_l1(l1_index + 1)
         own = self.refcounts.allocate_metadata()
         if table:
-            self.copy_table(table, own, self._cluster_bytes)
+            self.view.copy_table(table, own, self._cluster_bytes)
             self.refcounts.release_metadata(self.geometry.cluster_of(table))
         self.set_l1_entry(l1_index, own, copied=True)
         return own
@@ -311,23 +310,18 @@ class MappingEditor(Mapping):
 
     def set_l1_entry(self, l1_index: int, table: HostOffset, *, copied: bool) -> None:
         """Stage an L1 entry; ``table`` 0 for none."""
-        place = HostOffset(self.view.header.l1_table_offset + l1_index * ENTRY_BYTES)
-        self.view.set_entry(place, entries.l1_entry(table, copied=copied) if table else 0)
-
-    def copy_table(self, source: HostOffset, target: HostOffset, length: int) -> None:
-        """Stage a copy of ``length`` bytes of a table in new, zeroed metadata clusters."""
-        for position in range(0, length, self.geometry.block_bytes):
-            used = min(self.geometry.block_bytes, length - position)
-            old = self.view.block(HostOffset(source + position))[:used]
-            if not _native.is_zero(old):
-                self.view.edit(HostOffset(target + position))[:used] = old
+        l1_offset = HostOffset(self.view.header.l1_table_offset)
+        self.view.set_entry(l1_offset, l1_index, entries.l1_entry(table, copied=copied) if table else 0)
 
     def drop_l2_table(self, l1_index: int) -> None:
         """Stage an L1 entry without an L2 table, and give up the table and all that it maps."""
-        table = self.l2_table(l1_index)
+        self.release_l2_table(self.l2_table(l1_index))
+        self.set_l1_entry(l1_index, HostOffset(0), copied=False)
+
+    def release_l2_table(self, table: HostOffset) -> None:
+        """Give up one reference to an L2 table and to all that it maps."""
         for start, count in self.references(table):
             self.refcounts.release(start, count)
-        self.set_l1_entry(l1_index, HostOffset(0), copied=False)
         self.refcounts.release_metadata(self.geometry.cluster_of(table))
 
     def grow_l1(self, l1_size: int) -> None:
@@ -335,11 +329,19 @@ class MappingEditor(Mapping):
         header = self.view.header
         if l1_size <= header.l1_size:
             return
-        if l1_size * ENTRY_BYTES > layout.MAX_L1_BYTES:
+        if l1_size > layout.MAX_L1_ENTRIES:
             raise UnsupportedFeatureError("an L1 table of more than 32 MiB")
         old = HostOffset(header.l1_table_offset)
-        offset = self.refcounts.allocate_metadata(self.geometry.clusters(l1_size * ENTRY_BYTES))
-        self.copy_table(old, offset, header.l1_size * ENTRY_BYTES)
+        old_bytes = layout.table_bytes(header.l1_size)
+        offset = self.copy_l1(old, old_bytes, l1_size)
         self.view.set_header(l1_table_offset=offset, l1_size=l1_size)
-        old_clusters = self.geometry.clusters(header.l1_size * ENTRY_BYTES)
-        self.refcounts.release_metadata(self.geometry.cluster_of(old), old_clusters)
+        self.refcounts.release_metadata(self.geometry.cluster_of(old), self.geometry.clusters(old_bytes))
+
+    def copy_l1(self, source: HostOffset, length_bytes: int, entry_count: int) -> HostOffset:
+        """Copy an L1 table to new clusters for so many entries; return their host offset, 0 for none."""
+        if not entry_count:
+            return HostOffset(0)
+        clusters = self.geometry.clusters(layout.table_bytes(entry_count))
+        offset = self.refcounts.allocate_metadata(clusters)
+        self.view.copy_table(source, offset, length_bytes)
+        return offset

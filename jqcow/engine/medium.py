@@ -3,8 +3,8 @@
 M1. A barrier that failed is final: it is not tried again, and no change reaches the device after it.
 M2. The file is made longer with the lock held, and only to the frontier, behind which nothing is written:
     growing cuts nothing off that another thread writes.
-M3. What was changed while a barrier ran is not covered by it. Barriers are numbered as they start, and one
-    may start while another runs: what was changed when ``barriers_started`` was n is covered by each above n.
+M3. What was changed while a barrier ran is not covered by it. Barriers are numbered as they start: what was
+    changed when ``barriers_started`` was n is covered by each above n.
 M4. The device gets one barrier at a time, and none after one that failed.
 M6. A section that changes the state in memory marks it in doubt at its start and as good at its end. What
     finds it in doubt raises PoisonedError: opening the image again recovers it.

@@ -27,12 +27,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
+from jqcow import _native
 from jqcow.engine.clusters import Run
 from jqcow.engine.medium import Medium
-from jqcow.ondisk.entries import ENTRY
+from jqcow.ondisk import entries
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import Header, HeaderArea
-from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
+from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset, entry_place
 
 Block = bytes | bytearray
 
@@ -353,6 +354,7 @@ class View:
         self.blocks = blocks
         self.geometry = blocks.geometry
         self.staged = staged
+        self._entries_per_block = blocks.geometry.entries_per_block
 
     @property
     def changes(self) -> ChangeSet:
@@ -388,11 +390,11 @@ class View:
     def _absent(self, offset: HostOffset) -> Block:
         return self.blocks.load(offset)
 
-    def entry(self, offset: HostOffset) -> int:
-        """Return the 8-byte table entry at host ``offset``."""
-        within = offset % self.geometry.block_bytes
-        value: int = ENTRY.unpack_from(self.block(HostOffset(offset - within)), within)[0]
-        return value
+    def entry(self, table: HostOffset, index: int) -> int:
+        """Return an entry of the L1 table or the refcount table at ``table``."""
+        position = index % self._entries_per_block
+        start = table if position == index else entry_place(table, index - position)
+        return entries.entry_at(self.block(start), position)
 
     def read(self, offset: HostOffset, length: int) -> bytes:
         """Return ``length`` bytes of metadata from host ``offset``."""
@@ -419,10 +421,18 @@ class View:
         staged = self.changes.editable(offset)
         return self.changes.edit(offset, self.block(offset)) if staged is None else staged
 
-    def set_entry(self, offset: HostOffset, value: int) -> None:
-        """Stage the 8-byte table entry at host ``offset``."""
-        within = offset % self.geometry.block_bytes
-        ENTRY.pack_into(self.edit(HostOffset(offset - within)), within, value)
+    def set_entry(self, table: HostOffset, index: int, entry: int) -> None:
+        """Stage an entry of the L1 table or the refcount table at ``table``."""
+        position = index % self.geometry.entries_per_block
+        entries.put_entry(self.edit(entry_place(table, index - position)), position, entry)
+
+    def copy_table(self, source: HostOffset, target: HostOffset, length_bytes: int) -> None:
+        """Stage a copy of a table in new, zeroed metadata clusters."""
+        for position in range(0, length_bytes, self.geometry.block_bytes):
+            used = min(self.geometry.block_bytes, length_bytes - position)
+            old = self.block(HostOffset(source + position))[:used]
+            if not _native.is_zero(old):
+                self.edit(HostOffset(target + position))[:used] = old
 
     def set_header(self, **fields: int) -> None:
         """Stage other values of the header's fixed fields."""

@@ -18,12 +18,10 @@ from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.engine.metadata import View
 from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
-from jqcow.ondisk import layout
-from jqcow.ondisk.entries import DamagedEntry, decode_refcount_table
-from jqcow.ondisk.layout import ENTRY_BYTES, SECTOR_BYTES, ClusterIndex, HostOffset
-
-TABLE_ENTRY_ORDER = 6
-"""A table entry is as wide as a refcount of this order."""
+from jqcow.ondisk import entries, layout
+from jqcow.ondisk.entries import DamagedEntry
+from jqcow.ondisk.header import Header
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, HostOffset, entry_place
 
 SCAN_BLOCKS_PER_TAKE = 16
 """Refcount blocks searched for free clusters before the file grows instead."""
@@ -46,6 +44,9 @@ class Refcounts:
         self.space = space
         self.geometry = view.geometry
         self._order = view.geometry.refcount_order
+        self._header: Header | None = None
+        """The header that `table_entries` was worked out from."""
+        self._table_entries = 0
 
     @property
     def largest(self) -> int:
@@ -55,7 +56,11 @@ class Refcounts:
     @property
     def table_entries(self) -> int:
         """Entries in the refcount table."""
-        return self.view.header.refcount_table_clusters * self.geometry.cluster_bytes // ENTRY_BYTES
+        header = self.view.header
+        if header is not self._header:
+            length_bytes = header.refcount_table_clusters * self.geometry.cluster_bytes
+            self._header, self._table_entries = header, layout.table_entries(length_bytes)
+        return self._table_entries
 
     def refcount_block(self, index: int) -> HostOffset:
         """Return the host offset of the refcount block ``index``, 0 where all its refcounts are 0.
@@ -63,14 +68,13 @@ class Refcounts:
         Raises:
             CorruptionError: the refcount table entry is not one that an image can have.
         """
-        header = self.view.header
-        if index * ENTRY_BYTES >= header.refcount_table_clusters * self.geometry.cluster_bytes:
+        if index >= self.table_entries:
             return HostOffset(0)
-        place = HostOffset(header.refcount_table_offset + index * ENTRY_BYTES)
+        table = HostOffset(self.view.header.refcount_table_offset)
         try:
-            return decode_refcount_table(self.view.entry(place), self.geometry)
+            return entries.decode_refcount_table(self.view.entry(table, index), self.geometry)
         except DamagedEntry as error:
-            raise CorruptionError("refcount table", place, str(error)) from error
+            raise CorruptionError("refcount table", entry_place(table, index), str(error)) from error
 
     def get(self, cluster: ClusterIndex) -> int:
         """Return the refcount of a host cluster, staged changes included."""
@@ -110,10 +114,9 @@ class Refcounts:
 
     def blocks_from_top(self) -> Iterator[tuple[int, HostOffset]]:
         """Yield (index, host offset) of all refcount blocks, highest index first."""
-        table, per_block = self.view.header.refcount_table_offset, self.geometry.entries_per_block
-        for base in reversed(range(0, self.table_entries, per_block)):
-            entries = self.view.block(HostOffset(table + base * ENTRY_BYTES))
-            for position in range(_native.refcount_last_used(entries, TABLE_ENTRY_ORDER), -1, -1):
+        table = HostOffset(self.view.header.refcount_table_offset)
+        for base in reversed(range(0, self.table_entries, self.geometry.entries_per_block)):
+            for position in range(entries.last_present(self.view.block(entry_place(table, base))), -1, -1):
                 block = self.refcount_block(base + position)
                 if block:
                     yield base + position, block
@@ -264,8 +267,8 @@ class Allocation(Refcounts):
             if self.refcount_block(index):
                 return
         run = self._take_home(1)
-        table = self.view.header.refcount_table_offset
-        self.view.set_entry(HostOffset(table + index * ENTRY_BYTES), self.geometry.offset_of(run.start))
+        table = HostOffset(self.view.header.refcount_table_offset)
+        self.view.set_entry(table, index, self.geometry.offset_of(run.start))
         self._raise(run)
 
     def _grow_table(self, index: int) -> None:
@@ -275,23 +278,20 @@ class Allocation(Refcounts):
         clusters = self._table_clusters_for(max(index + 1, old_entries * 3 // 2))
         run = self._take_home(clusters)
         offset = self.geometry.offset_of(run.start)
-        for position in range(0, old_entries * ENTRY_BYTES, self.geometry.block_bytes):
-            old = self.view.block(HostOffset(header.refcount_table_offset + position))
-            if not _native.is_zero(old):
-                self.view.edit(HostOffset(offset + position))[:] = old
+        old = HostOffset(header.refcount_table_offset)
+        self.view.copy_table(old, offset, layout.table_bytes(old_entries))
         self.view.set_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
         self._raise(run)
-        first_old = self.geometry.cluster_of(HostOffset(header.refcount_table_offset))
-        self.release_metadata(first_old, header.refcount_table_clusters)
+        self.release_metadata(self.geometry.cluster_of(old), header.refcount_table_clusters)
 
-    def _table_clusters_for(self, entries: int) -> int:
+    def _table_clusters_for(self, entry_count: int) -> int:
         """Return how many clusters a new table at the frontier needs, to count itself and its blocks too."""
         geometry = self.geometry
-        clusters = geometry.clusters(entries * ENTRY_BYTES)
+        clusters = geometry.clusters(layout.table_bytes(entry_count))
         while True:
             new_blocks = clusters // geometry.refcounts_per_cluster + 2
             last_block = (self.space.frontier + clusters + new_blocks) // geometry.refcounts_per_cluster
-            if clusters * geometry.cluster_bytes // ENTRY_BYTES > last_block:
+            if layout.table_entries(clusters * geometry.cluster_bytes) > last_block:
                 break
             clusters += 1
         if clusters * geometry.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:

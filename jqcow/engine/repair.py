@@ -165,8 +165,15 @@ def _clear_features(tables: Tables, bits: int) -> None:
 
 def _stage(tables: Tables, references: References, what: What) -> tuple[RepairReport, bool]:
     """Stage the right refcounts and COPIED flags; return what was wrong, and whether nothing is any more."""
-    # The table's own clusters first: it may have to be moved for the others.
-    differences = sorted(references.differences(), key=lambda found: found[0] not in references.metadata)
+    header = tables.view.header
+    first = tables.geometry.cluster_of(HostOffset(header.refcount_table_offset))
+    end = first + header.refcount_table_clusters
+
+    def urgency(found: tuple[int, int, int, int]) -> tuple[bool, bool]:
+        # The table's own clusters first: it may have to be moved for the others.
+        return not (found[0] < end and first < found[0] + found[1]), found[0] not in references.metadata
+
+    differences = sorted(references.differences(), key=urgency)
     leaks = too_low = 0
     for start, count, refcount, counted in differences:
         if refcount > counted:

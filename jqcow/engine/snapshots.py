@@ -20,7 +20,7 @@ from jqcow.engine.refcounts import Allocation, Refcounts
 from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk import snapshots as tables
-from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, Geometry, HostOffset
+from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
 from jqcow.ondisk.snapshots import Snapshot, SnapshotTable
 
 MAX_METADATA_CLUSTERS = 1 << 23
@@ -116,7 +116,9 @@ class Snapshots:
         self._share(active)
         self.set_copied_flags()
         snapshot = Snapshot(
-            l1_table_offset=self._copy_l1(active, active.entry_count),
+            l1_table_offset=self.mapping.copy_l1(
+                active.offset, layout.table_bytes(active.entry_count), active.entry_count
+            ),
             l1_size=active.entry_count,
             id=_next_id(old.snapshots),
             name=new.name,
@@ -139,12 +141,12 @@ class Snapshots:
         """
         active, taken = self.mapping.l1, self.l1_of(snapshot)
         entry_count = max(taken.entry_count, self.geometry.l1_entries_for(taken.disk_bytes))
-        if entry_count * ENTRY_BYTES > layout.MAX_L1_BYTES:
+        if entry_count > layout.MAX_L1_ENTRIES:
             # Otherwise a few bytes could ask for tables without bound.
             detail = f"a disk of {taken.disk_bytes} bytes is too large"
             raise CorruptionError("snapshot table", self.view.header.snapshots_offset, detail)
         self._share(taken)
-        offset = self._copy_l1(taken, entry_count)
+        offset = self.mapping.copy_l1(taken.offset, layout.table_bytes(taken.entry_count), entry_count)
         self._release(active)
         self.view.set_header(l1_table_offset=offset, l1_size=entry_count, size=taken.disk_bytes)
         self.set_copied_flags()
@@ -165,20 +167,9 @@ class Snapshots:
     def _release(self, l1: L1Table) -> None:
         """Give up an L1 table and its references to all that it reaches (N1)."""
         for _, table in self.mapping.l2_tables(0, l1):
-            for start, count in self.mapping.references(table):
-                self.refcounts.release(start, count)
-            self.refcounts.release_metadata(self.geometry.cluster_of(table))
+            self.mapping.release_l2_table(table)
         first = self.geometry.cluster_of(l1.offset)
-        self.refcounts.release_metadata(first, self.geometry.clusters(l1.entry_count * ENTRY_BYTES))
-
-    def _copy_l1(self, l1: L1Table, entry_count: int) -> HostOffset:
-        """Copy an L1 table to new clusters, which may have more entries; return their host offset."""
-        length = entry_count * ENTRY_BYTES
-        if not length:
-            return HostOffset(0)
-        offset = self.refcounts.allocate_metadata(self.geometry.clusters(length))
-        self.mapping.copy_table(l1.offset, offset, l1.entry_count * ENTRY_BYTES)
-        return offset
+        self.refcounts.release_metadata(first, self.geometry.clusters(layout.table_bytes(l1.entry_count)))
 
     def _write_table(self, old: SnapshotTable, snapshots: tuple[Snapshot, ...]) -> None:
         """Write the snapshot table anew, in other clusters, and give up the old one."""
@@ -283,7 +274,7 @@ class Snapshots:
 
     def _l1_clusters(self, l1: L1Table) -> Iterator[tuple[str, ClusterIndex]]:
         first = self.geometry.cluster_of(l1.offset)
-        for position in range(self.geometry.clusters(l1.entry_count * ENTRY_BYTES)):
+        for position in range(self.geometry.clusters(layout.table_bytes(l1.entry_count))):
             yield "L1 table", ClusterIndex(first + position)
 
 

@@ -45,6 +45,8 @@ COMPRESSED_CLUSTER = _native.COMPRESSED
 """What a guest cluster is by its L2 entry."""
 
 ENTRY = struct.Struct(">Q")
+_ENTRY_ORDER = 6
+"""A table entry is as wide as a refcount of this order: kernels that search refcounts search tables too."""
 
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 REFCOUNT_TABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
@@ -325,9 +327,24 @@ def entry_at(table: bytes | bytearray, index: int) -> int:
     return entry
 
 
+def first_present(table: bytes | bytearray, start: int, stop: int) -> int:
+    """Return the first index in [start, stop) of an L1 or refcount table whose entry is not 0, else -1."""
+    return _native.refcount_find_used(table, _ENTRY_ORDER, start, stop)
+
+
+def last_present(table: bytes | bytearray) -> int:
+    """Return the last index of an L1 or refcount table whose entry is not 0, -1 where all are."""
+    return _native.refcount_last_used(table, _ENTRY_ORDER)
+
+
+def put_entry(table: bytearray, index: int, entry: int) -> None:
+    """Write an entry of an L1 or refcount table."""
+    ENTRY.pack_into(table, index * ENTRY_BYTES, entry)
+
+
 def put_l1(table: bytearray, index: int, l2_table_offset: int) -> None:
     """Write the L1 entry of an L2 table that has one owner."""
-    ENTRY.pack_into(table, index * ENTRY_BYTES, l1_entry(l2_table_offset))
+    put_entry(table, index, l1_entry(l2_table_offset))
 
 
 def pack_refcount_table(geometry: Geometry, first_block: int, block_count: int) -> bytes:

@@ -48,6 +48,11 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
+def entry_place(table: HostOffset, index: int) -> HostOffset:
+    """Return the host offset of an entry of the L1 table or the refcount table at ``table``."""
+    return HostOffset(table + index * ENTRY_BYTES)
+
+
 def table_bytes(entry_count: int) -> int:
     """Return the bytes that ``entry_count`` entries of an L1 or refcount table take."""
     return entry_count * ENTRY_BYTES

@@ -48,7 +48,8 @@ def set_entries(engine: Engine, first: int, *values: L2Entry) -> None:
 def set_raw(engine: Engine, place: int, value: int) -> None:
     """Lay any 8 bytes at the place of a table entry: what a damaged image holds."""
     with changing(engine) as tables:
-        tables.view.set_entry(HostOffset(place), value)
+        block = place - place % tables.geometry.block_bytes
+        entries.put_entry(tables.view.edit(HostOffset(block)), (place - block) // ENTRY_BYTES, value)
 
 
 def runs(engine: Engine, offset: int = 0, length: int = MIB) -> list[MappedRun]:

@@ -432,10 +432,10 @@ class TestView:
 
     def test_every_way_of_reading(self, metadata: Metadata) -> None:
         mark = metadata.staged.changes.mark()
-        metadata.view.set_entry(HostOffset(PLACES[1] + 8), 77)
+        metadata.view.set_entry(PLACES[1], 1, 77)
         metadata.view.zero_cluster(ClusterIndex(PLACES[4] // CLUSTER))
         metadata.staged.changes.release(mark)
-        assert metadata.view.entry(HostOffset(PLACES[1] + 8)) == 77
+        assert metadata.view.entry(PLACES[1], 1) == 77
         assert metadata.view.read(PLACES[0], len(PLACES) * BLOCK) == b"".join(metadata.seen())
         assert metadata.view.read(HostOffset(PLACES[4] - 1), 3) == bytes([PLACES[3] // BLOCK]) + bytes(2)
         assert set(metadata.view.newest()) == {PLACES[1], PLACES[4], PLACES[5]}

@@ -95,7 +95,7 @@ class TestBlocks:
     def test_a_table_entry_that_no_image_can_have(self, engine: Engine) -> None:
         table = engine.public.view.header.refcount_table_offset
         with changing(engine) as tables:
-            tables.view.set_entry(HostOffset(table), 3 * SECTOR + 1)
+            tables.view.set_entry(HostOffset(table), 0, 3 * SECTOR + 1)
         with pytest.raises(CorruptionError, match="not valid") as caught:
             engine.public.refcounts.get(ClusterIndex(0))
         assert (caught.value.structure, caught.value.offset) == ("refcount table", table)
@@ -106,7 +106,7 @@ class TestBlocks:
         with changing(engine) as tables:
             empty = tables.refcounts.allocate_metadata()
             for index in (5, 6):
-                tables.view.set_entry(HostOffset(table + index * ENTRY_BYTES), empty)
+                tables.view.set_entry(HostOffset(table), index, empty)
         with pytest.raises(CorruptionError, match="used twice"):
             engine.public.refcounts.used_end()
 

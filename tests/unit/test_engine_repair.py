@@ -13,7 +13,7 @@ from jqcow.engine.repair import RepairReport, What
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk.entries import data_entry
 from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
-from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, HostOffset
+from jqcow.ondisk.layout import ClusterIndex, GuestCluster, HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.unit.engines import (
     JOURNAL,
@@ -156,7 +156,7 @@ class TestEverything:
         """F1: what looks free may be in use."""
         table = engine.public.view.header.refcount_table_offset
         with changing(engine) as tables:
-            tables.view.set_entry(HostOffset(table), 0)
+            tables.view.set_entry(HostOffset(table), 0, 0)
         used = engine.space.frontier
         repaired, report = opened(closed(engine), "all")
         assert report is not None and report.too_low > 4 and check(repaired).ok
@@ -174,7 +174,7 @@ class TestEverything:
         with changing(engine) as tables:
             tables.refcounts.count_in(engine.space.take_at_frontier(1))
             header = tables.view.header
-            tables.view.set_entry(HostOffset(header.refcount_table_offset + 10 * ENTRY_BYTES), 0)
+            tables.view.set_entry(HostOffset(header.refcount_table_offset), 10, 0)
         table = tables.geometry.cluster_of(HostOffset(header.refcount_table_offset))
         assert table > 64 * PER_BLOCK and header.refcount_table_clusters == 2
         miscount(engine, table, ClusterIndex(table + 1))
@@ -183,6 +183,24 @@ class TestEverything:
         repaired, report = opened(device, "all")
         assert report is not None and report.too_low == 3 and check(repaired).ok
         assert repaired.public.view.header.refcount_table_offset != header.refcount_table_offset
+
+    def test_a_table_that_has_to_move_for_the_header(self, engine: Engine) -> None:
+        """Before all other metadata, too."""
+        with changing(engine) as tables:
+            map_one(tables)
+        engine.space.frontier = ClusterIndex(64 * PER_BLOCK)
+        with changing(engine) as tables:
+            tables.refcounts.count_in(engine.space.take_at_frontier(1))
+            header = tables.view.header
+        table = engine.geometry.cluster_of(HostOffset(header.refcount_table_offset))
+        miscount(engine, table, ClusterIndex(table + 1))
+        with changing(engine) as tables:
+            # The lowest refcount block is lost: the header counts as free.
+            tables.view.set_entry(HostOffset(header.refcount_table_offset), 0, 0)
+        device = closed(engine)
+        device.truncate(engine.public.refcounts.table_entries * PER_BLOCK * SECTOR)
+        repaired, report = opened(device, "all")
+        assert report is not None and report.too_low == 6 and check(repaired).ok
 
     def test_a_failure_changes_nothing(self, engine: Engine) -> None:
         """At whichever write; tried again it is made right."""

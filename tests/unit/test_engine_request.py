@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from tests.support.held import is_taken
 
 import jqcow
 from jqcow.engine.engine import Engine, make_writable, open_engine
@@ -17,6 +16,7 @@ from jqcow.engine.request import Busy, Guard, Request, Requests
 from jqcow.errors import PoisonedError
 from jqcow.ondisk.layout import GuestOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
+from tests.support.beside import is_taken
 from tests.unit.engines import CLUSTER, JOURNAL, MIB, SECTOR, admit, device_of, new_engine, written_image
 
 

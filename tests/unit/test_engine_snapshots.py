@@ -304,8 +304,7 @@ class TestSurvey:
     def test_a_refcount_block_over_other_metadata(self, engine: Engine) -> None:
         header = engine.public.view.header
         with changing(engine) as tables:
-            place = HostOffset(header.refcount_table_offset + ENTRY_BYTES)
-            tables.view.set_entry(place, header.l1_table_offset)
+            tables.view.set_entry(HostOffset(header.refcount_table_offset), 1, header.l1_table_offset)
         with pytest.raises(CorruptionError, match="holds other metadata too") as caught:
             engine.public.snapshots.survey()
         assert (caught.value.structure, caught.value.offset) == ("refcount block", header.l1_table_offset)

@@ -59,7 +59,7 @@ class TestOperation:
             if error is not None:
                 raise error
         with pytest.raises(RuntimeError, match="inside an operation"):
-            engine.public.view.set_entry(HostOffset(0), 0)
+            engine.public.view.set_entry(HostOffset(0), 0, 0)
 
 
 class TestViews:

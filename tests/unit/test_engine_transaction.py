@@ -238,7 +238,7 @@ class TestWhole:
             if error is not None:
                 raise error
         with pytest.raises(RuntimeError, match="inside an operation"):
-            private.tables.view.set_entry(HostOffset(0), 0)
+            private.tables.view.set_entry(HostOffset(0), 0, 0)
 
     def test_an_outer_savepoint_outlives_it(self, private: PrivateChanges) -> None:
         mark = private.savepoint()

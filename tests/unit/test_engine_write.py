@@ -6,7 +6,6 @@ import errno
 from collections.abc import Iterator
 
 import pytest
-from tests.support.held import is_taken
 
 import jqcow
 from jqcow.engine.mapping import MappedRun
@@ -14,6 +13,7 @@ from jqcow.errors import CorruptionError
 from jqcow.ondisk.entries import data_entry
 from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
+from tests.support.beside import is_taken
 from tests.unit.engines import CLUSTER, JOURNAL, MIB, OLD, SECTOR, changing, written_image
 
 

@@ -38,9 +38,6 @@ ENTRY_BITS = {
     "REFCOUNT_TABLE_RESERVED", "ZERO",
 }  # fmt: skip
 MASKS = {value for name in ENTRY_BITS if (value := getattr(entries, name)) > 1}
-PLACES_ENTRIES = {"allocation.py", "blocks.py", "mapping.py", "refcounts.py", "snapshots.py"}
-"""Modules of the engine that still know how long an entry of an L1 or refcount table is."""
-
 LINE_NUMBER = re.compile(r"\.(?:py|c|h):\d+|\blines? \d+", re.IGNORECASE)
 
 
@@ -173,8 +170,6 @@ def test_only_the_commands_read_arguments_and_environment(path: Path) -> None:
 @pytest.mark.parametrize("path", modules_outside("ondisk", "_native"), ids=name_of)
 def test_only_the_codec_knows_what_an_entry_looks_like(path: Path) -> None:
     allowed = {"struct"} if path.parent.name == "device" else set()
-    if path.parent.name == "engine" and path.name in PLACES_ENTRIES:
-        allowed = ENTRY_SIZES
     assert not [use for use in entry_layout(parse(path)) if use[0] not in allowed]
 
 
