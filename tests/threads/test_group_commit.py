@@ -18,11 +18,11 @@ SHARE_MAX = 0.3
 
 
 class SlowDevice(SimulatedDevice):
-    """A device whose barriers take as long as on a slow solid-state disk."""
+    """A device whose barriers take longer than a busy machine keeps a thread from its turn."""
 
     def barrier(self, name: str) -> None:
         super().barrier(name)
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def barriers_per_flush(device: SlowDevice, *, allocating: bool) -> float:
