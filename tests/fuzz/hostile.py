@@ -151,8 +151,17 @@ def _add_snapshots(image: jqcow.Image, chance: random.Random, offset: int, clust
 
 def make_case(number: int) -> Case:
     """Make the hostile image of this number."""
+    return _make_case(number, samples())
+
+
+def make_clean_case(number: int) -> Case:
+    """Make the hostile image of this number, of those that any program can read."""
+    return _make_case(number, tuple(sample for sample in samples() if not sample.live))
+
+
+def _make_case(number: int, bases: tuple[Sample, ...]) -> Case:
     chance = random.Random(number)
-    sample = chance.choice(samples())
+    sample = chance.choice(bases)
     content = bytearray(sample.content)
     attacks = list(ATTACKS if sample.live else CLEAN_ATTACKS)
     story = []
