@@ -7,7 +7,10 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -24,7 +27,8 @@ EXIT_CORRUPT = 2
 EXIT_LEAKS = 3
 EXIT_IN_USE = 4
 EXIT_UNSUPPORTED = 63
-EXIT_INTERRUPTED = 130
+BY_SIGNAL = 128
+"""A signal's number is added, as shells do."""
 
 FORMATS = ("qcow2", "raw")
 
@@ -141,10 +145,53 @@ def named_options(options: str, image_format: str, names: Container[str]) -> dic
     return found
 
 
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end; ``number`` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def _stop(number: int, _: object) -> None:
+    # What is under way is undone; a second request must not cut that off.
+    for other in _STOPPING:
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def _ending_like_an_interrupt() -> Iterator[None]:
+    """Have the signals that ask a process to end raise `Stopped`, so that no half-made file stays behind."""
+    # One that is ignored, as under nohup, stays so. Other threads cannot set handlers.
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [one for one in _STOPPING if is_main and signal.getsignal(one) is signal.SIG_DFL]
+    for one in taken:
+        signal.signal(one, _stop)
+    try:
+        yield
+    finally:
+        for one in taken:
+            signal.signal(one, signal.SIG_DFL)
+
+
+@contextmanager
+def _warning_in_one_line(program: str) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"{program}: warning: {message}", file=sys.stderr
+        )
+        yield
+
+
 def run(program: str, command: Callable[[], int]) -> int:
     """Run a command; turn what it raises into one line on stderr and an exit code."""
     try:
-        code = command()
+        with _ending_like_an_interrupt(), _warning_in_one_line(program):
+            code = command()
         # Here, where a closed pipe is still ours to handle, not at the interpreter's exit.
         sys.stdout.flush()
         return code
@@ -153,9 +200,10 @@ def run(program: str, command: Callable[[], int]) -> int:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"{program}: {f'ended by {stop}' if str(stop) else 'interrupted'}", file=sys.stderr)
+        return BY_SIGNAL + number
     except CommandError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return error.code

@@ -3,8 +3,8 @@
 Reads and writes are plain ``pread`` and ``pwrite``. Only ``barrier`` and ``publish`` sync. The file's
 locks (:mod:`jqcow.device.locks`) are taken before the first byte is read, and last until ``close``.
 
-A new file starts under a temporary name in its final directory, and gets its final name at once and
-whole by ``publish``. So no reader ever finds half an image under the final name.
+A new file starts without a name, or under a temporary one, in its final directory, and gets its final name at
+once and whole by ``publish`` (:mod:`jqcow.device.names`). So no reader ever finds half an image under it.
 
 Threads may read and write at the same time. ``truncate`` must not run beside other changes, nor
 ``allocate`` beside a write into the range that it allocates.
@@ -15,21 +15,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
 
-from jqcow.device import locks
+from jqcow.device import libc, locks, names
 from jqcow.device.base import Device, ReadBuffer
 from jqcow.errors import ImageInUse, ReadOnlyError, UnsupportedFeatureError
 
-_FALLOC_KEEP_SIZE = 0x01
-_FALLOC_PUNCH_HOLE = 0x02
-_RENAME_NOREPLACE = 1
-_AT_FDCWD = -100
 _CALL_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS)
 _OPEN_ATTEMPTS = 8
 
@@ -47,15 +41,24 @@ class FileDevice:
 
     _descriptor = -1
 
-    def __init__(self, descriptor: int, path: str, *, writable: bool, target: str | None = None) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        path: str,
+        *,
+        writable: bool,
+        target: str | None = None,
+        temporary: str | None = None,
+    ) -> None:
         """Take over an open descriptor; :meth:`open` and :meth:`create_temporary` are the ways in.
 
-        ``target`` is the final name of a file that is still under its temporary name ``path``.
+        ``target`` is the final name of a file that does not have it yet, ``temporary`` the one that it has.
         """
         self._descriptor = descriptor
         self._path = path
         self._writable = writable
         self._target = target
+        self._temporary = temporary
         self._owner_pid = os.getpid()
 
     @classmethod
@@ -95,8 +98,8 @@ class FileDevice:
     def create_temporary(cls, path: str | os.PathLike[str]) -> FileDevice:
         """Create an empty, locked file that :meth:`publish` will name ``path``.
 
-        Until then it has a temporary name in the same directory. ``close`` removes it if it was
-        never published.
+        Until then it has no name where the file system can do that, else a temporary one in the same
+        directory. ``close`` removes it if it was never published.
 
         Raises:
             UnsupportedFeatureError: no locks on this file system, or not Linux.
@@ -104,54 +107,89 @@ class FileDevice:
         _require_linux()
         # A symbolic link to an image stays; the file that it points to is what will be replaced.
         target = os.path.realpath(os.fspath(path))
-        directory, base = os.path.split(target)
-        name = os.path.join(directory, f".{base[:50]}.{secrets.token_hex(4)}.partial")
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        temporary = None
+        descriptor = names.open_unnamed(os.path.dirname(target))
+        if descriptor is None:
+            temporary = names.temporary_name(target)
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            locks.lock_for_writing(descriptor, name)
+            locks.lock_for_writing(descriptor, temporary or target)
         except BaseException:
             os.close(descriptor)
-            os.unlink(name)
+            if temporary is not None:
+                os.unlink(temporary)
             raise
-        return cls(descriptor, name, writable=True, target=target)
+        return cls(descriptor, temporary or target, writable=True, target=target, temporary=temporary)
 
     def publish(self, overwrite: bool) -> None:
         """Make the file durable, then give it its final name, durably.
 
-        ``overwrite`` allows it to replace an existing regular file that nobody uses; its permission bits
-        are kept. An error before the renaming leaves the temporary file and the existing file as they
-        were. When only the last step fails, the sync of the directory, the file has its final name.
+        ``overwrite`` allows it to replace an existing regular file that nobody uses; its owner, permission
+        bits and extended attributes are kept, and a warning names those that the host denies. An error
+        before the renaming leaves the new file without the name and the existing file as it was. When only
+        the last step fails, the sync of the directory, the file has its final name.
 
         Raises:
             FileExistsError: the name is taken and ``overwrite`` is False.
             ImageInUse: another process uses the file to be replaced.
         """
         self._require_writable()
-        if self._target is None:
+        target = self._target
+        if target is None:
             raise ValueError(f"{self._path} is already published")
         with self._naming_errors():
             # Durable first: after a crash the name must not lead to a file without its content.
             os.fsync(self._descriptor)
-        if not _rename_without_replacing(self._path, self._target):
+        for _ in range(_OPEN_ATTEMPTS):
+            if self._take_free_name(target):
+                break
             if not overwrite:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self._target)
-            self._replace_target(self._target)
-        self._path, self._target = self._target, None
-        _sync_directory(os.path.dirname(self._path))
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+            if self._replace_target(target):
+                break
+        else:
+            raise ImageInUse(f"{target} is in use: another process keeps replacing it")
+        self._path, self._target, self._temporary = target, None, None
+        names.sync_directory(os.path.dirname(target))
 
-    def _replace_target(self, target: str) -> None:
-        """Rename over ``target`` while holding a writer's locks on it."""
-        replaced = _open_regular(target, writable=True)
+    def _take_free_name(self, target: str) -> bool:
+        """Give the file its final name; return False, having done nothing, where that is taken."""
+        if self._temporary is None:
+            return names.link_unnamed(self._descriptor, target)
+        return names.rename_without_replacing(self._temporary, target)
+
+    def _replace_target(self, target: str) -> bool:
+        """Rename over ``target`` while holding a writer's locks on it.
+
+        Returns False, having done nothing to it, where the name leads to another file than the locked one.
+        """
+        try:
+            replaced = _open_regular(target, writable=True)
+        except FileNotFoundError:
+            return False
         try:
             locks.lock_for_writing(replaced, target)
-            os.fchmod(self._descriptor, stat.S_IMODE(os.fstat(replaced).st_mode))
-            os.replace(self._path, target)
+            # Between the open and the lock another file may have been published under this name.
+            if not names.is_name_of(replaced, target):
+                return False
+            names.keep_attributes(replaced, self._descriptor, target)
+            if self._temporary is None:
+                # Before the link, so that whatever cuts this off leaves no file behind.
+                self._temporary = names.temporary_name(target)
+                if not names.link_unnamed(self._descriptor, self._temporary):
+                    self._temporary = None
+                    return False
+            # Who respects locks cannot have replaced it since; of the others as many as possible are seen.
+            if not names.is_name_of(replaced, target):
+                return False
+            os.replace(self._temporary, target)
+            return True
         finally:
             os.close(replaced)
 
     @property
     def path(self) -> str:
-        """The name of the file; the temporary one until it is published."""
+        """The name of the file; until it is published the temporary one, or the final one if it has none."""
         return self._path
 
     @property
@@ -247,7 +285,9 @@ class FileDevice:
         """
         self._require_writable()
         with self._naming_errors():
-            return _fallocate(self._descriptor, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+            return _fallocate(
+                self._descriptor, libc.FALLOC_PUNCH_HOLE | libc.FALLOC_KEEP_SIZE, offset, length
+            )
 
     def identity(self) -> tuple[int, int]:
         """Return what tells the file from all others, whatever its name: device and inode."""
@@ -281,8 +321,10 @@ class FileDevice:
         descriptor, self._descriptor = self._descriptor, -1
         try:
             # A forked child shares the locks and the temporary file: it must only drop its descriptor.
-            if self._target is not None and os.getpid() == self._owner_pid:
-                os.unlink(self._path)
+            if self._temporary is not None and os.getpid() == self._owner_pid:
+                # What cut `publish` off may have come before the name was given, or after it was taken.
+                with suppress(FileNotFoundError):
+                    os.unlink(self._temporary)
         finally:
             os.close(descriptor)
 
@@ -343,43 +385,11 @@ def _open_regular(name: str, *, writable: bool) -> int:
     return descriptor
 
 
-def _sync_directory(directory: str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename_without_replacing(source: str, target: str) -> bool:
-    """Rename a file; return False, having done nothing, where ``target`` exists."""
-    try:
-        _call("renameat2", _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):
-            error.filename, error.filename2 = source, target
-            raise
-        return _link_without_replacing(source, target)
-    return True
-
-
-def _link_without_replacing(source: str, target: str) -> bool:
-    """Rename by way of a hard link, where the file system has no exclusive renaming."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        return False
-    os.unlink(source)
-    return True
-
-
 def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
     """Call ``fallocate``; return False where the file system does not offer this mode."""
     while True:
         try:
-            _call("fallocate", descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(length))
+            libc.call("fallocate", descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(length))
         except InterruptedError:
             continue
         except OSError as error:
@@ -387,23 +397,3 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
                 return False
             raise
         return True
-
-
-def _load_libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-_libc = _load_libc()
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Call a libc function that returns 0 or sets errno; a missing one is ENOSYS.
-
-    The 64-bit variant is preferred: on 32-bit hosts the plain one takes 32-bit offsets.
-    """
-    function = getattr(_libc, f"{name}64", None) or getattr(_libc, name, None)
-    if function is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if function(*arguments):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))

@@ -83,10 +83,15 @@ def lock_for_reading(descriptor: int, name: str, *, share_writers: bool = False)
 
     Raises:
         ImageInUse: another user excludes this one; ``name`` is the file's name for the message.
-        UnsupportedFeatureError: the file system has no such locks.
+        UnsupportedFeatureError: the file system has no such locks, and writers are to be kept out.
     """
     unshared = Permission(0) if share_writers else _CHANGES
-    _take(descriptor, name, held=Permission.CONSISTENT_READ, unshared=unshared)
+    try:
+        _take(descriptor, name, held=Permission.CONSISTENT_READ, unshared=unshared)
+    except UnsupportedFeatureError:
+        # Who shares keeps nobody out: locks would only tell others that it reads.
+        if not share_writers:
+            raise
 
 
 def _take(descriptor: int, name: str, *, held: Permission, unshared: Permission) -> None:

@@ -37,7 +37,7 @@ _OPENING = {"open", "openat", "openat2", "creat"}
 _WRITING = {"pwrite64", "pwritev", "pwritev2"}
 _CHANGING = {*_WRITING, "ftruncate", "fallocate"}
 _BARRIERS = {"fsync", "fdatasync"}
-_RENAMING = {"rename", "renameat", "renameat2"}
+_NAMING = {"linkat", "rename", "renameat", "renameat2"}
 _HARMLESS = {
     "access", "close", "faccessat2", "fadvise64", "fchmod", "fstat", "lseek", "lstat", "newfstatat",
     "readlink", "readlinkat", "stat", "statfs", "fstatfs", "statx",
@@ -281,12 +281,13 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         published = re.escape(_hex(str(path)))
-        # A new image has a temporary name until it is published.
+        # A new image has no name until it is published, as the kernel shows it, or a temporary one.
+        unnamed = rf"{re.escape(_hex(f'{path.parent}/#'))}(?:\\x3[0-9])+"
         partial = (
             rf"{re.escape(_hex(f'{path.parent}/.{path.name}.'))}(?:\\x..){{8}}{re.escape(_hex('.partial'))}"
         )
         removed = re.escape(_hex(" (deleted)"))
-        self._name = re.compile(rf'(?<=["<])(?:{published}|{partial})(?:{removed})?(?=[">])')
+        self._name = re.compile(rf'(?<=["<])(?:{published}|{partial}|{unnamed})(?:{removed})?(?=[">])')
         self._recording = Recording()
         self._barriers: dict[int, int] = {}
         self._running_changes: dict[int, list[Change]] = {}
@@ -415,7 +416,7 @@ def _check_harmless(call: _Call) -> None:
     elif call.name == "fcntl":
         if arguments[1] not in _HARMLESS_FCNTL:
             raise RecordingError(f"fcntl of an unknown kind: {arguments[1]}")
-    elif call.name not in _HARMLESS and call.name not in _RENAMING:
+    elif call.name not in _HARMLESS and call.name not in _NAMING:
         raise RecordingError(f"a call of an unknown kind touches the file: {call.text[:200]}")
 
 

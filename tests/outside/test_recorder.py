@@ -37,6 +37,7 @@ def printed(text: str) -> str:
 FD = f"3<{printed(str(IMAGE))}>"
 NAME = f'"{printed(str(IMAGE))}"'
 TEMPORARY = printed("/images/.disk.qcow2.0123abcd.partial")
+UNNAMED = printed("/images/#1234 (deleted)")
 
 
 def events_of(*lines: str) -> list[Event]:
@@ -61,6 +62,7 @@ def events_of(*lines: str) -> list[Event]:
          CallFailed("fallocate", "ENOSPC")),
         ('write(1<pipe:[7]>, "\\x7b\\x7d\\x0a", 3) = 3', Message({})),
         (f'pwrite64(4<{TEMPORARY}>, "\\x61", 1, 0) = 1', Written(0, b"a")),
+        (f'pwrite64(4<{UNNAMED}>, "\\x61", 1, 0) = 1', Written(0, b"a")),
     ],
 )  # fmt: skip
 def test_a_call_becomes_an_event(line: str, event: Event) -> None:
@@ -74,6 +76,7 @@ def test_a_call_becomes_an_event(line: str, event: Event) -> None:
         f"fcntl({FD}, F_OFD_SETLK, {{l_type=F_RDLCK, l_whence=SEEK_SET, l_start=100, l_len=1}}) = 0",
         f"openat(AT_FDCWD</>, {NAME}, O_RDWR|O_CLOEXEC) = {FD}",
         f'renameat2(AT_FDCWD</>, "{TEMPORARY}", AT_FDCWD</>, {NAME}, RENAME_NOREPLACE) = 0',
+        f'linkat(AT_FDCWD</>, "\\x2f", AT_FDCWD</>, {NAME}, AT_SYMLINK_FOLLOW) = 0',
         'pwrite64(4</other>, "\\x61", 1, 0) = 1',
         "mmap(NULL, 4096, PROT_READ, MAP_SHARED, 4</other>, 0) = 0x7f0000000000",
         "+++ exited with 0 +++",

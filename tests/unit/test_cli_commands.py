@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
+import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,8 @@ import jqcow
 from jqcow import _native
 from jqcow.cli import common, main, recover
 from jqcow.cli import progress as progress_of
+from jqcow.device import names
+from jqcow.device.file import FileDevice
 from jqcow.testing import SimulatedDevice
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -500,6 +506,46 @@ def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     groups = [action for action in whole._actions if isinstance(action, argparse._SubParsersAction)]
     for name, parser in groups[0].choices.items():
         yield f"jqcow {name}", parser
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_ended_leaves_no_temporary_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    monkeypatch.setattr(names, "open_unnamed", lambda directory: None)
+
+    def command() -> int:
+        with closing(FileDevice.create_temporary(tmp_path / "new")):
+            assert len(list(tmp_path.iterdir())) == 1
+            os.kill(os.getpid(), number)
+            raise AssertionError("the signal did nothing")
+
+    assert common.run("jqcow", command) == 128 + number
+    assert f"ended by {number.name}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert common.run("jqcow", lambda: os.kill(os.getpid(), signal.SIGHUP) or 0) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        warnings.simplefilter("always")
+        warnings.warn("its owner was not kept", stacklevel=1)
+        return 0
+
+    assert common.run("jqcow", command) == 0
+    assert capsys.readouterr().err == "jqcow: warning: its owner was not kept\n"
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import os
 import socket
 import stat
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from jqcow.device import FileDevice
+from jqcow.device import FileDevice, libc, names
 from jqcow.device import file as file_module
 from jqcow.errors import ImageInUse, JqcowError, ReadOnlyError, UnsupportedFeatureError
 
@@ -141,7 +142,7 @@ class TestSpace:
     def test_without_fallocate_it_only_grows(
         self, device: FileDevice, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(file_module, "_call", raising(errno.EOPNOTSUPP))
+        monkeypatch.setattr(libc, "call", raising(errno.EOPNOTSUPP))
         device.allocate(0, 16)
         assert device.size() == 1024
         device.allocate(1000, 4000)
@@ -154,14 +155,14 @@ class TestSpace:
         self, device: FileDevice, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         failures = [errno.EINTR, errno.EINTR]
-        call = file_module._call
+        call = libc.call
 
         def sometimes(name: str, *arguments: object) -> None:
             if failures:
                 raise OSError(failures.pop(), "interrupted")
             call(name, *arguments)
 
-        monkeypatch.setattr(file_module, "_call", sometimes)
+        monkeypatch.setattr(libc, "call", sometimes)
         device.allocate(0, 1 << 16)
         assert device.size() == 1 << 16
         assert not failures
@@ -284,6 +285,14 @@ class TestOpening:
             FileDevice.open(path, writable=True)
 
 
+@pytest.fixture(params=["unnamed", "named"])
+def _new_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new files have no name at first, or a temporary one as where the host has no such files."""
+    if request.param == "named":
+        monkeypatch.setattr(names, "open_unnamed", lambda directory: None)
+
+
+@pytest.mark.usefixtures("_new_files")
 class TestPublishing:
     def test_the_file_appears_whole_under_its_final_name(self, tmp_path: Path) -> None:
         device = FileDevice.create_temporary(tmp_path / "new")
@@ -316,6 +325,81 @@ class TestPublishing:
         assert path.read_bytes() == b"content"
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
+    def test_overwriting_keeps_extended_attributes(self, path: Path) -> None:
+        os.setxattr(path, "user.jqcow", b"kept")
+        with closing(FileDevice.create_temporary(path)) as device:
+            device.publish(overwrite=True)
+        assert os.getxattr(path, "user.jqcow") == b"kept"
+
+    def test_attributes_that_the_host_denies_are_named(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        os.setxattr(path, "user.jqcow", b"lost")
+        monkeypatch.setattr(os, "setxattr", raising(errno.EPERM))
+        with closing(FileDevice.create_temporary(path)) as device:
+            device.pwrite(b"content", 0)
+            with pytest.warns(UserWarning, match=r"did not keep its user\.jqcow \(Operation not permitted\)"):
+                device.publish(overwrite=True)
+        assert path.read_bytes() == b"content"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+    def test_overwriting_keeps_the_owner(self, path: Path) -> None:
+        os.chown(path, 1234, 2345)
+        path.chmod(0o2750)
+        with closing(FileDevice.create_temporary(path)) as device:
+            device.publish(overwrite=True)
+        state = path.stat()
+        assert (state.st_uid, state.st_gid, stat.S_IMODE(state.st_mode)) == (1234, 2345, 0o2750)
+
+    @pytest.mark.parametrize("moment", ["before the lock", "before the renaming"])
+    def test_a_file_that_another_one_replaced_meanwhile_is_left_alone(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    ) -> None:
+        """The file under the name is another one by now, and in use."""
+        users = []
+
+        def replace_it() -> None:
+            if not users:
+                users.append(FileDevice.create_temporary(path.with_name("other")))
+                users[0].pwrite(b"precious", 0)
+                users[0].publish(overwrite=False)
+                path.with_name("other").replace(path)
+
+        hooked = (
+            (names, "keep_attributes") if moment == "before the renaming" else (file_module, "_open_regular")
+        )
+        call = getattr(*hooked)
+
+        def slow(*arguments: object, **named: object) -> object:
+            result = call(*arguments, **named)
+            replace_it()
+            return result
+
+        device = FileDevice.create_temporary(path)
+        monkeypatch.setattr(*hooked, slow)
+        with pytest.raises(ImageInUse):
+            device.publish(overwrite=True)
+        device.close()
+        assert path.read_bytes() == b"precious"
+        assert os.listdir(path.parent) == [path.name]
+        users[0].close()
+
+    def test_a_file_that_goes_meanwhile_is_no_obstacle(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = file_module._open_regular
+
+        def remove_it(name: str, *, writable: bool) -> int:
+            os.unlink(name)
+            return opened(name, writable=writable)
+
+        device = FileDevice.create_temporary(path)
+        device.pwrite(b"content", 0)
+        monkeypatch.setattr(file_module, "_open_regular", remove_it)
+        device.publish(overwrite=True)
+        device.close()
+        assert path.read_bytes() == b"content"
+
     @pytest.mark.parametrize("writable", [False, True])
     def test_a_file_in_use_is_not_overwritten(self, path: Path, writable: bool) -> None:
         user = FileDevice.open(path, writable=writable)
@@ -345,7 +429,7 @@ class TestPublishing:
 
     def test_an_unpublished_file_goes_with_its_device(self, tmp_path: Path) -> None:
         device = FileDevice.create_temporary(tmp_path / "new")
-        assert len(os.listdir(tmp_path)) == 1
+        assert not (tmp_path / "new").exists()
         device.close()
         assert os.listdir(tmp_path) == []
 
@@ -356,7 +440,8 @@ class TestPublishing:
     def test_without_exclusive_renaming_a_hard_link_serves(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(file_module, "_call", raising(errno.EINVAL))
+        monkeypatch.setattr(names, "open_unnamed", lambda directory: None)
+        monkeypatch.setattr(libc, "call", raising(errno.EINVAL))
         device = FileDevice.create_temporary(tmp_path / "new")
         device.publish(overwrite=False)
         second = FileDevice.create_temporary(tmp_path / "new")
@@ -369,21 +454,21 @@ class TestPublishing:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls: list[str] = []
-        fsync, rename = os.fsync, file_module._rename_without_replacing
+        fsync, name_it = os.fsync, FileDevice._take_free_name
 
         def note_fsync(descriptor: int) -> None:
             is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
             calls.append("directory" if is_directory else "file")
             fsync(descriptor)
 
-        def note_rename(source: str, target: str) -> bool:
-            calls.append("rename")
-            return rename(source, target)
+        def note_name(device: FileDevice, target: str) -> bool:
+            calls.append("name")
+            return name_it(device, target)
 
         monkeypatch.setattr(os, "fsync", note_fsync)
-        monkeypatch.setattr(file_module, "_rename_without_replacing", note_rename)
+        monkeypatch.setattr(FileDevice, "_take_free_name", note_name)
         FileDevice.create_temporary(tmp_path / "new").publish(overwrite=False)
-        assert calls == ["file", "rename", "directory"]
+        assert calls == ["file", "name", "directory"]
 
     def test_a_failed_sync_leaves_the_old_file(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         device = FileDevice.create_temporary(path)
@@ -398,6 +483,26 @@ class TestPublishing:
         name = "\N{OX}" * 63
         FileDevice.create_temporary(tmp_path / name).publish(overwrite=False)
         assert os.listdir(tmp_path) == [name]
+
+
+def test_a_new_file_has_no_name_where_the_host_can_do_that(tmp_path: Path) -> None:
+    with closing(FileDevice.create_temporary(tmp_path / "new")):
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EISDIR])
+def test_elsewhere_it_has_a_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    open_file = os.open
+
+    def open_named(name: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(code, os.strerror(code))
+        return open_file(name, flags, mode)
+
+    monkeypatch.setattr(os, "open", open_named)
+    with closing(FileDevice.create_temporary(tmp_path / "new")):
+        (name,) = os.listdir(tmp_path)
+        assert name.startswith(".new.")
 
 
 def test_refusals_are_errors_of_jqcow() -> None:

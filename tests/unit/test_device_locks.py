@@ -156,8 +156,11 @@ def test_a_file_system_without_locks_is_refused(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "fcntl", no_locks)
-    with pytest.raises(UnsupportedFeatureError, match="open file description locks"):
-        FileDevice.open(image, writable=True)
+    for writable in (False, True):
+        with pytest.raises(UnsupportedFeatureError, match="open file description locks"):
+            FileDevice.open(image, writable=writable)
+    # Who lets writers be needs no locks to read.
+    FileDevice.open(image, writable=False, share_writers=True).close()
 
 
 def test_another_error_of_the_lock_call_passes_through(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
