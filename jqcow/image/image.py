@@ -193,10 +193,10 @@ class Image:
 
     def _found(self, length: int, offset: int) -> Iterator[Extent]:
         """Yield the runs of the image's own tables, and what lies below where they have nothing."""
-        end = offset + length
+        end, walk = offset + length, self._guest.reads.walk()
         while offset < end:
             self._own()
-            run = self._guest.reads.first_run(offset, end - offset)
+            run = self._guest.reads.first_run(offset, end - offset, walk)
             if run.kind == UNALLOCATED and self._backing is not None:
                 yield from found_below(self._backing, run.length, offset)
             else:
