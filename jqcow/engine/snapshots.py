@@ -70,7 +70,10 @@ class Snapshots:
 
         Raises:
             SnapshotNotFound: there is neither.
+            TypeError: not a text: an id is one, however it looks.
         """
+        if not isinstance(id_or_name, str):
+            raise TypeError(f"a snapshot's id or name is a str, not {type(id_or_name).__name__}")
         found = self.read_table().snapshots
         for snapshot in found:
             if snapshot.id == id_or_name:
