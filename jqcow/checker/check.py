@@ -35,16 +35,13 @@ from jqcow.ondisk import entries, features, layout, snapshots
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_L1_ENTRIES, SECTOR_BYTES, table_bytes
-from jqcow.ondisk.snapshots import TableEntry
+from jqcow.ondisk.snapshots import MAX_SNAPSHOT_L1_BYTES, TableEntry
 
 Read = Callable[[int, int], bytes]
 """Reads (length, offset) in bytes from the image file; what lies past its end reads as zeros."""
 
 MAX_CLUSTERS = 1 << 28
 """The largest file, in clusters, that is checked: 16 TiB with clusters of 64 KiB. It bounds memory."""
-
-MAX_SNAPSHOT_L1_BYTES = 1 << 32
-"""The most that the L1 tables of all snapshots may take: else a few snapshots bind a check for hours."""
 
 KEPT_FINDINGS = 100
 

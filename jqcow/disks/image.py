@@ -51,6 +51,8 @@ class ImageDisk(Disk):
         self.area: HeaderArea = engine.blocks.area
         self._guard = engine.guard
         self._reads = engine.guest(_always, shown=shown).reads
+        # One for all walks: nothing changes the tables, and a chain asks for a range in pieces.
+        self._walk = self._reads.walk()
 
     @property
     def path(self) -> str:
@@ -81,7 +83,7 @@ class ImageDisk(Disk):
     def _extents(self, length: int, offset: int) -> Iterator[Extent]:
         end = offset + length
         while offset < end:
-            run = self._reads.first_run(offset, end - offset)
+            run = self._reads.first_run(offset, end - offset, self._walk)
             yield extent_of(run, offset)
             offset += run.length
 

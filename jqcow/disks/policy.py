@@ -32,6 +32,15 @@ class Following:
     probe: bool = False
     share_writers: bool = False
 
+    def __post_init__(self) -> None:
+        check_policy(self.allow)
+
+
+def check_policy(allow: FilePolicy) -> None:
+    """Raise TypeError unless ``allow`` is a policy: a path, say, would allow all files."""
+    if not isinstance(allow, bool) and not callable(allow):
+        raise TypeError(f"a bool or a function is needed, not {type(allow).__name__}")
+
 
 NOT_FOLLOWING = Following()
 """No name is followed: an image that needs another file is refused."""
@@ -46,6 +55,7 @@ def require_allowed(named: NamedFile, allow: FilePolicy) -> None:
 
 def allowing_what_it_names(image: str, allow: FilePolicy) -> FilePolicy:
     """Return a policy that also allows what the image at path ``image`` names: the caller named it."""
+    check_policy(allow)
 
     def allow_first(named: NamedFile) -> bool:
         return named.image == image or (allow(named) if callable(allow) else allow)

@@ -396,6 +396,16 @@ class View:
         start = table if position == index else entry_place(table, index - position)
         return entries.entry_at(self.block(start), position)
 
+    def holds(self, offset: HostOffset) -> bool:
+        """Return True if there is a block at ``offset``, in memory or the file: others are zeros for ever."""
+        staged = self.staged
+        return (
+            offset < self.blocks.medium.size()
+            or offset in self.blocks.images
+            or offset in staged.changes.blocks
+            or (staged.in_flight is not None and offset in staged.in_flight.blocks)
+        )
+
     def read(self, offset: HostOffset, length: int) -> bytes:
         """Return ``length`` bytes of metadata from host ``offset``."""
         parts, end, size = [], offset + length, self.geometry.block_bytes

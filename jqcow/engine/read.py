@@ -9,6 +9,7 @@ from jqcow.device.disk import Disk, read_padded, shows_zeros
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.metadata import Absent
 from jqcow.engine.request import Request, Requests
+from jqcow.engine.walk import Walk
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import compression
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, L2Entry
@@ -65,17 +66,20 @@ class Reads:
         self.requests.guard.begin(request)
         return runs
 
-    def _runs_at_hand(self, offset: GuestOffset, length: int) -> list[MappedRun]:
+    def _runs_at_hand(self, offset: GuestOffset, length: int, walk: Walk | None = None) -> list[MappedRun]:
         """Return the first runs of a guest range, up to a block that is not in memory.
 
         Raises:
             Absent: that is the first block that the range needs.
+            CorruptionError: a table on the way is damaged, or was met before on the ``walk``.
         """
         found: list[MappedRun] = []
         end = offset + length
         try:
             while offset < end and len(found) < RUNS_AT_ONCE:
                 run = self.tables.mapping_at_hand.run(offset, end - offset)
+                if walk is not None:
+                    walk.meet(self.tables.mapping_at_hand, offset)
                 found.append(run)
                 offset = GuestOffset(offset + run.length)
         except Absent:
@@ -114,22 +118,29 @@ class Reads:
 
     def runs(self, offset: int, length: int) -> Iterator[MappedRun]:
         """Yield what a guest range is mapped to; it need not lie within the disk."""
-        end = offset + length
+        end, walk = offset + length, self.walk()
         while offset < end:
-            for run in self.requests.planned(partial(self._look, offset, end - offset)):
+            for run in self.requests.planned(partial(self._look, offset, end - offset, walk)):
                 yield run
                 offset += run.length
 
-    def _look(self, offset: int, length: int) -> list[MappedRun]:
+    def _look(self, offset: int, length: int, walk: Walk) -> list[MappedRun]:
         self.requests.admit(False)
-        return self._runs_at_hand(GuestOffset(offset), length)
+        return self._runs_at_hand(GuestOffset(offset), length, walk)
 
-    def first_run(self, offset: int, length: int) -> MappedRun:
-        """Return the first run of a guest range."""
+    def walk(self) -> Walk:
+        """Begin a walk over the disk."""
+        return Walk(self.tables.space)
+
+    def first_run(self, offset: int, length: int, walk: Walk | None = None) -> MappedRun:
+        """Return the first run of a guest range, which may be a step of a ``walk``."""
 
         def look() -> MappedRun:
             self.requests.admit(False)
-            return self.tables.mapping_at_hand.run(GuestOffset(offset), length)
+            run = self.tables.mapping_at_hand.run(GuestOffset(offset), length)
+            if walk is not None:
+                walk.meet(self.tables.mapping_at_hand, offset)
+            return run
 
         return self.requests.planned(look)
 

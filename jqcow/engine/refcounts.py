@@ -99,6 +99,8 @@ class Refcounts:
     def used_end(self) -> ClusterIndex:
         """Return the cluster index behind the highest cluster with a nonzero refcount.
 
+        Refcount blocks that are in no file are passed over: a table may name more of them than can be read.
+
         Raises:
             CorruptionError: a refcount block is used twice, so that a search could take forever.
         """
@@ -107,7 +109,7 @@ class Refcounts:
             if block in seen:
                 raise CorruptionError("refcount table", block, "one refcount block is used twice")
             seen.add(block)
-            last = self._last_used(block)
+            last = self._last_used(block) if self.view.holds(block) else -1
             if last >= 0:
                 return ClusterIndex(index * self.geometry.refcounts_per_cluster + last + 1)
         return ClusterIndex(0)

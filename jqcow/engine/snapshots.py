@@ -20,7 +20,7 @@ from jqcow.engine.refcounts import Allocation, Refcounts
 from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk import snapshots as tables
-from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
+from jqcow.ondisk.layout import ClusterIndex, HostOffset
 from jqcow.ondisk.snapshots import Snapshot, SnapshotTable
 
 MAX_METADATA_CLUSTERS = 1 << 23
@@ -70,7 +70,10 @@ class Snapshots:
 
         Raises:
             SnapshotNotFound: there is neither.
+            TypeError: not a text: an id is one, however it looks.
         """
+        if not isinstance(id_or_name, str):
+            raise TypeError(f"a snapshot's id or name is a str, not {type(id_or_name).__name__}")
         found = self.read_table().snapshots
         for snapshot in found:
             if snapshot.id == id_or_name:
@@ -247,14 +250,18 @@ class Snapshots:
 
     def _survey(self) -> _Survey:
         geometry, mapping = self.geometry, self.mapping
-        file_end = geometry.clusters(self.view.blocks.medium.size())
-        survey = _Survey(geometry, max(file_end, self.refcounts.used_end()))
+        survey = _Survey(self.view)
         survey.add(self._fixed_clusters())
         survey.add(("refcount block", geometry.cluster_of(at)) for _, at in self.refcounts.blocks_from_top())
         first = geometry.cluster_of(HostOffset(self.view.header.snapshots_offset))
         count = geometry.clusters(self.read_table().length_bytes)
         survey.add(("snapshot table", ClusterIndex(cluster)) for cluster in range(first, first + count))
-        for number, l1 in enumerate(self.l1_tables()):
+        l1_tables = self.l1_tables()
+        total_bytes = sum(layout.table_bytes(l1.entry_count) for l1 in l1_tables[1:])
+        if total_bytes > tables.MAX_SNAPSHOT_L1_BYTES:
+            raise UnsupportedFeatureError(f"snapshots with L1 tables of {total_bytes} bytes in all")
+        for number, l1 in enumerate(l1_tables):
+            # Before it is walked: it lies in the file, and no other table does there.
             if number:
                 survey.add(self._l1_clusters(l1))
             l2_tables = [geometry.cluster_of(table) for _, table in mapping.l2_tables(0, l1)]
@@ -281,18 +288,19 @@ class Snapshots:
 class _Survey:
     """Which metadata clusters there are, each with the structure that it belongs to, and how many users."""
 
-    def __init__(self, geometry: Geometry, end: int) -> None:
+    def __init__(self, view: View) -> None:
         self.uses: dict[ClusterIndex, int] = {}
-        self._geometry = geometry
-        self._end = end
+        self._view = view
+        self._geometry = view.geometry
+        self._end = view.geometry.clusters(view.blocks.medium.size())
         self._structures: dict[ClusterIndex, str] = {}
 
     def add(self, clusters: Iterable[tuple[str, ClusterIndex]], *, shared: bool = False) -> None:
         """Add a user to each cluster. ``shared``: other L1 tables may use it too, as the same structure."""
         for structure, cluster in clusters:
             offset = self._geometry.offset_of(cluster)
-            if cluster >= self._end:
-                raise CorruptionError(structure, offset, "it lies past the end of the file, with refcount 0")
+            if cluster >= self._end and not self._view.holds(offset):
+                raise CorruptionError(structure, offset, "it lies past the end of the file")
             known = self._structures.setdefault(cluster, structure)
             if cluster in self.uses and not (shared and known == structure):
                 raise CorruptionError(structure, offset, "the cluster holds other metadata too")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any, Protocol
 
+from jqcow.image.arguments import number
+
 
 class OpenImage(Protocol):
     """What the file asks of an open image."""
@@ -53,6 +55,7 @@ class ImageFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move the position; past the end is allowed, as in files."""
+        offset, whence = number(offset), number(whence)
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._image.size}
         if whence not in base or base[whence] + offset < 0:
             raise ValueError(f"cannot seek to {offset} from {whence}")

@@ -39,6 +39,7 @@ from jqcow.errors import (
     ReadOnlyError,
     TransactionError,
 )
+from jqcow.image.arguments import number, optional_number
 from jqcow.image.file import ImageFile
 from jqcow.image.reports import ImageInfo, JournalInfo, Recovered
 from jqcow.image.transaction import Transaction
@@ -184,6 +185,7 @@ class Image:
             ValueError: the range reaches past the end.
             CorruptionError: a table on the way is damaged.
         """
+        length, offset = optional_number(length), number(offset)
         self._own()
         with self._lock:
             self._enter(False)
@@ -193,10 +195,10 @@ class Image:
 
     def _found(self, length: int, offset: int) -> Iterator[Extent]:
         """Yield the runs of the image's own tables, and what lies below where they have nothing."""
-        end = offset + length
+        end, walk = offset + length, self._guest.reads.walk()
         while offset < end:
             self._own()
-            run = self._guest.reads.first_run(offset, end - offset)
+            run = self._guest.reads.first_run(offset, end - offset, walk)
             if run.kind == UNALLOCATED and self._backing is not None:
                 yield from found_below(self._backing, run.length, offset)
             else:
@@ -214,6 +216,7 @@ class Image:
             CorruptionError: a table on the way is damaged.
             OSError: the host failed.
         """
+        length, offset = number(length), number(offset)
         self._own()
         if not 0 <= length <= UNCHECKED_BYTES_MAX:
             # Before the buffer is made; the request checks the range again, with the lock held.
@@ -226,6 +229,7 @@ class Image:
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` from the disk at ``offset``; errors as `pread`."""
+        offset = number(offset)
         self._own()
         with memoryview(buffer) as whole, whole.cast("B") as view:
             self._read_into(view, offset)
@@ -246,6 +250,7 @@ class Image:
             ValueError: the range reaches past the end.
             CorruptionError: a table on the way is damaged.
         """
+        length, offset = number(length), number(offset)
         self._own()
         with self._lock:
             self._enter(False)
@@ -264,6 +269,7 @@ class Image:
             ReadOnlyError: the image was opened with ``"r"``, or is read-only since a failed barrier.
             OSError: the host failed; the range may be old or new, all else is as before.
         """
+        offset = number(offset)
         self._own(changing=True)
         with memoryview(buffer) as whole, whole.cast("B") as view:
             self._guest.writes.write(view, offset)
@@ -277,6 +283,7 @@ class Image:
         ``unmap`` frees the clusters that the range covers whole; without it they stay allocated.
         Errors as `pwrite`.
         """
+        length, offset = number(length), number(offset)
         self._own(changing=True)
         self._guest.zeroing.write_zeroes(offset, length, unmap=unmap)
 
@@ -285,6 +292,7 @@ class Image:
 
         Errors as `pwrite`.
         """
+        length, offset = number(length), number(offset)
         self._own(changing=True)
         self._guest.zeroing.discard(offset, length)
 
@@ -303,6 +311,7 @@ class Image:
             ValueError: not whole clusters, or they reach past the end.
             ReadOnlyError, OSError: as `pwrite`; the failed cluster is as before.
         """
+        offset, level = number(offset), optional_number(level)
         self._own(changing=True)
         with memoryview(buffer) as whole, whole.cast("B") as view:
             self._guest.packed.write(view, offset, level)
@@ -318,7 +327,7 @@ class Image:
             ValueError: not a multiple of 512.
             ReadOnlyError, OSError: as `pwrite`; the size is as before.
         """
-        layout.check_disk_size(size)
+        size = layout.disk_size(size)
         self._own(changing=True)
         guard = self._engine.guard
         with guard.turnstile, guard.alone():

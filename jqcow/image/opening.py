@@ -18,6 +18,7 @@ from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import What, clear_corrupt_bit
 from jqcow.errors import CorruptionError, FileAccessDenied
+from jqcow.image.arguments import number, optional_text
 from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
@@ -75,8 +76,7 @@ def create(
         ImageInUse: the file to be replaced is in use.
         OSError: the host failed; nothing is left under the name.
     """
-    _check_journal_size(journal_size)
-    layout.check_disk_size(size)
+    journal_size, size = _journal_size(journal_size), layout.disk_size(size)
     blank = blank_image(
         size,
         cluster_bits_of(cluster_size),
@@ -186,10 +186,11 @@ def _closed_on_error(opened: _Closable) -> Iterator[_Closable]:
 
 
 def _check_mode(mode: Mode, journal_size: int | None, *, force_share: bool) -> None:
+    """Refuse what no image is opened with, before the file is."""
     if mode not in ("r", "r+"):
         raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
     if journal_size is not None:
-        _check_journal_size(journal_size)
+        _journal_size(journal_size)
     if force_share and mode != "r":
         raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
 
@@ -260,10 +261,11 @@ def _open(
         raise ValueError("a snapshot is opened for reading alone: apply it to write to what it holds")
     if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
         raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
+    snapshot = optional_text(snapshot)
     opened = open_engine(
         Medium(device),
         writable=mode == "r+",
-        journal_bytes=journal_size or 0,
+        journal_bytes=0 if journal_size is None else _journal_size(journal_size),
         new_salt=new_salt,
         repair=repair,
     )
@@ -348,8 +350,7 @@ def create_on_device(
     new_salt: Callable[[], bytes] = random_salt,
 ) -> Image:
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
-    _check_journal_size(journal_size)
-    layout.check_disk_size(size)
+    journal_size, size = _journal_size(journal_size), layout.disk_size(size)
     write_blank(device, blank_image(size, cluster_bits_of(cluster_size)))
     # Durable now: the empty image. Nobody has seen it yet.
     device.barrier("create.blank")
@@ -363,6 +364,8 @@ def write_blank(device: Device, blank: BlankImage) -> None:
         device.pwrite(data, offset)
 
 
-def _check_journal_size(journal_size: int) -> None:
+def _journal_size(journal_size: int) -> int:
+    journal_size = number(journal_size)
     if not roots.is_journal_length(journal_size):
         raise ValueError("the journal's size must be a multiple of 8192 from 64 KiB to 1 GiB")
+    return journal_size

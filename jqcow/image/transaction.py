@@ -20,6 +20,7 @@ from jqcow.engine.snapshots import NewSnapshot
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import TransactionError
+from jqcow.image.arguments import check_date, number, optional_number, optional_text, text
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.naming import DiskFormat
 from jqcow.ondisk.snapshots import Snapshot
@@ -45,7 +46,8 @@ def new_snapshot(name: str, date: datetime | None) -> NewSnapshot:
     Raises:
         ValueError: a name that no snapshot can have, or a date outside 1970 to 2106.
     """
-    encoded = name.encode("utf-8", "surrogateescape")
+    check_date(date)
+    encoded = text(name).encode("utf-8", "surrogateescape")
     if not encoded or len(encoded) > MAX_NAME_BYTES or b"\0" in encoded:
         raise ValueError(f"the name of a snapshot has 1 to {MAX_NAME_BYTES} bytes, none of them 0: {name!r}")
     moment = datetime.now(UTC) if date is None else date
@@ -116,6 +118,7 @@ class Transaction:
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return the disk's bytes as the transaction sees them; errors as `Image.pread`."""
+        length, offset = number(length), number(offset)
         self._enter()
         self._guest.requests.check_range(offset, length)
         buffer = bytearray(length)
@@ -124,6 +127,7 @@ class Transaction:
 
     def pread_into(self, buffer: WriteableBuffer, offset: int) -> None:
         """Fill ``buffer`` with the disk's bytes as the transaction sees them; errors as `Image.pread`."""
+        offset = number(offset)
         self._enter()
         with memoryview(buffer) as whole, whole.cast("B") as view:
             self._guest.reads.read_into(view, offset)
@@ -135,6 +139,7 @@ class Transaction:
             TransactionError: the transaction has ended.
             ValueError, OSError: as `Image.pwrite`.
         """
+        offset = number(offset)
         self._enter(changing=True)
         with memoryview(buffer) as whole, whole.cast("B") as view:
             self._guest.writes.write(view, offset)
@@ -142,11 +147,13 @@ class Transaction:
 
     def write_zeroes(self, length: int, offset: int, unmap: bool = True) -> None:
         """Make a range read as zeros; see `Image.write_zeroes`."""
+        length, offset = number(length), number(offset)
         self._enter(changing=True)
         self._guest.zeroing.write_zeroes(offset, length, unmap=unmap)
 
     def discard(self, length: int, offset: int) -> None:
         """Free the clusters that a range covers whole; see `Image.discard`."""
+        length, offset = number(length), number(offset)
         self._enter(changing=True)
         self._guest.zeroing.discard(offset, length)
 
@@ -157,7 +164,7 @@ class Transaction:
             ValueError: not a multiple of 512.
             TransactionError, OSError: as `pwrite`.
         """
-        layout.check_disk_size(size)
+        size = layout.disk_size(size)
         self._enter(changing=True)
         if size != self._tables.view.header.size:
             with self._changes.whole():
@@ -165,6 +172,7 @@ class Transaction:
 
     def pwrite_compressed(self, buffer: ReadableBuffer, offset: int, level: int | None = None) -> int:
         """Write whole clusters compressed; see `Image.pwrite_compressed`."""
+        offset, level = number(offset), optional_number(level)
         self._enter(changing=True)
         with memoryview(buffer) as whole, whole.cast("B") as view:
             self._guest.packed.write(view, offset, level)
@@ -219,9 +227,10 @@ class Transaction:
             FormatError: the header has no room for it.
             TransactionError, OSError: as `pwrite`.
         """
+        name, stored = optional_text(name), optional_text(backing_format)
         self._enter(changing=True)
         with self._lock:
-            area = naming.name_backing_file(self._tables.view.area, name, backing_format)
+            area = naming.name_backing_file(self._tables.view.area, name, stored)
             with self._tables.operation():
                 self._tables.view.set_area(area)
 
@@ -234,6 +243,7 @@ class Transaction:
             ValueError: not whole clusters, or they reach past the end.
             TransactionError, OSError: as `pwrite`.
         """
+        length, offset = number(length), number(offset)
         self._enter(changing=True)
         self._guest.zeroing.hide_below(offset, length)
 

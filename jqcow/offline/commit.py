@@ -70,13 +70,14 @@ def commit(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the overlay reads as before.
     """
+    following = Following(allow_files, probe)
     with open_alone(path, "r+") as overlay:
         named = overlay.backing_file
         if named is None:
             raise ValueError(f"{os.fspath(path)} has no backing file to commit to")
         refuse_snapshots(overlay, "a commit")
         require_allowed(named, allow_files)
-        with _open_base(named, identity_of(os.fspath(path)), Following(allow_files, probe)) as base:
+        with _open_base(named, identity_of(os.fspath(path)), following) as base:
             written, zeroed = copy_into(overlay, base, progress)
             base_size = base.size
         if not keep:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from operator import index
 from typing import Protocol
 
 from jqcow import _native
@@ -324,6 +325,7 @@ def create_raw(path: str | os.PathLike[str], size: int, *, overwrite: bool = Fal
         ImageInUse: the file to be replaced is in use.
         OSError: the host failed; nothing is left under the name.
     """
+    size = index(size)
     device = FileDevice.create_temporary(path)
     try:
         device.truncate(size)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from operator import index
 
 from jqcow import _native
 from jqcow.device.disk import Extent
@@ -74,8 +75,8 @@ def map_file(
         OSError: the host failed.
     """
     with closing(open_disk(path, image_format, following=following)) as chain:
-        start = min(start, chain.size)
-        length = chain.size - start if length is None else min(length, chain.size - start)
+        start = min(index(start), chain.size)
+        length = chain.size - start if length is None else min(index(length), chain.size - start)
         layers = [_LayerMap(layer) for layer in chain.layers]
         return [
             line for extent in chain.extents(length, start) for line in layers[extent.depth].lines(extent)

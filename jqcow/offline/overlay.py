@@ -70,7 +70,7 @@ def create_overlay(
         ImageInUse: the file to be replaced is in use.
         OSError: the host failed; nothing is left under the name.
     """
-    layout.check_disk_size(size)
+    size = layout.disk_size(size)
     cluster_bits = cluster_bits_of(cluster_size)
     blank = blank_image(
         size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 
 from jqcow import _native
 from jqcow.ondisk import layout
@@ -116,8 +117,10 @@ def cluster_bits_of(cluster_size: int) -> int:
     """Return the binary logarithm of a cluster size in bytes.
 
     Raises:
+        TypeError: not a whole number.
         ValueError: not a power of two from 512 bytes to 2 MiB.
     """
+    cluster_size = index(cluster_size)
     bits = cluster_size.bit_length() - 1
     if cluster_size <= 0 or 1 << bits != cluster_size:
         raise ValueError(f"the cluster size must be a power of two, not {cluster_size}")
@@ -130,8 +133,10 @@ def refcount_order_of(refcount_bits: int) -> int:
     """Return the binary logarithm of the width of a refcount in bits.
 
     Raises:
+        TypeError: not a whole number.
         ValueError: not a power of two from 1 to 64.
     """
+    refcount_bits = index(refcount_bits)
     order = refcount_bits.bit_length() - 1
     if refcount_bits <= 0 or 1 << order != refcount_bits or order > layout.MAX_REFCOUNT_ORDER:
         raise ValueError(f"a refcount has 1, 2, 4, 8, 16, 32 or 64 bits, not {refcount_bits}")

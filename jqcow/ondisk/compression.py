@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from operator import index
 from typing import Literal
 
 import zstandard
@@ -117,7 +118,7 @@ def check_level(compression_type: int, level: int | None) -> None:
     if compression_type not in LEVELS:
         raise UnsupportedFeatureError(f"compression type {compression_type}")
     levels = LEVELS[compression_type]
-    if level is not None and level not in levels:
+    if level is not None and index(level) not in levels:
         raise ValueError(f"the compression level must be from {levels[0]} to {levels[-1]}, not {level}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import NewType
 
 GuestOffset = NewType("GuestOffset", int)
@@ -117,7 +118,14 @@ class Geometry:
         return -(-disk_bytes // (self.cluster_bytes * self.l2_entries))
 
 
-def check_disk_size(size: int) -> None:
-    """Raise ValueError unless a disk can have this many bytes: a whole number of sectors."""
+def disk_size(size: int) -> int:
+    """Return a size that a disk can have, in bytes.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: not a whole number of sectors.
+    """
+    size = index(size)
     if size < 0 or size % SECTOR_BYTES:
         raise ValueError(f"the size of a disk is a multiple of 512 bytes, not {size}")
+    return size

@@ -118,6 +118,8 @@ def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | 
         if backing_format is not None:
             raise ValueError("a backing format needs a backing file")
         return area.with_backing_file(None, None)
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a backing file is a str, not {type(name).__name__}")
     if backing_format not in DISK_FORMATS:
         raise ValueError(f"the format of a backing file is raw or qcow2, not {backing_format!r}")
     resolve(name, "the new header")

@@ -50,6 +50,8 @@ MAX_SNAPSHOTS = 65536
 MAX_TABLE_BYTES = 64 << 20
 MAX_EXTRA_BYTES = 1024
 """The bounds within which QEMU opens a snapshot table; jqcow keeps to the same."""
+MAX_SNAPSHOT_L1_BYTES = 1 << 32
+"""The most that the L1 tables of all snapshots may take: else a few snapshots bind a check for hours."""
 
 _NO_ICOUNT = (1 << 64) - 1
 _VM_STATE_32_MAX = (1 << 32) - 1

@@ -1,0 +1,150 @@
+"""P6: whatever an image of 1 MiB says, no command takes more than 256 MiB of memory or 5 seconds.
+
+The seconds are of CPU time, and a slow machine gets four times as many.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import jqcow
+from jqcow.ondisk.snapshots import Snapshot, pack_table
+from tests.support.measured import measure
+
+FILE_BYTES_MAX = 1 << 20
+PEAK_BYTES_MAX = 256 << 20
+CPU_SECONDS_MAX = 5 * 4
+COPIED = 1 << 63
+FAR = 1 << 40
+"""A host offset past the end of any file here."""
+
+
+def blank(path: Path, cluster: int) -> bytearray:
+    jqcow.create(path, 1 << 20, cluster_size=cluster).close()
+    return bytearray(path.read_bytes())
+
+
+def put(content: bytearray, offset: int, *values: int) -> None:
+    """Write 64-bit numbers, making the file longer where needed."""
+    data = struct.pack(f">{len(values)}Q", *values)
+    content.extend(bytes(max(0, offset + len(data) - len(content))))
+    content[offset : offset + len(data)] = data
+
+
+def put_l1(content: bytearray, cluster: int, values: list[int]) -> None:
+    """Place an L1 table behind all else, for a disk as large as it can map."""
+    offset = -(-len(content) // cluster) * cluster
+    put(content, offset, *values)
+    struct.pack_into(">I", content, 36, len(values))
+    put(content, 40, offset)
+    put(content, 24, len(values) * (cluster // 8) * cluster)
+
+
+def place_of_table(content: bytearray, cluster: int) -> int:
+    """Make room for a table behind all else, and return where."""
+    offset = -(-len(content) // cluster) * cluster
+    content.extend(bytes(offset + cluster - len(content)))
+    return offset
+
+
+def one_l2_table_for_all(path: Path) -> bytearray:
+    """100,000 L1 entries that name one L2 table, whose clusters come in no order."""
+    cluster = 64 << 10
+    content = blank(path, cluster)
+    table = place_of_table(content, cluster)
+    put(content, table, *(0 if at % 2 else cluster | COPIED for at in range(cluster // 8)))
+    put_l1(content, cluster, [table | COPIED] * 80_000)
+    return content
+
+
+def l2_tables_in_no_file(path: Path) -> bytearray:
+    cluster = 64 << 10
+    content = blank(path, cluster)
+    put_l1(content, cluster, [FAR + at * cluster | COPIED for at in range(90_000)])
+    return content
+
+
+def l1_table_in_no_file(path: Path) -> bytearray:
+    content = blank(path, 512)
+    struct.pack_into(">I", content, 36, 4 << 20)
+    put(content, 40, FAR)
+    put(content, 24, (4 << 20) * 64 * 512)
+    return content
+
+
+def refcount_blocks_in_no_file(path: Path) -> bytearray:
+    """A refcount table with 100,000 entries, of which the first one alone is good."""
+    cluster = 64 << 10
+    content = blank(path, cluster)
+    old = int.from_bytes(content[48:56], "big")
+    first = int.from_bytes(content[old : old + 8], "big")
+    table = place_of_table(content, cluster)
+    put(content, table, first, *(FAR + at * cluster for at in range(90_000)))
+    put(content, 48, table)
+    struct.pack_into(">I", content, 56, 90_000 * 8 // cluster + 1)
+    return content
+
+
+def snapshots(content: bytearray, cluster: int, count: int, l1_offset: Callable[[int], int]) -> bytearray:
+    table = place_of_table(content, cluster)
+    entries = [
+        Snapshot(l1_offset(at), 4 << 20, str(at), "s", 0, 0, 0, 0, 1 << 20, None) for at in range(count)
+    ]
+    data = pack_table(entries)
+    content[table:] = data
+    struct.pack_into(">IQ", content, 60, count, table)
+    return content
+
+
+def snapshots_in_no_file(path: Path) -> bytearray:
+    """8,000 snapshots with L1 tables of 32 MiB each."""
+    cluster = 64 << 10
+    return snapshots(blank(path, cluster), cluster, 8000, lambda at: FAR + (at << 25))
+
+
+def snapshots_of_one_table(path: Path) -> bytearray:
+    cluster = 64 << 10
+    return snapshots(blank(path, cluster), cluster, 8000, lambda at: 3 * cluster)
+
+
+ATTACKS = [
+    one_l2_table_for_all,
+    l2_tables_in_no_file,
+    l1_table_in_no_file,
+    refcount_blocks_in_no_file,
+    snapshots_in_no_file,
+    snapshots_of_one_table,
+]
+
+COMMANDS = {
+    "info": ("jqcow", "info", "IMAGE"),
+    "check": ("jqcow", "check", "IMAGE"),
+    "repair": ("jqcow", "check", "-r", "all", "IMAGE"),
+    "map": ("jqcow", "map", "IMAGE"),
+    "convert": ("jqcow", "convert", "-O", "qcow2", "IMAGE", "TARGET"),
+    "journal": ("jqcow", "journal", "IMAGE"),
+    "list": ("jqcow", "snapshot", "-l", "IMAGE"),
+    "snapshot": ("jqcow", "snapshot", "-c", "new", "IMAGE"),
+    "resize": ("jqcow", "resize", "IMAGE", "+1M"),
+    "recover": ("jqcow-recover", "IMAGE"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+def test_every_command_is_bounded(attack: Callable[[Path], bytearray], tmp_path: Path) -> None:
+    path, original = tmp_path / "image.qcow2", tmp_path / "original"
+    content = attack(path)
+    assert len(content) <= FILE_BYTES_MAX
+    original.write_bytes(content)
+    for name, command in COMMANDS.items():
+        shutil.copy(original, path)
+        paths = {"IMAGE": str(path), "TARGET": str(tmp_path / f"{name}.raw")}
+        took = measure(*(paths.get(word, word) for word in command))
+        assert took.cpu_seconds < CPU_SECONDS_MAX, f"{name} took {took}"
+        assert took.peak_bytes < PEAK_BYTES_MAX, f"{name} took {took}"
+        assert "Traceback" not in took.errors, took.errors
