@@ -31,6 +31,7 @@ from tests.support.mutant import (
     COMMITS,
     FRAME,
     JOURNAL,
+    LEAVE_TO_ONE,
     LIFECYCLE,
     LOG,
     MAPPING,
@@ -407,6 +408,19 @@ OF_WRITES = (
     ),
 )
 
+OF_SHARING = (
+    Mutant(
+        "W5-flag-not-given",
+        skipping(f"{MAPPING_EDITOR}.set_entries", during=LEAVE_TO_ONE),
+        trials=seeds("shared/4096", 2),
+    ),
+    Mutant(
+        "W5-left-cluster-in-place",
+        holding(f"{WRITES}.may_overwrite", "self.tables.space.left_alone", set()),
+        trials=(SCENARIO + "two-owners-without-a-snapshot",),
+    ),
+)
+
 OF_COMMITS = (
     Mutant("T1-record-before-ordered-data", without_barrier("flush.ordered"), trials=("reuse/4096/0",)),
     Mutant(
@@ -453,6 +467,7 @@ MUTANTS = (
     *OF_REFCOUNTS,
     *OF_MAPPING_AND_SNAPSHOTS,
     *OF_WRITES,
+    *OF_SHARING,
     *OF_COMMITS,
     *MUTANTS_OF_THREADS,
 )

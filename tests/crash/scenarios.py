@@ -82,15 +82,15 @@ def entry_into_metadata() -> None:
     _must_refuse("P6: a guest write destroyed the L1 table", lambda: image.pwrite(b"x" * 512, CLUSTER_BYTES))
 
 
-def two_owners() -> None:
+def two_owners(*, snapshot: bool = True, flag: int = 0) -> None:
     """P1: two guest clusters have one host cluster, and both are written: each is old or new after a crash.
 
     The first write leaves the host cluster to the other one, but not durably.
     """
-    crafted = Crafted(empty_snapshot=True)
+    crafted = Crafted(empty_snapshot=snapshot)
     shared, given_up = crafted.entry(crafted.place(0)) & ~COPIED, crafted.entry(crafted.place(1)) & ~COPIED
     for guest_cluster in (0, 1):
-        crafted.set_entry(crafted.place(guest_cluster), shared)
+        crafted.set_entry(crafted.place(guest_cluster), shared | flag)
     crafted.set_refcount(shared, 2)
     crafted.set_refcount(given_up, 0)
     device = crafted.device()
@@ -102,6 +102,16 @@ def two_owners() -> None:
             for guest_cluster in (0, 1):
                 found = crashed.pread(1, guest_cluster * CLUSTER_BYTES)[0]
                 require(found in (0x33, 0x44 + guest_cluster), "P1: another guest cluster changed", found)
+
+
+def two_owners_without_a_snapshot() -> None:
+    """P1: as `two_owners`; the one that is left gets the COPIED flag, and is not written in place yet."""
+    two_owners(snapshot=False)
+
+
+def two_owners_with_wrong_flags() -> None:
+    """P1: as `two_owners_without_a_snapshot`, and both entries claim that the cluster is theirs alone."""
+    two_owners(snapshot=False, flag=COPIED)
 
 
 def stale_copied_flag() -> None:
@@ -417,6 +427,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         unaligned_entry,
         entry_into_metadata,
         two_owners,
+        two_owners_without_a_snapshot,
+        two_owners_with_wrong_flags,
         stale_copied_flag,
         checkpoint_on_full_disk,
         writers_of_one_cluster,
