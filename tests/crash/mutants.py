@@ -457,6 +457,16 @@ OF_COMMITS = (
         after(f"{LIFECYCLE}.prepare_to_repair", lambda _, lifecycle: lifecycle.start_search()),
         trials=("repair/4096/0", "repair/4096/1", "repair-snapshots/4096/0"),
     ),
+    Mutant(
+        "F2-uncounted-data-cut-off",
+        skipping(f"{LIFECYCLE}._find_uncounted"),
+        trials=(SCENARIO + "uncounted-data",),
+    ),
+    Mutant(
+        "F2-uncounted-data-free",
+        after(f"{LIFECYCLE}._find_uncounted", lambda _, lifecycle: lifecycle.start_search()),
+        trials=(SCENARIO + "uncounted-data",),
+    ),
 )
 
 MUTANTS = (
