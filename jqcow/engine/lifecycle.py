@@ -6,6 +6,8 @@ is written into the range that was read, and no home before the records are safe
 not thereby durable, and a durable frame must not be put at risk by rewriting it.
 
 F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
+F2. Data behind the last counted cluster that a table maps gets its refcount in the first record; nothing
+    there is allocated, punched or cut off before.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class Lifecycle:
         self.geometry = commits.public.geometry
         self.kept_bytes = 0
         self._is_surveyed = False
+        self._uncounted: list[tuple[ClusterIndex, int]] = []
+        """Clusters behind the last counted one that tables map, and by how many references (F2)."""
 
     # Before the first change
 
@@ -59,7 +63,30 @@ class Lifecycle:
             self.space.metadata = self.public.snapshots.survey()
             self._find_frontier()
             self.start_search()
+            if self.log.journal is None:
+                # Who left a live one has seen to this before its first record.
+                self._find_uncounted()
             self._is_surveyed = True
+
+    def _find_uncounted(self) -> None:
+        """Look for data behind the last counted cluster; only if the file reaches there (F2)."""
+        used_end, file_end = self.public.refcounts.used_end(), self.geometry.clusters(self.medium.size())
+        if used_end < file_end:
+            found = self.public.snapshots.data_within(used_end, file_end)
+            self._uncounted = sorted(found.items())
+            if found:
+                self.space.search_end = used_end
+
+    def _count_uncounted(self) -> None:
+        with self.medium.lock, self.public.operation():
+            for cluster, references in self._uncounted:
+                self.public.refcounts.correct(cluster, 1, 0, references)
+        self._uncounted = []
+
+    @property
+    def is_live(self) -> bool:
+        """True if metadata may be changed: there is a journal, and F2 is kept."""
+        return self.log.journal is not None and not self._uncounted
 
     def prepare_to_repair(self) -> None:
         """As `prepare_to_change`, where refcounts may be wrong: nothing below the frontier is free (F1).
@@ -97,6 +124,9 @@ class Lifecycle:
                     admit()
                     self.prepare_to_change()
                 self._set_up()
+            if self._uncounted:
+                self._count_uncounted()
+                self.commits.commit(self.public)
 
     def _set_up(self) -> None:
         clean = self.blocks.area

@@ -152,20 +152,14 @@ class Refcounts:
 
         Raises:
             CorruptionError: its refcount is 0, or it holds metadata, which a guest's entry must not change.
-            UnsupportedFeatureError: it is shared, but there is no snapshot to share it with: two guest
-                clusters have it, or the refcount is wrong.
         """
         refcount = self.get(cluster)
         if refcount == 1 and cluster not in self.space.metadata:
             return 1
-        offset = self.geometry.offset_of(cluster)
         if refcount == 0:
+            offset = self.geometry.offset_of(cluster)
             raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
         self.check_holds_data(cluster)
-        if refcount > 1 and not self.view.header.nb_snapshots:
-            raise UnsupportedFeatureError(
-                "a cluster shared without a snapshot", f"refcount {refcount} at host offset {offset:#x}"
-            )
         return refcount
 
     def check_holds_data(self, cluster: ClusterIndex) -> None:
@@ -314,25 +308,34 @@ class Allocation(Refcounts):
                 self._refuse(run_start, -1)
         self._add(start, count, 1)
 
-    def release(self, start: ClusterIndex, count: int = 1) -> None:
+    def release(self, start: ClusterIndex, count: int = 1) -> list[ClusterIndex]:
         """Take a reference from each of the data clusters; those without another one are free.
+
+        Returns those that have one left.
 
         Raises:
             CorruptionError: one of them is free already, or holds metadata.
         """
         changes = self.view.changes
-        for run in self._take_reference(start, count):
-            for cluster in range(run.start, run.start + run.count):
-                self.check_holds_data(ClusterIndex(cluster))
+        left_one: list[ClusterIndex] = []
+        for run, left in self._take_reference(start, count):
+            clusters = map(ClusterIndex, range(run.start, run.start + run.count))
+            if left:
+                left_one += clusters if left == 1 else ()
+                continue
+            for cluster in clusters:
+                self.check_holds_data(cluster)
             self._stop_packing_in(run)
             self.space.free(run.start, run.count)
             changes.freed_data.append(run)
             changes.freed_clusters += run.count
+        return left_one
 
     def release_metadata(self, start: ClusterIndex, count: int = 1) -> None:
         """Take a reference from each of the metadata clusters; those without another one are free."""
-        for run in self._take_reference(start, count):
-            self._free_as_metadata(run)
+        for run, left in self._take_reference(start, count):
+            if not left:
+                self._free_as_metadata(run)
 
     def _free_as_metadata(self, run: Run) -> None:
         changes = self.view.changes
@@ -352,17 +355,16 @@ class Allocation(Refcounts):
             self._refuse(ClusterIndex(piece.first + failed - piece.position), delta)
         return data
 
-    def _take_reference(self, start: int, count: int) -> list[Run]:
-        """Take a reference from each cluster; return the runs that have none left."""
-        unused: list[Run] = []
+    def _take_reference(self, start: int, count: int) -> list[tuple[Run, int]]:
+        """Take a reference from each cluster; return runs of them with the references that they have left."""
+        runs: list[tuple[Run, int]] = []
         for piece in self._edited_pieces(start, count):
             data, position = self._add_in(piece, -1), piece.position
             while position < piece.stop:
                 left, length = _native.refcount_run(data, self._order, position, piece.stop)
-                if not left:
-                    unused.append(Run(ClusterIndex(piece.first + position - piece.position), length))
+                runs.append((Run(ClusterIndex(piece.first + position - piece.position), length), left))
                 position += length
-        return unused
+        return runs
 
     def _refuse(self, cluster: ClusterIndex, delta: int) -> NoReturn:
         offset = self.geometry.offset_of(cluster)

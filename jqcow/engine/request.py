@@ -254,7 +254,7 @@ class Requests:
 
     def require_live(self) -> None:
         """Raise NotLive unless the image has its journal: metadata will change."""
-        if self.lifecycle.log.journal is None:
+        if not self.lifecycle.is_live:
             raise NotLive
 
     def commit_if_large(self) -> None:

@@ -11,6 +11,7 @@ N2. After each of these operations COPIED is set in the active tables exactly wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -221,6 +222,27 @@ class Snapshots:
                         codec.set_copied(self.view.edit(block), index, index + count, copied=copied)
                 index += count
         return wrong
+
+    # What holds data
+
+    def data_within(self, start: int, end: int) -> Counter[ClusterIndex]:
+        """Return how many references of L2 entries there are to each of the host clusters in [start, end).
+
+        Raises:
+            CorruptionError: a table is damaged: what it maps cannot be told.
+            UnsupportedFeatureError: they are too many to be counted.
+        """
+        users: Counter[HostOffset] = Counter()
+        for l1 in self.l1_tables():
+            users.update(table for _, table in self.mapping.l2_tables(0, l1))
+        found: Counter[ClusterIndex] = Counter()
+        for table, count in users.items():
+            for first, length in self.mapping.references(table):
+                for cluster in range(max(first, start), min(first + length, end)):
+                    found[ClusterIndex(cluster)] += count
+            if len(found) > MAX_METADATA_CLUSTERS:
+                raise UnsupportedFeatureError(f"more than {MAX_METADATA_CLUSTERS} clusters with refcount 0")
+        return found
 
     # What holds metadata
 

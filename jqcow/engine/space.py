@@ -37,7 +37,7 @@ from typing import Protocol
 from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
-from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
+from jqcow.ondisk.layout import ClusterIndex, Geometry, GuestCluster, HostOffset
 
 RECYCLE_CLUSTERS = 8
 """Unknown clusters given back to the host ahead of need: hardly more old bytes go than are written over."""
@@ -66,6 +66,8 @@ class Space:
         search_at, search_end: where the refcounts are still to be searched for free clusters.
         host_punches: False once the host has refused to.
         reuses: how often clusters came back. While it stays, no cluster that was in use is used anew.
+        left_alone: data clusters that lost owners in this session, and have one left (sharing.py, W5).
+        sharers: who shares clusters without a snapshot, once that was looked for.
     """
 
     def __init__(self, medium: Medium, geometry: Geometry, requests: InFlight) -> None:
@@ -80,6 +82,8 @@ class Space:
         self.search_end = 0
         self.host_punches = True
         self.reuses = 0
+        self.left_alone: set[ClusterIndex] = set()
+        self.sharers: dict[ClusterIndex, list[GuestCluster]] | None = None
         self._requests = requests
         self._lent = ClusterRuns()
         self._freed = ClusterRuns()
@@ -127,10 +131,13 @@ class Space:
     def count_in(self, run: Run) -> None:
         """The clusters have a refcount now."""
         self._lent.discard(run.start, run.count)
+        if self.left_alone:
+            self.left_alone.difference_update(range(run.start, run.start + run.count))
 
     def undo(self, undone: Undone) -> None:
         """An operation was undone: what it took has unknown content (S3), what it freed is in use."""
         self.reuses += 1
+        self.sharers = None
         for run in undone.taken:
             self._lent.discard(run.start, run.count)
             self.unknown.add(run.start, run.count)
@@ -145,6 +152,7 @@ class Space:
 
     def retire(self, runs: Iterable[Run]) -> None:
         """Take back runs that a failed record or root may still name; they are free after a barrier (S5)."""
+        self.sharers = None
         for run in ClusterRuns(runs):
             self._lent.discard(run.start, run.count)
             self._retired[run] = self.medium.barriers_started

@@ -1,8 +1,8 @@
 """What a guest's write does: find what it may overwrite, take clusters for the rest, write, map.
 
 W1. In place only where the refcount, staged changes included, is 1 and the entry has the COPIED flag, which
-    no operation but a transaction's sets on a cluster that exists; in a transaction, only in clusters that
-    it allocated since its last savepoint.
+    no operation but a transaction's sets on a cluster that exists (save W5); in a transaction, only in
+    clusters that it allocated since its last savepoint.
 W2. A newly visible pair (guest range, host range) is zero-safe only if the guest's old content reads as
     zeros and the host range would read as zeros if its data never came. Every other pair is ordered.
 W3. A cluster that is not zero-safe is written whole.
@@ -21,6 +21,7 @@ from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.read import Reads
 from jqcow.engine.request import Request
+from jqcow.engine.sharing import leave_to_one
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER, L2Entry, data_entry
 from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
@@ -163,7 +164,6 @@ class Writes:
 
         Raises:
             CorruptionError: a data cluster holds metadata, or has refcount 0.
-            UnsupportedFeatureError: a cluster is shared, and there is no snapshot to share it with.
         """
         pieces: list[Piece] = []
         for run in self.tables.mapping_at_hand.runs(offset, length):
@@ -194,9 +194,10 @@ class Writes:
         yield piece(start, end)
 
     def may_overwrite(self, cluster: ClusterIndex, *, copied: bool) -> bool:
-        """Return True if a cluster that a guest's entry names may be written in place (W1, G2)."""
+        """Return True if a cluster that a guest's entry names may be written in place (W1, W5, G2)."""
         is_shared = self.tables.refcounts_at_hand.data_refcount(cluster) > 1
-        return copied and not is_shared and self.tables.changes.may_overwrite(cluster)
+        is_own = copied and not is_shared and cluster not in self.tables.space.left_alone
+        return is_own and self.tables.changes.may_overwrite(cluster)
 
     def _kept_clusters(self, piece: Piece) -> dict[int, HostOffset]:
         """Return what zero entries of a piece keep and may be reused: host offsets by guest cluster."""
@@ -321,7 +322,10 @@ class Writes:
             kept = range(0) if new.kind == COMPRESSED_CLUSTER else mapping.codec.hosts(new)
             hosts = mapping.codec.hosts(old)
             if hosts and hosts != kept:
-                refcounts.release(ClusterIndex(hosts.start), len(hosts))
+                left_one = refcounts.release(ClusterIndex(hosts.start), len(hosts))
+                if old.kind != COMPRESSED_CLUSTER:
+                    # Compressed clusters share host clusters as a matter of course, and have no flag.
+                    leave_to_one(self.tables, left_one)
 
     def give_back(self, uncounted: list[Run]) -> None:
         """A request failed: what it took and did not count is free again."""

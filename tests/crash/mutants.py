@@ -31,6 +31,7 @@ from tests.support.mutant import (
     COMMITS,
     FRAME,
     JOURNAL,
+    LEAVE_TO_ONE,
     LIFECYCLE,
     LOG,
     MAPPING,
@@ -407,6 +408,19 @@ OF_WRITES = (
     ),
 )
 
+OF_SHARING = (
+    Mutant(
+        "W5-flag-not-given",
+        skipping(f"{MAPPING_EDITOR}.set_entries", during=LEAVE_TO_ONE),
+        trials=seeds("shared/4096", 2),
+    ),
+    Mutant(
+        "W5-left-cluster-in-place",
+        holding(f"{WRITES}.may_overwrite", "self.tables.space.left_alone", set()),
+        trials=(SCENARIO + "two-owners-without-a-snapshot",),
+    ),
+)
+
 OF_COMMITS = (
     Mutant("T1-record-before-ordered-data", without_barrier("flush.ordered"), trials=("reuse/4096/0",)),
     Mutant(
@@ -443,6 +457,16 @@ OF_COMMITS = (
         after(f"{LIFECYCLE}.prepare_to_repair", lambda _, lifecycle: lifecycle.start_search()),
         trials=("repair/4096/0", "repair/4096/1", "repair-snapshots/4096/0"),
     ),
+    Mutant(
+        "F2-uncounted-data-cut-off",
+        skipping(f"{LIFECYCLE}._find_uncounted"),
+        trials=(SCENARIO + "uncounted-data",),
+    ),
+    Mutant(
+        "F2-uncounted-data-free",
+        after(f"{LIFECYCLE}._find_uncounted", lambda _, lifecycle: lifecycle.start_search()),
+        trials=(SCENARIO + "uncounted-data",),
+    ),
 )
 
 MUTANTS = (
@@ -453,6 +477,7 @@ MUTANTS = (
     *OF_REFCOUNTS,
     *OF_MAPPING_AND_SNAPSHOTS,
     *OF_WRITES,
+    *OF_SHARING,
     *OF_COMMITS,
     *MUTANTS_OF_THREADS,
 )

@@ -93,6 +93,9 @@ COMMITTED_INTO = f"{turns(2, 'change:3:2 take-in:{n}', '1', '2')} change:3:2"
 COPIED_UP = turns(8, "copy-up:4w%s:c|3c {n}", "", "change", "flush")
 """Copy on read: what is read from below is written to the overlay, between changes and flushes."""
 
+SHARED = "open change:6:2 " + turns(3, "write:2w%c+s:s {n}:2w%c:c|2c flush", "discard", "unmap", "zeroes")
+"""What guest clusters share without a snapshot is written, zeroed and discarded, one owner after another."""
+
 REPAIRED = "open change:5:2 close open change close"
 """Opening repairs; then the image is used like any other."""
 

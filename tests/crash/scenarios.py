@@ -14,6 +14,7 @@ from threading import Event
 from types import FrameType
 
 import jqcow
+from jqcow.checker.check import Kind
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.entries import COPIED
@@ -33,10 +34,17 @@ CLUSTER_BYTES = 4096
 class Crafted(Tables):
     """A closed image of three data clusters, whose tables are then changed by hand."""
 
-    def __init__(self, *, empty_snapshot: bool = False, snapshot: bool = False) -> None:
-        """Allocate guest clusters 0 to 2, with a snapshot from before or after that."""
+    def __init__(
+        self, *, empty_snapshot: bool = False, snapshot: bool = False, table_first: bool = False
+    ) -> None:
+        """Allocate guest clusters 0 to 2, with a snapshot from before or after that.
+
+        ``table_first``: so that they are the last ones of the file.
+        """
         device = SimulatedDevice()
         image = create_simulated(device, 4 << 20, CLUSTER_BYTES)
+        if table_first:
+            image.pwrite(b"\x33", 100 * CLUSTER_BYTES)
         if empty_snapshot:
             image.create_snapshot("empty")
         image.pwrite(b"\x33" * (3 * CLUSTER_BYTES), 0)
@@ -82,15 +90,15 @@ def entry_into_metadata() -> None:
     _must_refuse("P6: a guest write destroyed the L1 table", lambda: image.pwrite(b"x" * 512, CLUSTER_BYTES))
 
 
-def two_owners() -> None:
+def two_owners(*, snapshot: bool = True, flag: int = 0) -> None:
     """P1: two guest clusters have one host cluster, and both are written: each is old or new after a crash.
 
     The first write leaves the host cluster to the other one, but not durably.
     """
-    crafted = Crafted(empty_snapshot=True)
+    crafted = Crafted(empty_snapshot=snapshot)
     shared, given_up = crafted.entry(crafted.place(0)) & ~COPIED, crafted.entry(crafted.place(1)) & ~COPIED
     for guest_cluster in (0, 1):
-        crafted.set_entry(crafted.place(guest_cluster), shared)
+        crafted.set_entry(crafted.place(guest_cluster), shared | flag)
     crafted.set_refcount(shared, 2)
     crafted.set_refcount(given_up, 0)
     device = crafted.device()
@@ -102,6 +110,16 @@ def two_owners() -> None:
             for guest_cluster in (0, 1):
                 found = crashed.pread(1, guest_cluster * CLUSTER_BYTES)[0]
                 require(found in (0x33, 0x44 + guest_cluster), "P1: another guest cluster changed", found)
+
+
+def two_owners_without_a_snapshot() -> None:
+    """P1: as `two_owners`; the one that is left gets the COPIED flag, and is not written in place yet."""
+    two_owners(snapshot=False)
+
+
+def two_owners_with_wrong_flags() -> None:
+    """P1: as `two_owners_without_a_snapshot`, and both entries claim that the cluster is theirs alone."""
+    two_owners(snapshot=False, flag=COPIED)
 
 
 def stale_copied_flag() -> None:
@@ -116,6 +134,43 @@ def stale_copied_flag() -> None:
         image.pwrite(b"\x44" * SECTOR_BYTES, 0)
     with open_simulated(device, "r", snapshot="kept") as kept:
         require(kept.pread(CLUSTER_BYTES, 0) == b"\x33" * CLUSTER_BYTES, "P1: the snapshot changed")
+
+
+def uncounted_data() -> None:
+    """P1: the last clusters of a file have refcount 0, and data of the disk is there: nothing takes it.
+
+    Another program leaves it so; one cluster has two owners.
+    """
+    crafted = Crafted(table_first=True)
+    for cluster in crafted.free_clusters():
+        # Nothing else is free: it would be taken first.
+        crafted.set_refcount(cluster * CLUSTER_BYTES, 1)
+    for guest_cluster in (1, 2):
+        crafted.set_refcount(crafted.entry(crafted.place(guest_cluster)) & ~COPIED, 0)
+    crafted.set_entry(crafted.place(3), crafted.entry(crafted.place(2)))
+    device = crafted.device()
+
+    def look(image: jqcow.Image) -> None:
+        for guest_cluster in (1, 2, 3):
+            found = image.pread(CLUSTER_BYTES, guest_cluster * CLUSTER_BYTES)
+            require(found == b"\x33" * CLUSTER_BYTES, "P1: data that no refcount counts", guest_cluster)
+
+    image = open_simulated(device)
+    image.pwrite(b"\x44" * CLUSTER_BYTES, 8 * CLUSTER_BYTES)
+    image.flush()
+    for cluster in range(9, 30):
+        image.pwrite(b"\x44" * CLUSTER_BYTES, cluster * CLUSTER_BYTES)
+    image.checkpoint()
+    image.close()
+    for state in enumerate_states(device, budget=200):
+        crashed = device.crash(state)
+        with open_simulated(crashed) as found:
+            look(found)
+            found.pwrite(b"\x55" * CLUSTER_BYTES, 30 * CLUSTER_BYTES)
+        with open_simulated(crashed) as found:
+            look(found)
+            kinds = {finding.kind for finding in found.check().findings}
+            require(kinds <= {Kind.COPIED_FLAG, Kind.LEAK}, "P2: refcounts of what was not counted", kinds)
 
 
 def checkpoint_on_full_disk() -> None:
@@ -417,7 +472,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         unaligned_entry,
         entry_into_metadata,
         two_owners,
+        two_owners_without_a_snapshot,
+        two_owners_with_wrong_flags,
         stale_copied_flag,
+        uncounted_data,
         checkpoint_on_full_disk,
         writers_of_one_cluster,
         snapshot_beside_a_write,

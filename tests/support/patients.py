@@ -80,6 +80,11 @@ class Tables:
         """Change the entry of a table at a host offset."""
         self.image[place : place + 8] = value.to_bytes(8, "big")
 
+    def place_of(self, guest: int) -> int:
+        """Return where the L2 entry of a guest offset stands; its L2 table is there."""
+        l1_index, l2_index = divmod(guest // self.cluster_bytes, self.cluster_bytes // 8)
+        return (self.entry(self.l1 + 8 * l1_index) & entries.OFFSET_MASK) + 8 * l2_index
+
     def refcount_place(self, host: int) -> int:
         """Return where the refcount of a host offset stands; 0: in no block yet."""
         index, within = divmod(host // self.cluster_bytes, self.header.geometry.refcounts_per_cluster)

@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.header import (
     EXTENSION_FEATURE_NAMES,
     INCOMPATIBLE_DIRTY,
@@ -230,6 +231,25 @@ def table_end_image(cluster_bytes: int, random: Random) -> Start:
     return replace(start, content=start.content + bytes(padding), holes=((len(start.content), padding),))
 
 
+def shared_image(cluster_bytes: int, random: Random) -> Start:
+    """An image in which guest clusters share host clusters, as a repair leaves double allocations."""
+    start = full_image(cluster_bytes, random)
+    tables, guest = Tables(start.content), bytearray(start.guest)
+    positions = random.sample(range(0, 2 * start.windows.window_bytes, cluster_bytes), 6)
+    owners = (positions[:2], positions[2:4], positions[4:]) if random.random() < 0.5 else (positions[:5],)
+    for first, *others in owners:
+        place = tables.place_of(start.windows.guest(first))
+        shared = tables.entry(place) & ~COPIED
+        tables.set_entry(place, shared)
+        tables.set_refcount(shared, 1 + len(others))
+        for position in others:
+            place = tables.place_of(start.windows.guest(position))
+            tables.set_refcount(tables.entry(place) & ~COPIED, 0)
+            tables.set_entry(place, shared)
+            guest[position : position + cluster_bytes] = guest[first : first + cluster_bytes]
+    return replace(start, content=bytes(tables.image), guest=bytes(guest))
+
+
 def damaged(prepare: Prepare) -> Prepare:
     """Return what makes the same image with a dirty bit: its refcounts may be wrong, and many are."""
 
@@ -437,6 +457,8 @@ STARTS: dict[str, Prepare] = {
     "wide": wide_image,
     "overlay": overlay_image,
     "overlay-unpunchable": overlay_with_old_bytes,
+    "shared": shared_image,
+    "shared-unpunchable": without_holes(shared_image),
     "dirty-bit": damaged(full_image),
     "dirty-bit-snapshots": damaged(snapshots_image),
 }

@@ -10,7 +10,9 @@ import jqcow
 from jqcow.engine.engine import Engine, make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import root as roots
+from jqcow.ondisk.entries import COPIED
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
+from tests.support.patients import Tables
 
 CLUSTER = 4096
 JOURNAL = 1 << 16
@@ -129,3 +131,90 @@ class TestRecover:
         again = crashed.killed()
         with jqcow.open_device(again, "r+") as image:
             assert image.pread(6, 8 * CLUSTER) == b"second" and image.check().ok
+
+
+class TestUncountedData:
+    """F2: the last clusters of the file are mapped and have refcount 0, in an image that no bit marks."""
+
+    WRITTEN = 4
+    COUNT = 2
+
+    def device(self, tail: int = 0) -> SimulatedDevice:
+        """Return an image whose last data clusters count as free, with ``tail`` bytes behind them."""
+        device = SimulatedDevice()
+        with jqcow.create_on_device(device, 1 << 20, cluster_size=CLUSTER, journal_size=JOURNAL) as image:
+            # Its L2 table first: the data is to be the last of the file.
+            image.pwrite(b"x", 200 * CLUSTER)
+            image.pwrite(b"data" * (self.WRITTEN * CLUSTER // 4), 0)
+        tables = Tables(device.content())
+        for cluster in range(self.WRITTEN - self.COUNT, self.WRITTEN):
+            tables.set_refcount(tables.entry(tables.place_of(cluster * CLUSTER)) & ~COPIED, 0)
+        return SimulatedDevice(bytes(tables.image) + bytes(tail))
+
+    def look(self, device: SimulatedDevice) -> None:
+        device.reopen()
+        with jqcow.open_device(device) as image:
+            assert image.pread(self.WRITTEN * CLUSTER, 0) == b"data" * (self.WRITTEN * CLUSTER // 4)
+
+    @pytest.mark.parametrize("tail", [0, 100, CLUSTER, 5 * CLUSTER + 1])
+    @pytest.mark.parametrize("sessions", [1, 3])
+    def test_a_write_elsewhere_counts_it(self, sessions: int, tail: int) -> None:
+        device = self.device(tail)
+        for session in range(sessions):
+            device.reopen()
+            with jqcow.open_device(device, "r+") as image:
+                image.pwrite(b"x" * CLUSTER, (20 + session) * CLUSTER)
+            self.look(device)
+        device.reopen()
+        with jqcow.open_device(device) as image:
+            assert image.check().ok
+
+    def test_in_a_transaction_that_is_undone(self) -> None:
+        device = self.device()
+        with jqcow.open_device(device, "r+") as image, image.transaction() as transaction:
+            transaction.pwrite(b"x" * CLUSTER, 20 * CLUSTER)
+            transaction.rollback()
+        self.look(device)
+
+    def test_by_a_snapshot(self) -> None:
+        """What it shares it counts on."""
+        device = self.device()
+        with jqcow.open_device(device, "r+") as image:
+            image.create_snapshot("kept")
+            assert image.check().ok
+        self.look(device)
+
+    def test_reading_alone_leaves_the_file_as_it_is(self) -> None:
+        device = self.device()
+        before = device.content()
+        with jqcow.open_device(device, "r+") as image:
+            image.flush()
+        assert device.content() == before
+
+    def test_what_behind_the_last_counted_cluster_nothing_maps_is_cut_off(self) -> None:
+        device = clean_device()
+        size = device.size()
+        device = SimulatedDevice(device.content() + b"\xee" * (3 * CLUSTER))
+        with jqcow.open_device(device, "r+") as image:
+            image.discard(1 << 20, 0)
+        device.reopen()
+        assert device.size() <= size
+
+    def test_where_the_host_refuses_the_next_change_tries_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        device = self.device()
+        image = jqcow.open_device(device, "r+")
+        lifecycle = image._engine.lifecycle
+
+        def correct(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(lifecycle.public.refcounts, "correct", correct)
+        with pytest.raises(OSError, match="full"):
+            image.pwrite(b"x", 20 * CLUSTER)
+        assert lifecycle.log.journal is not None and not lifecycle.is_live
+        monkeypatch.undo()
+        image.pwrite(b"x", 20 * CLUSTER)
+        image.close()
+        self.look(device)

@@ -203,11 +203,7 @@ class TestSharing:
         refcounts, run = engine.public.refcounts, take_data(engine)
         assert refcounts.data_refcount(run.start) == 1
         set_refcount(engine, run.start, 2)
-        with pytest.raises(UnsupportedFeatureError, match="without a snapshot"):
-            refcounts.data_refcount(run.start)
-        with changing(engine) as tables:
-            tables.view.set_header(nb_snapshots=1)
-        assert refcounts.data_refcount(run.start) == 2
+        assert refcounts.data_refcount(run.start) == 2, "two guest clusters may have it, without a snapshot"
         with pytest.raises(CorruptionError, match="has refcount 0"):
             refcounts.data_refcount(engine.space.frontier)
         with pytest.raises(CorruptionError, match="mapped onto metadata"):
