@@ -11,6 +11,7 @@ from jqcow.engine.engine import Engine, open_engine
 from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet
+from jqcow.image.opening import write_blank
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 from jqcow.ondisk.root import MIN_JOURNAL_BYTES
@@ -23,8 +24,7 @@ CLUSTER = 1 << CLUSTER_BITS
 @pytest.fixture
 def device() -> SimulatedDevice:
     device = SimulatedDevice()
-    for offset, data in blank_image(1 << 20, CLUSTER_BITS).parts:
-        device.pwrite(data, offset)
+    write_blank(device, blank_image(1 << 20, CLUSTER_BITS))
     return device
 
 
