@@ -41,13 +41,21 @@ class UnsupportedFeatureError(FormatError):
 class CorruptionError(JqcowError):
     """A structure of the image is damaged.
 
-    ``structure`` names it in the specification's words; ``offset`` is its host offset in bytes.
+    ``structure`` names it in the specification's words; ``offset`` is its host offset in bytes. Where a guest
+    range cannot be read for it, ``guest_range`` is that range: (offset, length) in bytes.
     """
 
     def __init__(self, structure: str, offset: int, detail: str) -> None:
         super().__init__(f"{structure} at host offset {offset:#x}: {detail}")
         self.structure = structure
         self.offset = offset
+        self.guest_range: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        if self.guest_range is None:
+            return super().__str__()
+        offset, length = self.guest_range
+        return f"{super().__str__()}; it maps guest offset {offset:#x}, {length} bytes"
 
 
 class FileAccessDenied(JqcowError, PermissionError):

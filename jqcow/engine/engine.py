@@ -171,6 +171,7 @@ def _open_live(medium: Medium, root: LiveRoot, journal_bytes: int, new_salt: New
     engine.blocks.images = {HostOffset(offset): block for offset, block in replayed.blocks.items()}
     engine.lifecycle.check_journal_is_free(extent)
     engine.space.reserve(HostOffset(extent.offset), extent.length)
+    engine.space.find_used_end = engine.public.refcounts.used_end
     engine.log.journal = Journal(medium, extent, Contents.of_scan(found))
     return Opened(engine, root, found)
 

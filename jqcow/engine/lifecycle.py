@@ -8,6 +8,7 @@ not thereby durable, and a durable frame must not be put at risk by rewriting it
 F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
 F2. Data behind the last counted cluster that a table maps gets its refcount in the first record; nothing
     there is allocated, punched or cut off before.
+F3. A clean file grows only while nothing mapped lies past its end.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Lifecycle:
             CorruptionError: changing this image would destroy it.
         """
         if not self._is_surveyed:
+            self._refuse_truncated()
             self.space.metadata = self.public.snapshots.survey()
             self._find_frontier()
             self.start_search()
@@ -87,6 +89,21 @@ class Lifecycle:
     def is_live(self) -> bool:
         """True if metadata may be changed: there is a journal, and F2 is kept."""
         return self.log.journal is not None and not self._uncounted
+
+    def _refuse_truncated(self) -> None:
+        """Raise CorruptionError if what is mapped lies past the end of the file: it is about to grow (F3)."""
+        file_end = self.geometry.clusters(self.medium.size())
+        # That of a live image may be shorter: its checkpoint makes it longer. The walk is for few images.
+        if self.log.journal is not None or self.public.refcounts.used_end() <= file_end:
+            return
+        try:
+            self.public.snapshots.check_all_mapped()
+        except CorruptionError as error:
+            error.add_note(
+                "the file was cut off, and a change would turn what is lost into zeros: find a whole copy, "
+                "or save what is left with jqcow convert --salvage"
+            )
+            raise
 
     def prepare_to_repair(self) -> None:
         """As `prepare_to_change`, where refcounts may be wrong: nothing below the frontier is free (F1).

@@ -1,7 +1,7 @@
 """From guest to host offsets: the L1 table and the L2 tables (qcow2 specification, "Cluster mapping").
 
-G1. A host offset taken from a table is cluster-aligned, past the header cluster, and outside the journal
-    range; otherwise the access raises and nothing is touched.
+G1. A host offset taken from a table is cluster-aligned, past the header cluster, within the file, and outside
+    the journal range; otherwise the access raises and nothing is touched.
 G2. A guest write in place never lands on a cluster that holds metadata.
 G3. An L2 table is changed only where one L1 table alone points to it; a shared one is copied first.
 """
@@ -116,8 +116,13 @@ class Mapping:
             table, _ = entries.decode_l1(self.view.entry(l1_offset, l1_index))
         except DamagedEntry as error:
             raise CorruptionError("L1 table", entry_place(l1_offset, l1_index), str(error)) from error
+        place = entry_place(l1_offset, l1_index)
         if table:
-            self._check_host("L1 table", entry_place(l1_offset, l1_index), table, 1)
+            self._check_host("L1 table", place, table, 1)
+        # A table that was cut off names nothing where it is gone.
+        end = table + self._cluster_bytes if table else entry_place(l1_offset, l1_index + 1)
+        if end > self.space.readable_bytes:
+            self._check_end("L1 table", place, end, f"the L2 table at {table:#x}" if table else "the entry")
         return table
 
     def l2_tables(self, l1_index: int, l1: L1Table | None = None) -> Iterator[tuple[int, HostOffset]]:
@@ -143,19 +148,30 @@ class Mapping:
         cluster_bytes, codec = self._cluster_bytes, self.codec
         cluster, within = divmod(offset, cluster_bytes)
         l1_index, l2_index = divmod(cluster, codec.per_table)
-        table = self.l2_table(l1_index)
-        if not table:
-            # Without an L2 table all that it would map is unallocated, up to the next table there is.
-            tables = self._absent_tables(l1_index, self.l1)
-            reach = (tables * codec.per_table - l2_index) * cluster_bytes - within
-            return MappedRun(UNALLOCATED, HostOffset(0), min(length, reach))
-        index = l2_index % codec.per_block
-        limit = min(codec.per_block - index, -(-(within + length) // cluster_bytes))
-        kind, host, count, copied, packed_bytes = self._entries(table, l2_index, limit)
+        try:
+            table = self.l2_table(l1_index)
+            if not table:
+                # Without an L2 table all that it would map is unallocated, up to the next table there is.
+                tables = self._absent_tables(l1_index, self.l1)
+                reach = (tables * codec.per_table - l2_index) * cluster_bytes - within
+                return MappedRun(UNALLOCATED, HostOffset(0), min(length, reach))
+            index = l2_index % codec.per_block
+            limit = min(codec.per_block - index, -(-(within + length) // cluster_bytes))
+            kind, host, count, copied, packed_bytes = self._entries(table, l2_index, limit)
+        except CorruptionError as error:
+            # An L1 entry maps all that its L2 table would.
+            entry_count = codec.per_table if error.structure == "L1 table" else 1
+            self.name_guest_range(error, offset, entry_count * cluster_bytes)
+            raise
         length = min(length, count * cluster_bytes - within)
         if kind == DATA:
             host = HostOffset(host + within)
         return MappedRun(kind, host, length, copied, packed_bytes)
+
+    def name_guest_range(self, error: CorruptionError, offset: int, unit_bytes: int) -> None:
+        """Say of an error what of the guest's disk around ``offset`` cannot be read for it."""
+        start = offset - offset % unit_bytes
+        error.guest_range = start, max(offset + 1, min(start + unit_bytes, self.disk_bytes)) - start
 
     def _entries(self, table: HostOffset, l2_index: int, limit: int) -> L2Run:
         """Return the run of entries from ``l2_index`` on within one metadata block, checked (G1)."""
@@ -166,12 +182,25 @@ class Mapping:
         try:
             run = codec.run(self.view.block(block_offset), index, limit)
         except DamagedEntry as error:
+            if limit > 1:
+                # One damaged entry takes nothing from those before it.
+                return self._entries(table, l2_index, limit // 2)
             raise CorruptionError("L2 table", place, str(error)) from error
         if run.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, run.host, run.length)
         elif run.host:
-            self._check_host("L2 table", place, run.host, run.entry_count if run.kind == DATA else 1)
+            count = run.entry_count if run.kind == DATA else 1
+            if count > 1 and run.host + (count - 1) * self._cluster_bytes >= self.space.readable_bytes:
+                count = self._readable_count(run.host, count)
+                run = run._replace(entry_count=count)
+            self._check_host("L2 table", place, run.host, count)
         return run
+
+    def _readable_count(self, host: HostOffset, count: int) -> int:
+        """Return how many of ``count`` host clusters the file reaches to; 1 where it does not reach any."""
+        if self.space.reaches(host + (count - 1) * self._cluster_bytes + 1):
+            return count
+        return max(1, self.geometry.clusters(self.space.readable_bytes - host))
 
     def _absent_tables(self, l1_index: int, l1: L1Table) -> int:
         """Return how many L2 tables are absent from ``l1_index`` on, within one block; at least 1."""
@@ -181,7 +210,11 @@ class Mapping:
             return 1
         block = self.view.block(entry_place(l1.offset, l1_index - position))
         present = entries.first_present(block, position, limit)
-        return (limit if present < 0 else present) - position
+        stop = limit if present < 0 else present
+        end = entry_place(l1.offset, l1_index - position + stop)
+        if end > self.space.readable_bytes and not self.space.reaches(end):
+            stop = max(position + 1, stop - layout.table_entries(end - self.space.readable_bytes + 7))
+        return stop - position
 
     def runs(self, offset: GuestOffset, length: int) -> Iterator[MappedRun]:
         """Yield the runs of a guest range in order."""
@@ -227,6 +260,21 @@ class Mapping:
             for run in self._host_runs(table, HostOffset(block)):
                 yield run.cluster, run.cluster_count
 
+    def check_l2_table(self, l1_index: int, table: HostOffset) -> None:
+        """Check all entries of an L2 table, which ``l1_index`` has.
+
+        Raises:
+            CorruptionError: one is damaged; it says which guest range that maps.
+        """
+        try:
+            for _ in self.references(table):
+                pass
+        except CorruptionError as error:
+            position = (error.offset - table) // self.codec.entry_bytes
+            offset = (l1_index * self.codec.per_table + position) * self._cluster_bytes
+            self.name_guest_range(error, offset, self._cluster_bytes)
+            raise
+
     def standard_runs(self, table: HostOffset, block: HostOffset) -> Iterator[HostRun]:
         """Yield the runs of a block of L2 entries whose COPIED flag counts: not of compressed clusters."""
         return (run for run in self._host_runs(table, block) if not run.compressed)
@@ -254,16 +302,34 @@ class Mapping:
     def _check_compressed(self, place: HostOffset, host: HostOffset, length: int) -> None:
         hosts = self.codec.hosts(L2Entry(COMPRESSED_CLUSTER, host, False, length))
         start = self.geometry.offset_of(ClusterIndex(hosts.start))
-        self._check_host("L2 table", place, start, max(1, len(hosts)))
+        # Only where it starts: an entry may say more sectors than the data has.
+        self._check_host("L2 table", place, start, max(1, len(hosts)), needed=1)
 
-    def _check_host(self, structure: str, place: HostOffset, host: HostOffset, count: int) -> None:
-        """Raise unless ``count`` clusters at ``host`` may be used by a table entry (G1)."""
+    def _check_host(
+        self, structure: str, place: HostOffset, host: HostOffset, count: int, needed: int | None = None
+    ) -> None:
+        """Raise unless ``count`` clusters at ``host`` may be used by a table entry (G1).
+
+        ``needed``: so many of them at least must lie within the file; None: all.
+        """
         cluster, within = divmod(host, self._cluster_bytes)
         if within or not cluster:
             raise CorruptionError(structure, place, f"host offset {host:#x} is not a cluster's")
+        # The last cluster may be cut short: programs that copy images leave zeros out.
+        last = host + ((count if needed is None else needed) - 1) * self._cluster_bytes
+        if last >= self.space.readable_bytes:
+            self._check_end(structure, place, last + 1, f"host offset {host:#x}")
         for run in self.space.reserved:
             if run.start < cluster + count and cluster < run.start + run.count:
                 raise CorruptionError(structure, place, f"host offset {host:#x} is in the journal")
+
+    def _check_end(self, structure: str, place: HostOffset, end_bytes: int, what: str) -> None:
+        """Raise unless the file reaches to host offset ``end_bytes``, which ``what`` needs (G1)."""
+        if not self.space.reaches(end_bytes):
+            file_bytes = self.space.medium.size()
+            raise CorruptionError(
+                structure, place, f"{what} lies past the end of the file, which has {file_bytes} bytes"
+            )
 
 
 class MappingEditor(Mapping):

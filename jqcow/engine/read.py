@@ -93,7 +93,12 @@ class Reads:
             self.medium.pread_into(part, run.host)
         elif run.kind == COMPRESSED_CLUSTER:
             within = offset % self._cluster_bytes
-            part[:] = self._decompress(run)[within : within + len(part)]
+            try:
+                data = self._decompress(run)
+            except CorruptionError as error:
+                self.tables.mapping.name_guest_range(error, offset, self._cluster_bytes)
+                raise
+            part[:] = data[within : within + len(part)]
         elif run.kind == UNALLOCATED and self.backing is not None:
             read_padded(self.backing, part, offset)
         else:

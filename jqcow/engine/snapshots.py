@@ -244,6 +244,21 @@ class Snapshots:
                 raise UnsupportedFeatureError(f"more than {MAX_METADATA_CLUSTERS} clusters with refcount 0")
         return found
 
+    # What lies where
+
+    def check_all_mapped(self) -> None:
+        """Check all that the disk and its snapshots map, each L2 table once.
+
+        Raises:
+            CorruptionError: an entry is damaged, or names what lies past the end of the file.
+        """
+        seen: set[HostOffset] = set()
+        for l1 in self.l1_tables():
+            for l1_index, table in self.mapping.l2_tables(0, l1):
+                if table not in seen:
+                    seen.add(table)
+                    self.mapping.check_l2_table(l1_index, table)
+
     # What holds metadata
 
     def l1_tables(self) -> list[L1Table]:

@@ -30,7 +30,7 @@ S6. A freed cluster is punched or handed out only after every request has ended 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -68,6 +68,9 @@ class Space:
         reuses: how often clusters came back. While it stays, no cluster that was in use is used anew.
         left_alone: data clusters that lost owners in this session, and have one left (sharing.py, W5).
         sharers: who shares clusters without a snapshot, once that was looked for.
+        readable_bytes: length of the file, as far as it was asked for. What lies further is lost, unless
+            `reaches` says that the file has grown.
+        find_used_end: of a live image, finds the cluster behind the highest one with a refcount.
     """
 
     def __init__(self, medium: Medium, geometry: Geometry, requests: InFlight) -> None:
@@ -84,6 +87,8 @@ class Space:
         self.reuses = 0
         self.left_alone: set[ClusterIndex] = set()
         self.sharers: dict[ClusterIndex, list[GuestCluster]] | None = None
+        self.readable_bytes = 0
+        self.find_used_end: Callable[[], ClusterIndex] | None = None
         self._requests = requests
         self._lent = ClusterRuns()
         self._freed = ClusterRuns()
@@ -102,6 +107,19 @@ class Space:
             or any(run.start <= cluster < run.start + run.count for run in self.reserved)
             or any(run.start <= cluster < run.start + run.count for runs in waiting for run in runs)
         )
+
+    def reaches(self, end_bytes: int) -> bool:
+        """Return True if the file reaches to host offset ``end_bytes``: what lies behind reads as zeros.
+
+        A checkpoint makes the file of a live image longer, and so does whoever takes clusters at the
+        frontier.
+        """
+        frontier = self.geometry.offset_of(self.frontier)
+        self.readable_bytes = max(self.readable_bytes, self.medium.size(), frontier)
+        if end_bytes > self.readable_bytes and self.find_used_end is not None:
+            used_bytes = self.geometry.offset_of(self.find_used_end())
+            self.readable_bytes = max(self.readable_bytes, used_bytes)
+        return end_bytes <= self.readable_bytes
 
     # Handing out
 
