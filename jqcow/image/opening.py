@@ -113,7 +113,8 @@ def open(
 
     ``"r"`` never writes a byte: a live journal is replayed into memory. ``"r+"`` recovers a crashed image
     first, and counts the refcounts anew of one whose dirty bit says that they may be wrong (QEMU's
-    ``lazy_refcounts``). Any other clean image is changed only by the first write.
+    ``lazy_refcounts``). It removes a journal that a crash left on a clean image; any other is changed only by
+    the first write.
 
     Args:
         path: the image.
@@ -351,8 +352,7 @@ def create_on_device(
     _check_journal_size(journal_size)
     layout.check_disk_size(size)
     write_blank(device, blank_image(size, cluster_bits_of(cluster_size)))
-    # Durable now: the empty image. Nobody has seen it yet.
-    device.barrier("create.blank")
+    # The opening makes it durable (M7).
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
 
 
