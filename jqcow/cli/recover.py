@@ -105,6 +105,10 @@ def _lines(report: RecoveryReport) -> Iterator[str]:
 
 
 def _headline(report: RecoveryReport) -> str:
+    if report.state == "clean, journal left behind":
+        return (
+            f"clean; a crash left its journal behind, which {'can be' if report.dry_run else 'is'} given back"
+        )
     if report.journal is None:
         return "clean, nothing to do" if exit_code(report) == common.EXIT_OK else "no journal to recover"
     crashed = "it crashed while it was open for writing"
@@ -163,7 +167,7 @@ def _what_next(report: RecoveryReport) -> Iterator[str]:
         yield "Make a copy, and convert what can be read (jqcow convert) before anything tries to repair it."
     elif verified is not None and verified.leaks:
         yield "Leaked clusters waste space and do no harm to data; qemu-img check -r leaks frees them."
-    if report.dry_run and report.journal is not None:
+    if report.dry_run and report.actions:
         yield f"Nothing was written. To recover: {PROGRAM} {shlex.quote(str(report.image))}"
     elif report.journal is not None:
         yield "The image is standard qcow2 again. Writes after the last flush may be there or not, sector"

@@ -7,7 +7,7 @@ torn at 512-byte sectors; that holds for sizes and punched ranges too (docs/cras
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 ReadBuffer = bytes | bytearray | memoryview
 
@@ -73,4 +73,13 @@ class Device(Reader, Protocol):
 
     def close(self) -> None:
         """Release the device and its locks. Makes nothing durable."""
+        ...
+
+
+@runtime_checkable
+class Caching(Protocol):
+    """A device that may show what a failed barrier lost, and can stop doing so."""
+
+    def forget_cached(self) -> None:
+        """Have reads show what is durable, as far as a completed barrier covers all that is not lost."""
         ...

@@ -258,6 +258,15 @@ class FileDevice:
             error.filename = self._path
             raise
 
+    def forget_cached(self) -> None:
+        """Drop the file from the page cache, so that reads show what the disk has.
+
+        After a failed barrier the kernel takes pages for clean that the disk does not have. Pages that are
+        dirty, or mapped into some program's memory, stay.
+        """
+        with self._naming_errors():
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def truncate(self, size_bytes: int) -> None:
         """Set the length. Growth reads as zeros; shrinking discards what lay past the new end."""
         self._require_writable()

@@ -6,7 +6,8 @@ opened for writing, the recovery that `Lifecycle.recover` tells.
 What opening and ``jqcow-recover`` do depends on sector 0, the root copy and the journal:
 
     case  sector 0   root copy             journal  open "r"            open "r+"           jqcow-recover
-    A     clean      any                   any      opens               opens               nothing to do
+    A     clean      no room, none, torn   any      opens               opens               nothing to do
+    J     clean      same, other           any      opens               finishes            finishes
     B     live       no room, same         good     replays             recovers*           recovers*
     C     live       none, torn, other     good     replays             recovers            recovers
     D     live       any                   damaged  Corruption          Corruption          Corruption
@@ -24,6 +25,8 @@ no room for a root copy; elsewhere there is none, a torn one, or a whole one, of
 or of another (a move that did not end). Where sector 0 has no magic that is the journal which it named.
 
     replays     into memory
+    finishes    what a crash cut off, going live or closing: the root copy is cleared, the journal's space
+                given back
     recovers*   sector 0 is rewritten first, as it was read; in case C that would put it at risk while no
                 whole copy of the same journal stands behind it
     Corruption, Format, UnsupportedFeature   that error; nothing is written
@@ -119,6 +122,19 @@ class Engine:
         return Guest(requests, backing)
 
 
+def settle(medium: Medium) -> None:
+    """Make what an earlier process left durable, and have reads show nothing else (M7). Once for each medium.
+
+    Raises:
+        OSError: the host failed; it may have lost something, and opening can be tried again.
+    """
+    if not medium.barriers_started:
+        # Durable now: what a killed writer left in the page cache, a root copy in flight among it. All that
+        # follows relies on what is read.
+        medium.barrier("open.settle")
+        medium.forget_cached()
+
+
 @dataclass(frozen=True)
 class Opened:
     """An opened image, of which nothing was written yet: its engine, and what its live journal holds."""
@@ -137,7 +153,7 @@ def open_engine(
     new_salt: NewSalt = random_salt,
     repair: What | None = None,
 ) -> Opened:
-    """Open the image on ``medium``, and replay a live journal into memory. Not one byte is written.
+    """Open the image on ``medium``, and replay a live journal into memory. Not one byte is changed.
 
     Args:
         medium: the device.
@@ -153,6 +169,8 @@ def open_engine(
         CorruptionError: the root, the journal or a table is damaged.
         OSError: the host failed.
     """
+    if writable:
+        settle(medium)
     root = scan.find_live_root(medium.device, use_root_copy=use_root_copy)
     if root is not None:
         opened = _open_live(medium, root, journal_bytes, new_salt)
@@ -177,7 +195,9 @@ def _open_live(medium: Medium, root: LiveRoot, journal_bytes: int, new_salt: New
 
 
 def make_writable(opened: Opened, repair: What | None = None) -> RepairReport | None:
-    """Recover a live image, and make refcounts right: where ``repair`` asks for it, or the dirty bit does.
+    """Recover a live image, or finish what a crash cut off on a clean one; and make refcounts right.
+
+    That happens where ``repair`` asks for it, or the dirty bit does.
 
     Raises:
         CorruptionError: a table is damaged.
@@ -189,6 +209,8 @@ def make_writable(opened: Opened, repair: What | None = None) -> RepairReport | 
         repair = "all"
     if opened.root is not None and opened.scan is not None:
         engine.lifecycle.recover(opened.root, opened.scan, repairing=repair is not None)
+    elif (leftover := engine.lifecycle.find_leftover(repairing=repair is not None)) is not None:
+        engine.lifecycle.finish_closing(leftover)
     return None if repair is None else repairs.repair(engine.lifecycle, repair)
 
 

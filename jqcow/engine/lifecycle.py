@@ -1,21 +1,22 @@
 """From clean to live and back: going live, recovery, clean close.
 
-Recovery, from top to bottom: what a killed writer left unsynced is made durable; the live records are copied
-under a new salt into a new range, and the root names that; every home is written; the image goes on. Nothing
-is written into the range that was read, and no home before the records are safe elsewhere: what was read is
-not thereby durable, and a durable frame must not be put at risk by rewriting it.
+Recovery, from top to bottom: the live records, durable as they were read (M7), are copied under a new salt
+into a new range, and the root names that; every home is written; the image goes on. Nothing is written into
+the range that was read: a durable frame must not be put at risk by rewriting it.
 
 F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
 F2. Data behind the last counted cluster that a table maps gets its refcount in the first record; nothing
     there is allocated, punched or cut off before.
 F3. A clean file grows only while nothing mapped lies past its end.
+F4. When sector 0 is in standard layout, the journal that the root copy still names holds the header alone:
+    should another program change the image, and lose sector 0, no older tables come back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from jqcow.engine.commit import Commits
 from jqcow.engine.journal import Contents
@@ -23,11 +24,21 @@ from jqcow.engine.medium import EXPECTED
 from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
 from jqcow.errors import CorruptionError
+from jqcow.ondisk import frame as frames
 from jqcow.ondisk import root as roots
+from jqcow.ondisk.frame import HeaderOperation
 from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, HostOffset
 from jqcow.ondisk.root import JournalRange
 
 HEADER_TAIL = HostOffset(SECTOR_BYTES)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A journal of which a clean image's root copy speaks. ``is_unused``: its space can be given back."""
+
+    extent: JournalRange
+    is_unused: bool
 
 
 class Lifecycle:
@@ -198,10 +209,8 @@ class Lifecycle:
             self.prepare_to_repair()
         else:
             self.prepare_to_change()
-        # Durable now: what a killed writer left unsynced, a root copy in flight among it.
-        self.medium.barrier("recover.settle")
         if self.root.may_be_rewritten(scan.extent):
-            # A failed barrier of the killed writer may have lost its write, and the page cache alone hold it.
+            # On a device that shows what a failed barrier lost, a cache alone may hold it.
             self.root.rewrite(root.sector)
             # Durable now: the root as it was read. The root copy may be rewritten from here on.
             self.medium.barrier("recover.root")
@@ -209,6 +218,39 @@ class Lifecycle:
         self.log.checkpoint()
         # R3: before the records of this process, not before those that a crash left.
         self.public.refcounts.allocate_homes()
+
+    def find_leftover(self, *, repairing: bool = False) -> Leftover | None:
+        """Return the journal that a crash left behind on a clean image: it cut going live or closing off.
+
+        Args:
+            repairing: the refcounts may be wrong: they do not tell that its space is unused.
+        """
+        extent = self.root.leftover()
+        return None if extent is None else Leftover(extent, not repairing and self._is_unused(extent))
+
+    def _is_unused(self, extent: JournalRange) -> bool:
+        """Return True if the refcounts can be trusted, and say that nothing in the file is in the range."""
+        end = min(extent.end, self.medium.size())
+        try:
+            self.public.snapshots.survey()
+            if extent.offset < end:
+                self.check_journal_is_free(replace(extent, length=end - extent.offset))
+        except CorruptionError:
+            return False
+        return True
+
+    def finish_closing(self, leftover: Leftover) -> None:
+        """Clear the root copy, which must not speak for what the image becomes, and give the space back.
+
+        Raises:
+            OSError: this can be tried again.
+        """
+        self.root.settle()
+        if leftover.is_unused:
+            self._cut_file(leftover.extent)
+            # Durable now: the file without the journal. The root copy, which alone tells of it, goes next.
+            self.medium.barrier("finish.cut")
+        self._give_back(None)
 
     # Clean close
 
@@ -232,14 +274,15 @@ class Lifecycle:
                 self._write_header_tail()
                 # No clusters are needed any more, so none are punched before the journal is gone.
                 self.log.checkpoint(recycle=False)
+                self._begin_last_epoch()
                 self._clear_root()
                 self._release_journal()
 
     def _close_clean(self) -> None:
-        if self.root.has_leftover_copy():
+        if self.root.copy_is_stale:
             self.root.settle()
             self.root.clear_copy()
-        # Durable now: data written in place; no root copy that a crash or a failed start left.
+        # Durable now: data written in place; no root copy that a failed start left.
         self.medium.barrier("close.data")
 
     def _settle_copy(self) -> None:
@@ -254,15 +297,30 @@ class Lifecycle:
         if tail and self.medium.pread(len(tail), HEADER_TAIL) != tail:
             self.medium.pwrite(tail, HEADER_TAIL)
 
+    def _begin_last_epoch(self) -> None:
+        """Append a frame of the header alone, behind homes that are all written (F2). `_clear_root` follows.
+
+        Torn, it leaves the epoch before, which is home, to be replayed.
+        """
+        try:
+            header = HeaderOperation(self.blocks.area.data)
+            self.log.require_journal().append(frames.encode_operations([header]))
+        except BaseException:
+            self.log.require_journal().revoke()
+            raise
+
     def _clear_root(self) -> None:
         area = self.blocks.area
         live = roots.pack_root(area.header, self.log.require_journal().extent)
         try:
             self.root.write(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"))
-            # Durable now: sector 0 in standard layout. The journal and the root copy may go.
+            # Durable now: sector 0 in standard layout, the last epoch. The journal and the root copy may go.
             self.medium.barrier("close.clear")
         except BaseException:
-            self.root.put_back_on_closing(live)
+            try:
+                self.root.put_back_on_closing(live)
+            finally:
+                self.log.require_journal().revoke()
             raise
 
     def _release_journal(self) -> None:
@@ -273,17 +331,24 @@ class Lifecycle:
             self.root.decide()
             if not self.kept_bytes:
                 self.space.journal_is_gone()
-            used_end = self.public.refcounts.used_end()
-        self.root.clear_copy()
         with suppress(*EXPECTED):
             # Space that cannot be given back is no reason to leave more of it.
             self.log.recycle(refill=False)
-        self._cut_file(max(self.kept_bytes, self.geometry.offset_of(used_end)), extent)
+        self._give_back(extent)
+
+    def _give_back(self, extent: JournalRange | None) -> None:
+        """Clear the root copy, and give back the journal's space, if there is any."""
+        self.root.clear_copy()
+        if extent is not None:
+            self._cut_file(extent)
         # Durable now: the file without the journal. Closing is complete.
         self.medium.barrier("close.release")
 
-    def _cut_file(self, used_bytes: int, extent: JournalRange) -> None:
-        """Give the journal's space back; the file ends behind the highest cluster in use (T7)."""
+    def _cut_file(self, extent: JournalRange) -> None:
+        """The file ends behind the highest cluster in use (T7)."""
+        with self.medium.lock:
+            used_end = self.public.refcounts.used_end()
+        used_bytes = max(self.kept_bytes, self.geometry.offset_of(used_end))
         if used_bytes > extent.offset:
             self.medium.punch(HostOffset(extent.offset), extent.length)
         self.medium.shrink(used_bytes)

@@ -8,6 +8,8 @@ M3. What was changed while a barrier ran is not covered by it. Barriers are numb
 M4. The device gets one barrier at a time, and none after one that failed.
 M6. A section that changes the state in memory marks it in doubt at its start and as good at its end. What
     finds it in doubt raises PoisonedError: opening the image again recovers it.
+M7. A writer reads an image only after a barrier, and when the cache has forgotten what a failed one lost:
+    what it reads is durable.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from jqcow.device.base import Device, ReadBuffer
+from jqcow.device.base import Caching, Device, ReadBuffer
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.ondisk.layout import HostOffset
 
@@ -124,6 +126,11 @@ class Medium:
         """Give a range back to the host; False where the host cannot."""
         self.require_healthy()
         return self.device.punch(offset, length)
+
+    def forget_cached(self) -> None:
+        """Have reads show what the disk has, if the device can (M7); a barrier has completed."""
+        if isinstance(self.device, Caching):
+            self.device.forget_cached()
 
     def barrier(self, name: str) -> None:
         """Make everything changed so far durable, then tell the listeners. The lock is free meanwhile.

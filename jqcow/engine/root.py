@@ -58,7 +58,8 @@ class Root:
         self.medium = medium
         self.has_copy = roots.has_room_for_copy(geometry.cluster_bits)
         self.copy_is_stale = False
-        self.state = RootState.FOUND
+        # Nothing was changed yet: a barrier can only have been that of `engine.settle`.
+        self.state = RootState.SETTLED if medium.barriers_started else RootState.FOUND
         self._barriers_before = 0
         self._is_durable = False
         medium.listeners.append(self._barrier_completed)
@@ -131,9 +132,10 @@ class Root:
         if self.has_copy:
             self.medium.pwrite(bytes(roots.ROOT_COPY_BYTES), ROOT_COPY)
 
-    def has_leftover_copy(self) -> bool:
-        """Return True if a clean image has a copy that speaks of a journal."""
-        return self.copy_is_stale or (self.has_copy and read_root_copy(self.medium.device) is not None)
+    def leftover(self) -> JournalRange | None:
+        """Return the journal of which the copy speaks; on a clean image a crash left it there."""
+        copy = read_root_copy(self.medium.device) if self.has_copy else None
+        return None if copy is None else roots.unpack_root(copy)[1]
 
     def may_be_rewritten(self, extent: JournalRange) -> bool:
         """Return True if sector 0 may be rewritten: its copy names the same journal, or there is never one.
@@ -143,8 +145,7 @@ class Root:
         """
         if not self.has_copy:
             return True
-        root = read_root_copy(self.medium.device)
-        return root is not None and roots.unpack_root(root)[1] == extent
+        return self.leftover() == extent
 
     def rewrite(self, sector: bytes) -> None:
         """Write the root as it was read: a failed barrier of another process may have lost it."""

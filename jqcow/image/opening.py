@@ -113,7 +113,8 @@ def open(
 
     ``"r"`` never writes a byte: a live journal is replayed into memory. ``"r+"`` recovers a crashed image
     first, and counts the refcounts anew of one whose dirty bit says that they may be wrong (QEMU's
-    ``lazy_refcounts``). Any other clean image is changed only by the first write.
+    ``lazy_refcounts``). It removes a journal that a crash left on a clean image; any other is changed only by
+    the first write.
 
     Args:
         path: the image.
@@ -352,8 +353,7 @@ def create_on_device(
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
     journal_size, size = _journal_size(journal_size), layout.disk_size(size)
     write_blank(device, blank_image(size, cluster_bits_of(cluster_size)))
-    # Durable now: the empty image. Nobody has seen it yet.
-    device.barrier("create.blank")
+    # The opening makes it durable (M7).
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
 
 

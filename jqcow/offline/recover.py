@@ -16,17 +16,18 @@ from jqcow.checker.check import check_structure
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
 from jqcow.disks.view import FileView
-from jqcow.engine.engine import make_writable, open_engine, random_salt
+from jqcow.engine.engine import make_writable, open_engine, random_salt, settle
+from jqcow.engine.lifecycle import Leftover
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport
-from jqcow.engine.scan import Scan, find_live_root
+from jqcow.engine.scan import Scan, find_live_root, read_root_copy
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import header as headers
 from jqcow.ondisk.frame import BlockOperation, ZeroOperation
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import SECTOR_BYTES
 
-State = Literal["clean", "live", "live by root copy"]
+State = Literal["clean", "clean, journal left behind", "live", "live by root copy"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def recover_image(
     verify: bool = True,
     new_salt: Callable[[], bytes] = random_salt,
 ) -> RecoveryReport:
-    """Make a crashed image standard qcow2 again. A clean image is left as it is.
+    """Make a crashed image standard qcow2 again. A clean image is left as it is, without what a crash left.
 
     Args:
         image: a file, or a device, which stays open.
@@ -145,9 +146,12 @@ def _recover(
 ) -> RecoveryReport:
     started = time.perf_counter()
     medium = Medium(device)
+    if not dry_run:
+        settle(medium)
     root = find_live_root(device, use_root_copy=True)
     if root is None:
-        return _report_clean(device, name, dry_run=dry_run, verify=verify)
+        leftover = _finish(medium, dry_run=dry_run)
+        return _report_clean(device, name, leftover, dry_run=dry_run, verify=verify)
     opened = open_engine(medium, writable=not dry_run, use_root_copy=True, new_salt=new_salt)
     if opened.scan is None:
         raise RuntimeError("a live image was opened without its journal")
@@ -181,15 +185,39 @@ def _recount_notes(repaired: RepairReport | None, *, is_dirty: bool) -> tuple[st
     return ("what is checked is before the refcounts are counted anew",) if is_dirty else ()
 
 
-def _report_clean(device: Device, name: str | None, *, dry_run: bool, verify: bool) -> RecoveryReport:
+def _finish(medium: Medium, *, dry_run: bool) -> Leftover | None:
+    """Finish what a crash cut off on a clean image, and return what it left; in a dry run only look."""
+    if read_root_copy(medium.device) is None:
+        return None
+    try:
+        opened = open_engine(medium, writable=not dry_run)
+    except UnsupportedFeatureError:
+        # Another program has made it what jqcow does not write.
+        return None
+    header = opened.engine.blocks.area.header
+    is_dirty = bool(header.incompatible_features & headers.INCOMPATIBLE_DIRTY)
+    leftover = opened.engine.lifecycle.find_leftover(repairing=is_dirty)
+    if leftover is not None and not dry_run:
+        opened.engine.lifecycle.finish_closing(leftover)
+    return leftover
+
+
+def _report_clean(
+    device: Device, name: str | None, leftover: Leftover | None, *, dry_run: bool, verify: bool
+) -> RecoveryReport:
     header = Header.unpack(device.pread(SECTOR_BYTES, 0))
+    actions = []
+    if leftover is not None:
+        actions.append("clear the root copy")
+        if leftover.is_unused:
+            actions.append(f"give back the journal's {leftover.extent.length} bytes")
     return RecoveryReport(
         image=name,
-        state="clean",
+        state="clean" if leftover is None else "clean, journal left behind",
         dry_run=dry_run,
         virtual_size=header.size,
         journal=None,
-        actions=(),
+        actions=tuple(actions),
         notes=_foreign_notes(header),
         verification=_verify(device) if verify else None,
         replay_seconds=0.0,

@@ -115,7 +115,8 @@ class SimulatedDevice:
     """A :class:`jqcow.device.base.Device` in memory, for images of up to a few MiB.
 
     ``initial`` is durable at once. ``can_punch`` False models a file system without holes: ``punch``
-    returns False. The attributes below may be changed at any time.
+    returns False. ``can_forget`` False models a cache that shows lost changes for ever. The attributes
+    below may be changed at any time.
 
     ``faults``             the :class:`FaultPlan` in force, or None
     ``drop_barriers``      names of barriers that do nothing; they are counted, and listeners hear them
@@ -135,12 +136,14 @@ class SimulatedDevice:
         name: str = "simulated",
         read_only: bool = False,
         can_punch: bool = True,
+        can_forget: bool = True,
     ) -> None:
         if sector_bytes <= 0:
             raise ValueError("a sector has at least one byte")
         self.name = name
         self.sector_bytes = sector_bytes
         self.can_punch = can_punch
+        self.can_forget = can_forget
         self.closed = False
         self.faults: FaultPlan | None = None
         self.drop_barriers: set[str] = set()
@@ -256,6 +259,16 @@ class SimulatedDevice:
                 self._make_durable(covered)
             self._strike(fault)
 
+    def forget_cached(self) -> None:
+        """Have reads show what the disk has: what a failed barrier lost is gone. What is pending stays.
+
+        Sizes stay too, for a host keeps them apart from what it caches of the content.
+        """
+        with self._lock:
+            self._check_open()
+            if self._lost_through and self.can_forget:
+                self._forget_lost()
+
     def close(self) -> None:
         """Close the device. Makes nothing durable; closing twice is allowed."""
         with self._lock:
@@ -334,7 +347,11 @@ class SimulatedDevice:
 
     def _successor(self, content: bytes, data_sectors: Iterable[int]) -> SimulatedDevice:
         heir = SimulatedDevice(
-            content, sector_bytes=self.sector_bytes, name=self.name, can_punch=self.can_punch
+            content,
+            sector_bytes=self.sector_bytes,
+            name=self.name,
+            can_punch=self.can_punch,
+            can_forget=self.can_forget,
         )
         heir.drop_barriers = set(self.drop_barriers)
         heir._data = set(data_sectors)
@@ -506,6 +523,10 @@ class SimulatedDevice:
             self._settle_sector(sector, history, through)
         self._settle_size(through)
         self._forget_past_the_end()
+        self._drop_settled_changes(through)
+
+    def _drop_settled_changes(self, through: int) -> None:
+        """Drop the changes up to ``through`` that no sector and no size can be lost by any more."""
         uncertain = {number for number, _ in self._sizes}
         uncertain.update(version.change for history in self._histories.values() for version in history)
         self._changes = [c for c in self._changes if c.number in uncertain or c.number > through]
@@ -544,6 +565,16 @@ class SimulatedDevice:
             past = -(-self._size // self.sector_bytes)
             for sector in [sector for sector in self._histories if sector >= past]:
                 del self._histories[sector]
+
+    def _forget_lost(self) -> None:
+        for sector, history in list(self._histories.items()):
+            start = sector * self.sector_bytes
+            if history[-1].change <= self._lost_through and start + self.sector_bytes <= self._size:
+                durable = history[0]
+                self._bytes[start : start + self.sector_bytes] = durable.value
+                (self._data.add if durable.is_data else self._data.discard)(sector)
+                del self._histories[sector]
+        self._drop_settled_changes(self._lost_through)
 
     def _fail_barrier(self, fault: Fault, covered: tuple[int, int]) -> None:
         generation, through = covered

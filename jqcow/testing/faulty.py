@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from jqcow.device.base import Device, ReadBuffer
+from jqcow.device.base import Caching, Device, ReadBuffer
 from jqcow.testing.faults import EVERYTHING, Fault, FaultPlan, no_space
 
 
@@ -91,6 +91,11 @@ class FaultyDevice:
         if not dropped:
             self.inner.barrier(name)
         _strike(fault)
+
+    def forget_cached(self) -> None:
+        """Have the device inside forget what it cached, if it can."""
+        if isinstance(self.inner, Caching):
+            self.inner.forget_cached()
 
     def close(self) -> None:
         """Close the device inside."""

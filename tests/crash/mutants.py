@@ -67,7 +67,6 @@ from tests.support.patches import (
 )
 
 BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
-    "create.blank": ("fresh/4096/0",),
     "live.prepare": ("reopened/4096/0",),
     "live.autoclear": ("autoclear/4096/0",),
     "root.settle": ("root:root-write-fails/8192/0",),
@@ -76,9 +75,10 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "flush.record": ("reopened/4096/0",),
     "checkpoint.homes": ("epochs/4096/0",),
     "move.range": ("move/4096/0",),
-    "move.root": tuple(f"barrier-fails/4096/{seed}" for seed in (7, 3, 1)),
-    "recover.settle": tuple(f"root:move-killed/8192/{seed}" for seed in range(4)),
+    "move.root": tuple(f"barrier-fails-shown/4096/{seed}" for seed in (0, 7)),
+    "open.settle": tuple(f"root:move-killed/8192/{seed}" for seed in range(4)),
     "recover.root": ("root:killed/8192/0",),
+    "finish.cut": ("dropping:unfinished-close",),
     "close.data": ("in-place/4096/0",),
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
@@ -144,6 +144,9 @@ OF_MEDIUM = (
         "M1-healthy-after-a-failed-barrier",
         restoring(f"{MEDIUM}.barrier", "self.poisoned"),
         trials=seeds("barrier-fails/4096", 2),
+    ),
+    Mutant(
+        "M7-lost-and-still-shown", skipping(f"{MEDIUM}.forget_cached"), trials=seeds("barrier-fails/4096", 4)
     ),
     Mutant(
         "M5-end-within-a-sector",
@@ -466,6 +469,11 @@ OF_COMMITS = (
         "F2-uncounted-data-free",
         after(f"{LIFECYCLE}._find_uncounted", lambda _, lifecycle: lifecycle.start_search()),
         trials=(SCENARIO + "uncounted-data",),
+    ),
+    Mutant(
+        "F4-blocks-behind-a-stale-root-copy",
+        skipping(f"{LIFECYCLE}._begin_last_epoch"),
+        trials=("scenario:stale-root-copy",),
     ),
 )
 

@@ -17,6 +17,7 @@ import jqcow
 from jqcow.checker.check import Kind
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
+from jqcow.offline.recover import recover_image
 from jqcow.ondisk.entries import COPIED
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.judge import PromiseBroken, require
@@ -29,6 +30,8 @@ from tests.support.starts import new_session
 from tests.support.users import create_simulated, open_simulated
 
 CLUSTER_BYTES = 4096
+WITH_ROOT_COPY = 8192
+"""A cluster size with room for the root copy."""
 
 
 class Crafted(Tables):
@@ -184,6 +187,43 @@ def checkpoint_on_full_disk() -> None:
         require(error.errno != errno.ENOSPC, "P5: the checkpoint found the disk full")
         raise
     session.look()
+
+
+def _cut_off_close() -> tuple[SimulatedDevice, int]:
+    """Return an image of which the close was cut off in its last step, and the space that it should take."""
+    device = SimulatedDevice()
+    left: list[bytes] = []
+    image = create_simulated(device, 4 << 20, WITH_ROOT_COPY)
+    image.pwrite(b"\x33" * WITH_ROOT_COPY, 3 * WITH_ROOT_COPY)
+
+    def keep(name: str, device: SimulatedDevice) -> None:
+        if name == "close.release":
+            left.append(device.durable_content())
+
+    device.barrier_listeners.append(keep)
+    image.close()
+    device.reopen()
+    return SimulatedDevice(left[0]), device.used_bytes
+
+
+def stale_root_copy() -> None:
+    """P1: a crash cuts a close off, another program goes on, and then sector 0 is lost.
+
+    The root copy is still there. What it names must not bring older tables back.
+    """
+    cluster_bytes = WITH_ROOT_COPY
+    device, _ = _cut_off_close()
+    tables = Tables(device.content())
+    entry, moved = tables.l2 + 8 * 3, tables.l2 + 8 * 5
+    tables.image[moved : moved + 8] = tables.image[entry : entry + 8]
+    tables.image[entry : entry + 8] = bytes(8)
+    tables.image[:SECTOR_BYTES] = b"\xee" * SECTOR_BYTES
+    after = SimulatedDevice(bytes(tables.image))
+    recover_image(after)
+    with open_simulated(after) as recovered:
+        found = recovered.pread(cluster_bytes, 5 * cluster_bytes)
+        require(found == b"\x33" * cluster_bytes, "P1: what another program wrote", "older tables came back")
+        _require_sound(recovered)
 
 
 # Threads
@@ -463,7 +503,26 @@ def commit_into_a_raw_base(drop_barriers: tuple[str, ...]) -> None:
     require(found[5000:15_000] == b"\x44" * 10_000, "P1: what the overlay had", "not durable in the base")
 
 
-DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {"commit": commit_into_a_raw_base}
+def unfinished_close(drop_barriers: tuple[str, ...]) -> None:
+    """P4: a crash cuts a close off, and another one what finishes it: the space comes back."""
+    cut, used_bytes = _cut_off_close()
+    cut.drop_barriers = set(drop_barriers)
+    again: list[SimulatedDevice] = []
+
+    def keep(_: str, device: SimulatedDevice) -> None:
+        again.extend(device.crash(state) for state in enumerate_states(device, budget=16))
+
+    cut.barrier_listeners.append(keep)
+    recover_image(cut)
+    for device in again:
+        recover_image(device)
+        require(device.used_bytes <= used_bytes, "P4: the journal's space", "it stays behind")
+
+
+DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
+    "commit": commit_into_a_raw_base,
+    "unfinished-close": unfinished_close,
+}
 """Those that show the need of a barrier: they are told which ones do nothing."""
 
 SCENARIOS: dict[str, Callable[[], None]] = {
@@ -477,6 +536,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         stale_copied_flag,
         uncounted_data,
         checkpoint_on_full_disk,
+        stale_root_copy,
         writers_of_one_cluster,
         snapshot_beside_a_write,
         write_beside_a_transaction,

@@ -85,6 +85,7 @@ _PLAIN = (
     Family("going-live-fails", "used", stories.GOING_LIVE_FAILS),
     Family("root-write-fails", "full", stories.ROOT_WRITE_FAILS),
     Family("barrier-fails", "full", stories.BARRIER_FAILS),
+    Family("barrier-fails-shown", "unforgetting", stories.BARRIER_FAILS),
     Family("disk-full", "used", stories.DISK_FULL),
 )
 _OF_TRANSACTIONS = (

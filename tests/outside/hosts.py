@@ -46,12 +46,16 @@ def tmpfs(target: Path, size_bytes: int) -> Iterator[Path]:
         yield mounted
 
 
-def make_ext4(device_file: Path, size_bytes: int) -> None:
-    """Make an ext4 file system in a sparse file. Its own structures are written, so that they have room."""
+def make_ext4(device_file: Path, size_bytes: int, *, journal: bool = True) -> None:
+    """Make an ext4 file system in a sparse file. Its own structures are written, so that they have room.
+
+    With a ``journal`` it turns read-only where that cannot be written.
+    """
     with device_file.open("xb") as file:
         file.truncate(size_bytes)
     extended = "nodiscard,lazy_itable_init=0,lazy_journal_init=0"
-    run("mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-E", extended, device_file)
+    features = "has_journal" if journal else "^has_journal"
+    run("mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-O", features, "-E", extended, device_file)
 
 
 def repair_ext4(device_file: Path) -> None:

@@ -78,6 +78,39 @@ def test_a_device_that_loses_what_it_took(tmp_path: Path, backing: Path, cluster
         assert read_disk(user.path)[:STEP_BYTES] == b"\4" * STEP_BYTES
 
 
+@pytest.mark.parametrize("cluster_bytes", [4096, 65536])
+def test_what_a_device_lost_is_not_promised_by_the_next_writer(
+    tmp_path: Path, backing: Path, cluster_bytes: int
+) -> None:
+    """The page cache shows what the barrier lost, and a snapshot of it would be a promise."""
+    device_file = backing / "device"
+    hosts.make_ext4(device_file, DEVICE_BYTES, journal=False)
+    folder = tmp_path / "host"
+    with hosts.loop_mounted(device_file, folder):
+        user = User(folder / "image.qcow2", cluster_bytes)
+        user.write(0)
+        user.flush()
+        hosts.fill_up(backing / "ballast")
+        with pytest.raises(OSError):
+            for step in range(8):
+                user.write(2 * MIB + step * STEP_BYTES)
+            user.flush()
+        shown = user.image.pread(DEVICE_BYTES // 16, 2 * MIB)
+        user.image.close()
+        (backing / "ballast").unlink()
+        with jqcow.open(user.path, "r+") as image:
+            read = image.pread(image.size, 0)
+            image.create_snapshot("promised")
+        assert read[2 * MIB :][: len(shown)] != shown, "the device lost nothing"
+
+    hosts.repair_ext4(device_file)
+    with hosts.loop_mounted(device_file, folder):
+        assert read_disk(user.path) == read
+        with jqcow.open(user.path, snapshot="promised") as image:
+            assert image.pread(image.size, 0) == read
+        assert not qemu.complaint(user.path)
+
+
 # One call of a real process fails, in the kernel's place: which kind, with what, at which one of its kind.
 INJECTIONS = [
     f"{call}:error={error}:when={when}"

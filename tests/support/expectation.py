@@ -290,6 +290,14 @@ class Expectation:
                 self.sectors.write(offset, read(SECTOR_BYTES, offset)).complete()
         self.sizes = (*self.sizes, image.size)
 
+    def hold_to(self, image: jqcow.Image) -> None:
+        """What a writer reads when it has opened the image is durable: from now on there is nothing else."""
+        read = self.windows.reader(image)
+        for offset in range(0, self.sectors.size_bytes, SECTOR_BYTES):
+            if len(self.sectors.versions(offset)) > 1:
+                self.sectors.write(offset, read(SECTOR_BYTES, offset), durable=True).complete()
+        self.sizes = (image.size,)
+
     def forget_order(self) -> None:
         """A barrier failed: what it should have kept may come or go until it is written again."""
         self.lost = True

@@ -45,6 +45,7 @@ class Start:
     size_bytes: int
     extensions: bytes = NO_EXTENSIONS
     can_punch: bool = True
+    can_forget: bool = True
     vouched: bool = False
     holes: tuple[tuple[int, int], ...] = ()
     snapshots: AllTaken = ()
@@ -52,7 +53,7 @@ class Start:
 
     def device(self) -> SimulatedDevice:
         """Return a device that holds the file, durably."""
-        device = SimulatedDevice(self.content, can_punch=self.can_punch)
+        device = SimulatedDevice(self.content, can_punch=self.can_punch, can_forget=self.can_forget)
         for offset, length in self.holes:
             device.punch(offset, length)
         if self.holes:
@@ -268,6 +269,11 @@ def without_holes(prepare: Prepare) -> Prepare:
     return lambda cluster_bytes, random: replace(prepare(cluster_bytes, random), can_punch=False)
 
 
+def without_forgetting(prepare: Prepare) -> Prepare:
+    """Return what makes the same image, on a host that shows what a failed barrier lost for ever."""
+    return lambda cluster_bytes, random: replace(prepare(cluster_bytes, random), can_forget=False)
+
+
 # Overlays
 
 
@@ -461,6 +467,7 @@ STARTS: dict[str, Prepare] = {
     "shared-unpunchable": without_holes(shared_image),
     "dirty-bit": damaged(full_image),
     "dirty-bit-snapshots": damaged(snapshots_image),
+    "unforgetting": without_forgetting(full_image),
 }
 SIMULATED = tuple(STARTS)[:15]
 """Those of the simulation: it opens images with nothing below."""

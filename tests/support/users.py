@@ -249,6 +249,8 @@ class Session(User):
             violations = self.expectation.check(self.image)
             assert not violations, f"a killed writer left something else: {violations[0]}"
             self.expectation.observe(self.image)
+            if self.device.can_forget:
+                self.expectation.hold_to(self.image)
             self._was_killed = False
 
     def close(self) -> None:
@@ -418,6 +420,10 @@ class Session(User):
         sizes, size = self.expectation.sizes, self.live.size
         assert size in sizes, "the disk has a size that nobody asked for"
         self.expectation.sizes = (*sizes, size)
+        if self.device.can_forget:
+            violations = self.expectation.check(self.live)
+            assert not violations, f"a failed barrier left something else: {violations[0]}"
+            self.expectation.hold_to(self.live)
 
     def _accepts_changes(self) -> bool:
         """Ask for what a poisoned image must refuse. Returns True if it does not."""

@@ -255,6 +255,12 @@ class TestOpening:
         device = FileDevice.open(path, writable=False)
         assert device.pread(3, 0) == b"new"
 
+    def test_forgetting_what_is_cached_changes_nothing(self, device: FileDevice) -> None:
+        device.pwrite(b"new", 0)
+        device.barrier("test")
+        device.forget_cached()
+        assert device.pread(4, 0) == b"new\3"
+
     def test_closing_twice_is_fine_and_using_it_then_is_an_error(self, device: FileDevice) -> None:
         device.close()
         device.close()

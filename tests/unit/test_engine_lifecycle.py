@@ -110,7 +110,7 @@ class TestRecover:
         crashed.barrier_listeners.append(lambda name, _: names.append(name))
         engine = opened(crashed)
         assert names == [
-            "recover.settle",
+            "open.settle",
             "recover.root",
             "move.range",
             "move.root",
@@ -118,7 +118,7 @@ class TestRecover:
         ]
         assert engine.log.require_journal().epoch == 2 and is_live(crashed)
 
-    @pytest.mark.parametrize("name", ["recover.settle", "move.range", "move.root", "checkpoint.homes"])
+    @pytest.mark.parametrize("name", ["open.settle", "move.range", "move.root", "checkpoint.homes"])
     def test_it_can_be_tried_again(self, name: str) -> None:
         device = clean_device()
         with_journal = jqcow.open_device(device, "r+", journal_size=JOURNAL)

@@ -102,9 +102,9 @@ class TestStates:
 
 class TestCopy:
     def test_it_is_stale_until_its_root_is_decided(self, root: Root) -> None:
-        assert not root.has_leftover_copy()
+        assert root.leftover() is None
         root.write_copy(AREA.header, EXTENT)
-        assert root.copy_is_stale and root.has_leftover_copy()
+        assert root.copy_is_stale and root.leftover() == EXTENT
         root.write(roots.pack_root(AREA.header, EXTENT))
         root.decide()
         assert not root.copy_is_stale and root.may_be_rewritten(EXTENT)
@@ -132,4 +132,4 @@ class TestCopy:
         root = Root(Medium(device), Geometry(9))
         root.write_copy(AREA.header, EXTENT)
         root.clear_copy()
-        assert not device.changes and root.may_be_rewritten(EXTENT) and not root.has_leftover_copy()
+        assert not device.changes and root.may_be_rewritten(EXTENT) and root.leftover() is None

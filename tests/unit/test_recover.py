@@ -17,6 +17,7 @@ import pytest
 import jqcow
 from jqcow.cli import recover as command
 from jqcow.offline.recover import RecoveryReport, recover_image
+from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET, unpack_root
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 
 MIB = 1 << 20
@@ -161,6 +162,28 @@ def test_root_copy_serves_when_sector_0_is_lost(crashed: Path, capsys: pytest.Ca
         assert_acknowledged(image, 3)
 
 
+def test_a_journal_left_behind_is_told_and_given_back(
+    crashed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = crashed.read_bytes()
+    recover_image(crashed)
+    closed = crashed.read_bytes()
+    # As if the close had been cut off before it cleared the root copy and gave the journal's space back.
+    copy_end = ROOT_COPY_OFFSET + ROOT_COPY_BYTES
+    copy = live[ROOT_COPY_OFFSET:copy_end]
+    _, extent = unpack_root(live[:512])
+    left = bytearray(closed[:ROOT_COPY_OFFSET] + copy + closed[copy_end:]).ljust(extent.end, b"\0")
+    left[extent.offset : extent.end] = live[extent.offset : extent.end]
+    crashed.write_bytes(left)
+    assert run("--dry-run", crashed) == 0
+    assert "a crash left its journal behind, which can be given back" in capsys.readouterr().out
+    assert run(crashed) == 0
+    assert "which is given back" in capsys.readouterr().out
+    assert crashed.read_bytes() == closed
+    assert run(crashed) == 0
+    assert "clean, nothing to do" in capsys.readouterr().out
+
+
 def states_inside(recover: Callable[[SimulatedDevice], object]) -> Iterator[tuple[str, SimulatedDevice]]:
     """Yield what a kill at each barrier of a recovery leaves, just before the barrier is complete."""
     device = crashed_device()
@@ -184,7 +207,7 @@ def test_a_recovery_killed_at_any_barrier_is_recovered() -> None:
         assert (report.verification.errors, report.verification.leaks) == (0, 0), name
         with jqcow.open_device(device) as image:
             assert_acknowledged(image, 3)
-    assert {"recover.settle", "recover.root", "move.range", "move.root", "close.clear"} <= set(names)
+    assert {"open.settle", "recover.root", "move.range", "move.root", "close.clear"} <= set(names)
 
 
 def set_refcount(path: Path, cluster: int, value: int) -> None:

@@ -214,6 +214,24 @@ class TestFailedBarrier:
         device.barrier("b")
         assert contents_after_crash(device) == {OLD + NEW, NEW + NEW}
 
+    def test_what_was_lost_reads_as_before_once_it_is_forgotten(self) -> None:
+        device = self.failed()
+        device.pwrite(b"n" * 512, 1024)
+        before = device.durable_content()
+        device.forget_cached()
+        assert device.pread(512, 0) == before[:512]
+        # What is pending is still in the cache.
+        assert device.pread(512, 1024) == b"n" * 512
+        device.barrier("test")
+        assert device.content() == device.durable_content() and not device.changes
+
+    def test_a_host_that_cannot_forget_goes_on_showing_it(self) -> None:
+        device = self.failed()
+        device.can_forget = False
+        shown = device.content()
+        device.forget_cached()
+        assert device.content() == shown != device.durable_content()
+
     def test_lost_truncation_stays_uncertain(self) -> None:
         device = SimulatedDevice(OLD * 2)
         device.truncate(512)
