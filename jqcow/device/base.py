@@ -7,7 +7,7 @@ torn at 512-byte sectors; that holds for sizes and punched ranges too (docs/cras
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 ReadBuffer = bytes | bytearray | memoryview
 
@@ -73,4 +73,13 @@ class Device(Reader, Protocol):
 
     def close(self) -> None:
         """Release the device and its locks. Makes nothing durable."""
+        ...
+
+
+@runtime_checkable
+class HostSpace(Protocol):
+    """A device that can tell how much space its host has left; no device has to."""
+
+    def free_bytes(self) -> int | None:
+        """Return how many bytes new data can take on the host, None where nobody knows."""
         ...
