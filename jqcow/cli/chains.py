@@ -18,6 +18,7 @@ def add_parsers(commands: Any) -> None:
     parsers = _add_commit(commands), _add_rebase(commands)
     for parser in parsers:
         common.add_allow_files(parser)
+        common.add_journal_size(parser)
         add_progress(parser)
         common.add_output(parser)
         common.add_quiet(parser)
@@ -60,9 +61,8 @@ def _add_rebase(commands: Any) -> argparse.ArgumentParser:
 
 def commit_command(arguments: argparse.Namespace) -> int:
     """Commit an overlay."""
-    following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
     with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
-        report = commit(arguments.image, keep=arguments.keep, **following, progress=progress)
+        report = commit(arguments.image, keep=arguments.keep, **_how(arguments), progress=progress)
     if arguments.output == "json":
         common.print_json(common.as_json(report))
     elif not arguments.quiet:
@@ -72,6 +72,12 @@ def commit_command(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what both commands take, in the library's words."""
+    journal_size = common.journal_size_of(arguments)
+    return {"allow_files": arguments.allow_files, "probe": arguments.probe, "journal_size": journal_size}
+
+
 def rebase_command(arguments: argparse.Namespace) -> int:
     """Put an overlay over another backing file."""
     name = arguments.backing_file or None
@@ -79,10 +85,9 @@ def rebase_command(arguments: argparse.Namespace) -> int:
     image_format = None if name is None else arguments.backing_format
     if name is not None and image_format is None:
         raise common.CommandError("a backing file needs its format: -F qcow2 or -F raw")
-    following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
     with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = rebase(
-            arguments.image, name, image_format, unsafe=arguments.unsafe, **following, progress=progress
+            arguments.image, name, image_format, unsafe=arguments.unsafe, **_how(arguments), progress=progress
         )
     if arguments.output == "json":
         common.print_json(common.as_json(report))

@@ -113,7 +113,7 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 def add_journal_size(parser: argparse.ArgumentParser) -> None:
     """Add ``--journal-size``, of what writes."""
     parser.add_argument(
-        "--journal-size", metavar="SIZE", help="of the journal while it works (default: 8M), from 64k to 1G"
+        "--journal-size", metavar="SIZE", help="of the journal while it works, 64k to 1G (default: 8M)"
     )
 
 

@@ -49,6 +49,7 @@ def add_parsers(commands: Any) -> None:
         choices=("leaks", "all"),
         help="first repair refcounts that are too high, or all; a crashed image is recovered before",
     )
+    common.add_journal_size(check)
     common.add_quiet(check)
     check.set_defaults(command=check_command)
     mapping = commands.add_parser(
@@ -201,11 +202,17 @@ def check_command(arguments: argparse.Namespace) -> int:
 
 def _repair(arguments: argparse.Namespace) -> RepairReport:
     """Repair an image where that was asked for, and say what was wrong."""
+    journal_size = common.journal_size_of(arguments)
     if arguments.repair is None:
+        if journal_size is not None:
+            raise common.CommandError("--journal-size is for what writes: use it with -r")
         return RepairReport()
     if arguments.force_share:
         raise common.CommandError("-r writes: it cannot be used beside another writer, with -U")
-    with common.about(arguments.image), open_alone(arguments.image, "r+", repair=arguments.repair) as image:
+    with (
+        common.about(arguments.image),
+        open_alone(arguments.image, "r+", journal_size=journal_size, repair=arguments.repair) as image,
+    ):
         report = image.repaired or RepairReport()
     if report.changed and arguments.output == "human" and not arguments.quiet:
         print("The following inconsistencies were found and repaired:\n")

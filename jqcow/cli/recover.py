@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-check", action="store_true", help="do not check refcounts and tables after the replay"
     )
+    common.add_journal_size(parser)
     common.add_output(parser)
     common.add_version(parser)
     return parser
@@ -62,7 +63,12 @@ def recover(arguments: argparse.Namespace) -> int:
     name: str = arguments.image
     try:
         with common.about(name):
-            report = recover_image(name, dry_run=arguments.dry_run, verify=not arguments.no_check)
+            report = recover_image(
+                name,
+                dry_run=arguments.dry_run,
+                verify=not arguments.no_check,
+                journal_size=common.journal_size_of(arguments),
+            )
     except common.CommandError as error:
         if isinstance(error.__cause__, CorruptionError):
             raise common.CommandError(f"{error}; {_DAMAGED}", error.code) from error

@@ -83,3 +83,12 @@ class Caching(Protocol):
     def forget_cached(self) -> None:
         """Have reads show what is durable, as far as a completed barrier covers all that is not lost."""
         ...
+
+
+@runtime_checkable
+class HostSpace(Protocol):
+    """A device that can tell how much space its host has left; no device has to."""
+
+    def free_bytes(self) -> int | None:
+        """Return how many bytes new data can take on the host, None where nobody knows."""
+        ...

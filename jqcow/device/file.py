@@ -298,6 +298,12 @@ class FileDevice:
                 self._descriptor, libc.FALLOC_PUNCH_HOLE | libc.FALLOC_KEEP_SIZE, offset, length
             )
 
+    def free_bytes(self) -> int | None:
+        """Return how many bytes the file system has left for this user; a quota may allow less."""
+        with self._naming_errors():
+            state = os.fstatvfs(self._descriptor)
+        return state.f_bavail * state.f_frsize
+
     def identity(self) -> tuple[int, int]:
         """Return what tells the file from all others, whatever its name: device and inode."""
         with self._naming_errors():

@@ -106,12 +106,12 @@ class FileView:
         empty: a hostile table must not cost more than the file is long.
         """
         seen: set[int] = set()
+        file_bytes = self._reader.size()
         geometry, table_offset = self.geometry, self.header.refcount_table_offset
         table = self.read(self.header.refcount_table_clusters * geometry.cluster_bytes, table_offset)
         for index in reversed(range(layout.table_entries(len(table)))):
             block, _ = entries.split_refcount_table(entries.entry_at(table, index))
-            is_there = block < self._reader.size() or block in self._blocks
-            if block and is_there and block not in seen:
+            if block and block not in seen and (block < file_bytes or block in self._blocks):
                 seen.add(block)
                 yield index * geometry.refcounts_per_cluster, self.read(geometry.cluster_bytes, block)
 

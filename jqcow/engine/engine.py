@@ -158,7 +158,7 @@ def open_engine(
     Args:
         medium: the device.
         writable: the image is to be written; `make_writable` comes before the first change.
-        journal_bytes: length of the next journal, 0 for the default; a live image keeps at least what it has.
+        journal_bytes: length of the next journal, 0 for the default; that of a live image is what it has.
         use_root_copy: where sector 0 has no valid magic, take the root from its copy.
         new_salt: makes the salt of each new journal; a seeded one makes a simulation replayable.
         repair: what is to be repaired, with "all" also an image marked corrupt.
@@ -185,7 +185,7 @@ def open_engine(
 def _open_live(medium: Medium, root: LiveRoot, journal_bytes: int, new_salt: NewSalt) -> Opened:
     found, replayed = scan.read_journal(medium.device, root)
     extent = found.extent
-    engine = Engine(medium, replayed.area, journal_bytes=max(journal_bytes, extent.length), new_salt=new_salt)
+    engine = Engine(medium, replayed.area, journal_bytes=journal_bytes or extent.length, new_salt=new_salt)
     engine.blocks.images = {HostOffset(offset): block for offset, block in replayed.blocks.items()}
     engine.lifecycle.check_journal_is_free(extent)
     engine.space.reserve(HostOffset(extent.offset), extent.length)

@@ -14,6 +14,7 @@ J5. What an epoch decodes to, and what it zeroes, is bounded (`decoded_limit`, `
     memory and the time of replay. The writer keeps to the same bounds as the scan.
 J6. A revoked frame's first block is overwritten before the next append or barrier: it cannot come back to
     life once a barrier has completed.
+J7. No part of a live range is given back that a crash state may replay (`dead_parts`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jqcow.engine.medium import Medium
-from jqcow.engine.scan import Scan, decoded_limit, zeroed_limit
+from jqcow.engine.scan import DECODED_HALVES_MAX, ZEROED_BYTES_MIN, Scan, decoded_limit, zeroed_limit
 from jqcow.ondisk import frame as frames
-from jqcow.ondisk.frame import FRAME_ALIGNMENT, EncodedPayload, HeaderOperation
+from jqcow.ondisk import layout
+from jqcow.ondisk.frame import (
+    FRAME_ALIGNMENT,
+    FRAME_HEADER_BYTES,
+    EncodedPayload,
+    FrameHeader,
+    HeaderOperation,
+)
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import HostOffset
-from jqcow.ondisk.root import SALT_BYTES, JournalRange
+from jqcow.ondisk.root import MIN_JOURNAL_BYTES, SALT_BYTES, JournalRange
 
 ZERO_CHUNK_BYTES = 1 << 20
 
@@ -54,6 +62,24 @@ class Contents:
         zeroed_bytes = frames.zeroed_length(tuple(scan.operations))
         live = tuple(frame.raw for frame in scan.frames)
         return cls(scan.epoch, scan.sequence, live, scan.decoded_bytes, zeroed_bytes)
+
+    @property
+    def used_bytes(self) -> int:
+        """Length of the frames."""
+        return sum(len(frame) for frame in self.frames)
+
+    def smallest_length(self) -> int:
+        """Return the length of the shortest range that holds the frames, within the bounds of a scan (J5)."""
+        found = (FrameHeader.unpack(frame[:FRAME_HEADER_BYTES]) for frame in self.frames)
+        largest = max((header.decoded_length for header in found if header is not None), default=0)
+        half_bytes = max(
+            MIN_JOURNAL_BYTES // 2, self.used_bytes, largest, self.zeroed_bytes - ZEROED_BYTES_MIN
+        )
+        if self.decoded_bytes > decoded_limit(half_bytes):
+            half_bytes = max(half_bytes, -(-self.decoded_bytes // DECODED_HALVES_MAX))
+        if self.decoded_bytes > decoded_limit(half_bytes):
+            half_bytes = self.decoded_bytes
+        return 2 * layout.round_up(half_bytes, FRAME_ALIGNMENT)
 
 
 @dataclass(frozen=True)
@@ -151,16 +177,34 @@ class Journal:
         self._position = self._decoded_bytes = self._zeroed_bytes = 0
 
 
-def write_range(medium: Medium, extent: JournalRange, contents: Contents) -> None:
+def write_range(medium: Medium, extent: JournalRange, contents: Contents, *, sparse: bool = False) -> None:
     """Fill a new range with zeros, then with frames under its salt from the start of their half.
 
     Zeros are written, not allocated: an append into unwritten extents would make the host's file system
-    commit its own journal at every flush.
+    commit its own journal at every flush. ``sparse`` leaves them out, where there is no space for them.
     """
     zeros = bytes(min(ZERO_CHUNK_BYTES, extent.length))
-    for offset in range(extent.offset, extent.end, len(zeros)):
+    for offset in range(extent.offset, extent.end, len(zeros)) if not sparse else ():
         medium.pwrite(zeros[: extent.end - offset], HostOffset(offset))
     position = extent.half_offset(contents.epoch)
     for frame in contents.frames:
         medium.pwrite(frames.reframe(frame, extent.salt), HostOffset(position))
         position += len(frame)
+
+
+def dead_parts(extent: JournalRange, contents: Contents) -> list[tuple[HostOffset, int]]:
+    """Return the (offset, length) in bytes of a range that no crash state replays, whatever is durable (J7).
+
+    ``contents`` is what a scan of the range found; its newest frame may be in the page cache alone.
+
+    - Behind the newest frame, in its half: a frame there was torn or revoked, or is of an epoch before the
+      one in the other half.
+    - The other half, if the epoch has a second frame. That was begun only when the first one was durable
+      (J2), or both were copied here before the root named the range. So every crash state has this epoch. Of
+      one frame alone nobody knows that: the epoch before it may be what the disk holds.
+    """
+    half, used_bytes = extent.half_offset(contents.epoch), contents.used_bytes
+    parts = [(HostOffset(half + used_bytes), extent.half_bytes - used_bytes)]
+    if len(contents.frames) > 1:
+        parts.append((HostOffset(extent.half_offset(contents.epoch + 1)), extent.half_bytes))
+    return [(offset, length) for offset, length in parts if length]

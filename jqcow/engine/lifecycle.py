@@ -214,8 +214,11 @@ class Lifecycle:
             self.root.rewrite(root.sector)
             # Durable now: the root as it was read. The root copy may be rewritten from here on.
             self.medium.barrier("recover.root")
-        self.log.move(self.log.journal_bytes, Contents.of_scan(scan))
+        self.log.rescue(self.log.journal_bytes, Contents.of_scan(scan))
         self.log.checkpoint()
+        with suppress(*EXPECTED):
+            # Everything is home: what this cannot give, the next append asks for.
+            self.log.settle_in()
         # R3: before the records of this process, not before those that a crash left.
         self.public.refcounts.allocate_homes()
 

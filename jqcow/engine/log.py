@@ -15,10 +15,12 @@ T8. A record is never longer than a half; a longer one moves the journal to a la
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 
 from jqcow.engine.clusters import Run
-from jqcow.engine.journal import Contents, Journal, write_range
+from jqcow.engine.journal import Contents, Journal, dead_parts, write_range
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Blocks, ChangeSet
 from jqcow.engine.root import Root
@@ -30,9 +32,18 @@ from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import EncodedPayload, HeaderOperation
 from jqcow.ondisk.layout import HostOffset
-from jqcow.ondisk.root import MAX_JOURNAL_BYTES, JournalRange
+from jqcow.ondisk.root import MAX_JOURNAL_BYTES, MIN_JOURNAL_BYTES, JournalRange
 
 NewSalt = Callable[[], bytes]
+
+SPACE_PER_JOURNAL = 4
+"""The host has so many times a journal's length free, or the journal is shorter: others need space, too."""
+
+
+def _rounded_down(length: int) -> int:
+    """Return the next lower length that a journal can have."""
+    unit = 2 * frames.FRAME_ALIGNMENT
+    return length // unit * unit
 
 
 class Log:
@@ -44,6 +55,7 @@ class Log:
         new_salt: makes the salt of each new range.
         in_transaction: a transaction is open: what it took looks free in the public tables, which must not be
             searched for free clusters then.
+        is_sparse: the range does not have all its space on the host yet.
     """
 
     def __init__(self, public: Tables, root: Root, journal_bytes: int, new_salt: NewSalt) -> None:
@@ -57,6 +69,7 @@ class Log:
         self.journal_bytes = journal_bytes
         self.new_salt = new_salt
         self.in_transaction = False
+        self.is_sparse = False
 
     def require_journal(self) -> Journal:
         """Return the journal of a live image."""
@@ -80,7 +93,7 @@ class Log:
                 # Now the record opens an epoch.
                 payload = self._encode(changes)
             if not self.require_journal().has_room(payload):
-                self._grow(self._length_for(payload))
+                self._grow(*self._lengths_for(payload))
                 payload = self._encode(changes)
         return payload
 
@@ -91,16 +104,18 @@ class Log:
             operations = [HeaderOperation(self.blocks.area.data), *operations]
         return frames.encode_operations(operations)
 
-    def _length_for(self, payload: EncodedPayload) -> int:
-        """Return a journal length whose half holds an opening frame and this payload, with room to spare."""
+    def _lengths_for(self, payload: EncodedPayload) -> tuple[int, int]:
+        """Return journal lengths for an opening frame and this payload: with room to spare, the shortest."""
         opening = roots.MAX_LIVE_HEADER_BYTES + 2 * frames.FRAME_ALIGNMENT
         most = MAX_JOURNAL_BYTES // 2
         needed = opening + max(payload.decoded_length, payload.frame_length)
         if max(needed, payload.zeroed_length) > most:
             detail = f"the change is too large: {payload.decoded_length} bytes of metadata in one record"
             raise UnsupportedFeatureError("a journal of more than 1 GiB", detail)
-        half_bytes = min(most, max(2 * needed, payload.zeroed_length, self.journal_bytes // 2))
-        return 2 * layout.round_up(half_bytes, frames.FRAME_ALIGNMENT)
+        shortest = max(needed, payload.zeroed_length, MIN_JOURNAL_BYTES // 2)
+        half_bytes = max(shortest, min(most, max(2 * needed, self.journal_bytes // 2)))
+        longest, shortest = (layout.round_up(each, frames.FRAME_ALIGNMENT) for each in (half_bytes, shortest))
+        return 2 * longest, 2 * shortest
 
     # Checkpoint: from the log to the homes
 
@@ -124,6 +139,9 @@ class Log:
         # Only whoever has the turn changes the log images.
         for offset, data in self.blocks.image_runs():
             self.medium.pwrite(data, offset)
+        self._grow_file()
+
+    def _grow_file(self) -> None:
         with self.medium.lock:
             self.medium.grow(self.geometry.offset_of(self.space.frontier))
 
@@ -161,18 +179,45 @@ class Log:
 
     # A new range
 
-    def lay(self, length: int, contents: Contents) -> Journal:
+    def lay(self, length: int, contents: Contents, shortest: int = MIN_JOURNAL_BYTES) -> Journal:
         """Write a new range behind the end of everything, with ``contents``, and the root copy that names it.
 
         Nothing names the range yet. A wrong refcount must not cost data, so no free cluster is used for it.
 
+        Args:
+            length: in bytes; where the host is short of space the range is shorter.
+            contents: its frames.
+            shortest: the least that does, in bytes.
+
         Raises:
             OSError: the range is given up, and the root copy may be stale.
         """
+        free_bytes = self.medium.free_bytes()
+        if free_bytes is not None and free_bytes < SPACE_PER_JOURNAL * length:
+            length = max(shortest, _rounded_down(free_bytes // SPACE_PER_JOURNAL))
+        while True:
+            try:
+                return self._lay(length, contents)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                if length <= shortest:
+                    raise self._no_space(shortest, error) from error
+            length = max(shortest, _rounded_down(length // 2))
+
+    def _no_space(self, needed_bytes: int, error: OSError) -> OSError:
+        free_bytes = self.medium.free_bytes()
+        told = "" if free_bytes is None else f", {free_bytes} bytes are free"
+        text = f"{os.strerror(errno.ENOSPC)}: the journal needs {needed_bytes} bytes{told}"
+        return OSError(errno.ENOSPC, text, error.filename)
+
+    def _lay(self, length: int, contents: Contents, *, sparse: bool = False) -> Journal:
         with self.medium.lock, self.medium.section():
             extent = self._place(length)
         try:
-            write_range(self.medium, extent, contents)
+            if sparse:
+                self._grow_file()
+            write_range(self.medium, extent, contents, sparse=sparse)
             self.root.write_copy(self.blocks.area.header, extent)
         except BaseException as error:
             self._give_up(extent, error)
@@ -207,20 +252,60 @@ class Log:
 
     # Move: one procedure for growing, moving and recovering
 
-    def _grow(self, length: int) -> None:
-        """Go on in a new range of ``length`` bytes. The running epoch is home."""
+    def _grow(self, length: int, shortest: int) -> None:
+        """Go on in a new range of ``length`` bytes, or of fewer. The running epoch is home."""
         journal = self.require_journal()
-        self.move(length, Contents.opening(self.blocks.area, journal.epoch, journal.sequence))
+        contents = Contents.opening(self.blocks.area, journal.epoch, journal.sequence)
+        self.root.settle()
+        self._move_to(self.lay(length, contents, shortest))
 
-    def move(self, length: int, contents: Contents) -> None:
-        """Lay a new range with ``contents``, and make the root name it.
+    def rescue(self, length: int, contents: Contents) -> None:
+        """Copy the live frames of a range that was found to a new one, and make the root name that.
+
+        On a full disk the new range takes the space of what is dead in the old one (J7), and no more of it
+        than the frames are long. It gets the rest of its space when the old range has gone (`settle_in`).
+
+        Raises:
+            OSError: the old range goes on: recovery can be tried again.
+        """
+        self.root.settle()
+        shortest = contents.smallest_length()
+        try:
+            journal = self.lay(max(length, shortest), contents, shortest)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._give_back_dead_parts(contents):
+                raise
+            try:
+                journal = self._lay(shortest, contents, sparse=True)
+            except OSError as second:
+                raise self._no_space(contents.used_bytes, second) from second
+            self.is_sparse = True
+        self._move_to(journal)
+
+    def _give_back_dead_parts(self, contents: Contents) -> bool:
+        """Give back what no crash state replays of the range that was found; False where the host cannot."""
+        parts = dead_parts(self.require_journal().extent, contents)
+        return all(self.medium.punch(offset, length) for offset, length in parts)
+
+    def settle_in(self) -> None:
+        """Give the old range's space back, and the new one what it still needs, after a rescue in need.
+
+        Raises:
+            OSError: there is none; appends will find out.
+        """
+        if self.is_sparse:
+            self.is_sparse = False
+            self.recycle(refill=False)
+            extent = self.require_journal().extent
+            self.medium.allocate(HostOffset(extent.offset), extent.length)
+
+    def _move_to(self, journal: Journal) -> None:
+        """Make the root name a new range.
 
         Raises:
             OSError: the old range goes on.
         """
         old = self.require_journal().extent
-        self.root.settle()
-        journal = self.lay(length, contents)
         header = self.blocks.area.header
         try:
             # Durable now: the new range and the root copy. The root that names them comes next.

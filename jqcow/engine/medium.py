@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from jqcow.device.base import Caching, Device, ReadBuffer
+from jqcow.device.base import Caching, Device, HostSpace, ReadBuffer
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.ondisk.layout import HostOffset
 
@@ -91,6 +91,10 @@ class Medium:
     def size(self) -> int:
         """Return the length of the device."""
         return self.device.size()
+
+    def free_bytes(self) -> int | None:
+        """Return how many bytes the host has left, None where nobody knows."""
+        return self.device.free_bytes() if isinstance(self.device, HostSpace) else None
 
     def pread(self, length: int, offset: HostOffset) -> bytes:
         """Return ``length`` bytes; what lies past the end reads as zeros."""

@@ -18,7 +18,7 @@ from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import What, clear_corrupt_bit
 from jqcow.errors import CorruptionError, FileAccessDenied
-from jqcow.image.arguments import number, optional_text
+from jqcow.image.arguments import optional_text
 from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
@@ -76,7 +76,7 @@ def create(
         ImageInUse: the file to be replaced is in use.
         OSError: the host failed; nothing is left under the name.
     """
-    journal_size, size = _journal_size(journal_size), layout.disk_size(size)
+    journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
     blank = blank_image(
         size,
         cluster_bits_of(cluster_size),
@@ -160,19 +160,27 @@ def open(
         )
 
 
-def open_base(named: NamedFile, above: Iterable[Identity], following: Following) -> Image:
+def open_base(
+    named: NamedFile, above: Iterable[Identity], following: Following, *, journal_size: int | None = None
+) -> Image:
     """Open the backing file of an image that is open, for writing; what is below it as `open` does.
 
     Args:
         named: the file, which the caller allows.
         above: the images above it, of which none may come again.
         following: how the names inside it are followed.
+        journal_size: as in `open`.
 
     Raises:
         JqcowError, OSError: as `open`.
     """
     with _closed_on_error(FileDevice.open(named.path, writable=True)) as device:
-        return _open(device, "r+", find_backing=lambda engine: _open_chain(engine, device, following, above))
+        return _open(
+            device,
+            "r+",
+            journal_size=journal_size,
+            find_backing=lambda engine: _open_chain(engine, device, following, above),
+        )
 
 
 @contextmanager
@@ -191,7 +199,7 @@ def _check_mode(mode: Mode, journal_size: int | None, *, force_share: bool) -> N
     if mode not in ("r", "r+"):
         raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
     if journal_size is not None:
-        _journal_size(journal_size)
+        roots.journal_length(journal_size)
     if force_share and mode != "r":
         raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
 
@@ -266,7 +274,7 @@ def _open(
     opened = open_engine(
         Medium(device),
         writable=mode == "r+",
-        journal_bytes=0 if journal_size is None else _journal_size(journal_size),
+        journal_bytes=0 if journal_size is None else roots.journal_length(journal_size),
         new_salt=new_salt,
         repair=repair,
     )
@@ -351,7 +359,7 @@ def create_on_device(
     new_salt: Callable[[], bytes] = random_salt,
 ) -> Image:
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
-    journal_size, size = _journal_size(journal_size), layout.disk_size(size)
+    journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
     write_blank(device, blank_image(size, cluster_bits_of(cluster_size)))
     # The opening makes it durable (M7).
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
@@ -362,10 +370,3 @@ def write_blank(device: Device, blank: BlankImage) -> None:
     device.truncate(blank.length)
     for offset, data in blank.parts:
         device.pwrite(data, offset)
-
-
-def _journal_size(journal_size: int) -> int:
-    journal_size = number(journal_size)
-    if not roots.is_journal_length(journal_size):
-        raise ValueError("the journal's size must be a multiple of 8192 from 64 KiB to 1 GiB")
-    return journal_size

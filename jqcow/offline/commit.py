@@ -48,6 +48,7 @@ def commit(
     keep: bool = False,
     allow_files: FilePolicy = False,
     probe: bool = False,
+    journal_size: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> CommitReport:
     """Write what an overlay has of its own into its backing file; then empty the overlay.
@@ -61,6 +62,7 @@ def commit(
         keep: leave the overlay as it is.
         allow_files: whether the backing file may be opened, and what it names, as in `jqcow.open`.
         probe: tell formats that are not stored by the magic.
+        journal_size: in bytes, of the journals of both images, as in `jqcow.open`.
         progress: called with the bytes of the overlay's disk that are done, and all of them.
 
     Raises:
@@ -71,13 +73,13 @@ def commit(
         OSError: the host failed; the overlay reads as before.
     """
     following = Following(allow_files, probe)
-    with open_alone(path, "r+") as overlay:
+    with open_alone(path, "r+", journal_size=journal_size) as overlay:
         named = overlay.backing_file
         if named is None:
             raise ValueError(f"{os.fspath(path)} has no backing file to commit to")
         refuse_snapshots(overlay, "a commit")
         require_allowed(named, allow_files)
-        with _open_base(named, identity_of(os.fspath(path)), following) as base:
+        with _open_base(named, identity_of(os.fspath(path)), following, journal_size) as base:
             written, zeroed = copy_into(overlay, base, progress)
             base_size = base.size
         if not keep:
@@ -87,14 +89,16 @@ def commit(
 
 
 @contextmanager
-def _open_base(named: NamedFile, overlay: Identity, following: Following) -> Iterator[WritableDisk]:
+def _open_base(
+    named: NamedFile, overlay: Identity, following: Following, journal_size: int | None
+) -> Iterator[WritableDisk]:
     """Open the backing file for writing; at the end of the block all changes are durable."""
     with naming_the_image(named):
         refuse_loop(named, [overlay])
         known = stored_format(named, probe=following.probe) or _probe(named.path)
         opened: Image | FileDevice
         if known == "qcow2":
-            opened = open_base(named, [overlay], following)
+            opened = open_base(named, [overlay], following, journal_size=journal_size)
         else:
             opened = FileDevice.open(named.path, writable=True)
     if isinstance(opened, Image):

@@ -38,6 +38,7 @@ def rebase(
     unsafe: bool = False,
     allow_files: FilePolicy = False,
     probe: bool = False,
+    journal_size: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> RebaseReport:
     """Give an image another backing file, or none, in one transaction.
@@ -51,6 +52,7 @@ def rebase(
         allow_files: whether the backing file that the image names may be opened, and what it and the new one
             name, as in `jqcow.open`. The new one itself is the caller's own.
         probe: tell formats that are not stored by the magic.
+        journal_size: in bytes, as in `jqcow.open`.
         progress: called with the bytes of the disk that are done, and all of them.
 
     Raises:
@@ -61,11 +63,11 @@ def rebase(
         OSError: the host failed; the image is as it was.
     """
     if unsafe:
-        with open_alone(path, "r+") as image, image.transaction() as transaction:
+        with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:
             transaction.set_backing_file(backing_file, backing_format)
         return RebaseReport(0, 0)
     with (
-        open_image(path, "r+", allow_files=allow_files, probe=probe) as image,
+        open_image(path, "r+", journal_size=journal_size, allow_files=allow_files, probe=probe) as image,
         _new_chain(path, backing_file, backing_format, allow_files, probe=probe) as new,
         image.transaction() as transaction,
     ):

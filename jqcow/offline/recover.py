@@ -26,6 +26,7 @@ from jqcow.ondisk import header as headers
 from jqcow.ondisk.frame import BlockOperation, ZeroOperation
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.root import journal_length
 
 State = Literal["clean", "clean, journal left behind", "live", "live by root copy"]
 
@@ -116,6 +117,7 @@ def recover_image(
     *,
     dry_run: bool = False,
     verify: bool = True,
+    journal_size: int | None = None,
     new_salt: Callable[[], bytes] = random_salt,
 ) -> RecoveryReport:
     """Make a crashed image standard qcow2 again. A clean image is left as it is, without what a crash left.
@@ -124,26 +126,38 @@ def recover_image(
         image: a file, or a device, which stays open.
         dry_run: write nothing; open a file read-only and replay in memory.
         verify: check refcounts and tables afterwards.
-        new_salt: makes the salt of the journal that recovery moves to.
+        journal_size: in bytes, of the journal that recovery moves to, as in `jqcow.open`.
+        new_salt: makes its salt.
 
     Raises:
+        ValueError: a journal size that no journal can have.
         FormatError: not a qcow2 image; UnsupportedFeatureError where jqcow refuses it by name.
         CorruptionError: the root, the journal or a table is damaged; nothing was changed by a guess.
         ImageInUse: another process uses the image.
         OSError: the host failed; recovery can be tried again.
     """
+    how = _How(dry_run, verify, 0 if journal_size is None else journal_length(journal_size), new_salt)
     if not isinstance(image, str | os.PathLike):
-        return _recover(image, None, dry_run=dry_run, verify=verify, new_salt=new_salt)
+        return _recover(image, None, how)
     device = FileDevice.open(image, writable=not dry_run)
     try:
-        return _recover(device, os.fspath(image), dry_run=dry_run, verify=verify, new_salt=new_salt)
+        return _recover(device, os.fspath(image), how)
     finally:
         device.close()
 
 
-def _recover(
-    device: Device, name: str | None, *, dry_run: bool, verify: bool, new_salt: Callable[[], bytes]
-) -> RecoveryReport:
+@dataclass(frozen=True)
+class _How:
+    """How an image is recovered: see `recover_image`."""
+
+    dry_run: bool
+    verify: bool
+    journal_bytes: int
+    new_salt: Callable[[], bytes]
+
+
+def _recover(device: Device, name: str | None, how: _How) -> RecoveryReport:
+    dry_run, verify = how.dry_run, how.verify
     started = time.perf_counter()
     medium = Medium(device)
     if not dry_run:
@@ -152,7 +166,13 @@ def _recover(
     if root is None:
         leftover = _finish(medium, dry_run=dry_run)
         return _report_clean(device, name, leftover, dry_run=dry_run, verify=verify)
-    opened = open_engine(medium, writable=not dry_run, use_root_copy=True, new_salt=new_salt)
+    opened = open_engine(
+        medium,
+        writable=not dry_run,
+        journal_bytes=how.journal_bytes,
+        use_root_copy=True,
+        new_salt=how.new_salt,
+    )
     if opened.scan is None:
         raise RuntimeError("a live image was opened without its journal")
     header = opened.engine.blocks.area.header

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, replace
+from operator import index
 
 from jqcow import _native
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
@@ -120,6 +121,19 @@ class JournalRange:
 def is_journal_length(length: int) -> bool:
     """Return whether a journal can have this many bytes: two aligned halves, within the bounds."""
     return MIN_JOURNAL_BYTES <= length <= MAX_JOURNAL_BYTES and length % (2 * JOURNAL_ALIGNMENT) == 0
+
+
+def journal_length(length: int) -> int:
+    """Return a length in bytes that a journal can have.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: not such a length.
+    """
+    length = index(length)
+    if not is_journal_length(length):
+        raise ValueError("the journal's size must be a multiple of 8192 from 64 KiB to 1 GiB")
+    return length
 
 
 def check_room(header: Header, used_bytes: int) -> None:

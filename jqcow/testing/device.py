@@ -120,6 +120,7 @@ class SimulatedDevice:
 
     ``faults``             the :class:`FaultPlan` in force, or None
     ``drop_barriers``      names of barriers that do nothing; they are counted, and listeners hear them
+    ``shown_free_bytes``   what ``free_bytes`` tells of the host, None: nothing
     ``barriers``           how often each barrier was called
     ``barrier_listeners``  called as ``listener(name, device)`` before a barrier completes or fails
     ``change_listeners``   called as ``listener(call, device)`` before each call that changes the device
@@ -147,6 +148,7 @@ class SimulatedDevice:
         self.closed = False
         self.faults: FaultPlan | None = None
         self.drop_barriers: set[str] = set()
+        self.shown_free_bytes: int | None = None
         self.barriers: Counter[str] = Counter()
         self.barrier_listeners: list[BarrierListener] = []
         self.change_listeners: list[ChangeListener] = []
@@ -179,6 +181,10 @@ class SimulatedDevice:
         with self._lock:
             self._check_open()
             return self._size
+
+    def free_bytes(self) -> int | None:
+        """Return ``shown_free_bytes``."""
+        return self.shown_free_bytes
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return exactly ``length`` bytes from ``offset``; what lies past the end reads as zeros."""

@@ -18,10 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 from jqcow.engine.clusters import Run
+from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
+from jqcow.ondisk.root import JournalRange
 from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
 from tests.crash.trials import SCENARIO, SIMULATION, action_of
 from tests.support.mutant import (
@@ -34,6 +36,7 @@ from tests.support.mutant import (
     LEAVE_TO_ONE,
     LIFECYCLE,
     LOG,
+    LOG_MODULE,
     MAPPING,
     MAPPING_EDITOR,
     MEDIUM,
@@ -98,6 +101,16 @@ def keep_older_images(publish: Function, blocks: Any, durable: ChangeSet) -> Non
     older = dict(blocks.images)
     publish(blocks, durable)
     blocks.images.update(older)
+
+
+def whole_other_half(_: Function, extent: JournalRange, contents: Contents) -> list[tuple[int, int]]:
+    """Give up the epoch before, whatever is known of this one."""
+    return [(extent.half_offset(contents.epoch + 1), extent.half_bytes)]
+
+
+def whole_range(_: Function, extent: JournalRange, contents: Contents) -> list[tuple[int, int]]:
+    """Give up the live frames, too."""
+    return [(extent.offset, extent.length)]
 
 
 def show_to_all(_: None, private: Any, *__: object) -> None:
@@ -189,6 +202,16 @@ OF_JOURNAL = (
         "J6-failed-frame-left",
         skipping(f"{MEDIUM}.pwrite", during=f"{JOURNAL}.revoke"),
         trials=("commit-fails-first/4096/0",),
+    ),
+    Mutant(
+        "J7-epoch-before-given-up",
+        replacing(f"{LOG_MODULE}:dead_parts", whole_other_half),
+        trials=("scenario:lost-frame-on-full-disk",),
+    ),
+    Mutant(
+        "J7-newest-frame-given-up",
+        replacing(f"{LOG_MODULE}:dead_parts", whole_range),
+        trials=seeds("full-at-opening/4096", 2),
     ),
     Mutant(
         "T8-record-longer-than-a-half",

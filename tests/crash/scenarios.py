@@ -226,6 +226,39 @@ def stale_root_copy() -> None:
         _require_sound(recovered)
 
 
+def lost_frame_on_full_disk() -> None:
+    """P4: the newest frame is in the page cache alone, the disk is full, and recovery is cut off anywhere.
+
+    The frame begins its epoch: the disk may hold the epoch before it, which must not be given up.
+    """
+    device = Crafted().device()
+    image = open_simulated(device)
+    image.pwrite(b"\x44" * CLUSTER_BYTES, 4 * CLUSTER_BYTES)
+    image.checkpoint()
+    device.faults = FaultPlan(Fault(errno.EIO, call="barrier", barrier_name="flush.record"))
+    image.write_zeroes(CLUSTER_BYTES, 0)
+    with suppress(OSError):
+        image.flush()
+    found = device.killed()
+    found.faults = FaultPlan(capacity_bytes=found.used_bytes)
+    states: list[SimulatedDevice] = []
+
+    def cut(call: str, now: SimulatedDevice) -> None:
+        if call != "truncate":
+            states.extend(now.crash(state) for state in enumerate_states(now, budget=4))
+
+    found.change_listeners.append(cut)
+    found.barrier_listeners.append(cut)
+    with open_simulated(found) as recovered:
+        require(recovered.recovered is not None, "P4: nothing was recovered")
+    for crashed in states:
+        try:
+            with open_simulated(crashed) as again:
+                require(again.pread(1, 4 * CLUSTER_BYTES) == b"\x44", "P1: what was flushed is gone")
+        except JqcowError as error:
+            raise PromiseBroken(f"P4: {error}") from error
+
+
 # Threads
 
 
@@ -537,6 +570,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         uncounted_data,
         checkpoint_on_full_disk,
         stale_root_copy,
+        lost_frame_on_full_disk,
         writers_of_one_cluster,
         snapshot_beside_a_write,
         write_beside_a_transaction,

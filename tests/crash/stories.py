@@ -114,6 +114,20 @@ BARRIER_FAILS = f"open {turns(3, 'fail:call=barrier:at=1..5{{ change:4:1 checkpo
 DISK_FULL = "open change:2:2 fail:full=1..12{ change:8:2 } change:3:3 close"
 """The host's disk is full for a while, and then is not."""
 
+FULL_AT_OPENING = turns(
+    4,
+    "open one{{ change:2:1 | change:9:1 checkpoint change:1:1 | change:3:1 checkpoint }} kill"
+    " fail:room=0|0|4096|20480{{ open one{{ close | change:2:1 flush | kill open }} }}",
+)
+"""The disk is full when a crashed image is opened: it is recovered into what is dead in its journal."""
+
+SHORT_JOURNALS = turns(
+    3,
+    "fail:room=4096|40960|81920|204800{{ open change:3:1 one{{ close | outgrow:10 flush }} }}"
+    " change:2:2 close",
+)
+"""The host has no room for the whole journal: a session begins with a shorter one, or is refused."""
+
 
 # Transactions
 

@@ -17,7 +17,7 @@ from tests.crash.stories import Story, tell
 from tests.support.expectation import Expectation
 from tests.support.player import Player
 from tests.support.starts import STARTS
-from tests.support.users import Session
+from tests.support.users import JOURNAL_BYTES, Session
 
 CLUSTER_SIZES = (512, 1024, 4096, 8192, 65536)
 LARGE = (8192, 65536)
@@ -34,6 +34,7 @@ class Family:
     story: Story
     cluster_sizes: tuple[int, ...] = CLUSTER_SIZES
     weight: float = 1.0
+    journal_bytes: int = JOURNAL_BYTES
 
     def workload(self, cluster_bytes: int, seed: int) -> Workload[Expectation]:
         """Return the family's workload for a cluster size and a seed: the same on every run."""
@@ -44,7 +45,7 @@ class Family:
         def run(device: SimulatedDevice, expectation: Expectation) -> None:
             if rule is not None:
                 rule.follow(device)
-            session = Session(device, expectation, written=1 << 16)
+            session = Session(device, expectation, written=1 << 16, journal_bytes=self.journal_bytes)
             tell(self.story, Player(session, Random(f"story {name}")))
 
         return Workload(
@@ -87,6 +88,8 @@ _PLAIN = (
     Family("barrier-fails", "full", stories.BARRIER_FAILS),
     Family("barrier-fails-shown", "unforgetting", stories.BARRIER_FAILS),
     Family("disk-full", "used", stories.DISK_FULL),
+    Family("full-at-opening", "used", stories.FULL_AT_OPENING),
+    Family("short-journals", "used", stories.SHORT_JOURNALS, journal_bytes=256 << 10),
 )
 _OF_TRANSACTIONS = (
     Family("transactions", "used", stories.TRANSACTIONS),

@@ -10,9 +10,14 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import msgpack
 import pytest
+import zstandard
 
 import jqcow
+from jqcow.ondisk.frame import FrameHeader
+from jqcow.ondisk.header import Header
+from jqcow.ondisk.root import JournalRange, pack_root
 from jqcow.ondisk.snapshots import Snapshot, pack_table
 from tests.support.measured import measure
 
@@ -112,7 +117,78 @@ def snapshots_of_one_table(path: Path) -> bytearray:
     return snapshots(blank(path, cluster), cluster, 8000, lambda at: 3 * cluster)
 
 
+def many_snapshots_in_a_hole(path: Path) -> bytearray:
+    """As many snapshots as there can be, whose table is in no file: names without an end."""
+    content = blank(path, 1 << 16)
+    struct.pack_into(">IQ", content, 60, 65536, FAR)
+    return content
+
+
+def header_of_extensions(path: Path) -> bytearray:
+    """A header cluster full of the shortest extensions."""
+    content = blank(path, 1 << 18)
+    length = struct.unpack_from(">I", content, 100)[0]
+    content[length : 1 << 18] = struct.pack(">II", 1, 0) * (((1 << 18) - length) // 8)
+    return content
+
+
+def refcount_table_in_no_file(path: Path) -> bytearray:
+    content = blank(path, 512)
+    put(content, 48, FAR)
+    struct.pack_into(">I", content, 56, (8 << 20) // 512)
+    return content
+
+
+def compressed_clusters_in_no_file(path: Path) -> bytearray:
+    """L2 tables full of one descriptor."""
+    cluster = 64 << 10
+    content = blank(path, cluster)
+    tables = []
+    for _ in range(10):
+        tables.append(place_of_table(content, cluster))
+        put(content, tables[-1], *([1 << 62 | 1 << 54 | FAR] * (cluster // 8)))
+    put_l1(content, cluster, [table | COPIED for table in tables])
+    return content
+
+
+def journal(path: Path, payload: bytes, frames: int = 1) -> bytearray:
+    """A live image with frames of a payload, which is compressed, in the largest journal that fits."""
+    content = blank(path, 4096)
+    start = -(-len(content) // 8192) * 8192
+    extent = JournalRange(start, (FILE_BYTES_MAX - start) // 8192 * 8192, bytes(range(16)))
+    root = pack_root(Header.unpack(bytes(content[:112])), extent)
+    content.extend(bytes(extent.end - len(content)))
+    content[:512] = root
+    data = zstandard.ZstdCompressor(level=1, write_content_size=True).compress(payload)
+    place = extent.half_offset(2)
+    for number in range(frames):
+        frame = FrameHeader(1, 1, 0, extent.salt, 2, number + 9, 1, len(data), len(payload)).pack(data)
+        if place + len(frame) > extent.half_offset(2) + extent.half_bytes:
+            break
+        content[place : place + len(frame)] = frame
+        place += len(frame)
+    return content
+
+
+def journal_of_empty_arrays(path: Path) -> bytearray:
+    count = 400_000
+    return journal(path, b"\xdd" + struct.pack(">I", count) + b"\x90" * count)
+
+
+def journal_of_zeros(path: Path) -> bytearray:
+    """As many operations as there is room for, each of which names a block."""
+    area = blank(path.with_name("area"), 4096)[:112] + bytes(8)
+    zeros = [[2, FAR + at * 4096, 4096] for at in range(20_000)]
+    return journal(path, msgpack.packb([[3, bytes(area)], *zeros], use_bin_type=True), frames=100)
+
+
 ATTACKS = [
+    many_snapshots_in_a_hole,
+    header_of_extensions,
+    refcount_table_in_no_file,
+    compressed_clusters_in_no_file,
+    journal_of_empty_arrays,
+    journal_of_zeros,
     one_l2_table_for_all,
     l2_tables_in_no_file,
     l1_table_in_no_file,

@@ -170,29 +170,58 @@ def test_discarding_makes_room(host: Path) -> None:
     user.close()
 
 
-def test_recovery_on_a_full_disk_waits_for_room(host: Path, tmp_path: Path) -> None:
+def test_recovery_needs_no_room(host: Path, tmp_path: Path) -> None:
+    """It takes the space of what is dead in the journal (J7)."""
     path = host / "image.qcow2"
     options = ("--operations", 60, "--create", MIB, "--cluster-size", 65536, "--end", "exit")
     subprocess.run(
         writer_command(path, 5, *options), env=environment(), stdout=subprocess.DEVNULL, check=True
     )
     hosts.fill_up(host / "more")
-    content = path.read_bytes()
     found = read_disk(path)
-    with pytest.raises(OSError, match="No space left") as caught:
-        jqcow.open(path, "r+")
-    assert caught.value.errno == errno.ENOSPC
-    assert read_disk(path) == found
-
-    (host / "ballast").unlink()
+    copy = tmp_path / "copy.qcow2"
+    shutil.copyfile(path, copy)
     with jqcow.open(path, "r+") as image:
         assert image.recovered is not None
         assert image.pread(image.size, 0) == found
+        # The old journal's space serves what comes next.
+        image.pwrite(b"n" * 65536, image.size - 65536)
+        image.flush()
     assert not qemu.complaint(path)
-    # What failed had not harmed the image: the file as it was before recovers to the same disk.
-    before = tmp_path / "before.qcow2"
-    before.write_bytes(content)
-    assert read_disk(before) == found
+    with jqcow.open(copy, "r+") as image:
+        assert image.pread(image.size, 0) == found
+
+
+def test_discarding_begins_with_little_room(tmp_path: Path) -> None:
+    """Less than the default journal takes is free, and freeing needs one."""
+    with hosts.tmpfs(tmp_path / "host", HOST_BYTES) as mounted:
+        path = mounted / "image.qcow2"
+        with jqcow.create(path, DISK_BYTES, journal_size=JOURNAL_BYTES) as image:
+            image.pwrite(b"a" * (8 * MIB), 0)
+            image.create_snapshot("a")
+            image.pwrite(b"b" * (2 * MIB), 0)
+        with jqcow.open(path, "r+") as image:
+            image.discard(2 * MIB, 0)
+            journal = image.info().journal
+            assert journal is not None and JOURNAL_BYTES <= journal.length < MIB
+            image.delete_snapshot("a")
+        assert not qemu.complaint(path)
+
+
+def test_no_room_for_any_journal(tmp_path: Path) -> None:
+    """The error says what is needed, and what there is."""
+    with hosts.tmpfs(tmp_path / "host", HOST_BYTES) as mounted:
+        path = mounted / "image.qcow2"
+        with jqcow.create(path, DISK_BYTES) as image:
+            image.pwrite(b"a", 0)
+        hosts.fill_up(mounted / "more")
+        with (
+            jqcow.open(path, "r+") as image,
+            pytest.raises(OSError, match="journal needs 65536 bytes, 0 bytes are free") as caught,
+        ):
+            image.discard(DISK_BYTES, 0)
+        assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
+        assert not qemu.complaint(path)
 
 
 def test_no_room_for_an_image_leaves_nothing(host: Path) -> None:

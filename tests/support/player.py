@@ -65,7 +65,7 @@ class Player(Teller):
 
     def _plan(self, how: list[str]) -> FaultPlan:
         """Return the plan of a story's words, which are drawn in their order."""
-        call, error, numbers = "pwrite", "EIO", {"at": 1, "applied": 0, "full": 0}
+        call, error, numbers = "pwrite", "EIO", {"at": 1, "applied": 0, "full": 0, "room": -1}
         for name, _, value in (word.partition("=") for word in how):
             if name == "call":
                 call = self.values.choose(value)
@@ -75,6 +75,8 @@ class Player(Teller):
                 numbers[name] = self.values.read(value)
         if numbers["full"]:
             return FaultPlan(full_from=numbers["full"])
+        if numbers["room"] >= 0:
+            return FaultPlan(capacity_bytes=self.session.device.used_bytes + numbers["room"])
         applied = numbers["applied"]
         return FaultPlan(Fault(getattr(errno, error), at=numbers["at"], call=call, applied_bytes=applied))
 

@@ -228,6 +228,7 @@ class Session(User):
     image: jqcow.Image | None = None
     faults_seen: int = 0
     written: int = 0
+    journal_bytes: int = JOURNAL_BYTES
     _was_killed: bool = False
 
     # Coming and going
@@ -239,7 +240,7 @@ class Session(User):
 
     def new_image(self) -> jqcow.Image:
         """Return the image, opened for writing."""
-        return open_simulated(self.device)
+        return open_simulated(self.device, journal_bytes=self.journal_bytes)
 
     def open(self) -> None:
         """Open for writing; a live image is recovered."""

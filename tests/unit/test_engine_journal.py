@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jqcow.engine import scan as scans
-from jqcow.engine.journal import Contents, Journal, write_range
+from jqcow.engine.journal import Contents, Journal, dead_parts, write_range
 from jqcow.engine.medium import Medium
 from jqcow.engine.scan import Scan
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
@@ -316,3 +316,37 @@ class TestContents:
         full = Journal(journal.medium, EXTENT, Contents(1, 0, (), 0, limit))
         assert full.has_room(payload(1))
         assert not full.has_room(frames.encode_operations([ZeroOperation(8192, 4096)]))
+
+
+class TestShortestRange:
+    """`Contents.smallest_length`: what it says a scan accepts."""
+
+    def contents(self, frame_bytes: int, count: int, decoded: int, zeroed: int = 0) -> Contents:
+        payload = frames.EncodedPayload(0, bytes(frame_bytes - frames.FRAME_HEADER_BYTES), decoded)
+        frame = frames.frame_payload(payload, bytes(16), 1, 1)
+        assert len(frame) == frame_bytes
+        return Contents(1, count, (frame,) * count, count * decoded, zeroed)
+
+    @pytest.mark.parametrize(
+        ("frame_bytes", "count", "decoded", "zeroed", "half"),
+        [
+            (4096, 1, 100, 0, 32 << 10),
+            (4096, 9, 100, 0, 36 << 10),
+            (4096, 1, 40 << 10, 0, 40 << 10),
+            (4096, 8, 32 << 20, 0, 32 << 20),
+            (4096, 300, 1 << 20, 0, 300 << 20),
+            (4096, 1, 100, 65 << 20, 1 << 20),
+        ],
+    )
+    def test_half(self, frame_bytes: int, count: int, decoded: int, zeroed: int, half: int) -> None:
+        contents = self.contents(frame_bytes, count, decoded, zeroed)
+        assert contents.smallest_length() == 2 * half
+
+
+def test_dead_parts_of_a_range() -> None:
+    """J7."""
+    one = Contents(2, 1, (bytes(4096),), 0, 0)
+    half = EXTENT.half_bytes
+    assert dead_parts(EXTENT, one) == [(EXTENT.offset + 4096, half - 4096)]
+    two = Contents(2, 2, (bytes(half - 4096), bytes(4096)), 0, 0)
+    assert dead_parts(EXTENT, two) == [(EXTENT.offset + half, half)]

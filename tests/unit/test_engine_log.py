@@ -94,21 +94,72 @@ class TestMove:
         """The old range goes on, and the file is as long as before."""
         log, old, size = engine.log, engine.log.require_journal(), device.size()
         contents = Contents.opening(engine.blocks.area, 2, old.sequence)
-        device.faults = FaultPlan(Fault(errno.ENOSPC, call="pwrite", at=2))
+        device.faults = FaultPlan(Fault(errno.EIO, call="pwrite", at=2))
         with pytest.raises(OSError):
-            log.move(2 * MIN_JOURNAL_BYTES, contents)
+            log.rescue(2 * MIN_JOURNAL_BYTES, contents)
         device.faults = None
         assert log.journal is old and device.size() == size
         assert [run.start for run in engine.space.reserved] == [old.extent.offset // CLUSTER]
-        log.move(2 * MIN_JOURNAL_BYTES, contents)
+        log.rescue(2 * MIN_JOURNAL_BYTES, contents)
         assert log.require_journal().extent.length == 2 * MIN_JOURNAL_BYTES
 
     def test_failed_root_is_put_back(self, device: SimulatedDevice, engine: Engine) -> None:
         old, sector = engine.log.require_journal(), device.pread(512, 0)
         device.faults = FaultPlan(Fault(KeyboardInterrupt(), call="barrier", barrier_name="move.root"))
         with pytest.raises(KeyboardInterrupt):
-            engine.log.move(MIN_JOURNAL_BYTES, Contents.opening(engine.blocks.area, old.epoch, old.sequence))
+            engine.log.rescue(
+                MIN_JOURNAL_BYTES, Contents.opening(engine.blocks.area, old.epoch, old.sequence)
+            )
         assert engine.log.journal is old and device.pread(512, 0) == sector
+
+
+class TestShortOfSpace:
+    @pytest.mark.parametrize(
+        ("free_bytes", "length"), [(None, 8 << 20), (32 << 20, 8 << 20), (8 << 20, 2 << 20), (0, 64 << 10)]
+    )
+    def test_length_by_what_is_free(
+        self, device: SimulatedDevice, free_bytes: int | None, length: int
+    ) -> None:
+        device.shown_free_bytes = free_bytes
+        engine = open_engine(Medium(device), writable=True).engine
+        engine.lifecycle.go_live(lambda: None)
+        assert engine.log.require_journal().extent.length == length
+
+    @pytest.mark.parametrize("room", [20 << 20, 5 << 20, 100 << 10])
+    def test_shorter_until_it_fits(self, device: SimulatedDevice, room: int) -> None:
+        """A host that does not tell, or tells of more than a quota allows."""
+        device.shown_free_bytes = 1 << 40
+        device.faults = FaultPlan(capacity_bytes=device.used_bytes + room)
+        engine = open_engine(Medium(device), writable=True).engine
+        engine.lifecycle.go_live(lambda: None)
+        extent = engine.log.require_journal().extent
+        assert room // 4 < extent.length <= min(room, 8 << 20)
+        assert device.size() == extent.end
+
+    def test_no_room_at_all(self, device: SimulatedDevice) -> None:
+        size = device.size()
+        device.shown_free_bytes = 50 << 10
+        device.faults = FaultPlan(capacity_bytes=device.used_bytes + (50 << 10))
+        engine = open_engine(Medium(device), writable=True).engine
+        with pytest.raises(OSError, match="the journal needs 65536 bytes, 51200 bytes are free") as caught:
+            engine.lifecycle.go_live(lambda: None)
+        assert caught.value.errno == errno.ENOSPC
+        assert device.size() == size and engine.log.journal is None
+
+    def test_a_record_that_needs_more_says_how_much(self, device: SimulatedDevice, engine: Engine) -> None:
+        device.faults = FaultPlan(capacity_bytes=device.used_bytes + (64 << 10))
+        with pytest.raises(OSError, match=r"the journal needs [0-9]+ bytes$"):
+            engine.log.make_room(changes_of(engine, 20))
+        device.faults = None
+        assert engine.log.make_room(changes_of(engine, 20))
+
+    def test_rescue_where_the_host_cannot_punch(self, device: SimulatedDevice, engine: Engine) -> None:
+        old = engine.log.require_journal()
+        device.can_punch = False
+        device.faults = FaultPlan(capacity_bytes=device.used_bytes)
+        with pytest.raises(OSError, match="the journal needs 65536 bytes"):
+            engine.log.rescue(MIN_JOURNAL_BYTES, Contents.opening(engine.blocks.area, 1, 0))
+        assert engine.log.journal is old and not engine.log.is_sparse
 
 
 class TestRecycling:
