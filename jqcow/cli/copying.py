@@ -58,6 +58,8 @@ def add_parsers(commands: Any) -> None:
 def convert_command(arguments: argparse.Namespace) -> int:
     """Convert a disk."""
     source, target = arguments.source, arguments.target
+    if target == "-":
+        raise common.CommandError("'-' as the target: jqcow writes no pipe; ./- is a file of that name")
     options = _image_options(arguments.options, arguments.target_format)
     with common.about(source), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = convert(

@@ -270,8 +270,10 @@ def _allocation_line(report: CheckReport) -> str:
     # Shares of the allocated clusters, as in qemu-img.
     fragmented = 100 * report.fragmented_clusters / allocated
     compressed = 100 * report.compressed_clusters / allocated
+    # A disk of size 0 may have clusters all the same; qemu-img, too, tells them.
+    share = 100 * allocated / total if total else 100
     return (
-        f"{allocated}/{total} = {100 * allocated / total:.2f}% allocated, "
+        f"{allocated}/{total} = {share:.2f}% allocated, "
         f"{fragmented:.2f}% fragmented, {compressed:.2f}% compressed clusters"
     )
 
