@@ -17,6 +17,7 @@ from jqcow import _native
 from jqcow.errors import ImageInUse, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.naming import printable
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -157,10 +158,10 @@ def run(program: str, command: Callable[[], int]) -> int:
         print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except CommandError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {printable(str(error))}", file=sys.stderr)
         return error.code
     except (jqcow.JqcowError, OSError, ValueError) as error:
-        print(f"{program}: {describe(error)}", file=sys.stderr)
+        print(f"{program}: {printable(describe(error))}", file=sys.stderr)
         return exit_code(error)
 
 

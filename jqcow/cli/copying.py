@@ -13,7 +13,7 @@ from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.disks.files import open_to_read
 from jqcow.offline.convert import ConvertReport, convert
 from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.naming import DiskFormat
+from jqcow.ondisk.naming import DiskFormat, printable
 
 
 def add_parsers(commands: Any) -> None:
@@ -121,11 +121,12 @@ def _lost_lines(report: ConvertReport) -> Iterator[str]:
     for lost in report.lost:
         place = "" if lost.host_offset is None else f" (host offset {lost.host_offset:#x})"
         what = f"guest offset {lost.offset:#x}, {lost.length} bytes{place}"
-        yield f"warning: {what} cannot be read and became zeros: {lost.reason}"
+        yield f"warning: {what} cannot be read and became zeros: {printable(lost.reason)}"
 
 
 def _report_lines(report: ConvertReport) -> Iterator[str]:
-    yield f"{report.source} ({report.source_format}) is now {report.target} ({report.target_format})"
+    source, target = printable(report.source), printable(report.target)
+    yield f"{source} ({report.source_format}) is now {target} ({report.target_format})"
     disk, written = human_size(report.virtual_size), human_size(report.written_bytes)
     yield f"  a disk of {disk}, {written} of it not zero, in {report.seconds:.2f} s"
     if report.lost:

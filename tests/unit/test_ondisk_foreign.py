@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import jqcow
 from jqcow import UnsupportedFeatureError
 from jqcow.cli.main import main
 from jqcow.offline.convert import convert
@@ -64,3 +65,29 @@ def test_a_backing_file_is_refused_too(tmp_path: Path) -> None:
 )
 def test_others_are_not(content: bytes) -> None:
     assert foreign_format(content, content[-512:]) is None
+
+
+def test_a_disk_of_size_0_with_clusters_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "empty"
+    assert main(["create", "-q", str(path), "1M"]) == 0
+    with jqcow.open(path, "r+") as image:
+        image.pwrite(b"x", 0)
+    with path.open("r+b") as file:
+        file.seek(24)
+        file.write(bytes(8))
+    assert main(["check", str(path)]) == 0
+    assert "1/0 = 100.00% allocated" in capsys.readouterr().out
+
+
+def test_a_pipe_is_refused_as_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("source").write_bytes(b"x" * 512)
+    assert main(["convert", "-f", "raw", "source", "-"]) == 1
+    told = capsys.readouterr()
+    assert not told.out
+    assert "jqcow writes no pipe" in told.err
+    assert not Path("-").exists()
