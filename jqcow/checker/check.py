@@ -25,7 +25,7 @@ from __future__ import annotations
 import enum
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jqcow import _native
@@ -153,6 +153,21 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
     area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
     features.refuse(area, "check")
     return _Check(read, area.header, file_bytes, reserved).run()
+
+
+def unreferenced_clusters(
+    read: Read, file_bytes: int, *, reserved: Sequence[tuple[int, int]] = ()
+) -> Iterator[int]:
+    """Yield the host offsets of the clusters that have a refcount and no reference; arguments and errors as
+    `check_structure`.
+    """
+    area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
+    features.refuse(area, "check")
+    check = _Check(read, area.header, file_bytes, reserved)
+    check.run()
+    for cluster, refcount in enumerate(check.refcounts):
+        if refcount and not check.references[cluster]:
+            yield cluster << check.cluster_bits
 
 
 @dataclass

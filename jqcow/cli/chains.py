@@ -11,6 +11,7 @@ from jqcow.cli.common import human_size
 from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
+from jqcow.ondisk.naming import printable
 
 
 def add_parsers(commands: Any) -> None:
@@ -68,7 +69,7 @@ def commit_command(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         print("Image committed.")
         written, zeroed = human_size(report.written_bytes), human_size(report.zeroed_bytes)
-        print(f"{report.base}: {written} written, {zeroed} zeroed.")
+        print(f"{printable(report.base)}: {written} written, {zeroed} zeroed.")
     return common.EXIT_OK
 
 

@@ -20,6 +20,7 @@ from jqcow import _native
 from jqcow.errors import ImageInUse, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.naming import printable
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -205,10 +206,10 @@ def run(program: str, command: Callable[[], int]) -> int:
         print(f"{program}: {f'ended by {stop}' if str(stop) else 'interrupted'}", file=sys.stderr)
         return BY_SIGNAL + number
     except CommandError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {printable(str(error))}", file=sys.stderr)
         return error.code
     except (jqcow.JqcowError, OSError, ValueError) as error:
-        print(f"{program}: {describe(error)}", file=sys.stderr)
+        print(f"{program}: {printable(describe(error))}", file=sys.stderr)
         return exit_code(error)
 
 

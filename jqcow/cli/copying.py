@@ -13,7 +13,7 @@ from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.disks.files import open_to_read
 from jqcow.offline.convert import ConvertReport, convert
 from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.naming import DiskFormat
+from jqcow.ondisk.naming import DiskFormat, printable
 
 
 def add_parsers(commands: Any) -> None:
@@ -44,6 +44,9 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="reread source and target and compare them, before naming it"
     )
+    parser.add_argument(
+        "--salvage", action="store_true", help="make zeros of what cannot be read, and say what that is"
+    )
     add_progress(parser)
     common.add_output(parser)
     common.add_quiet(parser)
@@ -55,6 +58,8 @@ def add_parsers(commands: Any) -> None:
 def convert_command(arguments: argparse.Namespace) -> int:
     """Convert a disk."""
     source, target = arguments.source, arguments.target
+    if target == "-":
+        raise common.CommandError("'-' as the target: jqcow writes no pipe; ./- is a file of that name")
     options = _image_options(arguments.options, arguments.target_format)
     with common.about(source), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = convert(
@@ -70,8 +75,11 @@ def convert_command(arguments: argparse.Namespace) -> int:
             **options,
             overwrite=arguments.overwrite,
             verify=arguments.verify,
+            salvage=arguments.salvage,
             progress=progress,
         )
+    for line in _lost_lines(report):
+        print(line, file=sys.stderr)
     if arguments.output == "json":
         common.print_json(common.as_json(report))
     elif not arguments.quiet:
@@ -109,10 +117,21 @@ def _probe(source: str, *, quiet: bool) -> DiskFormat:
     return found
 
 
+def _lost_lines(report: ConvertReport) -> Iterator[str]:
+    for lost in report.lost:
+        place = "" if lost.host_offset is None else f" (host offset {lost.host_offset:#x})"
+        what = f"guest offset {lost.offset:#x}, {lost.length} bytes{place}"
+        yield f"warning: {what} cannot be read and became zeros: {printable(lost.reason)}"
+
+
 def _report_lines(report: ConvertReport) -> Iterator[str]:
-    yield f"{report.source} ({report.source_format}) is now {report.target} ({report.target_format})"
+    source, target = printable(report.source), printable(report.target)
+    yield f"{source} ({report.source_format}) is now {target} ({report.target_format})"
     disk, written = human_size(report.virtual_size), human_size(report.written_bytes)
     yield f"  a disk of {disk}, {written} of it not zero, in {report.seconds:.2f} s"
+    if report.lost:
+        lost = human_size(sum(part.length for part in report.lost))
+        yield f"  {lost} could not be read and became zeros, in {common.plural(len(report.lost), 'range')}"
     if report.compression_type is not None:
         whole, packed = human_size(report.compressed_bytes), human_size(report.packed_bytes)
         yield f"  {whole} of it compressed to {packed} ({report.compression_type})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +23,8 @@ from jqcow.offline.info import (
 )
 from jqcow.offline.map import MapLine, map_file
 from jqcow.offline.records import JournalListing, Record, read_journal
-from jqcow.ondisk.naming import protocol_of, resolve
+from jqcow.ondisk.bitmaps import Bitmap
+from jqcow.ondisk.naming import printable, protocol_of, resolve
 
 _COMPAT = {2: "0.10", 3: "1.1"}
 _MAP_ROW = "{:<16}{:<16}{:<16}{}"
@@ -120,6 +120,8 @@ def _info_json(facts: ImageFacts) -> dict[str, Any]:
         told["format-specific"] = {"type": "qcow2", "data": _specific(special)}
         if special.backing_file is not None:
             told |= _backing(special.backing_file, special.backing_format, facts.filename)
+        if special.encryption is not None:
+            told["encrypted"] = True
     told["dirty-flag"] = special is not None and special.dirty
     if special is not None and special.journal is not None:
         told["jqcow-journal"] = common.as_json(special.journal)
@@ -143,33 +145,60 @@ def _specific(special: Qcow2Facts) -> dict[str, Any]:
     }
     if special.version >= 3:
         data["lazy-refcounts"] = special.lazy_refcounts
+    if special.bitmaps:
+        data["bitmaps"] = [_bitmap_json(bitmap) for bitmap in special.bitmaps]
     data["refcount-bits"] = special.refcount_bits
+    if special.external_data is not None:
+        if special.external_data.name is not None:
+            data["data-file"] = special.external_data.name
+        data["data-file-raw"] = special.external_data.is_raw
+    if special.encryption is not None:
+        data["encrypt"] = {"format": special.encryption}
     if special.version >= 3:
         data |= {"corrupt": special.corrupt, "extended-l2": special.extended_l2}
+    if special.unknown_features:
+        data["unknown-features"] = list(special.unknown_features)
     return data
 
 
+def _bitmap_json(bitmap: Bitmap) -> dict[str, Any]:
+    name = bitmap.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return {"flags": list(bitmap.flags), "name": name, "granularity": bitmap.granularity}
+
+
+def _nested_lines(value: Any, indent: str) -> Iterator[str]:
+    """Yield what is nested in JSON values as qemu-img prints it for people."""
+    items = value.items() if isinstance(value, dict) else ((f"[{n}]", item) for n, item in enumerate(value))
+    for name, item in items:
+        shown = f"{indent}{name.replace('-', ' ')}:"
+        if isinstance(item, dict | list):
+            yield shown
+            yield from _nested_lines(item, indent + "    ")
+        else:
+            yield f"{shown} {str(item).lower() if isinstance(item, bool) else printable(str(item))}"
+
+
 def _info_lines(facts: ImageFacts) -> Iterator[str]:
-    yield f"image: {facts.filename}"
+    yield f"image: {printable(facts.filename)}"
     yield f"file format: {facts.format}"
     yield f"virtual size: {human_size(facts.virtual_size)} ({facts.virtual_size} bytes)"
     yield f"disk size: {human_size(facts.actual_size)}"
     special = facts.qcow2
     if special is None:
         return
+    if special.encryption is not None:
+        yield "encrypted: yes"
     yield f"cluster_size: {special.cluster_size}"
     if special.backing_file is not None:
         path = _full_name(special.backing_file, facts.filename)
-        actual = "" if path == special.backing_file else f" (actual path: {path})"
-        yield f"backing file: {special.backing_file}{actual}"
+        actual = "" if path == special.backing_file else f" (actual path: {printable(path)})"
+        yield f"backing file: {printable(special.backing_file)}{actual}"
     if special.backing_format is not None:
-        yield f"backing file format: {special.backing_format}"
+        yield f"backing file format: {printable(special.backing_format)}"
     if special.snapshots:
         yield from snapshots.snapshot_lines(special.snapshots)
     yield "Format specific information:"
-    for name, value in _specific(special).items():
-        shown = str(value).lower() if isinstance(value, bool) else value
-        yield f"    {name.replace('-', ' ')}: {shown}"
+    yield from _nested_lines(_specific(special), "    ")
     if special.journal is not None:
         journal = special.journal
         records = plural(journal.record_count, "record")
@@ -277,8 +306,10 @@ def _allocation_line(report: CheckReport) -> str:
     # Shares of the allocated clusters, as in qemu-img.
     fragmented = 100 * report.fragmented_clusters / allocated
     compressed = 100 * report.compressed_clusters / allocated
+    # A disk of size 0 may have clusters all the same; qemu-img, too, tells them.
+    share = 100 * allocated / total if total else 100
     return (
-        f"{allocated}/{total} = {100 * allocated / total:.2f}% allocated, "
+        f"{allocated}/{total} = {share:.2f}% allocated, "
         f"{fragmented:.2f}% fragmented, {compressed:.2f}% compressed clusters"
     )
 
@@ -300,17 +331,12 @@ def map_command(arguments: argparse.Namespace) -> int:
         extent = line.extent
         if extent.kind == "compressed":
             raise common.CommandError(
-                f"{_shown(line.path)}: compressed clusters have no offset to map to: use --output=json"
+                f"{printable(line.path)}: compressed clusters have no offset to map to: use --output=json"
             )
         if not line.zero and extent.host_offset is not None:
             place = _hex(extent.offset), _hex(extent.length), _hex(extent.host_offset)
-            print(_MAP_ROW.format(*place, _shown(line.path)))
+            print(_MAP_ROW.format(*place, printable(line.path)))
     return common.EXIT_OK
-
-
-def _shown(path: str) -> str:
-    """Return a path as it can be printed: a name inside an image may be any bytes."""
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _hex(number: int) -> str:

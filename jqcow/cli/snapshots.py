@@ -12,6 +12,7 @@ from jqcow.cli import common
 from jqcow.cli.common import human_size
 from jqcow.image.opening import open_alone
 from jqcow.offline.info import read_snapshots
+from jqcow.ondisk.naming import printable
 from jqcow.ondisk.snapshots import Snapshot
 
 _NANOSECONDS = 10**9
@@ -96,7 +97,7 @@ def snapshot_lines(snapshots: Iterable[Snapshot]) -> Iterator[str]:
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.date_seconds))
         icount = "" if snapshot.icount is None else str(snapshot.icount)
         size, clock = human_size(snapshot.vm_state_bytes), _clock(snapshot.vm_clock_nanoseconds)
-        yield _row(_printable(snapshot.id), _printable(snapshot.name), size, date, clock, icount)
+        yield _row(printable(snapshot.id), printable(snapshot.name), size, date, clock, icount)
 
 
 def _row(identifier: str, name: str, size: str, date: str, clock: str, icount: str) -> str:
@@ -116,8 +117,3 @@ def _clock(nanoseconds: int) -> str:
 
 def _as_text(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _printable(text: str) -> str:
-    """Return a text that cannot steer a terminal: a name comes from whoever made the image."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in _as_text(text))

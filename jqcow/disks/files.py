@@ -7,14 +7,27 @@ import os
 from jqcow.device.base import Reader
 from jqcow.device.file import FileDevice
 from jqcow.engine import scan as scans
-from jqcow.errors import ImageInUse
+from jqcow.errors import ImageInUse, UnsupportedFeatureError
+from jqcow.ondisk import foreign
 from jqcow.ondisk.header import MAGIC
 from jqcow.ondisk.naming import DiskFormat
 
 
 def probe_format(reader: Reader) -> DiskFormat:
-    """Tell the format by its magic; a crashed jqcow image that lost sector 0 counts as qcow2."""
-    is_image = reader.pread(len(MAGIC), 0) == MAGIC or scans.read_root_copy(reader) is not None
+    """Tell the format by its magic; a crashed jqcow image that lost sector 0 counts as qcow2.
+
+    Raises:
+        UnsupportedFeatureError: the magic is that of another program's images. Taken for raw, they would be
+            another disk.
+    """
+    head = reader.pread(foreign.HEAD_BYTES, 0)
+    tail = reader.pread(foreign.TAIL_BYTES, max(0, reader.size() - foreign.TAIL_BYTES))
+    found = foreign.foreign_format(head, tail)
+    if found is not None:
+        raise UnsupportedFeatureError(
+            f"the format {found}", "the file has its magic; given the format raw, its bytes are the disk"
+        )
+    is_image = head.startswith(MAGIC) or scans.read_root_copy(reader) is not None
     return "qcow2" if is_image else "raw"
 
 
@@ -29,6 +42,7 @@ def open_to_read(
         share_writers: also while another program writes; what is read may then be old, mixed or wrong.
 
     Raises:
+        UnsupportedFeatureError: the magic is that of another program's images.
         ImageInUse: a writer has the file; with ``share_writers``, its journal is live.
         OSError: the host failed.
     """

@@ -46,7 +46,8 @@ class ImageDisk(Disk):
             OSError: the host failed.
         """
         self.device = device
-        engine = open_engine(Medium(device), writable=False).engine
+        self._medium = Medium(device)
+        engine = open_engine(self._medium, writable=False).engine
         shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
         self.area: HeaderArea = engine.blocks.area
         self._guard = engine.guard
@@ -63,6 +64,14 @@ class ImageDisk(Disk):
     def size(self) -> int:
         """Size of the disk."""
         return self._reads.tables.mapping.disk_bytes
+
+    def may_lack_a_table(self) -> bool:
+        """Return True if the tables are such as an L2 table leaves that was overwritten with zeros.
+
+        So are those of many an image that is whole: what was discarded can leave them, too.
+        """
+        with self._medium.lock:
+            return self._reads.tables.mapping.has_empty_table()
 
     def backing_file(self) -> NamedFile | None:
         """Return what the header names as the file below, None if it names none.

@@ -45,6 +45,7 @@ from jqcow.image.reports import ImageInfo, JournalInfo, Recovered
 from jqcow.image.transaction import Transaction
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
+from jqcow.ondisk.bitmaps import read_bitmaps
 from jqcow.ondisk.entries import UNALLOCATED
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
@@ -155,6 +156,7 @@ class Image:
                 compression_type="zstd" if header.compression_type else "zlib",
                 snapshot_count=header.nb_snapshots,
                 journal=live,
+                bitmaps=read_bitmaps(self._medium.device.pread, self._guest.tables.view.area),
             )
 
     def check(self) -> CheckReport:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jqcow.engine.scan import Scan
+from jqcow.ondisk.bitmaps import Bitmap
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ImageInfo:
     compression_type: Literal["zlib", "zstd"]
     snapshot_count: int
     journal: JournalInfo | None
+    bitmaps: tuple[Bitmap, ...]
 
 
 @dataclass(frozen=True)

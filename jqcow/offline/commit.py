@@ -17,6 +17,7 @@ from jqcow.disks.raw import RawDisk
 from jqcow.image import Image
 from jqcow.image.opening import open_alone, open_base
 from jqcow.offline.compare import Progress
+from jqcow.offline.losses import refuse_lost_data_in
 from jqcow.offline.rebase import refuse_snapshots
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
@@ -72,6 +73,8 @@ def commit(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the overlay reads as before.
     """
+    # What an empty table hides would be the base's from then on.
+    refuse_lost_data_in(path)
     following = Following(allow_files, probe)
     with open_alone(path, "r+", journal_size=journal_size) as overlay:
         named = overlay.backing_file

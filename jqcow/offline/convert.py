@@ -21,7 +21,7 @@ from typing import Protocol
 from jqcow import _native
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice
-from jqcow.disks.chain import open_disk
+from jqcow.disks.chain import Chain, open_disk
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.disks.raw import RawDisk
@@ -29,6 +29,7 @@ from jqcow.errors import JqcowError
 from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import Progress, first_difference, windows
 from jqcow.offline.compressing import CompressingWriter, Compression
+from jqcow.offline.losses import Losses, LostRange, SalvagedDisk, refuse_lost_data
 from jqcow.ondisk.blank import DEFAULT_CLUSTER_BYTES, cluster_bits_of
 from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.naming import DiskFormat
@@ -55,6 +56,7 @@ class ConvertReport:
         target_bytes: length of the target file.
         seconds: of the conversion, durability included, verification not.
         verify_seconds: of rereading and comparing both, None if it was not asked for.
+        lost: what a salvage could not read; it is zeros in the target.
     """
 
     source: str
@@ -70,6 +72,7 @@ class ConvertReport:
     target_bytes: int
     seconds: float
     verify_seconds: float | None
+    lost: tuple[LostRange, ...]
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class _Amounts:
     compressed_bytes: int
     packed_bytes: int
     target_bytes: int
+    seconds: float = 0
     verify_seconds: float | None = None
 
 
@@ -177,6 +181,7 @@ def convert(
     compression_level: int | None = None,
     overwrite: bool = False,
     verify: bool = False,
+    salvage: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ConvertReport:
     """Copy a disk into a new file of ``target_format``, durably.
@@ -195,6 +200,7 @@ def convert(
         compression_level: 1 to 9 for zlib, 1 to 22 for zstd; None is 6 and 3.
         overwrite: replace an existing file, if nobody uses it.
         verify: reread both and compare them before the target gets its name.
+        salvage: make zeros of what cannot be read of the source; `ConvertReport.lost` tells what that was.
         progress: called with the bytes of the disk that are done, and all of them.
 
     Raises:
@@ -208,20 +214,40 @@ def convert(
     compression = Compression(compression_type, compression_level)
     form = _Form(target_format, cluster_bits_of(cluster_size), compressed, compression)
     _check_target(source, target, overwrite=overwrite)
-    started = time.perf_counter()
     following = Following(allow_files, probe)
-    with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as disk:
+    with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
+        losses = Losses()
+        disk = _readable(chain, losses, salvage=salvage)
         amounts = _write(disk, target, form, progress, overwrite=overwrite, verify=verify)
-        return ConvertReport(
-            source=os.fspath(source),
-            source_format=disk.layers[0].format,
-            target=os.fspath(target),
-            target_format=target_format,
-            virtual_size=disk.size,
-            **dataclasses.asdict(amounts),
-            compression_type=compression_type if compressed else None,
-            seconds=time.perf_counter() - started - (amounts.verify_seconds or 0),
-        )
+        return _report(chain, source, target, form, amounts, losses)
+
+
+def _report(
+    chain: Chain,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    form: _Form,
+    amounts: _Amounts,
+    losses: Losses,
+) -> ConvertReport:
+    return ConvertReport(
+        source=os.fspath(source),
+        source_format=chain.layers[0].format,
+        target=os.fspath(target),
+        target_format=form.format,
+        virtual_size=chain.size,
+        **dataclasses.asdict(amounts),
+        compression_type=form.compression.type if form.is_compressed else None,
+        lost=losses.found(),
+    )
+
+
+def _readable(chain: Chain, losses: Losses, *, salvage: bool) -> Disk:
+    """Return the disk to be read: one that stops where data is lost, or one that adds it to ``losses``."""
+    if salvage:
+        return SalvagedDisk(chain, losses.add)
+    refuse_lost_data(chain.layers)
+    return chain
 
 
 def _check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -246,13 +272,15 @@ def _write(
     verify: bool,
 ) -> _Amounts:
     """Copy a disk into a new file, which gets its name when it is whole, verified and durable."""
+    started = time.perf_counter()
     device = FileDevice.create_temporary(target)
     try:
         amounts = _copy(disk, device, form, progress)
         if verify:
             amounts = dataclasses.replace(amounts, verify_seconds=_verify(disk, device, form.format))
         device.publish(overwrite)
-        return amounts
+        seconds = time.perf_counter() - started - (amounts.verify_seconds or 0)
+        return dataclasses.replace(amounts, seconds=seconds)
     finally:
         device.close()
 

@@ -15,12 +15,17 @@ from jqcow.disks.raw import RawDisk
 from jqcow.disks.view import FileView, open_view
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import naming, snapshots
+from jqcow.ondisk.bitmaps import Bitmap, read_bitmaps
+from jqcow.ondisk.features import unknown_features
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.ondisk.snapshots import Snapshot
 
 STAT_BLOCK_BYTES = 512
 """The unit of st_blocks, whatever the file system's block size."""
+
+
+_ENCRYPTION: dict[int, Literal["aes", "luks"]] = {1: "aes", 2: "luks"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,16 @@ class LiveJournal:
 
 
 @dataclass(frozen=True)
+class ExternalData:
+    """The file that has the data instead of the image: its name, None if none is stored, and if it is raw."""
+
+    name: str | None
+    is_raw: bool
+
+
+@dataclass(frozen=True)
 class Qcow2Facts:
-    """What only a qcow2 image has."""
+    """What only a qcow2 image has: all that its header announces, whether or not jqcow can open it."""
 
     cluster_size: int
     version: int
@@ -50,6 +63,10 @@ class Qcow2Facts:
     backing_format: str | None
     snapshots: tuple[Snapshot, ...]
     journal: LiveJournal | None
+    bitmaps: tuple[Bitmap, ...]
+    encryption: Literal["aes", "luks", "unknown"] | None
+    external_data: ExternalData | None
+    unknown_features: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,19 @@ def _qcow2_facts(view: FileView) -> Qcow2Facts:
         backing_format=backing_format.data.decode("utf-8", "replace") if backing_format else None,
         snapshots=_snapshots(view),
         journal=_live_journal(view),
+        bitmaps=read_bitmaps(view.read, view.area),
+        encryption=_ENCRYPTION.get(header.crypt_method, "unknown") if header.crypt_method else None,
+        external_data=_external_data(view.area),
+        unknown_features=unknown_features(view.area),
     )
+
+
+def _external_data(area: HeaderArea) -> ExternalData | None:
+    if not area.header.incompatible_features & headers.INCOMPATIBLE_EXTERNAL_DATA:
+        return None
+    name = area.find(headers.EXTENSION_EXTERNAL_DATA)
+    is_raw = bool(area.header.autoclear_features & headers.AUTOCLEAR_DATA_FILE_RAW)
+    return ExternalData(None if name is None else name.data.decode("utf-8", "replace"), is_raw)
 
 
 def _snapshots(view: FileView) -> tuple[Snapshot, ...]:

@@ -17,6 +17,7 @@ from jqcow.image.opening import open as open_image
 from jqcow.image.opening import open_alone, open_backing
 from jqcow.image.transaction import Transaction
 from jqcow.offline.compare import Progress
+from jqcow.offline.losses import refuse_lost_data_in
 from jqcow.ondisk.naming import DiskFormat
 
 WINDOW_BYTES = 4 << 20
@@ -66,6 +67,8 @@ def rebase(
         with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:
             transaction.set_backing_file(backing_file, backing_format)
         return RebaseReport(0, 0)
+    # What an empty table hides would be copied from below.
+    refuse_lost_data_in(path)
     with (
         open_image(path, "r+", journal_size=journal_size, allow_files=allow_files, probe=probe) as image,
         _new_chain(path, backing_file, backing_format, allow_files, probe=probe) as new,

@@ -12,6 +12,7 @@ from typing import Literal
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import header as headers
 from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.naming import printable
 from jqcow.ondisk.root import FEATURE_NAME_STRUCT
 
 Use = Literal["read", "write", "check", "repair"]
@@ -69,13 +70,17 @@ def _if_set(bit: int, name: str, detail: str = "") -> Find:
 
 
 def _find_unknown_bits(area: HeaderArea) -> Words | None:
-    """Find unknown bits, in the words of the image's own feature name table where it has them."""
+    listed = ", ".join(printable(name) for name in unknown_features(area))
+    return (f"incompatible feature {listed}", "") if listed else None
+
+
+def unknown_features(area: HeaderArea) -> tuple[str, ...]:
+    """Return the unknown incompatible bits, in the words of the image's own feature name table."""
     known = headers.INCOMPATIBLE_KNOWN | headers.INCOMPATIBLE_JOURNAL
     bits = area.header.incompatible_features & ~known
     names = dict(_own_names(area))
     found = [bit for bit in range(64) if bits >> bit & 1]
-    listed = ", ".join(f"bit {bit} ({names[bit]})" if bit in names else f"bit {bit}" for bit in found)
-    return (f"incompatible feature {listed}", "") if found else None
+    return tuple(f"bit {bit} ({names[bit]})" if bit in names else f"bit {bit}" for bit in found)
 
 
 def _own_names(area: HeaderArea) -> Iterator[tuple[int, str]]:

@@ -57,6 +57,7 @@ INCOMPATIBLE_KNOWN = 0x1F
 INCOMPATIBLE_JOURNAL = 1 << 60
 """jqcow's live journal. Bits 5-63 are free in the specification."""
 
+AUTOCLEAR_DATA_FILE_RAW = 1 << 1
 COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 AUTOCLEAR_BITMAPS = 1 << 0
 
