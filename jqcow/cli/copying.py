@@ -56,6 +56,7 @@ def convert_command(arguments: argparse.Namespace) -> int:
     """Convert a disk."""
     source, target = arguments.source, arguments.target
     options = _image_options(arguments.options, arguments.target_format)
+    common.print_warnings(source, arguments.format)
     with common.about(source), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = convert(
             source,
