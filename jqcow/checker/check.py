@@ -5,8 +5,9 @@ a function, walks every table and counts the references to every cluster, then c
 refcounts. An image with a live journal is checked through a function that shows it as replayed.
 
 The numbers are those of ``qemu-img check``: the same damage gives the same ``corruptions`` and ``leaks``.
-It is stricter in four points, which count as ``errors`` (or leaks) but not as QEMU's corruptions:
+It is stricter in five points, which count as ``errors`` (or leaks) but not as QEMU's corruptions:
 
+- leaked clusters may look like lost data (`jqcow.checker.lost`);
 - metadata and something else share a cluster, with refcounts that allow it;
 - an entry points into a reserved range (the journal);
 - an L1 table is too small for its disk (QEMU does not open the image, or not this snapshot);
@@ -23,13 +24,21 @@ times is walked once, and so is what several L1 tables have in common.
 from __future__ import annotations
 
 import enum
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from jqcow import _native
-from jqcow.checker.tables import REFCOUNT_CODES, Code, decode_refcounts, layers, zeroed
+from jqcow.checker.lost import LostData
+from jqcow.checker.tables import (
+    COMPARED_CLUSTERS,
+    REFCOUNT_CODES,
+    Code,
+    Counts,
+    decode_refcounts,
+    layers,
+    zeroed,
+)
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import entries, features, layout, snapshots
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
@@ -45,7 +54,6 @@ MAX_CLUSTERS = 1 << 28
 
 KEPT_FINDINGS = 100
 
-_COMPARED_CLUSTERS = 8192
 _L1_STEP_BYTES = 1 << 20
 
 _OWNERS = ("nothing", "header", "refcount table", "refcount block", "L1 table", "snapshot table", "L2 table")
@@ -56,9 +64,11 @@ class Kind(enum.StrEnum):
     """What is wrong; the values are for people and JSON."""
 
     LEAK = "leak"
+    LOST_DATA = "lost data?"
     LEAK_PAST_END = "leak past the end of the file"
     REFCOUNT_TOO_LOW = "refcount too low"
     COPIED_FLAG = "wrong COPIED flag"
+    NO_REFCOUNT_TABLE = "no refcount table"
     PAST_END = "past the end of the file"
     UNALIGNED = "unaligned offset"
     RESERVED_BITS = "reserved bits set"
@@ -71,7 +81,7 @@ class Kind(enum.StrEnum):
 
 
 _LEAKS = (Kind.LEAK, Kind.LEAK_PAST_END)
-_STRICTER = (*_LEAKS, Kind.OVERLAP, Kind.RESERVED_RANGE, Kind.L1_TOO_SMALL)
+_STRICTER = (*_LEAKS, Kind.LOST_DATA, Kind.OVERLAP, Kind.RESERVED_RANGE, Kind.L1_TOO_SMALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,11 @@ class CheckReport:
     def leaks(self) -> int:
         """Clusters whose refcount is higher than the references to it: space lost, no harm to data."""
         return sum(self.counts.get(kind, 0) for kind in _LEAKS)
+
+    @property
+    def lost(self) -> int:
+        """Leaked clusters that look like lost data (`jqcow.checker.lost`); they are among the errors."""
+        return self.counts.get(Kind.LOST_DATA, 0)
 
     @property
     def errors(self) -> int:
@@ -219,6 +234,7 @@ class _Check:
         self.snapshot_pointers = zeroed("Q", self.cluster_count if header.nb_snapshots else 0)
         self.blocks: dict[int, int] = {}
         self.findings = _Findings()
+        self.has_holes = False
         self.allocated = self.fragmented = self.compressed = self.zeros = 0
 
     def run(self) -> CheckReport:
@@ -234,7 +250,8 @@ class _Check:
         return CheckReport(
             counts=dict(self.findings.counts),
             findings=tuple(self.findings.kept),
-            image_end_offset=self.image_end_cluster() << self.cluster_bits,
+            image_end_offset=Counts(self.count_code, self.references, self.refcounts).end()
+            << self.cluster_bits,
             total_clusters=self.geometry.clusters(header.size),
             allocated_clusters=self.allocated,
             fragmented_clusters=self.fragmented,
@@ -288,6 +305,10 @@ class _Check:
     def walk_refcount_table(self) -> None:
         """Claim the refcount table and its blocks, and load the refcounts of the file's clusters."""
         header = self.header
+        if not header.has_refcount_table:
+            detail = f"{header.refcount_table_clusters} clusters at {header.refcount_table_offset:#x}"
+            self.findings.add(Kind.NO_REFCOUNT_TABLE, "header", 48, detail)
+            return
         length = header.refcount_table_clusters << self.cluster_bits
         # A table that reaches past the end of the file is one error; what there is of it still counts.
         self.claim("refcount table", header.refcount_table_offset, length, "header", 48)
@@ -410,10 +431,13 @@ class _Check:
         ``pointers`` is where the entries are counted: active_pointers or snapshot_pointers.
         """
         is_active = pointers is self.active_pointers
+        following = offset
         for start in range(offset, offset + length, _L1_STEP_BYTES):
             data = self.read(min(_L1_STEP_BYTES, offset + length - start), start)
             for index, entry in entries.nonzero_entries(data):
                 place = start + table_bytes(index)
+                self.has_holes |= place != following
+                following = place + table_bytes(1)
                 cluster, copied = self.check_l1_entry(place, entry, repeats)
                 if cluster is None:
                     continue
@@ -428,6 +452,7 @@ class _Check:
                 else:
                     self.claim_cluster("L2 table", cluster, "L1 entry", place, repeats)
                 pointers[cluster] += repeats
+        self.has_holes |= bool(length) and following == offset
 
     def check_l1_entry(self, place: int, entry: int, repeats: int) -> tuple[int | None, bool]:
         """Check an L1 entry that is not zero; return the cluster of its L2 table, if any, and COPIED."""
@@ -452,8 +477,8 @@ class _Check:
 
     def walk_l2_tables(self) -> None:
         """Walk each L2 table once, with the number of L1 entries that point to it."""
-        for start in range(0, self.cluster_count, _COMPARED_CLUSTERS):
-            stop = start + _COMPARED_CLUSTERS
+        for start in range(0, self.cluster_count, COMPARED_CLUSTERS):
+            stop = start + COMPARED_CLUSTERS
             kinds = self.owners[start:stop]
             if _native.is_zero(kinds):
                 continue
@@ -466,7 +491,9 @@ class _Check:
     def walk_l2_table(self, offset: int, active: int, repeats: int) -> None:
         """Check one L2 table that ``repeats`` L1 entries point to, ``active`` of them of the active disk."""
         following, unaligned, entry_bytes = 0, self.cluster_bytes - 1, self.codec.entry_bytes
-        for found in self.codec.found(self.read(self.cluster_bytes, offset)):
+        data = self.read(self.cluster_bytes, offset)
+        self.has_holes |= _native.is_zero(data)
+        for found in self.codec.found(data):
             position, raw, kind, host, copied, _, has_reserved = found
             place = offset + position * entry_bytes
             if kind == COMPRESSED_CLUSTER:
@@ -549,35 +576,18 @@ class _Check:
 
     def compare(self) -> None:
         """Compare refcounts with references, cluster by cluster where they differ."""
-        for start in range(0, self.cluster_count, _COMPARED_CLUSTERS):
-            stop = min(start + _COMPARED_CLUSTERS, self.cluster_count)
-            if self.is_unused(start, stop):
-                continue
-            references = array(self.count_code, self.references[start:stop])
-            refcounts = array(self.count_code, self.refcounts[start:stop])
-            if references == refcounts:
-                continue
-            for cluster, (stored, counted) in enumerate(zip(refcounts, references, strict=True), start):
-                if stored != counted:
-                    kind = Kind.LEAK if stored > counted else Kind.REFCOUNT_TOO_LOW
-                    owner = self.owners[cluster]
-                    used_as = "data" if counted and not owner else _OWNERS[owner]
-                    detail = f"refcount {stored}, references {counted}, in use as {used_as}"
-                    self.findings.add(kind, "cluster", cluster << self.cluster_bits, detail)
+        counts = Counts(self.count_code, self.references, self.refcounts)
+        lost = LostData(counts.is_leaked, self.read_cluster, self.codec, self.cluster_bits, self.has_holes)
+        lost.look_for_tables(cluster for cluster, *_ in counts.differences() if counts.is_leaked(cluster))
+        for cluster, stored, counted in counts.differences():
+            kind = Kind.LEAK if stored > counted else Kind.REFCOUNT_TOO_LOW
+            owner = self.owners[cluster]
+            used_as = "data" if counted and not owner else _OWNERS[owner]
+            detail = f"refcount {stored}, references {counted}, in use as {used_as}"
+            if not counted and lost.is_lost(cluster):
+                kind = Kind.LOST_DATA
+            self.findings.add(kind, "cluster", cluster << self.cluster_bits, detail)
 
-    def is_unused(self, start: int, stop: int) -> bool:
-        """Return True if no cluster in [start, stop) has a refcount or a reference."""
-        counts = (self.references[start:stop], self.refcounts[start:stop])
-        return all(_native.is_zero(part.cast("B")) for part in counts)
-
-    def image_end_cluster(self) -> int:
-        """Return the index behind the last cluster with a refcount or a reference."""
-        for stop in range(self.cluster_count, 0, -_COMPARED_CLUSTERS):
-            start = max(stop - _COMPARED_CLUSTERS, 0)
-            if self.is_unused(start, stop):
-                continue
-            used = zip(self.references[start:stop], self.refcounts[start:stop], strict=True)
-            last = max((index for index, pair in enumerate(used, start) if any(pair)), default=-1)
-            if last >= 0:
-                return last + 1
-        return 0
+    def read_cluster(self, cluster: int) -> bytes:
+        """Return a whole cluster."""
+        return self.read(self.cluster_bytes, cluster << self.cluster_bits)

@@ -7,7 +7,13 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
+
+from jqcow import _native
+
+COMPARED_CLUSTERS = 8192
+"""So many clusters are looked at in one go."""
 
 _LAZY_BYTES = 1 << 20
 
@@ -54,3 +60,48 @@ def layers(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
             yield previous, place, depth
         depth += changes[place]
         previous = place
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The references to each cluster of a file, of an array type code, beside the refcounts."""
+
+    code: Code
+    references: memoryview
+    refcounts: memoryview
+
+    def is_leaked(self, cluster: int) -> bool:
+        """Return True for a cluster of the file with a refcount and no reference."""
+        is_there = cluster < len(self.refcounts)
+        return is_there and bool(self.refcounts[cluster]) and not self.references[cluster]
+
+    def differences(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (cluster, refcount, references) where the two differ."""
+        for start in range(0, len(self.refcounts), COMPARED_CLUSTERS):
+            stop = min(start + COMPARED_CLUSTERS, len(self.refcounts))
+            if self._is_unused(start, stop):
+                continue
+            references = array(self.code, self.references[start:stop])
+            refcounts = array(self.code, self.refcounts[start:stop])
+            if references == refcounts:
+                continue
+            for cluster, (stored, counted) in enumerate(zip(refcounts, references, strict=True), start):
+                if stored != counted:
+                    yield cluster, stored, counted
+
+    def _is_unused(self, start: int, stop: int) -> bool:
+        """Return True if no cluster in [start, stop) has a refcount or a reference."""
+        counts = (self.references[start:stop], self.refcounts[start:stop])
+        return all(_native.is_zero(part.cast("B")) for part in counts)
+
+    def end(self) -> int:
+        """Return the index behind the last cluster with a refcount or a reference."""
+        for stop in range(len(self.refcounts), 0, -COMPARED_CLUSTERS):
+            start = max(stop - COMPARED_CLUSTERS, 0)
+            if self._is_unused(start, stop):
+                continue
+            used = zip(self.references[start:stop], self.refcounts[start:stop], strict=True)
+            last = max((index for index, pair in enumerate(used, start) if any(pair)), default=-1)
+            if last >= 0:
+                return last + 1
+        return 0

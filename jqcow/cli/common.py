@@ -12,15 +12,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, cast
 
 import jqcow
 from jqcow import _native
 from jqcow.errors import ImageInUse, UnsupportedFeatureError
+from jqcow.offline.warnings import read_warnings
 from jqcow.ondisk import layout
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import printable
+from jqcow.ondisk.naming import DiskFormat, printable
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -213,6 +214,14 @@ def run(program: str, command: Callable[[], int]) -> int:
         return exit_code(error)
 
 
+def print_warnings(name: str, image_format: str | None, *, force_share: bool = False) -> None:
+    """Print on stderr what is wrong with an image and does not stop reading it, a line each."""
+    # What stops reading is the command's own to tell.
+    with suppress(jqcow.JqcowError, OSError):
+        for warning in read_warnings(name, cast("DiskFormat | None", image_format), force_share=force_share):
+            print(f"warning: {name}: {warning}; it can be read, not written", file=sys.stderr)
+
+
 @contextmanager
 def about(name: str) -> Iterator[None]:
     """Name the image in the errors of the library that do not say which one they are about."""
@@ -287,6 +296,15 @@ def as_json(report: Any) -> Any:
     if isinstance(report, list | tuple):
         return [as_json(item) for item in report]
     return report
+
+
+def print_undone(report: Any, output: str) -> None:
+    """Print what an undo did."""
+    if output == "json":
+        print_json(as_json(report))
+    else:
+        length = plural(report.written_bytes, "byte")
+        print(f"{report.image}: as before the repair; {length} written back. The undo file can be removed.")
 
 
 def print_json(value: Any) -> None:

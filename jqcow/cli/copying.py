@@ -61,6 +61,7 @@ def convert_command(arguments: argparse.Namespace) -> int:
     if target == "-":
         raise common.CommandError("'-' as the target: jqcow writes no pipe; ./- is a file of that name")
     options = _image_options(arguments.options, arguments.target_format)
+    common.print_warnings(source, arguments.format)
     with common.about(source), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = convert(
             source,

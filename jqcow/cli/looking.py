@@ -23,6 +23,7 @@ from jqcow.offline.info import (
 )
 from jqcow.offline.map import MapLine, map_file
 from jqcow.offline.records import JournalListing, Record, read_journal
+from jqcow.offline.undo import undo_repair
 from jqcow.ondisk.bitmaps import Bitmap
 from jqcow.ondisk.naming import printable, protocol_of, resolve
 
@@ -50,6 +51,11 @@ def add_parsers(commands: Any) -> None:
         help="first repair refcounts that are too high, or all; a crashed image is recovered before",
     )
     common.add_journal_size(check)
+    check.add_argument(
+        "--free-lost-data",
+        action="store_true",
+        help="with -r: give up leaked clusters that look like lost data, too",
+    )
     common.add_quiet(check)
     check.set_defaults(command=check_command)
     mapping = commands.add_parser(
@@ -65,12 +71,19 @@ def add_parsers(commands: Any) -> None:
         "records hold. Nothing is written.",
     )
     journal.set_defaults(command=journal_command)
+    undo = commands.add_parser(
+        "undo",
+        help="take the last repair back",
+        description="Give an image the bytes that it had before check -r, from the undo file beside it.",
+    )
+    undo.add_argument("--force", action="store_true", help="also where the image was written since")
+    undo.set_defaults(command=undo_command)
     for parser in (info, check, mapping):
         common.add_format(parser)
         common.add_force_share(parser)
     for parser in (info, mapping):
         common.add_allow_files(parser)
-    for parser in (info, check, mapping, journal):
+    for parser in (info, check, mapping, journal, undo):
         common.add_output(parser)
         parser.add_argument("image", metavar="IMAGE")
 
@@ -85,6 +98,7 @@ def _following(arguments: argparse.Namespace) -> Following:
 
 def info_command(arguments: argparse.Namespace) -> int:
     """Print what an image is, or what each file of its backing chain is."""
+    common.print_warnings(arguments.image, arguments.format, force_share=arguments.force_share)
     if arguments.backing_chain:
         return _chain_info(arguments)
     with common.about(arguments.image):
@@ -240,13 +254,21 @@ def _repair(arguments: argparse.Namespace) -> RepairReport:
         raise common.CommandError("-r writes: it cannot be used beside another writer, with -U")
     with (
         common.about(arguments.image),
-        open_alone(arguments.image, "r+", journal_size=journal_size, repair=arguments.repair) as image,
+        open_alone(
+            arguments.image,
+            "r+",
+            journal_size=journal_size,
+            repair=arguments.repair,
+            free_lost=arguments.free_lost_data,
+        ) as image,
     ):
         report = image.repaired or RepairReport()
     if report.changed and arguments.output == "human" and not arguments.quiet:
         print("The following inconsistencies were found and repaired:\n")
         print(f"    {report.leaks} leaked clusters")
         print(f"    {_corruptions(report)} corruptions\n")
+        if report.refcount_table:
+            print("The refcount table was lost. A new one lies at the end of the file.\n")
         print("Double checking the fixed image now...")
     return report
 
@@ -271,8 +293,9 @@ def _check_json(report: CheckReport, filename: str, repaired: RepairReport) -> d
     optional = {
         "total-clusters": report.total_clusters,
         "allocated-clusters": report.allocated_clusters,
-        "corruptions": report.errors,
+        "corruptions": report.errors - report.lost,
         "leaks": report.leaks,
+        "lost-data": report.lost,
         "corruptions-fixed": _corruptions(repaired),
         "leaks-fixed": repaired.leaks,
         "fragmented-clusters": report.fragmented_clusters,
@@ -290,12 +313,15 @@ def _check_json(report: CheckReport, filename: str, repaired: RepairReport) -> d
 def _check_lines(report: CheckReport) -> Iterator[str]:
     if report.ok:
         yield "No errors were found on the image."
-    if report.errors:
-        yield f"\n{report.errors} errors were found on the image."
+    if report.errors > report.lost:
+        yield f"\n{report.errors - report.lost} errors were found on the image."
         yield "Data may be corrupted, or further writes to the image may corrupt it."
     if report.leaks:
         yield f"\n{report.leaks} leaked clusters were found on the image."
         yield "This means waste of disk space, but no harm to data."
+    if report.lost:
+        yield f"\n{report.lost} leaked clusters look like lost data: a table has a hole that they may fill."
+        yield "They may be the only copy. No repair frees them without --free-lost-data."
     if report.allocated_clusters:
         yield _allocation_line(report)
     yield f"Image end offset: {report.image_end_offset}"
@@ -314,11 +340,23 @@ def _allocation_line(report: CheckReport) -> str:
     )
 
 
+# undo
+
+
+def undo_command(arguments: argparse.Namespace) -> int:
+    """Take a repair back."""
+    with common.about(arguments.image):
+        report = undo_repair(arguments.image, force=arguments.force)
+    common.print_undone(report, arguments.output)
+    return common.EXIT_OK
+
+
 # map
 
 
 def map_command(arguments: argparse.Namespace) -> int:
     """Print the extents of a disk."""
+    common.print_warnings(arguments.image, arguments.format, force_share=arguments.force_share)
     start = common.parse_size(arguments.start_offset, unit=1)
     length = None if arguments.max_length is None else common.parse_size(arguments.max_length, unit=1)
     with common.about(arguments.image):

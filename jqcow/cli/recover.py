@@ -11,6 +11,7 @@ from jqcow.cli import common
 from jqcow.cli.common import human_size, plural
 from jqcow.errors import CorruptionError
 from jqcow.offline.recover import JournalFound, RecoveryReport, Verification, recover_image
+from jqcow.offline.undo import undo_repair
 
 PROGRAM = "jqcow-recover"
 FINDINGS_SHOWN = 5
@@ -47,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-check", action="store_true", help="do not check refcounts and tables after the replay"
     )
     common.add_journal_size(parser)
+    parser.add_argument(
+        "--undo", action="store_true", help="take the last repair back, from the undo file beside the image"
+    )
+    parser.add_argument("--force", action="store_true", help="with --undo: also if it was written since")
     common.add_output(parser)
     common.add_version(parser)
     return parser
@@ -61,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def recover(arguments: argparse.Namespace) -> int:
     """Recover, print the report, and return the exit code."""
     name: str = arguments.image
+    if arguments.undo:
+        with common.about(name):
+            common.print_undone(undo_repair(name, force=arguments.force), arguments.output)
+        return common.EXIT_OK
     try:
         with common.about(name):
             report = recover_image(

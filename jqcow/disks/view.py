@@ -105,6 +105,8 @@ class FileView:
         A block that is pointed to again is left out, and so is one past the end of the file, which is
         empty: a hostile table must not cost more than the file is long.
         """
+        if not self.header.has_refcount_table:
+            return
         seen: set[int] = set()
         file_bytes = self._reader.size()
         geometry, table_offset = self.geometry, self.header.refcount_table_offset

@@ -178,7 +178,13 @@ def open_engine(
         length = journal_bytes or roots.DEFAULT_JOURNAL_BYTES
         area = scan.read_header(medium.device)
         opened = Opened(Engine(medium, area, journal_bytes=length, new_salt=new_salt))
+    header = opened.engine.blocks.area.header
+    counts_anew = repair == "all" or bool(header.incompatible_features & INCOMPATIBLE_DIRTY)
     _check_usable(opened.engine.blocks.area, writable=writable, may_be_corrupt=repair == "all")
+    if writable and not counts_anew:
+        header.validate_refcount_table()
+        if opened.scan is not None:
+            opened.engine.lifecycle.check_journal_is_free(opened.scan.extent)
     return opened
 
 
@@ -187,14 +193,15 @@ def _open_live(medium: Medium, root: LiveRoot, journal_bytes: int, new_salt: New
     extent = found.extent
     engine = Engine(medium, replayed.area, journal_bytes=journal_bytes or extent.length, new_salt=new_salt)
     engine.blocks.images = {HostOffset(offset): block for offset, block in replayed.blocks.items()}
-    engine.lifecycle.check_journal_is_free(extent)
     engine.space.reserve(HostOffset(extent.offset), extent.length)
     engine.space.find_used_end = engine.public.refcounts.used_end
     engine.log.journal = Journal(medium, extent, Contents.of_scan(found))
     return Opened(engine, root, found)
 
 
-def make_writable(opened: Opened, repair: What | None = None) -> RepairReport | None:
+def make_writable(
+    opened: Opened, repair: What | None = None, *, free_lost: bool = False
+) -> RepairReport | None:
     """Recover a live image, or finish what a crash cut off on a clean one; and make refcounts right.
 
     That happens where ``repair`` asks for it, or the dirty bit does.
@@ -208,10 +215,10 @@ def make_writable(opened: Opened, repair: What | None = None) -> RepairReport | 
         # What is too low must not stay: the bit is cleared, and the next opening would trust the refcounts.
         repair = "all"
     if opened.root is not None and opened.scan is not None:
-        engine.lifecycle.recover(opened.root, opened.scan, repairing=repair is not None)
+        engine.lifecycle.recover(opened.root, opened.scan, repair)
     elif (leftover := engine.lifecycle.find_leftover(repairing=repair is not None)) is not None:
         engine.lifecycle.finish_closing(leftover)
-    return None if repair is None else repairs.repair(engine.lifecycle, repair)
+    return None if repair is None else repairs.repair(engine.lifecycle, repair, free_lost=free_lost)
 
 
 def _check_usable(area: HeaderArea, *, writable: bool, may_be_corrupt: bool) -> None:

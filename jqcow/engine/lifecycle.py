@@ -14,7 +14,7 @@ F4. When sector 0 is in standard layout, the journal that the root copy still na
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,7 @@ from jqcow.engine.journal import Contents
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
-from jqcow.errors import CorruptionError
+from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import HeaderOperation
@@ -116,16 +116,30 @@ class Lifecycle:
             )
             raise
 
-    def prepare_to_repair(self) -> None:
+    def prepare_to_repair(self, *, may_rebuild: bool = False) -> None:
         """As `prepare_to_change`, where refcounts may be wrong: nothing below the frontier is free (F1).
+
+        With ``may_rebuild`` a refcount table that is nowhere, damaged or in use for something else counts as
+        lost, if all other metadata is sound.
 
         Raises:
             CorruptionError: a metadata cluster is used twice.
         """
         if not self._is_surveyed:
-            self.space.metadata = set(self.public.snapshots.find_metadata())
+            self.space.metadata = set(self._metadata_to_repair(may_rebuild=may_rebuild))
             self._find_frontier()
             self._is_surveyed = True
+
+    def _metadata_to_repair(self, *, may_rebuild: bool) -> Iterable[ClusterIndex]:
+        header, find = self.public.view.header, self.public.snapshots.find_metadata
+        try:
+            header.validate_refcount_table()
+            return find()
+        except (CorruptionError, FormatError):
+            if not may_rebuild:
+                raise
+            self.space.lost_table = (header.refcount_table_offset, header.refcount_table_clusters)
+        return find()
 
     def start_search(self) -> None:
         """Free clusters may be looked for: the refcounts can be trusted (F1)."""
@@ -194,19 +208,19 @@ class Lifecycle:
         if not self.public.refcounts.is_free(start, end):
             raise CorruptionError("journal", extent.offset, "its clusters have a refcount")
 
-    def recover(self, root: LiveRoot, scan: Scan, *, repairing: bool) -> None:
+    def recover(self, root: LiveRoot, scan: Scan, repair: str | None = None) -> None:
         """Bring a crashed image home: what was replayed into memory becomes durable. Nobody else has it yet.
 
         Args:
             root: as it was read.
             scan: the journal as it was read.
-            repairing: the refcounts may be wrong, and are made right next.
+            repair: what of the refcounts is made right next; None: they are right.
 
         Raises:
             OSError: recovery can be tried again, from the start.
         """
-        if repairing:
-            self.prepare_to_repair()
+        if repair is not None:
+            self.prepare_to_repair(may_rebuild=repair == "all")
         else:
             self.prepare_to_change()
         if self.root.may_be_rewritten(scan.extent):

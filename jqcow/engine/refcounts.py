@@ -54,8 +54,16 @@ class Refcounts:
         return (1 << (1 << self._order)) - 1
 
     @property
+    def is_lost(self) -> bool:
+        """True if the refcount table that the header names is lost."""
+        header = self.view.header
+        return self.space.lost_table == (header.refcount_table_offset, header.refcount_table_clusters)
+
+    @property
     def table_entries(self) -> int:
-        """Entries in the refcount table."""
+        """Entries in the refcount table; of one that is lost there are none: every refcount is 0."""
+        if self.is_lost:
+            return 0
         header = self.view.header
         if header is not self._header:
             length_bytes = header.refcount_table_clusters * self.geometry.cluster_bytes
@@ -268,17 +276,25 @@ class Allocation(Refcounts):
         self._raise(run)
 
     def _grow_table(self, index: int) -> None:
-        """Move the refcount table to more clusters, in a row past the end of the file."""
-        header = self.view.header
+        """Move the refcount table to more clusters, in a row past the end of the file.
+
+        One that is lost is left where it is: its clusters are free, if nothing else has them.
+        """
+        header, is_lost = self.view.header, self.is_lost
         old_entries = self.table_entries
         clusters = self._table_clusters_for(max(index + 1, old_entries * 3 // 2))
         run = self._take_home(clusters)
+        if (self.geometry.offset_of(run.start), clusters) == self.space.lost_table:
+            # The header named the very place behind the end.
+            run = self._take_home(clusters)
         offset = self.geometry.offset_of(run.start)
         old = HostOffset(header.refcount_table_offset)
-        self.view.copy_table(old, offset, layout.table_bytes(old_entries))
+        if not is_lost:
+            self.view.copy_table(old, offset, layout.table_bytes(old_entries))
         self.view.set_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
         self._raise(run)
-        self.release_metadata(self.geometry.cluster_of(old), header.refcount_table_clusters)
+        if not is_lost:
+            self.release_metadata(self.geometry.cluster_of(old), header.refcount_table_clusters)
 
     def _table_clusters_for(self, entry_count: int) -> int:
         """Return how many clusters a new table at the frontier needs, to count itself and its blocks too."""

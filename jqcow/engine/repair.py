@@ -10,10 +10,12 @@ import mmap
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 from jqcow import _native
+from jqcow.checker.lost import LostData, has_hole
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
@@ -22,6 +24,8 @@ from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 
 What = Literal["leaks", "all"]
+Difference = tuple[int, int, int, int]
+"""(start, count, refcount, references) of clusters in a row."""
 
 MAX_CLUSTERS = 1 << 28
 """The largest file, in clusters, whose references are counted: 16 TiB with clusters of 64 KiB."""
@@ -37,11 +41,15 @@ class RepairReport:
         leaks: their refcounts were higher than the references to them.
         too_low: their refcounts were lower.
         copied_flags: COPIED flags that said something else than the refcount.
+        refcount_table: it was lost, and is new.
+        lost: leaked clusters that look like lost data; they were left as they are.
     """
 
     leaks: int = 0
     too_low: int = 0
     copied_flags: int = 0
+    refcount_table: bool = False
+    lost: int = 0
 
     @property
     def changed(self) -> bool:
@@ -97,8 +105,8 @@ class References:
         if _native.refcount_add(self._counts, _COUNTER_ORDER, start, start + length, count) >= 0:
             raise CorruptionError(structure, offset, "it has more than 2**32 references")
 
-    def differences(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (start, count, refcount, references) of clusters in a row where the two differ."""
+    def differences(self) -> Iterator[Difference]:
+        """Yield the clusters whose refcount is not the number of references to them."""
         position = 0
         for start, count, refcount in self._tables.refcounts.runs(0, self._length):
             while position < start + count:
@@ -108,11 +116,18 @@ class References:
                     yield position, equal, refcount, references
                 position += equal
 
+    def is_leaked(self, cluster: int) -> bool:
+        """Return True for a cluster with a refcount and no reference."""
+        if cluster >= self._length or _native.refcount_get(self._counts, cluster, _COUNTER_ORDER):
+            return False
+        return self._tables.refcounts.get(ClusterIndex(cluster)) > 0
 
-def repair(lifecycle: Lifecycle, what: What) -> RepairReport:
+
+def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> RepairReport:
     """Make an image's refcounts right, in a transaction of its own, and clear the dirty bit.
 
     Called with no other user of the image, as it is opened. ``"leaks"`` only takes away what is too much.
+    Leaked clusters that look like lost data stay, unless ``free_lost`` gives them up too.
 
     Raises:
         CorruptionError: a table is damaged, or used twice; nothing is changed.
@@ -120,19 +135,21 @@ def repair(lifecycle: Lifecycle, what: What) -> RepairReport:
         OSError: nothing is changed.
     """
     public, geometry = lifecycle.public, lifecycle.geometry
-    lifecycle.prepare_to_repair()
+    lifecycle.prepare_to_repair(may_rebuild=what == "all")
     view_bytes = max(lifecycle.medium.size(), geometry.offset_of(public.refcounts.used_end()))
     references = References(public, geometry.clusters(view_bytes))
     dirty = public.view.header.incompatible_features & INCOMPATIBLE_DIRTY
-    differs = next(references.differences(), None) is not None
-    if not dirty and not differs and not public.snapshots.set_copied_flags(change=False):
+    differences, lost = list(references.differences()), 0
+    if not free_lost:
+        differences, lost = _without_lost(public, references, differences)
+    if not dirty and not differences and not public.snapshots.set_copied_flags(change=False):
         lifecycle.start_search()
-        return RepairReport()
+        return RepairReport(lost=lost)
     lifecycle.go_live(lifecycle.medium.require_healthy)
     private = PrivateChanges(lifecycle)
     try:
         with lifecycle.medium.lock, private.tables.operation():
-            report, is_sound = _stage(private.tables, references, what)
+            report, is_sound = _stage(private.tables, references, differences, what)
             _clear_features(private.tables, dirty)
         private.commit()
     except BaseException:
@@ -142,7 +159,44 @@ def repair(lifecycle: Lifecycle, what: What) -> RepairReport:
         lifecycle.start_search()
     else:
         lifecycle.kept_bytes = references.file_clusters * geometry.cluster_bytes
-    return report
+    return replace(report, lost=lost)
+
+
+def _without_lost(
+    tables: Tables, references: References, differences: list[Difference]
+) -> tuple[list[Difference], int]:
+    """Return the differences without those of leaked clusters that look like lost data, and their number."""
+    geometry, medium = tables.geometry, tables.blocks.medium
+
+    def read(cluster: int) -> bytes:
+        return medium.pread(geometry.cluster_bytes, geometry.offset_of(ClusterIndex(cluster)))
+
+    leaks = [found for found in differences if not found[3]]
+    if not leaks:
+        return differences, 0
+    bits, codec = tables.view.header.cluster_bits, tables.mapping.codec
+    lost = LostData(references.is_leaked, read, codec, bits, _has_holes(tables))
+    lost.look_for_tables(at for start, count, *_ in leaks for at in range(start, start + count))
+    kept, number = [found for found in differences if found[3]], 0
+    for start, count, refcount, counted in leaks:
+        for is_lost, group in groupby(range(start, start + count), lost.is_lost):
+            clusters = list(group)
+            if is_lost:
+                number += len(clusters)
+            else:
+                kept.append((clusters[0], len(clusters), refcount, counted))
+    return kept, number
+
+
+def _has_holes(tables: Tables) -> bool:
+    """Return True if a table in use has a hole that lost data may have been mapped in."""
+    for l1 in tables.snapshots.l1_tables():
+        found = list(tables.mapping.l2_tables(0, l1))
+        if l1.entry_count and has_hole(index for index, _ in found):
+            return True
+        if any(_native.is_zero(tables.view.read(table, tables.geometry.cluster_bytes)) for _, table in found):
+            return True
+    return False
 
 
 def clear_corrupt_bit(lifecycle: Lifecycle) -> None:
@@ -163,17 +217,23 @@ def _clear_features(tables: Tables, bits: int) -> None:
         tables.view.set_header(incompatible_features=features)
 
 
-def _stage(tables: Tables, references: References, what: What) -> tuple[RepairReport, bool]:
+def _stage(
+    tables: Tables, references: References, differences: list[Difference], what: What
+) -> tuple[RepairReport, bool]:
     """Stage the right refcounts and COPIED flags; return what was wrong, and whether nothing is any more."""
     header = tables.view.header
-    first = tables.geometry.cluster_of(HostOffset(header.refcount_table_offset))
-    end = first + header.refcount_table_clusters
+    first = end = 0
+    if not tables.refcounts.is_lost:
+        first = tables.geometry.cluster_of(HostOffset(header.refcount_table_offset))
+        end = first + header.refcount_table_clusters
 
-    def urgency(found: tuple[int, int, int, int]) -> tuple[bool, bool]:
+    def urgency(found: Difference) -> tuple[bool, bool]:
         # The table's own clusters first: it may have to be moved for the others.
         return not (found[0] < end and first < found[0] + found[1]), found[0] not in references.metadata
 
-    differences = sorted(references.differences(), key=urgency)
+    differences.sort(key=urgency)
+    # The first refcount that is made right then makes a new table.
+    is_lost = tables.refcounts.is_lost
     leaks = too_low = 0
     for start, count, refcount, counted in differences:
         if refcount > counted:
@@ -186,4 +246,4 @@ def _stage(tables: Tables, references: References, what: What) -> tuple[RepairRe
     if what == "leaks" and too_low:
         # By refcounts that are still too low, COPIED would allow writing where others read.
         return RepairReport(leaks), False
-    return RepairReport(leaks, too_low, tables.snapshots.set_copied_flags()), True
+    return RepairReport(leaks, too_low, tables.snapshots.set_copied_flags(), is_lost), True

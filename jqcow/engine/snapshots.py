@@ -312,7 +312,7 @@ class Snapshots:
         header = self.view.header
         yield "header", ClusterIndex(0)
         first = self.geometry.cluster_of(HostOffset(header.refcount_table_offset))
-        for position in range(header.refcount_table_clusters):
+        for position in range(0 if self.refcounts.is_lost else header.refcount_table_clusters):
             yield "refcount table", ClusterIndex(first + position)
         yield from self._l1_clusters(self.mapping.l1)
 

@@ -66,6 +66,7 @@ class Space:
         search_at, search_end: where the refcounts are still to be searched for free clusters.
         host_punches: False once the host has refused to.
         reuses: how often clusters came back. While it stays, no cluster that was in use is used anew.
+        lost_table: (host offset, clusters) of a refcount table that no refcount can be read from.
         left_alone: data clusters that lost owners in this session, and have one left (sharing.py, W5).
         sharers: who shares clusters without a snapshot, once that was looked for.
         readable_bytes: length of the file, as far as it was asked for. What lies further is lost, unless
@@ -85,6 +86,7 @@ class Space:
         self.search_end = 0
         self.host_punches = True
         self.reuses = 0
+        self.lost_table: tuple[int, int] | None = None
         self.left_alone: set[ClusterIndex] = set()
         self.sharers: dict[ClusterIndex, list[GuestCluster]] | None = None
         self.readable_bytes = 0

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from jqcow.checker.check import CheckReport, check_structure
+from jqcow.checker.warnings import warnings_of
 from jqcow.device.disk import Disk, Extent, found_below, joined
 from jqcow.device.file import path_of
 from jqcow.disks.image import extent_of
@@ -63,6 +64,11 @@ class Image:
     """An open image. Offsets and lengths are in bytes, of the guest's disk.
 
     As a context manager it closes at the end, also after an exception: what was written before stays.
+
+    Attributes:
+        repaired: what `open` made right, None if it was not to.
+        recovered: what a crash left in the journal, None if there was none.
+        warnings: with mode ``"r"``, what is wrong with structures that only writing needs, in words.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Image:
         self._owner_pid = os.getpid()
         self._closed = False
         self.repaired: RepairReport | None = repaired
+        self.warnings: tuple[str, ...] = () if mode == "r+" else self._find_warnings()
         self.recovered = None if opened.scan is None else Recovered.from_scan(opened.scan)
 
     # What it is
@@ -173,6 +180,11 @@ class Image:
             extent = None if journal is None else journal.extent
             file = FileView(self._medium.device, view.area, view.newest(), journal=extent)
             return check_structure(file.read, file.size(), reserved=file.reserved)
+
+    def _find_warnings(self) -> tuple[str, ...]:
+        view = self._engine.public.view
+        file = FileView(self._medium.device, view.area, view.newest())
+        return warnings_of(file.read, view.area, self._medium.size())
 
     def extents(self, length: int | None = None, offset: int = 0) -> Iterator[Extent]:
         """Yield what a guest range holds, in order, neighbours of one kind joined.

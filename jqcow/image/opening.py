@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TypeVar
 
 from jqcow.device.base import Device
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice
+from jqcow.device.trial import TrialDevice
 from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
 from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
+from jqcow.disks.undo import save_undo, undo_on, undo_path
 from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
 from jqcow.engine.medium import Medium
-from jqcow.engine.repair import What, clear_corrupt_bit
-from jqcow.errors import CorruptionError, FileAccessDenied
+from jqcow.engine.repair import RepairReport, What, clear_corrupt_bit
+from jqcow.errors import CorruptionError, FileAccessDenied, JqcowError
 from jqcow.image.arguments import optional_text
 from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
@@ -105,6 +107,7 @@ def open(
     force_share: bool = False,
     snapshot: str | None = None,
     repair: What | None = None,
+    free_lost: bool = False,
     allow_files: FilePolicy = False,
     probe: bool = False,
     copy_on_read: bool = False,
@@ -112,49 +115,47 @@ def open(
     """Open an existing image.
 
     ``"r"`` never writes a byte: a live journal is replayed into memory. ``"r+"`` recovers a crashed image
-    first, and counts the refcounts anew of one whose dirty bit says that they may be wrong (QEMU's
-    ``lazy_refcounts``). It removes a journal that a crash left on a clean image; any other is changed only by
-    the first write.
+    first, and counts the refcounts anew of one with the dirty bit (QEMU's ``lazy_refcounts``). It removes a
+    journal that a crash left on a clean image; any other is changed only by the first write.
 
     Args:
         path: the image.
         mode: ``"r"`` or ``"r+"``.
-        journal_size: in bytes, of the journal that writing will use; None keeps what there is, or 8 MiB.
-        force_share: with ``"r"``, read also while another program writes, as ``qemu-img -U`` does. What is
-            read may be old, mixed or wrong. A live journal is refused: its writer goes on beside the replay.
-        snapshot: with ``"r"``, the id or name of an internal snapshot to read instead of the disk.
-        repair: with ``"r+"``, first make refcounts and COPIED flags right, in one transaction: ``"leaks"``
-            what is too high, ``"all"`` what is too low as well; with this an image marked corrupt opens too,
-            and loses the mark if a check then finds nothing. `Image.repaired` tells what was wrong.
+        journal_size: in bytes, of the next journal; None keeps what there is, or 8 MiB.
+        force_share: with ``"r"``, read also while another program writes, as ``qemu-img -U`` does: what is
+            read may be old, mixed or wrong. A live journal is refused.
+        snapshot: with ``"r"``, the id or name of a snapshot to read instead of the disk.
+        repair: with ``"r+"``, first make refcounts and COPIED flags right: ``"leaks"`` what is too high,
+            ``"all"`` what is too low as well; with this an image marked corrupt opens too. `Image.repaired`
+            tells what was wrong, an undo file beside the image what `undo_repair` takes back.
+        free_lost: such a repair gives up leaked clusters that look like lost data, too.
         allow_files: whether backing files may be opened that the image names, and those that they name:
-            none, all (True), or what a function says that is given a `NamedFile`. They are opened for
-            reading, and locked against writers. A name is relative to the image that holds it.
-        probe: tell the format of a backing file by its magic where the image does not store it; otherwise
-            such a file is refused. Whoever writes to the guest's disk of a raw file then chooses its format.
-        copy_on_read: with ``"r+"``, what is read from a backing file is written into the image, cluster by
-            cluster; durable with the next flush, like any write. A read may then fail as a write does.
+            none, all (True), or what a function says that is given a `NamedFile`. They are locked against
+            writers. A name is relative to the image that holds it.
+        probe: tell the format of a backing file by its magic where the image does not store it. Whoever
+            writes to the guest's disk of a raw file then chooses its format.
+        copy_on_read: with ``"r+"``, what is read from a backing file is written into the image, durable
+            with the next flush. A read may then fail as a write does.
 
     Raises:
         FileAccessDenied: the image has a backing file, and opening it is not allowed.
-        ValueError: another mode, ``force_share`` or a snapshot for writing, a repair or copy on read without
-            writing, or a journal size that no journal can have.
+        ValueError: another mode, what does not go with it, or a journal size that no journal can have.
         SnapshotNotFound: there is no such snapshot.
-        FormatError: not a qcow2 image; UnsupportedFeatureError where jqcow refuses it by name.
-        CorruptionError: the image is damaged.
-        ImageInUse: another process uses it, or this one by another `Image`.
-        OSError: the host failed.
+        JqcowError, OSError: not a qcow2 image, refused by name, damaged or in use; the host failed.
     """
     _check_mode(mode, journal_size, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
+        _save_undo(device, mode, repair, free_lost=free_lost)
         return _open(
             device,
             mode,
             journal_size=journal_size,
             snapshot=snapshot,
             repair=repair,
+            free_lost=free_lost,
             find_backing=lambda engine: _open_chain(engine, device, following),
             copy_on_read=copy_on_read,
         )
@@ -212,6 +213,7 @@ def open_device(
     new_salt: Callable[[], bytes] = random_salt,
     snapshot: str | None = None,
     repair: What | None = None,
+    free_lost: bool = False,
     backing: OwnDisk | Callable[[NamedFile], OwnDisk] | None = None,
 ) -> Image:
     """Open the image on a device of your own; see `open`. `Image.close` closes the device.
@@ -223,6 +225,7 @@ def open_device(
         new_salt: makes the 16-byte salt of each new journal; a seeded one makes a simulation replayable.
         snapshot: to read.
         repair: what to repair.
+        free_lost: as in `open`.
         backing: the disk below the image, or a function that returns it, called with what the image names if
             it names a file. `Image.close` closes the disk.
 
@@ -249,6 +252,7 @@ def open_device(
         new_salt=new_salt,
         snapshot=snapshot,
         repair=repair,
+        free_lost=free_lost,
         find_backing=find_backing,
     )
 
@@ -262,6 +266,7 @@ def _open(
     new_salt: Callable[[], bytes] = random_salt,
     snapshot: str | None = None,
     repair: What | None = None,
+    free_lost: bool = False,
     copy_on_read: bool = False,
 ) -> Image:
     if copy_on_read and mode != "r+":
@@ -283,7 +288,7 @@ def _open(
     backing = find_backing(engine)
     try:
         # Only now: an image whose backing file cannot be opened is not written to.
-        repaired = make_writable(opened, repair) if mode == "r+" else None
+        repaired = make_writable(opened, repair, free_lost=free_lost) if mode == "r+" else None
         image = Image(opened, mode, backing, copy_on_read=copy_on_read, shown=shown, repaired=repaired)
         if mode == "r+" and engine.blocks.area.header.incompatible_features & headers.INCOMPATIBLE_CORRUPT:
             _clear_corrupt_mark(image)
@@ -295,8 +300,54 @@ def _open(
         raise
 
 
+def bring_home(device: Device) -> bool:
+    """Recover a crashed image whose refcounts may be wrong; they stay, and so does the file's length.
+
+    Returns False if it was not live.
+
+    Raises:
+        JqcowError, OSError: as `open`.
+    """
+    opened = open_engine(Medium(device), writable=True, repair="all")
+    if opened.root is None or opened.scan is None:
+        return False
+    lifecycle = opened.engine.lifecycle
+    lifecycle.kept_bytes = device.size()
+    lifecycle.recover(opened.root, opened.scan, "all")
+    lifecycle.clean()
+    return True
+
+
+def _save_undo(device: FileDevice, mode: Mode, repair: What | None, *, free_lost: bool) -> None:
+    """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
+
+    A repair that only lowers refcounts of harmless leaks needs none.
+    """
+    if repair is None or mode != "r+":
+        return
+    if bring_home(device) and os.path.exists(undo_path(device.path)):
+        # The repair that it belongs to was cut off.
+        with closing(FileDevice.open(undo_path(device.path), writable=False)) as undo:
+            undo_on(device, undo, any_length=True)
+    trial = TrialDevice(device)
+    needs_undo = free_lost
+    with suppress(JqcowError):
+        # What it refuses is refused again, when it is no trial.
+        with _open(trial, "r+", repair=repair, free_lost=free_lost, find_backing=lambda _: None) as image:
+            done = image.repaired or RepairReport()
+        needs_undo |= bool(done.too_low or done.copied_flags or done.refcount_table)
+    sectors = [offset for offset, *_ in trial.changed_sectors()]
+    if sectors and (needs_undo or not sectors[0]):
+        save_undo(trial, device.path)
+
+
 def open_alone(
-    path: str | os.PathLike[str], mode: Mode, *, journal_size: int | None = None, repair: What | None = None
+    path: str | os.PathLike[str],
+    mode: Mode,
+    *,
+    journal_size: int | None = None,
+    repair: What | None = None,
+    free_lost: bool = False,
 ) -> Image:
     """Open an image without what is below it: where it has nothing of its own it reads as zeros.
 
@@ -304,7 +355,15 @@ def open_alone(
     """
     _check_mode(mode, journal_size, force_share=False)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
-        return _open(device, mode, journal_size=journal_size, repair=repair, find_backing=lambda engine: None)
+        _save_undo(device, mode, repair, free_lost=free_lost)
+        return _open(
+            device,
+            mode,
+            journal_size=journal_size,
+            repair=repair,
+            free_lost=free_lost,
+            find_backing=lambda engine: None,
+        )
 
 
 def open_backing(

@@ -13,6 +13,7 @@ from jqcow.disks.files import open_to_read
 from jqcow.disks.policy import Following
 from jqcow.disks.raw import RawDisk
 from jqcow.disks.view import FileView, open_view
+from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import naming, snapshots
 from jqcow.ondisk.bitmaps import Bitmap, read_bitmaps
@@ -150,7 +151,7 @@ def _qcow2_facts(view: FileView) -> Qcow2Facts:
         extended_l2=bool(incompatible & headers.INCOMPATIBLE_EXTENDED_L2),
         backing_file=name.decode("utf-8", "replace") if header.backing_file_offset else None,
         backing_format=backing_format.data.decode("utf-8", "replace") if backing_format else None,
-        snapshots=_snapshots(view),
+        snapshots=_readable_snapshots(view),
         journal=_live_journal(view),
         bitmaps=read_bitmaps(view.read, view.area),
         encryption=_ENCRYPTION.get(header.crypt_method, "unknown") if header.crypt_method else None,
@@ -171,6 +172,14 @@ def _snapshots(view: FileView) -> tuple[Snapshot, ...]:
     header = view.header
     table = snapshots.parse_table(view.read, header.snapshots_offset, header.nb_snapshots, header=header)
     return table.snapshots
+
+
+def _readable_snapshots(view: FileView) -> tuple[Snapshot, ...]:
+    """Return the snapshots, none where their table is damaged: the disk is there all the same."""
+    try:
+        return _snapshots(view)
+    except (CorruptionError, FormatError):
+        return ()
 
 
 def read_snapshots(path: str | os.PathLike[str], *, force_share: bool = False) -> tuple[Snapshot, ...]:

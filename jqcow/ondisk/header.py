@@ -68,6 +68,9 @@ EXTENSION_BITMAPS = 0x23852875
 EXTENSION_ENCRYPTION = 0x0537BE77
 EXTENSION_EXTERNAL_DATA = 0x44415441
 
+BITMAPS_STRUCT = struct.Struct(">IIQQ")
+"""The bitmaps extension: number of bitmaps, reserved, size and offset of their directory in bytes."""
+
 
 @dataclass(frozen=True)
 class Header:
@@ -151,7 +154,7 @@ class Header:
         return Geometry(self.cluster_bits, self.refcount_order)
 
     def validate(self) -> None:
-        """Check the fields against the specification's bounds and QEMU's limits.
+        """Check the fields that reading needs against the specification's bounds and QEMU's limits.
 
         Raises:
             FormatError: a field is out of bounds.
@@ -168,14 +171,33 @@ class Header:
             raise FormatError(f"a disk of {self.size} bytes is too large")
         if self.l1_size > layout.MAX_L1_ENTRIES:
             raise FormatError(f"an L1 table of {self.l1_size} entries is too large")
-        if not 0 < self.refcount_table_clusters <= layout.MAX_REFCOUNT_TABLE_BYTES // cluster_bytes + 1:
-            raise FormatError(f"refcount_table_clusters {self.refcount_table_clusters} is out of bounds")
-        tables = [("refcount table", self.refcount_table_offset)]
         if self.l1_size:
-            tables.append(("L1 table", self.l1_table_offset))
-        for name, offset in tables:
-            if offset % cluster_bytes or not 0 < offset < layout.MAX_HOST_OFFSET:
-                raise CorruptionError(name, offset, "not a cluster-aligned host offset")
+            self._check_place("L1 table", self.l1_table_offset)
+
+    def validate_refcount_table(self) -> None:
+        """Check where the refcount table is said to be. Reading the disk does not need it.
+
+        Raises:
+            FormatError: a length that no table has.
+            CorruptionError: it is not cluster-aligned, or overlaps the header.
+        """
+        most = layout.MAX_REFCOUNT_TABLE_BYTES // (1 << self.cluster_bits) + 1
+        if not 0 < self.refcount_table_clusters <= most:
+            raise FormatError(f"refcount_table_clusters {self.refcount_table_clusters} is out of bounds")
+        self._check_place("refcount table", self.refcount_table_offset)
+
+    @property
+    def has_refcount_table(self) -> bool:
+        """True if there can be a refcount table where the header says."""
+        try:
+            self.validate_refcount_table()
+        except (FormatError, CorruptionError):
+            return False
+        return True
+
+    def _check_place(self, table: str, offset: int) -> None:
+        if offset % (1 << self.cluster_bits) or not 0 < offset < layout.MAX_HOST_OFFSET:
+            raise CorruptionError(table, offset, "not a cluster-aligned host offset")
 
 
 @dataclass(frozen=True)

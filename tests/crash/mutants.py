@@ -86,6 +86,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
+    "undo.image": ("dropping:undo",),
 }
 
 

@@ -15,6 +15,8 @@ from types import FrameType
 
 import jqcow
 from jqcow.checker.check import Kind
+from jqcow.device.trial import TrialDevice
+from jqcow.disks.undo import pack_undo, undo_on
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.offline.recover import recover_image
@@ -552,9 +554,28 @@ def unfinished_close(drop_barriers: tuple[str, ...]) -> None:
         require(device.used_bytes <= used_bytes, "P4: the journal's space", "it stays behind")
 
 
+def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
+    """The image is as before the repair, durably, when the undo has returned."""
+    crafted = Crafted()
+    crafted.set_refcount(crafted.entry(crafted.place(1)) & ~COPIED, 0)
+    crafted.set_entry(crafted.place(2), crafted.entry(crafted.place(0)))
+    before = bytes(crafted.image)
+    device, undo = crafted.device(), SimulatedDevice()
+    trial = TrialDevice(device)
+    jqcow.open_device(trial, "r+", repair="all").close()
+    pack_undo(trial, undo)
+    jqcow.open_device(device, "r+", repair="all").close()
+    device.reopen()
+    require(device.content() != before, "the repair changed nothing")
+    device.drop_barriers = set(drop_barriers)
+    undo_on(device, undo)
+    require(device.durable_content() == before, "P1: the image before its repair", "not durable")
+
+
 DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "commit": commit_into_a_raw_base,
     "unfinished-close": unfinished_close,
+    "undo": undo_of_a_repair,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
 

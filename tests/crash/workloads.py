@@ -156,6 +156,10 @@ _OF_OVERLAYS = (
     Family("repair", "dirty-bit", overlays.REPAIRED),
     Family("repair-snapshots", "dirty-bit-snapshots", overlays.REPAIRED),
     Family("repair-killed", "dirty-bit-snapshots", overlays.REPAIR_KILLED),
+    Family("rebuilt-table", "lost-table", overlays.REPAIRED),
+    Family("rebuilt-table-snapshots", "lost-table-snapshots", overlays.REPAIRED),
+    Family("rebuilt-table-killed", "lost-table-snapshots", overlays.REPAIR_KILLED),
+    Family("rebuilt-table-fails", "lost-table", overlays.repair_fails),
     Family("repair-fails", "dirty-bit", overlays.repair_fails),
 )
 GROUPS = {

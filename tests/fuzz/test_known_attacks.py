@@ -89,16 +89,9 @@ def test_guest_cluster_on_metadata_changes_nothing(victim: str, flags: int, requ
     assert device.pread(4, 0) == b"QFI\xfb"
 
 
-@pytest.mark.parametrize(
-    ("refcount", "error"),
-    [
-        (0, jqcow.CorruptionError),
-        (2, jqcow.UnsupportedFeatureError),
-        (0xFFFF, jqcow.UnsupportedFeatureError),
-    ],
-)
-def test_wrong_refcount_of_a_guest_cluster(refcount: int, error: type[jqcow.JqcowError]) -> None:
-    """A cluster that nobody counts, or that seems to be shared, is not written, and not freed."""
+@pytest.mark.parametrize("refcount", [0, 2, 0xFFFF])
+def test_wrong_refcount_of_a_guest_cluster(refcount: int) -> None:
+    """A cluster that nobody counts is not written, and not freed; one that seems to be shared is copied."""
     content = good_image()
     host = get(content, l2_offset(content)) & ((1 << 56) - SECTOR_BYTES)
     block = metadata_offsets(content)["refcount block"]
@@ -110,8 +103,11 @@ def test_wrong_refcount_of_a_guest_cluster(refcount: int, error: type[jqcow.Jqco
             lambda: image.write_zeroes(CLUSTER, 0),
             lambda: image.discard(CLUSTER, 0),
         ):
-            with pytest.raises(error, match="refcount"):
+            if refcount:
                 request()
+            else:
+                with pytest.raises(jqcow.CorruptionError, match="refcount"):
+                    request()
         assert device.pread(CLUSTER, host) == b"a" * CLUSTER
 
 

@@ -33,6 +33,8 @@ from tests.support.users import Session, open_simulated
 
 NO_EXTENSIONS = bytes(8)
 GARBAGE = b"\xee"
+REFCOUNT_TABLE_PLACE = 48
+"""Of the header's field that names the refcount table."""
 
 
 @dataclass(frozen=True)
@@ -257,11 +259,30 @@ def damaged(prepare: Prepare) -> Prepare:
     def prepare_damaged(cluster_bytes: int, random: Random) -> Start:
         start = prepare(cluster_bytes, random)
         tables = Tables(start.content)
+        free = tables.free_clusters()
         tables.spoil_refcounts(random, 0.6, (0, 0, 0, 1, 2, 5))
+        for cluster in set(free).difference(tables.free_clusters()):
+            # Old bytes in it would look like lost data, which stays (tests/unit/test_lost_data.py).
+            tables.image[cluster * cluster_bytes : (cluster + 1) * cluster_bytes] = bytes(cluster_bytes)
         tables.image[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
         return replace(start, content=bytes(tables.image), damaged=True)
 
     return prepare_damaged
+
+
+def without_table(prepare: Prepare) -> Prepare:
+    """Return what makes the same image with a dirty bit, whose header names a refcount table nowhere."""
+
+    def prepare_lost(cluster_bytes: int, random: Random) -> Start:
+        start = prepare(cluster_bytes, random)
+        tables = Tables(start.content)
+        table, end = tables.header.refcount_table_offset, len(start.content)
+        nowhere = (0, table + 8, tables.data, tables.l2, end - end % cluster_bytes + 4 * cluster_bytes)
+        tables.set_entry(REFCOUNT_TABLE_PLACE, random.choice(nowhere))
+        tables.image[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
+        return replace(start, content=bytes(tables.image), damaged=True)
+
+    return prepare_lost
 
 
 def without_holes(prepare: Prepare) -> Prepare:
@@ -466,6 +487,8 @@ STARTS: dict[str, Prepare] = {
     "shared": shared_image,
     "shared-unpunchable": without_holes(shared_image),
     "dirty-bit": damaged(full_image),
+    "lost-table": without_table(full_image),
+    "lost-table-snapshots": without_table(snapshots_image),
     "dirty-bit-snapshots": damaged(snapshots_image),
     "unforgetting": without_forgetting(full_image),
 }

@@ -174,11 +174,6 @@ def test_a_header_of_another_kind_is_refused(field: str, value: int) -> None:
         ({"cluster_bits": 9, "header_length": 520}, FormatError),
         ({"size": 1 << 63}, FormatError),
         ({"l1_size": (4 << 20) + 1}, FormatError),
-        ({"refcount_table_clusters": 0}, FormatError),
-        ({"refcount_table_clusters": 130}, FormatError),
-        ({"refcount_table_offset": 0}, CorruptionError),
-        ({"refcount_table_offset": 512}, CorruptionError),
-        ({"refcount_table_offset": 1 << 56}, CorruptionError),
         ({"l1_table_offset": 0}, CorruptionError),
         ({"l1_table_offset": (3 << 16) + 8}, CorruptionError),
     ],
@@ -188,9 +183,29 @@ def test_fields_out_of_bounds(changes: dict[str, int], error: type[JqcowError]) 
         replace(SOUND, **changes).validate()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"refcount_table_clusters": 0}, FormatError),
+        ({"refcount_table_clusters": 130}, FormatError),
+        ({"refcount_table_offset": 0}, CorruptionError),
+        ({"refcount_table_offset": 512}, CorruptionError),
+        ({"refcount_table_offset": 1 << 56}, CorruptionError),
+    ],
+)
+def test_a_refcount_table_that_cannot_be_there(changes: dict[str, int], error: type[JqcowError]) -> None:
+    """Reading goes on without it."""
+    damaged = replace(SOUND, **changes)  # type: ignore[arg-type]
+    damaged.validate()
+    assert SOUND.has_refcount_table and not damaged.has_refcount_table
+    with pytest.raises(error):
+        damaged.validate_refcount_table()
+
+
 def test_bounds_themselves_are_fine() -> None:
     SOUND.validate()
     replace(SOUND, l1_size=4 << 20, refcount_table_clusters=128, size=(1 << 63) - 1).validate()
+    replace(SOUND, refcount_table_clusters=128).validate_refcount_table()
     replace(SOUND, l1_size=0, l1_table_offset=0).validate()
 
 

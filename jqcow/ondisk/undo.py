@@ -1,0 +1,106 @@
+"""The undo file of a repair: what the image held where the repair changed it. All numbers are big-endian.
+
+Header of the file (`UndoHeader`):
+
+    Byte  0 -  7:   magic, "JQCOWUND"
+          8 - 11:   version, 1
+         12 - 15:   CRC-32C of this header, with zeros here
+         16 - 23:   length of the image before the repair, in bytes
+         24 - 31:   length of the image after it, in bytes
+         32 - 39:   number of runs
+
+Then the runs follow each other (`UndoRun`), each of at most 128 sectors of 512 bytes:
+
+    Byte  0 -  7:   offset of the first sector in the image, in bytes
+          8 - 11:   number of sectors, n
+         12 - 15:   CRC-32C of the whole run, with zeros here
+         then n CRC-32C of 4 bytes, of each sector after the repair
+         then n sectors as they were before it; what lay past the end of the file is zeros
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from jqcow import _native
+from jqcow.errors import CorruptionError, FormatError
+from jqcow.ondisk.layout import SECTOR_BYTES
+
+MAGIC = b"JQCOWUND"
+VERSION = 1
+RUN_SECTORS_MAX = 128
+HEADER_STRUCT = struct.Struct(">8sIIQQQ")
+RUN_STRUCT = struct.Struct(">QII")
+HEADER_BYTES = 40
+RUN_BYTES = 16
+assert HEADER_STRUCT.size == HEADER_BYTES and RUN_STRUCT.size == RUN_BYTES
+
+
+@dataclass(frozen=True)
+class UndoHeader:
+    """The header: lengths of the image before and after the repair in bytes, and how many runs follow."""
+
+    old_bytes: int
+    new_bytes: int
+    run_count: int
+
+    def pack(self) -> bytes:
+        """Return the header as on disk."""
+        fields = (self.old_bytes, self.new_bytes, self.run_count)
+        crc = _native.crc32c(HEADER_STRUCT.pack(MAGIC, VERSION, 0, *fields))
+        return HEADER_STRUCT.pack(MAGIC, VERSION, crc, *fields)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> UndoHeader:
+        """Read the header.
+
+        Raises:
+            FormatError: not an undo file, or of another version.
+            CorruptionError: it is damaged.
+        """
+        magic, version, _, *fields = HEADER_STRUCT.unpack_from(data.ljust(HEADER_BYTES, b"\0"))
+        if magic != MAGIC or version != VERSION:
+            raise FormatError("not an undo file of this version")
+        header = cls(*fields)
+        if header.pack() != data[:HEADER_BYTES]:
+            raise CorruptionError("undo file", 0, "its checksum does not match")
+        return header
+
+
+@dataclass(frozen=True)
+class UndoRun:
+    """Sectors in a row, from ``offset`` on: as they were, and the checksums of what they became."""
+
+    offset: int
+    old: bytes
+    new_crcs: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Length of the run in the undo file, in bytes."""
+        return RUN_BYTES + len(self.new_crcs) * (4 + SECTOR_BYTES)
+
+    def pack(self) -> bytes:
+        """Return the run as on disk."""
+        count = len(self.new_crcs)
+        body = struct.pack(f">{count}I", *self.new_crcs) + self.old
+        crc = _native.crc32c(RUN_STRUCT.pack(self.offset, count, 0) + body)
+        return RUN_STRUCT.pack(self.offset, count, crc) + body
+
+    @classmethod
+    def unpack(cls, data: bytes, place: int) -> UndoRun:
+        """Read a run, which stands at ``place`` in the undo file.
+
+        Raises:
+            CorruptionError: it is damaged.
+        """
+        offset, count, _ = RUN_STRUCT.unpack_from(data.ljust(RUN_BYTES, b"\0"))
+        end = RUN_BYTES + count * (4 + SECTOR_BYTES)
+        if not 0 < count <= RUN_SECTORS_MAX or len(data) < end:
+            raise CorruptionError("undo file", place, f"a run of {count} sectors")
+        crcs = struct.unpack_from(f">{count}I", data, RUN_BYTES)
+        run = cls(offset, data[RUN_BYTES + 4 * count : end], crcs)
+        if run.pack() != data[:end]:
+            raise CorruptionError("undo file", place, "its checksum does not match")
+        return run

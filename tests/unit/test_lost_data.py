@@ -1,0 +1,163 @@
+"""Leaked clusters that look like lost data: told apart from harmless leaks, and freed only where asked to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import jqcow
+from jqcow.checker import lost as rules
+from jqcow.checker.check import Kind
+from jqcow.checker.lost import has_hole
+from jqcow.cli.main import main
+from jqcow.engine.repair import What
+from jqcow.testing import SimulatedDevice
+from tests.support.patients import Tables, check
+
+CLUSTER = 512
+REACH = CLUSTER // 8 * CLUSTER
+"""Of an L2 table."""
+DATA = bytes(range(1, 256)) * 40
+Damage = Callable[[Tables], None]
+
+
+def new_tables(*offsets: int, size: int = 4 * REACH) -> Tables:
+    """Return a closed image with data at some guest offsets."""
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, size, cluster_size=CLUSTER) as image:
+        for offset in offsets:
+            image.pwrite(DATA, offset)
+    return Tables(device.content())
+
+
+def empty_l2(tables: Tables) -> None:
+    tables.image[tables.l2 : tables.l2 + CLUSTER] = bytes(CLUSTER)
+
+
+def l1_entry(index: int) -> Damage:
+    return lambda tables: tables.set_entry(tables.l1 + 8 * index, 0)
+
+
+def empty_l1(tables: Tables) -> None:
+    for index in range(4):
+        l1_entry(index)(tables)
+
+
+HOLES: dict[str, Damage] = {
+    "L2 table emptied": empty_l2,
+    "first L1 entry": l1_entry(0),
+    "L1 entry between others": l1_entry(1),
+    "last L1 entry: its table is leaked": l1_entry(3),
+    "L1 table emptied": empty_l1,
+}
+CLUSTERS = -(-len(DATA) // CLUSTER)
+
+
+@pytest.fixture(params=HOLES)
+def content(request: pytest.FixtureRequest) -> bytes:
+    tables = new_tables(*(index * REACH for index in range(4)))
+    HOLES[request.param](tables)
+    return bytes(tables.image)
+
+
+@pytest.fixture
+def path(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "holes.qcow2"
+    path.write_bytes(content)
+    return path
+
+
+def test_they_are_errors_of_their_own(content: bytes) -> None:
+    report = check(content)
+    assert set(report.counts) == {Kind.LOST_DATA} and report.leaks == report.corruptions == 0
+    assert report.errors == report.lost >= CLUSTERS and not report.ok
+
+
+@pytest.mark.parametrize("what", ["leaks", "all"])
+def test_no_repair_frees_them_unasked(what: What, content: bytes) -> None:
+    device, lost = SimulatedDevice(content), check(content).lost
+    with jqcow.open_device(device, "r+", repair=what) as image:
+        assert image.repaired is not None and image.repaired.lost == lost and not image.repaired.changed
+    assert device.content() == content, "nothing is written"
+    device.reopen()
+    with jqcow.open_device(device, "r+", repair=what, free_lost=True) as image:
+        assert image.repaired is not None and image.repaired.leaks == lost and not image.repaired.lost
+        assert image.check().ok
+
+
+def test_other_leaks_beside_them_are_freed(content: bytes) -> None:
+    tables = Tables(content)
+    zeros = len(tables.image)
+    tables.image += bytes(CLUSTER)
+    tables.set_refcount(zeros, 1)
+    with jqcow.open_device(SimulatedDevice(bytes(tables.image)), "r+", repair="leaks") as image:
+        assert image.repaired is not None and image.repaired.leaks == 1
+        assert image.repaired.lost == check(content).lost
+        assert set(image.check().counts) == {Kind.LOST_DATA}
+
+
+def test_what_a_dirty_image_does_on_opening(content: bytes) -> None:
+    """It counts its refcounts anew, and leaves these."""
+    tables = Tables(content)
+    tables.image[79] |= 1
+    with jqcow.open_device(SimulatedDevice(bytes(tables.image)), "r+") as image:
+        assert image.repaired is not None and image.repaired.lost == check(content).lost
+        assert set(image.check().counts) == {Kind.LOST_DATA}
+
+
+def test_commands(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lost = check(path.read_bytes()).lost
+    assert main(["check", str(path)]) == 2
+    assert f"{lost} leaked clusters look like lost data" in capfd.readouterr().out
+    assert main(["check", "--output=json", str(path)]) == 2
+    told = json.loads(capfd.readouterr().out)
+    assert told["lost-data"] == lost and "leaks" not in told and "corruptions" not in told
+    assert main(["check", "-r", "leaks", str(path)]) == 2
+    assert main(["check", "-r", "leaks", "--free-lost-data", str(path)]) == 0
+
+
+def test_a_leak_without_a_hole_is_harmless() -> None:
+    tables = new_tables(0)
+    leaked = len(tables.image)
+    tables.image += b"old bytes".ljust(CLUSTER, b"\1")
+    tables.set_refcount(leaked, 1)
+    report = check(tables.image)
+    assert report.leaks == 1 and not report.errors
+
+
+def test_zeros_are_no_data() -> None:
+    tables = new_tables(0, 2 * REACH)
+    leaked = len(tables.image)
+    tables.image += bytes(CLUSTER)
+    tables.set_refcount(leaked, 1)
+    report = check(tables.image)
+    assert report.leaks == 1 and not report.errors
+
+
+def test_a_refcount_that_is_too_high_is_no_lost_data() -> None:
+    tables = new_tables(0, 2 * REACH)
+    tables.set_refcount(tables.data, 7)
+    assert check(tables.image).lost == 0
+
+
+def test_so_many_clusters_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All further ones count as lost: it bounds time."""
+    monkeypatch.setattr(rules, "MAX_READ", 1)
+    tables = new_tables(0, 2 * REACH)
+    for _ in range(3):
+        leaked = len(tables.image)
+        tables.image += bytes(CLUSTER)
+        tables.set_refcount(leaked, 1)
+    report = check(tables.image)
+    assert report.leaks == 1 and report.lost == 2
+
+
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [((), True), ((0,), False), ((1,), True), ((0, 1, 2), False), ((0, 2), True)],
+)
+def test_holes_of_an_l1_table(present: tuple[int, ...], expected: bool) -> None:
+    assert has_hole(present) is expected

@@ -1,0 +1,191 @@
+"""Repairs taken back: the image gets the very bytes that it had before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import jqcow
+from jqcow.cli.main import main
+from jqcow.cli.recover import main as recover_main
+from jqcow.device.trial import TrialDevice
+from jqcow.disks.undo import pack_undo, undo_on, undo_path
+from jqcow.errors import CorruptionError, FormatError, JqcowError
+from jqcow.offline.undo import undo_repair
+from jqcow.ondisk.undo import UndoHeader, UndoRun
+from jqcow.testing import SimulatedDevice, enumerate_states
+from tests.support.patients import Tables
+
+CLUSTER = 4096
+DATA = bytes(range(1, 256)) * 200
+Damage = Callable[[Tables], None]
+
+
+def double_allocation(tables: Tables) -> None:
+    tables.set_entry(tables.l2 + 8, tables.entry(tables.l2))
+
+
+def no_refcount_table(tables: Tables) -> None:
+    tables.set_entry(48, 0x7777001)
+
+
+def no_refcounts(tables: Tables) -> None:
+    tables.image[tables.refcount_block : tables.refcount_block + CLUSTER] = bytes(CLUSTER)
+
+
+def marked_dirty(tables: Tables) -> None:
+    no_refcounts(tables)
+    tables.image[79] |= 1
+
+
+def emptied_l2(tables: Tables) -> None:
+    tables.image[tables.l2 : tables.l2 + CLUSTER] = bytes(CLUSTER)
+
+
+def ragged_end(tables: Tables) -> None:
+    double_allocation(tables)
+    tables.image += b"\xee" * (2 * CLUSTER + 700)
+
+
+DAMAGE: dict[str, Damage] = {
+    damage.__name__: damage
+    for damage in (double_allocation, no_refcount_table, no_refcounts, marked_dirty, emptied_l2, ragged_end)
+}
+
+
+def damaged(name: str) -> bytes:
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, 1 << 20, cluster_size=CLUSTER) as image:
+        image.pwrite(DATA, 0)
+    tables = Tables(device.content())
+    DAMAGE[name](tables)
+    return bytes(tables.image)
+
+
+@pytest.fixture(params=DAMAGE)
+def content(request: pytest.FixtureRequest) -> bytes:
+    return damaged(request.param)
+
+
+@pytest.fixture
+def path(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "damaged.qcow2"
+    path.write_bytes(content)
+    return path
+
+
+def repair(path: Path) -> None:
+    jqcow.open(path, "r+", repair="all", free_lost=True).close()
+
+
+class TestFiles:
+    def test_the_very_bytes_come_back(self, path: Path, content: bytes) -> None:
+        repair(path)
+        assert path.read_bytes() != content
+        for _ in range(2):
+            undo_repair(path)
+            assert path.read_bytes() == content, "and again"
+        repair(path)
+        with jqcow.open(path) as image:
+            assert image.check().ok
+
+    @pytest.mark.parametrize("command", ["undo", "--undo"])
+    def test_commands(self, path: Path, content: bytes, command: str) -> None:
+        assert main(["check", "-q", "-r", "all", "--free-lost-data", str(path)]) == 0
+        run = main if command == "undo" else recover_main
+        assert run([command, str(path)]) == 0
+        assert path.read_bytes() == content
+
+    def test_not_where_it_was_written_since(self, path: Path) -> None:
+        repair(path)
+        with jqcow.open(path, "r+") as image:
+            image.pwrite(DATA, 1 << 19)
+        after = path.read_bytes()
+        with pytest.raises(CorruptionError, match="written since"):
+            undo_repair(path)
+        assert path.read_bytes() == after
+
+    def test_by_force(self, path: Path, content: bytes) -> None:
+        repair(path)
+        with path.open("ab") as file:
+            file.write(bytes(CLUSTER * 100))
+        with pytest.raises(CorruptionError, match="written since"):
+            undo_repair(path)
+        undo_repair(path, force=True)
+        assert path.read_bytes() == content
+
+    def test_an_undo_file_of_another_repair_stays(self, path: Path, content: bytes) -> None:
+        """Nothing is repaired meanwhile."""
+        Path(undo_path(str(path))).write_bytes(b"another")
+        with pytest.raises(FileExistsError):
+            repair(path)
+        assert path.read_bytes() == content
+        with pytest.raises(FormatError):
+            undo_repair(path)
+
+    def test_a_damaged_undo_file(self, path: Path) -> None:
+        repair(path)
+        after, undo = path.read_bytes(), Path(undo_path(str(path)))
+        whole = undo.read_bytes()
+        for at in {12, 20, 40, 55, len(whole) // 2, len(whole) - 1}:
+            undo.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(JqcowError):
+                undo_repair(path)
+        undo.write_bytes(whole[:-1])
+        with pytest.raises(JqcowError):
+            undo_repair(path)
+        assert path.read_bytes() == after
+
+
+def test_harmless_leaks_need_none(tmp_path: Path) -> None:
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, 1 << 20, cluster_size=CLUSTER) as image:
+        image.pwrite(DATA, 0)
+    tables = Tables(device.content())
+    leaked = len(tables.image)
+    tables.image += bytes(CLUSTER)
+    tables.set_refcount(leaked, 1)
+    path = tmp_path / "leaks.qcow2"
+    path.write_bytes(tables.image)
+    jqcow.open(path, "r+", repair="leaks").close()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class TestCrashes:
+    def undo_of(self, content: bytes) -> SimulatedDevice:
+        trial, undo = TrialDevice(SimulatedDevice(content)), SimulatedDevice()
+        jqcow.open_device(trial, "r+", repair="all", free_lost=True, journal_size=1 << 16).close()
+        pack_undo(trial, undo)
+        return undo
+
+    def repaired(self, content: bytes) -> SimulatedDevice:
+        device = SimulatedDevice(content)
+        jqcow.open_device(device, "r+", repair="all", free_lost=True, journal_size=1 << 16).close()
+        device.reopen()
+        return device
+
+    def test_an_undo_that_was_cut_off_can_be_done_again(self, content: bytes) -> None:
+        undo, device = self.undo_of(content), SimulatedDevice(self.repaired(content).content())
+        undo_on(device, undo)
+        assert device.content() == content
+        for state in enumerate_states(device, budget=60):
+            crashed = device.crash(state)
+            undo_on(crashed, undo)
+            assert crashed.durable_content() == content
+
+    def test_a_repair_that_was_cut_off_can_be_taken_back(self, content: bytes) -> None:
+        undo, device = self.undo_of(content), SimulatedDevice(content)
+        jqcow.open_device(device, "r+", repair="all", free_lost=True, journal_size=1 << 16).close()
+        for state in enumerate_states(device, budget=60):
+            crashed = device.crash(state)
+            was_live = jqcow.image.opening.bring_home(crashed)
+            undo_on(crashed, undo, any_length=was_live)
+            assert crashed.durable_content() == content
+
+
+def test_on_disk_structures() -> None:
+    header, run = UndoHeader(5, 6, 7), UndoRun(512, bytes(range(256)) * 4, (1, 2))
+    assert UndoHeader.unpack(header.pack()) == header
+    assert UndoRun.unpack(run.pack() + b"more", 40) == run and len(run.pack()) == run.length
