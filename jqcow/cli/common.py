@@ -14,10 +14,9 @@ from typing import Any, NoReturn
 
 import jqcow
 from jqcow import _native
-from jqcow.errors import ImageInUse, UnsupportedFeatureError
+from jqcow.errors import ImageInUse, UnsupportedFeatureError, printable
 from jqcow.ondisk import layout
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import printable
 
 EXIT_OK = 0
 EXIT_FAILED = 1
