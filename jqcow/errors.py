@@ -22,8 +22,25 @@ from __future__ import annotations
 import errno
 
 
+def printable(text: str) -> str:
+    """Return a text that neither steers a terminal nor ends a line: names come from whoever made the image.
+
+    What cannot be printed, and what is not UTF-8, is replaced by U+FFFD.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 class JqcowError(Exception):
-    """Base of every error that jqcow raises about an image."""
+    """Base of every error that jqcow raises about an image. Its text and notes are `printable`."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+    def add_note(self, note: str) -> None:
+        """Add a note, as to any exception."""
+        super().add_note(printable(note))
 
 
 class FormatError(JqcowError, ValueError):

@@ -173,16 +173,20 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
 def unreferenced_clusters(
     read: Read, file_bytes: int, *, reserved: Sequence[tuple[int, int]] = ()
 ) -> Iterator[int]:
-    """Yield the host offsets of the clusters that have a refcount and no reference; arguments and errors as
-    `check_structure`.
+    """Yield the host offsets of the clusters that have a refcount and no reference.
+
+    Arguments and errors are those of `check_structure`.
     """
     area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
     features.refuse(area, "check")
     check = _Check(read, area.header, file_bytes, reserved)
     check.run()
-    for cluster, refcount in enumerate(check.refcounts):
-        if refcount and not check.references[cluster]:
-            yield cluster << check.cluster_bits
+    for start in range(0, check.cluster_count, _COMPARED_CLUSTERS):
+        stop = min(start + _COMPARED_CLUSTERS, check.cluster_count)
+        if not check.is_unused(start, stop):
+            for cluster in range(start, stop):
+                if check.refcounts[cluster] and not check.references[cluster]:
+                    yield cluster << check.cluster_bits
 
 
 @dataclass

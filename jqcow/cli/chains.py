@@ -9,9 +9,9 @@ from typing import Any
 from jqcow.cli import common
 from jqcow.cli.common import human_size
 from jqcow.cli.progress import add_progress, progress_kind, shown_progress
+from jqcow.errors import printable
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
-from jqcow.ondisk.naming import printable
 
 
 def add_parsers(commands: Any) -> None:

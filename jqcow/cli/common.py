@@ -17,11 +17,11 @@ from typing import Any, NoReturn, cast
 
 import jqcow
 from jqcow import _native
-from jqcow.errors import ImageInUse, UnsupportedFeatureError
+from jqcow.errors import ImageInUse, UnsupportedFeatureError, printable
 from jqcow.offline.warnings import read_warnings
 from jqcow.ondisk import layout
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import DiskFormat, printable
+from jqcow.ondisk.naming import DiskFormat
 
 EXIT_OK = 0
 EXIT_FAILED = 1

@@ -11,9 +11,10 @@ from jqcow.cli import common
 from jqcow.cli.common import human_size
 from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.disks.files import open_to_read
+from jqcow.errors import printable
 from jqcow.offline.convert import ConvertReport, convert
 from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.naming import DiskFormat, printable
+from jqcow.ondisk.naming import DiskFormat
 
 
 def add_parsers(commands: Any) -> None:

@@ -13,6 +13,7 @@ from jqcow.checker.check import CheckReport
 from jqcow.cli import common, snapshots
 from jqcow.cli.common import human_size, plural
 from jqcow.disks.policy import Following
+from jqcow.errors import printable
 from jqcow.image.opening import open_alone
 from jqcow.offline.info import (
     ImageFacts,
@@ -25,7 +26,7 @@ from jqcow.offline.map import MapLine, map_file
 from jqcow.offline.records import JournalListing, Record, read_journal
 from jqcow.offline.undo import undo_repair
 from jqcow.ondisk.bitmaps import Bitmap
-from jqcow.ondisk.naming import printable, protocol_of, resolve
+from jqcow.ondisk.naming import protocol_of, resolve
 
 _COMPAT = {2: "0.10", 3: "1.1"}
 _MAP_ROW = "{:<16}{:<16}{:<16}{}"

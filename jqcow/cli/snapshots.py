@@ -10,9 +10,9 @@ from typing import Any
 
 from jqcow.cli import common
 from jqcow.cli.common import human_size
+from jqcow.errors import printable
 from jqcow.image.opening import open_alone
 from jqcow.offline.info import read_snapshots
-from jqcow.ondisk.naming import printable
 from jqcow.ondisk.snapshots import Snapshot
 
 _NANOSECONDS = 10**9

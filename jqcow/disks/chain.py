@@ -23,7 +23,7 @@ from jqcow.disks.files import open_to_read
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import NOT_FOLLOWING, Following, require_allowed, stored_format
 from jqcow.disks.raw import RawDisk
-from jqcow.errors import CorruptionError, JqcowError, UnsupportedFeatureError
+from jqcow.errors import CorruptionError, JqcowError, UnsupportedFeatureError, printable
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 MAX_CHAIN_FILES = 1024
@@ -134,7 +134,7 @@ def naming_the_image(named: NamedFile) -> Iterator[None]:
     try:
         yield
     except (JqcowError, OSError) as error:
-        error.add_note(f"{named.image} names it as its backing file, by {named.name!r}")
+        error.add_note(f"{printable(named.image)} names it as its backing file, by {named.name!r}")
         raise
 
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from jqcow.errors import UnsupportedFeatureError
+from jqcow.errors import UnsupportedFeatureError, printable
 from jqcow.ondisk import header as headers
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.naming import printable
 from jqcow.ondisk.root import FEATURE_NAME_STRUCT
 
 Use = Literal["read", "write", "check", "repair"]

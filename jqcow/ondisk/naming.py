@@ -46,16 +46,6 @@ class NamedFile:
     purpose: Literal["backing"] = "backing"
 
 
-def printable(text: str) -> str:
-    """Return a text that neither steers a terminal nor ends a line: names come from whoever made the image.
-
-    What cannot be printed, and what is not UTF-8, is replaced by U+FFFD.
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
 def protocol_of(name: str) -> str | None:
     """Return what stands before the colon of a name with a protocol; None for the path of a file."""
     found = _PROTOCOL.match(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jqcow.cli.main import main
-from jqcow.ondisk.naming import printable
+from jqcow.errors import CorruptionError, FileAccessDenied, SnapshotNotFound, printable
 
 EVIL = "a\x1b[2Jb\nbacking file: /safe\r\x9b1m\u202e\x07"
 
@@ -53,3 +53,14 @@ def test_every_command_shows_a_backing_name_harmlessly(
             assert not line.startswith("backing file: /safe"), command
     assert main(["info", "--output=json", path]) == 0
     assert json.loads(capsys.readouterr().out)["backing-filename"] == EVIL
+
+
+def test_errors_of_the_library_are_harmless_too() -> None:
+    error = FileAccessDenied(EVIL, "backing", EVIL, EVIL)
+    error.add_note(EVIL)
+    assert str(error).isprintable()
+    assert error.__notes__[0].isprintable()
+    assert str(SnapshotNotFound(EVIL)).isprintable()
+    damage = CorruptionError("L2 table", 512, EVIL)
+    damage.guest_range = 0, 512
+    assert str(damage).isprintable()

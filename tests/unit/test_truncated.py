@@ -11,7 +11,12 @@ import pytest
 import jqcow
 from jqcow import CorruptionError
 from jqcow.cli.main import main
+from jqcow.engine.medium import Medium
+from jqcow.engine.request import Guard
+from jqcow.engine.space import Space
 from jqcow.offline.info import check_file
+from jqcow.ondisk.layout import ClusterIndex, Geometry
+from jqcow.testing import SimulatedDevice
 
 CLUSTER = 512
 """Small, so that an image has several L2 tables and an L1 table of more than one cluster."""
@@ -174,3 +179,20 @@ def test_commands_tell_it(
     assert main(arguments) == (2 if command == "check" else 1)
     assert "past the end of the file" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_a_live_image_reaches_as_far_as_its_checkpoint_will() -> None:
+    device = SimulatedDevice(bytes(8 * CLUSTER))
+    geometry = Geometry(9)
+    medium = Medium(device)
+    space = Space(medium, geometry, Guard(medium))
+    assert space.reaches(8 * CLUSTER)
+    assert not space.reaches(8 * CLUSTER + 1)
+    space.find_used_end = lambda: ClusterIndex(12)
+    assert space.reaches(12 * CLUSTER)
+    assert not space.reaches(12 * CLUSTER + 1)
+    space.frontier = ClusterIndex(20)
+    assert space.reaches(20 * CLUSTER)
+    # What another program appended meanwhile is there, too.
+    device.truncate(30 * CLUSTER)
+    assert space.reaches(30 * CLUSTER)
