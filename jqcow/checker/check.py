@@ -181,12 +181,10 @@ def unreferenced_clusters(
     features.refuse(area, "check")
     check = _Check(read, area.header, file_bytes, reserved)
     check.run()
-    for start in range(0, check.cluster_count, _COMPARED_CLUSTERS):
-        stop = min(start + _COMPARED_CLUSTERS, check.cluster_count)
-        if not check.is_unused(start, stop):
-            for cluster in range(start, stop):
-                if check.refcounts[cluster] and not check.references[cluster]:
-                    yield cluster << check.cluster_bits
+    counts = Counts(check.count_code, check.references, check.refcounts)
+    for cluster, refcount, references in counts.differences():
+        if refcount and not references:
+            yield cluster << check.cluster_bits
 
 
 @dataclass
