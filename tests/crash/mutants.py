@@ -481,7 +481,7 @@ OF_COMMITS = (
     ),
     Mutant(
         "F1-search-before-repair",
-        after(f"{LIFECYCLE}.prepare_to_repair", lambda _, lifecycle: lifecycle.start_search()),
+        after(f"{LIFECYCLE}.prepare_to_repair", lambda _, lifecycle, **__: lifecycle.start_search()),
         trials=("repair/4096/0", "repair/4096/1", "repair-snapshots/4096/0"),
     ),
     Mutant(
