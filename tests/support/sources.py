@@ -44,9 +44,12 @@ def barrier_names() -> list[str]:
     return [name for name, _ in barrier_calls()]
 
 
+OF_WHOLE_FILES = ("jqcow/offline/", "jqcow/disks/")
+
+
 def engine_barrier_names() -> list[str]:
     """Return the names of the barriers that an image places: not those of commands on whole files."""
-    return [name for name, module in barrier_calls() if not module.startswith("jqcow/offline/")]
+    return [name for name, module in barrier_calls() if not module.startswith(OF_WHOLE_FILES)]
 
 
 class Rule(NamedTuple):
