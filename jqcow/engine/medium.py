@@ -1,6 +1,7 @@
 """The device as the engine sees it: barriers in order, and nothing more once the state is not known.
 
-M1. A barrier that failed is final: it is not tried again, and no change reaches the device after it.
+M1. A barrier that failed is final: it is not tried again, and no change reaches the device after it, but
+    the live root where closing failed.
 M2. The file is made longer with the lock held, and only to the frontier, behind which nothing is written:
     growing cuts nothing off that another thread writes.
 M3. What was changed while a barrier ran is not covered by it. Barriers are numbered as they start: what was

@@ -433,7 +433,7 @@ class View:
 
     def set_entry(self, table: HostOffset, index: int, entry: int) -> None:
         """Stage an entry of the L1 table or the refcount table at ``table``."""
-        position = index % self.geometry.entries_per_block
+        position = index % self._entries_per_block
         entries.put_entry(self.edit(entry_place(table, index - position)), position, entry)
 
     def copy_table(self, source: HostOffset, target: HostOffset, length_bytes: int) -> None:

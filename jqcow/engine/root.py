@@ -17,6 +17,7 @@ in one of these states:
     UNDECIDED          the change failed: the old root goes on      WRITTEN      put_back
     UNDECIDED          the old root cannot be written               poisoned     put_back
     FOUND, SETTLED     recovery writes the root as it was read      WRITTEN      rewrite
+    UNDECIDED          closing failed: the live root goes on        WRITTEN      put_back_on_closing
     UNDECIDED          the change was cut off                       in doubt     Commits.begin_turn
 
 T5. Sector 0 and the root copy are never in flight together.

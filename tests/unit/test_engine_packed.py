@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,17 +12,6 @@ from jqcow.ondisk import compression
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, written_image
-
-
-@pytest.fixture
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@pytest.fixture
-def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
-    with written_image(device) as image:
-        yield image
 
 
 def test_failed_write_is_as_before(device: SimulatedDevice, image: jqcow.Image) -> None:

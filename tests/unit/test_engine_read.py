@@ -13,18 +13,7 @@ from jqcow.engine.read import Reads
 from jqcow.errors import CorruptionError
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
-from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, Below, changing, overlay, written_image
-
-
-@pytest.fixture
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@pytest.fixture
-def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
-    with written_image(device) as image:
-        yield image
+from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, Below, changing, overlay
 
 
 def counted_reads(device: SimulatedDevice) -> FaultPlan:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
 import jqcow
 from jqcow.ondisk.layout import GuestOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
-from tests.unit.engines import CLUSTER, JOURNAL, MIB, OLD, SECTOR, Below, overlay, written_image
-
-
-@pytest.fixture
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@pytest.fixture
-def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
-    with written_image(device) as image:
-        yield image
+from tests.unit.engines import CLUSTER, JOURNAL, MIB, OLD, SECTOR, Below, overlay
 
 
 def test_back_and_forth_shows_zeros(image: jqcow.Image) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,17 +14,6 @@ from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.support.beside import is_taken
 from tests.unit.engines import CLUSTER, JOURNAL, MIB, OLD, SECTOR, changing, written_image
-
-
-@pytest.fixture
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@pytest.fixture
-def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
-    with written_image(device) as image:
-        yield image
 
 
 def first_run(image: jqcow.Image, offset: int = 0) -> MappedRun:

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 import jqcow
 from jqcow.ondisk.entries import NO_ENTRY, ZERO_CLUSTER, ZERO_ENTRY
-from jqcow.testing import SimulatedDevice
-from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, Below, overlay, written_image
-
-
-@pytest.fixture
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@pytest.fixture
-def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
-    with written_image(device) as image:
-        yield image
+from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, Below, overlay
 
 
 @pytest.mark.parametrize("unmap", [False, True])
