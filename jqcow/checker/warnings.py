@@ -33,14 +33,15 @@ def warnings_of(read: Read, area: HeaderArea, file_bytes: int) -> tuple[str, ...
 
 
 def _warnings(read: Read, area: HeaderArea, file_bytes: int) -> Iterator[str]:
-    for find in (_find_in_refcount_table, _find_in_snapshot_table, _find_in_bitmaps):
+    for find in (check_refcount_table, _find_in_snapshot_table, _find_in_bitmaps):
         try:
             find(read, area, file_bytes)
         except (CorruptionError, FormatError) as error:
             yield str(error)
 
 
-def _find_in_refcount_table(read: Read, area: HeaderArea, file_bytes: int) -> None:
+def check_refcount_table(read: Read, area: HeaderArea, file_bytes: int) -> None:
+    """Raise CorruptionError or FormatError if the refcounts cannot be found; arguments as `warnings_of`."""
     header = area.header
     header.validate_refcount_table()
     start, length = header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits

@@ -83,18 +83,22 @@ class TrialDevice:
     def close(self) -> None:
         """The device below stays open."""
 
-    def changed_sectors(self) -> Iterator[tuple[int, bytes, bytes]]:
-        """Yield (offset, old, new) of each sector below the old end that is not as it was, in order."""
+    def changed(
+        self, unit_bytes: int = SECTOR_BYTES, also: range = range(0)
+    ) -> Iterator[tuple[int, bytes, bytes]]:
+        """Yield (offset, old, new) of each unit below the old end that is not as it was, in order.
+
+        What lies behind an end is zeros. Units at the offsets ``also``, if they were written, come too.
+        """
         for index in sorted(self._blocks):
             start = index * BLOCK_BYTES
             if start >= self.old_bytes:
                 return
             old, new = self.below.pread(BLOCK_BYTES, start), bytes(self._blocks[index])
-            if old == new:
-                continue
-            for at in range(0, BLOCK_BYTES, SECTOR_BYTES):
-                before, after = old[at : at + SECTOR_BYTES], new[at : at + SECTOR_BYTES]
-                if before != after and start + at < self.old_bytes:
+            for at in range(0, BLOCK_BYTES, unit_bytes):
+                before, after = old[at : at + unit_bytes], new[at : at + unit_bytes]
+                is_wanted = before != after or start + at in also
+                if is_wanted and start + at < self.old_bytes:
                     yield start + at, before, after
 
 

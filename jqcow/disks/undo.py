@@ -1,22 +1,42 @@
 """Undo files: written before a repair, and laid back over the image afterwards.
 
 An image may be taken back as long as each sector that the repair changed is as before it or as after it, and
-so is the length of the file: nobody has written there since. An undo that was cut off leaves such a state.
+no refcount counts what lies behind both ends of the file: nobody has written there since. A repair that was
+cut off leaves such a state; behind the end may lie its journal, which no refcount counts.
+
+Once that is known a mark in the undo file says so, until the image is as it was. An undo that was cut off is
+done again without a look at the image, which a power cut may have garbled, its header too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from jqcow import _native
+from jqcow.checker.warnings import check_refcount_table
 from jqcow.device.base import Device, Reader
 from jqcow.device.file import FileDevice
 from jqcow.device.trial import TrialDevice
-from jqcow.errors import CorruptionError
+from jqcow.disks.view import FileView
+from jqcow.engine.engine import open_engine, random_salt
+from jqcow.engine.medium import Medium
+from jqcow.engine.scan import read_header
+from jqcow.errors import CorruptionError, FormatError
+from jqcow.ondisk import layout
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.undo import HEADER_BYTES, RUN_BYTES, RUN_SECTORS_MAX, UndoHeader, UndoRun
+from jqcow.ondisk.undo import (
+    BLOCK_BYTES,
+    HEADER_BYTES,
+    MARK_BYTES,
+    RUN_BYTES,
+    RUN_SECTORS_MAX,
+    UndoHeader,
+    UndoRun,
+)
 
 SUFFIX = ".jqcow-undo"
 _RUN_BYTES_MAX = RUN_BYTES + RUN_SECTORS_MAX * (4 + SECTOR_BYTES)
@@ -36,23 +56,30 @@ class UndoReport:
     file_bytes: int
 
 
-def _runs(sectors: Iterable[tuple[int, bytes, bytes]]) -> Iterator[UndoRun]:
+def _runs(blocks: Iterable[tuple[int, bytes, bytes]]) -> Iterator[UndoRun]:
     start, old, crcs = 0, b"", list[int]()
-    for offset, before, after in sectors:
+    for offset, before, after in blocks:
         if crcs and (offset != start + len(old) or len(crcs) == RUN_SECTORS_MAX):
             yield UndoRun(start, old, tuple(crcs))
             old, crcs = b"", []
         start = start if crcs else offset
         old += before
-        crcs.append(_native.crc32c(after))
+        crcs += (_native.crc32c(after[at : at + SECTOR_BYTES]) for at in range(0, len(after), SECTOR_BYTES))
     if crcs:
         yield UndoRun(start, old, tuple(crcs))
+
+
+def _roots_end(header: Header) -> int:
+    """Return the offset behind all that a root or its copy changes, and a power cut garbles with them."""
+    has_copy = roots.has_room_for_copy(header.cluster_bits)
+    return roots.ROOT_COPY_OFFSET + roots.ROOT_COPY_BYTES if has_copy else SECTOR_BYTES
 
 
 def pack_undo(trial: TrialDevice, target: Device) -> None:
     """Write into ``target`` what takes back the changes of a trial."""
     place, count = HEADER_BYTES, 0
-    for run in _runs(trial.changed_sectors()):
+    roots_end = _roots_end(read_header(trial).header)
+    for run in _runs(trial.changed(BLOCK_BYTES, also=range(roots_end))):
         target.pwrite(run.pack(), place)
         place, count = place + run.length, count + 1
     target.pwrite(UndoHeader(trial.old_bytes, trial.size(), count).pack(), 0)
@@ -91,58 +118,143 @@ def same_content(one: Reader, path: str) -> bool:
         other.close()
 
 
-def read_runs(undo: Reader) -> tuple[UndoHeader, Iterator[UndoRun]]:
-    """Return the header of an undo file, and its runs, each of them checked as it is read.
+@dataclass(frozen=True)
+class UndoFile:
+    """An undo file that is there. ``runs_end`` is where its mark may stand."""
 
-    Raises:
-        FormatError, CorruptionError: not an undo file, or a damaged one.
-    """
-    header = UndoHeader.unpack(undo.pread(HEADER_BYTES, 0))
+    reader: Reader
+    header: UndoHeader
+    runs_end: int
 
-    def runs() -> Iterator[UndoRun]:
+    @classmethod
+    def read(cls, reader: Reader) -> UndoFile:
+        """Read an undo file and check all of it.
+
+        Raises:
+            FormatError, CorruptionError: not an undo file, or a damaged one.
+        """
+        undo = cls(reader, UndoHeader.unpack(reader.pread(HEADER_BYTES, 0)), HEADER_BYTES)
+        return cls(reader, undo.header, HEADER_BYTES + sum(run.length for run in undo.runs()))
+
+    def runs(self) -> Iterator[UndoRun]:
+        """Yield the runs, each of them checked as it is read."""
         place = HEADER_BYTES
-        for _ in range(header.run_count):
-            run = UndoRun.unpack(undo.pread(min(_RUN_BYTES_MAX, max(0, undo.size() - place)), place), place)
+        for _ in range(self.header.run_count):
+            length = min(_RUN_BYTES_MAX, max(0, self.reader.size() - place))
+            run = UndoRun.unpack(self.reader.pread(length, place), place)
             yield run
             place += run.length
 
-    return header, runs()
+    @property
+    def mark_place(self) -> int:
+        """Offset of the mark: in a block of its own, which cannot take the runs with it."""
+        return layout.round_up(self.runs_end, BLOCK_BYTES)
+
+    @property
+    def is_begun(self) -> bool:
+        """True if the image was being taken back when something cut that off."""
+        return self.reader.pread(MARK_BYTES, self.mark_place) == self.header.pack_mark()
+
+    def is_of_cut_off_repair(self, image_bytes: int) -> bool:
+        """Return True if an image of this length has the space of a journal behind its end."""
+        return image_bytes > max(self.header.old_bytes, self.header.new_bytes)
 
 
-def undo_on(device: Device, undo: Reader, *, force: bool = False, any_length: bool = False) -> UndoReport:
-    """Lay an undo file back over an image. It may be cut off at any point, and done again.
+def bring_home(device: Device, *, new_salt: Callable[[], bytes] = random_salt) -> bool:
+    """Recover a crashed image whose refcounts may be wrong; they stay, and so does the file's length.
+
+    Where sector 0 is lost the root copy stands in for it. Returns False if the image was not live.
+
+    Raises:
+        JqcowError: the image, its journal, or a table that is needed is damaged.
+        OSError: the host failed; it can be done again.
+    """
+    opened = open_engine(Medium(device), writable=True, use_root_copy=True, new_salt=new_salt, repair="all")
+    if opened.root is None or opened.scan is None:
+        return False
+    lifecycle = opened.engine.lifecycle
+    lifecycle.kept_bytes = device.size()
+    lifecycle.recover(opened.root, opened.scan, "all")
+    lifecycle.clean()
+    return True
+
+
+def undo_on(
+    device: Device, undo: Device, *, force: bool = False, new_salt: Callable[[], bytes] = random_salt
+) -> UndoReport:
+    """Give an image the bytes that it had before a repair. It may be cut off at any point, and done again.
 
     Args:
-        device: the image, which is not live.
-        undo: the undo file.
+        device: the image. A crashed one is recovered first.
+        undo: the undo file, which is marked meanwhile.
         force: also where the image was written since.
-        any_length: the length tells nothing: a journal was behind the end.
+        new_salt: makes the salt of a journal, should recovery need one.
 
     Raises:
         CorruptionError: the undo file is damaged, or the image is neither as before nor as after the repair;
-            nothing was written.
+            neither is changed, save by recovery.
+        JqcowError: the image cannot be recovered.
         OSError: the host failed; it can be done again.
     """
-    header, runs = read_runs(undo)
-    size, changed_since = device.size(), "it was written since the repair; --force undoes all the same"
-    lengths = sorted((header.old_bytes, header.new_bytes))
-    if not (any_length or force or lengths[0] <= size <= lengths[1]):
-        raise CorruptionError("image", size, changed_since)
-    # All of it is checked before anything is written.
-    for run in runs:
+    file = UndoFile.read(undo)
+    if not file.is_begun:
+        bring_home(device, new_salt=new_salt)
+        if not force:
+            _refuse_later_writes(device, file)
+        undo.pwrite(file.header.pack_mark(), file.mark_place)
+        # Durable now: the mark. The image is changed next, and may be lost but for the undo file.
+        undo.barrier("undo.begin")
+    written = _lay(device, file)
+    # Durable now: the image as it was. The mark may go.
+    device.barrier("undo.image")
+    undo.truncate(file.runs_end)
+    # Durable now: no mark. The image may be changed, and another undo must look at it.
+    undo.barrier("undo.end")
+    return UndoReport(None, written, file.header.old_bytes)
+
+
+def _lay(device: Device, file: UndoFile) -> int:
+    """Write everything back; return how many bytes that were."""
+    header, written = file.header, 0
+    if device.size() != header.old_bytes:
+        device.truncate(header.old_bytes)
+    for run in file.runs():
+        old = run.old[: max(0, header.old_bytes - run.offset)]
+        device.pwrite(old, run.offset)
+        written += len(old)
+    return written
+
+
+def _refuse_later_writes(device: Device, file: UndoFile) -> None:
+    changed_since = "it was written since the repair; --force undoes all the same"
+    size = device.size()
+    shorter, longer = sorted((file.header.old_bytes, file.header.new_bytes))
+    if size < shorter or (size > longer and _is_counted(device, longer, size)):
+        raise CorruptionError("image", min(size, longer), changed_since)
+    area = read_header(device)
+    # Between the header and the end of the root copy nobody keeps anything.
+    unused = range(len(area.data), _roots_end(area.header))
+    for run in file.runs():
         now = device.pread(len(run.old), run.offset)
         for number, crc in enumerate(run.new_crcs):
             at = number * SECTOR_BYTES
             sector = now[at : at + SECTOR_BYTES]
-            if not force and sector != run.old[at : at + SECTOR_BYTES] and _native.crc32c(sector) != crc:
+            is_as_before = sector == run.old[at : at + SECTOR_BYTES] or run.offset + at in unused
+            if not is_as_before and _native.crc32c(sector) != crc:
                 raise CorruptionError("image", run.offset + at, changed_since)
-    if size != header.old_bytes:
-        device.truncate(header.old_bytes)
-    written = 0
-    for run in read_runs(undo)[1]:
-        old = run.old[: max(0, header.old_bytes - run.offset)]
-        device.pwrite(old, run.offset)
-        written += len(old)
-    # Durable now: the image as it was. The undo file may be removed.
-    device.barrier("undo.image")
-    return UndoReport(None, written, header.old_bytes)
+
+
+def _is_counted(device: Device, start: int, end: int) -> bool:
+    """Return True if a refcount counts one of the clusters of a range. Damaged ones count nothing."""
+    view = FileView.of_file(device)
+    try:
+        check_refcount_table(view.read, view.area, view.size())
+    except (CorruptionError, FormatError):
+        return False
+    geometry, order = view.geometry, view.header.refcount_order
+    first, stop = geometry.clusters(start), geometry.clusters(end)
+    for counted, refcounts in view.refcount_blocks():
+        low, high = max(first, counted), min(stop, counted + geometry.refcounts_per_cluster)
+        if low < high and _native.refcount_find_used(refcounts, order, low - counted, high - counted) >= 0:
+            return True
+    return False

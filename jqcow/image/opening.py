@@ -15,11 +15,11 @@ from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
 from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
-from jqcow.disks.undo import save_undo, undo_on, undo_path
+from jqcow.disks.undo import UndoFile, bring_home, save_undo, undo_on, undo_path
 from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport, What, clear_corrupt_bit
-from jqcow.errors import CorruptionError, FileAccessDenied, JqcowError
+from jqcow.errors import CorruptionError, FileAccessDenied, FormatError, JqcowError
 from jqcow.image.arguments import optional_text
 from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
@@ -300,24 +300,6 @@ def _open(
         raise
 
 
-def bring_home(device: Device) -> bool:
-    """Recover a crashed image whose refcounts may be wrong; they stay, and so does the file's length.
-
-    Returns False if it was not live.
-
-    Raises:
-        JqcowError, OSError: as `open`.
-    """
-    opened = open_engine(Medium(device), writable=True, repair="all")
-    if opened.root is None or opened.scan is None:
-        return False
-    lifecycle = opened.engine.lifecycle
-    lifecycle.kept_bytes = device.size()
-    lifecycle.recover(opened.root, opened.scan, "all")
-    lifecycle.clean()
-    return True
-
-
 def _save_undo(device: FileDevice, mode: Mode, repair: What | None, *, free_lost: bool) -> None:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
@@ -325,10 +307,10 @@ def _save_undo(device: FileDevice, mode: Mode, repair: What | None, *, free_lost
     """
     if repair is None or mode != "r+":
         return
-    if bring_home(device) and os.path.exists(undo_path(device.path)):
-        # The repair that it belongs to was cut off.
-        with closing(FileDevice.open(undo_path(device.path), writable=False)) as undo:
-            undo_on(device, undo, any_length=True)
+    if os.path.exists(undo_path(device.path)):
+        _take_back_cut_off(device)
+    else:
+        bring_home(device)
     trial = TrialDevice(device)
     needs_undo = free_lost
     with suppress(JqcowError):
@@ -336,9 +318,21 @@ def _save_undo(device: FileDevice, mode: Mode, repair: What | None, *, free_lost
         with _open(trial, "r+", repair=repair, free_lost=free_lost, find_backing=lambda _: None) as image:
             done = image.repaired or RepairReport()
         needs_undo |= bool(done.too_low or done.copied_flags or done.refcount_table)
-    sectors = [offset for offset, *_ in trial.changed_sectors()]
+    sectors = [offset for offset, *_ in trial.changed()]
     if sectors and (needs_undo or not sectors[0]):
         save_undo(trial, device.path)
+
+
+def _take_back_cut_off(device: FileDevice) -> None:
+    """Take back a repair, or end an undo, that was cut off, before another repair."""
+    # Where somebody has written since it is of another repair; it stays, as one does that cannot be read.
+    with (
+        closing(FileDevice.open(undo_path(device.path), writable=True)) as undo,
+        suppress(CorruptionError, FormatError),
+    ):
+        file = UndoFile.read(undo)
+        if file.is_begun or bring_home(device) or file.is_of_cut_off_repair(device.size()):
+            undo_on(device, undo)
 
 
 def open_alone(

@@ -7,8 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from jqcow.device.file import FileDevice
-from jqcow.disks.undo import UndoReport, read_runs, undo_on, undo_path
-from jqcow.image.opening import bring_home
+from jqcow.disks.undo import UndoFile, UndoReport, undo_on, undo_path
 
 
 def undo_repair(image: str | os.PathLike[str], *, force: bool = False) -> UndoReport:
@@ -27,8 +26,7 @@ def undo_repair(image: str | os.PathLike[str], *, force: bool = False) -> UndoRe
         OSError: the host failed; it can be done again.
     """
     name = os.fspath(image)
-    with closing(FileDevice.open(undo_path(name), writable=False)) as undo:
-        read_runs(undo)
+    with closing(FileDevice.open(undo_path(name), writable=True)) as undo:
+        UndoFile.read(undo)
         with closing(FileDevice.open(name, writable=True)) as device:
-            was_live = bring_home(device)
-            return replace(undo_on(device, undo, force=force, any_length=was_live), image=name)
+            return replace(undo_on(device, undo, force=force), image=name)

@@ -9,13 +9,19 @@ Header of the file (`UndoHeader`):
          24 - 31:   length of the image after it, in bytes
          32 - 39:   number of runs
 
-Then the runs follow each other (`UndoRun`), each of at most 128 sectors of 512 bytes:
+Then the runs follow each other (`UndoRun`), each of at most 128 sectors of 512 bytes, in whole blocks of 4096
+bytes of the image:
 
     Byte  0 -  7:   offset of the first sector in the image, in bytes
           8 - 11:   number of sectors, n
          12 - 15:   CRC-32C of the whole run, with zeros here
          then n CRC-32C of 4 bytes, of each sector after the repair
          then n sectors as they were before it; what lay past the end of the file is zeros
+
+While the image is taken back, the mark of that (`pack_mark`) stands behind the runs, at a multiple of 4096:
+
+    Byte  0 -  7:   magic, "JQCOWBGN"
+          8 - 11:   CRC-32C of the header of the file
 """
 
 from __future__ import annotations
@@ -28,12 +34,17 @@ from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk.layout import SECTOR_BYTES
 
 MAGIC = b"JQCOWUND"
+MARK_MAGIC = b"JQCOWBGN"
+BLOCK_BYTES = 4096
+"""What a power cut may garble where one of its sectors is written in place (docs/crash-consistency)."""
 VERSION = 1
 RUN_SECTORS_MAX = 128
 HEADER_STRUCT = struct.Struct(">8sIIQQQ")
 RUN_STRUCT = struct.Struct(">QII")
+MARK_STRUCT = struct.Struct(">8sI")
 HEADER_BYTES = 40
 RUN_BYTES = 16
+MARK_BYTES = 12
 assert HEADER_STRUCT.size == HEADER_BYTES and RUN_STRUCT.size == RUN_BYTES
 
 
@@ -66,6 +77,10 @@ class UndoHeader:
         if header.pack() != data[:HEADER_BYTES]:
             raise CorruptionError("undo file", 0, "its checksum does not match")
         return header
+
+    def pack_mark(self) -> bytes:
+        """Return the mark that the image is being taken back, as on disk."""
+        return MARK_STRUCT.pack(MARK_MAGIC, _native.crc32c(self.pack()))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jqcow.ondisk.header import MAGIC, Header, HeaderArea
 from jqcow.ondisk.naming import backing_file_of
 from jqcow.ondisk.root import is_live
 from jqcow.testing import CrashState, Fault, FaultPlan, SimulatedDevice
+from tests.crash.undone import repaired_of
 from tests.support import inside
 from tests.support.below import Below, find_below, name_of
 from tests.support.expectation import SECTOR_BYTES, Expectation, Found, Windows, read_all
@@ -55,6 +56,10 @@ def recover(device: SimulatedDevice) -> jqcow.Image:
 
 def recover_and_close(device: SimulatedDevice) -> None:
     """What the laboratory watches, and crashes: a recovery, to its clean end."""
+    if (repaired := repaired_of(device)) is not None:
+        with repaired.crashed():
+            repaired.take_back(device)
+        return
     try:
         recover(device).close()
     except JqcowError:
@@ -96,6 +101,10 @@ class Judge:
 
     def __call__(self, device: SimulatedDevice, expectation: Expectation, state: CrashState) -> None:
         """Raise PromiseBroken, or what the engine raises, if the state breaks a promise."""
+        if (repaired := repaired_of(device)) is not None:
+            recover_and_close(device)
+            require(device.durable_content() == repaired.before, "P5: an undone repair left other bytes")
+            return
         token = int.from_bytes(state.digest[:4], "big")
         if not expectation.exists:
             _may_be_anything(device)

@@ -86,7 +86,9 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
+    "undo.begin": ("dropping:undo",),
     "undo.image": ("dropping:undo",),
+    "undo.end": ("dropping:undo",),
 }
 
 

@@ -17,16 +17,17 @@ import jqcow
 from jqcow.checker.check import Kind
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.undo import pack_undo, undo_on
-from jqcow.errors import JqcowError, PoisonedError
+from jqcow.errors import CorruptionError, JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.offline.recover import recover_image
 from jqcow.ondisk.entries import COPIED
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.inside import Shown
-from tests.support.patients import Tables
+from tests.support.patients import DIRTY_BYTE, Tables
 from tests.support.player import Player
 from tests.support.starts import new_session
 from tests.support.users import create_simulated, open_simulated
@@ -555,21 +556,43 @@ def unfinished_close(drop_barriers: tuple[str, ...]) -> None:
 
 
 def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
-    """The image is as before the repair, durably, when the undo has returned."""
-    crafted = Crafted()
-    crafted.set_refcount(crafted.entry(crafted.place(1)) & ~COPIED, 0)
-    crafted.set_entry(crafted.place(2), crafted.entry(crafted.place(0)))
-    before = bytes(crafted.image)
-    device, undo = crafted.device(), SimulatedDevice()
+    """P5: the image is as before its repair, durably, whatever cuts the undo off; then it may be written."""
+    device, undo = SimulatedDevice(), SimulatedDevice()
+    with create_simulated(device, 4 << 20, WITH_ROOT_COPY) as image:
+        image.pwrite(b"\x33" * (3 * WITH_ROOT_COPY), 0)
+    tables = Tables(device.content())
+    tables.set_entry(tables.l2 + 8, tables.entry(tables.l2))
+    tables.image[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
+    device, before = SimulatedDevice(bytes(tables.image)), bytes(tables.image)
     trial = TrialDevice(device)
     jqcow.open_device(trial, "r+", repair="all").close()
     pack_undo(trial, undo)
-    jqcow.open_device(device, "r+", repair="all").close()
-    device.reopen()
+    undo.barrier("saved")
+    open_simulated(device).close()
     require(device.content() != before, "the repair changed nothing")
-    device.drop_barriers = set(drop_barriers)
+    cut_off: list[tuple[SimulatedDevice, SimulatedDevice]] = []
+
+    def cut(name: str, device: SimulatedDevice) -> None:
+        states = enumerate_states(device, budget=64, garbage_allowed=lambda *_: True)
+        cut_off.extend((device.crash(state), SimulatedDevice(undo.durable_content())) for state in states)
+
+    device.reopen()
+    device.barrier_listeners.append(cut)
+    device.drop_barriers = undo.drop_barriers = set(drop_barriers)
     undo_on(device, undo)
-    require(device.durable_content() == before, "P1: the image before its repair", "not durable")
+    require(device.durable_content() == before, "P5: the image before its repair", "not durable")
+    for crashed, found in cut_off:
+        try:
+            undo_on(crashed, found)
+        except JqcowError as error:
+            raise PromiseBroken(f"P5: an undo that was cut off cannot be done again: {error}") from error
+        require(crashed.content() == before, "P5: the image before its repair", "other bytes")
+    with open_simulated(device) as image:
+        image.pwrite(b"\x44" * WITH_ROOT_COPY, 9 * WITH_ROOT_COPY)
+    device.reopen()
+    with suppress(CorruptionError):
+        undo_on(device, SimulatedDevice(undo.durable_content()))
+        raise PromiseBroken("P1: an undo that nobody asked for took later writes away")
 
 
 DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {

@@ -14,6 +14,7 @@ from jqcow.testing import SimulatedDevice, Workload
 from tests.crash import overlays, stories
 from tests.crash.layouts import GarbageRule
 from tests.crash.stories import Story, tell
+from tests.crash.undone import undone
 from tests.support.expectation import Expectation
 from tests.support.player import Player
 from tests.support.starts import STARTS
@@ -161,6 +162,9 @@ _OF_OVERLAYS = (
     Family("rebuilt-table-killed", "lost-table-snapshots", overlays.REPAIR_KILLED),
     Family("rebuilt-table-fails", "lost-table", overlays.repair_fails),
     Family("repair-fails", "dirty-bit", overlays.repair_fails),
+    Family("repair-undone", "dirty-bit", undone),
+    Family("repair-undone-snapshots", "dirty-bit-snapshots", undone),
+    Family("rebuilt-table-undone", "lost-table-snapshots", undone),
 )
 GROUPS = {
     "plain": _PLAIN,

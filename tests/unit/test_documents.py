@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 WORDS_MAX = 24_500
-"""The engine, its use and its tests are told in 22,000; what can be wrong with an image is a book of tables."""
+"""The engine, its use and its tests are told in 22,000; what can be wrong with an image takes tables more."""
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

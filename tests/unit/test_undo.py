@@ -11,7 +11,7 @@ import jqcow
 from jqcow.cli.main import main
 from jqcow.cli.recover import main as recover_main
 from jqcow.device.trial import TrialDevice
-from jqcow.disks.undo import pack_undo, undo_on, undo_path
+from jqcow.disks.undo import UndoFile, pack_undo, undo_on, undo_path
 from jqcow.errors import CorruptionError, FormatError, JqcowError
 from jqcow.offline.undo import undo_repair
 from jqcow.ondisk.undo import UndoHeader, UndoRun
@@ -109,8 +109,11 @@ class TestFiles:
 
     def test_by_force(self, path: Path, content: bytes) -> None:
         repair(path)
-        with path.open("ab") as file:
-            file.write(bytes(CLUSTER * 100))
+        file = UndoFile.read(SimulatedDevice(Path(undo_path(str(path))).read_bytes()))
+        *_, last = file.runs()
+        with path.open("r+b") as image:
+            image.seek(last.offset)
+            image.write(b"\x77" * 512)
         with pytest.raises(CorruptionError, match="written since"):
             undo_repair(path)
         undo_repair(path, force=True)
@@ -180,8 +183,7 @@ class TestCrashes:
         jqcow.open_device(device, "r+", repair="all", free_lost=True, journal_size=1 << 16).close()
         for state in enumerate_states(device, budget=60):
             crashed = device.crash(state)
-            was_live = jqcow.image.opening.bring_home(crashed)
-            undo_on(crashed, undo, any_length=was_live)
+            undo_on(crashed, undo)
             assert crashed.durable_content() == content
 
 
