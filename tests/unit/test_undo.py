@@ -112,7 +112,7 @@ class TestFiles:
         file = UndoFile.read(SimulatedDevice(Path(undo_path(str(path))).read_bytes()))
         *_, last = file.runs()
         with path.open("r+b") as image:
-            image.seek(last.offset)
+            image.seek(last.offset + len(last.old) - 512)
             image.write(b"\x77" * 512)
         with pytest.raises(CorruptionError, match="written since"):
             undo_repair(path)
