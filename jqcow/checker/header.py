@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from jqcow.ondisk import features, layout
 from jqcow.ondisk.header import (
+    AUTOCLEAR_DATA_FILE_RAW,
     BITMAPS_STRUCT,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_BITMAPS,
     EXTENSION_ENCRYPTION,
     EXTENSION_STRUCT,
+    INCOMPATIBLE_EXTERNAL_DATA,
     V2_BYTES,
     V3_BYTES,
     Extension,
@@ -22,6 +24,7 @@ BACKING_FORMAT_BYTES_MAX = 15
 """The longest name of a format that QEMU opens."""
 
 SNAPSHOTS_OFFSET_PLACE = 64
+AUTOCLEAR_PLACE = 88
 
 
 def header_faults(area: HeaderArea) -> Iterator[tuple[str, int, str]]:
@@ -30,6 +33,9 @@ def header_faults(area: HeaderArea) -> Iterator[tuple[str, int, str]]:
     words = features.find_compression_type(area)
     if words is not None:
         yield "header", V3_BYTES, f"{words[0]}, which nothing reads"
+    has_data_file = header.incompatible_features & INCOMPATIBLE_EXTERNAL_DATA
+    if header.version > 2 and header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW and not has_data_file:
+        yield "header", AUTOCLEAR_PLACE, "a raw data file in an image that has no data file"
     if not header.nb_snapshots and header.snapshots_offset % (1 << header.cluster_bits):
         yield "header", SNAPSHOTS_OFFSET_PLACE, f"a snapshot table at {header.snapshots_offset:#x}"
     position = V2_BYTES if header.version == 2 else header.header_length

@@ -5,8 +5,8 @@ into a new range, and the root names that; every home is written; the image goes
 the range that was read: a durable frame must not be put at risk by rewriting it.
 
 F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
-F2. Data behind the last counted cluster that a table maps gets its refcount in the first record; nothing
-    there is allocated, punched or cut off before.
+F2. Data behind the last counted cluster that a table maps gets its refcount in the first record that follows
+    opening; nothing there is allocated, punched or cut off before.
 F3. A clean file grows only while nothing mapped lies past its end.
 F4. When sector 0 is in standard layout, the journal that the root copy still names holds the header alone:
     should another program change the image, and lose sector 0, no older tables come back.

@@ -222,7 +222,7 @@ class Mapping:
         return run
 
     def _check_zero_flag(self, place: HostOffset) -> None:
-        """Raise CorruptionError in a version 2 image: there the bit is reserved, and the data is not zeros."""
+        """Raise CorruptionError in version 2: there the bit is reserved, and the data is not zeros."""
         if self.view.header.version < 3:
             raise CorruptionError("L2 table", place, "the entry has the zero flag, which version 2 lacks")
 

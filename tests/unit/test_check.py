@@ -354,6 +354,7 @@ class TestStricterThanQemu:
             (104, b"\x01"),
             (104, b"\x20"),
             (71, b"\x08"),
+            (95, b"\x02"),
             (112, struct.pack(">II24s", EXTENSION_ENCRYPTION, 16, b"")),
             (112, struct.pack(">II24s", EXTENSION_BACKING_FORMAT, 16, b"raw")),
             (112, struct.pack(">II24s", EXTENSION_BITMAPS, 23, b"")),
