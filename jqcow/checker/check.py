@@ -4,13 +4,14 @@ It judges the engine, so it shares nothing with it but the on-disk structures. I
 a function, walks every table and counts the references to every cluster, then compares them with the
 refcounts. An image with a live journal is checked through a function that shows it as replayed.
 
-The numbers are those of ``qemu-img check``: the same damage gives the same ``corruptions`` and ``leaks``.
-It is stricter in five points, which count as ``errors`` (or leaks) but not as QEMU's corruptions:
+``corruptions`` and ``leaks`` count what ``qemu-img check`` has a notion of. After most damage both give the
+same numbers, and `docs/damage` tells where they differ. These are ``errors`` (or leaks) to jqcow alone:
 
 - leaked clusters may look like lost data (`jqcow.checker.lost`);
 - metadata and something else share a cluster, with refcounts that allow it;
 - an entry points into a reserved range (the journal);
-- an L1 table is too small for its disk (QEMU does not open the image, or not this snapshot);
+- an L1 table is too small for its disk, or the header is damaged (`jqcow.checker.header`): QEMU does not open
+  the image, or not this snapshot;
 - a refcount past the end of the file is a leak.
 
 Internal snapshots share L2 tables and data with the disk and with each other, which is their purpose; their
@@ -23,12 +24,12 @@ times is walked once, and so is what several L1 tables have in common.
 
 from __future__ import annotations
 
-import enum
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jqcow import _native
+from jqcow.checker.findings import Finding, Findings, Kind
+from jqcow.checker.header import header_faults
 from jqcow.checker.lost import LostData
 from jqcow.checker.tables import (
     COMPARED_CLUSTERS,
@@ -52,53 +53,14 @@ Read = Callable[[int, int], bytes]
 MAX_CLUSTERS = 1 << 28
 """The largest file, in clusters, that is checked: 16 TiB with clusters of 64 KiB. It bounds memory."""
 
-KEPT_FINDINGS = 100
-
 _L1_STEP_BYTES = 1 << 20
 
 _OWNERS = ("nothing", "header", "refcount table", "refcount block", "L1 table", "snapshot table", "L2 table")
 """What owns a cluster of metadata; the first stands for a cluster that no metadata owns."""
 
 
-class Kind(enum.StrEnum):
-    """What is wrong; the values are for people and JSON."""
-
-    LEAK = "leak"
-    LOST_DATA = "lost data?"
-    LEAK_PAST_END = "leak past the end of the file"
-    REFCOUNT_TOO_LOW = "refcount too low"
-    COPIED_FLAG = "wrong COPIED flag"
-    NO_REFCOUNT_TABLE = "no refcount table"
-    PAST_END = "past the end of the file"
-    UNALIGNED = "unaligned offset"
-    RESERVED_BITS = "reserved bits set"
-    OVERLAP = "overlap"
-    RESERVED_RANGE = "entry into a reserved range"
-    L1_TOO_SMALL = "L1 table too small"
-    L1_TOO_LARGE = "L1 table too large"
-    INCOMPLETE_SNAPSHOT = "incomplete snapshot"
-    TOO_MANY_REFERENCES = "more references than a refcount can count"
-
-
 _LEAKS = (Kind.LEAK, Kind.LEAK_PAST_END)
-_STRICTER = (*_LEAKS, Kind.LOST_DATA, Kind.OVERLAP, Kind.RESERVED_RANGE, Kind.L1_TOO_SMALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong.
-
-    ``structure`` names what holds the wrong value, in the specification's words; ``offset`` is its host
-    offset in bytes (of the entry in a table, of the cluster for a leak or a wrong refcount).
-    """
-
-    kind: Kind
-    structure: str
-    offset: int
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.structure} at {self.offset:#x}: {self.detail}"
+_STRICTER = (*_LEAKS, Kind.LOST_DATA, Kind.OVERLAP, Kind.RESERVED_RANGE, Kind.L1_TOO_SMALL, Kind.HEADER)
 
 
 @dataclass(frozen=True)
@@ -167,7 +129,10 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
     """
     area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
     features.refuse(area, "check")
-    return _Check(read, area.header, file_bytes, reserved).run()
+    check = _Check(read, area.header, file_bytes, reserved)
+    for structure, place, detail in header_faults(area):
+        check.findings.add(Kind.HEADER, structure, place, detail)
+    return check.run()
 
 
 def unreferenced_clusters(
@@ -185,19 +150,6 @@ def unreferenced_clusters(
     for cluster, refcount, references in counts.differences():
         if refcount and not references:
             yield cluster << check.cluster_bits
-
-
-@dataclass
-class _Findings:
-    """Counts all findings and keeps the first."""
-
-    counts: Counter[Kind] = field(default_factory=Counter)
-    kept: list[Finding] = field(default_factory=list)
-
-    def add(self, kind: Kind, structure: str, offset: int, detail: str, count: int = 1) -> None:
-        self.counts[kind] += count
-        if len(self.kept) < KEPT_FINDINGS:
-            self.kept.append(Finding(kind, structure, offset, detail))
 
 
 class _Check:
@@ -235,7 +187,8 @@ class _Check:
         self.active_pointers = zeroed("I", self.cluster_count)
         self.snapshot_pointers = zeroed("Q", self.cluster_count if header.nb_snapshots else 0)
         self.blocks: dict[int, int] = {}
-        self.findings = _Findings()
+        self.past_end: set[int] = set()
+        self.findings = Findings()
         self.has_holes = False
         self.allocated = self.fragmented = self.compressed = self.zeros = 0
 
@@ -535,15 +488,25 @@ class _Check:
             self.findings.add(Kind.COPIED_FLAG, "L2 entry", place, detail, repeats)
         end = host + length
         last = (end - 1) >> self.cluster_bits
-        # As in QEMU: less than a cluster past the end of the file is fine, more is one error.
-        if last >= self.cluster_count and end - self.file_bytes >= self.cluster_bytes:
+        # As in QEMU: data may reach up to a cluster past the end of the file. It must begin before.
+        is_gone = host >= self.cluster_count << self.cluster_bits
+        if is_gone or (last >= self.cluster_count and end - self.file_bytes >= self.cluster_bytes):
             self.findings.add(Kind.PAST_END, "L2 entry", place, f"compressed data at {host:#x}", repeats)
             return
-        for cluster in range(host >> self.cluster_bits, min(last + 1, self.cluster_count)):
-            if self.owners[cluster]:
+        for cluster in range(host >> self.cluster_bits, last + 1):
+            if cluster >= self.cluster_count:
+                self.check_past_end(cluster)
+            elif self.owners[cluster]:
                 self.refer_data(place, cluster, "compressed data", host, repeats)
             else:
                 self.refer(cluster, "L2 entry", place, repeats)
+
+    def check_past_end(self, cluster: int) -> None:
+        """Check a cluster past the end of the file that data reaches into: it must have a refcount."""
+        if cluster not in self.past_end and not self.refcount_past_end(cluster):
+            detail = "refcount 0, and compressed data reaches there, past the end of the file"
+            self.findings.add(Kind.REFCOUNT_TOO_LOW, "cluster", cluster << self.cluster_bits, detail)
+        self.past_end.add(cluster)
 
     def refer_data(self, place: int, cluster: int, what: str, host: int, repeats: int) -> None:
         """Count the references of the L2 entry at ``place`` to a cluster of ``what`` at ``host``."""

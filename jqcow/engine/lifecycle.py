@@ -5,8 +5,8 @@ into a new range, and the root names that; every home is written; the image goes
 the range that was read: a durable frame must not be put at risk by rewriting it.
 
 F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
-F2. Data behind the last counted cluster that a table maps gets its refcount in the first record; nothing
-    there is allocated, punched or cut off before.
+F2. Data behind the last counted cluster that a table maps gets its refcount in the first record that follows
+    opening; nothing there is allocated, punched or cut off before.
 F3. A clean file grows only while nothing mapped lies past its end.
 F4. When sector 0 is in standard layout, the journal that the root copy still names holds the header alone:
     should another program change the image, and lose sector 0, no older tables come back.
@@ -23,11 +23,11 @@ from jqcow.engine.journal import Contents
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
-from jqcow.errors import CorruptionError, FormatError
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import HeaderOperation
-from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, HostOffset
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, Geometry, HostOffset
 from jqcow.ondisk.root import JournalRange
 
 HEADER_TAIL = HostOffset(SECTOR_BYTES)
@@ -76,19 +76,30 @@ class Lifecycle:
             self.space.metadata = self.public.snapshots.survey()
             self._find_frontier()
             self.start_search()
-            if self.log.journal is None:
-                # Who left a live one has seen to this before its first record.
-                self._find_uncounted()
+            self._find_uncounted()
             self._is_surveyed = True
 
     def _find_uncounted(self) -> None:
         """Look for data behind the last counted cluster; only if the file reaches there (F2)."""
-        used_end, file_end = self.public.refcounts.used_end(), self.geometry.clusters(self.medium.size())
-        if used_end < file_end:
-            found = self.public.snapshots.data_within(used_end, file_end)
-            self._uncounted = sorted(found.items())
-            if found:
-                self.space.search_end = used_end
+        used_end = self.public.refcounts.used_end()
+        start, end = int(used_end), self.geometry.clusters(self.medium.size())
+        journal = self.log.journal
+        if journal is not None:
+            # Who left it saw to F2 before its first record, but refcounts may have been damaged since.
+            start, end = _without(journal.extent, self.geometry, start, end)
+        if start >= end:
+            return
+        try:
+            found = self.public.snapshots.data_within(start, end)
+        except (CorruptionError, UnsupportedFeatureError):
+            if journal is None:
+                raise
+            # What is mapped cannot be told. A crashed image is brought home all the same.
+            self.space.search_end, self.kept_bytes = used_end, self.medium.size()
+            return
+        self._uncounted = sorted(found.items())
+        if found:
+            self.space.search_end = used_end
 
     def _count_uncounted(self) -> None:
         with self.medium.lock, self.public.operation():
@@ -252,9 +263,10 @@ class Lifecycle:
             self.public.snapshots.survey()
             if extent.offset < end:
                 self.check_journal_is_free(replace(extent, length=end - extent.offset))
+            self._find_uncounted()
         except CorruptionError:
             return False
-        return True
+        return not self._uncounted
 
     def finish_closing(self, leftover: Leftover) -> None:
         """Clear the root copy, which must not speak for what the image becomes, and give the space back.
@@ -364,8 +376,14 @@ class Lifecycle:
     def _cut_file(self, extent: JournalRange) -> None:
         """The file ends behind the highest cluster in use (T7)."""
         with self.medium.lock:
-            used_end = self.public.refcounts.used_end()
-        used_bytes = max(self.kept_bytes, self.geometry.offset_of(used_end))
+            ends = [self.public.refcounts.used_end(), *(cluster + 1 for cluster, _ in self._uncounted)]
+        used_bytes = max(self.kept_bytes, self.geometry.offset_of(ClusterIndex(max(ends))))
         if used_bytes > extent.offset:
             self.medium.punch(HostOffset(extent.offset), extent.length)
         self.medium.shrink(used_bytes)
+
+
+def _without(extent: JournalRange, geometry: Geometry, start: int, end: int) -> tuple[int, int]:
+    """Return what is left of the clusters in [start, end) where a journal is at one of their ends."""
+    first, stop = extent.offset // geometry.cluster_bytes, geometry.clusters(extent.end)
+    return stop if first <= start < stop else start, first if first < end <= stop else end

@@ -22,6 +22,7 @@ from jqcow.ondisk.entries import (
     DATA,
     NO_ENTRY,
     UNALLOCATED,
+    ZERO_CLUSTER,
     DamagedEntry,
     L2Entry,
     L2Run,
@@ -208,6 +209,8 @@ class Mapping:
                 # One damaged entry takes nothing from those before it.
                 return self._entries(table, l2_index, limit // 2)
             raise CorruptionError("L2 table", place, str(error)) from error
+        if run.kind == ZERO_CLUSTER:
+            self._check_zero_flag(place)
         if run.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, run.host, run.length)
         elif run.host:
@@ -217,6 +220,11 @@ class Mapping:
                 run = run._replace(entry_count=count)
             self._check_host("L2 table", place, run.host, count)
         return run
+
+    def _check_zero_flag(self, place: HostOffset) -> None:
+        """Raise CorruptionError in version 2: there the bit is reserved, and the data is not zeros."""
+        if self.view.header.version < 3:
+            raise CorruptionError("L2 table", place, "the entry has the zero flag, which version 2 lacks")
 
     def _readable_count(self, host: HostOffset, count: int) -> int:
         """Return how many of ``count`` host clusters the file reaches to; 1 where it does not reach any."""
@@ -266,6 +274,8 @@ class Mapping:
             entry = codec.decode(self.view.block(HostOffset(place - index * codec.entry_bytes)), index)
         except DamagedEntry as error:
             raise CorruptionError("L2 table", place, str(error)) from error
+        if entry.kind == ZERO_CLUSTER:
+            self._check_zero_flag(place)
         if entry.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, entry.host, entry.length)
         elif entry.host:

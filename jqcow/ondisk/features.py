@@ -97,7 +97,7 @@ def _find_encryption(area: HeaderArea) -> Words | None:
     return ("encryption", f"crypt_method {method}") if method else None
 
 
-def _find_compression_type(area: HeaderArea) -> Words | None:
+def find_compression_type(area: HeaderArea) -> Words | None:
     """Find a compression type that is unknown, or that the feature bit contradicts."""
     kind = area.header.compression_type
     is_announced = bool(area.header.incompatible_features & headers.INCOMPATIBLE_COMPRESSION)
@@ -133,7 +133,7 @@ FEATURES = (
     Feature("extended L2 entries",       _EXTENDED_L2,           _NO,  _NO,  _NO,  _NO),
     Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
     Feature("encryption",                _find_encryption,       _NO,  _NO,  _NO,  _NO),
-    Feature("unknown compression type",  _find_compression_type, _NO,  _NO,  _YES, _NO),
+    Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),
     Feature("version 2",                 _find_version_2,        _YES, _NO,  _YES, _NO),
     Feature("corrupt bit",               _CORRUPT,               _YES, _NO,  _YES, _YES),
     Feature("bitmaps",                   _find_bitmaps,          _YES, _NO,  _YES, _NO),

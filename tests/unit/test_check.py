@@ -13,12 +13,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jqcow.checker.check import KEPT_FINDINGS, Kind, check_structure
+from jqcow.checker.check import Kind, check_structure
+from jqcow.checker.findings import KEPT_FINDINGS
 from jqcow.errors import FormatError, JqcowError, UnsupportedFeatureError
 from jqcow.ondisk import entries
 from jqcow.ondisk.entries import COPIED, ENTRY, ZERO
-from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_EXTERNAL_DATA, INCOMPATIBLE_JOURNAL, Header
+from jqcow.ondisk.header import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_BITMAPS,
+    EXTENSION_ENCRYPTION,
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_EXTERNAL_DATA,
+    INCOMPATIBLE_JOURNAL,
+    Header,
+)
 from tests.support.patients import Patient, check, make_image, our_numbers, qemu_numbers
+from tests.support.qemu import complaint
 
 MIB = 1 << 20
 
@@ -139,6 +149,20 @@ def compressed_data_past_the_end(patient: Patient) -> Kind:
     return Kind.PAST_END
 
 
+def compressed_data_right_behind_the_end(patient: Patient) -> Kind:
+    host = patient.append_cluster() + patient.cluster_bytes
+    patient.set_entry(patient.l2 + 24, entries.COMPRESSED | host)
+    return Kind.PAST_END
+
+
+def compressed_data_across_the_end(patient: Patient) -> Kind:
+    host = patient.append_cluster()
+    patient.set_entry(patient.l2 + 24, entries.compressed_entry(host + 4000, 200, 12))
+    patient.set_entry(patient.l2 + 32, entries.compressed_entry(host + 3900, 200, 12))
+    patient.set_refcount(host, 2)
+    return Kind.REFCOUNT_TOO_LOW
+
+
 def l2_table_past_the_end(patient: Patient) -> Kind:
     patient.set_entry(patient.l1 + 8, 1 << 40 | COPIED)
     return Kind.PAST_END
@@ -235,6 +259,9 @@ DAMAGE_WITH_QEMUS_NUMBERS = [
 ]
 
 DAMAGE_WITH_QEMUS_VERDICT = [
+    # QEMU counts clusters there.
+    compressed_data_right_behind_the_end,
+    compressed_data_across_the_end,
     # QEMU follows these pointers, and counts what it finds there.
     l2_table_past_the_end,
     data_unaligned,
@@ -320,6 +347,25 @@ class TestStricterThanQemu:
     def test_an_l1_table_too_small(self, patient: Patient) -> None:
         patient.change_header(24, ">Q", 1 << 40)
         assert patient.check().counts == {Kind.L1_TOO_SMALL: 1}
+
+    @pytest.mark.parametrize(
+        ("place", "change"),
+        [
+            (104, b"\x01"),
+            (104, b"\x20"),
+            (71, b"\x08"),
+            (95, b"\x02"),
+            (112, struct.pack(">II24s", EXTENSION_ENCRYPTION, 16, b"")),
+            (112, struct.pack(">II24s", EXTENSION_BACKING_FORMAT, 16, b"raw")),
+            (112, struct.pack(">II24s", EXTENSION_BITMAPS, 23, b"")),
+        ],
+    )
+    def test_a_header_that_qemu_does_not_open(self, patient: Patient, place: int, change: bytes) -> None:
+        patient.image[place : place + len(change)] = change
+        patient.path.write_bytes(patient.image)
+        assert "Could not open" in complaint(patient.path) or "invalid" in complaint(patient.path)
+        report = patient.check()
+        assert report.counts == {Kind.HEADER: 1} and report.errors == 1 and not report.corruptions
 
     def test_copied_without_a_table(self, patient: Patient) -> None:
         patient.set_entry(patient.l1 + 8, COPIED)

@@ -169,6 +169,41 @@ class TestUncountedData:
         with jqcow.open_device(device) as image:
             assert image.check().ok
 
+    @pytest.mark.parametrize("tail", [0, 2 * CLUSTER])
+    @pytest.mark.parametrize("damage", ["", "a table"])
+    def test_of_a_live_image(self, tail: int, damage: str) -> None:
+        """A refcount is damaged while the journal is live: recovery cuts nothing off, a write counts it."""
+        device = SimulatedDevice()
+        with jqcow.create_on_device(device, 1 << 20, cluster_size=512, journal_size=JOURNAL) as image:
+            # The L2 tables first: the data is to be the last of the file.
+            for offset in range(0, 200_000, 64 * 512):
+                image.pwrite(b"x", offset)
+            image.pwrite(b"x" * 200_000, 0)
+        device.reopen()
+        # Its refcount is far from those that the journal holds.
+        last = device.size() // 512 - 1
+        live = jqcow.open_device(device, "r+", journal_size=JOURNAL)
+        live.discard(512, 0)
+        live.flush()
+        tables = Tables(device.content() + bytes(tail))
+        tables.set_refcount(last * 512, 0)
+        if damage:
+            l2_table = tables.entry(tables.l1 + 8) & ~COPIED
+            tables.set_entry(l2_table + 8, 0x1FE)
+        for changes in (False, True):
+            crashed = SimulatedDevice(bytes(tables.image))
+            with jqcow.open_device(crashed, "r+") as image:
+                read = [image.pread(512, offset) for offset in range(128 * 512, 200_000 - 512, 512)]
+                if changes:
+                    image.pwrite(b"y" * 512, 300_000)
+                    image.flush()
+            crashed.reopen()
+            assert crashed.size() > last * 512, (damage, changes)
+            with jqcow.open_device(crashed) as image:
+                assert read == [image.pread(512, offset) for offset in range(128 * 512, 200_000 - 512, 512)]
+                if changes and not damage:
+                    assert image.check().ok
+
     def test_in_a_transaction_that_is_undone(self) -> None:
         device = self.device()
         with jqcow.open_device(device, "r+") as image, image.transaction() as transaction:

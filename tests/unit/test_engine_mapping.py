@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +14,11 @@ from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout
 from jqcow.ondisk.entries import (
     COMPRESSED_CLUSTER,
+    COPIED,
     DATA,
     NO_ENTRY,
     UNALLOCATED,
+    ZERO,
     ZERO_CLUSTER,
     ZERO_ENTRY,
     L2Entry,
@@ -23,6 +26,8 @@ from jqcow.ondisk.entries import (
 )
 from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
+from tests.support.patients import Tables, make_image
+from tests.support.qemu import run
 from tests.unit.engines import JOURNAL, MIB, SECTOR, changing, check, new_engine, reopened, take_data
 
 PER_TABLE = SECTOR // ENTRY_BYTES
@@ -377,3 +382,21 @@ class TestSnapshotShown:
         assert shown.disk_bytes == SECTOR and shown.l2_table(0) == 0
         assert list(shown.runs(GuestOffset(0), SECTOR)) == [MappedRun(UNALLOCATED, HostOffset(0), SECTOR)]
         assert engine.public.mapping.disk_bytes == MIB
+
+
+@pytest.mark.parametrize("flags", [ZERO, ZERO | COPIED])
+def test_the_zero_flag_in_version_2(tmp_path: Path, flags: int) -> None:
+    """There it is reserved. Zeros would be wrong where the entry names data."""
+    path = tmp_path / "old.qcow2"
+    tables = Tables(make_image(path, "write -P 7 0 12k", options="cluster_size=4096,compat=0.10"))
+    place = tables.place_of(4096)
+    tables.set_entry(place, tables.entry(place) & ~COPIED | flags)
+    path.write_bytes(tables.image)
+    with jqcow.open(path) as image:
+        assert image.pread(4096, 0) == image.pread(4096, 8192) == b"\7" * 4096
+        for start in (0, 4096):
+            with pytest.raises(CorruptionError, match="zero flag") as caught:
+                image.pread(12288 - start, start)
+            assert caught.value.guest_range == (4096, 4096)
+        assert image.check().corruptions
+    assert "Input/output error" in run("qemu-img", "convert", "-O", "raw", path, tmp_path / "raw").stderr
