@@ -6,6 +6,7 @@ the fuzzer gets past it. docs/damage.md lists the targets.
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import tempfile
@@ -53,11 +54,8 @@ def header_seeds() -> list[bytes]:
 def scratch() -> Path:
     """Return a file for what takes paths; of this process alone."""
     folder = tempfile.TemporaryDirectory(prefix="jqcow-fuzz-")
-    _folders.append(folder)
+    atexit.register(folder.cleanup)
     return Path(folder.name, "image.qcow2")
-
-
-_folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def describe(content: bytes) -> None:
