@@ -1,4 +1,4 @@
-"""The C kernels under AddressSanitizer and UBSan, over inputs of the guided fuzzer and the unit tests of the kernels.
+"""The C kernels under AddressSanitizer and UBSan: inputs of the guided fuzzer, the unit tests of the kernels.
 
 ``python -m tests.fuzz.sanitised KERNELS`` is the process that runs them: it must start with ASan's library
 loaded before all others, so `run` starts it.
