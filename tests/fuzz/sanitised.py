@@ -59,9 +59,9 @@ def command_of(kernels: Path, *words: str) -> list[str]:
 
 
 def run() -> int:
-    """Build the kernels, and run everything over them; return the exit status."""
+    """Build the kernels, and run all inputs over them; return the exit status."""
     with tempfile.TemporaryDirectory(prefix="jqcow-sanitised-") as folder:
-        command = command_of(build(Path(folder)))
+        command = command_of(build(Path(folder)), "all")
         return subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode
 
 
@@ -76,7 +76,10 @@ def install(kernels: Path) -> ModuleType:
 
 
 def main() -> int:
-    """Run everything in this process, or with ``overrun`` one call that must be found out."""
+    """Run everything about the kernels in this process, with ``all`` the inputs of all targets too.
+
+    With ``overrun`` make one call that must be found out.
+    """
     path, *words = sys.argv[1:]
     # Not for the programs that are started from here.
     del os.environ["LD_PRELOAD"]
@@ -91,9 +94,12 @@ def main() -> int:
         buffer = wholes.exact(bytes(64))
         module.lib.jqcow_is_zero(module.ffi.from_buffer(buffer), len(buffer) + 1)
         return 0
-    # The other targets' corpora are for what is above the kernels: their seeds show the kernels in use.
-    inputs = [(targets.TARGETS["kernels"], data) for data in corpora.read_corpus("kernels")]
-    inputs += [(target, data) for target in targets.TARGETS.values() for data in target.seeds()]
+    chosen = targets.TARGETS if words == ["all"] else ("kernels",)
+    inputs = [
+        (targets.TARGETS[name], data)
+        for name in chosen
+        for data in (*targets.TARGETS[name].seeds(), *corpora.read_corpus(name))
+    ]
     for target, data in inputs:
         target.run(data)
     print(f"{len(inputs)} inputs under {module.__file__}")

@@ -44,7 +44,11 @@ def test_another_error_than_ours_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_other_bytes_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Exercise, "change", lambda self, image: image.pwrite(b"x", 1234) and [] or [])
+    def change(self: Exercise, image: jqcow.Image) -> list[range]:
+        image.pwrite(b"x", 1234)
+        return []
+
+    monkeypatch.setattr(Exercise, "change", change)
     with pytest.raises(AssertionError, match="what was read at 0x0 has changed"):
         exercise(base_of(CLEAN).content)
 
