@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 MODULE = "jqcow._native._kernels"
+OPTIMISED = ("-O3", "-g0")
 
 
-def kernel_builder() -> FFI:
-    """Return the cffi builder of the kernels: API mode, limited ABI."""
+def kernel_builder(options: Sequence[str] = OPTIMISED) -> FFI:
+    """Return the cffi builder of the kernels: API mode, limited ABI; ``options`` of compiler and linker."""
     builder = FFI()
     builder.cdef((HERE / "kernels.h").read_text(encoding="utf-8"))
     builder.set_source(
         MODULE,
         '#include "kernels.c"',
         include_dirs=[str(HERE)],
-        extra_compile_args=["-O3", "-g0"],
+        extra_compile_args=list(options),
+        extra_link_args=list(options),
         py_limited_api=True,
     )
     return builder

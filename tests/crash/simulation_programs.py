@@ -101,7 +101,11 @@ class Writer(Teller):
 
 def program_of(seed: int, drop_barriers: tuple[str, ...] = ()) -> Program:
     """Return the program of a seed: always the same."""
-    random = Random(f"simulation {seed}")
+    return program_drawn(Random(f"simulation {seed}"), drop_barriers)
+
+
+def program_drawn(random: Random, drop_barriers: tuple[str, ...] = ()) -> Program:
+    """Return the program that chance tells."""
     (cluster_bytes,) = random.choices(CLUSTER_SIZES, CLUSTER_WEIGHTS)
     starts = [name for name in SIMULATED if cluster_bytes > 4096 or name not in LARGE_ONLY]
     start, start_seed, journal = random.choice(starts), random.randrange(START_SEEDS), random.choice(JOURNALS)

@@ -162,6 +162,16 @@ def make_clean_case(number: int) -> Case:
 def _make_case(number: int, bases: tuple[Sample, ...]) -> Case:
     chance = random.Random(number)
     sample = chance.choice(bases)
+    content, story = _attacked(sample, chance)
+    return Case(number, content, sample.live, story)
+
+
+def drawn_content(chance: random.Random) -> bytes:
+    """Return the hostile image that chance makes."""
+    return _attacked(chance.choice(samples()), chance)[0]
+
+
+def _attacked(sample: Sample, chance: random.Random) -> tuple[bytes, tuple[str, ...]]:
     content = bytearray(sample.content)
     attacks = list(ATTACKS if sample.live else CLEAN_ATTACKS)
     story = []
@@ -169,7 +179,7 @@ def _make_case(number: int, bases: tuple[Sample, ...]) -> Case:
         attack = chance.choice(attacks)
         told = attack(content, sample, chance)
         story.append(f"{attack.__name__} {told}")
-    return Case(number, bytes(content), sample.live, tuple(story))
+    return bytes(content), tuple(story)
 
 
 # Values that break things
