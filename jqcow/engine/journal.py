@@ -112,6 +112,11 @@ class Journal:
         return self._position == 0
 
     @property
+    def is_new(self) -> bool:
+        """True until a record was logged: there is the frame of going live, and nothing behind it."""
+        return self.sequence == 1
+
+    @property
     def is_pending(self) -> bool:
         """True from the beginning of an append until its frame was accepted or revoked."""
         return self._pending is not None

@@ -23,7 +23,7 @@ from jqcow.engine.journal import Contents
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
-from jqcow.errors import CorruptionError, FormatError
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import HeaderOperation
@@ -76,8 +76,8 @@ class Lifecycle:
             self.space.metadata = self.public.snapshots.survey()
             self._find_frontier()
             self.start_search()
-            if self.log.journal is None:
-                # Who left a live one has seen to this before its first record.
+            if self.log.journal is None or self.log.journal.is_new:
+                # Who logged a record has seen to this in the first one.
                 self._find_uncounted()
             self._is_surveyed = True
 
@@ -235,6 +235,8 @@ class Lifecycle:
             self.log.settle_in()
         # R3: before the records of this process, not before those that a crash left.
         self.public.refcounts.allocate_homes()
+        # The crash may have come before the first record, which was to keep F2.
+        self.go_live(self.medium.require_healthy)
 
     def find_leftover(self, *, repairing: bool = False) -> Leftover | None:
         """Return the journal that a crash left behind on a clean image: it cut going live or closing off.
@@ -246,15 +248,19 @@ class Lifecycle:
         return None if extent is None else Leftover(extent, not repairing and self._is_unused(extent))
 
     def _is_unused(self, extent: JournalRange) -> bool:
-        """Return True if the refcounts can be trusted, and say that nothing in the file is in the range."""
-        end = min(extent.end, self.medium.size())
+        """Return True if the refcounts can be trusted, and nothing that a table names goes with the range."""
+        size_bytes, clusters = self.medium.size(), self.geometry.clusters
+        end = min(extent.end, size_bytes)
         try:
             self.public.snapshots.survey()
+            given_up = [(self.public.refcounts.used_end(), clusters(size_bytes))]
             if extent.offset < end:
                 self.check_journal_is_free(replace(extent, length=end - extent.offset))
-        except CorruptionError:
+                given_up.append((self.geometry.cluster_of(HostOffset(extent.offset)), clusters(end)))
+            # F2: data there is in use, whatever its refcount.
+            return not any(self.public.snapshots.data_within(*part) for part in given_up)
+        except (CorruptionError, UnsupportedFeatureError):
             return False
-        return True
 
     def finish_closing(self, leftover: Leftover) -> None:
         """Clear the root copy, which must not speak for what the image becomes, and give the space back.

@@ -490,6 +490,16 @@ OF_COMMITS = (
         trials=(SCENARIO + "uncounted-data",),
     ),
     Mutant(
+        "F2-cut-off-before-the-first-record",
+        returning(f"{JOURNAL}.is_new", False),
+        trials=(SCENARIO + "uncounted-data",),
+    ),
+    Mutant(
+        "F2-cut-off-with-what-a-crash-left",
+        returning(f"{SNAPSHOTS}.data_within", {}, during=f"{LIFECYCLE}._is_unused"),
+        trials=(SCENARIO + "uncounted-data",),
+    ),
+    Mutant(
         "F2-uncounted-data-free",
         after(f"{LIFECYCLE}._find_uncounted", lambda _, lifecycle: lifecycle.start_search()),
         trials=(SCENARIO + "uncounted-data",),
