@@ -33,6 +33,7 @@ from tests.support.mutant import (
     COMMITS,
     FRAME,
     JOURNAL,
+    JOURNAL_MODULE,
     LEAVE_TO_ONE,
     LIFECYCLE,
     LOG,
@@ -213,6 +214,16 @@ OF_JOURNAL = (
         "J7-newest-frame-given-up",
         replacing(f"{LOG_MODULE}:dead_parts", whole_range),
         trials=seeds("full-at-opening/4096", 2),
+    ),
+    Mutant(
+        "J7-space-for-closing-given-up",
+        Number(f"{JOURNAL_MODULE}:HEADER_FRAME_BYTES", 0),
+        trials=(SCENARIO + "recovery-on-full-disk",),
+    ),
+    Mutant(
+        "M7-moved-at-any-price",
+        returning(f"{MEDIUM}.can_forget", False),
+        trials=(SCENARIO + "recovery-on-full-disk",),
     ),
     Mutant(
         "T8-record-longer-than-a-half",

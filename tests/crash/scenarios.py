@@ -34,6 +34,8 @@ from tests.support.users import create_simulated, open_simulated
 CLUSTER_BYTES = 4096
 WITH_ROOT_COPY = 8192
 """A cluster size with room for the root copy."""
+FLUSHES = 12
+CHANGING_CALLS = {"pwrite", "truncate", "allocate", "punch"}
 
 
 class Crafted(Tables):
@@ -252,7 +254,7 @@ def stale_root_copy() -> None:
 
 
 def lost_frame_on_full_disk() -> None:
-    """P4: the newest frame is in the page cache alone, the disk is full, and recovery is cut off anywhere.
+    """P4: a cache that never forgets alone has the newest frame, the disk is full, recovery is cut off.
 
     The frame begins its epoch: the disk may hold the epoch before it, which must not be given up.
     """
@@ -265,6 +267,7 @@ def lost_frame_on_full_disk() -> None:
     with suppress(OSError):
         image.flush()
     found = device.killed()
+    found.can_forget = False
     found.faults = FaultPlan(capacity_bytes=found.used_bytes)
     states: list[SimulatedDevice] = []
 
@@ -282,6 +285,56 @@ def lost_frame_on_full_disk() -> None:
                 require(again.pread(1, 4 * CLUSTER_BYTES) == b"\x44", "P1: what was flushed is gone")
         except JqcowError as error:
             raise PromiseBroken(f"P4: {error}") from error
+
+
+def recovery_on_full_disk() -> None:
+    """P4: recovery on a full disk needs no space, however often the power goes in it.
+
+    What it gives back others may take at once.
+    """
+    for cluster_bytes, is_shared in ((512, True), (CLUSTER_BYTES, False), (WITH_ROOT_COPY, True)):
+        crashed = [_killed_after_flushes(cluster_bytes)]
+        capacity_bytes = crashed[0].used_bytes
+        for _ in range(3):
+            left: list[SimulatedDevice] = []
+            for device in crashed:
+                device.faults = FaultPlan(capacity_bytes=capacity_bytes)
+                left += _recovered_on_full_disk(device, cluster_bytes, is_shared=is_shared)
+            crashed = left[:: max(1, len(left) // 12)]
+
+
+def _killed_after_flushes(cluster_bytes: int) -> SimulatedDevice:
+    device = SimulatedDevice()
+    image = create_simulated(device, 4 << 20, cluster_bytes)
+    for number in range(FLUSHES):
+        image.pwrite(bytes([number + 1]) * SECTOR_BYTES, number * 7 * WITH_ROOT_COPY)
+        image.flush()
+    return device.killed()
+
+
+def _recovered_on_full_disk(
+    device: SimulatedDevice, cluster_bytes: int, *, is_shared: bool
+) -> list[SimulatedDevice]:
+    """Recover and close, judge that, and return what power cuts on the way would leave."""
+    left: list[SimulatedDevice] = []
+
+    def cut(call: str, now: SimulatedDevice) -> None:
+        if is_shared and now.faults is not None:
+            now.faults.capacity_bytes = now.used_bytes
+        if call not in CHANGING_CALLS:
+            left.extend(now.crash(state) for state in enumerate_states(now, budget=4))
+
+    device.change_listeners.append(cut)
+    device.barrier_listeners.append(cut)
+    try:
+        with open_simulated(device) as image:
+            for number in range(FLUSHES):
+                found = image.pread(SECTOR_BYTES, number * 7 * WITH_ROOT_COPY)
+                require(found == bytes([number + 1]) * SECTOR_BYTES, "P1: what was flushed is gone", number)
+            _require_sound(image)
+    except OSError as error:
+        raise PromiseBroken(f"P4: with clusters of {cluster_bytes} bytes: {error}") from error
+    return left
 
 
 # Threads
@@ -615,6 +668,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         checkpoint_on_full_disk,
         stale_root_copy,
         lost_frame_on_full_disk,
+        recovery_on_full_disk,
         writers_of_one_cluster,
         snapshot_beside_a_write,
         write_beside_a_transaction,
