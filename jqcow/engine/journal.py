@@ -174,6 +174,14 @@ class Journal:
                 raise
         self._pending = None
 
+    def drop_epoch_before(self) -> None:
+        """Overwrite the start of the epoch before, which is home: should this one be lost, nothing is found.
+
+        Raises:
+            OSError: the write failed; this epoch, which is durable, stays.
+        """
+        self.medium.pwrite(bytes(FRAME_ALIGNMENT), HostOffset(self.extent.half_offset(self.epoch - 1)))
+
     def start_epoch(self) -> None:
         """The running epoch is in its homes: go on in the other half, which is chosen by the epoch's parity.
 

@@ -185,9 +185,9 @@ class Lifecycle:
             # Durable now: the opening frame and the root copy. The root that names them comes next.
             self.medium.barrier("live.prepare")
             self.root.write(roots.pack_root(clean.header, journal.extent))
-            if clean.header.autoclear_features:
-                # Durable now: the cleared autoclear bits. Data may change what they vouch for.
-                self.medium.barrier("live.autoclear")
+            # Durable now: the root, without the autoclear bits that data may break from here on. No record
+            # follows an older sector 0 (F4).
+            self.medium.barrier("live.root")
         except BaseException:
             self.root.put_back(before)
             self.log.retire(journal.extent)
@@ -321,29 +321,26 @@ class Lifecycle:
             self.medium.pwrite(tail, HEADER_TAIL)
 
     def _begin_last_epoch(self) -> None:
-        """Append a frame of the header alone, behind homes that are all written (F2). `_clear_root` follows.
-
-        Torn, it leaves the epoch before, which is home, to be replayed.
-        """
+        """Append a frame of the header alone, behind homes that are all written (F4)."""
+        journal = self.log.require_journal()
         try:
-            header = HeaderOperation(self.blocks.area.data)
-            self.log.require_journal().append(frames.encode_operations([header]))
+            journal.append(frames.encode_operations([HeaderOperation(self.blocks.area.data)]))
+            # Durable now: the last epoch. The one before may go, and sector 0 be cleared.
+            self.medium.barrier("close.epoch")
         except BaseException:
-            self.log.require_journal().revoke()
+            journal.revoke()
             raise
+        journal.accept()
 
     def _clear_root(self) -> None:
-        area = self.blocks.area
-        live = roots.pack_root(area.header, self.log.require_journal().extent)
+        area, journal = self.blocks.area, self.log.require_journal()
+        journal.drop_epoch_before()
         try:
             self.root.write(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"))
-            # Durable now: sector 0 in standard layout, the last epoch. The journal and the root copy may go.
+            # Durable now: sector 0 in standard layout. The journal and the root copy may go.
             self.medium.barrier("close.clear")
         except BaseException:
-            try:
-                self.root.put_back_on_closing(live)
-            finally:
-                self.log.require_journal().revoke()
+            self.root.put_back_on_closing(roots.pack_root(area.header, journal.extent))
             raise
 
     def _release_journal(self) -> None:

@@ -72,7 +72,7 @@ from tests.support.patches import (
 
 BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "live.prepare": ("reopened/4096/0",),
-    "live.autoclear": ("autoclear/4096/0",),
+    "live.root": ("autoclear/4096/0",),
     "root.settle": ("root:root-write-fails/8192/0",),
     "flush.data": ("in-place/4096/0",),
     "flush.ordered": ("reuse/4096/0",),
@@ -84,6 +84,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "recover.root": ("root:killed/8192/0",),
     "finish.cut": ("dropping:unfinished-close",),
     "close.data": ("in-place/4096/0",),
+    "close.epoch": ("dropping:stale-root-copy",),
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
@@ -208,7 +209,7 @@ OF_JOURNAL = (
     Mutant(
         "J7-epoch-before-given-up",
         replacing(f"{LOG_MODULE}:dead_parts", whole_other_half),
-        trials=("scenario:lost-frame-on-full-disk",),
+        trials=(SCENARIO + "lost-frame-on-full-disk",),
     ),
     Mutant(
         "J7-newest-frame-given-up",
@@ -516,9 +517,24 @@ OF_COMMITS = (
         trials=(SCENARIO + "uncounted-data",),
     ),
     Mutant(
+        "F3-truncated-file-made-longer",
+        skipping(f"{LIFECYCLE}._refuse_truncated"),
+        trials=(SCENARIO + "truncated-file",),
+    ),
+    Mutant(
         "F4-blocks-behind-a-stale-root-copy",
         skipping(f"{LIFECYCLE}._begin_last_epoch"),
-        trials=("scenario:stale-root-copy",),
+        trials=("dropping:stale-root-copy",),
+    ),
+    Mutant(
+        "F4-record-before-the-root",
+        without_barrier("live.root"),
+        trials=("dropping:stale-root-copy",),
+    ),
+    Mutant(
+        "F4-blocks-below-the-last-epoch",
+        skipping(f"{JOURNAL}.drop_epoch_before"),
+        trials=("dropping:stale-root-copy",),
     ),
 )
 

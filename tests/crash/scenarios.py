@@ -17,10 +17,13 @@ import jqcow
 from jqcow.checker.check import Kind
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.undo import pack_undo, undo_on
+from jqcow.engine.scan import read_root_copy
 from jqcow.errors import CorruptionError, JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.offline.recover import recover_image
 from jqcow.ondisk.entries import COPIED
+from jqcow.ondisk.header import MAGIC
+from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
@@ -203,6 +206,16 @@ def _judge_uncounted(crashed: SimulatedDevice, cluster_bytes: int) -> None:
         require(kinds <= {Kind.COPIED_FLAG, Kind.LEAK}, "P2: refcounts of what was not counted", kinds)
 
 
+def truncated_file() -> None:
+    """P1: the file was cut off, and data is lost: no change makes zeros of it (F3)."""
+    content = bytes(Crafted(table_first=True).image)
+    image = open_simulated(SimulatedDevice(content[:-CLUSTER_BYTES]))
+    _must_refuse(
+        "P1: what was cut off became zeros",
+        lambda: image.pwrite(b"\x44" * CLUSTER_BYTES, 8 * CLUSTER_BYTES),
+    )
+
+
 def checkpoint_on_full_disk() -> None:
     """P5: what was accepted before the disk was full can be brought home while it is."""
     session = new_session(Windows.of(CLUSTER_BYTES))
@@ -214,43 +227,6 @@ def checkpoint_on_full_disk() -> None:
         require(error.errno != errno.ENOSPC, "P5: the checkpoint found the disk full")
         raise
     session.look()
-
-
-def _cut_off_close() -> tuple[SimulatedDevice, int]:
-    """Return an image of which the close was cut off in its last step, and the space that it should take."""
-    device = SimulatedDevice()
-    left: list[bytes] = []
-    image = create_simulated(device, 4 << 20, WITH_ROOT_COPY)
-    image.pwrite(b"\x33" * WITH_ROOT_COPY, 3 * WITH_ROOT_COPY)
-
-    def keep(name: str, device: SimulatedDevice) -> None:
-        if name == "close.release":
-            left.append(device.durable_content())
-
-    device.barrier_listeners.append(keep)
-    image.close()
-    device.reopen()
-    return SimulatedDevice(left[0]), device.used_bytes
-
-
-def stale_root_copy() -> None:
-    """P1: a crash cuts a close off, another program goes on, and then sector 0 is lost.
-
-    The root copy is still there. What it names must not bring older tables back.
-    """
-    cluster_bytes = WITH_ROOT_COPY
-    device, _ = _cut_off_close()
-    tables = Tables(device.content())
-    entry, moved = tables.l2 + 8 * 3, tables.l2 + 8 * 5
-    tables.image[moved : moved + 8] = tables.image[entry : entry + 8]
-    tables.image[entry : entry + 8] = bytes(8)
-    tables.image[:SECTOR_BYTES] = b"\xee" * SECTOR_BYTES
-    after = SimulatedDevice(bytes(tables.image))
-    recover_image(after)
-    with open_simulated(after) as recovered:
-        found = recovered.pread(cluster_bytes, 5 * cluster_bytes)
-        require(found == b"\x33" * cluster_bytes, "P1: what another program wrote", "older tables came back")
-        _require_sound(recovered)
 
 
 def lost_frame_on_full_disk() -> None:
@@ -614,6 +590,23 @@ def commit_into_a_raw_base(drop_barriers: tuple[str, ...]) -> None:
     require(found[5000:15_000] == b"\x44" * 10_000, "P1: what the overlay had", "not durable in the base")
 
 
+def _cut_off_close() -> tuple[SimulatedDevice, int]:
+    """Return an image of which the close was cut off in its last step, and the space that it should take."""
+    device = SimulatedDevice()
+    left: list[bytes] = []
+    image = create_simulated(device, 4 << 20, WITH_ROOT_COPY)
+    image.pwrite(b"\x33" * WITH_ROOT_COPY, 3 * WITH_ROOT_COPY)
+
+    def keep(name: str, device: SimulatedDevice) -> None:
+        if name == "close.release":
+            left.append(device.durable_content())
+
+    device.barrier_listeners.append(keep)
+    image.close()
+    device.reopen()
+    return SimulatedDevice(left[0]), device.used_bytes
+
+
 def unfinished_close(drop_barriers: tuple[str, ...]) -> None:
     """P4: a crash cuts a close off, and another one what finishes it: the space comes back."""
     cut, used_bytes = _cut_off_close()
@@ -628,6 +621,53 @@ def unfinished_close(drop_barriers: tuple[str, ...]) -> None:
     for device in again:
         recover_image(device)
         require(device.used_bytes <= used_bytes, "P4: the journal's space", "it stays behind")
+
+
+def stale_root_copy(drop_barriers: tuple[str, ...]) -> None:
+    """P1: a crash cuts off going live or closing, another program goes on, and then sector 0 is lost.
+
+    The root copy is still there. What it names must not bring older tables back.
+    """
+    device = SimulatedDevice()
+    with create_simulated(device, 4 << 20, WITH_ROOT_COPY) as image:
+        image.pwrite(b"\x33" * WITH_ROOT_COPY, 3 * WITH_ROOT_COPY)
+    device.reopen()
+    left: list[SimulatedDevice] = []
+
+    def cut(_: str, now: SimulatedDevice) -> None:
+        states = (now.crash(state) for state in enumerate_states(now, budget=32))
+        left.extend(crashed for crashed in states if _has_stale_copy(crashed))
+
+    device.barrier_listeners.append(cut)
+    device.drop_barriers = set(drop_barriers)
+    with open_simulated(device) as image:
+        image.pwrite(b"\x44" * WITH_ROOT_COPY, 8 * WITH_ROOT_COPY)
+    require(left, "no crash leaves a root copy")
+    for crashed in left:
+        _judge_stale_copy(crashed)
+
+
+def _has_stale_copy(crashed: SimulatedDevice) -> bool:
+    sector = crashed.pread(SECTOR_BYTES, 0)
+    return sector[: len(MAGIC)] == MAGIC and not is_live(sector) and read_root_copy(crashed) is not None
+
+
+def _judge_stale_copy(crashed: SimulatedDevice) -> None:
+    """Move a mapped cluster, as another program may, lose sector 0, and recover what the root copy tells."""
+    tables = Tables(crashed.content())
+    entry, moved = tables.l2 + 8 * 3, tables.l2 + 8 * 5
+    tables.image[moved : moved + 8] = tables.image[entry : entry + 8]
+    tables.image[entry : entry + 8] = bytes(8)
+    tables.image[:SECTOR_BYTES] = b"\xee" * SECTOR_BYTES
+    after = SimulatedDevice(bytes(tables.image))
+    try:
+        recover_image(after)
+    except CorruptionError:
+        return
+    with open_simulated(after) as recovered:
+        found = recovered.pread(WITH_ROOT_COPY, 5 * WITH_ROOT_COPY)
+        require(found == b"\x33" * WITH_ROOT_COPY, "P1: what another program wrote", "older tables came back")
+        _require_sound(recovered)
 
 
 def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
@@ -651,6 +691,7 @@ def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
 DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "commit": commit_into_a_raw_base,
     "unfinished-close": unfinished_close,
+    "stale-root-copy": stale_root_copy,
     "undo": undo_of_a_repair,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
@@ -665,8 +706,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         two_owners_with_wrong_flags,
         stale_copied_flag,
         uncounted_data,
+        truncated_file,
         checkpoint_on_full_disk,
-        stale_root_copy,
         lost_frame_on_full_disk,
         recovery_on_full_disk,
         writers_of_one_cluster,
