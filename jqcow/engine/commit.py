@@ -219,8 +219,7 @@ class Commits:
             self.medium.barrier("flush.ordered")
         payload = self.log.make_room(changes)
         self.log.require_journal().append(payload)
-        # Durable now: the record, and the data of its zero-safe pairs; with the first record the root that
-        # names the journal. The flush is acknowledged.
+        # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.
         self.medium.barrier("flush.record")
 
     def _publish(self, tables: Tables, cut: _Cut) -> None:

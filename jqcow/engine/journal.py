@@ -25,6 +25,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.scan import DECODED_HALVES_MAX, ZEROED_BYTES_MIN, Scan, decoded_limit, zeroed_limit
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import layout
+from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import (
     FRAME_ALIGNMENT,
     FRAME_HEADER_BYTES,
@@ -37,6 +38,8 @@ from jqcow.ondisk.layout import HostOffset
 from jqcow.ondisk.root import MIN_JOURNAL_BYTES, SALT_BYTES, JournalRange
 
 ZERO_CHUNK_BYTES = 1 << 20
+HEADER_FRAME_BYTES = roots.MAX_LIVE_HEADER_BYTES + FRAME_ALIGNMENT
+"""Space for a frame of the header alone: closing begins an epoch with one."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,14 @@ class Journal:
                 raise
         self._pending = None
 
+    def drop_epoch_before(self) -> None:
+        """Overwrite the start of the epoch before, which is home: should this one be lost, nothing is found.
+
+        Raises:
+            OSError: the write failed; this epoch, which is durable, stays.
+        """
+        self.medium.pwrite(bytes(FRAME_ALIGNMENT), HostOffset(self.extent.half_offset(self.epoch - 1)))
+
     def start_epoch(self) -> None:
         """The running epoch is in its homes: go on in the other half, which is chosen by the epoch's parity.
 
@@ -181,11 +192,14 @@ def write_range(medium: Medium, extent: JournalRange, contents: Contents, *, spa
     """Fill a new range with zeros, then with frames under its salt from the start of their half.
 
     Zeros are written, not allocated: an append into unwritten extents would make the host's file system
-    commit its own journal at every flush. ``sparse`` leaves them out, where there is no space for them.
+    commit its own journal at every flush. ``sparse`` leaves them out, where there is no space for them, but
+    for what closing needs.
     """
     zeros = bytes(min(ZERO_CHUNK_BYTES, extent.length))
     for offset in range(extent.offset, extent.end, len(zeros)) if not sparse else ():
         medium.pwrite(zeros[: extent.end - offset], HostOffset(offset))
+    if sparse:
+        medium.pwrite(bytes(HEADER_FRAME_BYTES), HostOffset(extent.half_offset(contents.epoch + 1)))
     position = extent.half_offset(contents.epoch)
     for frame in contents.frames:
         medium.pwrite(frames.reframe(frame, extent.salt), HostOffset(position))
@@ -201,10 +215,12 @@ def dead_parts(extent: JournalRange, contents: Contents) -> list[tuple[HostOffse
       one in the other half.
     - The other half, if the epoch has a second frame. That was begun only when the first one was durable
       (J2), or both were copied here before the root named the range. So every crash state has this epoch. Of
-      one frame alone nobody knows that: the epoch before it may be what the disk holds.
+      one frame alone nobody knows that: the epoch before it may be what the disk holds. What closing needs at
+      the start of that half is kept.
     """
     half, used_bytes = extent.half_offset(contents.epoch), contents.used_bytes
     parts = [(HostOffset(half + used_bytes), extent.half_bytes - used_bytes)]
     if len(contents.frames) > 1:
-        parts.append((HostOffset(extent.half_offset(contents.epoch + 1)), extent.half_bytes))
+        other = extent.half_offset(contents.epoch + 1)
+        parts.append((HostOffset(other + HEADER_FRAME_BYTES), extent.half_bytes - HEADER_FRAME_BYTES))
     return [(offset, length) for offset, length in parts if length]

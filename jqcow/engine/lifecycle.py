@@ -196,9 +196,9 @@ class Lifecycle:
             # Durable now: the opening frame and the root copy. The root that names them comes next.
             self.medium.barrier("live.prepare")
             self.root.write(roots.pack_root(clean.header, journal.extent))
-            if clean.header.autoclear_features:
-                # Durable now: the cleared autoclear bits. Data may change what they vouch for.
-                self.medium.barrier("live.autoclear")
+            # Durable now: the root, without the autoclear bits that data may break from here on. No record
+            # follows an older sector 0 (F4).
+            self.medium.barrier("live.root")
         except BaseException:
             self.root.put_back(before)
             self.log.retire(journal.extent)
@@ -246,6 +246,8 @@ class Lifecycle:
             self.log.settle_in()
         # R3: before the records of this process, not before those that a crash left.
         self.public.refcounts.allocate_homes()
+        # The crash may have come before the first record, which was to keep F2.
+        self.go_live(self.medium.require_healthy)
 
     def find_leftover(self, *, repairing: bool = False) -> Leftover | None:
         """Return the journal that a crash left behind on a clean image: it cut going live or closing off.
@@ -257,16 +259,19 @@ class Lifecycle:
         return None if extent is None else Leftover(extent, not repairing and self._is_unused(extent))
 
     def _is_unused(self, extent: JournalRange) -> bool:
-        """Return True if the refcounts can be trusted, and say that nothing in the file is in the range."""
-        end = min(extent.end, self.medium.size())
+        """Return True if the refcounts can be trusted, and nothing that a table names goes with the range."""
+        size_bytes, clusters = self.medium.size(), self.geometry.clusters
+        end = min(extent.end, size_bytes)
         try:
             self.public.snapshots.survey()
+            given_up = [(self.public.refcounts.used_end(), clusters(size_bytes))]
             if extent.offset < end:
                 self.check_journal_is_free(replace(extent, length=end - extent.offset))
-            self._find_uncounted()
-        except CorruptionError:
+                given_up.append((self.geometry.cluster_of(HostOffset(extent.offset)), clusters(end)))
+            # F2: data there is in use, whatever its refcount.
+            return not any(self.public.snapshots.data_within(*part) for part in given_up)
+        except (CorruptionError, UnsupportedFeatureError):
             return False
-        return not self._uncounted
 
     def finish_closing(self, leftover: Leftover) -> None:
         """Clear the root copy, which must not speak for what the image becomes, and give the space back.
@@ -327,29 +332,26 @@ class Lifecycle:
             self.medium.pwrite(tail, HEADER_TAIL)
 
     def _begin_last_epoch(self) -> None:
-        """Append a frame of the header alone, behind homes that are all written (F2). `_clear_root` follows.
-
-        Torn, it leaves the epoch before, which is home, to be replayed.
-        """
+        """Append a frame of the header alone, behind homes that are all written (F4)."""
+        journal = self.log.require_journal()
         try:
-            header = HeaderOperation(self.blocks.area.data)
-            self.log.require_journal().append(frames.encode_operations([header]))
+            journal.append(frames.encode_operations([HeaderOperation(self.blocks.area.data)]))
+            # Durable now: the last epoch. The one before may go, and sector 0 be cleared.
+            self.medium.barrier("close.epoch")
         except BaseException:
-            self.log.require_journal().revoke()
+            journal.revoke()
             raise
+        journal.accept()
 
     def _clear_root(self) -> None:
-        area = self.blocks.area
-        live = roots.pack_root(area.header, self.log.require_journal().extent)
+        area, journal = self.blocks.area, self.log.require_journal()
+        journal.drop_epoch_before()
         try:
             self.root.write(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"))
-            # Durable now: sector 0 in standard layout, the last epoch. The journal and the root copy may go.
+            # Durable now: sector 0 in standard layout. The journal and the root copy may go.
             self.medium.barrier("close.clear")
         except BaseException:
-            try:
-                self.root.put_back_on_closing(live)
-            finally:
-                self.log.require_journal().revoke()
+            self.root.put_back_on_closing(roots.pack_root(area.header, journal.extent))
             raise
 
     def _release_journal(self) -> None:

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable
 
 from jqcow.engine.clusters import Run
-from jqcow.engine.journal import Contents, Journal, dead_parts, write_range
+from jqcow.engine.journal import HEADER_FRAME_BYTES, Contents, Journal, dead_parts, write_range
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Blocks, ChangeSet
 from jqcow.engine.root import Root
@@ -263,29 +263,42 @@ class Log:
         """Copy the live frames of a range that was found to a new one, and make the root name that.
 
         On a full disk the new range takes the space of what is dead in the old one (J7), and no more of it
-        than the frames are long. It gets the rest of its space when the old range has gone (`settle_in`).
+        than the frames are long. It gets the rest of its space when the old range has gone (`settle_in`). If
+        recoveries before have left not even that much, the old range goes on: what was read is durable (M7).
 
         Raises:
-            OSError: the old range goes on: recovery can be tried again.
+            OSError: recovery can be tried again.
         """
         self.root.settle()
         shortest = contents.smallest_length()
         try:
             journal = self.lay(max(length, shortest), contents, shortest)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not self._give_back_dead_parts(contents):
+            if error.errno != errno.ENOSPC:
                 raise
-            try:
-                journal = self._lay(shortest, contents, sparse=True)
-            except OSError as second:
-                raise self._no_space(contents.used_bytes, second) from second
+            found = self._lay_in_dead_parts(shortest, contents)
             self.is_sparse = True
+            if found is None:
+                self.root.copy_is_stale = True
+                return
+            journal = found
         self._move_to(journal)
 
-    def _give_back_dead_parts(self, contents: Contents) -> bool:
-        """Give back what no crash state replays of the range that was found; False where the host cannot."""
-        parts = dead_parts(self.require_journal().extent, contents)
-        return all(self.medium.punch(offset, length) for offset, length in parts)
+    def _lay_in_dead_parts(self, length: int, contents: Contents) -> Journal | None:
+        """Give back what no crash state replays of the range that was found, and lay a sparse range there.
+
+        Returns None if there is too little space, and the device forgets what is not durable.
+        """
+        for offset, part_bytes in dead_parts(self.require_journal().extent, contents):
+            self.medium.punch(offset, part_bytes)
+        try:
+            return self._lay(length, contents, sparse=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            if self.medium.can_forget:
+                return None
+            raise self._no_space(contents.used_bytes + HEADER_FRAME_BYTES, error) from error
 
     def settle_in(self) -> None:
         """Give the old range's space back, and the new one what it still needs, after a rescue in need.

@@ -132,6 +132,11 @@ class Medium:
         self.require_healthy()
         return self.device.punch(offset, length)
 
+    @property
+    def can_forget(self) -> bool:
+        """True if the device shows what is durable, and nothing that a failed barrier lost (M7)."""
+        return isinstance(self.device, Caching)
+
     def forget_cached(self) -> None:
         """Have reads show what the disk has, if the device can (M7); a barrier has completed."""
         if isinstance(self.device, Caching):

@@ -42,6 +42,8 @@ DECODED_BYTES_MAX = 256 << 20
 ZEROED_BYTES_MIN = 64 << 20
 TORN_HALVES_MAX = 8
 """Frames whose CRC is wrong may come to so many halves: reading them all again and again takes forever."""
+WINDOW_BYTES = 1 << 20
+"""Read at once, a multiple of the frames' alignment."""
 SERIAL_MAX = 1 << 63
 """Epochs and sequences stay below this: a writer at one a nanosecond needs three centuries."""
 
@@ -137,27 +139,31 @@ def scan(device: Reader, extent: JournalRange, geometry: Geometry) -> Scan:
 def _valid_frames(device: Reader, extent: JournalRange, half: int) -> Iterator[_Candidate]:
     """Yield every frame in a half whose salt and CRC are right."""
     start = extent.half_offset(half)
-    content = memoryview(device.pread(extent.half_bytes, start))
-    position = torn_bytes = 0
-    while position < extent.half_bytes:
-        header = FrameHeader.unpack(content[position : position + frames.FRAME_HEADER_BYTES])
+    end = start + extent.half_bytes
+    window, window_offset = memoryview(b""), start
+    offset, torn_bytes = start, 0
+    while offset < end:
+        if offset - window_offset >= len(window):
+            window = memoryview(device.pread(min(WINDOW_BYTES, end - offset), offset))
+            window_offset = offset
+        header = FrameHeader.unpack(window[offset - window_offset :][: frames.FRAME_HEADER_BYTES])
         length = FRAME_ALIGNMENT
-        if (
-            header is not None
-            and header.salt == extent.salt
-            and header.frame_length <= len(content) - position
-        ):
-            if frames.crc_matches(content[position : position + header.frame_length]):
+        if header is not None and header.salt == extent.salt and header.frame_length <= end - offset:
+            if frames.crc_matches(_parts(device, offset, header.frame_length)):
                 header.check_supported()
                 length = header.frame_length
-                yield _Candidate(start + position, header)
+                yield _Candidate(offset, header)
             else:
                 torn_bytes += header.frame_length
                 if torn_bytes > TORN_HALVES_MAX * extent.half_bytes:
-                    raise CorruptionError(
-                        "journal", start + position, "it holds too many frames that are torn"
-                    )
-        position += length
+                    raise CorruptionError("journal", offset, "it holds too many frames that are torn")
+        offset += length
+
+
+def _parts(device: Reader, offset: int, length: int) -> Iterator[bytes]:
+    """Yield a range in parts: a half may be larger than memory."""
+    for at in range(offset, offset + length, WINDOW_BYTES):
+        yield device.pread(min(WINDOW_BYTES, offset + length - at), at)
 
 
 def _check_joined(extent: JournalRange, epoch: int, live: Sequence[_Candidate]) -> None:
@@ -186,7 +192,7 @@ def _decode(
     zeroed_bytes = 0
     for found in live:
         raw = device.pread(found.header.frame_length, found.offset)
-        payload = raw[frames.FRAME_HEADER_BYTES :][: found.header.payload_length]
+        payload = memoryview(raw)[frames.FRAME_HEADER_BYTES :][: found.header.payload_length]
         operations = frames.decode_operations(
             found.header,
             payload,

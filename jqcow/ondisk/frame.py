@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgpack
@@ -160,12 +160,17 @@ class EncodedPayload:
         return layout.round_up(FRAME_HEADER_BYTES + len(self.data), FRAME_ALIGNMENT)
 
 
-def crc_matches(frame: bytes | memoryview) -> bool:
-    """Return True if the CRC-32C in a whole frame is right."""
-    stored = int.from_bytes(frame[CRC_OFFSET : CRC_OFFSET + 4], "big")
-    crc = _native.crc32c(frame[:CRC_OFFSET])
-    crc = _native.crc32c(b"\0\0\0\0", crc)
-    return _native.crc32c(frame[CRC_OFFSET + 4 :], crc) == stored
+def crc_matches(parts: Iterable[bytes | memoryview]) -> bool:
+    """Return True if the CRC-32C in a frame is right. It comes in parts, the first one with its header."""
+    stored = crc = -1
+    for part in parts:
+        if stored < 0:
+            stored = int.from_bytes(part[CRC_OFFSET : CRC_OFFSET + 4], "big")
+            crc = _native.crc32c(b"\0\0\0\0", _native.crc32c(part[:CRC_OFFSET]))
+            crc = _native.crc32c(part[CRC_OFFSET + 4 :], crc)
+        else:
+            crc = _native.crc32c(part, crc)
+    return crc == stored
 
 
 def encode_operations(operations: Sequence[Operation]) -> EncodedPayload:
@@ -230,7 +235,7 @@ def reframe(frame: bytes, salt: bytes) -> bytes:
 
 def decode_operations(
     header: FrameHeader,
-    payload: bytes,
+    payload: bytes | memoryview,
     geometry: Geometry,
     limit_bytes: int,
     offset: int,
@@ -272,7 +277,7 @@ def decode_operations(
     return tuple(operations)
 
 
-def _items(plain: bytes, damaged: _Damage) -> Iterator[list[int | bytes]]:
+def _items(plain: bytes | memoryview, damaged: _Damage) -> Iterator[list[int | bytes]]:
     """Yield the arrays of a payload one by one: a hostile one must not become millions of objects.
 
     A writer's items have numbers and bytes in them, and nothing that could hold more.
@@ -295,12 +300,12 @@ def _items(plain: bytes, damaged: _Damage) -> Iterator[list[int | bytes]]:
         raise damaged("the payload goes on behind its operations")
 
 
-def _is_scalar(first_byte: bytes) -> bool:
+def _is_scalar(first_byte: bytes | memoryview) -> bool:
     """Return True if a number, or bytes, begin with this byte."""
     return bool(first_byte) and first_byte[0] in _SCALAR_BYTES
 
 
-def _decompress(payload: bytes, length: int, damaged: _Damage) -> bytes:
+def _decompress(payload: bytes | memoryview, length: int, damaged: _Damage) -> bytes:
     """Decompress into at most ``length`` bytes, whatever the zstd frame claims."""
     try:
         parameters = zstandard.get_frame_parameters(payload)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -161,6 +162,8 @@ class SimulatedDevice:
         everything = set(range(len(self._bytes) // sector_bytes))
         self._data = everything
         self._backed = set(everything)
+        # By the number of the change that reserved the sector; 0: durably.
+        self._reserved: dict[int, int] = {}
         self._histories: dict[int, list[Version]] = {}
         self._sizes: list[tuple[int, int]] = [(0, self._size)]
         self._changes: list[Change] = []
@@ -335,7 +338,7 @@ class SimulatedDevice:
         """
         with self._lock:
             heir = self._successor(self.content(), self._data)
-            heir._backed = set(self._backed)
+            heir._backed, heir._reserved = set(self._backed), dict(self._reserved)
             heir._histories = {sector: list(history) for sector, history in self._histories.items()}
             heir._sizes = list(self._sizes)
             heir._changes = list(self._changes)
@@ -347,9 +350,14 @@ class SimulatedDevice:
     def crash(self, state: DurableState) -> SimulatedDevice:
         """Return the device after a power cut that left ``state``: nothing is in flight.
 
-        Faults and listeners stay behind; ``drop_barriers`` goes with the new device.
+        Faults and listeners stay behind; ``drop_barriers`` goes with the new device. Space that was reserved
+        durably stays so.
         """
-        return self._successor(state.content(), state.data_sectors())
+        heir = self._successor(state.content(), state.data_sectors())
+        in_flight = {change.number for change in self._changes}
+        heir._reserved = {sector: 0 for sector, number in self._reserved.items() if number not in in_flight}
+        heir._backed.update(heir._reserved)
+        return heir
 
     def _successor(self, content: bytes, data_sectors: Iterable[int]) -> SimulatedDevice:
         heir = SimulatedDevice(
@@ -445,11 +453,14 @@ class SimulatedDevice:
             self._grow(change.number, size_bytes)
             self._changes.append(change)
         self._backed = {sector for sector in self._backed if sector * self.sector_bytes < size_bytes}
+        self._give_up_reserved(range(-(-size_bytes // self.sector_bytes), sys.maxsize))
 
     def _allocate(self, offset: int, length: int) -> None:
         change = Allocate(self._next_number(), offset, length)
         self._grow(change.number, offset + length)
-        self._backed.update(self._sectors(offset, length))
+        sectors = self._sectors(offset, length)
+        self._reserved = dict.fromkeys(sectors, change.number) | self._reserved
+        self._backed.update(sectors)
         self._changes.append(change)
 
     def _zero(self, start: int, end: int, change: Change) -> None:
@@ -461,7 +472,12 @@ class SimulatedDevice:
         whole = range(-(-start // self.sector_bytes), (start + length) // self.sector_bytes)
         self._data.difference_update(whole)
         self._backed.difference_update(whole)
+        self._give_up_reserved(whole)
         self._record(change, sectors)
+
+    def _give_up_reserved(self, sectors: range) -> None:
+        for sector in [sector for sector in self._reserved if sector in sectors]:
+            del self._reserved[sector]
 
     def _grow(self, number: int, size_bytes: int) -> None:
         if size_bytes > self._size:
@@ -540,6 +556,7 @@ class SimulatedDevice:
             self._lost_through = 0
             self._last_change = 0
             self._generation += 1
+            self._reserved = dict.fromkeys(self._reserved, 0)
 
     def _settle_sector(self, sector: int, history: list[Version], through: int) -> None:
         later = [version for version in history if version.change > through]

@@ -33,6 +33,7 @@ from tests.support.mutant import (
     COMMITS,
     FRAME,
     JOURNAL,
+    JOURNAL_MODULE,
     LEAVE_TO_ONE,
     LIFECYCLE,
     LOG,
@@ -71,7 +72,7 @@ from tests.support.patches import (
 
 BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "live.prepare": ("reopened/4096/0",),
-    "live.autoclear": ("autoclear/4096/0",),
+    "live.root": ("autoclear/4096/0",),
     "root.settle": ("root:root-write-fails/8192/0",),
     "flush.data": ("in-place/4096/0",),
     "flush.ordered": ("reuse/4096/0",),
@@ -83,6 +84,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "recover.root": ("root:killed/8192/0",),
     "finish.cut": ("dropping:unfinished-close",),
     "close.data": ("in-place/4096/0",),
+    "close.epoch": ("dropping:stale-root-copy",),
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
@@ -209,12 +211,22 @@ OF_JOURNAL = (
     Mutant(
         "J7-epoch-before-given-up",
         replacing(f"{LOG_MODULE}:dead_parts", whole_other_half),
-        trials=("scenario:lost-frame-on-full-disk",),
+        trials=(SCENARIO + "lost-frame-on-full-disk",),
     ),
     Mutant(
         "J7-newest-frame-given-up",
         replacing(f"{LOG_MODULE}:dead_parts", whole_range),
         trials=seeds("full-at-opening/4096", 2),
+    ),
+    Mutant(
+        "J7-space-for-closing-given-up",
+        Number(f"{JOURNAL_MODULE}:HEADER_FRAME_BYTES", 0),
+        trials=(SCENARIO + "recovery-on-full-disk",),
+    ),
+    Mutant(
+        "M7-moved-at-any-price",
+        returning(f"{MEDIUM}.can_forget", False),
+        trials=(SCENARIO + "recovery-on-full-disk",),
     ),
     Mutant(
         "T8-record-longer-than-a-half",
@@ -492,14 +504,39 @@ OF_COMMITS = (
         trials=(SCENARIO + "uncounted-data",),
     ),
     Mutant(
+        "F2-cut-off-before-the-first-record",
+        returning(f"{JOURNAL}.is_new", False),
+        trials=(SCENARIO + "uncounted-data",),
+    ),
+    Mutant(
+        "F2-cut-off-with-what-a-crash-left",
+        returning(f"{SNAPSHOTS}.data_within", {}, during=f"{LIFECYCLE}._is_unused"),
+        trials=(SCENARIO + "uncounted-data",),
+    ),
+    Mutant(
         "F2-uncounted-data-free",
         after(f"{LIFECYCLE}._find_uncounted", lambda _, lifecycle: lifecycle.start_search()),
         trials=(SCENARIO + "uncounted-data",),
     ),
     Mutant(
+        "F3-truncated-file-made-longer",
+        skipping(f"{LIFECYCLE}._refuse_truncated"),
+        trials=(SCENARIO + "truncated-file",),
+    ),
+    Mutant(
         "F4-blocks-behind-a-stale-root-copy",
         skipping(f"{LIFECYCLE}._begin_last_epoch"),
-        trials=("scenario:stale-root-copy",),
+        trials=("dropping:stale-root-copy",),
+    ),
+    Mutant(
+        "F4-record-before-the-root",
+        without_barrier("live.root"),
+        trials=("dropping:stale-root-copy",),
+    ),
+    Mutant(
+        "F4-blocks-below-the-last-epoch",
+        skipping(f"{JOURNAL}.drop_epoch_before"),
+        trials=("dropping:stale-root-copy",),
     ),
 )
 

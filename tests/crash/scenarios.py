@@ -17,11 +17,13 @@ import jqcow
 from jqcow.checker.check import Kind
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.undo import pack_undo, undo_on
+from jqcow.engine.scan import read_root_copy
 from jqcow.errors import CorruptionError, JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.offline.recover import recover_image
 from jqcow.ondisk.entries import COPIED
-from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
+from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC
+from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
@@ -35,25 +37,32 @@ from tests.support.users import create_simulated, open_simulated
 CLUSTER_BYTES = 4096
 WITH_ROOT_COPY = 8192
 """A cluster size with room for the root copy."""
+FLUSHES = 12
+CHANGING_CALLS = {"pwrite", "truncate", "allocate", "punch"}
 
 
 class Crafted(Tables):
     """A closed image of three data clusters, whose tables are then changed by hand."""
 
     def __init__(
-        self, *, empty_snapshot: bool = False, snapshot: bool = False, table_first: bool = False
+        self,
+        *,
+        empty_snapshot: bool = False,
+        snapshot: bool = False,
+        table_first: bool = False,
+        cluster_bytes: int = CLUSTER_BYTES,
     ) -> None:
         """Allocate guest clusters 0 to 2, with a snapshot from before or after that.
 
         ``table_first``: so that they are the last ones of the file.
         """
         device = SimulatedDevice()
-        image = create_simulated(device, 4 << 20, CLUSTER_BYTES)
+        image = create_simulated(device, 4 << 20, cluster_bytes)
         if table_first:
-            image.pwrite(b"\x33", 100 * CLUSTER_BYTES)
+            image.pwrite(b"\x33", 100 * cluster_bytes)
         if empty_snapshot:
             image.create_snapshot("empty")
-        image.pwrite(b"\x33" * (3 * CLUSTER_BYTES), 0)
+        image.pwrite(b"\x33" * (3 * cluster_bytes), 0)
         if snapshot:
             image.create_snapshot("kept")
         image.close()
@@ -145,38 +154,66 @@ def stale_copied_flag() -> None:
 def uncounted_data() -> None:
     """P1: the last clusters of a file have refcount 0, and data of the disk is there: nothing takes it.
 
-    Another program leaves it so; one cluster has two owners.
+    Another program leaves it so; one cluster has two owners. The power may go at any time.
     """
-    crafted = Crafted(table_first=True)
+    for cluster_bytes in (CLUSTER_BYTES, WITH_ROOT_COPY):
+        device = _uncounted(cluster_bytes)
+        states: list[SimulatedDevice] = []
+
+        def cut(_: str, now: SimulatedDevice, states: list[SimulatedDevice] = states) -> None:
+            states.extend(now.crash(state) for state in enumerate_states(now, budget=16))
+
+        device.barrier_listeners.append(cut)
+        image = open_simulated(device)
+        image.pwrite(b"\x44" * cluster_bytes, 8 * cluster_bytes)
+        image.flush()
+        for cluster in range(9, 30):
+            image.pwrite(b"\x44" * cluster_bytes, cluster * cluster_bytes)
+        image.checkpoint()
+        image.close()
+        cut("", device)
+        for crashed in states:
+            _judge_uncounted(crashed, cluster_bytes)
+
+
+def _uncounted(cluster_bytes: int) -> SimulatedDevice:
+    """Return a device with data in the last clusters, none of them counted, and nothing free before."""
+    crafted = Crafted(table_first=True, cluster_bytes=cluster_bytes)
     for cluster in crafted.free_clusters():
-        # Nothing else is free: it would be taken first.
-        crafted.set_refcount(cluster * CLUSTER_BYTES, 1)
+        crafted.set_refcount(cluster * cluster_bytes, 1)
     for guest_cluster in (1, 2):
         crafted.set_refcount(crafted.entry(crafted.place(guest_cluster)) & ~COPIED, 0)
     crafted.set_entry(crafted.place(3), crafted.entry(crafted.place(2)))
-    device = crafted.device()
+    return crafted.device()
 
+
+def _judge_uncounted(crashed: SimulatedDevice, cluster_bytes: int) -> None:
     def look(image: jqcow.Image) -> None:
         for guest_cluster in (1, 2, 3):
-            found = image.pread(CLUSTER_BYTES, guest_cluster * CLUSTER_BYTES)
-            require(found == b"\x33" * CLUSTER_BYTES, "P1: data that no refcount counts", guest_cluster)
+            try:
+                found = image.pread(cluster_bytes, guest_cluster * cluster_bytes)
+            except CorruptionError as error:
+                raise PromiseBroken(f"P1: {error}") from error
+            require(found == b"\x33" * cluster_bytes, "P1: data that no refcount counts", guest_cluster)
 
-    image = open_simulated(device)
-    image.pwrite(b"\x44" * CLUSTER_BYTES, 8 * CLUSTER_BYTES)
-    image.flush()
-    for cluster in range(9, 30):
-        image.pwrite(b"\x44" * CLUSTER_BYTES, cluster * CLUSTER_BYTES)
-    image.checkpoint()
-    image.close()
-    for state in enumerate_states(device, budget=200):
-        crashed = device.crash(state)
-        with open_simulated(crashed) as found:
-            look(found)
-            found.pwrite(b"\x55" * CLUSTER_BYTES, 30 * CLUSTER_BYTES)
-        with open_simulated(crashed) as found:
-            look(found)
-            kinds = {finding.kind for finding in found.check().findings}
-            require(kinds <= {Kind.COPIED_FLAG, Kind.LEAK}, "P2: refcounts of what was not counted", kinds)
+    open_simulated(crashed).close()
+    with open_simulated(crashed) as found:
+        look(found)
+        found.pwrite(b"\x55" * cluster_bytes, 30 * cluster_bytes)
+    with open_simulated(crashed) as found:
+        look(found)
+        kinds = {finding.kind for finding in found.check().findings}
+        require(kinds <= {Kind.COPIED_FLAG, Kind.LEAK}, "P2: refcounts of what was not counted", kinds)
+
+
+def truncated_file() -> None:
+    """P1: the file was cut off, and data is lost: no change makes zeros of it (F3)."""
+    content = bytes(Crafted(table_first=True).image)
+    image = open_simulated(SimulatedDevice(content[:-CLUSTER_BYTES]))
+    _must_refuse(
+        "P1: what was cut off became zeros",
+        lambda: image.pwrite(b"\x44" * CLUSTER_BYTES, 8 * CLUSTER_BYTES),
+    )
 
 
 def checkpoint_on_full_disk() -> None:
@@ -192,45 +229,8 @@ def checkpoint_on_full_disk() -> None:
     session.look()
 
 
-def _cut_off_close() -> tuple[SimulatedDevice, int]:
-    """Return an image of which the close was cut off in its last step, and the space that it should take."""
-    device = SimulatedDevice()
-    left: list[bytes] = []
-    image = create_simulated(device, 4 << 20, WITH_ROOT_COPY)
-    image.pwrite(b"\x33" * WITH_ROOT_COPY, 3 * WITH_ROOT_COPY)
-
-    def keep(name: str, device: SimulatedDevice) -> None:
-        if name == "close.release":
-            left.append(device.durable_content())
-
-    device.barrier_listeners.append(keep)
-    image.close()
-    device.reopen()
-    return SimulatedDevice(left[0]), device.used_bytes
-
-
-def stale_root_copy() -> None:
-    """P1: a crash cuts a close off, another program goes on, and then sector 0 is lost.
-
-    The root copy is still there. What it names must not bring older tables back.
-    """
-    cluster_bytes = WITH_ROOT_COPY
-    device, _ = _cut_off_close()
-    tables = Tables(device.content())
-    entry, moved = tables.l2 + 8 * 3, tables.l2 + 8 * 5
-    tables.image[moved : moved + 8] = tables.image[entry : entry + 8]
-    tables.image[entry : entry + 8] = bytes(8)
-    tables.image[:SECTOR_BYTES] = b"\xee" * SECTOR_BYTES
-    after = SimulatedDevice(bytes(tables.image))
-    recover_image(after)
-    with open_simulated(after) as recovered:
-        found = recovered.pread(cluster_bytes, 5 * cluster_bytes)
-        require(found == b"\x33" * cluster_bytes, "P1: what another program wrote", "older tables came back")
-        _require_sound(recovered)
-
-
 def lost_frame_on_full_disk() -> None:
-    """P4: the newest frame is in the page cache alone, the disk is full, and recovery is cut off anywhere.
+    """P4: a cache that never forgets alone has the newest frame, the disk is full, recovery is cut off.
 
     The frame begins its epoch: the disk may hold the epoch before it, which must not be given up.
     """
@@ -243,6 +243,7 @@ def lost_frame_on_full_disk() -> None:
     with suppress(OSError):
         image.flush()
     found = device.killed()
+    found.can_forget = False
     found.faults = FaultPlan(capacity_bytes=found.used_bytes)
     states: list[SimulatedDevice] = []
 
@@ -260,6 +261,56 @@ def lost_frame_on_full_disk() -> None:
                 require(again.pread(1, 4 * CLUSTER_BYTES) == b"\x44", "P1: what was flushed is gone")
         except JqcowError as error:
             raise PromiseBroken(f"P4: {error}") from error
+
+
+def recovery_on_full_disk() -> None:
+    """P4: recovery on a full disk needs no space, however often the power goes in it.
+
+    What it gives back others may take at once.
+    """
+    for cluster_bytes, is_shared in ((512, True), (CLUSTER_BYTES, False), (WITH_ROOT_COPY, True)):
+        crashed = [_killed_after_flushes(cluster_bytes)]
+        capacity_bytes = crashed[0].used_bytes
+        for _ in range(3):
+            left: list[SimulatedDevice] = []
+            for device in crashed:
+                device.faults = FaultPlan(capacity_bytes=capacity_bytes)
+                left += _recovered_on_full_disk(device, cluster_bytes, is_shared=is_shared)
+            crashed = left[:: max(1, len(left) // 12)]
+
+
+def _killed_after_flushes(cluster_bytes: int) -> SimulatedDevice:
+    device = SimulatedDevice()
+    image = create_simulated(device, 4 << 20, cluster_bytes)
+    for number in range(FLUSHES):
+        image.pwrite(bytes([number + 1]) * SECTOR_BYTES, number * 7 * WITH_ROOT_COPY)
+        image.flush()
+    return device.killed()
+
+
+def _recovered_on_full_disk(
+    device: SimulatedDevice, cluster_bytes: int, *, is_shared: bool
+) -> list[SimulatedDevice]:
+    """Recover and close, judge that, and return what power cuts on the way would leave."""
+    left: list[SimulatedDevice] = []
+
+    def cut(call: str, now: SimulatedDevice) -> None:
+        if is_shared and now.faults is not None:
+            now.faults.capacity_bytes = now.used_bytes
+        if call not in CHANGING_CALLS:
+            left.extend(now.crash(state) for state in enumerate_states(now, budget=4))
+
+    device.change_listeners.append(cut)
+    device.barrier_listeners.append(cut)
+    try:
+        with open_simulated(device) as image:
+            for number in range(FLUSHES):
+                found = image.pread(SECTOR_BYTES, number * 7 * WITH_ROOT_COPY)
+                require(found == bytes([number + 1]) * SECTOR_BYTES, "P1: what was flushed is gone", number)
+            _require_sound(image)
+    except OSError as error:
+        raise PromiseBroken(f"P4: with clusters of {cluster_bytes} bytes: {error}") from error
+    return left
 
 
 # Threads
@@ -539,6 +590,23 @@ def commit_into_a_raw_base(drop_barriers: tuple[str, ...]) -> None:
     require(found[5000:15_000] == b"\x44" * 10_000, "P1: what the overlay had", "not durable in the base")
 
 
+def _cut_off_close() -> tuple[SimulatedDevice, int]:
+    """Return an image of which the close was cut off in its last step, and the space that it should take."""
+    device = SimulatedDevice()
+    left: list[bytes] = []
+    image = create_simulated(device, 4 << 20, WITH_ROOT_COPY)
+    image.pwrite(b"\x33" * WITH_ROOT_COPY, 3 * WITH_ROOT_COPY)
+
+    def keep(name: str, device: SimulatedDevice) -> None:
+        if name == "close.release":
+            left.append(device.durable_content())
+
+    device.barrier_listeners.append(keep)
+    image.close()
+    device.reopen()
+    return SimulatedDevice(left[0]), device.used_bytes
+
+
 def unfinished_close(drop_barriers: tuple[str, ...]) -> None:
     """P4: a crash cuts a close off, and another one what finishes it: the space comes back."""
     cut, used_bytes = _cut_off_close()
@@ -553,6 +621,53 @@ def unfinished_close(drop_barriers: tuple[str, ...]) -> None:
     for device in again:
         recover_image(device)
         require(device.used_bytes <= used_bytes, "P4: the journal's space", "it stays behind")
+
+
+def stale_root_copy(drop_barriers: tuple[str, ...]) -> None:
+    """P1: a crash cuts off going live or closing, another program goes on, and then sector 0 is lost.
+
+    The root copy is still there. What it names must not bring older tables back.
+    """
+    device = SimulatedDevice()
+    with create_simulated(device, 4 << 20, WITH_ROOT_COPY) as image:
+        image.pwrite(b"\x33" * WITH_ROOT_COPY, 3 * WITH_ROOT_COPY)
+    device.reopen()
+    left: list[SimulatedDevice] = []
+
+    def cut(_: str, now: SimulatedDevice) -> None:
+        states = (now.crash(state) for state in enumerate_states(now, budget=32))
+        left.extend(crashed for crashed in states if _has_stale_copy(crashed))
+
+    device.barrier_listeners.append(cut)
+    device.drop_barriers = set(drop_barriers)
+    with open_simulated(device) as image:
+        image.pwrite(b"\x44" * WITH_ROOT_COPY, 8 * WITH_ROOT_COPY)
+    require(left, "no crash leaves a root copy")
+    for crashed in left:
+        _judge_stale_copy(crashed)
+
+
+def _has_stale_copy(crashed: SimulatedDevice) -> bool:
+    sector = crashed.pread(SECTOR_BYTES, 0)
+    return sector[: len(MAGIC)] == MAGIC and not is_live(sector) and read_root_copy(crashed) is not None
+
+
+def _judge_stale_copy(crashed: SimulatedDevice) -> None:
+    """Move a mapped cluster, as another program may, lose sector 0, and recover what the root copy tells."""
+    tables = Tables(crashed.content())
+    entry, moved = tables.l2 + 8 * 3, tables.l2 + 8 * 5
+    tables.image[moved : moved + 8] = tables.image[entry : entry + 8]
+    tables.image[entry : entry + 8] = bytes(8)
+    tables.image[:SECTOR_BYTES] = b"\xee" * SECTOR_BYTES
+    after = SimulatedDevice(bytes(tables.image))
+    try:
+        recover_image(after)
+    except CorruptionError:
+        return
+    with open_simulated(after) as recovered:
+        found = recovered.pread(WITH_ROOT_COPY, 5 * WITH_ROOT_COPY)
+        require(found == b"\x33" * WITH_ROOT_COPY, "P1: what another program wrote", "older tables came back")
+        _require_sound(recovered)
 
 
 def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
@@ -598,6 +713,7 @@ def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
 DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "commit": commit_into_a_raw_base,
     "unfinished-close": unfinished_close,
+    "stale-root-copy": stale_root_copy,
     "undo": undo_of_a_repair,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
@@ -612,9 +728,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         two_owners_with_wrong_flags,
         stale_copied_flag,
         uncounted_data,
+        truncated_file,
         checkpoint_on_full_disk,
-        stale_root_copy,
         lost_frame_on_full_disk,
+        recovery_on_full_disk,
         writers_of_one_cluster,
         snapshot_beside_a_write,
         write_beside_a_transaction,

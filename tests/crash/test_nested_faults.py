@@ -47,15 +47,21 @@ def new_session(name: str) -> Session:
     return Session(STARTS[name].device(), STARTS[name].expectation(), written=1 << 16)
 
 
-def tell_story(name: str, session: Session) -> None:
-    """Do all that the story tells: the same on every run."""
-    tell(STORIES[name][0], Player(session, Random(f"nested faults {name}")))
+def tell_story(name: str, session: Session, plan: FaultPlan) -> None:
+    """Begin anew, and do all that the story tells, the same on every run, while the host fails as planned.
+
+    An error leaves an open transaction before anybody goes on: the collector would leave it some time later.
+    """
+    player = Player(session, Random(f"nested faults {name}"))
+    with player.faults(plan):
+        if session.image is not None:
+            session.close()
+        tell(STORIES[name][0], player)
 
 
 def calls_of(name: str) -> int:
-    session = new_session(name)
-    session.device.faults = plan = FaultPlan()
-    tell_story(name, session)
+    plan = FaultPlan()
+    tell_story(name, new_session(name), plan)
     return plan.total
 
 
@@ -91,8 +97,7 @@ def spread(total: int, random: Random) -> list[int]:
 
 def break_and_judge(name: str, session: Session, plan: FaultPlan, random: Random) -> bool:
     """Judge one case. Return True if the retry failed too."""
-    with session.faults(plan):
-        tell_story(name, session)
+    tell_story(name, session, plan)
     assert plan.fired, "the call was not reached"
     # An error of a punch is kept from the user: what it frees is only not known to be zeros.
     if set(plan.fired_calls) != {"punch"}:
@@ -101,20 +106,13 @@ def break_and_judge(name: str, session: Session, plan: FaultPlan, random: Random
     judge_power_cuts(session, random)
     # The same work fails once more, and then succeeds.
     again = FaultPlan(fault_at(random.randint(1, 40), random))
-    with session.faults(again):
-        begin_anew(name, session)
+    tell_story(name, session, again)
     judge_power_cuts(session, random)
-    begin_anew(name, session)
+    tell_story(name, session, FaultPlan())
     session.look()
     session.close()
     judge_closed(session.device, session.expectation)
     return bool(again.fired)
-
-
-def begin_anew(name: str, session: Session) -> None:
-    if session.image is not None:
-        session.close()
-    tell_story(name, session)
 
 
 def judge_failing_recovery(session: Session, random: Random) -> None:

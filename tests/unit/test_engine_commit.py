@@ -75,9 +75,7 @@ def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
     image.flush()
     yield image
     device.faults = None
-    image._medium.in_doubt = image._engine.commits.turn.is_undecided = False
-    if not image._medium.poisoned:
-        image.close()
+    image.close()
 
 
 def durable(device: SimulatedDevice, length: int, offset: int) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jqcow.engine import scan as scans
-from jqcow.engine.journal import Contents, Journal, dead_parts, write_range
+from jqcow.engine.journal import HEADER_FRAME_BYTES, Contents, Journal, dead_parts, write_range
 from jqcow.engine.medium import Medium
 from jqcow.engine.scan import Scan
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
@@ -349,4 +349,5 @@ def test_dead_parts_of_a_range() -> None:
     half = EXTENT.half_bytes
     assert dead_parts(EXTENT, one) == [(EXTENT.offset + 4096, half - 4096)]
     two = Contents(2, 2, (bytes(half - 4096), bytes(4096)), 0, 0)
-    assert dead_parts(EXTENT, two) == [(EXTENT.offset + half, half)]
+    kept = HEADER_FRAME_BYTES
+    assert dead_parts(EXTENT, two) == [(EXTENT.offset + half + kept, half - kept)]

@@ -204,7 +204,7 @@ def move_journal(image: Crashed) -> JournalRange:
         if header is not None:
             raw = bytes(journal[position : position + header.frame_length])
             moved = frames.reframe(raw, other.salt)
-            journal[position : position + len(moved)] = moved if frames.crc_matches(raw) else torn(moved)
+            journal[position : position + len(moved)] = moved if frames.crc_matches([raw]) else torn(moved)
     image.content.extend(bytes(start - len(image.content)) + journal)
     return other
 
