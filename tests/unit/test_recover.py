@@ -343,7 +343,7 @@ def test_refcounts_that_are_counted_anew_are_told() -> None:
     device.pwrite(bytes([1]), 79)
     refcounts = int.from_bytes(device.pread(8, int.from_bytes(device.pread(8, 48), "big")), "big")
     device.pwrite((1).to_bytes(2, "big"), refcounts + 2 * 30)
-    device.faults = FaultPlan(Fault(KeyboardInterrupt(), at=3, call="barrier"))
+    device.faults = FaultPlan(Fault(KeyboardInterrupt(), call="barrier", barrier_name="flush.record"))
     with pytest.raises(KeyboardInterrupt):
         jqcow.open_device(device, "r+")
     planned = recover_image(device.killed(), dry_run=True)
