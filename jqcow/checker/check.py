@@ -25,11 +25,11 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jqcow import _native
-from jqcow.checker.lost import LostData
+from jqcow.checker.lost import Holes, LostData
 from jqcow.checker.tables import (
     COMPARED_CLUSTERS,
     REFCOUNT_CODES,
@@ -170,23 +170,6 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
     return _Check(read, area.header, file_bytes, reserved).run()
 
 
-def unreferenced_clusters(
-    read: Read, file_bytes: int, *, reserved: Sequence[tuple[int, int]] = ()
-) -> Iterator[int]:
-    """Yield the host offsets of the clusters that have a refcount and no reference.
-
-    Arguments and errors are those of `check_structure`.
-    """
-    area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
-    features.refuse(area, "check")
-    check = _Check(read, area.header, file_bytes, reserved)
-    check.run()
-    counts = Counts(check.count_code, check.references, check.refcounts)
-    for cluster, refcount, references in counts.differences():
-        if refcount and not references:
-            yield cluster << check.cluster_bits
-
-
 @dataclass
 class _Findings:
     """Counts all findings and keeps the first."""
@@ -236,7 +219,8 @@ class _Check:
         self.snapshot_pointers = zeroed("Q", self.cluster_count if header.nb_snapshots else 0)
         self.blocks: dict[int, int] = {}
         self.findings = _Findings()
-        self.has_holes = False
+        used_clusters = self.geometry.clusters(header.size)
+        self.holes = Holes(used_clusters * self.codec.entry_bytes)
         self.allocated = self.fragmented = self.compressed = self.zeros = 0
 
     def run(self) -> CheckReport:
@@ -438,7 +422,7 @@ class _Check:
             data = self.read(min(_L1_STEP_BYTES, offset + length - start), start)
             for index, entry in entries.nonzero_entries(data):
                 place = start + table_bytes(index)
-                self.has_holes |= place != following
+                self.holes.tables |= place != following
                 following = place + table_bytes(1)
                 cluster, copied = self.check_l1_entry(place, entry, repeats)
                 if cluster is None:
@@ -454,7 +438,7 @@ class _Check:
                 else:
                     self.claim_cluster("L2 table", cluster, "L1 entry", place, repeats)
                 pointers[cluster] += repeats
-        self.has_holes |= bool(length) and following == offset
+        self.holes.tables |= bool(length) and following == offset
 
     def check_l1_entry(self, place: int, entry: int, repeats: int) -> tuple[int | None, bool]:
         """Check an L1 entry that is not zero; return the cluster of its L2 table, if any, and COPIED."""
@@ -494,7 +478,7 @@ class _Check:
         """Check one L2 table that ``repeats`` L1 entries point to, ``active`` of them of the active disk."""
         following, unaligned, entry_bytes = 0, self.cluster_bytes - 1, self.codec.entry_bytes
         data = self.read(self.cluster_bytes, offset)
-        self.has_holes |= _native.is_zero(data)
+        self.holes.see_l2_table(data)
         for found in self.codec.found(data):
             position, raw, kind, host, copied, _, has_reserved = found
             place = offset + position * entry_bytes
@@ -579,8 +563,10 @@ class _Check:
     def compare(self) -> None:
         """Compare refcounts with references, cluster by cluster where they differ."""
         counts = Counts(self.count_code, self.references, self.refcounts)
-        lost = LostData(counts.is_leaked, self.read_cluster, self.codec, self.cluster_bits, self.has_holes)
-        lost.look_for_tables(cluster for cluster, *_ in counts.differences() if counts.is_leaked(cluster))
+        lost = LostData(
+            counts.is_leaked, counts.is_counted, self.read_cluster, self.codec, self.cluster_bits, self.holes
+        )
+        lost.look_at(cluster for cluster, *_ in counts.differences() if counts.is_leaked(cluster))
         for cluster, stored, counted in counts.differences():
             kind = Kind.LEAK if stored > counted else Kind.REFCOUNT_TOO_LOW
             owner = self.owners[cluster]
