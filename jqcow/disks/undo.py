@@ -1,7 +1,8 @@
 """Undo files: written before a repair, and laid back over the image afterwards.
 
 An image may be taken back as long as each sector that the repair changed is as before it or as after it, and
-so is the length of the file: nobody has written there since. An undo that was cut off leaves such a state.
+the file ends where it did, or between: nobody has written there since. An undo that was cut off leaves such a
+state. Behind the end of a crashed image its journal lay; there the end of what its tables name counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from jqcow import _native
 from jqcow.device.base import Device, Reader
 from jqcow.device.file import FileDevice
+from jqcow.device.names import sync_directory
 from jqcow.device.trial import TrialDevice
 from jqcow.errors import CorruptionError
 from jqcow.ondisk.layout import SECTOR_BYTES
@@ -72,6 +74,8 @@ def save_undo(trial: TrialDevice, image: str) -> None:
     except FileExistsError as error:
         # The same repair again: it was undone, or cut off.
         if same_content(target, undo_path(image)):
+            # What cut it off may have come before its name was durable.
+            sync_directory(os.path.dirname(undo_path(image)))
             return
         error.add_note("it can take an earlier repair back: apply it with jqcow undo, or remove it")
         raise
@@ -109,14 +113,16 @@ def read_runs(undo: Reader) -> tuple[UndoHeader, Iterator[UndoRun]]:
     return header, runs()
 
 
-def undo_on(device: Device, undo: Reader, *, force: bool = False, any_length: bool = False) -> UndoReport:
+def undo_on(
+    device: Device, undo: Reader, *, force: bool = False, used_bytes: int | None = None
+) -> UndoReport:
     """Lay an undo file back over an image. It may be cut off at any point, and done again.
 
     Args:
         device: the image, which is not live.
         undo: the undo file.
         force: also where the image was written since.
-        any_length: the length tells nothing: a journal was behind the end.
+        used_bytes: of an image that was live, the end of what its tables name; None: the file's own end.
 
     Raises:
         CorruptionError: the undo file is damaged, or the image is neither as before nor as after the repair;
@@ -125,8 +131,9 @@ def undo_on(device: Device, undo: Reader, *, force: bool = False, any_length: bo
     """
     header, runs = read_runs(undo)
     size, changed_since = device.size(), "it was written since the repair; --force undoes all the same"
-    lengths = sorted((header.old_bytes, header.new_bytes))
-    if not (any_length or force or lengths[0] <= size <= lengths[1]):
+    shortest, longest = sorted((header.old_bytes, header.new_bytes))
+    end = size if used_bytes is None else used_bytes
+    if not force and (size < shortest or end > longest):
         raise CorruptionError("image", size, changed_since)
     # All of it is checked before anything is written.
     for run in runs:

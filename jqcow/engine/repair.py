@@ -116,6 +116,10 @@ class References:
                     yield position, equal, refcount, references
                 position += equal
 
+    def end(self) -> int:
+        """Return the index behind the last cluster with a reference."""
+        return _native.refcount_last_used(self._counts, _COUNTER_ORDER) + 1
+
     def is_leaked(self, cluster: int) -> bool:
         """Return True for a cluster with a refcount and no reference."""
         return self.is_counted(cluster) and not _native.refcount_get(self._counts, cluster, _COUNTER_ORDER)

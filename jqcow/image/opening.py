@@ -17,8 +17,9 @@ from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.disks.undo import save_undo, undo_on, undo_path
 from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
+from jqcow.engine.log import affordable_length
 from jqcow.engine.medium import Medium
-from jqcow.engine.repair import RepairReport, What, clear_corrupt_bit
+from jqcow.engine.repair import References, RepairReport, What, clear_corrupt_bit
 from jqcow.errors import CorruptionError, FileAccessDenied, JqcowError
 from jqcow.image.arguments import optional_text
 from jqcow.image.image import Image, Mode
@@ -34,6 +35,7 @@ from jqcow.ondisk.blank import (
 )
 from jqcow.ondisk.compression import CompressionType, compression_type_of
 from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.layout import ClusterIndex
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 _Closable = TypeVar("_Closable", bound=FileDevice | Chain | None)
@@ -148,7 +150,8 @@ def open(
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
-        _save_undo(device, mode, repair, free_lost=free_lost)
+        if mode == "r+":
+            journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
         return _open(
             device,
             mode,
@@ -300,45 +303,69 @@ def _open(
         raise
 
 
-def bring_home(device: Device) -> bool:
+def bring_home(device: Device) -> int | None:
     """Recover a crashed image whose refcounts may be wrong; they stay, and so does the file's length.
 
-    Returns False if it was not live.
+    Returns the end in bytes of what its tables name, that of the file where they are damaged; None if it was
+    not live.
 
     Raises:
         JqcowError, OSError: as `open`.
     """
     opened = open_engine(Medium(device), writable=True, repair="all")
     if opened.root is None or opened.scan is None:
-        return False
-    lifecycle = opened.engine.lifecycle
-    lifecycle.kept_bytes = device.size()
+        return None
+    lifecycle, geometry = opened.engine.lifecycle, opened.engine.geometry
+    lifecycle.kept_bytes = used_bytes = device.size()
     lifecycle.recover(opened.root, opened.scan, "all")
+    with suppress(CorruptionError):
+        references = References(lifecycle.public, geometry.clusters(device.size()))
+        used_bytes = geometry.offset_of(ClusterIndex(references.end()))
     lifecycle.clean()
-    return True
+    return used_bytes
 
 
-def _save_undo(device: FileDevice, mode: Mode, repair: What | None, *, free_lost: bool) -> None:
+def _prepare_repair(
+    device: FileDevice, repair: What | None, journal_size: int | None, *, free_lost: bool
+) -> int | None:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none.
+    A repair that only lowers refcounts of harmless leaks needs none. Returns the size of the journal, the same
+    as on trial: a new refcount table lies behind it.
     """
-    if repair is None or mode != "r+":
-        return
-    if bring_home(device) and os.path.exists(undo_path(device.path)):
-        # The repair that it belongs to was cut off.
-        with closing(FileDevice.open(undo_path(device.path), writable=False)) as undo:
-            undo_on(device, undo, any_length=True)
+    if repair is None:
+        return journal_size
+    used_bytes = bring_home(device)
+    if used_bytes is not None:
+        _undo_what_was_cut_off(device, used_bytes)
+    # The undo file takes space, too.
+    journal_bytes = affordable_length(journal_size or roots.DEFAULT_JOURNAL_BYTES, device.free_bytes() // 2)
     trial = TrialDevice(device)
     needs_undo = free_lost
     with suppress(JqcowError):
         # What it refuses is refused again, when it is no trial.
-        with _open(trial, "r+", repair=repair, free_lost=free_lost, find_backing=lambda _: None) as image:
+        with _open(
+            trial,
+            "r+",
+            journal_size=journal_bytes,
+            repair=repair,
+            free_lost=free_lost,
+            find_backing=lambda _: None,
+        ) as image:
             done = image.repaired or RepairReport()
         needs_undo |= bool(done.too_low or done.copied_flags or done.refcount_table)
     sectors = [offset for offset, *_ in trial.changed_sectors()]
     if sectors and (needs_undo or not sectors[0]):
         save_undo(trial, device.path)
+    return journal_bytes
+
+
+def _undo_what_was_cut_off(device: FileDevice, used_bytes: int) -> None:
+    """Take back what was done of a repair in which the image crashed; an older one is not touched."""
+    path = undo_path(device.path)
+    # Written since: then `save_undo` finds the file in its way, or needs none.
+    with suppress(FileNotFoundError, JqcowError), closing(FileDevice.open(path, writable=False)) as undo:
+        undo_on(device, undo, used_bytes=used_bytes)
 
 
 def open_alone(
@@ -355,7 +382,8 @@ def open_alone(
     """
     _check_mode(mode, journal_size, force_share=False)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
-        _save_undo(device, mode, repair, free_lost=free_lost)
+        if mode == "r+":
+            journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
         return _open(
             device,
             mode,

@@ -30,5 +30,5 @@ def undo_repair(image: str | os.PathLike[str], *, force: bool = False) -> UndoRe
     with closing(FileDevice.open(undo_path(name), writable=False)) as undo:
         read_runs(undo)
         with closing(FileDevice.open(name, writable=True)) as device:
-            was_live = bring_home(device)
-            return replace(undo_on(device, undo, force=force, any_length=was_live), image=name)
+            used_bytes = bring_home(device)
+            return replace(undo_on(device, undo, force=force, used_bytes=used_bytes), image=name)

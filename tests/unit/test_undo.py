@@ -10,9 +10,13 @@ import pytest
 import jqcow
 from jqcow.cli.main import main
 from jqcow.cli.recover import main as recover_main
+from jqcow.device.base import ReadBuffer
+from jqcow.device.file import FileDevice
 from jqcow.device.trial import TrialDevice
+from jqcow.disks import undo as undos
 from jqcow.disks.undo import pack_undo, undo_on, undo_path
 from jqcow.errors import CorruptionError, FormatError, JqcowError
+from jqcow.image.opening import bring_home
 from jqcow.offline.undo import undo_repair
 from jqcow.ondisk.undo import UndoHeader, UndoRun
 from jqcow.testing import SimulatedDevice, enumerate_states
@@ -116,6 +120,66 @@ class TestFiles:
         undo_repair(path, force=True)
         assert path.read_bytes() == content
 
+    @pytest.mark.parametrize("way", ["undo", "repair"])
+    def test_an_old_undo_file_costs_nothing_flushed(self, tmp_path: Path, way: str) -> None:
+        """The image was used for long, and crashed: its file is longer for more than a journal."""
+        device = SimulatedDevice()
+        with jqcow.create_on_device(device, 1 << 20, cluster_size=512) as image:
+            image.pwrite(DATA * 3, 0)
+        tables = Tables(device.content())
+        # One sector of refcounts is changed by the repair, and is full.
+        tables.set_refcount(tables.data, 0)
+        path, new = tmp_path / "old.qcow2", b"since" * 50_000
+        path.write_bytes(tables.image)
+        repair(path)
+        device = SimulatedDevice(path.read_bytes())
+        with jqcow.open_device(device, "r+", journal_size=1 << 16) as image:
+            image.pwrite(new, 1 << 19)
+            image.flush()
+            path.write_bytes(device.content())
+        if way == "undo":
+            with pytest.raises(CorruptionError, match="written since"):
+                undo_repair(path)
+        else:
+            jqcow.open(path, "r+", repair="leaks").close()
+        with jqcow.open(path) as image:
+            assert image.pread(len(new), 1 << 19) == new and image.check().ok
+
+    @pytest.mark.parametrize("free_bytes", [None, 1 << 20, 12 << 20, 40 << 20])
+    def test_whatever_length_its_journal_has(
+        self, path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, free_bytes: int | None
+    ) -> None:
+        """A new refcount table lies behind it. The undo file takes space, too."""
+        if free_bytes is None:
+            jqcow.open(path, "r+", repair="all", free_lost=True, journal_size=1 << 16).close()
+        else:
+            left = iter(range(free_bytes, 0, -65536))
+            monkeypatch.setattr(FileDevice, "free_bytes", lambda device: next(left))
+            repair(path)
+        undo_repair(path)
+        assert path.read_bytes() == content
+
+    def test_it_is_durable_before_the_repair(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where the one of a repair that was cut off is there already."""
+        content, calls = path.read_bytes(), list[str]()
+        repair(path)
+        path.write_bytes(content)
+        syncing, writing = undos.sync_directory, FileDevice.pwrite
+
+        def sync(directory: str) -> None:
+            calls.append(directory)
+            syncing(directory)
+
+        def write(device: FileDevice, buffer: ReadBuffer, offset: int) -> None:
+            if device.path == str(path):
+                calls.append("write")
+            writing(device, buffer, offset)
+
+        monkeypatch.setattr(undos, "sync_directory", sync)
+        monkeypatch.setattr(FileDevice, "pwrite", write)
+        repair(path)
+        assert calls[0] == str(path.parent) and "write" in calls
+
     def test_an_undo_file_of_another_repair_stays(self, path: Path, content: bytes) -> None:
         """Nothing is repaired meanwhile."""
         Path(undo_path(str(path))).write_bytes(b"another")
@@ -180,8 +244,7 @@ class TestCrashes:
         jqcow.open_device(device, "r+", repair="all", free_lost=True, journal_size=1 << 16).close()
         for state in enumerate_states(device, budget=60):
             crashed = device.crash(state)
-            was_live = jqcow.image.opening.bring_home(crashed)
-            undo_on(crashed, undo, any_length=was_live)
+            undo_on(crashed, undo, used_bytes=bring_home(crashed))
             assert crashed.durable_content() == content
 
 
