@@ -219,6 +219,7 @@ class _Check:
         self.snapshot_pointers = zeroed("Q", self.cluster_count if header.nb_snapshots else 0)
         self.blocks: dict[int, int] = {}
         self.findings = _Findings()
+        self.refcounts_are_used_twice = False
         used_clusters = self.geometry.clusters(header.size)
         self.holes = Holes(used_clusters * self.codec.entry_bytes)
         self.allocated = self.fragmented = self.compressed = self.zeros = 0
@@ -267,8 +268,7 @@ class _Check:
         other = self.owners[cluster] or _OWNERS.index(owner)
         self.owners[cluster] = other
         if self.references[cluster]:
-            detail = f"the cluster is also in use as {_OWNERS[other]}"
-            self.findings.add(Kind.OVERLAP, owner, cluster << self.cluster_bits, detail)
+            self.report_overlap(owner, cluster << self.cluster_bits, "the cluster is also", other, 1)
         self.refer(cluster, source, source_offset, count)
 
     def refer(self, cluster: int, source: str, source_offset: int, count: int) -> None:
@@ -535,9 +535,16 @@ class _Check:
             self.findings.add(Kind.PAST_END, "L2 entry", place, f"{what} at {host:#x}", repeats)
             return
         if self.owners[cluster]:
-            detail = f"{what} at {host:#x}, which is in use as {_OWNERS[self.owners[cluster]]}"
-            self.findings.add(Kind.OVERLAP, "L2 entry", place, detail, repeats)
+            self.report_overlap(
+                "L2 entry", place, f"{what} at {host:#x}, which is", self.owners[cluster], repeats
+            )
         self.refer(cluster, "L2 entry", place, repeats)
+
+    def report_overlap(self, structure: str, place: int, what: str, owner: int, count: int) -> None:
+        """Report a second use of a cluster that an owner has."""
+        used_as = _OWNERS[owner]
+        self.refcounts_are_used_twice |= "refcount" in f"{structure} {used_as}"
+        self.findings.add(Kind.OVERLAP, structure, place, f"{what} in use as {used_as}", count)
 
     def check_copied(
         self, structure: str, place: int, entry: int, copied: bool, cluster: int, repeats: int
@@ -572,7 +579,8 @@ class _Check:
             owner = self.owners[cluster]
             used_as = "data" if counted and not owner else _OWNERS[owner]
             detail = f"refcount {stored}, references {counted}, in use as {used_as}"
-            if not counted and lost.is_lost(cluster):
+            # What has another use tells nothing as a refcount; and no repair frees anything then.
+            if not counted and not self.refcounts_are_used_twice and lost.is_lost(cluster):
                 kind = Kind.LOST_DATA
             self.findings.add(kind, "cluster", cluster << self.cluster_bits, detail)
 
