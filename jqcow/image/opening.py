@@ -330,8 +330,9 @@ def _prepare_repair(
 ) -> int | None:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none. Returns the size of the journal on trial: a
-    new refcount table lies behind the journal.
+    A repair that only lowers refcounts of harmless leaks needs none.
+
+    Returns the size of its journal on trial: a new refcount table lies behind that.
     """
     if repair is None:
         return journal_size

@@ -13,6 +13,7 @@ from jqcow.checker import lost as rules
 from jqcow.checker.check import Kind
 from jqcow.checker.lost import MANY, Holes
 from jqcow.cli.main import main
+from jqcow.cli.recover import main as recover_main
 from jqcow.engine.repair import What
 from jqcow.offline.convert import convert
 from jqcow.testing import SimulatedDevice
@@ -180,6 +181,17 @@ def test_commands(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert told["lost-data"] == lost and "leaks" not in told and "corruptions" not in told
     assert main(["check", "-r", "leaks", str(path)]) == 2
     assert main(["check", "-r", "leaks", "--free-lost-data", str(path)]) == 0
+
+
+def test_recovery_has_a_word_of_its_own_for_them(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lost = check(path.read_bytes()).lost
+    assert recover_main([str(path)]) == 2
+    told = capfd.readouterr().out
+    assert f"0 errors, 0 leaked clusters, {lost} clusters of lost data?" in told
+    assert "the only copy" in told and "no crash of jqcow leaves" not in told
+    assert recover_main(["--output=json", str(path)]) == 2
+    told = json.loads(capfd.readouterr().out)["verification"]
+    assert (told["errors"], told["leaks"], told["lost"]) == (0, 0, lost)
 
 
 def test_a_leak_without_a_hole_is_harmless() -> None:
