@@ -184,7 +184,7 @@ def _what_next(report: RecoveryReport) -> Iterator[str]:
         yield "Make a copy, and convert what can be read (jqcow convert) before anything tries to repair it."
     elif verified is not None and verified.lost:
         yield "A table has a hole that leaked clusters may fill: they may be the only copy of what it mapped."
-        yield "Copy the image before anything repairs it: jqcow check -r keeps them, qemu-img check -r frees them."
+        yield "Copy the image before anything is tried: jqcow check -r keeps them, qemu-img frees them."
     elif verified is not None and verified.leaks:
         yield "Leaked clusters waste space and do no harm to data; jqcow check -r leaks frees them."
     if report.dry_run and report.actions:

@@ -108,7 +108,9 @@ def check_by_jqcow(image: Path) -> Checking:
         report = json.loads(out)
     except ValueError:
         return Checking(refusal=first_line(told, image))
-    return Checking(report.get("corruptions", 0) + report.get("check-errors", 0), report.get("leaks", 0))
+    # QEMU calls lost data leaked.
+    leaks = report.get("leaks", 0) + report.get("lost-data", 0)
+    return Checking(report.get("corruptions", 0) + report.get("check-errors", 0), leaks)
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str] | None:
