@@ -229,7 +229,8 @@ def about(name: str) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
-        error.add_note("--overwrite replaces it")
+        if not hasattr(error, "__notes__"):
+            error.add_note("--overwrite replaces it")
         raise
     except jqcow.JqcowError as error:
         text = describe(error)

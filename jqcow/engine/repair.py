@@ -151,6 +151,7 @@ def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> Repa
     if not dirty and not differences and not public.snapshots.set_copied_flags(change=False):
         lifecycle.start_search()
         return RepairReport(lost=lost)
+    file_bytes = lifecycle.medium.size()
     lifecycle.go_live(lifecycle.medium.require_healthy)
     private = PrivateChanges(lifecycle)
     try:
@@ -158,8 +159,12 @@ def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> Repa
             report, is_sound = _stage(private.tables, references, differences, what)
             _clear_features(private.tables, dirty)
         private.commit()
-    except BaseException:
+    except BaseException as error:
         private.give_up()
+        if isinstance(error, UnsupportedFeatureError):
+            # Other programs may be able to do more: no journal stays behind.
+            lifecycle.kept_bytes = file_bytes
+            lifecycle.clean()
         raise
     if is_sound:
         lifecycle.start_search()

@@ -146,6 +146,7 @@ def open(
         JqcowError, OSError: not a qcow2 image, refused by name, damaged or in use; the host failed.
     """
     _check_mode(mode, journal_size, force_share=force_share)
+    _check_repair(mode, repair)
     following = Following(allow_files, probe, share_writers=force_share)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
@@ -206,6 +207,12 @@ def _check_mode(mode: Mode, journal_size: int | None, *, force_share: bool) -> N
         roots.journal_length(journal_size)
     if force_share and mode != "r":
         raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
+
+
+def _check_repair(mode: Mode, repair: What | None) -> None:
+    """Refuse a repair that there is not, before the image is recovered for it."""
+    if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
+        raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
 
 
 def open_device(
@@ -276,8 +283,7 @@ def _open(
         raise ValueError("copy_on_read writes: it needs mode 'r+'")
     if snapshot is not None and mode != "r":
         raise ValueError("a snapshot is opened for reading alone: apply it to write to what it holds")
-    if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
-        raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
+    _check_repair(mode, repair)
     snapshot = optional_text(snapshot)
     opened = open_engine(
         Medium(device),
@@ -382,6 +388,7 @@ def open_alone(
     For what works on the image's own tables: who reads its disk wants `open`. Arguments and errors as `open`.
     """
     _check_mode(mode, journal_size, force_share=False)
+    _check_repair(mode, repair)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
         if mode == "r+":
             journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)

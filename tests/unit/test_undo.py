@@ -248,6 +248,42 @@ class TestCrashes:
             assert crashed.durable_content() == content
 
 
+@pytest.mark.parametrize(
+    "undo",
+    [
+        UndoHeader(1 << 62, 512, 0).pack(),
+        UndoHeader(512, 1 << 63, 0).pack(),
+        UndoHeader(512, 512, 1).pack() + UndoRun(1 << 63, bytes(512), (0,)).pack(),
+        UndoHeader(512, 512, 1 << 62).pack(),
+    ],
+    ids=["old length", "new length", "offset", "number of runs"],
+)
+def test_a_hostile_undo_file_is_refused(undo: bytes) -> None:
+    with pytest.raises(CorruptionError, match="undo file"):
+        undo_on(SimulatedDevice(bytes(512)), SimulatedDevice(undo), force=True)
+
+
+def test_a_repair_that_there_is_not_recovers_nothing(tmp_path: Path) -> None:
+    device, path = SimulatedDevice(), tmp_path / "crashed.qcow2"
+    with jqcow.create_on_device(device, 1 << 20, cluster_size=CLUSTER) as image:
+        image.pwrite(DATA, 0)
+        image.flush()
+        path.write_bytes(device.content())
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="repair is 'leaks' or 'all'"):
+        jqcow.open(path, "r+", repair="everything")  # type: ignore[arg-type]
+    assert path.read_bytes() == content
+
+
+def test_nobody_is_told_to_overwrite_an_undo_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "damaged.qcow2"
+    path.write_bytes(damaged("double_allocation"))
+    Path(undo_path(str(path))).write_bytes(b"another")
+    assert main(["check", "-r", "all", str(path)]) == 1
+    told = capsys.readouterr().err
+    assert "apply it with jqcow undo" in told and "--overwrite" not in told
+
+
 def test_on_disk_structures() -> None:
     header, run = UndoHeader(5, 6, 7), UndoRun(512, bytes(range(256)) * 4, (1, 2))
     assert UndoHeader.unpack(header.pack()) == header
