@@ -24,13 +24,13 @@ times is walked once, and so is what several L1 tables have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.checker.findings import Finding, Findings, Kind
 from jqcow.checker.header import header_faults
-from jqcow.checker.lost import LostData
+from jqcow.checker.lost import Holes, LostData
 from jqcow.checker.tables import (
     COMPARED_CLUSTERS,
     REFCOUNT_CODES,
@@ -135,23 +135,6 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
     return check.run()
 
 
-def unreferenced_clusters(
-    read: Read, file_bytes: int, *, reserved: Sequence[tuple[int, int]] = ()
-) -> Iterator[int]:
-    """Yield the host offsets of the clusters that have a refcount and no reference.
-
-    Arguments and errors are those of `check_structure`.
-    """
-    area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
-    features.refuse(area, "check")
-    check = _Check(read, area.header, file_bytes, reserved)
-    check.run()
-    counts = Counts(check.count_code, check.references, check.refcounts)
-    for cluster, refcount, references in counts.differences():
-        if refcount and not references:
-            yield cluster << check.cluster_bits
-
-
 class _Check:
     """One walk through an image.
 
@@ -189,7 +172,9 @@ class _Check:
         self.blocks: dict[int, int] = {}
         self.past_end: set[int] = set()
         self.findings = Findings()
-        self.has_holes = False
+        self.refcounts_are_used_twice = False
+        used_clusters = self.geometry.clusters(header.size)
+        self.holes = Holes(used_clusters * self.codec.entry_bytes)
         self.allocated = self.fragmented = self.compressed = self.zeros = 0
 
     def run(self) -> CheckReport:
@@ -236,8 +221,7 @@ class _Check:
         other = self.owners[cluster] or _OWNERS.index(owner)
         self.owners[cluster] = other
         if self.references[cluster]:
-            detail = f"the cluster is also in use as {_OWNERS[other]}"
-            self.findings.add(Kind.OVERLAP, owner, cluster << self.cluster_bits, detail)
+            self.report_overlap(owner, cluster << self.cluster_bits, "the cluster is also", other, 1)
         self.refer(cluster, source, source_offset, count)
 
     def refer(self, cluster: int, source: str, source_offset: int, count: int) -> None:
@@ -391,7 +375,7 @@ class _Check:
             data = self.read(min(_L1_STEP_BYTES, offset + length - start), start)
             for index, entry in entries.nonzero_entries(data):
                 place = start + table_bytes(index)
-                self.has_holes |= place != following
+                self.holes.tables |= place != following
                 following = place + table_bytes(1)
                 cluster, copied = self.check_l1_entry(place, entry, repeats)
                 if cluster is None:
@@ -407,7 +391,7 @@ class _Check:
                 else:
                     self.claim_cluster("L2 table", cluster, "L1 entry", place, repeats)
                 pointers[cluster] += repeats
-        self.has_holes |= bool(length) and following == offset
+        self.holes.tables |= bool(length) and following == offset
 
     def check_l1_entry(self, place: int, entry: int, repeats: int) -> tuple[int | None, bool]:
         """Check an L1 entry that is not zero; return the cluster of its L2 table, if any, and COPIED."""
@@ -447,7 +431,7 @@ class _Check:
         """Check one L2 table that ``repeats`` L1 entries point to, ``active`` of them of the active disk."""
         following, unaligned, entry_bytes = 0, self.cluster_bytes - 1, self.codec.entry_bytes
         data = self.read(self.cluster_bytes, offset)
-        self.has_holes |= _native.is_zero(data)
+        self.holes.see_l2_table(data)
         for found in self.codec.found(data):
             position, raw, kind, host, copied, _, has_reserved = found
             place = offset + position * entry_bytes
@@ -514,9 +498,16 @@ class _Check:
             self.findings.add(Kind.PAST_END, "L2 entry", place, f"{what} at {host:#x}", repeats)
             return
         if self.owners[cluster]:
-            detail = f"{what} at {host:#x}, which is in use as {_OWNERS[self.owners[cluster]]}"
-            self.findings.add(Kind.OVERLAP, "L2 entry", place, detail, repeats)
+            self.report_overlap(
+                "L2 entry", place, f"{what} at {host:#x}, which is", self.owners[cluster], repeats
+            )
         self.refer(cluster, "L2 entry", place, repeats)
+
+    def report_overlap(self, structure: str, place: int, what: str, owner: int, count: int) -> None:
+        """Report a second use of a cluster that an owner has."""
+        used_as = _OWNERS[owner]
+        self.refcounts_are_used_twice |= "refcount" in f"{structure} {used_as}"
+        self.findings.add(Kind.OVERLAP, structure, place, f"{what} in use as {used_as}", count)
 
     def check_copied(
         self, structure: str, place: int, entry: int, copied: bool, cluster: int, repeats: int
@@ -542,14 +533,17 @@ class _Check:
     def compare(self) -> None:
         """Compare refcounts with references, cluster by cluster where they differ."""
         counts = Counts(self.count_code, self.references, self.refcounts)
-        lost = LostData(counts.is_leaked, self.read_cluster, self.codec, self.cluster_bits, self.has_holes)
-        lost.look_for_tables(cluster for cluster, *_ in counts.differences() if counts.is_leaked(cluster))
+        lost = LostData(
+            counts.is_leaked, counts.is_counted, self.read_cluster, self.codec, self.cluster_bits, self.holes
+        )
+        lost.look_at(cluster for cluster, *_ in counts.differences() if counts.is_leaked(cluster))
         for cluster, stored, counted in counts.differences():
             kind = Kind.LEAK if stored > counted else Kind.REFCOUNT_TOO_LOW
             owner = self.owners[cluster]
             used_as = "data" if counted and not owner else _OWNERS[owner]
             detail = f"refcount {stored}, references {counted}, in use as {used_as}"
-            if not counted and lost.is_lost(cluster):
+            # What has another use tells nothing as a refcount; and no repair frees anything then.
+            if not counted and not self.refcounts_are_used_twice and lost.is_lost(cluster):
                 kind = Kind.LOST_DATA
             self.findings.add(kind, "cluster", cluster << self.cluster_bits, detail)
 

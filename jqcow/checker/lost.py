@@ -5,7 +5,9 @@ mapped in, freeing it may destroy the only copy. There is a hole where
 
 - an L2 table that an L1 table names is all zeros, or
 - an L1 table is all zeros, or has an entry of 0 before one that is not, or
-- a leaked cluster is itself an L2 table: all that it maps is leaked, too.
+- a leaked cluster is itself an L2 table: what it maps is leaked, too, save for what snapshots share, or
+- a sector of an L2 table is all zeros, and MANY leaked clusters hold data: few of them are what a crash of
+  another program leaves beside such sectors, which most images have.
 
 Then every leaked cluster without any reference, and with content that is not all zeros, counts as lost. A
 guest that discards leaves holes like that, and a crash of another program leaks beside them: it is a
@@ -20,9 +22,44 @@ from itertools import islice
 
 from jqcow import _native
 from jqcow.ondisk.entries import COMPRESSED_CLUSTER, StandardL2
+from jqcow.ondisk.layout import SECTOR_BYTES
 
 MAX_READ = 1 << 16
 """So many leaked clusters are read; where there is a hole all further ones count as lost. It bounds time."""
+
+MANY = 32
+"""Half of what a sector of an L2 table maps."""
+
+
+class Holes:
+    """Where lost data may have been mapped, as a walk of all tables in use meets it.
+
+    Attributes:
+        tables: a whole L2 table, or the entry of one, is zeros.
+        sectors: a sector of an L2 table is.
+    """
+
+    def __init__(self, used_bytes: int) -> None:
+        """Begin with none. No L2 table maps anything behind its first ``used_bytes``."""
+        self.tables = False
+        self.sectors = False
+        self._used_bytes = used_bytes
+
+    def see_l1_table(self, present: Iterable[int]) -> None:
+        """Take an L1 table, which has these entries, in their order."""
+        following = 0
+        for index in present:
+            self.tables |= index != following
+            following = index + 1
+        self.tables |= not following
+
+    def see_l2_table(self, data: bytes) -> None:
+        """Take an L2 table."""
+        if _native.is_zero(data):
+            self.tables = True
+        elif not self.sectors:
+            starts = range(0, min(len(data), self._used_bytes), SECTOR_BYTES)
+            self.sectors = any(_native.is_zero(data[start : start + SECTOR_BYTES]) for start in starts)
 
 
 @dataclass
@@ -31,50 +68,47 @@ class LostData:
 
     Attributes:
         is_leaked: tells whether a cluster has a refcount and no reference.
+        is_counted: tells whether a cluster has a refcount.
         read: returns a whole host cluster of an index.
         codec: of the image's L2 tables.
         cluster_bits: of the image.
-        has_holes: a table in use has a hole.
+        holes: of the tables in use.
     """
 
     is_leaked: Callable[[int], bool]
+    is_counted: Callable[[int], bool]
     read: Callable[[int], bytes]
     codec: StandardL2
     cluster_bits: int
-    has_holes: bool
+    holes: Holes
     _read_count: int = 0
 
-    def look_for_tables(self, leaked: Iterable[int]) -> None:
-        """Note a hole if one of the leaked clusters is an L2 table."""
-        if not self.has_holes:
-            self.has_holes = any(self.is_table(self.read(at)) for at in islice(leaked, MAX_READ))
+    def look_at(self, leaked: Iterable[int]) -> None:
+        """Look for a hole that only the leaked clusters tell of; before `is_lost` is asked."""
+        with_data = 0
+        for cluster in () if self.holes.tables else islice(leaked, MAX_READ):
+            data = self.read(cluster)
+            with_data += not _native.is_zero(data)
+            if self.is_table(data) or (self.holes.sectors and with_data == MANY):
+                self.holes.tables = True
+                return
 
     def is_lost(self, cluster: int) -> bool:
         """Return True if a leaked cluster looks like lost data."""
-        if not self.has_holes:
+        if not self.holes.tables:
             return False
         self._read_count += 1
         return self._read_count > MAX_READ or not _native.is_zero(self.read(cluster))
 
     def is_table(self, data: bytes) -> bool:
-        """Return True if a cluster's bytes are an L2 table that maps leaked clusters, and nothing else."""
-        maps_any, bits = False, self.cluster_bits
+        """Return True if a cluster's bytes are an L2 table: it maps counted clusters, leaked ones too."""
+        maps_leaked, bits = False, self.cluster_bits
         for _, _, kind, host, _, length, has_reserved in self.codec.found(data):
             last = host + (length if kind == COMPRESSED_CLUSTER else bool(host)) - 1
             if kind != COMPRESSED_CLUSTER and (has_reserved or host % (1 << bits)):
                 return False
             hosts = range(host >> bits, (last >> bits) + 1)
-            if not all(map(self.is_leaked, hosts)):
+            if not all(map(self.is_counted, hosts)):
                 return False
-            maps_any |= bool(hosts)
-        return maps_any
-
-
-def has_hole(present: Iterable[int]) -> bool:
-    """Return True if an L1 table with these entries, in their order, has a hole before the last of them."""
-    following = 0
-    for index in present:
-        if index != following:
-            return True
-        following = index + 1
-    return not following
+            maps_leaked = maps_leaked or any(map(self.is_leaked, hosts))
+        return maps_leaked

@@ -72,8 +72,11 @@ class Counts:
 
     def is_leaked(self, cluster: int) -> bool:
         """Return True for a cluster of the file with a refcount and no reference."""
-        is_there = cluster < len(self.refcounts)
-        return is_there and bool(self.refcounts[cluster]) and not self.references[cluster]
+        return self.is_counted(cluster) and not self.references[cluster]
+
+    def is_counted(self, cluster: int) -> bool:
+        """Return True for a cluster of the file with a refcount."""
+        return cluster < len(self.refcounts) and bool(self.refcounts[cluster])
 
     def differences(self) -> Iterator[tuple[int, int, int]]:
         """Yield (cluster, refcount, references) where the two differ."""

@@ -93,5 +93,5 @@ def rebase_command(arguments: argparse.Namespace) -> int:
     if arguments.output == "json":
         common.print_json(common.as_json(report))
     elif report.copied_bytes and not arguments.quiet:
-        print(f"{human_size(report.copied_bytes)} copied into {arguments.image}.", file=sys.stderr)
+        print(f"{human_size(report.copied_bytes)} copied into {printable(arguments.image)}.", file=sys.stderr)
     return common.EXIT_OK

@@ -219,7 +219,8 @@ def print_warnings(name: str, image_format: str | None, *, force_share: bool = F
     # What stops reading is the command's own to tell.
     with suppress(jqcow.JqcowError, OSError):
         for warning in read_warnings(name, cast("DiskFormat | None", image_format), force_share=force_share):
-            print(f"warning: {name}: {warning}; it can be read, not written", file=sys.stderr)
+            text = f"warning: {name}: {warning}; it can be read, not written"
+            print(printable(text), file=sys.stderr)
 
 
 @contextmanager
@@ -228,7 +229,8 @@ def about(name: str) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
-        error.add_note("--overwrite replaces it")
+        if not hasattr(error, "__notes__"):
+            error.add_note("--overwrite replaces it")
         raise
     except jqcow.JqcowError as error:
         text = describe(error)
@@ -304,7 +306,10 @@ def print_undone(report: Any, output: str) -> None:
         print_json(as_json(report))
     else:
         length = plural(report.written_bytes, "byte")
-        print(f"{report.image}: as before the repair; {length} written back. The undo file can be removed.")
+        print(
+            f"{printable(report.image)}: as before the repair; {length} written back. "
+            "The undo file can be removed."
+        )
 
 
 def print_json(value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, cast
 import jqcow
 from jqcow.cli import common
 from jqcow.cli.common import human_size
+from jqcow.errors import printable
 from jqcow.offline.convert import create_raw
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
@@ -94,7 +95,8 @@ def create_command(arguments: argparse.Namespace) -> int:
         base = ""
         if arguments.backing_file is not None:
             base = f" backing_file={arguments.backing_file} backing_fmt={arguments.backing_format}"
-        print(f"Formatting '{arguments.image}', fmt={arguments.format}{clusters} size={size}{base}")
+        told = f"Formatting '{arguments.image}', fmt={arguments.format}{clusters} size={size}{base}"
+        print(printable(told))
     return common.EXIT_OK
 
 

@@ -403,14 +403,15 @@ def journal_command(arguments: argparse.Namespace) -> int:
     if arguments.output == "json":
         common.print_json(common.as_json(listing))
     elif listing is None:
-        print(f"{arguments.image}: clean, no live journal")
+        print(f"{printable(arguments.image)}: clean, no live journal")
     else:
         print("\n".join(_journal_lines(listing, arguments.image)))
     return common.EXIT_OK
 
 
 def _journal_lines(listing: JournalListing, name: str) -> Iterator[str]:
-    yield f"{name}: a live journal, {human_size(listing.length)} at host offset {listing.offset:#x}"
+    length = human_size(listing.length)
+    yield f"{printable(name)}: a live journal, {length} at host offset {listing.offset:#x}"
     for number, half in enumerate(listing.halves):
         use = (
             f"{human_size(half.used_bytes)} of {human_size(half.length)} in use" if half.live else "not live"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from jqcow.cli import common
 from jqcow.cli.common import human_size, plural
-from jqcow.errors import CorruptionError
+from jqcow.errors import CorruptionError, printable
 from jqcow.offline.recover import JournalFound, RecoveryReport, Verification, recover_image
 from jqcow.offline.undo import undo_repair
 
@@ -22,7 +22,7 @@ _EPILOG = """\
 exit codes:
   0   the image is clean, or was recovered; the check found nothing
   1   not recovered: damaged, not a qcow2 image, no permission, an I/O error, wrong arguments
-  2   the image is clean or recovered, and the check found corruption
+  2   the image is clean or recovered, and the check found corruption or what looks like lost data
   3   the image is clean or recovered, and the check found leaked clusters, no corruption
   4   another process uses the image
   63  the image has a feature that jqcow does not support; or the check cannot judge it
@@ -100,14 +100,14 @@ def exit_code(report: RecoveryReport) -> int:
         return common.EXIT_OK
     if verified.refused:
         return common.EXIT_UNSUPPORTED
-    if verified.errors:
+    if verified.errors or verified.lost:
         return common.EXIT_CORRUPT
     return common.EXIT_LEAKS if verified.leaks else common.EXIT_OK
 
 
 def _lines(report: RecoveryReport) -> Iterator[str]:
     """Yield the report for people, line by line."""
-    yield f"{report.image}: {_headline(report)}"
+    yield f"{printable(report.image or '')}: {_headline(report)}"
     yield ""
     if report.journal is not None:
         yield from _journal_lines(report.journal, dry_run=report.dry_run)
@@ -158,12 +158,14 @@ def _check_lines(verified: Verification | None) -> Iterator[str]:
         yield "  check     not done (--no-check)"
     elif verified.refused:
         yield f"  check     not possible: {verified.refused}"
-    elif not verified.errors and not verified.leaks:
+    elif not verified.errors + verified.leaks + verified.lost:
         yield "  check     no errors, no leaks"
     else:
-        yield f"  check     {plural(verified.errors, 'error')}, {plural(verified.leaks, 'leaked cluster')}:"
+        lost = f", {plural(verified.lost, 'cluster')} of lost data?" if verified.lost else ""
+        errors, leaks = plural(verified.errors, "error"), plural(verified.leaks, "leaked cluster")
+        yield f"  check     {errors}, {leaks}{lost}:"
         yield from (f"            {finding}" for finding in verified.findings[:FINDINGS_SHOWN])
-        more = verified.errors + verified.leaks - FINDINGS_SHOWN
+        more = verified.errors + verified.leaks + verified.lost - FINDINGS_SHOWN
         if more > 0:
             yield f"            and {more:,} more: see jqcow check"
 
@@ -180,12 +182,15 @@ def _what_next(report: RecoveryReport) -> Iterator[str]:
     if verified is not None and verified.errors:
         yield "The image is damaged in a way that no crash of jqcow leaves: something else wrote to it."
         yield "Make a copy, and convert what can be read (jqcow convert) before anything tries to repair it."
+    elif verified is not None and verified.lost:
+        yield "A table has a hole that leaked clusters may fill: they may be the only copy of what it mapped."
+        yield "Copy the image before anything is tried: jqcow check -r keeps them, qemu-img frees them."
     elif verified is not None and verified.leaks:
-        yield "Leaked clusters waste space and do no harm to data; qemu-img check -r leaks frees them."
+        yield "Leaked clusters waste space and do no harm to data; jqcow check -r leaks frees them."
     if report.dry_run and report.actions:
-        yield f"Nothing was written. To recover: {PROGRAM} {shlex.quote(str(report.image))}"
+        yield f"Nothing was written. To recover: {PROGRAM} {shlex.quote(printable(report.image or ''))}"
     elif report.journal is not None:
         yield "The image is standard qcow2 again. Writes after the last flush may be there or not, sector"
         yield "by sector, as after any power cut; a guest's file system may want its own journal replayed."
-    elif verified is None or not verified.errors:
+    elif verified is None or not verified.errors + verified.lost:
         yield "The image has no live journal: any program that knows qcow2 can open it."

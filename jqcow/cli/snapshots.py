@@ -48,6 +48,7 @@ def snapshot_command(arguments: argparse.Namespace) -> int:
         return _change(arguments)
     if arguments.journal_size is not None:
         raise common.CommandError("--journal-size is for what writes: -l does not")
+    common.print_warnings(arguments.image, "qcow2", force_share=arguments.force_share)
     with common.about(arguments.image):
         found = read_snapshots(arguments.image, force_share=arguments.force_share)
     if arguments.output == "json":

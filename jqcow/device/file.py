@@ -298,7 +298,7 @@ class FileDevice:
                 self._descriptor, libc.FALLOC_PUNCH_HOLE | libc.FALLOC_KEEP_SIZE, offset, length
             )
 
-    def free_bytes(self) -> int | None:
+    def free_bytes(self) -> int:
         """Return how many bytes the file system has left for this user; a quota may allow less."""
         with self._naming_errors():
             state = os.fstatvfs(self._descriptor)

@@ -65,14 +65,6 @@ class ImageDisk(Disk):
         """Size of the disk."""
         return self._reads.tables.mapping.disk_bytes
 
-    def may_lack_a_table(self) -> bool:
-        """Return True if the tables are such as an L2 table leaves that was overwritten with zeros.
-
-        So are those of many an image that is whole: what was discarded can leave them, too.
-        """
-        with self._medium.lock:
-            return self._reads.tables.mapping.has_empty_table()
-
     def backing_file(self) -> NamedFile | None:
         """Return what the header names as the file below, None if it names none.
 

@@ -1,8 +1,8 @@
 """Undo files: written before a repair, and laid back over the image afterwards.
 
 An image may be taken back as long as each sector that the repair changed is as before it or as after it, and
-no refcount counts what lies behind both ends of the file: nobody has written there since. A repair that was
-cut off leaves such a state; behind the end may lie its journal, which no refcount counts.
+no table names what lies behind both ends of the file: nobody has written there since. A repair that was cut
+off leaves such a state; behind the end may lie its journal.
 
 Once that is known a mark in the undo file says so, until the image is as it was. An undo that was cut off is
 done again without a look at the image, which a power cut may have garbled, its header too.
@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from jqcow import _native
-from jqcow.checker.warnings import check_refcount_table
 from jqcow.device.base import Device, Reader
 from jqcow.device.file import FileDevice
+from jqcow.device.names import sync_directory
 from jqcow.device.trial import TrialDevice
-from jqcow.disks.view import FileView
 from jqcow.engine.engine import open_engine, random_salt
 from jqcow.engine.medium import Medium
+from jqcow.engine.repair import References
 from jqcow.engine.scan import read_header
-from jqcow.errors import CorruptionError, FormatError
+from jqcow.errors import CorruptionError
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import Header
@@ -99,6 +99,8 @@ def save_undo(trial: TrialDevice, image: str) -> None:
     except FileExistsError as error:
         # The same repair again: it was undone, or cut off.
         if same_content(target, undo_path(image)):
+            # What cut it off may have come before its name was durable.
+            sync_directory(os.path.dirname(undo_path(image)))
             return
         error.add_note("it can take an earlier repair back: apply it with jqcow undo, or remove it")
         raise
@@ -229,7 +231,7 @@ def _refuse_later_writes(device: Device, file: UndoFile) -> None:
     changed_since = "it was written since the repair; --force undoes all the same"
     size = device.size()
     shorter, longer = sorted((file.header.old_bytes, file.header.new_bytes))
-    if size < shorter or (size > longer and _is_counted(device, longer, size)):
+    if size < shorter or (size > longer and _end_of_named(device) > longer):
         raise CorruptionError("image", min(size, longer), changed_since)
     area = read_header(device)
     # Between the header and the end of the root copy nobody keeps anything.
@@ -244,17 +246,11 @@ def _refuse_later_writes(device: Device, file: UndoFile) -> None:
                 raise CorruptionError("image", run.offset + at, changed_since)
 
 
-def _is_counted(device: Device, start: int, end: int) -> bool:
-    """Return True if a refcount counts one of the clusters of a range. Damaged ones count nothing."""
-    view = FileView.of_file(device)
+def _end_of_named(device: Device) -> int:
+    """Return the end in bytes of what an image's tables name; that of the file where they are damaged."""
+    engine = open_engine(Medium(device), writable=False, repair="all").engine
     try:
-        check_refcount_table(view.read, view.area, view.size())
-    except (CorruptionError, FormatError):
-        return False
-    geometry, order = view.geometry, view.header.refcount_order
-    first, stop = geometry.clusters(start), geometry.clusters(end)
-    for counted, refcounts in view.refcount_blocks():
-        low, high = max(first, counted), min(stop, counted + geometry.refcounts_per_cluster)
-        if low < high and _native.refcount_find_used(refcounts, order, low - counted, high - counted) >= 0:
-            return True
-    return False
+        references = References(engine.public, engine.geometry.clusters(device.size()))
+    except CorruptionError:
+        return device.size()
+    return references.end() * engine.geometry.cluster_bytes

@@ -40,6 +40,13 @@ SPACE_PER_JOURNAL = 4
 """The host has so many times a journal's length free, or the journal is shorter: others need space, too."""
 
 
+def affordable_length(length: int, free_bytes: int | None, shortest: int = MIN_JOURNAL_BYTES) -> int:
+    """Return ``length`` of a journal, or what a host with so many bytes free has room for; all in bytes."""
+    if free_bytes is None or free_bytes >= SPACE_PER_JOURNAL * length:
+        return length
+    return max(shortest, _rounded_down(free_bytes // SPACE_PER_JOURNAL))
+
+
 def _rounded_down(length: int) -> int:
     """Return the next lower length that a journal can have."""
     unit = 2 * frames.FRAME_ALIGNMENT
@@ -192,9 +199,7 @@ class Log:
         Raises:
             OSError: the range is given up, and the root copy may be stale.
         """
-        free_bytes = self.medium.free_bytes()
-        if free_bytes is not None and free_bytes < SPACE_PER_JOURNAL * length:
-            length = max(shortest, _rounded_down(free_bytes // SPACE_PER_JOURNAL))
+        length = affordable_length(length, self.medium.free_bytes(), shortest)
         while True:
             try:
                 return self._lay(length, contents)

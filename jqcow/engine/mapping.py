@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jqcow import _native
 from jqcow.engine.metadata import View
 from jqcow.engine.refcounts import Allocation
 from jqcow.engine.space import Space
@@ -135,27 +134,6 @@ class Mapping:
             if table:
                 yield l1_index, table
             l1_index += 1 if table else self._absent_tables(l1_index, l1)
-
-    def has_empty_table(self) -> bool:
-        """Return True if an L2 table is all zeros, or there is none at all; damaged L1 entries are left out.
-
-        The specification allows it. So does a program leave it that wrote zeros over a table.
-        """
-        l1, l1_index, seen = self.l1, 0, set[HostOffset]()
-        while l1_index < l1.entry_count:
-            try:
-                table = self.l2_table(l1_index, l1)
-                if table and table not in seen and self._is_empty(table):
-                    return True
-                seen.add(table)
-                l1_index += 1 if table else self._absent_tables(l1_index, l1)
-            except CorruptionError:
-                l1_index += 1
-        return seen <= {0}
-
-    def _is_empty(self, table: HostOffset) -> bool:
-        blocks = range(table, table + self._cluster_bytes, self.geometry.block_bytes)
-        return all(_native.is_zero(self.view.block(HostOffset(block))) for block in blocks)
 
     def l1_is_copied(self, l1_index: int) -> bool:
         """Return the COPIED flag of an entry of the active L1 table."""

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Literal
 
 from jqcow import _native
-from jqcow.checker.lost import LostData, has_hole
+from jqcow.checker.lost import Holes, LostData
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
@@ -116,11 +116,17 @@ class References:
                     yield position, equal, refcount, references
                 position += equal
 
+    def end(self) -> int:
+        """Return the index behind the last cluster with a reference."""
+        return _native.refcount_last_used(self._counts, _COUNTER_ORDER) + 1
+
     def is_leaked(self, cluster: int) -> bool:
         """Return True for a cluster with a refcount and no reference."""
-        if cluster >= self._length or _native.refcount_get(self._counts, cluster, _COUNTER_ORDER):
-            return False
-        return self._tables.refcounts.get(ClusterIndex(cluster)) > 0
+        return self.is_counted(cluster) and not _native.refcount_get(self._counts, cluster, _COUNTER_ORDER)
+
+    def is_counted(self, cluster: int) -> bool:
+        """Return True for a cluster of the file with a refcount."""
+        return cluster < self._length and self._tables.refcounts.get(ClusterIndex(cluster)) > 0
 
 
 def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> RepairReport:
@@ -145,6 +151,7 @@ def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> Repa
     if not dirty and not differences and not public.snapshots.set_copied_flags(change=False):
         lifecycle.start_search()
         return RepairReport(lost=lost)
+    file_bytes = lifecycle.medium.size()
     lifecycle.go_live(lifecycle.medium.require_healthy)
     private = PrivateChanges(lifecycle)
     try:
@@ -152,8 +159,12 @@ def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> Repa
             report, is_sound = _stage(private.tables, references, differences, what)
             _clear_features(private.tables, dirty)
         private.commit()
-    except BaseException:
+    except BaseException as error:
         private.give_up()
+        if isinstance(error, UnsupportedFeatureError):
+            # Other programs may be able to do more: no journal stays behind.
+            lifecycle.kept_bytes = file_bytes
+            lifecycle.clean()
         raise
     if is_sound:
         lifecycle.start_search()
@@ -175,8 +186,8 @@ def _without_lost(
     if not leaks:
         return differences, 0
     bits, codec = tables.view.header.cluster_bits, tables.mapping.codec
-    lost = LostData(references.is_leaked, read, codec, bits, _has_holes(tables))
-    lost.look_for_tables(at for start, count, *_ in leaks for at in range(start, start + count))
+    lost = LostData(references.is_leaked, references.is_counted, read, codec, bits, _holes_in(tables))
+    lost.look_at(at for start, count, *_ in leaks for at in range(start, start + count))
     kept, number = [found for found in differences if found[3]], 0
     for start, count, refcount, counted in leaks:
         for is_lost, group in groupby(range(start, start + count), lost.is_lost):
@@ -188,15 +199,17 @@ def _without_lost(
     return kept, number
 
 
-def _has_holes(tables: Tables) -> bool:
-    """Return True if a table in use has a hole that lost data may have been mapped in."""
+def _holes_in(tables: Tables) -> Holes:
+    """Return the holes of the tables in use, where lost data may have been mapped."""
+    geometry, mapping = tables.geometry, tables.mapping
+    holes = Holes(geometry.clusters(mapping.disk_bytes) * mapping.codec.entry_bytes)
     for l1 in tables.snapshots.l1_tables():
-        found = list(tables.mapping.l2_tables(0, l1))
-        if l1.entry_count and has_hole(index for index, _ in found):
-            return True
-        if any(_native.is_zero(tables.view.read(table, tables.geometry.cluster_bytes)) for _, table in found):
-            return True
-    return False
+        found = list(mapping.l2_tables(0, l1))
+        if l1.entry_count:
+            holes.see_l1_table(index for index, _ in found)
+        for _, table in found:
+            holes.see_l2_table(tables.view.read(table, geometry.cluster_bytes))
+    return holes
 
 
 def clear_corrupt_bit(lifecycle: Lifecycle) -> None:

@@ -17,6 +17,7 @@ from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.disks.undo import UndoFile, bring_home, save_undo, undo_on, undo_path
 from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
+from jqcow.engine.log import affordable_length
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport, What, clear_corrupt_bit
 from jqcow.errors import CorruptionError, FileAccessDenied, FormatError, JqcowError
@@ -144,11 +145,13 @@ def open(
         JqcowError, OSError: not a qcow2 image, refused by name, damaged or in use; the host failed.
     """
     _check_mode(mode, journal_size, force_share=force_share)
+    _check_repair(mode, repair)
     following = Following(allow_files, probe, share_writers=force_share)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
-        _save_undo(device, mode, repair, free_lost=free_lost)
+        if mode == "r+":
+            journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
         return _open(
             device,
             mode,
@@ -203,6 +206,12 @@ def _check_mode(mode: Mode, journal_size: int | None, *, force_share: bool) -> N
         roots.journal_length(journal_size)
     if force_share and mode != "r":
         raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
+
+
+def _check_repair(mode: Mode, repair: What | None) -> None:
+    """Refuse a repair that there is not, before the image is recovered for it."""
+    if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
+        raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
 
 
 def open_device(
@@ -273,8 +282,7 @@ def _open(
         raise ValueError("copy_on_read writes: it needs mode 'r+'")
     if snapshot is not None and mode != "r":
         raise ValueError("a snapshot is opened for reading alone: apply it to write to what it holds")
-    if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
-        raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
+    _check_repair(mode, repair)
     snapshot = optional_text(snapshot)
     opened = open_engine(
         Medium(device),
@@ -300,27 +308,41 @@ def _open(
         raise
 
 
-def _save_undo(device: FileDevice, mode: Mode, repair: What | None, *, free_lost: bool) -> None:
+def _prepare_repair(
+    device: FileDevice, repair: What | None, journal_size: int | None, *, free_lost: bool
+) -> int | None:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
     A repair that only lowers refcounts of harmless leaks needs none.
+
+    Returns the size of its journal on trial: a new refcount table lies behind that.
     """
-    if repair is None or mode != "r+":
-        return
+    if repair is None:
+        return journal_size
     if os.path.exists(undo_path(device.path)):
         _take_back_cut_off(device)
     else:
         bring_home(device)
+    # The undo file takes space, too.
+    journal_bytes = affordable_length(journal_size or roots.DEFAULT_JOURNAL_BYTES, device.free_bytes() // 2)
     trial = TrialDevice(device)
     needs_undo = free_lost
     with suppress(JqcowError):
         # What it refuses is refused again, when it is no trial.
-        with _open(trial, "r+", repair=repair, free_lost=free_lost, find_backing=lambda _: None) as image:
+        with _open(
+            trial,
+            "r+",
+            journal_size=journal_bytes,
+            repair=repair,
+            free_lost=free_lost,
+            find_backing=lambda _: None,
+        ) as image:
             done = image.repaired or RepairReport()
         needs_undo |= bool(done.too_low or done.copied_flags or done.refcount_table)
     sectors = [offset for offset, *_ in trial.changed()]
     if sectors and (needs_undo or not sectors[0]):
         save_undo(trial, device.path)
+    return journal_bytes
 
 
 def _take_back_cut_off(device: FileDevice) -> None:
@@ -348,8 +370,10 @@ def open_alone(
     For what works on the image's own tables: who reads its disk wants `open`. Arguments and errors as `open`.
     """
     _check_mode(mode, journal_size, force_share=False)
+    _check_repair(mode, repair)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
-        _save_undo(device, mode, repair, free_lost=free_lost)
+        if mode == "r+":
+            journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
         return _open(
             device,
             mode,

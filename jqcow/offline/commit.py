@@ -73,7 +73,7 @@ def commit(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the overlay reads as before.
     """
-    # What an empty table hides would be the base's from then on.
+    # What a hole in a table hides would be the base's from then on.
     refuse_lost_data_in(path)
     following = Following(allow_files, probe)
     with open_alone(path, "r+", journal_size=journal_size) as overlay:

@@ -1,8 +1,7 @@
 """Data that is lost: found before a copy would make its loss final, or told piece by piece by a salvage.
 
-An L2 table that was overwritten with zeros is one that the specification allows: its range reads as zeros, or
-as what lies below. What tells the two apart are the clusters that it named. They still have a refcount, no
-table names them, and they hold data.
+A table that was overwritten with zeros is one that the specification allows: its range reads as zeros, or as
+what lies below. What tells the two apart are the clusters that it named (`jqcow.checker.lost`).
 """
 
 from __future__ import annotations
@@ -10,17 +9,15 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 
-from jqcow import _native
-from jqcow.checker.check import unreferenced_clusters
+from jqcow.checker.check import check_structure
+from jqcow.checker.findings import Kind
 from jqcow.device.disk import Disk, Extent
 from jqcow.disks.chain import FileDisk
-from jqcow.disks.files import open_to_read
 from jqcow.disks.image import ImageDisk
-from jqcow.disks.view import FileView
-from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.disks.view import FileView, open_view
+from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY
 
 LOOK_BYTES = 1 << 30
@@ -36,51 +33,44 @@ _UNREADABLE = (errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EUCLEAN)
 
 
 def refuse_lost_data(layers: Iterable[FileDisk]) -> None:
-    """Raise CorruptionError if one of these images seems to have lost an L2 table.
+    """Raise CorruptionError if one of these images seems to have lost what an L2 table mapped.
 
-    It takes time only where a table is all zeros: then all refcounts are checked. Where they cannot tell, as
-    the dirty bit says or the checker does not know the image, nothing is raised.
+    All refcounts are checked. Where they cannot tell, as the dirty bit says, or the checker does not know the
+    image, or cannot walk it, nothing is raised.
     """
     for layer in layers:
-        if isinstance(layer, ImageDisk) and layer.may_lack_a_table():
-            _refuse_lost_table(layer)
+        if isinstance(layer, ImageDisk):
+            _refuse_lost_data_of(FileView.of_file(layer.device), layer.path)
 
 
 def refuse_lost_data_in(path: str | os.PathLike[str]) -> None:
-    """As `refuse_lost_data`, of one image file.
+    """As `refuse_lost_data`, of one image file, without what is below it.
 
     Raises:
         JqcowError: the image cannot be read, or is in use.
         OSError: the host failed.
     """
-    device, _ = open_to_read(path, "qcow2")
-    try:
-        disk = ImageDisk(device)
-    except BaseException:
-        device.close()
-        raise
-    with closing(disk):
-        refuse_lost_data([disk])
+    with open_view(path) as view:
+        _refuse_lost_data_of(view, os.fspath(path))
 
 
-def _refuse_lost_table(layer: ImageDisk) -> None:
-    view = FileView.of_file(layer.device)
+def _refuse_lost_data_of(view: FileView, path: str) -> None:
     if view.header.incompatible_features & INCOMPATIBLE_DIRTY:
         return
-    cluster_bytes = view.geometry.cluster_bytes
     try:
-        for offset in unreferenced_clusters(view.read, view.size(), reserved=view.reserved):
-            if not _native.is_zero(view.read(cluster_bytes, offset)):
-                error = CorruptionError(
-                    "cluster", offset, "it holds data and no table names it, while an L2 table is all zeros"
-                )
-                error.add_note(
-                    f"{layer.path} seems to have lost data: if it has not, jqcow check -r leaks frees such "
-                    "clusters, and convert --salvage takes the disk as it reads"
-                )
-                raise error
-    except UnsupportedFeatureError:
+        report = check_structure(view.read, view.size(), reserved=view.reserved)
+    except (CorruptionError, FormatError):
         return
+    if report.lost:
+        offset = next((found.offset for found in report.findings if found.kind == Kind.LOST_DATA), 0)
+        error = CorruptionError(
+            "cluster", offset, "it holds data and no table names it, while a table has a hole"
+        )
+        error.add_note(
+            f"{path} seems to have lost data: if it has not, jqcow check -r leaks --free-lost-data frees "
+            "such clusters, and convert --salvage takes the disk as it reads"
+        )
+        raise error
 
 
 # Salvage

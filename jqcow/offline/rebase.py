@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.device.disk import Disk, Extent, joined, read_padded, shows_zeros
-from jqcow.disks.chain import Chain
-from jqcow.disks.policy import FilePolicy
+from jqcow.disks.chain import Chain, open_disk
+from jqcow.disks.policy import FilePolicy, Following
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.image import Image
 from jqcow.image.opening import open as open_image
 from jqcow.image.opening import open_alone, open_backing
 from jqcow.image.transaction import Transaction
 from jqcow.offline.compare import Progress
-from jqcow.offline.losses import refuse_lost_data_in
+from jqcow.offline.losses import refuse_lost_data
 from jqcow.ondisk.naming import DiskFormat
 
 WINDOW_BYTES = 4 << 20
@@ -67,8 +67,9 @@ def rebase(
         with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:
             transaction.set_backing_file(backing_file, backing_format)
         return RebaseReport(0, 0)
-    # What an empty table hides would be copied from below.
-    refuse_lost_data_in(path)
+    with closing(open_disk(path, "qcow2", following=Following(allow_files, probe))) as chain:
+        # What a hole in a table hides would be copied from below, or be zeros from then on.
+        refuse_lost_data(chain.layers)
     with (
         open_image(path, "r+", journal_size=journal_size, allow_files=allow_files, probe=probe) as image,
         _new_chain(path, backing_file, backing_format, allow_files, probe=probe) as new,

@@ -74,12 +74,14 @@ class JournalFound:
 class Verification:
     """Refcounts and tables, checked after replay.
 
-    ``refused`` tells why the check could not be done; ``errors`` and ``leaks`` are 0 then. ``findings`` are
-    the first of all, in words.
+    ``lost`` counts leaked clusters that look like lost data; they are among neither ``errors`` nor ``leaks``.
+    ``refused`` tells why the check could not be done; the numbers are 0 then. ``findings`` are the first of
+    all, in words.
     """
 
     errors: int
     leaks: int
+    lost: int
     findings: tuple[str, ...]
     refused: str | None
     seconds: float
@@ -296,15 +298,16 @@ def _actions(state: State, found: JournalFound, *, is_dirty: bool) -> tuple[str,
 def _verify(device: Device) -> Verification:
     """Check the image as it is, or as replayed in memory where its journal is still live."""
     started = time.perf_counter()
-    errors = leaks = 0
+    errors = leaks = lost = 0
     findings: tuple[str, ...] = ()
     refused = None
     try:
         view = FileView.of_file(device, use_root_copy=True)
         report = check_structure(view.read, view.size(), reserved=view.reserved)
-        errors, leaks, findings = report.errors, report.leaks, tuple(map(str, report.findings))
+        errors, leaks, lost = report.errors - report.lost, report.leaks, report.lost
+        findings = tuple(map(str, report.findings))
     except UnsupportedFeatureError as error:
         refused = str(error)
     except (CorruptionError, FormatError) as error:
         errors, findings = 1, (str(error),)
-    return Verification(errors, leaks, findings, refused, time.perf_counter() - started)
+    return Verification(errors, leaks, lost, findings, refused, time.perf_counter() - started)

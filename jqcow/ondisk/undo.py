@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.errors import CorruptionError, FormatError
-from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.layout import MAX_HOST_OFFSET, SECTOR_BYTES
 
 MAGIC = b"JQCOWUND"
 MARK_MAGIC = b"JQCOWBGN"
@@ -76,6 +76,8 @@ class UndoHeader:
         header = cls(*fields)
         if header.pack() != data[:HEADER_BYTES]:
             raise CorruptionError("undo file", 0, "its checksum does not match")
+        if max(header.old_bytes, header.new_bytes) > MAX_HOST_OFFSET:
+            raise CorruptionError("undo file", 0, "it is of an image of more than 64 PiB")
         return header
 
     def pack_mark(self) -> bytes:
@@ -112,8 +114,8 @@ class UndoRun:
         """
         offset, count, _ = RUN_STRUCT.unpack_from(data.ljust(RUN_BYTES, b"\0"))
         end = RUN_BYTES + count * (4 + SECTOR_BYTES)
-        if not 0 < count <= RUN_SECTORS_MAX or len(data) < end:
-            raise CorruptionError("undo file", place, f"a run of {count} sectors")
+        if not 0 < count <= RUN_SECTORS_MAX or len(data) < end or offset > MAX_HOST_OFFSET:
+            raise CorruptionError("undo file", place, f"a run of {count} sectors at {offset:#x}")
         crcs = struct.unpack_from(f">{count}I", data, RUN_BYTES)
         run = cls(offset, data[RUN_BYTES + 4 * count : end], crcs)
         if run.pack() != data[:end]:

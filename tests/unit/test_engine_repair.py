@@ -266,8 +266,10 @@ class TestRefused:
             map_one(tables)
             tables.mapping.set_entries(GuestCluster(1), [tables.mapping.l2_entry(GuestCluster(0))])
         device = closed(engine)
+        content = device.content()
         with pytest.raises(UnsupportedFeatureError, match="above 1"):
             opened(device, "all")
+        assert device.content() == content, "no journal is left behind"
         found, _ = opened(device.killed(), None)
         assert found.public.refcounts.get(data(found)) == 1
 

@@ -103,6 +103,23 @@ def test_commit_and_rebase_refuse_it_too(tmp_path: Path) -> None:
     assert (tmp_path / "base.raw").read_bytes() == b"b" * (4 * SPAN)
 
 
+def test_rebase_looks_into_the_old_backing_files(zeroed: Path, tmp_path: Path) -> None:
+    """What they lost would be zeros from then on."""
+    (tmp_path / "new.raw").write_bytes(b"n" * (4 * SPAN))
+    path = tmp_path / "overlay.qcow2"
+    jqcow.create(path, 4 * SPAN, backing_file=zeroed.name, backing_format="qcow2").close()
+    before = path.read_bytes()
+    with pytest.raises(CorruptionError, match="no table names it"):
+        rebase(path, "new.raw", "raw", allow_files=True)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_snapshot_table_does_not_stop_it(zeroed: Path, tmp_path: Path) -> None:
+    """Then nothing tells what is lost."""
+    poke(zeroed, 60, (1).to_bytes(4, "big") + (1 << 40 | 1).to_bytes(8, "big"))
+    convert(zeroed, tmp_path / "out")
+
+
 # Salvage
 
 

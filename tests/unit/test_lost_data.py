@@ -11,9 +11,11 @@ import pytest
 import jqcow
 from jqcow.checker import lost as rules
 from jqcow.checker.check import Kind
-from jqcow.checker.lost import has_hole
+from jqcow.checker.lost import MANY, Holes
 from jqcow.cli.main import main
+from jqcow.cli.recover import main as recover_main
 from jqcow.engine.repair import What
+from jqcow.offline.convert import convert
 from jqcow.testing import SimulatedDevice
 from tests.support.patients import Tables, check
 
@@ -108,6 +110,68 @@ def test_what_a_dirty_image_does_on_opening(content: bytes) -> None:
         assert set(image.check().counts) == {Kind.LOST_DATA}
 
 
+def test_convert_refuses_them(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(jqcow.CorruptionError, match="no table names it"):
+        convert(path, tmp_path / "copy")
+    convert(path, tmp_path / "copy", salvage=True)
+
+
+def test_a_lost_table_that_a_snapshot_shares_in_part() -> None:
+    """What it maps is leaked, or counted once too often."""
+    device = SimulatedDevice(bytes(new_tables(*(index * REACH for index in range(4))).image))
+    with jqcow.open_device(device, "r+") as image:
+        image.create_snapshot("before")
+        image.pwrite(b"x" * CLUSTER, 3 * REACH)
+    tables = Tables(device.content())
+    l1_entry(3)(tables)
+    for _ in range(2):
+        device = SimulatedDevice(bytes(tables.image))
+        with jqcow.open_device(device, "r+", repair="leaks") as image:
+            assert image.repaired is not None and image.repaired.lost == 2, "the table and its own cluster"
+            assert set(image.check().counts) == {Kind.LOST_DATA}
+        tables = Tables(device.content())
+
+
+def with_a_lost_sector(clusters: int) -> Tables:
+    """Return an image of which a sector of an L2 table was overwritten, which mapped some clusters."""
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, 1 << 20, cluster_size=4096) as image:
+        image.pwrite(b"before" * 1000, 0)
+        image.pwrite(b"x" * (clusters * 4096), 64 * 4096)
+        image.pwrite(b"behind" * 1000, 128 * 4096)
+    tables = Tables(device.content())
+    tables.image[tables.l2 + 512 : tables.l2 + 1024] = bytes(512)
+    return tables
+
+
+@pytest.mark.parametrize("clusters", [MANY, 64])
+def test_a_lost_sector_of_a_table(clusters: int) -> None:
+    content = bytes(with_a_lost_sector(clusters).image)
+    assert check(content).lost == clusters
+    device = SimulatedDevice(content)
+    with jqcow.open_device(device, "r+", repair="leaks") as image:
+        assert image.repaired is not None and image.repaired.lost == clusters
+    assert device.content() == content
+
+
+def test_a_few_leaks_beside_an_empty_sector_are_harmless() -> None:
+    report = check(with_a_lost_sector(MANY - 1).image)
+    assert report.leaks == MANY - 1 and not report.errors
+
+
+def test_many_leaks_are_harmless_where_all_is_mapped() -> None:
+    """The rest of the only L2 table maps nothing."""
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, 64 * 4096, cluster_size=4096) as image:
+        image.pwrite(b"x" * (64 * 4096), 0)
+    tables = Tables(device.content())
+    for _ in range(MANY):
+        tables.image += b"leaked".ljust(4096, b"\1")
+        tables.set_refcount(len(tables.image) - 4096, 1)
+    report = check(tables.image)
+    assert report.leaks == MANY and not report.errors
+
+
 def test_commands(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lost = check(path.read_bytes()).lost
     assert main(["check", str(path)]) == 2
@@ -117,6 +181,17 @@ def test_commands(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert told["lost-data"] == lost and "leaks" not in told and "corruptions" not in told
     assert main(["check", "-r", "leaks", str(path)]) == 2
     assert main(["check", "-r", "leaks", "--free-lost-data", str(path)]) == 0
+
+
+def test_recovery_has_a_word_of_its_own_for_them(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lost = check(path.read_bytes()).lost
+    assert recover_main([str(path)]) == 2
+    told = capfd.readouterr().out
+    assert f"0 errors, 0 leaked clusters, {lost} clusters of lost data?" in told
+    assert "the only copy" in told and "no crash of jqcow leaves" not in told
+    assert recover_main(["--output=json", str(path)]) == 2
+    told = json.loads(capfd.readouterr().out)["verification"]
+    assert (told["errors"], told["leaks"], told["lost"]) == (0, 0, lost)
 
 
 def test_a_leak_without_a_hole_is_harmless() -> None:
@@ -160,4 +235,6 @@ def test_so_many_clusters_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     [((), True), ((0,), False), ((1,), True), ((0, 1, 2), False), ((0, 2), True)],
 )
 def test_holes_of_an_l1_table(present: tuple[int, ...], expected: bool) -> None:
-    assert has_hole(present) is expected
+    holes = Holes(CLUSTER)
+    holes.see_l1_table(present)
+    assert holes.tables is expected

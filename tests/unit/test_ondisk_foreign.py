@@ -13,7 +13,12 @@ from jqcow.offline.convert import convert
 from jqcow.ondisk.foreign import foreign_format
 
 STARTS = {
-    "vmdk": [b"KDMV\1\0\0\0", b"COWD\1\0\0\0", b"# Disk DescriptorFile\nversion=1\n"],
+    "vmdk": [
+        b"KDMV\1\0\0\0",
+        b"COWD\1\0\0\0",
+        b"# Disk DescriptorFile\nversion=1\n",
+        b"\n  \n# a\nversion=3\r\n",
+    ],
     "vhdx": [b"vhdxfile"],
     "vdi": [b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(0x40, b"\0") + b"\x7f\x10\xda\xbe"],
     "vpc": [b"conectix"],
@@ -22,10 +27,12 @@ STARTS = {
     "bochs": [b"Bochs Virtual HD Image"],
     "cloop": [b"#!/bin/sh\n#V2.0 Format\n"],
     "qcow": [b"QFI\xfb\0\0\0\1"],
+    "luks": [b"LUKS\xba\xbe\0\1"],
 }
 FILES = [(name, start.ljust(8192, b"x")) for name, starts in STARTS.items() for start in starts]
 FILES += [
     ("vpc", bytes(8192) + b"conectix".ljust(512, b"\0")),
+    ("vpc", bytes(8192) + b"conectix".ljust(511, b"\0")),
     ("dmg", bytes(8192) + b"koly".ljust(512, b"\0")),
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jqcow.cli.main import main
+from jqcow.cli.recover import main as recover_main
 from jqcow.errors import CorruptionError, FileAccessDenied, SnapshotNotFound, printable
 
 EVIL = "a\x1b[2Jb\nbacking file: /safe\r\x9b1m\u202e\x07"
@@ -53,6 +54,37 @@ def test_every_command_shows_a_backing_name_harmlessly(
             assert not line.startswith("backing file: /safe"), command
     assert main(["info", "--output=json", path]) == 0
     assert json.loads(capsys.readouterr().out)["backing-filename"] == EVIL
+
+
+def test_every_command_shows_the_name_of_the_file_harmlessly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be another user's, found in a directory."""
+    path = str(tmp_path / EVIL.replace("/", ""))
+    assert main(["create", path, "1M"]) == 0
+    assert main(["resize", path, "2M"]) == 0
+    told = ""
+    for damage in (b"", bytes(8)):
+        with open(path, "r+b") as file:
+            file.seek(48)
+            file.write(damage)
+        for command in (
+            ["info"],
+            ["map"],
+            ["check"],
+            ["journal"],
+            ["snapshot", "-l"],
+            ["check", "-r", "all"],
+        ):
+            main([*command, path])
+        recover_main([path])
+        recover_main(["--dry-run", path])
+        main(["undo", path])
+        output = capsys.readouterr()
+        told += output.out + output.err
+    assert "as before the repair" in told and "no live journal" in told and "warning" in told
+    for line in told.split("\n"):
+        assert not line or line.isprintable()
 
 
 def test_errors_of_the_library_are_harmless_too() -> None:

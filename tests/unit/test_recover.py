@@ -79,7 +79,8 @@ def test_recovers_and_reports(crashed: Path) -> None:
     assert report.journal.record_count == 4
     assert report.journal.torn_tail is None
     assert report.verification is not None
-    assert (report.verification.errors, report.verification.leaks) == (0, 0)
+    verified = report.verification
+    assert (verified.errors, verified.leaks, verified.lost) == (0, 0, 0)
     with jqcow.open(crashed) as image:
         assert image.recovered is None
         assert_acknowledged(image, 3)
@@ -101,7 +102,8 @@ def test_dry_run_writes_nothing_and_works_on_a_read_only_file(crashed: Path) -> 
     assert report.dry_run
     assert report.journal is not None
     assert report.verification is not None
-    assert (report.verification.errors, report.verification.leaks) == (0, 0)
+    verified = report.verification
+    assert (verified.errors, verified.leaks, verified.lost) == (0, 0, 0)
     assert crashed.read_bytes() == before
 
 
@@ -204,7 +206,8 @@ def test_a_recovery_killed_at_any_barrier_is_recovered() -> None:
         names.append(name)
         report = recover_image(device)
         assert report.verification is not None
-        assert (report.verification.errors, report.verification.leaks) == (0, 0), name
+        verified = report.verification
+        assert (verified.errors, verified.leaks, verified.lost) == (0, 0, 0), name
         with jqcow.open_device(device) as image:
             assert_acknowledged(image, 3)
     assert {"open.settle", "recover.root", "move.range", "move.root", "close.clear"} <= set(names)

@@ -292,7 +292,8 @@ def check_recovering(row: Row, content: bytes, cluster_bytes: int, kept: int) ->
 
 def assert_verified(report: RecoveryReport) -> None:
     assert report.verification is not None
-    assert (report.verification.errors, report.verification.leaks) == (0, 0)
+    verified = report.verification
+    assert (verified.errors, verified.leaks, verified.lost) == (0, 0, 0)
 
 
 def assert_root_rewritten(device: SimulatedDevice, outcome: str) -> None:

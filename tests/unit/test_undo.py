@@ -10,7 +10,10 @@ import pytest
 import jqcow
 from jqcow.cli.main import main
 from jqcow.cli.recover import main as recover_main
+from jqcow.device.base import ReadBuffer
+from jqcow.device.file import FileDevice
 from jqcow.device.trial import TrialDevice
+from jqcow.disks import undo as undos
 from jqcow.disks.undo import UndoFile, pack_undo, undo_on, undo_path
 from jqcow.errors import CorruptionError, FormatError, JqcowError
 from jqcow.offline.undo import undo_repair
@@ -119,6 +122,66 @@ class TestFiles:
         undo_repair(path, force=True)
         assert path.read_bytes() == content
 
+    @pytest.mark.parametrize("way", ["undo", "repair"])
+    def test_an_old_undo_file_costs_nothing_flushed(self, tmp_path: Path, way: str) -> None:
+        """The image was used for long, and crashed: its file is longer for more than a journal."""
+        device = SimulatedDevice()
+        with jqcow.create_on_device(device, 1 << 20, cluster_size=512) as image:
+            image.pwrite(DATA * 3, 0)
+        tables = Tables(device.content())
+        # One sector of refcounts is changed by the repair, and is full.
+        tables.set_refcount(tables.data, 0)
+        path, new = tmp_path / "old.qcow2", b"since" * 50_000
+        path.write_bytes(tables.image)
+        repair(path)
+        device = SimulatedDevice(path.read_bytes())
+        with jqcow.open_device(device, "r+", journal_size=1 << 16) as image:
+            image.pwrite(new, 1 << 19)
+            image.flush()
+            path.write_bytes(device.content())
+        if way == "undo":
+            with pytest.raises(CorruptionError, match="written since"):
+                undo_repair(path)
+        else:
+            jqcow.open(path, "r+", repair="leaks").close()
+        with jqcow.open(path) as image:
+            assert image.pread(len(new), 1 << 19) == new and image.check().ok
+
+    @pytest.mark.parametrize("free_bytes", [None, 1 << 20, 12 << 20, 40 << 20])
+    def test_whatever_length_its_journal_has(
+        self, path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, free_bytes: int | None
+    ) -> None:
+        """A new refcount table lies behind it. The undo file takes space, too."""
+        if free_bytes is None:
+            jqcow.open(path, "r+", repair="all", free_lost=True, journal_size=1 << 16).close()
+        else:
+            left = iter(range(free_bytes, 0, -65536))
+            monkeypatch.setattr(FileDevice, "free_bytes", lambda device: next(left))
+            repair(path)
+        undo_repair(path)
+        assert path.read_bytes() == content
+
+    def test_it_is_durable_before_the_repair(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where the one of a repair that was cut off is there already."""
+        content, calls = path.read_bytes(), list[str]()
+        repair(path)
+        path.write_bytes(content)
+        syncing, writing = undos.sync_directory, FileDevice.pwrite
+
+        def sync(directory: str) -> None:
+            calls.append(directory)
+            syncing(directory)
+
+        def write(device: FileDevice, buffer: ReadBuffer, offset: int) -> None:
+            if device.path == str(path):
+                calls.append("write")
+            writing(device, buffer, offset)
+
+        monkeypatch.setattr(undos, "sync_directory", sync)
+        monkeypatch.setattr(FileDevice, "pwrite", write)
+        repair(path)
+        assert calls[0] == str(path.parent) and "write" in calls
+
     def test_an_undo_file_of_another_repair_stays(self, path: Path, content: bytes) -> None:
         """Nothing is repaired meanwhile."""
         Path(undo_path(str(path))).write_bytes(b"another")
@@ -185,6 +248,42 @@ class TestCrashes:
             crashed = device.crash(state)
             undo_on(crashed, undo)
             assert crashed.durable_content() == content
+
+
+@pytest.mark.parametrize(
+    "undo",
+    [
+        UndoHeader(1 << 62, 512, 0).pack(),
+        UndoHeader(512, 1 << 63, 0).pack(),
+        UndoHeader(512, 512, 1).pack() + UndoRun(1 << 63, bytes(512), (0,)).pack(),
+        UndoHeader(512, 512, 1 << 62).pack(),
+    ],
+    ids=["old length", "new length", "offset", "number of runs"],
+)
+def test_a_hostile_undo_file_is_refused(undo: bytes) -> None:
+    with pytest.raises(CorruptionError, match="undo file"):
+        undo_on(SimulatedDevice(bytes(512)), SimulatedDevice(undo), force=True)
+
+
+def test_a_repair_that_there_is_not_recovers_nothing(tmp_path: Path) -> None:
+    device, path = SimulatedDevice(), tmp_path / "crashed.qcow2"
+    with jqcow.create_on_device(device, 1 << 20, cluster_size=CLUSTER) as image:
+        image.pwrite(DATA, 0)
+        image.flush()
+        path.write_bytes(device.content())
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="repair is 'leaks' or 'all'"):
+        jqcow.open(path, "r+", repair="everything")  # type: ignore[arg-type]
+    assert path.read_bytes() == content
+
+
+def test_nobody_is_told_to_overwrite_an_undo_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "damaged.qcow2"
+    path.write_bytes(damaged("double_allocation"))
+    Path(undo_path(str(path))).write_bytes(b"another")
+    assert main(["check", "-r", "all", str(path)]) == 1
+    told = capsys.readouterr().err
+    assert "apply it with jqcow undo" in told and "--overwrite" not in told
 
 
 def test_on_disk_structures() -> None:
