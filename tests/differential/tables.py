@@ -184,6 +184,31 @@ class Tables:
         pieces = [piece for piece in pieces if len(piece) == self.cluster_bytes]
         return not pieces or not all(any(piece) for piece in pieces)
 
+    def referenced(self) -> set[int]:
+        """Return the host clusters of L2 tables and data that entries without a fault name."""
+        found = set[int]()
+        for l1 in (self.active, *(l1 for _, l1 in self.snapshots())):
+            for entry in self.l1_entries(l1):
+                table = entry & OFFSET
+                if entry & L1_RESERVED or not table or table % self.cluster_bytes:
+                    continue
+                found.add(table // self.cluster_bytes)
+                words = (self.word(table + 8 * position) or 0 for position in range(self.per_table))
+                found.update(cluster for word in words if word for cluster in self._clusters_of(word))
+        return found
+
+    def _clusters_of(self, entry: int) -> range:
+        """Return the host clusters that an L2 entry names, none where it has a fault."""
+        if self.faults_of(entry):
+            return range(0)
+        width = 62 - (self.fields.cluster_bits - 8)
+        host = entry & OFFSET
+        length = self.cluster_bytes if host else 0
+        if entry & COMPRESSED:
+            host = entry & (1 << width) - 1
+            length = ((entry & COMPRESSED - 1) >> width) * 512 + 512 - host % 512
+        return range(host // self.cluster_bytes, -(-(host + length) // self.cluster_bytes))
+
     def metadata(self) -> set[int]:
         """Return the host clusters of the header, all L1 and L2 tables, the snapshot and refcount tables."""
         fields, size = self.fields, self.cluster_bytes
