@@ -7,6 +7,7 @@ torn at 512-byte sectors; that holds for sizes and punched ranges too (docs/cras
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 ReadBuffer = bytes | bytearray | memoryview
@@ -83,6 +84,23 @@ class Caching(Protocol):
     def forget_cached(self) -> None:
         """Have reads show what is durable, as far as a completed barrier covers all that is not lost."""
         ...
+
+
+@runtime_checkable
+class Sparse(Protocol):
+    """A device that can tell where it has holes."""
+
+    def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) in bytes of what may hold data, by offset. The rest reads as zeros."""
+        ...
+
+
+def hole_end(reader: Reader, offset: int, end: int) -> int:
+    """Return how far a range is a hole, which reads as zeros; ``offset`` where the reader cannot tell."""
+    if not isinstance(reader, Sparse):
+        return offset
+    start, _ = next(iter(reader.data_extents(offset, end - offset)), (end, 0))
+    return start
 
 
 @runtime_checkable

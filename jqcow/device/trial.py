@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from heapq import merge
 
-from jqcow.device.base import Device, ReadBuffer
+from jqcow.device.base import Device, ReadBuffer, Sparse
 from jqcow.ondisk.layout import SECTOR_BYTES
 
 BLOCK_BYTES = 1 << 16
@@ -36,7 +37,11 @@ class TrialDevice:
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer``; what lies past the end reads as zeros."""
         for start, end, index, within in _pieces(offset, len(buffer)):
-            buffer[start:end] = self._block(index)[within : within + end - start]
+            block = self._blocks.get(index)
+            if block is None:
+                self.below.pread_into(buffer[start:end], offset + start)
+            else:
+                buffer[start:end] = block[within : within + end - start]
 
     def _block(self, index: int) -> bytearray | bytes:
         block = self._blocks.get(index)
@@ -79,6 +84,16 @@ class TrialDevice:
         """Make a range read as zeros."""
         self._zero(offset, length)
         return True
+
+    def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) in bytes of what may hold data, by offset; some of it twice."""
+        end = offset + length
+        below = (
+            self.below.data_extents(offset, length) if isinstance(self.below, Sparse) else [(offset, length)]
+        )
+        changed = sorted(index * BLOCK_BYTES for index in self._blocks)
+        ours = ((max(at, offset), BLOCK_BYTES) for at in changed if at < end and at + BLOCK_BYTES > offset)
+        return merge(below, ours)
 
     def close(self) -> None:
         """The device below stays open."""

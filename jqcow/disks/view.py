@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 
 from jqcow import _native
-from jqcow.device.base import Reader
+from jqcow.device.base import Reader, hole_end
 from jqcow.disks.files import open_to_read
 from jqcow.engine import scan as scans
 from jqcow.engine.scan import Scan
@@ -22,6 +22,9 @@ from jqcow.ondisk import entries, layout
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.root import JournalRange
+
+HOLE_BYTES_MIN = 1 << 16
+"""Reads from this length on look for a hole first."""
 
 
 class FileView:
@@ -119,7 +122,7 @@ class FileView:
 
     def read(self, length: int, offset: int) -> bytes:
         """Return ``length`` bytes from host ``offset``; what lies past the end reads as zeros."""
-        data = self._reader.pread(length, offset)
+        data = bytes(length) if self._is_hole(length, offset) else self._reader.pread(length, offset)
         if not self._blocks and offset >= len(self.area.data):
             return data
         buffer = bytearray(data)
@@ -133,6 +136,10 @@ class FileView:
             first, last = max(start, offset), min(start + self._block_bytes, offset + length)
             buffer[first - offset : last - offset] = self._blocks[start][first - start : last - start]
         return bytes(buffer)
+
+    def _is_hole(self, length: int, offset: int) -> bool:
+        """Return True if the file has nothing there: tables of gigabytes may take no space at all."""
+        return length >= HOLE_BYTES_MIN and hole_end(self._reader, offset, offset + length) == offset + length
 
 
 @contextmanager

@@ -211,7 +211,7 @@ class Mapping:
         return max(1, self.geometry.clusters(self.space.readable_bytes - host))
 
     def _absent_tables(self, l1_index: int, l1: L1Table) -> int:
-        """Return how many L2 tables are absent from ``l1_index`` on, within one block; at least 1."""
+        """Return how many L2 tables are absent from ``l1_index`` on, in one block and a hole; at least 1."""
         position = l1_index % self.geometry.entries_per_block
         limit = min(self.geometry.entries_per_block, position + l1.entry_count - l1_index)
         if limit <= position:
@@ -222,6 +222,11 @@ class Mapping:
         end = entry_place(l1.offset, l1_index - position + stop)
         if end > self.space.readable_bytes and not self.space.reaches(end):
             stop = max(position + 1, stop - layout.table_entries(end - self.space.readable_bytes + 7))
+        elif present < 0 and stop == self.geometry.entries_per_block:
+            # A table of many megabytes may take no space at all.
+            table_end = entry_place(l1.offset, l1.entry_count)
+            hole_end = self.view.hole_end(end, min(table_end, self.space.readable_bytes))
+            stop += layout.table_entries(max(0, hole_end - end))
         return stop - position
 
     def runs(self, offset: GuestOffset, length: int) -> Iterator[MappedRun]:

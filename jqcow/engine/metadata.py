@@ -28,6 +28,7 @@ from functools import cache
 from typing import NamedTuple
 
 from jqcow import _native
+from jqcow.device.base import hole_end
 from jqcow.engine.clusters import Run
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import entries
@@ -414,6 +415,13 @@ class View:
             parts.append(bytes(self.block(HostOffset(offset - within))[within : within + end - offset]))
             offset = HostOffset(offset + len(parts[-1]))
         return b"".join(parts)
+
+    def hole_end(self, offset: HostOffset, end: int) -> int:
+        """Return how far blocks from ``offset`` on are a hole of the file, with nothing newer in memory."""
+        end = hole_end(self.blocks.medium.device, offset, end)
+        if end > offset:
+            end = min((at for at in self.newest() if offset <= at < end), default=end)
+        return end
 
     def newest(self) -> dict[int, Block]:
         """Return all blocks that differ from their homes, as this reader sees them, by host offset."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from jqcow.device.base import Reader
+from jqcow.device.base import Reader, hole_end
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import root as roots
@@ -144,6 +144,9 @@ def _valid_frames(device: Reader, extent: JournalRange, half: int) -> Iterator[_
     offset, torn_bytes = start, 0
     while offset < end:
         if offset - window_offset >= len(window):
+            # A journal of a gigabyte may take no space at all.
+            data = hole_end(device, offset, end)
+            offset = max(offset, data - data % FRAME_ALIGNMENT)
             window = memoryview(device.pread(min(WINDOW_BYTES, end - offset), offset))
             window_offset = offset
         header = FrameHeader.unpack(window[offset - window_offset :][: frames.FRAME_HEADER_BYTES])
