@@ -150,8 +150,7 @@ def open(
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
-        if mode == "r+":
-            journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
+        journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
         return _open(
             device,
             mode,
@@ -372,8 +371,7 @@ def open_alone(
     _check_mode(mode, journal_size, force_share=False)
     _check_repair(mode, repair)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
-        if mode == "r+":
-            journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
+        journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
         return _open(
             device,
             mode,
