@@ -144,8 +144,7 @@ def open(
         SnapshotNotFound: there is no such snapshot.
         JqcowError, OSError: not a qcow2 image, refused by name, damaged or in use; the host failed.
     """
-    _check_mode(mode, journal_size, force_share=force_share)
-    _check_repair(mode, repair)
+    _check_mode(mode, journal_size, repair, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
@@ -197,7 +196,9 @@ def _closed_on_error(opened: _Closable) -> Iterator[_Closable]:
         raise
 
 
-def _check_mode(mode: Mode, journal_size: int | None, *, force_share: bool) -> None:
+def _check_mode(
+    mode: Mode, journal_size: int | None, repair: What | None, *, force_share: bool = False
+) -> None:
     """Refuse what no image is opened with, before the file is."""
     if mode not in ("r", "r+"):
         raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
@@ -205,6 +206,7 @@ def _check_mode(mode: Mode, journal_size: int | None, *, force_share: bool) -> N
         roots.journal_length(journal_size)
     if force_share and mode != "r":
         raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
+    _check_repair(mode, repair)
 
 
 def _check_repair(mode: Mode, repair: What | None) -> None:
@@ -368,8 +370,7 @@ def open_alone(
 
     For what works on the image's own tables: who reads its disk wants `open`. Arguments and errors as `open`.
     """
-    _check_mode(mode, journal_size, force_share=False)
-    _check_repair(mode, repair)
+    _check_mode(mode, journal_size, repair)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
         journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
         return _open(
