@@ -142,7 +142,9 @@ class Mapping:
         The specification allows it. So does a program leave it that wrote zeros over a table.
         """
         l1, l1_index, seen = self.l1, 0, set[HostOffset]()
-        while l1_index < l1.entry_count:
+        # Entries behind the disk map nothing of it, and may be a million of noise.
+        end = min(l1.entry_count, self.geometry.l1_entries_for(l1.disk_bytes))
+        while l1_index < end:
             try:
                 table = self.l2_table(l1_index, l1)
                 if table and table not in seen and self._is_empty(table):

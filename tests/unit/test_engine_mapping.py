@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import struct
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -400,3 +402,19 @@ def test_the_zero_flag_in_version_2(tmp_path: Path, flags: int) -> None:
             assert caught.value.guest_range == (4096, 4096)
         assert image.check().corruptions
     assert "Input/output error" in run("qemu-img", "convert", "-O", "raw", path, tmp_path / "raw").stderr
+
+
+def test_entries_behind_the_disk_are_not_looked_at(tmp_path: Path) -> None:
+    """A million of noise takes no time, and an empty table there is not one that the disk lacks."""
+    path = tmp_path / "long.qcow2"
+    tables = Tables(make_image(path, "write 0 4k", size="1M"))
+    tables.image += bytes(-len(tables.image) % 4096)
+    place, count = len(tables.image), 1 << 20
+    tables.image += tables.image[tables.l1 : tables.l1 + 8] + b"\xf7" * (8 * count - 8)
+    tables.image[36:48] = struct.pack(">IQ", count, place)
+    path.write_bytes(tables.image)
+    with jqcow.open(path) as image:
+        mapping = image._engine.public.mapping
+        with patch.object(mapping, "l2_table", wraps=mapping.l2_table) as looked_at:
+            assert not mapping.has_empty_table()
+        assert looked_at.call_count == 1
