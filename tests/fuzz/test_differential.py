@@ -39,14 +39,15 @@ def test_a_number_replays_its_case() -> None:
     assert first == [damages.make_case(number) for number in range(5)]
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder that holds what an overlay names."""
+    (tmp_path / samples.BASE_NAME).write_bytes(samples.base_content())
+    return tmp_path
+
+
 class TestTheJudge:
     """What a wrong reader or checker would show is a failure, whatever the image."""
-
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("judged")
-        (folder / samples.BASE_NAME).write_bytes(samples.base_content())
-        return folder
 
     @pytest.fixture
     def seen(self, folder: Path) -> Evidence:
