@@ -196,21 +196,19 @@ def _closed_on_error(opened: _Closable) -> Iterator[_Closable]:
         raise
 
 
-def _check_mode(
-    mode: Mode, journal_size: int | None, repair: What | None, *, force_share: bool = False
-) -> None:
+def _check_mode(mode: Mode, journal_size: int | None, repair: What | None, *, force_share: bool) -> None:
     """Refuse what no image is opened with, before the file is."""
     if mode not in ("r", "r+"):
         raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
     if journal_size is not None:
         roots.journal_length(journal_size)
+    _check_repair(mode, repair)
     if force_share and mode != "r":
         raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
-    _check_repair(mode, repair)
 
 
 def _check_repair(mode: Mode, repair: What | None) -> None:
-    """Refuse a repair that there is not, before the image is recovered for it."""
+    """Refuse a repair that there is not."""
     if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
         raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
 
@@ -370,7 +368,7 @@ def open_alone(
 
     For what works on the image's own tables: who reads its disk wants `open`. Arguments and errors as `open`.
     """
-    _check_mode(mode, journal_size, repair)
+    _check_mode(mode, journal_size, repair, force_share=False)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
         journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
         return _open(
