@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 from jqcow import _native
@@ -23,7 +24,7 @@ from jqcow.engine.engine import open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import References
 from jqcow.engine.scan import read_header
-from jqcow.errors import CorruptionError
+from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import Header
@@ -160,6 +161,29 @@ class UndoFile:
     def is_of_cut_off_repair(self, image_bytes: int) -> bool:
         """Return True if an image of this length has the space of a journal behind its end."""
         return image_bytes > max(self.header.old_bytes, self.header.new_bytes)
+
+
+def refuse_cut_off_undo(image: str) -> None:
+    """Raise CorruptionError if an image was being taken back, and is neither the old one nor the new one.
+
+    Raises:
+        OSError: there is an undo file that cannot be read.
+    """
+    try:
+        undo = FileDevice.open(undo_path(image), writable=False)
+    except FileNotFoundError:
+        return
+    with closing(undo):
+        header, mark = undo.pread(HEADER_BYTES, 0), undo.pread(MARK_BYTES, max(0, undo.size() - MARK_BYTES))
+    try:
+        is_begun = mark == UndoHeader.unpack(header).pack_mark()
+    except (FormatError, CorruptionError):
+        # Another file of that name, which does not concern the image.
+        return
+    if is_begun:
+        error = CorruptionError("image", 0, "a repair of it was being taken back, and that was cut off")
+        error.add_note("run jqcow undo again")
+        raise error
 
 
 def bring_home(device: Device, *, new_salt: Callable[[], bytes] = random_salt) -> bool:

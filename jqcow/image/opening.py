@@ -15,7 +15,14 @@ from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
 from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
-from jqcow.disks.undo import UndoFile, bring_home, save_undo, undo_on, undo_path
+from jqcow.disks.undo import (
+    UndoFile,
+    bring_home,
+    refuse_cut_off_undo,
+    save_undo,
+    undo_on,
+    undo_path,
+)
 from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
 from jqcow.engine.log import affordable_length
 from jqcow.engine.medium import Medium
@@ -312,11 +319,13 @@ def _prepare_repair(
 ) -> int | None:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none.
+    Without one: refuse to write to an image that is half undone. A repair that only lowers refcounts of harmless leaks needs none.
 
     Returns the size of its journal on trial: a new refcount table lies behind that.
     """
     if repair is None:
+        if not device.read_only:
+            refuse_cut_off_undo(device.path)
         return journal_size
     if os.path.exists(undo_path(device.path)):
         _take_back_cut_off(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,19 @@ class TestFiles:
         monkeypatch.setattr(FileDevice, "pwrite", write)
         repair(path)
         assert calls[0] == str(path.parent) and "write" in calls
+
+    def test_a_half_undone_image_is_not_written(self, path: Path, content: bytes) -> None:
+        """What is written there would be lost when the undo is done again."""
+        repair(path)
+        with closing(FileDevice.open(undo_path(str(path)), writable=True)) as undo:
+            file = UndoFile.read(undo)
+            undo.pwrite(file.header.pack_mark(), file.mark_place)
+        with pytest.raises(CorruptionError, match="cut off"):
+            jqcow.open(path, "r+")
+        with jqcow.open(path):
+            pass
+        undo_repair(path)
+        assert path.read_bytes() == content
 
     def test_an_undo_file_of_another_repair_stays(self, path: Path, content: bytes) -> None:
         """Nothing is repaired meanwhile."""
