@@ -319,7 +319,8 @@ def _prepare_repair(
 ) -> int | None:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    Without one: refuse to write to an image that is half undone. A repair that only lowers refcounts of harmless leaks needs none.
+    A repair that only lowers refcounts of harmless leaks needs none. Where there is none, an image that is
+    half undone is refused.
 
     Returns the size of its journal on trial: a new refcount table lies behind that.
     """
