@@ -314,7 +314,7 @@ def bring_home(device: Device) -> bool:
     lifecycle = opened.engine.lifecycle
     lifecycle.kept_bytes = device.size()
     lifecycle.recover(opened.root, opened.scan, "all")
-    lifecycle.clean()
+    opened.engine.closing.clean()
     return True
 
 
