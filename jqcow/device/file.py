@@ -15,25 +15,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from jqcow.device import libc, locks, names
 from jqcow.device.base import Device, ReadBuffer
+from jqcow.device.names import NewFile
 from jqcow.errors import ImageInUse, ReadOnlyError, UnsupportedFeatureError
 
 _CALL_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS)
-_OPEN_ATTEMPTS = 8
-
-_FILE_KINDS = {
-    stat.S_IFBLK: "a block device",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-}
 
 
 class FileDevice:
@@ -47,18 +38,16 @@ class FileDevice:
         path: str,
         *,
         writable: bool,
-        target: str | None = None,
-        temporary: str | None = None,
+        new: NewFile | None = None,
     ) -> None:
         """Take over an open descriptor; :meth:`open` and :meth:`create_temporary` are the ways in.
 
-        ``target`` is the final name of a file that does not have it yet, ``temporary`` the one that it has.
+        ``new`` is the file if it does not have its final name yet.
         """
         self._descriptor = descriptor
         self._path = path
         self._writable = writable
-        self._target = target
-        self._temporary = temporary
+        self._new = new
         self._owner_pid = os.getpid()
 
     @classmethod
@@ -78,8 +67,8 @@ class FileDevice:
         if writable and share_writers:
             raise ValueError("a writer cannot share the file with other writers")
         name = os.fspath(path)
-        for _ in range(_OPEN_ATTEMPTS):
-            descriptor = _open_regular(name, writable=writable)
+        for _ in range(names.ATTEMPTS):
+            descriptor = names.open_regular(name, writable=writable)
             try:
                 if writable:
                     locks.lock_for_writing(descriptor, name)
@@ -106,86 +95,29 @@ class FileDevice:
         """
         _require_linux()
         # A symbolic link to an image stays; the file that it points to is what will be replaced.
-        target = os.path.realpath(os.fspath(path))
-        temporary = None
-        descriptor = names.open_unnamed(os.path.dirname(target))
-        if descriptor is None:
-            temporary = names.temporary_name(target)
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        new = NewFile.create(os.path.realpath(os.fspath(path)))
         try:
-            locks.lock_for_writing(descriptor, temporary or target)
+            locks.lock_for_writing(new.descriptor, new.name)
         except BaseException:
-            os.close(descriptor)
-            if temporary is not None:
-                os.unlink(temporary)
+            os.close(new.descriptor)
+            new.remove()
             raise
-        return cls(descriptor, temporary or target, writable=True, target=target, temporary=temporary)
+        return cls(new.descriptor, new.name, writable=True, new=new)
 
     def publish(self, overwrite: bool) -> None:
-        """Make the file durable, then give it its final name, durably.
-
-        ``overwrite`` allows it to replace an existing regular file that nobody uses; its owner, permission
-        bits and extended attributes are kept, and a warning names those that the host denies. An error
-        before the renaming leaves the new file without the name and the existing file as it was. When only
-        the last step fails, the sync of the directory, the file has its final name.
+        """Make the file durable, then give it its final name, durably: see :meth:`NewFile.publish`.
 
         Raises:
             FileExistsError: the name is taken and ``overwrite`` is False.
             ImageInUse: another process uses the file to be replaced.
         """
         self._require_writable()
-        target = self._target
-        if target is None:
+        if self._new is None:
             raise ValueError(f"{self._path} is already published")
         with self._naming_errors():
-            # Durable first: after a crash the name must not lead to a file without its content.
-            os.fsync(self._descriptor)
-        for _ in range(_OPEN_ATTEMPTS):
-            if self._take_free_name(target):
-                break
-            if not overwrite:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-            if self._replace_target(target):
-                break
-        else:
-            raise ImageInUse(f"{target} is in use: another process keeps replacing it")
-        self._path, self._target, self._temporary = target, None, None
-        names.sync_directory(os.path.dirname(target))
-
-    def _take_free_name(self, target: str) -> bool:
-        """Give the file its final name; return False, having done nothing, where that is taken."""
-        if self._temporary is None:
-            return names.link_unnamed(self._descriptor, target)
-        return names.rename_without_replacing(self._temporary, target)
-
-    def _replace_target(self, target: str) -> bool:
-        """Rename over ``target`` while holding a writer's locks on it.
-
-        Returns False, having done nothing to it, where the name leads to another file than the locked one.
-        """
-        try:
-            replaced = _open_regular(target, writable=True)
-        except FileNotFoundError:
-            return False
-        try:
-            locks.lock_for_writing(replaced, target)
-            # Between the open and the lock another file may have been published under this name.
-            if not names.is_name_of(replaced, target):
-                return False
-            names.keep_attributes(replaced, self._descriptor, target)
-            if self._temporary is None:
-                # Before the link, so that whatever cuts this off leaves no file behind.
-                self._temporary = names.temporary_name(target)
-                if not names.link_unnamed(self._descriptor, self._temporary):
-                    self._temporary = None
-                    return False
-            # Who respects locks cannot have replaced it since; of the others as many as possible are seen.
-            if not names.is_name_of(replaced, target):
-                return False
-            os.replace(self._temporary, target)
-            return True
-        finally:
-            os.close(replaced)
+            self._new.publish(overwrite)
+        self._path, self._new = self._new.target, None
+        names.sync_directory(os.path.dirname(self._path))
 
     @property
     def path(self) -> str:
@@ -336,10 +268,8 @@ class FileDevice:
         descriptor, self._descriptor = self._descriptor, -1
         try:
             # A forked child shares the locks and the temporary file: it must only drop its descriptor.
-            if self._temporary is not None and os.getpid() == self._owner_pid:
-                # What cut `publish` off may have come before the name was given, or after it was taken.
-                with suppress(FileNotFoundError):
-                    os.unlink(self._temporary)
+            if self._new is not None and os.getpid() == self._owner_pid:
+                self._new.remove()
         finally:
             os.close(descriptor)
 
@@ -384,20 +314,6 @@ def path_of(device: Device) -> str:
 def _require_linux() -> None:
     if sys.platform != "linux":
         raise UnsupportedFeatureError(f"the platform {sys.platform}", "jqcow runs on Linux")
-
-
-def _open_regular(name: str, *, writable: bool) -> int:
-    """Open an existing regular file; every other kind is refused by name."""
-    # Without O_NONBLOCK the opening of a named pipe would wait for its other end.
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    descriptor = os.open(name, flags)
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    if kind != stat.S_IFREG:
-        os.close(descriptor)
-        raise UnsupportedFeatureError(
-            _FILE_KINDS.get(kind, "a special file"), f"{name} is not a regular file"
-        )
-    return descriptor
 
 
 def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:

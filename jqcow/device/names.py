@@ -11,11 +11,134 @@ import os
 import secrets
 import stat
 import warnings
+from contextlib import suppress
 
-from jqcow.device import libc
+from jqcow.device import libc, locks
+from jqcow.errors import ImageInUse, UnsupportedFeatureError
+
+ATTEMPTS = 8
+"""How often to try again where another process replaces a name between a look at it and the lock."""
 
 _TMPFILE_MISSING = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 _XATTRS_OF_THE_CONTENT = {"security.ima", "security.evm"}
+_FILE_KINDS = {
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class NewFile:
+    """A file that does not have its final name yet. Whoever takes the descriptor closes it.
+
+    Attributes:
+        descriptor: open for reading and writing.
+        target: its final name.
+    """
+
+    def __init__(self, descriptor: int, target: str, temporary: str | None) -> None:
+        """``temporary`` is the name that it has, if any; `create` is the way in."""
+        self.descriptor = descriptor
+        self.target = target
+        self._temporary = temporary
+
+    @classmethod
+    def create(cls, target: str) -> NewFile:
+        """Create an empty file beside ``target``: without a name where the file system can do that."""
+        descriptor = open_unnamed(os.path.dirname(target))
+        if descriptor is not None:
+            return cls(descriptor, target, None)
+        temporary = temporary_name(target)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        return cls(descriptor, target, temporary)
+
+    @property
+    def name(self) -> str:
+        """The name that it has or, where that is none, will have."""
+        return self._temporary or self.target
+
+    def remove(self) -> None:
+        """Take its temporary name away."""
+        if self._temporary is not None:
+            # What cut `publish` off may have come before the name was given, or after it was taken.
+            with suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+
+    def publish(self, overwrite: bool) -> None:
+        """Make the file durable, then give it its final name; durable when its directory is.
+
+        ``overwrite`` allows it to replace an existing regular file that nobody uses; its owner, permission
+        bits and extended attributes are kept, and a warning names those that the host denies. An error
+        leaves the new file without the name and the existing file as it was.
+
+        Raises:
+            FileExistsError: the name is taken and ``overwrite`` is False.
+            ImageInUse: another process uses the file to be replaced.
+        """
+        # Durable first: after a crash the name must not lead to a file without its content.
+        os.fsync(self.descriptor)
+        for _ in range(ATTEMPTS):
+            if self._take_free_name():
+                return
+            if not overwrite:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.target)
+            if self._replace_target():
+                return
+        raise ImageInUse(f"{self.target} is in use: another process keeps replacing it")
+
+    def _take_free_name(self) -> bool:
+        """Give the file its final name; return False, having done nothing, where that is taken."""
+        if self._temporary is None:
+            return link_unnamed(self.descriptor, self.target)
+        return rename_without_replacing(self._temporary, self.target)
+
+    def _replace_target(self) -> bool:
+        """Rename over the target while holding a writer's locks on it.
+
+        Returns False, having done nothing to it, where the name leads to another file than the locked one.
+        """
+        target = self.target
+        try:
+            replaced = open_regular(target, writable=True)
+        except FileNotFoundError:
+            return False
+        try:
+            locks.lock_for_writing(replaced, target)
+            # Between the open and the lock another file may have been published under this name.
+            if not is_name_of(replaced, target):
+                return False
+            keep_attributes(replaced, self.descriptor, target)
+            # Durable, too, before the name leads to it.
+            os.fsync(self.descriptor)
+            if self._temporary is None:
+                # Before the link, so that whatever cuts this off leaves no file behind.
+                self._temporary = temporary_name(target)
+                if not link_unnamed(self.descriptor, self._temporary):
+                    self._temporary = None
+                    return False
+            # Who respects locks cannot have replaced it since; of the others as many as possible are seen.
+            if not is_name_of(replaced, target):
+                return False
+            os.replace(self._temporary, target)
+            return True
+        finally:
+            os.close(replaced)
+
+
+def open_regular(name: str, *, writable: bool) -> int:
+    """Open an existing regular file; every other kind is refused by name."""
+    # Without O_NONBLOCK the opening of a named pipe would wait for its other end.
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    descriptor = os.open(name, flags)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise UnsupportedFeatureError(
+            _FILE_KINDS.get(kind, "a special file"), f"{name} is not a regular file"
+        )
+    return descriptor
 
 
 def open_unnamed(directory: str) -> int | None:

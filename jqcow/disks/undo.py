@@ -201,7 +201,7 @@ def bring_home(device: Device, *, new_salt: Callable[[], bytes] = random_salt) -
     lifecycle = opened.engine.lifecycle
     lifecycle.kept_bytes = device.size()
     lifecycle.recover(opened.root, opened.scan, "all")
-    lifecycle.clean()
+    opened.engine.closing.clean()
     return True
 
 

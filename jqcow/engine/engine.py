@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from jqcow.device.disk import Disk
 from jqcow.engine import repair as repairs
 from jqcow.engine import scan
+from jqcow.engine.closing import Closing
 from jqcow.engine.commit import Commits
 from jqcow.engine.copying import Copying
 from jqcow.engine.journal import Contents, Journal
@@ -103,6 +104,7 @@ class Engine:
         self.log = Log(self.public, self.root, journal_bytes, new_salt)
         self.commits = Commits(self.log)
         self.lifecycle = Lifecycle(self.commits)
+        self.closing = Closing(self.lifecycle)
 
     def guest(
         self,
@@ -216,9 +218,9 @@ def make_writable(
         repair = "all"
     if opened.root is not None and opened.scan is not None:
         engine.lifecycle.recover(opened.root, opened.scan, repair)
-    elif (leftover := engine.lifecycle.find_leftover(repairing=repair is not None)) is not None:
-        engine.lifecycle.finish_closing(leftover)
-    return None if repair is None else repairs.repair(engine.lifecycle, repair, free_lost=free_lost)
+    elif (leftover := engine.closing.find_leftover(repairing=repair is not None)) is not None:
+        engine.closing.finish_closing(leftover)
+    return None if repair is None else repairs.repair(engine.closing, repair, free_lost=free_lost)
 
 
 def _check_usable(area: HeaderArea, *, writable: bool, may_be_corrupt: bool) -> None:

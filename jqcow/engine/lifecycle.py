@@ -1,4 +1,4 @@
-"""From clean to live and back: going live, recovery, clean close.
+"""From clean to live: going live, and recovery. The way back is `jqcow.engine.closing`.
 
 Recovery, from top to bottom: the live records, durable as they were read (M7), are copied under a new salt
 into a new range, and the root names that; every home is written; the image goes on. Nothing is written into
@@ -8,15 +8,13 @@ F1. While refcounts may be too low nothing below the end of everything is alloca
 F2. Data behind the last counted cluster that a table maps gets its refcount in the first record that follows
     opening; nothing there is allocated, punched or cut off before.
 F3. A clean file grows only while nothing mapped lies past its end.
-F4. When sector 0 is in standard layout, the journal that the root copy still names holds the header alone:
-    should another program change the image, and lose sector 0, no older tables come back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from jqcow.engine.commit import Commits
 from jqcow.engine.journal import Contents
@@ -24,25 +22,13 @@ from jqcow.engine.medium import EXPECTED
 from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
-from jqcow.ondisk import frame as frames
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.frame import HeaderOperation
-from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, Geometry, HostOffset
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, Geometry
 from jqcow.ondisk.root import JournalRange
-
-HEADER_TAIL = HostOffset(SECTOR_BYTES)
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """A journal of which a clean image's root copy speaks. ``is_unused``: its space can be given back."""
-
-    extent: JournalRange
-    is_unused: bool
 
 
 class Lifecycle:
-    """What happens to one image before its first change, after a crash, and at its end.
+    """What happens to one image before its first change, and after a crash.
 
     ``kept_bytes``: the file is never cut below this. Wrong refcounts do not tell its end.
     """
@@ -100,6 +86,11 @@ class Lifecycle:
         self._uncounted = sorted(found.items())
         if found:
             self.space.search_end = used_end
+
+    def data_end(self) -> ClusterIndex:
+        """Return the index behind the last cluster in use, counted or not (F2). The lock is held."""
+        ends = (ClusterIndex(cluster + 1) for cluster, _ in self._uncounted)
+        return max(self.public.refcounts.used_end(), *ends, ClusterIndex(0))
 
     def _count_uncounted(self) -> None:
         with self.medium.lock, self.public.operation():
@@ -248,141 +239,6 @@ class Lifecycle:
         self.public.refcounts.allocate_homes()
         # The crash may have come before the first record, which was to keep F2.
         self.go_live(self.medium.require_healthy)
-
-    def find_leftover(self, *, repairing: bool = False) -> Leftover | None:
-        """Return the journal that a crash left behind on a clean image: it cut going live or closing off.
-
-        Args:
-            repairing: the refcounts may be wrong: they do not tell that its space is unused.
-        """
-        extent = self.root.leftover()
-        return None if extent is None else Leftover(extent, not repairing and self._is_unused(extent))
-
-    def _is_unused(self, extent: JournalRange) -> bool:
-        """Return True if the refcounts can be trusted, and nothing that a table names goes with the range."""
-        size_bytes, clusters = self.medium.size(), self.geometry.clusters
-        end = min(extent.end, size_bytes)
-        try:
-            self.public.snapshots.survey()
-            given_up = [(self.public.refcounts.used_end(), clusters(size_bytes))]
-            if extent.offset < end:
-                self.check_journal_is_free(replace(extent, length=end - extent.offset))
-                given_up.append((self.geometry.cluster_of(HostOffset(extent.offset)), clusters(end)))
-            # F2: data there is in use, whatever its refcount.
-            return not any(self.public.snapshots.data_within(*part) for part in given_up)
-        except (CorruptionError, UnsupportedFeatureError):
-            return False
-
-    def finish_closing(self, leftover: Leftover) -> None:
-        """Clear the root copy, which must not speak for what the image becomes, and give the space back.
-
-        Raises:
-            OSError: this can be tried again.
-        """
-        self.root.settle()
-        if leftover.is_unused:
-            self._cut_file(leftover.extent)
-            # Durable now: the file without the journal. The root copy, which alone tells of it, goes next.
-            self.medium.barrier("finish.cut")
-        self._give_back(None)
-
-    # Clean close
-
-    def clean(self) -> None:
-        """Make the image standard qcow2: everything home, sector 0 as any program knows it, journal gone.
-
-        The caller is alone.
-
-        Raises:
-            OSError: the image stays live and recoverable, unless only the last step failed: then it is
-                clean, and the journal's clusters are not given back.
-        """
-        with self.commits.turn.lock:
-            self.commits.begin_turn()
-            if not self.public.changes.is_empty:
-                self.commits.commit(self.public)
-            if self.log.journal is None:
-                self._close_clean()
-            else:
-                self._settle_copy()
-                self._write_header_tail()
-                # No clusters are needed any more, so none are punched before the journal is gone.
-                self.log.checkpoint(recycle=False)
-                self._begin_last_epoch()
-                self._clear_root()
-                self._release_journal()
-
-    def _close_clean(self) -> None:
-        if self.root.copy_is_stale:
-            self.root.settle()
-            self.root.clear_copy()
-        # Durable now: data written in place; no root copy that a failed start left.
-        self.medium.barrier("close.data")
-
-    def _settle_copy(self) -> None:
-        if self.root.copy_is_stale:
-            # A move failed after it wrote the copy; sector 0 is about to rely on it.
-            self.root.settle()
-            self.root.write_copy(self.blocks.area.header, self.log.require_journal().extent)
-
-    def _write_header_tail(self) -> None:
-        """Write what of the header is behind sector 0; the journal has all of it until sector 0 follows."""
-        tail = self.blocks.area.data[SECTOR_BYTES:]
-        if tail and self.medium.pread(len(tail), HEADER_TAIL) != tail:
-            self.medium.pwrite(tail, HEADER_TAIL)
-
-    def _begin_last_epoch(self) -> None:
-        """Append a frame of the header alone, behind homes that are all written (F4)."""
-        journal = self.log.require_journal()
-        try:
-            journal.append(frames.encode_operations([HeaderOperation(self.blocks.area.data)]))
-            # Durable now: the last epoch. The one before may go, and sector 0 be cleared.
-            self.medium.barrier("close.epoch")
-        except BaseException:
-            journal.revoke()
-            raise
-        journal.accept()
-
-    def _clear_root(self) -> None:
-        area, journal = self.blocks.area, self.log.require_journal()
-        journal.drop_epoch_before()
-        try:
-            self.root.write(area.data[:SECTOR_BYTES].ljust(SECTOR_BYTES, b"\0"))
-            # Durable now: sector 0 in standard layout. The journal and the root copy may go.
-            self.medium.barrier("close.clear")
-        except BaseException:
-            self.root.put_back_on_closing(roots.pack_root(area.header, journal.extent))
-            raise
-
-    def _release_journal(self) -> None:
-        extent = self.log.require_journal().extent
-        with self.medium.lock, self.medium.section():
-            # Until here the root is undecided: no record goes into a journal that nothing names.
-            self.log.journal = None
-            self.root.decide()
-            if not self.kept_bytes:
-                self.space.journal_is_gone()
-        with suppress(*EXPECTED):
-            # Space that cannot be given back is no reason to leave more of it.
-            self.log.recycle(refill=False)
-        self._give_back(extent)
-
-    def _give_back(self, extent: JournalRange | None) -> None:
-        """Clear the root copy, and give back the journal's space, if there is any."""
-        self.root.clear_copy()
-        if extent is not None:
-            self._cut_file(extent)
-        # Durable now: the file without the journal. Closing is complete.
-        self.medium.barrier("close.release")
-
-    def _cut_file(self, extent: JournalRange) -> None:
-        """The file ends behind the highest cluster in use (T7)."""
-        with self.medium.lock:
-            ends = [self.public.refcounts.used_end(), *(cluster + 1 for cluster, _ in self._uncounted)]
-        used_bytes = max(self.kept_bytes, self.geometry.offset_of(ClusterIndex(max(ends))))
-        if used_bytes > extent.offset:
-            self.medium.punch(HostOffset(extent.offset), extent.length)
-        self.medium.shrink(used_bytes)
 
 
 def _without(extent: JournalRange, geometry: Geometry, start: int, end: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from jqcow import _native
 from jqcow.checker.lost import Holes, LostData
+from jqcow.engine.closing import Closing
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
@@ -129,7 +130,7 @@ class References:
         return cluster < self._length and self._tables.refcounts.get(ClusterIndex(cluster)) > 0
 
 
-def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> RepairReport:
+def repair(closing: Closing, what: What, *, free_lost: bool = False) -> RepairReport:
     """Make an image's refcounts right, in a transaction of its own, and clear the dirty bit.
 
     Called with no other user of the image, as it is opened. ``"leaks"`` only takes away what is too much.
@@ -140,6 +141,7 @@ def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> Repa
         UnsupportedFeatureError: a cluster has more references than its refcount's width counts.
         OSError: nothing is changed.
     """
+    lifecycle = closing.lifecycle
     public, geometry = lifecycle.public, lifecycle.geometry
     lifecycle.prepare_to_repair(may_rebuild=what == "all")
     view_bytes = max(lifecycle.medium.size(), geometry.offset_of(public.refcounts.used_end()))
@@ -164,7 +166,7 @@ def repair(lifecycle: Lifecycle, what: What, *, free_lost: bool = False) -> Repa
         if isinstance(error, UnsupportedFeatureError):
             # Other programs may be able to do more: no journal stays behind.
             lifecycle.kept_bytes = file_bytes
-            lifecycle.clean()
+            closing.clean()
         raise
     if is_sound:
         lifecycle.start_search()

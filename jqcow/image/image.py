@@ -507,7 +507,7 @@ class Image:
             try:
                 if self._is_tidy():
                     with guard.alone():
-                        self._engine.lifecycle.clean()
+                        self._engine.closing.clean()
                         # Before others may change anything again: nobody makes a closed image live.
                         self._closed = True
             finally:

@@ -16,8 +16,8 @@ from jqcow.checker.check import check_structure
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
 from jqcow.disks.view import FileView
+from jqcow.engine.closing import Leftover
 from jqcow.engine.engine import make_writable, open_engine, random_salt, settle
-from jqcow.engine.lifecycle import Leftover
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport
 from jqcow.engine.scan import Scan, find_live_root, read_root_copy
@@ -182,7 +182,7 @@ def _recover(device: Device, name: str | None, how: _How) -> RecoveryReport:
     repaired = None
     if not dry_run:
         repaired = make_writable(opened)
-        opened.engine.lifecycle.clean()
+        opened.engine.closing.clean()
     seconds = time.perf_counter() - started
     found = _describe_journal(opened.scan, opened.engine.geometry.block_bytes)
     state: State = "live by root copy" if root.is_copy else "live"
@@ -218,9 +218,9 @@ def _finish(medium: Medium, *, dry_run: bool) -> Leftover | None:
         return None
     header = opened.engine.blocks.area.header
     is_dirty = bool(header.incompatible_features & headers.INCOMPATIBLE_DIRTY)
-    leftover = opened.engine.lifecycle.find_leftover(repairing=is_dirty)
+    leftover = opened.engine.closing.find_leftover(repairing=is_dirty)
     if leftover is not None and not dry_run:
-        opened.engine.lifecycle.finish_closing(leftover)
+        opened.engine.closing.finish_closing(leftover)
     return leftover
 
 

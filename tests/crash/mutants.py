@@ -30,6 +30,7 @@ from tests.support.mutant import (
     ALLOCATION,
     BLOCKS,
     CHANGES,
+    CLOSING,
     COMMITS,
     FRAME,
     JOURNAL,
@@ -490,7 +491,7 @@ OF_COMMITS = (
     ),
     Mutant(
         "T7-file-cut-too-short",
-        with_result(f"{REFCOUNTS}.used_end", lambda end: end - 1, during=f"{LIFECYCLE}._release_journal"),
+        with_result(f"{REFCOUNTS}.used_end", lambda end: end - 1, during=f"{CLOSING}._release_journal"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
@@ -510,7 +511,7 @@ OF_COMMITS = (
     ),
     Mutant(
         "F2-cut-off-with-what-a-crash-left",
-        returning(f"{SNAPSHOTS}.data_within", {}, during=f"{LIFECYCLE}._is_unused"),
+        returning(f"{SNAPSHOTS}.data_within", {}, during=f"{CLOSING}._is_unused"),
         trials=(SCENARIO + "uncounted-data",),
     ),
     Mutant(
@@ -525,7 +526,7 @@ OF_COMMITS = (
     ),
     Mutant(
         "F4-blocks-behind-a-stale-root-copy",
-        skipping(f"{LIFECYCLE}._begin_last_epoch"),
+        skipping(f"{CLOSING}._begin_last_epoch"),
         trials=("dropping:stale-root-copy",),
     ),
     Mutant(

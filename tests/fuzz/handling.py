@@ -207,7 +207,7 @@ class Handling:
         def recover() -> None:
             opened = open_engine(Medium(self.device), writable=True, use_root_copy=True)
             make_writable(opened)
-            opened.engine.lifecycle.clean()
+            opened.engine.closing.clean()
 
         self.tolerate("root copy", recover)
 

@@ -15,6 +15,7 @@ import pytest
 
 from jqcow.device import FileDevice, libc, names
 from jqcow.device import file as file_module
+from jqcow.device.names import NewFile
 from jqcow.errors import ImageInUse, JqcowError, ReadOnlyError, UnsupportedFeatureError
 
 BLOCK = 4096
@@ -371,9 +372,7 @@ class TestPublishing:
                 users[0].publish(overwrite=False)
                 path.with_name("other").replace(path)
 
-        hooked = (
-            (names, "keep_attributes") if moment == "before the renaming" else (file_module, "_open_regular")
-        )
+        hooked = (names, "keep_attributes") if moment == "before the renaming" else (names, "open_regular")
         call = getattr(*hooked)
 
         def slow(*arguments: object, **named: object) -> object:
@@ -393,7 +392,7 @@ class TestPublishing:
     def test_a_file_that_goes_meanwhile_is_no_obstacle(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        opened = file_module._open_regular
+        opened = names.open_regular
 
         def remove_it(name: str, *, writable: bool) -> int:
             os.unlink(name)
@@ -401,7 +400,7 @@ class TestPublishing:
 
         device = FileDevice.create_temporary(path)
         device.pwrite(b"content", 0)
-        monkeypatch.setattr(file_module, "_open_regular", remove_it)
+        monkeypatch.setattr(names, "open_regular", remove_it)
         device.publish(overwrite=True)
         device.close()
         assert path.read_bytes() == b"content"
@@ -460,21 +459,24 @@ class TestPublishing:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls: list[str] = []
-        fsync, name_it = os.fsync, FileDevice._take_free_name
+        fsync, name_it = os.fsync, NewFile._take_free_name
 
         def note_fsync(descriptor: int) -> None:
             is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
             calls.append("directory" if is_directory else "file")
             fsync(descriptor)
 
-        def note_name(device: FileDevice, target: str) -> bool:
+        def note_name(new: NewFile) -> bool:
             calls.append("name")
-            return name_it(device, target)
+            return name_it(new)
 
         monkeypatch.setattr(os, "fsync", note_fsync)
-        monkeypatch.setattr(FileDevice, "_take_free_name", note_name)
-        FileDevice.create_temporary(tmp_path / "new").publish(overwrite=False)
-        assert calls == ["file", "name", "directory"]
+        monkeypatch.setattr(NewFile, "_take_free_name", note_name)
+        for _ in range(2):
+            with closing(FileDevice.create_temporary(tmp_path / "new")) as device:
+                device.publish(overwrite=True)
+        # What it takes over from the file that it replaces is durable, too.
+        assert calls == ["file", "name", "directory", "file", "name", "file", "directory"]
 
     def test_a_failed_sync_leaves_the_old_file(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         device = FileDevice.create_temporary(path)

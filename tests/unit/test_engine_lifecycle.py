@@ -1,4 +1,4 @@
-"""Going live, recovery and clean close: what a failure at each call leaves."""
+"""Going live and recovery: what a failure at each call leaves."""
 
 from __future__ import annotations
 
@@ -72,32 +72,6 @@ class TestGoLive:
                         engine.lifecycle.go_live(lambda: None)
                         assert is_live(device)
                 assert first_bytes(device) == b"first", (call, at)
-
-
-class TestClean:
-    def test_the_journal_is_gone(self) -> None:
-        device = clean_device()
-        size = device.size()
-        engine = opened(device)
-        engine.lifecycle.go_live(lambda: None)
-        assert device.size() > size
-        engine.lifecycle.clean()
-        assert not is_live(device) and device.size() == size
-        assert engine.log.journal is None and not device.changes
-
-    def test_a_failure_at_each_write_can_be_tried_again(self) -> None:
-        for at in range(1, 4):
-            device = clean_device()
-            engine = opened(device)
-            engine.lifecycle.go_live(lambda: None)
-            device.faults = FaultPlan(Fault(errno.EIO, at=at, call="pwrite"))
-            try:
-                engine.lifecycle.clean()
-            except OSError:
-                assert first_bytes(device) == b"first"
-                device.faults = None
-                engine.lifecycle.clean()
-            assert not is_live(device) and first_bytes(device) == b"first"
 
 
 class TestRecover:

@@ -43,7 +43,7 @@ def closed(engine: Engine) -> SimulatedDevice:
     flush(engine)
     # Its own refcounts would cut the file behind the last cluster that they know.
     engine.lifecycle.kept_bytes = engine.space.frontier * SECTOR
-    engine.lifecycle.clean()
+    engine.closing.clean()
     device = device_of(engine)
     device.reopen()
     return device
@@ -113,7 +113,7 @@ class TestLeaks:
             taken = map_one(tables, 5)
         assert taken >= size // SECTOR
         flush(repaired)
-        repaired.lifecycle.clean()
+        repaired.closing.clean()
         assert device.size() >= size
 
 
