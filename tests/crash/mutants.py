@@ -506,7 +506,7 @@ OF_COMMITS = (
     ),
     Mutant(
         "F2-cut-off-before-the-first-record",
-        returning(f"{JOURNAL}.is_new", False),
+        skipping(f"{LIFECYCLE}._find_uncounted", during=f"{LIFECYCLE}.recover"),
         trials=(SCENARIO + "uncounted-data",),
     ),
     Mutant(
