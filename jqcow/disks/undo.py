@@ -274,6 +274,8 @@ def _end_of_named(device: Device) -> int:
     """Return the end in bytes of what an image's tables name; that of the file where they are damaged."""
     engine = open_engine(Medium(device), writable=False, repair="all").engine
     try:
+        # A refcount table that is lost does not count as named.
+        engine.lifecycle.prepare_to_repair(may_rebuild=True)
         references = References(engine.public, engine.geometry.clusters(device.size()))
     except CorruptionError:
         return device.size()
