@@ -5,6 +5,7 @@ what was asked for and what was promised. The :class:`Laboratory` then cuts the 
 interval and has your judge look at each outcome. See docs/crash-laboratory.md.
 """
 
+from jqcow.testing.changes import Allocate, Change, InFlight, Punch, Truncate, Write
 from jqcow.testing.crash import (
     CrashSpace,
     CrashState,
@@ -12,16 +13,7 @@ from jqcow.testing.crash import (
     content_digest,
     enumerate_states,
 )
-from jqcow.testing.device import (
-    SECTOR_BYTES,
-    Allocate,
-    Change,
-    InFlight,
-    Punch,
-    SimulatedDevice,
-    Truncate,
-    Write,
-)
+from jqcow.testing.device import SECTOR_BYTES, SimulatedDevice
 from jqcow.testing.faults import EVERYTHING, Fault, FaultPlan
 from jqcow.testing.faulty import FaultyDevice
 from jqcow.testing.lab import CrashFailure, LabOptions, Laboratory, Workload

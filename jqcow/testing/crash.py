@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
 
-from jqcow.testing.device import InFlight, SimulatedDevice, Write
+from jqcow.testing.changes import InFlight, Write
+from jqcow.testing.device import SimulatedDevice
 
 GARBAGE_BLOCK_BYTES = 4096
 DIGEST_BYTES = 16

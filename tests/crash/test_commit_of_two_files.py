@@ -17,7 +17,7 @@ from jqcow.image.opening import _open
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.naming import NamedFile
 from jqcow.testing import CrashSpace, SimulatedDevice
-from jqcow.testing.device import InFlight
+from jqcow.testing.changes import InFlight
 from tests.support.users import JOURNAL_BYTES, create_simulated, open_simulated, salts_of
 
 SECTOR_BYTES = 512
