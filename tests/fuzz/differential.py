@@ -161,7 +161,6 @@ def compare_case(number: int) -> Comparison:
         image.write_bytes(case.content)
         for difference in (*differences_in_reading(case, image, raw, found), *difference_in_checking(image)):
             found.unexplained.setdefault(difference, []).append(number)
-            found.counts[difference] += 1
     return found
 
 
@@ -229,13 +228,14 @@ def main(arguments: list[str] | None = None) -> int:
         total = compare_case(options.replay)
     else:
         total = runs.show(run_differential(options.first, options.count, options.jobs), describe)
-    for name, count in sorted(total.counts.items(), key=lambda item: -item[1]):
+    counts = total.counts + Counter({name: len(numbers) for name, numbers in total.unexplained.items()})
+    for name, count in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"{count:8,}  {name}")
     for difference, numbers in total.unexplained.items():
         print(f"unexplained: {difference}: {numbers[:8]}")
     if options.record is not None:
         unexplained = sum(map(len, total.unexplained.values()))
-        totals: dict[str, float | str] = {**total.counts, "unexplained": unexplained}
+        totals: dict[str, float | str] = {**counts, "unexplained": unexplained}
         figures.record(options.record, totals, program="python -m tests.fuzz.differential")
     return 1 if total.unexplained else 0
 
