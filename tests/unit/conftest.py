@@ -1,4 +1,4 @@
-"""The image that the tests of what a guest's call does have in common; a file may have an own one."""
+"""The image that the tests of what a guest's call does have in common; a file may have its own."""
 
 from __future__ import annotations
 

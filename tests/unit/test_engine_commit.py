@@ -64,11 +64,6 @@ class TestTickets:
 
 
 @pytest.fixture
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@pytest.fixture
 def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
     image = jqcow.create_on_device(device, 4 * MIB, cluster_size=CLUSTER, journal_size=1 << 18)
     image.pwrite(b"first", 0)

@@ -22,11 +22,6 @@ JOURNAL = 64 << 10
 
 
 @pytest.fixture
-def device() -> SimulatedDevice:
-    return SimulatedDevice()
-
-
-@pytest.fixture
 def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
     with jqcow.create_on_device(device, SIZE, cluster_size=CLUSTER, journal_size=JOURNAL) as image:
         yield image
