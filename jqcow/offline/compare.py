@@ -19,7 +19,8 @@ def first_difference(one: Disk, other: Disk) -> int | None:
     """Return the guest offset of the first byte that differs, None where the disks are equal.
 
     What neither disk holds data for reads as zeros in both, and is not read. Where one disk is shorter, its
-    end is the first difference, if there is none before it.
+    end is the first difference, if there is none before it. Lost tables read as zeros: the caller has refused
+    them (`jqcow.offline.losses.refuse_lost_data`).
 
     Raises:
         JqcowError: a disk cannot be read.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from jqcow import _native
-from jqcow.ondisk import entries, frame, header, layout, root, snapshots
+from jqcow.ondisk import entries, frame, header, layout, root, snapshots, undo
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 ROW = re.compile(r"^\s*(?:(Byte|Bit)\s+)?(\d+)(?:\s*-\s*(\d+))?:\s+(.*\S)\s*$")
@@ -223,3 +223,16 @@ def test_module_docstrings_hold_the_same_tables(module: ModuleType) -> None:
     assert own
     for table in own:
         assert table in documented
+
+
+def test_undo_file() -> None:
+    fixed, run, mark = tables(section("The undo file"))
+    assert spans(fixed) == fields_of(undo.HEADER_STRUCT.format)
+    assert spans(run) == fields_of(undo.RUN_STRUCT.format)
+    assert spans(mark) == fields_of(undo.MARK_STRUCT.format)
+    assert fixed[0].text == f'magic, "{undo.MAGIC.decode()}"'
+    assert fixed[1].text == f"version, {undo.VERSION}"
+    assert mark[0].text == f'magic, "{undo.MARK_MAGIC.decode()}"'
+    assert number_after("The undo file", r"at most (\d+) sectors") == undo.RUN_SECTORS_MAX
+    assert number_after("The undo file", r"whole blocks of (\d+) bytes") == undo.BLOCK_BYTES
+    assert number_after("The undo file", r"at a multiple of (\d+)") == undo.BLOCK_BYTES

@@ -279,6 +279,14 @@ def test_a_hostile_undo_file_is_refused(undo: bytes) -> None:
         undo_on(SimulatedDevice(bytes(512)), SimulatedDevice(undo), force=True)
 
 
+def test_a_dirty_image_that_is_opened_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "dirty.qcow2"
+    path.write_bytes(damaged("marked_dirty"))
+    with jqcow.open(path, "r+") as image:
+        assert image.repaired is not None and image.repaired.too_low
+    assert not Path(undo_path(str(path))).exists()
+
+
 def test_a_repair_that_there_is_not_recovers_nothing(tmp_path: Path) -> None:
     device, path = SimulatedDevice(), tmp_path / "crashed.qcow2"
     with jqcow.create_on_device(device, 1 << 20, cluster_size=CLUSTER) as image:
