@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.medium import EXPECTED
+from jqcow.engine.scan import scan
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.frame import HeaderOperation
+from jqcow.ondisk.frame import FRAME_ALIGNMENT, HeaderOperation
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
 from jqcow.ondisk.root import JournalRange
 
@@ -176,7 +177,21 @@ class Closing:
         """
         self.root.settle()
         if leftover.is_unused:
+            self._drop_epoch_before(leftover.extent)
             self._cut_file(leftover.extent)
             # Durable now: the file without the journal. The root copy, which alone tells of it, goes next.
             self.medium.barrier("finish.cut")
         self._give_back(None)
+
+    def _drop_epoch_before(self, extent: JournalRange) -> None:
+        """Overwrite the start of the epoch before the last one, if the close was cut off before it had."""
+        try:
+            last = scan(self.medium.device, extent, self.geometry).epoch
+        except (CorruptionError, UnsupportedFeatureError):
+            # What cannot be read brings no tables back.
+            return
+        place = HostOffset(extent.half_offset(last - 1))
+        if self.medium.pread(FRAME_ALIGNMENT, place).strip(b"\0"):
+            self.medium.pwrite(bytes(FRAME_ALIGNMENT), place)
+            # Durable now: no epoch before the last one, which may be the first to go with its space (F4).
+            self.medium.barrier("finish.epoch")

@@ -83,6 +83,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "move.root": tuple(f"barrier-fails-shown/4096/{seed}" for seed in (0, 7)),
     "open.settle": tuple(f"root:move-killed/8192/{seed}" for seed in range(4)),
     "recover.root": ("root:killed/8192/0",),
+    "finish.epoch": ("dropping:stale-root-copy",),
     "finish.cut": ("dropping:unfinished-close",),
     "close.data": ("in-place/4096/0",),
     "close.epoch": ("dropping:stale-root-copy",),
