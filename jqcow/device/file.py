@@ -242,6 +242,16 @@ class FileDevice:
             state = os.fstat(self._descriptor)
         return state.st_dev, state.st_ino
 
+    def birth(self) -> tuple[int, int]:
+        """Return what tells the file from later ones of its name: inode, and birth in ns, 0: unknown."""
+        with self._naming_errors():
+            return os.fstat(self._descriptor).st_ino, libc.born_nanoseconds(self._descriptor)
+
+    def take_attributes_of(self, other: FileDevice) -> None:
+        """Get the owner, permission bits and extended attributes of another file; see `keep_attributes`."""
+        with self._naming_errors():
+            names.keep_attributes(other._descriptor, self._descriptor, self._path)
+
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, length) in bytes of the parts of a range that may hold data, in order.
 
