@@ -4,12 +4,18 @@ An image may be taken back as long as each sector that the repair changed is as 
 nothing but refcounts lies behind the old end of the file: nobody has written there since. Its journal may lie
 behind the end of both, where the repair was cut off.
 
-Once that is known a mark in the undo file says so, until the image is as it was. An undo that was cut off is
-done again without a look at the image, which a power cut may have garbled, its header too.
+Once that is known a mark in the undo file says so, and sector 0 is one that every program refuses, until the
+image is as it was. What an undo does depends on both:
+
+    mark    sector 0                what the undo does
+    any     of an undo              lays the file over the image, and ends
+    begun   no magic: lost          the same, without a look at the image, which a power cut may have garbled
+    any     another                 recovers the image, refuses one that was written since, and begins
 
 U1. What follows a repair is never taken back unasked: a mark in the undo file says that the repair is done,
     durably, before anybody may write to the image. Only what has no mark is a repair that was cut off.
 U2. An undo file is of one file, whatever comes to lie under its name: by force alone it goes over another.
+U3. Nobody opens an image that is half taken back: sector 0 is the first of it that changes, and the last.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ from jqcow.engine.scan import read_header
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import Header
+from jqcow.ondisk.header import MAGIC, Header
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.undo import (
     BLOCK_BYTES,
@@ -170,6 +176,22 @@ class UndoFile:
         """What the file says of its image."""
         return self.header.unpack_mark(self.reader.pread(MARK_BYTES, self.mark_place))
 
+    def old_sector_0(self) -> bytes:
+        """Return sector 0 of the image before the repair.
+
+        Raises:
+            CorruptionError: the file lacks it.
+        """
+        first = next(self.runs(), None)
+        if first is None or first.offset:
+            raise CorruptionError("undo file", HEADER_BYTES, "it lacks sector 0")
+        return first.old[:SECTOR_BYTES]
+
+    def is_laid_on(self, image: Reader) -> bool:
+        """Return True if an undo has begun to change the image (U3)."""
+        sector = image.pread(SECTOR_BYTES, 0)
+        return roots.is_being_undone(sector) or (self.mark is Mark.BEGUN and sector[: len(MAGIC)] != MAGIC)
+
     def is_of(self, image: Device) -> bool:
         """Return True unless the image is another file than the one that was repaired (U2)."""
         birth, found = (self.header.inode, self.header.born_nanoseconds), _birth_of(image)
@@ -180,19 +202,6 @@ class UndoFile:
         return image_bytes > max(self.header.old_bytes, self.header.new_bytes)
 
 
-def refuse_cut_off_undo(image: FileDevice) -> None:
-    """Before an image is written: refuse one that is neither the old nor the new one.
-
-    Raises:
-        CorruptionError: it was being taken back, and that was cut off.
-        OSError: there is an undo file that cannot be read.
-    """
-    if _mark_beside(image) is Mark.BEGUN:
-        error = CorruptionError("image", 0, "a repair of it was being taken back, and that was cut off")
-        error.add_note("run jqcow undo again")
-        raise error
-
-
 def settle_undo(image: FileDevice) -> None:
     """Before anybody writes to an opened image: mark an undo file beside it that has no mark yet (U1).
 
@@ -201,24 +210,21 @@ def settle_undo(image: FileDevice) -> None:
     Raises:
         OSError: there is an undo file that cannot be read, or marked.
     """
-    if _mark_beside(image) is None:
-        with closing(FileDevice.open(undo_path(image.path), writable=True)) as undo:
-            mark_done(undo)
-
-
-def _mark_beside(image: FileDevice) -> Mark | None:
-    """Return the mark of the undo file beside an image. Where none is of it, that counts as done."""
+    path = undo_path(image.path)
     try:
-        with closing(FileDevice.open(undo_path(image.path), writable=False)) as undo:
+        with closing(FileDevice.open(path, writable=False)) as undo:
             file = UndoFile.read(undo)
-            return file.mark if file.is_of(image) else Mark.DONE
+            is_settled = file.mark is Mark.DONE or not file.is_of(image)
+        if not is_settled:
+            with closing(FileDevice.open(path, writable=True)) as undo:
+                mark_done(undo)
     except (FileNotFoundError, FormatError, CorruptionError, UnsupportedFeatureError):
-        return Mark.DONE
+        # There is none, or another file of that name, which does not concern the image.
+        return
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return Mark.DONE
-        error.add_note(f"what is beside {image.path} must tell first whether a repair of it was cut off")
-        raise
+        if error.errno != errno.ENAMETOOLONG:
+            error.add_note(f"what is beside {image.path} must be told first that its repair is done")
+            raise
 
 
 def mark_done(undo: Device) -> None:
@@ -242,11 +248,14 @@ def take_back_cut_off(device: Device, undo: Device, *, new_salt: Callable[[], by
         OSError: the host failed; it can be done again.
     """
     file = UndoFile.read(undo)
-    if file.mark is Mark.DONE or not file.is_of(device):
+    if not file.is_of(device):
         return False
-    is_cut_off = file.mark is Mark.BEGUN or bring_home(device, new_salt=new_salt)
-    if not is_cut_off and not file.is_of_cut_off_repair(device.size()):
-        return False
+    if not file.is_laid_on(device):
+        if file.mark is Mark.DONE:
+            return False
+        is_cut_off = bring_home(device, new_salt=new_salt) or file.is_of_cut_off_repair(device.size())
+        if not is_cut_off:
+            return False
     undo_on(device, undo, new_salt=new_salt)
     return True
 
@@ -296,31 +305,39 @@ def undo_on(
     file = UndoFile.read(undo)
     if not force and not file.is_of(device):
         raise CorruptionError("undo file", 0, "it is of another file, which was replaced: see --force")
-    if file.mark is not Mark.BEGUN:
+    old_sector_0 = file.old_sector_0()
+    if not file.is_laid_on(device):
         bring_home(device, new_salt=new_salt)
         if not force:
             _refuse_later_writes(device, file)
         _require_space(device, file)
         undo.pwrite(file.header.pack_mark(Mark.BEGUN), file.mark_place)
-        # Durable now: the mark. The image is changed next, and may be lost but for the undo file.
+        # Durable now: the mark. Sector 0 is changed next, and may be lost but for the undo file.
         undo.barrier("undo.begin")
+        device.pwrite(roots.pack_undo_root(Header.unpack(old_sector_0)), 0)
+        # Durable now: sector 0, which every program refuses. The rest of the image is changed next (U3).
+        device.barrier("undo.root")
     written = _lay(device, file)
-    # Durable now: the image as it was. The mark may go.
+    # Durable now: the image as it was, but for sector 0, which lets others at it from here on (U3).
     device.barrier("undo.image")
+    device.pwrite(old_sector_0, 0)
+    # Durable now: sector 0. The mark, which stands in for one that is lost, may go.
+    device.barrier("undo.header")
     undo.truncate(file.runs_end)
-    # Durable now: no mark. The image may be changed, and another undo must look at it.
+    # Durable now: no mark. Whatever becomes of the image, another undo looks at it first.
     undo.barrier("undo.end")
     return UndoReport(None, written, file.header.old_bytes)
 
 
 def _lay(device: Device, file: UndoFile) -> int:
-    """Write everything back; return how many bytes that were."""
+    """Write everything back but sector 0; return how many bytes there are in all."""
     header, written = file.header, 0
     if device.size() != header.old_bytes:
         device.truncate(header.old_bytes)
     for run in file.runs():
         old = run.old[: max(0, header.old_bytes - run.offset)]
-        device.pwrite(old, run.offset)
+        skipped = 0 if run.offset else SECTOR_BYTES
+        device.pwrite(old[skipped:], run.offset + skipped)
         written += len(old)
     return written
 

@@ -17,7 +17,6 @@ from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.disks.undo import (
     bring_home,
-    refuse_cut_off_undo,
     remove_undo,
     save_undo,
     settle_undo,
@@ -192,7 +191,6 @@ def open_base(
         JqcowError, OSError: as `open`.
     """
     with _closed_on_error(FileDevice.open(named.path, writable=True)) as device:
-        refuse_cut_off_undo(device)
         image = _open(
             device,
             "r+",
@@ -330,14 +328,11 @@ def _prepare_repair(
 ) -> int | None:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none. Where there is none, an image that is
-    half undone is refused.
+    A repair that only lowers refcounts of harmless leaks needs none.
 
     Returns the size of its journal on trial: a new refcount table lies behind that.
     """
     if repair is None:
-        if not device.read_only:
-            refuse_cut_off_undo(device)
         return journal_size
     if not _take_back_cut_off(device):
         bring_home(device)

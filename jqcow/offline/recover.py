@@ -15,7 +15,7 @@ from typing import Literal
 from jqcow.checker.check import check_structure
 from jqcow.device.base import Device, check_device
 from jqcow.device.file import FileDevice
-from jqcow.disks.undo import refuse_cut_off_undo, settle_undo
+from jqcow.disks.undo import settle_undo
 from jqcow.disks.view import FileView
 from jqcow.engine.closing import Leftover
 from jqcow.engine.engine import make_writable, open_engine, random_salt, settle
@@ -145,11 +145,9 @@ def recover_image(
         return _recover(image, None, how)
     device = FileDevice.open(image, writable=not dry_run)
     try:
-        if dry_run:
-            return _recover(device, os.fspath(image), how)
-        refuse_cut_off_undo(device)
         report = _recover(device, os.fspath(image), how)
-        settle_undo(device)
+        if not dry_run:
+            settle_undo(device)
         return report
     finally:
         device.close()
