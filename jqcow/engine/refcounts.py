@@ -254,7 +254,7 @@ class Allocation(Refcounts):
             (self.geometry.offset_of(run.start), run.count * self.geometry.cluster_bytes)
             for run in ClusterRuns(Run(cluster, 1) for cluster in sorted(self.space.metadata))
         ]
-        medium.require_space(runs, "the tables of the image")
+        medium.require_space(runs, "a hole in the tables")
         for offset, length in runs:
             medium.allocate(offset, length)
 
