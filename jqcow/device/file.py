@@ -242,11 +242,6 @@ class FileDevice:
             state = os.fstat(self._descriptor)
         return state.st_dev, state.st_ino
 
-    def birth(self) -> tuple[int, int]:
-        """Return what tells the file from later ones of its name: inode, and birth in ns, 0: unknown."""
-        with self._naming_errors():
-            return os.fstat(self._descriptor).st_ino, libc.born_nanoseconds(self._descriptor)
-
     def take_attributes_of(self, other: FileDevice) -> None:
         """Get the owner, permission bits and extended attributes of another file; see `keep_attributes`."""
         with self._naming_errors():
@@ -338,3 +333,9 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
                 return False
             raise
         return True
+
+
+def birth_of(device: FileDevice) -> tuple[int, int]:
+    """Return what tells a file from later ones of its name: inode, and its birth in ns, 0 if unknown."""
+    with device._naming_errors():
+        return os.fstat(device._descriptor).st_ino, libc.born_nanoseconds(device._descriptor)

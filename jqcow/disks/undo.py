@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.device.base import Device, HostSpace, Reader, hole_bytes, no_space
-from jqcow.device.file import FileDevice
+from jqcow.device.file import FileDevice, birth_of
 from jqcow.device.names import sync_directory
 from jqcow.device.trial import TrialDevice
 from jqcow.engine.engine import open_engine, random_salt
@@ -88,7 +88,7 @@ def _roots_end(header: Header) -> int:
 
 
 def _birth_of(device: Device) -> tuple[int, int]:
-    return device.birth() if isinstance(device, FileDevice) else (0, 0)
+    return birth_of(device) if isinstance(device, FileDevice) else (0, 0)
 
 
 def pack_undo(trial: TrialDevice, target: Device) -> None:

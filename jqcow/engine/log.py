@@ -212,7 +212,8 @@ class Log:
 
     def _no_space(self, needed_bytes: int, error: OSError) -> OSError:
         told = no_space("the journal", needed_bytes, self.medium.free_bytes())
-        told.filename = error.filename
+        if error.filename is not None:
+            told.filename = error.filename
         return told
 
     def _lay(self, length: int, contents: Contents, *, sparse: bool = False) -> Journal:

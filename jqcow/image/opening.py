@@ -148,13 +148,12 @@ def open(
             writers. A name is relative to the image that holds it.
         probe: tell the format of a backing file by its magic where the image does not store it. Whoever
             writes to the guest's disk of a raw file then chooses its format.
-        copy_on_read: with ``"r+"``, what is read from a backing file is written into the image, durable
-            with the next flush. A read may then fail as a write does.
+        copy_on_read: with ``"r+"``, write what is read from a backing file into the image, as a change.
 
     Raises:
         FileAccessDenied: the image has a backing file, and opening it is not allowed.
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
-        SnapshotNotFound: there is no such snapshot.
+        SnapshotNotFound: there is none.
         JqcowError, OSError: not a qcow2 image, refused by name, damaged or in use; the host failed.
     """
     _check_mode(mode, journal_size, repair, force_share=force_share)
