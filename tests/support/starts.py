@@ -226,6 +226,21 @@ def half_moved_image(cluster_bytes: int, random: Random) -> Start:
     return replace(start_of(session), content=halves[0])
 
 
+def half_closed_image(cluster_bytes: int, random: Random) -> Start:
+    """A clean image whose close was cut: sector 0 is there, and the epoch before the last one still is."""
+    windows = Windows.of(cluster_bytes)
+    session = new_session(windows)
+    cut: list[bytes] = []
+
+    def keep(name: str, device: SimulatedDevice) -> None:
+        if name == "close.clear":
+            cut.append(device.content()[:SECTOR_BYTES] + device.durable_content()[SECTOR_BYTES:])
+
+    session.device.barrier_listeners.append(keep)
+    Player(session, random).play("change:6 flush close")
+    return replace(start_of(session), content=cut[0])
+
+
 def table_end_image(cluster_bytes: int, random: Random) -> Start:
     """An image of 512-byte clusters whose file ends just where its refcount table does."""
     start = used_image(cluster_bytes, random)
@@ -491,6 +506,7 @@ STARTS: dict[str, Prepare] = {
     "lost-table-snapshots": without_table(snapshots_image),
     "dirty-bit-snapshots": damaged(snapshots_image),
     "unforgetting": without_forgetting(full_image),
+    "half-closed": half_closed_image,
 }
 SIMULATED = tuple(STARTS)[:15]
 """Those of the simulation: it opens images with nothing below."""
