@@ -237,7 +237,7 @@ def half_closed_image(cluster_bytes: int, random: Random) -> Start:
             cut.append(device.content()[:SECTOR_BYTES] + device.durable_content()[SECTOR_BYTES:])
 
     session.device.barrier_listeners.append(keep)
-    Player(session, random).play("change:6 flush close")
+    Player(session, random).play("write:0:w change:6 flush close")
     return replace(start_of(session), content=cut[0])
 
 
