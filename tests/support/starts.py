@@ -274,11 +274,7 @@ def damaged(prepare: Prepare) -> Prepare:
     def prepare_damaged(cluster_bytes: int, random: Random) -> Start:
         start = prepare(cluster_bytes, random)
         tables = Tables(start.content)
-        free = tables.free_clusters()
         tables.spoil_refcounts(random, 0.6, (0, 0, 0, 1, 2, 5))
-        for cluster in set(free).difference(tables.free_clusters()):
-            # Old bytes in it would look like lost data, which stays (tests/unit/test_lost_data.py).
-            tables.image[cluster * cluster_bytes : (cluster + 1) * cluster_bytes] = bytes(cluster_bytes)
         tables.image[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
         return replace(start, content=bytes(tables.image), damaged=True)
 
