@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,13 @@ from jqcow.device.names import NewFile
 from jqcow.errors import ImageInUse, ReadOnlyError, UnsupportedFeatureError
 
 _CALL_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS)
+_FILE_KINDS = {
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 class FileDevice:
@@ -68,7 +76,7 @@ class FileDevice:
             raise ValueError("a writer cannot share the file with other writers")
         name = os.fspath(path)
         for _ in range(names.ATTEMPTS):
-            descriptor = names.open_regular(name, writable=writable)
+            descriptor = _open_regular(name, writable=writable)
             try:
                 if writable:
                     locks.lock_for_writing(descriptor, name)
@@ -115,7 +123,7 @@ class FileDevice:
         if self._new is None:
             raise ValueError(f"{self._path} is already published")
         with self._naming_errors():
-            self._new.publish(overwrite)
+            self._new.publish(overwrite, _open_writable)
         self._path, self._new = self._new.target, None
         names.sync_directory(os.path.dirname(self._path))
 
@@ -314,6 +322,24 @@ class FileDevice:
 def path_of(device: Device) -> str:
     """Return the path of a device that is a file; of one of the caller's own, nothing."""
     return device.path if isinstance(device, FileDevice) else ""
+
+
+def _open_regular(name: str, *, writable: bool) -> int:
+    """Open an existing regular file; every other kind is refused by name."""
+    # Without O_NONBLOCK the opening of a named pipe would wait for its other end.
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    descriptor = os.open(name, flags)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise UnsupportedFeatureError(
+            _FILE_KINDS.get(kind, "a special file"), f"{name} is not a regular file"
+        )
+    return descriptor
+
+
+def _open_writable(name: str) -> int:
+    return _open_regular(name, writable=True)
 
 
 def _require_linux() -> None:
