@@ -74,7 +74,7 @@ class FileDevice:
         _require_linux()
         if writable and share_writers:
             raise ValueError("a writer cannot share the file with other writers")
-        name = os.fspath(path)
+        name = os.fsdecode(path)
         for _ in range(names.ATTEMPTS):
             descriptor = _open_regular(name, writable=writable)
             try:
@@ -92,18 +92,22 @@ class FileDevice:
         raise ImageInUse(f"{name} is in use: another process keeps replacing it")
 
     @classmethod
-    def create_temporary(cls, path: str | os.PathLike[str]) -> FileDevice:
+    def create_temporary(cls, path: str | os.PathLike[str], *, follow_links: bool = True) -> FileDevice:
         """Create an empty, locked file that :meth:`publish` will name ``path``.
 
         Until then it has no name where the file system can do that, else a temporary one in the same
-        directory. ``close`` removes it if it was never published.
+        directory. ``close`` removes it if it was never published. A symbolic link of that name stays, and
+        what it points to is replaced, unless ``follow_links`` is False.
 
         Raises:
             UnsupportedFeatureError: no locks on this file system, or not Linux.
         """
         _require_linux()
-        # A symbolic link to an image stays; the file that it points to is what will be replaced.
-        new = NewFile.create(os.path.realpath(os.fspath(path)))
+        name = os.fsdecode(path)
+        folder = os.path.realpath(os.path.dirname(name))
+        new = NewFile.create(
+            os.path.realpath(name) if follow_links else os.path.join(folder, os.path.basename(name))
+        )
         try:
             locks.lock_for_writing(new.descriptor, new.name)
         except BaseException:
@@ -126,6 +130,19 @@ class FileDevice:
             self._new.publish(overwrite, _open_writable)
         self._path, self._new = self._new.target, None
         names.sync_directory(os.path.dirname(self._path))
+
+    def remove(self) -> None:
+        """Take the file's name away, durably, if it is still this file's and no link."""
+        self._require_writable()
+        if names.is_name_of(self._descriptor, self._path):
+            with self._naming_errors():
+                os.unlink(self._path)
+                names.sync_directory(os.path.dirname(os.path.realpath(self._path)))
+
+    @property
+    def final_path(self) -> str:
+        """The name that the file has, or will have when it is published."""
+        return self._path if self._new is None else self._new.target
 
     @property
     def path(self) -> str:

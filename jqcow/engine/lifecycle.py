@@ -182,7 +182,8 @@ class Lifecycle:
         self.public.refcounts.allocate_homes()
         # Under the next barrier they become zero-safe: new clusters need not go behind the journal.
         self.log.recycle()
-        journal = self.log.lay(self.log.journal_bytes, Contents.opening(live, epoch=1, sequence=0))
+        contents = Contents.opening(live, epoch=1, sequence=0)
+        journal = self.log.lay(self.log.journal_bytes, contents, self.log.shortest_bytes)
         try:
             # Durable now: the opening frame and the root copy. The root that names them comes next.
             self.medium.barrier("live.prepare")

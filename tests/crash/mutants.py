@@ -93,6 +93,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
+    "undo.settle": ("dropping:repair-done",),
     "undo.done": ("dropping:repair-done",),
     "undo.begin": ("dropping:undo",),
     "undo.root": ("dropping:half-taken-back",),

@@ -33,6 +33,7 @@ COVERING = (
     "autoclear/4096",
     "root-write-fails/8192",
     "move/4096",
+    "half-closed/8192",
 )
 
 
