@@ -131,19 +131,6 @@ class FileDevice:
         self._path, self._new = self._new.target, None
         names.sync_directory(os.path.dirname(self._path))
 
-    def remove(self) -> None:
-        """Take the file's name away, durably, if it is still this file's and no link."""
-        self._require_writable()
-        if names.is_name_of(self._descriptor, self._path):
-            with self._naming_errors():
-                os.unlink(self._path)
-                names.sync_directory(os.path.dirname(os.path.realpath(self._path)))
-
-    @property
-    def final_path(self) -> str:
-        """The name that the file has, or will have when it is published."""
-        return self._path if self._new is None else self._new.target
-
     @property
     def path(self) -> str:
         """The name of the file; until it is published the temporary one, or the final one if it has none."""
@@ -334,6 +321,13 @@ class FileDevice:
         except OSError as error:
             self._name(error)
             raise
+
+
+def remove_file(device: FileDevice) -> None:
+    """Take an open file's name away, durably, if it is still this file's and no link."""
+    if names.is_name_of(device._descriptor, device.path):
+        os.unlink(device.path)
+        names.sync_directory(os.path.dirname(os.path.realpath(device.path)))
 
 
 def path_of(device: Device) -> str:

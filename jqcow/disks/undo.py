@@ -124,23 +124,24 @@ def save_undo(trial: TrialDevice, image: FileDevice) -> None:
         FileExistsError: there is one of an earlier repair.
         OSError: the host failed; nothing is left under the name.
     """
-    with closing(FileDevice.create_temporary(undo_path(image.path), follow_links=False)) as target:
+    path = undo_path(image.path)
+    with closing(FileDevice.create_temporary(path, follow_links=False)) as target:
         target.take_attributes_of(image)
         pack_undo(trial, target)
         try:
             target.publish(overwrite=False)
         except FileExistsError as error:
-            if not _can_be_replaced(target):
+            if not _can_be_replaced(target, path):
                 error.add_note("it can take an earlier repair back: apply it with jqcow undo, or remove it")
                 raise
             target.publish(overwrite=True)
 
 
-def _can_be_replaced(target: FileDevice) -> bool:
-    """Return True if an undo file under the name of this one has served, or is of the same repair."""
+def _can_be_replaced(target: FileDevice, path: str) -> bool:
+    """Return True if an undo file that has the name of a new one has served, or is of the same repair."""
     with (
         suppress(FormatError, CorruptionError, UnsupportedFeatureError, IsADirectoryError),
-        closing(FileDevice.open(target.final_path, writable=True)) as found,
+        closing(FileDevice.open(path, writable=True)) as found,
     ):
         settle(Medium(found), "undo.settle")
         file = UndoFile.read(found)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from jqcow.device.base import Device, check_device
 from jqcow.device.disk import Disk
-from jqcow.device.file import FileDevice
+from jqcow.device.file import FileDevice, remove_file
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
@@ -172,9 +172,7 @@ def open(
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
-        length = _journal_length(journal_size)
-        if repair is not None:
-            length = _prepare_repair(device, repair, length, free_lost=free_lost, following=following)
+        length = _prepare(device, journal_size, repair, free_lost=free_lost, following=following)
         image = _open(
             device,
             mode,
@@ -342,13 +340,23 @@ def _journal_length(journal_size: int | None) -> JournalLength:
     return JournalLength(0 if journal_size is None else roots.journal_length(journal_size))
 
 
-def _prepare_repair(
+def _prepare(
     device: FileDevice,
-    repair: What,
-    journal: JournalLength,
+    journal_size: int | None,
+    repair: What | None,
     *,
     free_lost: bool,
     following: Following | None = None,
+) -> JournalLength:
+    """Return the length of the next journal, after what a repair needs first, if there is one."""
+    length = _journal_length(journal_size)
+    if repair is None:
+        return length
+    return _prepare_repair(device, length, repair, free_lost=free_lost, following=following)
+
+
+def _prepare_repair(
+    device: FileDevice, journal: JournalLength, repair: What, *, free_lost: bool, following: Following | None
 ) -> JournalLength:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
@@ -407,7 +415,7 @@ def _take_back_cut_off(device: FileDevice) -> bool:
     ):
         is_back = take_back_cut_off(device, undo)
         if is_back:
-            undo.remove()
+            remove_file(undo)
         return is_back
     return False
 
@@ -437,9 +445,7 @@ def open_alone(
     """
     _check_mode(mode, journal_size, repair, force_share=False)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
-        length = _journal_length(journal_size)
-        if repair is not None:
-            length = _prepare_repair(device, repair, length, free_lost=free_lost)
+        length = _prepare(device, journal_size, repair, free_lost=free_lost)
         image = _open(
             device,
             mode,
