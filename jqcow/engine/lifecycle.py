@@ -4,7 +4,8 @@ Recovery, from top to bottom: the live records, durable as they were read (M7), 
 into a new range, and the root names that; every home is written; the image goes on. Nothing is written into
 the range that was read: a durable frame must not be put at risk by rewriting it.
 
-F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
+F1. While refcounts may be too low, and when one turned out to be, nothing below the end of everything is
+    allocated, or punched.
 F2. Data behind the last counted cluster that a table maps gets its refcount in the first record that follows
     opening; nothing there is allocated, punched or cut off before.
 F3. A clean file grows only while nothing mapped lies past its end.

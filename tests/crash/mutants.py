@@ -508,6 +508,11 @@ OF_COMMITS = (
         trials=("repair/4096/0", "repair/4096/1", "repair-snapshots/4096/0"),
     ),
     Mutant(
+        "F1-too-low-and-trusted",
+        skipping(f"{SPACE}.distrust"),
+        trials=(SCENARIO + "refcount-that-is-too-low",),
+    ),
+    Mutant(
         "F2-uncounted-data-cut-off",
         skipping(f"{LIFECYCLE}._find_uncounted"),
         trials=(SCENARIO + "uncounted-data",),

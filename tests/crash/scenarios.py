@@ -155,6 +155,24 @@ def stale_copied_flag() -> None:
         require(kept.pread(CLUSTER_BYTES, 0) == b"\x33" * CLUSTER_BYTES, "P1: the snapshot changed")
 
 
+def refcount_that_is_too_low() -> None:
+    """P5: one is met, and then no cluster is taken or punched that others may be in as well."""
+    crafted = Crafted()
+    hosts = [crafted.entry(crafted.place(guest_cluster)) & ~COPIED for guest_cluster in (0, 1, 2)]
+    for host in hosts:
+        crafted.set_refcount(host, 0)
+    device = crafted.device()
+    before = [device.pread(CLUSTER_BYTES, host) for host in hosts]
+    with open_simulated(device) as image:
+        with suppress(CorruptionError):
+            image.pwrite(b"\x44" * 512, 0)
+        for guest_cluster in range(8, 30):
+            image.pwrite(b"\x44" * CLUSTER_BYTES, guest_cluster * CLUSTER_BYTES)
+            image.flush()
+    after = [device.content()[host : host + CLUSTER_BYTES] for host in hosts]
+    require(after == before, "P5: what other entries name", "it was written over")
+
+
 def uncounted_data() -> None:
     """P1: the last clusters of a file have refcount 0, and data of the disk is there: nothing takes it.
 
@@ -834,6 +852,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         two_owners_without_a_snapshot,
         two_owners_with_wrong_flags,
         stale_copied_flag,
+        refcount_that_is_too_low,
         uncounted_data,
         truncated_file,
         undo_of_another_file,
