@@ -413,3 +413,17 @@ def test_an_undo_of_a_repair_without_a_mark_needs_no_word(path: Path, content: b
     jqcow.open(path, "r+", repair="all", journal_size=1 << 16).close()
     undo_repair(path)
     assert path.read_bytes() == content
+
+
+def test_what_lies_behind_a_crashed_image_comes_back(tmp_path: Path) -> None:
+    """Recovery before a repair trusts no refcount: it cuts nothing off that the undo file would lack."""
+    device, path = SimulatedDevice(), tmp_path / "crashed.qcow2"
+    image = jqcow.create_on_device(device, 1 << 20, cluster_size=CLUSTER)
+    image.pwrite(DATA, 0)
+    image.flush()
+    lost = Random(4).randbytes(1 << 20)
+    path.write_bytes(device.content() + lost)
+    repair(path)
+    if undo_file(path).exists():
+        undo_repair(path)
+    assert lost in path.read_bytes()
