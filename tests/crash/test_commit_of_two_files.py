@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 import jqcow
-from jqcow.image.opening import _open
+from jqcow.image.opening import JournalLength, _open
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.naming import NamedFile
 from jqcow.testing import CrashSpace, SimulatedDevice
@@ -123,7 +123,11 @@ class Pair:
         salts = salts_of(self.overlay)
         # As the command does: without what is below it.
         overlay = _open(
-            self.overlay, "r+", journal_size=JOURNAL_BYTES, new_salt=salts, find_backing=lambda store: None
+            self.overlay,
+            "r+",
+            journal=JournalLength(JOURNAL_BYTES),
+            new_salt=salts,
+            find_backing=lambda store: None,
         )
         if self.is_raw:
             with raw_base(self.base) as base:
