@@ -143,7 +143,7 @@ def _can_be_replaced(target: FileDevice, path: str) -> bool:
         suppress(FormatError, CorruptionError, UnsupportedFeatureError, IsADirectoryError),
         closing(FileDevice.open(path, writable=True)) as found,
     ):
-        settle(Medium(found), "undo.settle")
+        _settle(found)
         file = UndoFile.read(found)
         return file.mark is Mark.SERVED or (file.mark is None and _begins_alike(target, found))
     return False
@@ -157,6 +157,14 @@ def _begins_alike(one: Reader, other: Reader) -> bool:
         for at in range(0, size, step)
         for length in [min(step, size - at)]
     )
+
+
+def _settle(undo: Device) -> None:
+    """Make what an earlier process left of an undo file durable, and have reads show nothing else."""
+    medium = Medium(undo)
+    # Durable now: a mark that a killed process left in the page cache. Who reads it next relies on it (U1).
+    medium.barrier("undo.settle")
+    medium.forget_cached()
 
 
 @dataclass(frozen=True)
@@ -262,6 +270,11 @@ class UndoFile:
                 return run.offset + at
         return None
 
+    def has_new_sector_0(self, image: Reader) -> bool:
+        """Return True if sector 0 is as after the repair."""
+        first = next(self.runs())
+        return _native.crc32c(image.pread(SECTOR_BYTES, 0)) == first.new_crcs[0]
+
     def is_of(self, image: Device) -> bool:
         """Return True unless the image is another file than the one that was repaired (U2)."""
         birth, found = (self.header.inode, self.header.born_nanoseconds), _birth_of(image)
@@ -298,7 +311,7 @@ def mark_done(undo: Device, image: Device) -> None:
         FormatError, CorruptionError: not an undo file, or a damaged one.
         OSError: the host failed.
     """
-    settle(Medium(undo), "undo.settle")
+    _settle(undo)
     file = UndoFile.of(undo)
     if file.mark in (Mark.DONE, Mark.SERVED) or not file.is_of(image):
         return
@@ -315,7 +328,7 @@ def take_back_cut_off(device: Device, undo: Device, *, new_salt: Callable[[], by
         OSError: the host failed; it can be done again.
     """
     settle(Medium(device))
-    settle(Medium(undo), "undo.settle")
+    _settle(undo)
     file = UndoFile.read(undo)
     if not file.is_of(device):
         return False
@@ -366,7 +379,7 @@ def undo_on(
         OSError: the host failed; it can be done again.
     """
     settle(Medium(device))
-    settle(Medium(undo), "undo.settle")
+    _settle(undo)
     file = UndoFile.read(undo)
     if not force and not file.is_of(device):
         raise CorruptionError("undo file", 0, "it is of another file, which was replaced: see --force")
@@ -433,8 +446,9 @@ def _is_more_behind(device: Device, file: UndoFile) -> bool:
         if tables.snapshots.named_end() > old_end:
             return True
         table = HostOffset(tables.view.header.refcount_table_offset)
-        # Of a table that the repair wrote nothing stays, whoever extended it.
-        blocks = () if table >= file.header.old_bytes else tables.refcounts.blocks_from_top()
+        # Of a table that the repair wrote nothing stays, whoever extended it; one that it gave up is noise.
+        is_noted = table < file.header.old_bytes and file.has_new_sector_0(device)
+        blocks = tables.refcounts.blocks_from_top() if is_noted else ()
         new = [index for index, block in blocks if tables.geometry.cluster_of(block) >= old_end]
     except CorruptionError:
         return True

@@ -17,7 +17,7 @@ from tests.crash.workloads import (
 )
 
 SEED = 7
-STATES_PER_INTERVAL, SNAPSHOT_STATES_PER_INTERVAL = (6, 3) if _native.active() == "c" else (2, 2)
+STATES_PER_INTERVAL, SNAPSHOT_STATES_PER_INTERVAL = (4, 2) if _native.active() == "c" else (2, 1)
 """The twins are slow. The stories of snapshots have more intervals than others: their recoveries are crashed
 in the other tests alone."""
 QEMU_EVERY = 40

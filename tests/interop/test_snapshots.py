@@ -232,7 +232,7 @@ def test_large_tables_are_all_or_nothing(mapped_tebibyte: Path) -> None:
     """A process killed while it makes, applies and deletes a snapshot of 1 TiB."""
     path, chance = mapped_tebibyte, random.Random(1)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for _ in range(3):
+    for _ in range(2):
         command = [sys.executable, "-c", ON_AND_ON, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             assert process.stdout is not None and process.stdout.readline() == "begin\n"

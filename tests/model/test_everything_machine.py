@@ -452,7 +452,7 @@ def run_machine(cluster_bytes: int, given: settings) -> None:
 
 
 SETTINGS = settings(
-    max_examples=40 if _native.active() == "c" else 12,
+    max_examples=30 if _native.active() == "c" else 10,
     deadline=None,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
