@@ -104,10 +104,7 @@ class FileDevice:
         """
         _require_linux()
         name = os.fsdecode(path)
-        folder = os.path.realpath(os.path.dirname(name))
-        new = NewFile.create(
-            os.path.realpath(name) if follow_links else os.path.join(folder, os.path.basename(name))
-        )
+        new = NewFile.create(os.path.realpath(name) if follow_links else os.path.abspath(name))
         try:
             locks.lock_for_writing(new.descriptor, new.name)
         except BaseException:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from dataclasses import dataclass
 from jqcow import _native
 from jqcow.device.base import Device, Reader
 from jqcow.device.file import FileDevice, birth_of
-from jqcow.device.trial import TrialDevice
+from jqcow.device.trial import Ranges, TrialDevice
 from jqcow.engine.engine import open_engine, random_salt, settle
 from jqcow.engine.medium import Medium
 from jqcow.engine.scan import read_header
@@ -452,15 +451,10 @@ def _is_more_behind(device: Device, file: UndoFile) -> bool:
         new = [index for index, block in blocks if tables.geometry.cluster_of(block) >= old_end]
     except CorruptionError:
         return True
-    repaired = [(run.offset, run.offset + len(run.old)) for run in file.runs()]
-    places = (entry_place(table, index) for index in new)
-    return not all(_is_within(place, repaired) for place in places)
-
-
-def _is_within(place: int, spans: list[tuple[int, int]]) -> bool:
-    """Return True if a place lies in one of these spans, which are in order."""
-    index = bisect_right(spans, place, key=lambda span: span[0]) - 1
-    return index >= 0 and place < spans[index][1]
+    repaired = Ranges()
+    for run in file.runs():
+        repaired.add(run.offset, run.offset + len(run.old))
+    return any(entry_place(table, index) not in repaired for index in new)
 
 
 def _require_space(device: Device, file: UndoFile) -> None:

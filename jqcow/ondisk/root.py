@@ -147,12 +147,16 @@ def check_room(header: Header, used_bytes: int) -> None:
     Raises:
         UnsupportedFeatureError: the header is too long to be journaled.
     """
-    if header.header_length + _ADDED_BYTES > SECTOR_BYTES:
+    if not _leaves_room(header):
         raise UnsupportedFeatureError(
             "a header_length above 376", "the journal's root does not fit in sector 0"
         )
     if used_bytes > MAX_LIVE_HEADER_BYTES:
         raise UnsupportedFeatureError("a header of more than 4096 used bytes", "the journal cannot hold it")
+
+
+def _leaves_room(header: Header) -> bool:
+    return header.header_length + _ADDED_BYTES <= SECTOR_BYTES
 
 
 def pack_root(header: Header, journal: JournalRange) -> bytes:
@@ -166,7 +170,7 @@ def pack_undo_root(header: Header) -> bytes:
     Raises:
         FormatError: no header that a root has room for.
     """
-    if not V3_BYTES <= header.header_length <= SECTOR_BYTES - _ADDED_BYTES:
+    if header.header_length < V3_BYTES or not _leaves_room(header):
         raise FormatError(f"header_length {header.header_length} leaves no room in sector 0")
     return _pack_refused(header, Extension(EXTENSION_UNDO, b""), UNDO_FEATURE_NAME)
 

@@ -140,16 +140,18 @@ class TestAnotherImage:
 
 
 class TestServed:
-    def test_one_that_comes_back_takes_nothing_back(
-        self, path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Its removal was not durable; the image was used since, and is longer than before and after."""
+    @pytest.fixture
+    def served(self, path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> bytes:
+        """Take a repair back, and be killed before the undo file goes; return that file."""
         repair(path)
         with monkeypatch.context() as patched, pytest.raises(Killed):
             patched.setattr(os, "unlink", unlink_nothing)
             undo_repair(path)
-        served = undo_file(path).read_bytes()
         assert mark_of(path) is Mark.SERVED and path.read_bytes() == content
+        return undo_file(path).read_bytes()
+
+    def test_one_that_comes_back_takes_nothing_back(self, path: Path, served: bytes) -> None:
+        """Its removal was not durable; the image was used since, and is longer than before and after."""
         undo_file(path).unlink()
         qemu_io(path, "write -P 7 256k 512k")
         undo_file(path).write_bytes(served)
@@ -157,13 +159,8 @@ class TestServed:
         with jqcow.open(path) as image:
             assert image.pread(512 << 10, 256 << 10) == b"\7" * (512 << 10)
 
-    def test_it_makes_room_for_the_next(
-        self, path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        repair(path)
-        with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(os, "unlink", unlink_nothing)
-            undo_repair(path)
+    @pytest.mark.usefixtures("served")
+    def test_it_makes_room_for_the_next(self, path: Path, content: bytes) -> None:
         jqcow.open(path, "r+", repair="all", journal_size=1 << 16).close()
         undo_repair(path)
         assert path.read_bytes() == content and not undo_file(path).exists()
