@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.device.base import Device, Reader
-from jqcow.device.file import FileDevice, birth_of
+from jqcow.device.file import FileDevice, birth_of, remove_file
 from jqcow.device.trial import Ranges, TrialDevice
 from jqcow.engine.engine import open_engine, random_salt, settle
 from jqcow.engine.medium import Medium
@@ -130,21 +130,27 @@ def save_undo(trial: TrialDevice, image: FileDevice) -> None:
         try:
             target.publish(overwrite=False)
         except FileExistsError as error:
-            if not _can_be_replaced(target, path):
+            if not _make_room(target, path):
                 error.add_note("it can take an earlier repair back: apply it with jqcow undo, or remove it")
                 raise
-            target.publish(overwrite=True)
+            # Not over the old one: that would hand down who may read it.
+            target.publish(overwrite=False)
 
 
-def _can_be_replaced(target: FileDevice, path: str) -> bool:
-    """Return True if an undo file that has the name of a new one has served, or is of the same repair."""
+def _make_room(target: FileDevice, path: str) -> bool:
+    """Remove an undo file that has the name of a new one, if it has served or is of the same repair.
+
+    Until the new one has the name there is none, and nothing of the image is changed.
+    """
     with (
         suppress(FormatError, CorruptionError, UnsupportedFeatureError, IsADirectoryError),
         closing(FileDevice.open(path, writable=True)) as found,
     ):
         _settle(found)
         file = UndoFile.read(found)
-        return file.mark is Mark.SERVED or (file.mark is None and _begins_alike(target, found))
+        if file.mark is Mark.SERVED or (file.mark is None and _begins_alike(target, found)):
+            remove_file(found)
+            return True
     return False
 
 

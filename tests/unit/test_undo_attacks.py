@@ -165,6 +165,13 @@ class TestServed:
         undo_repair(path)
         assert path.read_bytes() == content and not undo_file(path).exists()
 
+    @pytest.mark.usefixtures("served")
+    def test_the_next_is_not_for_those_who_could_read_it(self, path: Path) -> None:
+        undo_file(path).chmod(0o644)
+        path.chmod(0o600)
+        repair(path)
+        assert undo_file(path).stat().st_mode & 0o777 == 0o600
+
     def test_its_removal_is_durable(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         repair(path)
         synced = list[int]()
