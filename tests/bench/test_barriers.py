@@ -46,7 +46,6 @@ def test_speed_is_measured_in_pairs(tmp_path: Path) -> None:
     """Small, to show that the command works; a time is no promise, so none is asserted."""
     speeds = compare_speed(tmp_path, rounds=1, size=4 << 20)
     assert [len(pair.jqcow_seconds) for pair in speeds.pairs] == [1, 1, 1]
-    assert all(pair.ratio > 0 for pair in speeds.pairs)
     assert speeds.format_table().count("\n") == 7
 
 
