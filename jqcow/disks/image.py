@@ -11,8 +11,8 @@ from jqcow.engine.engine import open_engine
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import naming
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 _KINDS: dict[int, ExtentKind] = {

@@ -14,7 +14,7 @@ from jqcow.device.base import Device
 from jqcow.ondisk import entries, layout
 from jqcow.ondisk.blank import new_header, new_l1_size, refcount_clusters
 from jqcow.ondisk.compression import COMPRESSION_ZLIB
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, L2Entry, codec_of, data_entry
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, L2Entry, codec_of, data_entry
 from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, HostOffset
 
 REFCOUNT_BYTES = 2

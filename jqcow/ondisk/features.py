@@ -122,7 +122,6 @@ def _find_valid_bitmaps(area: HeaderArea) -> Words | None:
 
 _JOURNAL = _if_set(headers.INCOMPATIBLE_JOURNAL, "a live journal (it must be replayed first)")
 _DATA_FILE = _if_set(headers.INCOMPATIBLE_EXTERNAL_DATA, "an external data file")
-_EXTENDED_L2 = _if_set(headers.INCOMPATIBLE_EXTENDED_L2, "extended L2 entries (subclusters)")
 _CORRUPT = _if_set(headers.INCOMPATIBLE_CORRUPT, "writing to an image marked corrupt", "repair it first")
 _NO, _YES = False, True
 
@@ -130,7 +129,6 @@ FEATURES = (
     #       name                         find                    read  write check repair
     Feature("live journal",              _JOURNAL,               _NO,  _NO,  _NO,  _NO),
     Feature("external data file",        _DATA_FILE,             _NO,  _NO,  _NO,  _NO),
-    Feature("extended L2 entries",       _EXTENDED_L2,           _NO,  _NO,  _NO,  _NO),
     Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
     Feature("encryption",                _find_encryption,       _NO,  _NO,  _NO,  _NO),
     Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),

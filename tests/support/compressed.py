@@ -8,7 +8,8 @@ from pathlib import Path
 
 from jqcow.device.file import FileDevice
 from jqcow.offline.build import ImageBuilder
-from jqcow.ondisk.entries import COMPRESSED, OFFSET_MASK
+from jqcow.ondisk.entries import OFFSET_MASK
+from jqcow.ondisk.l2 import COMPRESSED
 from tests.support.patients import Tables
 
 SECTOR_BYTES = 512

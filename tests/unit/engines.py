@@ -15,7 +15,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.tables import Tables
 from jqcow.image.opening import write_blank
 from jqcow.ondisk.blank import blank_image
-from jqcow.ondisk.entries import data_entry
+from jqcow.ondisk.l2 import data_entry
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster
 from jqcow.testing import SimulatedDevice
 

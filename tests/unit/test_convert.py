@@ -24,8 +24,8 @@ from jqcow.offline.convert import ConvertReport, convert, create_raw, nonzero_ru
 from jqcow.offline.info import read_info
 from jqcow.ondisk.blank import refcount_clusters
 from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.entries import compressed_entry
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header
+from jqcow.ondisk.l2 import compressed_entry
 from jqcow.ondisk.layout import Geometry
 from jqcow.testing import SimulatedDevice
 from tests.support.compressed import compressible, mixed_disk, streams_of

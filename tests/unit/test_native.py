@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from jqcow import _native
 from jqcow._native import twins
-from jqcow.ondisk.entries import COMPRESSED, COPIED, OFFSET_MASK
-from jqcow.ondisk.entries import ZERO as ZERO_FLAG
+from jqcow.ondisk.entries import COPIED, OFFSET_MASK
+from jqcow.ondisk.l2 import COMPRESSED
+from jqcow.ondisk.l2 import ZERO as ZERO_FLAG
 
 bindings = pytest.importorskip("jqcow._native.bindings", reason="the C kernels were not built")
 
