@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from jqcow.device.disk import read_padded
 from jqcow.engine.request import Request
 from jqcow.engine.write import WritePlan, Writes
 from jqcow.ondisk import layout

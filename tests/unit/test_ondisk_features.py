@@ -12,10 +12,11 @@ from jqcow.ondisk import features
 from jqcow.ondisk import header as headers
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.features import FEATURES, Use
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import EXTENSION_BITMAPS, Extension, HeaderArea
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "format.md"
-PLAIN = HeaderArea.parse(blank_image(1 << 20, 16).parts[0][1])
+PLAIN = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
 USES: tuple[Use, ...] = ("read", "write", "check", "repair")
 
 
