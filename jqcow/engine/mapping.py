@@ -23,7 +23,6 @@ from jqcow.ondisk.l2 import (
     DATA,
     NO_ENTRY,
     UNALLOCATED,
-    ZERO_CLUSTER,
     HostRun,
     L2Entry,
     L2Run,
@@ -191,8 +190,6 @@ class Mapping:
                 # One damaged entry takes nothing from those before it.
                 return self._subclusters(table, position, limit // 2)
             raise CorruptionError("L2 table", place, str(error)) from error
-        if run.kind == ZERO_CLUSTER:
-            self._check_zero_flag(place)
         if run.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, run.host, run.length)
         elif run.host:
@@ -209,11 +206,6 @@ class Mapping:
             count = self._readable_count(host, count)
         self._check_host("L2 table", place, host, count)
         return count
-
-    def _check_zero_flag(self, place: HostOffset) -> None:
-        """Raise CorruptionError in version 2: there the bit is reserved, and the data is not zeros."""
-        if self.view.header.version < 3:
-            raise CorruptionError("L2 table", place, "the entry has the zero flag, which version 2 lacks")
 
     def _readable_count(self, host: HostOffset, count: int) -> int:
         """Return how many of ``count`` host clusters the file reaches to; 1 where it does not reach any."""
@@ -268,8 +260,6 @@ class Mapping:
             entry = codec.decode(self.view.block(HostOffset(place - index * codec.entry_bytes)), index)
         except DamagedEntry as error:
             raise CorruptionError("L2 table", place, str(error)) from error
-        if entry.kind == ZERO_CLUSTER:
-            self._check_zero_flag(place)
         if entry.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, entry.host, entry.length)
         elif entry.host:

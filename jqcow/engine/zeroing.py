@@ -10,6 +10,9 @@ from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, UNALLOCATED, L2Entry
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset
 
+ZEROS_AT_ONCE = 1 << 20
+"""So many zeros are written at once: it bounds memory."""
+
 EntryFor = Callable[[L2Entry, range], L2Entry]
 """Makes the new L2 entry of a guest cluster from the one that it has, and the subclusters to change."""
 
@@ -23,6 +26,7 @@ class Zeroing:
         self.requests = writes.requests
         self.tables = writes.tables
         self._codec = writes.tables.mapping.codec
+        self._has_zero_flag = self._codec.geometry.has_zero_flag
         self._cluster_bytes = writes.geometry.cluster_bytes
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
@@ -35,17 +39,21 @@ class Zeroing:
         """Zero a range within one metadata block; return False if it is to be looked at anew."""
         size = self.requests.check_change(start, span)
         head, tail = self._whole_subclusters(start, span, size)
-        if head >= tail:
+        if head >= tail or not (self._has_zero_flag or (unmap and self._can_hide)):
             self.zero_part(start, span, within_disk=True)
             return True
         self.zero_part(start, head - start, within_disk=True)
-        if not self._set_whole(head, tail, partial(self._codec.zeroed, unmap=unmap), size):
+        zeroed = partial(self._codec.zeroed, unmap=unmap) if self._has_zero_flag else self._codec.emptied
+        if not self._set_whole(head, tail, zeroed, size):
             return False
         self.zero_part(tail, start + span - tail, within_disk=True)
         return True
 
     def discard(self, offset: int, length: int) -> None:
-        """Free the clusters that a range covers whole; they read as zeros. The rest stays as it is."""
+        """Free the clusters that a range covers whole; they read as zeros. The rest stays as it is.
+
+        So does, in version 2, what lies over data of a backing file.
+        """
         for start, span in self.requests.spans_to_change(offset, length):
             while not self._discard_span(start, span):
                 pass
@@ -56,17 +64,28 @@ class Zeroing:
         head, tail = self._whole_subclusters(start, span, size)
         return head >= tail or self._set_whole(head, tail, self._discarded, size)
 
+    @property
+    def _can_hide(self) -> bool:
+        """True if an entry can make a cluster read as zeros whatever lies below: in version 2 it cannot."""
+        return self._has_zero_flag or self.reads.backing is None
+
     def hide_below(self, offset: int, length: int) -> None:
         """Make whole clusters read as zeros whatever lies below them, now or later."""
         self.requests.planned(lambda: self.requests.check_whole_clusters(offset, length))
         for start, span in self.requests.spans(offset, length):
             head, tail = self._whole_subclusters(start, span, self.tables.mapping.disk_bytes)
-            self._set_entries(self._clusters(head, tail), head, tail, self._hidden)
+            if self._has_zero_flag:
+                self._set_entries(self._clusters(head, tail), head, tail, self._hidden)
+            else:
+                self._write_over(head, tail - head)
 
     def hide_new(self, start: int, end: int) -> None:
-        """Discard whole clusters, behind the end of the disk too."""
+        """Make whole clusters read as zeros, behind the end of the disk too."""
         for offset, length in self.requests.spans(start, max(0, end - start)):
-            self._set_whole(offset, offset + length, self._discarded)
+            if self._can_hide:
+                self._set_whole(offset, offset + length, self._discarded)
+            else:
+                self.zero_part(offset, length)
 
     def unmap(self, start: int, end: int) -> None:
         """Leave whole clusters without an entry, behind the end of the disk too."""
@@ -83,9 +102,14 @@ class Zeroing:
         """Write zeros over the part of a range that holds data (less than a cluster at either end)."""
         for run in self.reads.runs(offset, max(0, length)):
             if not self.reads.reads_as_zeros(offset, run.length):
-                zeros = memoryview(bytes(run.length))
-                self.writes.write_span(zeros, GuestOffset(offset), within_disk=within_disk)
+                self._write_over(offset, run.length, within_disk=within_disk)
             offset += run.length
+
+    def _write_over(self, offset: int, length: int, *, within_disk: bool = False) -> None:
+        """Write zeros over a range within one metadata block."""
+        for position in range(offset, offset + length, ZEROS_AT_ONCE):
+            zeros = memoryview(bytes(min(ZEROS_AT_ONCE, offset + length - position)))
+            self.writes.write_span(zeros, GuestOffset(position), within_disk=within_disk)
 
     def _clusters(self, start: int, end: int) -> range:
         """Return the guest clusters that a guest range touches."""
@@ -96,8 +120,11 @@ class Zeroing:
         return self._codec.zeroed(entry, part, unmap=True)
 
     def _discarded(self, entry: L2Entry, part: range) -> L2Entry:
-        """Return the entry of a discarded cluster: none, unless the backing file would show through."""
-        if self.reads.backing is None:
+        """Return the entry of a discarded cluster: none, unless the backing file would show through.
+
+        In version 2 a cluster over data in the backing file stays as it is.
+        """
+        if self.reads.backing is None or not self._can_hide:
             return self._codec.emptied(entry, part)
         return self._hidden(entry, part)
 
@@ -132,16 +159,17 @@ class Zeroing:
         return self._set_entries(clusters, start, end, entry_for, disk_bytes)
 
     def _clusters_to_zero(self, start: int, end: int) -> Iterator[int]:
-        """Yield the guest clusters that have an entry, or below which the backing file may hold data."""
+        """Yield the guest clusters that need, and can have, another entry for a range to read as zeros."""
+        can_hide = self._can_hide
         for run in self.reads.runs(start, end - start):
-            stop = start + run.length
-            if run.kind != UNALLOCATED:
+            stop, is_mapped = start + run.length, run.kind != UNALLOCATED
+            if is_mapped and can_hide:
                 yield from self._clusters(start, stop)
-            elif not self.reads.below_reads_as_zeros(start, run.length):
+            elif is_mapped or not self.reads.below_reads_as_zeros(start, run.length):
                 for cluster in self._clusters(start, stop):
                     offset = max(start, cluster * self._cluster_bytes)
                     reach = min(stop, (cluster + 1) * self._cluster_bytes)
-                    if not self.reads.below_reads_as_zeros(offset, reach - offset):
+                    if is_mapped if self.reads.below_reads_as_zeros(offset, reach - offset) else can_hide:
                         yield cluster
             start = stop
 

@@ -105,11 +105,6 @@ def find_compression_type(area: HeaderArea) -> Words | None:
     return None if is_known else (f"compression type {kind}", "")
 
 
-def _find_version_2(area: HeaderArea) -> Words | None:
-    detail = "it has no feature bits; amend it to version 3"
-    return ("writing to a version 2 image", detail) if area.header.version < 3 else None
-
-
 def _find_bitmaps(area: HeaderArea) -> Words | None:
     found = area.find(headers.EXTENSION_BITMAPS) is not None
     return ("writing to an image with persistent bitmaps", "") if found else None
@@ -132,7 +127,6 @@ FEATURES = (
     Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
     Feature("encryption",                _find_encryption,       _NO,  _NO,  _NO,  _NO),
     Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),
-    Feature("version 2",                 _find_version_2,        _YES, _NO,  _YES, _NO),
     Feature("corrupt bit",               _CORRUPT,               _YES, _NO,  _YES, _YES),
     Feature("bitmaps",                   _find_bitmaps,          _YES, _NO,  _YES, _NO),
     Feature("bitmaps marked valid",      _find_valid_bitmaps,    _YES, _YES, _NO,  _YES),

@@ -86,7 +86,7 @@ class Form:
     @property
     def geometry(self) -> Geometry:
         """The geometry of the image."""
-        return Geometry(self.cluster_bits, self.refcount_order, self.has_subclusters)
+        return Geometry(self.cluster_bits, self.refcount_order, self.has_subclusters, self.version > 2)
 
     @property
     def incompatible_features(self) -> int:

@@ -151,7 +151,7 @@ class Header:
     @property
     def geometry(self) -> Geometry:
         """The geometry that follows from the cluster size, the refcount width and the kind of L2 entries."""
-        return Geometry(self.cluster_bits, self.refcount_order, self.has_subclusters)
+        return Geometry(self.cluster_bits, self.refcount_order, self.has_subclusters, self.version > 2)
 
     @property
     def has_subclusters(self) -> bool:

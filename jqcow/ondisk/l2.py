@@ -308,6 +308,8 @@ class StandardL2(L2Codec):
             raise DamagedEntry(f"entry {entry:#x} has reserved bits set")
         host, copied = HostOffset(entry & OFFSET_MASK), entry >= COPIED
         if entry & ZERO:
+            if not self.geometry.has_zero_flag:
+                raise DamagedEntry(f"entry {entry:#x} has the zero flag, which version 2 lacks")
             return L2Entry(ZERO_CLUSTER, host, copied)
         return L2Entry(DATA if host else UNALLOCATED, host, copied)
 

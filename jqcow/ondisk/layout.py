@@ -74,12 +74,14 @@ def table_entries(length_bytes: int) -> int:
 class Geometry:
     """Sizes and shifts derived from the header.
 
-    ``has_subclusters``: L2 entries are extended ones of 16 bytes, else standard ones of 8.
+    ``has_subclusters``: L2 entries are extended ones of 16 bytes, else standard ones of 8. ``has_zero_flag``:
+    they can say that a cluster reads as zeros; those of version 2 cannot.
     """
 
     cluster_bits: int
     refcount_order: int = 4
     has_subclusters: bool = False
+    has_zero_flag: bool = True
 
     @cached_property
     def cluster_bytes(self) -> int:

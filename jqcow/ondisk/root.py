@@ -1,9 +1,10 @@
 """The live root: sector 0 of an image with a live journal, and the root copy.
 
 While the journal is live, sector 0 is a root that no other program can misread: the fixed header fields
-with jqcow's incompatible feature bit set, autoclear bits and backing file cleared, then the journal
-extension, a one-entry feature name table (QEMU prints the name when it refuses the image) and the end
-marker. The header proper is in the journal. Bytes from 512 on are untouched.
+with jqcow's incompatible feature bit set, autoclear bits and backing file cleared (those of version 3, where
+the image has version 2, too), then the journal extension, a one-entry feature name table (QEMU prints the
+name when it refuses the image) and the end marker. The header proper is in the journal. Bytes from 512 on
+are untouched.
 
 Journal extension (type 0x6a71c057), data, big-endian::
 
@@ -152,6 +153,9 @@ def check_room(header: Header, used_bytes: int) -> None:
 
 def pack_root(header: Header, journal: JournalRange) -> bytes:
     """Return sector 0 of a live image: 512 bytes."""
+    if header.version < 3:
+        # Version 2 has no feature bits. Who knows it alone refuses a 3; once closed it is a 2 again.
+        header = replace(header, version=3, header_length=V3_BYTES)
     live = replace(
         header,
         incompatible_features=header.incompatible_features | INCOMPATIBLE_JOURNAL,
