@@ -29,6 +29,8 @@ MAX_READ = 1 << 16
 
 MANY = 32
 """Half of what a sector of an L2 table maps."""
+MANY_BYTES = 16 << 20
+"""Of large clusters fewer are many."""
 
 
 class Holes:
@@ -85,11 +87,11 @@ class LostData:
 
     def look_at(self, leaked: Iterable[int]) -> None:
         """Look for a hole that only the leaked clusters tell of; before `is_lost` is asked."""
-        with_data = 0
+        with_data, many = 0, min(MANY, MANY_BYTES >> self.cluster_bits)
         for cluster in () if self.holes.tables else islice(leaked, MAX_READ):
             data = self.read(cluster)
             with_data += not _native.is_zero(data)
-            if self.is_table(data) or (self.holes.sectors and with_data == MANY):
+            if self.is_table(data) or (self.holes.sectors and with_data == many):
                 self.holes.tables = True
                 return
 

@@ -204,6 +204,8 @@ def _info_lines(facts: ImageFacts) -> Iterator[str]:
     if special.encryption is not None:
         yield "encrypted: yes"
     yield f"cluster_size: {special.cluster_size}"
+    if special.dirty:
+        yield "cleanly shut down: no"
     if special.backing_file is not None:
         path = _full_name(special.backing_file, facts.filename)
         actual = "" if path == special.backing_file else f" (actual path: {printable(path)})"
@@ -250,6 +252,8 @@ def _repair(arguments: argparse.Namespace) -> RepairReport:
     if arguments.repair is None:
         if journal_size is not None:
             raise common.CommandError("--journal-size is for what writes: use it with -r")
+        if arguments.free_lost_data:
+            raise common.CommandError("--free-lost-data says what a repair may free: use it with -r")
         return RepairReport()
     if arguments.force_share:
         raise common.CommandError("-r writes: it cannot be used beside another writer, with -U")

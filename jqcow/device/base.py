@@ -7,6 +7,8 @@ torn at 512-byte sectors; that holds for sizes and punched ranges too (docs/cras
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -25,6 +27,7 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
 class Device(Reader, Protocol):
     """A flat, growable array of bytes. All offsets and lengths are in bytes.
 
@@ -103,6 +106,19 @@ def hole_end(reader: Reader, offset: int, end: int) -> int:
     return start
 
 
+def hole_bytes(reader: Reader, offset: int, length: int) -> int:
+    """Return how much of a range is holes; none where the reader cannot tell. All in bytes."""
+    if not isinstance(reader, Sparse):
+        return 0
+    return length - sum(count for _, count in reader.data_extents(offset, length))
+
+
+def no_space(what: str, needed_bytes: int, free_bytes: int | None) -> OSError:
+    """Return the error of a host that has not enough space for something."""
+    told = "" if free_bytes is None else f", {free_bytes} bytes are free"
+    return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {what} needs {needed_bytes} bytes{told}")
+
+
 @runtime_checkable
 class HostSpace(Protocol):
     """A device that can tell how much space its host has left; no device has to."""
@@ -110,3 +126,9 @@ class HostSpace(Protocol):
     def free_bytes(self) -> int | None:
         """Return how many bytes new data can take on the host, None where nobody knows."""
         ...
+
+
+def check_device(device: Device) -> None:
+    """Raise TypeError for what is no device: before anything is done with it."""
+    if not isinstance(device, Device):
+        raise TypeError(f"a {type(device).__name__} has not the methods of a device")

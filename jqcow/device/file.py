@@ -242,6 +242,11 @@ class FileDevice:
             state = os.fstat(self._descriptor)
         return state.st_dev, state.st_ino
 
+    def take_attributes_of(self, other: FileDevice) -> None:
+        """Get the owner, permission bits and extended attributes of another file; see `keep_attributes`."""
+        with self._naming_errors():
+            names.keep_attributes(other._descriptor, self._descriptor, self._path)
+
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, length) in bytes of the parts of a range that may hold data, in order.
 
@@ -328,3 +333,9 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
                 return False
             raise
         return True
+
+
+def birth_of(device: FileDevice) -> tuple[int, int]:
+    """Return what tells a file from later ones of its name: inode, and its birth in ns, 0 if unknown."""
+    with device._naming_errors():
+        return os.fstat(device._descriptor).st_ino, libc.born_nanoseconds(device._descriptor)

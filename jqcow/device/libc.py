@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 import sys
 from typing import Any
 
@@ -13,6 +14,11 @@ AT_SYMLINK_FOLLOW = 0x400
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
 RENAME_NOREPLACE = 1
+_AT_EMPTY_PATH = 0x1000
+_STATX_BTIME = 0x800
+_STATX_BYTES = 256
+_STATX_BTIME_PLACE = 80
+_TIMESTAMP = struct.Struct("=qI")
 
 
 def _load() -> ctypes.CDLL | None:
@@ -33,3 +39,17 @@ def call(name: str, *arguments: Any) -> None:
     if function(*arguments):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def born_nanoseconds(descriptor: int) -> int:
+    """Return when a file was made, in nanoseconds since 1970; 0 where nobody knows."""
+    found = ctypes.create_string_buffer(_STATX_BYTES)
+    try:
+        call("statx", descriptor, b"", _AT_EMPTY_PATH, _STATX_BTIME, found)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            return 0
+        raise
+    is_known = int.from_bytes(found.raw[:4], sys.byteorder) & _STATX_BTIME
+    seconds, nanoseconds = _TIMESTAMP.unpack_from(found.raw, _STATX_BTIME_PLACE)
+    return int(seconds * 1_000_000_000 + nanoseconds) if is_known else 0

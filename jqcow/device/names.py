@@ -222,14 +222,14 @@ def sync_directory(directory: str) -> None:
 
 
 def keep_attributes(old: int, new: int, name: str) -> None:
-    """Give a file that replaces another one its owner, permission bits and extended attributes.
+    """Give a file that replaces another one, or holds a part of it, its owner, permissions and attributes.
 
     What the host does not allow is told by a warning.
 
     Args:
         old: descriptor of the file to be replaced.
         new: descriptor of the file that takes its place.
-        name: of both, for the warning.
+        name: of the new one, for the warning.
     """
     state, new_state = os.fstat(old), os.fstat(new)
     denied = []
@@ -242,7 +242,7 @@ def keep_attributes(old: int, new: int, name: str) -> None:
     # Last: a change of the owner clears bits, an access control list changes those of the group.
     os.fchmod(new, stat.S_IMODE(state.st_mode))
     if denied:
-        warnings.warn(f"{name} was replaced and did not keep its {', '.join(denied)}", stacklevel=2)
+        warnings.warn(f"{name} did not keep its {', '.join(denied)}", stacklevel=2)
 
 
 def _keep_extended(old: int, new: int) -> list[str]:

@@ -24,6 +24,7 @@ from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import NOT_FOLLOWING, Following, require_allowed, stored_format
 from jqcow.disks.raw import RawDisk
 from jqcow.errors import CorruptionError, JqcowError, UnsupportedFeatureError, printable
+from jqcow.ondisk import naming
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 MAX_CHAIN_FILES = 1024
@@ -212,18 +213,26 @@ class Chain(Disk):
 
 
 def _own_extents(layer: FileDisk, length: int, offset: int) -> Iterator[Extent]:
-    try:
+    with _telling_of(layer, length, offset):
         yield from layer.extents(length, offset) if length else ()
-    except JqcowError as error:
-        error.add_note(f"in {layer.path}")
-        raise
 
 
 def _read_own(layer: FileDisk, buffer: memoryview, offset: int) -> None:
-    try:
+    with _telling_of(layer, len(buffer), offset):
         layer.read_into(buffer, offset)
+
+
+@contextmanager
+def _telling_of(layer: FileDisk, length: int, offset: int) -> Iterator[None]:
+    """Add to an error which file it is in; its range is what of it the chain reads there, and no more."""
+    try:
+        yield
     except JqcowError as error:
         error.add_note(f"in {layer.path}")
+        if isinstance(error, CorruptionError) and error.guest_range is not None:
+            start, count = error.guest_range
+            first, end = max(start, offset), min(start + count, offset + length)
+            error.guest_range = (first, end - first) if first < end else (offset, length)
         raise
 
 
@@ -247,6 +256,9 @@ def open_disk(
         JqcowError: not an image of this format, damaged, unsupported or in use, or a file is not allowed.
         OSError: the host failed.
     """
+
+    if disk_format is not None:
+        naming.check_format(disk_format)
 
     def visit_top(device: FileDevice, known: DiskFormat) -> tuple[FileDisk, NamedFile | None]:
         if known == "raw" and snapshot is not None:

@@ -1,33 +1,43 @@
 """Undo files: written before a repair, and laid back over the image afterwards.
 
 An image may be taken back as long as each sector that the repair changed is as before it or as after it, and
-no table names what lies behind both ends of the file: nobody has written there since. A repair that was cut
-off leaves such a state; behind the end may lie its journal.
+nothing but refcounts lies behind the old end of the file: nobody has written there since. Its journal may lie
+behind the end of both, where the repair was cut off.
 
-Once that is known a mark in the undo file says so, until the image is as it was. An undo that was cut off is
-done again without a look at the image, which a power cut may have garbled, its header too.
+Once that is known a mark in the undo file says so, and sector 0 is one that every program refuses, until the
+image is as it was. What an undo does depends on both:
+
+    mark    sector 0                what the undo does
+    any     of an undo              lays the file over the image, and ends
+    begun   no magic: lost          the same, without a look at the image, which a power cut may have garbled
+    any     another                 recovers the image, refuses one that was written since, and begins
+
+U1. What follows a repair is never taken back unasked: a mark in the undo file says that the repair is done,
+    durably, before anybody may write to the image. Only what has no mark is a repair that was cut off.
+U2. An undo file is of one file, whatever comes to lie under its name: by force alone it goes over another.
+U3. Nobody opens an image that is half taken back: sector 0 is the first of it that changes, and the last.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
 from jqcow import _native
-from jqcow.device.base import Device, Reader
-from jqcow.device.file import FileDevice
+from jqcow.device.base import Device, HostSpace, Reader, hole_bytes, no_space
+from jqcow.device.file import FileDevice, birth_of
 from jqcow.device.names import sync_directory
 from jqcow.device.trial import TrialDevice
 from jqcow.engine.engine import open_engine, random_salt
 from jqcow.engine.medium import Medium
-from jqcow.engine.repair import References
 from jqcow.engine.scan import read_header
-from jqcow.errors import CorruptionError, FormatError
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import Header
+from jqcow.ondisk.header import MAGIC, Header
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.undo import (
     BLOCK_BYTES,
@@ -35,6 +45,7 @@ from jqcow.ondisk.undo import (
     MARK_BYTES,
     RUN_BYTES,
     RUN_SECTORS_MAX,
+    Mark,
     UndoHeader,
     UndoRun,
 )
@@ -76,6 +87,10 @@ def _roots_end(header: Header) -> int:
     return roots.ROOT_COPY_OFFSET + roots.ROOT_COPY_BYTES if has_copy else SECTOR_BYTES
 
 
+def _birth_of(device: Device) -> tuple[int, int]:
+    return birth_of(device) if isinstance(device, FileDevice) else (0, 0)
+
+
 def pack_undo(trial: TrialDevice, target: Device) -> None:
     """Write into ``target`` what takes back the changes of a trial."""
     place, count = HEADER_BYTES, 0
@@ -83,25 +98,28 @@ def pack_undo(trial: TrialDevice, target: Device) -> None:
     for run in _runs(trial.changed(BLOCK_BYTES, also=range(roots_end))):
         target.pwrite(run.pack(), place)
         place, count = place + run.length, count + 1
-    target.pwrite(UndoHeader(trial.old_bytes, trial.size(), count).pack(), 0)
+    header = UndoHeader(trial.old_bytes, trial.size(), count, *_birth_of(trial.below))
+    target.pwrite(header.pack(), 0)
 
 
-def save_undo(trial: TrialDevice, image: str) -> None:
-    """Write the undo file of a repair on trial, durably, beside the image.
+def save_undo(trial: TrialDevice, image: FileDevice) -> None:
+    """Write the undo file of a repair on trial, durably, beside the image; who may read that may read it.
 
     Raises:
         FileExistsError: there is one of an earlier repair.
         OSError: the host failed; nothing is left under the name.
     """
-    target = FileDevice.create_temporary(undo_path(image))
+    path = undo_path(image.path)
+    target = FileDevice.create_temporary(path)
     try:
+        target.take_attributes_of(image)
         pack_undo(trial, target)
         target.publish(overwrite=False)
     except FileExistsError as error:
         # The same repair again: it was undone, or cut off.
-        if same_content(target, undo_path(image)):
+        if same_content(target, path):
             # What cut it off may have come before its name was durable.
-            sync_directory(os.path.dirname(undo_path(image)))
+            sync_directory(os.path.dirname(path))
             return
         error.add_note("it can take an earlier repair back: apply it with jqcow undo, or remove it")
         raise
@@ -154,36 +172,98 @@ class UndoFile:
         return layout.round_up(self.runs_end, BLOCK_BYTES)
 
     @property
-    def is_begun(self) -> bool:
-        """True if the image was being taken back when something cut that off."""
-        return self.reader.pread(MARK_BYTES, self.mark_place) == self.header.pack_mark()
+    def mark(self) -> Mark | None:
+        """What the file says of its image."""
+        return self.header.unpack_mark(self.reader.pread(MARK_BYTES, self.mark_place))
+
+    def old_sector_0(self) -> bytes:
+        """Return sector 0 of the image before the repair.
+
+        Raises:
+            CorruptionError: the file lacks it.
+        """
+        first = next(self.runs(), None)
+        if first is None or first.offset:
+            raise CorruptionError("undo file", HEADER_BYTES, "it lacks sector 0")
+        return first.old[:SECTOR_BYTES]
+
+    def is_laid_on(self, image: Reader) -> bool:
+        """Return True if an undo has begun to change the image (U3)."""
+        sector = image.pread(SECTOR_BYTES, 0)
+        return roots.is_being_undone(sector) or (self.mark is Mark.BEGUN and sector[: len(MAGIC)] != MAGIC)
+
+    def is_of(self, image: Device) -> bool:
+        """Return True unless the image is another file than the one that was repaired (U2)."""
+        birth, found = (self.header.inode, self.header.born_nanoseconds), _birth_of(image)
+        return not (all(birth) and all(found)) or birth == found
 
     def is_of_cut_off_repair(self, image_bytes: int) -> bool:
         """Return True if an image of this length has the space of a journal behind its end."""
         return image_bytes > max(self.header.old_bytes, self.header.new_bytes)
 
 
-def refuse_cut_off_undo(image: str) -> None:
-    """Raise CorruptionError if an image was being taken back, and is neither the old one nor the new one.
+def settle_undo(image: FileDevice) -> None:
+    """Before anybody writes to an opened image: mark an undo file beside it that has no mark yet (U1).
+
+    Its repair is done, or somebody goes on from where it was cut off.
 
     Raises:
-        OSError: there is an undo file that cannot be read.
+        OSError: there is an undo file that cannot be read, or marked.
     """
+    path = undo_path(image.path)
     try:
-        undo = FileDevice.open(undo_path(image), writable=False)
-    except FileNotFoundError:
+        with closing(FileDevice.open(path, writable=False)) as undo:
+            file = UndoFile.read(undo)
+            is_settled = file.mark is Mark.DONE or not file.is_of(image)
+        if not is_settled:
+            with closing(FileDevice.open(path, writable=True)) as undo:
+                mark_done(undo)
+    except (FileNotFoundError, FormatError, CorruptionError, UnsupportedFeatureError):
+        # There is none, or another file of that name, which does not concern the image.
         return
-    with closing(undo):
-        header, mark = undo.pread(HEADER_BYTES, 0), undo.pread(MARK_BYTES, max(0, undo.size() - MARK_BYTES))
-    try:
-        is_begun = mark == UndoHeader.unpack(header).pack_mark()
-    except (FormatError, CorruptionError):
-        # Another file of that name, which does not concern the image.
-        return
-    if is_begun:
-        error = CorruptionError("image", 0, "a repair of it was being taken back, and that was cut off")
-        error.add_note("run jqcow undo again")
-        raise error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            error.add_note(f"what is beside {image.path} must be told first that its repair is done")
+            raise
+
+
+def mark_done(undo: Device) -> None:
+    """Say in an undo file that its repair is done (U1).
+
+    Raises:
+        FormatError, CorruptionError: not an undo file, or a damaged one.
+        OSError: the host failed.
+    """
+    file = UndoFile.read(undo)
+    undo.pwrite(file.header.pack_mark(Mark.DONE), file.mark_place)
+    # Durable now: the mark. The image may be written, and no repair takes that back unasked.
+    undo.barrier("undo.done")
+
+
+def take_back_cut_off(device: Device, undo: Device, *, new_salt: Callable[[], bytes] = random_salt) -> bool:
+    """Take back a repair, or end an undo, that was cut off, before another repair; False if none was.
+
+    Raises:
+        FormatError, CorruptionError: not an undo file, a damaged one, or one of another repair.
+        OSError: the host failed; it can be done again.
+    """
+    file = UndoFile.read(undo)
+    if not file.is_of(device):
+        return False
+    if not file.is_laid_on(device):
+        if file.mark is Mark.DONE:
+            return False
+        is_cut_off = bring_home(device, new_salt=new_salt) or file.is_of_cut_off_repair(device.size())
+        if not is_cut_off:
+            return False
+    undo_on(device, undo, new_salt=new_salt)
+    return True
+
+
+def remove_undo(image: str) -> None:
+    """Remove an undo file that has served: the image is as it was, durably."""
+    os.unlink(undo_path(image))
+    sync_directory(os.path.dirname(undo_path(image)))
 
 
 def bring_home(device: Device, *, new_salt: Callable[[], bytes] = random_salt) -> bool:
@@ -217,46 +297,59 @@ def undo_on(
         new_salt: makes the salt of a journal, should recovery need one.
 
     Raises:
-        CorruptionError: the undo file is damaged, or the image is neither as before nor as after the repair;
-            neither is changed, save by recovery.
+        CorruptionError: the undo file is damaged or of another file, or the image is neither as before nor as
+            after the repair; neither is changed, save by recovery.
         JqcowError: the image cannot be recovered.
         OSError: the host failed; it can be done again.
     """
     file = UndoFile.read(undo)
-    if not file.is_begun:
+    if not force and not file.is_of(device):
+        raise CorruptionError("undo file", 0, "it is of another file, which was replaced: see --force")
+    old_sector_0 = file.old_sector_0()
+    if not file.is_laid_on(device):
         bring_home(device, new_salt=new_salt)
         if not force:
             _refuse_later_writes(device, file)
-        undo.pwrite(file.header.pack_mark(), file.mark_place)
-        # Durable now: the mark. The image is changed next, and may be lost but for the undo file.
+        _require_space(device, file)
+        undo.pwrite(file.header.pack_mark(Mark.BEGUN), file.mark_place)
+        # Durable now: the mark. Sector 0 is changed next, and may be lost but for the undo file.
         undo.barrier("undo.begin")
+        device.pwrite(roots.pack_undo_root(Header.unpack(old_sector_0)), 0)
+        # Durable now: sector 0, which every program refuses. The rest of the image is changed next (U3).
+        device.barrier("undo.root")
     written = _lay(device, file)
-    # Durable now: the image as it was. The mark may go.
+    # Durable now: the image as it was, but for sector 0, which lets others at it from here on (U3).
     device.barrier("undo.image")
+    device.pwrite(old_sector_0, 0)
+    # Durable now: sector 0. The mark, which stands in for one that is lost, may go.
+    device.barrier("undo.header")
     undo.truncate(file.runs_end)
-    # Durable now: no mark. The image may be changed, and another undo must look at it.
+    # Durable now: no mark. Whatever becomes of the image, another undo looks at it first.
     undo.barrier("undo.end")
     return UndoReport(None, written, file.header.old_bytes)
 
 
 def _lay(device: Device, file: UndoFile) -> int:
-    """Write everything back; return how many bytes that were."""
+    """Write everything back but sector 0; return how many bytes there are in all."""
     header, written = file.header, 0
     if device.size() != header.old_bytes:
         device.truncate(header.old_bytes)
     for run in file.runs():
         old = run.old[: max(0, header.old_bytes - run.offset)]
-        device.pwrite(old, run.offset)
+        skipped = 0 if run.offset else SECTOR_BYTES
+        device.pwrite(old[skipped:], run.offset + skipped)
         written += len(old)
     return written
 
 
 def _refuse_later_writes(device: Device, file: UndoFile) -> None:
     changed_since = "it was written since the repair; --force undoes all the same"
-    size = device.size()
-    shorter, longer = sorted((file.header.old_bytes, file.header.new_bytes))
-    if size < shorter or (size > longer and _end_of_named(device) > longer):
-        raise CorruptionError("image", min(size, longer), changed_since)
+    size, old_bytes = device.size(), file.header.old_bytes
+    if size < min(old_bytes, file.header.new_bytes):
+        raise CorruptionError("image", size, changed_since)
+    # A repair takes space for refcounts alone.
+    if size > old_bytes and _end_of_named(device) > old_bytes:
+        raise CorruptionError("image", old_bytes, changed_since)
     area = read_header(device)
     # Between the header and the end of the root copy nobody keeps anything.
     unused = range(len(area.data), _roots_end(area.header))
@@ -271,12 +364,18 @@ def _refuse_later_writes(device: Device, file: UndoFile) -> None:
 
 
 def _end_of_named(device: Device) -> int:
-    """Return the end in bytes of what an image's tables name; that of the file where they are damaged."""
-    engine = open_engine(Medium(device), writable=False, repair="all").engine
+    """Return the end in bytes of all that an image names but refcounts; where it is damaged the file's."""
+    tables = open_engine(Medium(device), writable=False, repair="all").engine.public
     try:
-        # A refcount table that is lost does not count as named.
-        engine.lifecycle.prepare_to_repair(may_rebuild=True)
-        references = References(engine.public, engine.geometry.clusters(device.size()))
+        return tables.snapshots.named_end() * tables.geometry.cluster_bytes
     except CorruptionError:
         return device.size()
-    return references.end() * engine.geometry.cluster_bytes
+
+
+def _require_space(device: Device, file: UndoFile) -> None:
+    """Raise before the image is changed, if the host has no space for what goes into its holes."""
+    if isinstance(device, HostSpace):
+        needed = sum(hole_bytes(device, run.offset, len(run.old)) for run in file.runs())
+        free_bytes = device.free_bytes()
+        if free_bytes is not None and free_bytes < needed:
+            raise no_space("the undo", needed, free_bytes)

@@ -16,9 +16,9 @@ T8. A record is never longer than a half; a longer one moves the journal to a la
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 
+from jqcow.device.base import no_space
 from jqcow.engine.clusters import Run
 from jqcow.engine.journal import HEADER_FRAME_BYTES, Contents, Journal, dead_parts, write_range
 from jqcow.engine.medium import Medium
@@ -211,10 +211,10 @@ class Log:
             length = max(shortest, _rounded_down(length // 2))
 
     def _no_space(self, needed_bytes: int, error: OSError) -> OSError:
-        free_bytes = self.medium.free_bytes()
-        told = "" if free_bytes is None else f", {free_bytes} bytes are free"
-        text = f"{os.strerror(errno.ENOSPC)}: the journal needs {needed_bytes} bytes{told}"
-        return OSError(errno.ENOSPC, text, error.filename)
+        told = no_space("the journal", needed_bytes, self.medium.free_bytes())
+        if error.filename is not None:
+            told.filename = error.filename
+        return told
 
     def _lay(self, length: int, contents: Contents, *, sparse: bool = False) -> Journal:
         with self.medium.lock, self.medium.section():

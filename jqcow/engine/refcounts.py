@@ -247,11 +247,16 @@ class Allocation(Refcounts):
         """Give every metadata cluster its space on the host: who made the image may have left holes (R3).
 
         Raises:
-            OSError: the host has no space for them.
+            OSError: the host has no space for them; where it can tell that, it has not lost any.
         """
-        for run in ClusterRuns(Run(cluster, 1) for cluster in sorted(self.space.metadata)):
-            offset = self.geometry.offset_of(run.start)
-            self.view.blocks.medium.allocate(offset, run.count * self.geometry.cluster_bytes)
+        medium = self.view.blocks.medium
+        runs = [
+            (self.geometry.offset_of(run.start), run.count * self.geometry.cluster_bytes)
+            for run in ClusterRuns(Run(cluster, 1) for cluster in sorted(self.space.metadata))
+        ]
+        medium.require_space(runs, "a hole in the tables")
+        for offset, length in runs:
+            medium.allocate(offset, length)
 
     def _edited_pieces(self, start: int, count: int) -> Iterator[Piece]:
         """Yield the metadata blocks that hold the refcounts of clusters in a row; missing ones are added."""

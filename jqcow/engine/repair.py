@@ -18,6 +18,7 @@ from jqcow import _native
 from jqcow.checker.lost import Holes, LostData
 from jqcow.engine.closing import Closing
 from jqcow.engine.lifecycle import Lifecycle
+from jqcow.engine.medium import EXPECTED
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
@@ -163,16 +164,23 @@ def repair(closing: Closing, what: What, *, free_lost: bool = False) -> RepairRe
         private.commit()
     except BaseException as error:
         private.give_up()
-        if isinstance(error, UnsupportedFeatureError):
+        if isinstance(error, EXPECTED) and not lifecycle.medium.poisoned:
             # Other programs may be able to do more: no journal stays behind.
             lifecycle.kept_bytes = file_bytes
-            closing.clean()
+            _clean_after(error, closing)
         raise
     if is_sound:
         lifecycle.start_search()
     else:
         lifecycle.kept_bytes = references.file_clusters * geometry.cluster_bytes
     return replace(report, lost=lost)
+
+
+def _clean_after(error: BaseException, closing: Closing) -> None:
+    try:
+        closing.clean()
+    except EXPECTED as second:
+        error.add_note(f"the image could not be closed either: {second}")
 
 
 def _without_lost(

@@ -246,6 +246,24 @@ class Snapshots:
 
     # What lies where
 
+    def named_end(self) -> int:
+        """Return the cluster behind the last one that holds anything but refcounts.
+
+        Raises:
+            CorruptionError: a table is damaged: what it names cannot be told.
+        """
+        header, clusters = self.view.header, self.geometry.clusters
+        end = max(1, clusters(header.snapshots_offset + self.read_table().length_bytes))
+        seen: set[HostOffset] = set()
+        for l1 in self.l1_tables():
+            end = max(end, clusters(l1.offset + layout.table_bytes(l1.entry_count)))
+            for _, table in self.mapping.l2_tables(0, l1):
+                if table not in seen:
+                    seen.add(table)
+                    ends = (start + count for start, count in self.mapping.references(table))
+                    end = max(end, self.geometry.cluster_of(table) + 1, *ends)
+        return end
+
     def check_all_mapped(self) -> None:
         """Check all that the disk and its snapshots map, each L2 table once.
 

@@ -6,10 +6,16 @@ type raises TypeError, and nothing is read or written.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from operator import index as number
+from typing import TYPE_CHECKING
 
-__all__ = ["check_date", "number", "optional_number", "optional_text", "text"]
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+__all__ = ["check_date", "number", "optional_number", "optional_text", "text", "writable_view"]
 
 
 def optional_number(value: int | None) -> int | None:
@@ -37,3 +43,16 @@ def check_date(value: datetime | None) -> None:
     """Raise TypeError unless ``value`` is a date and time, or None."""
     if value is not None and not isinstance(value, datetime):
         raise TypeError(f"a datetime is needed, not {type(value).__name__}")
+
+
+@contextmanager
+def writable_view(buffer: WriteableBuffer) -> Iterator[memoryview]:
+    """Give a buffer as bytes that can be written.
+
+    Raises:
+        TypeError: it cannot be written, or is none.
+    """
+    with memoryview(buffer) as whole, whole.cast("B") as view:
+        if view.readonly:
+            raise TypeError(f"a {type(buffer).__name__} cannot be written")
+        yield view

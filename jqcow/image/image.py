@@ -40,7 +40,7 @@ from jqcow.errors import (
     ReadOnlyError,
     TransactionError,
 )
-from jqcow.image.arguments import number, optional_number
+from jqcow.image.arguments import number, optional_number, writable_view
 from jqcow.image.file import ImageFile
 from jqcow.image.reports import ImageInfo, JournalInfo, Recovered
 from jqcow.image.transaction import Transaction
@@ -245,7 +245,7 @@ class Image:
         """Fill ``buffer`` from the disk at ``offset``; errors as `pread`."""
         offset = number(offset)
         self._own()
-        with memoryview(buffer) as whole, whole.cast("B") as view:
+        with writable_view(buffer) as view:
             self._read_into(view, offset)
 
     def _read_into(self, view: memoryview, offset: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import TypeVar, Unpack
 
-from jqcow.device.base import Device
+from jqcow.device.base import Device, check_device
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice
 from jqcow.device.trial import TrialDevice
@@ -16,18 +16,24 @@ from jqcow.disks.files import refuse_live_journal
 from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.disks.undo import (
-    UndoFile,
     bring_home,
-    refuse_cut_off_undo,
+    remove_undo,
     save_undo,
-    undo_on,
+    settle_undo,
+    take_back_cut_off,
     undo_path,
 )
 from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
 from jqcow.engine.log import affordable_length
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport, What, clear_corrupt_bit
-from jqcow.errors import CorruptionError, FileAccessDenied, FormatError, JqcowError
+from jqcow.errors import (
+    CorruptionError,
+    FileAccessDenied,
+    FormatError,
+    JqcowError,
+    UnsupportedFeatureError,
+)
 from jqcow.image.arguments import optional_text
 from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
@@ -124,13 +130,12 @@ def open(
             writers. A name is relative to the image that holds it.
         probe: tell the format of a backing file by its magic where the image does not store it. Whoever
             writes to the guest's disk of a raw file then chooses its format.
-        copy_on_read: with ``"r+"``, what is read from a backing file is written into the image, durable
-            with the next flush. A read may then fail as a write does.
+        copy_on_read: with ``"r+"``, write what is read from a backing file into the image, as a change.
 
     Raises:
         FileAccessDenied: the image has a backing file, and opening it is not allowed.
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
-        SnapshotNotFound: there is no such snapshot.
+        SnapshotNotFound: there is none.
         JqcowError, OSError: not a qcow2 image, refused by name, damaged or in use; the host failed.
     """
     _check_mode(mode, journal_size, repair, force_share=force_share)
@@ -139,7 +144,7 @@ def open(
         if force_share:
             refuse_live_journal(device)
         journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
-        return _open(
+        image = _open(
             device,
             mode,
             journal_size=journal_size,
@@ -149,6 +154,7 @@ def open(
             find_backing=lambda engine: _open_chain(engine, device, following),
             copy_on_read=copy_on_read,
         )
+        return _settled(image, device)
 
 
 def open_base(
@@ -166,12 +172,13 @@ def open_base(
         JqcowError, OSError: as `open`.
     """
     with _closed_on_error(FileDevice.open(named.path, writable=True)) as device:
-        return _open(
+        image = _open(
             device,
             "r+",
             journal_size=journal_size,
             find_backing=lambda engine: _open_chain(engine, device, following, above),
         )
+        return _settled(image, device)
 
 
 @contextmanager
@@ -187,17 +194,17 @@ def _closed_on_error(opened: _Closable) -> Iterator[_Closable]:
 
 def _check_mode(mode: Mode, journal_size: int | None, repair: What | None, *, force_share: bool) -> None:
     """Refuse what no image is opened with, before the file is."""
-    if mode not in ("r", "r+"):
-        raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
+    _check_mode_and_repair(mode, repair)
     if journal_size is not None:
         roots.journal_length(journal_size)
-    _check_repair(mode, repair)
     if force_share and mode != "r":
         raise ValueError("force_share is for reading: a writer cannot share an image with other writers")
 
 
-def _check_repair(mode: Mode, repair: What | None) -> None:
-    """Refuse a repair that there is not."""
+def _check_mode_and_repair(mode: Mode, repair: What | None) -> None:
+    """Refuse a mode, or a repair, that there is not."""
+    if mode not in ("r", "r+"):
+        raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
     if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
         raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
 
@@ -266,11 +273,12 @@ def _open(
     free_lost: bool = False,
     copy_on_read: bool = False,
 ) -> Image:
+    check_device(device)
+    _check_mode_and_repair(mode, repair)
     if copy_on_read and mode != "r+":
         raise ValueError("copy_on_read writes: it needs mode 'r+'")
     if snapshot is not None and mode != "r":
         raise ValueError("a snapshot is opened for reading alone: apply it to write to what it holds")
-    _check_repair(mode, repair)
     snapshot = optional_text(snapshot)
     opened = open_engine(
         Medium(device),
@@ -301,18 +309,13 @@ def _prepare_repair(
 ) -> int | None:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none. Where there is none, an image that is
-    half undone is refused.
+    A repair that only lowers refcounts of harmless leaks needs none.
 
     Returns the size of its journal on trial: a new refcount table lies behind that.
     """
     if repair is None:
-        if not device.read_only:
-            refuse_cut_off_undo(device.path)
         return journal_size
-    if os.path.exists(undo_path(device.path)):
-        _take_back_cut_off(device)
-    else:
+    if not _take_back_cut_off(device):
         bring_home(device)
     # The undo file takes space, too.
     journal_bytes = affordable_length(journal_size or roots.DEFAULT_JOURNAL_BYTES, device.free_bytes() // 2)
@@ -332,20 +335,32 @@ def _prepare_repair(
         needs_undo |= bool(done.too_low or done.copied_flags or done.refcount_table)
     sectors = [offset for offset, *_ in trial.changed()]
     if sectors and (needs_undo or not sectors[0]):
-        save_undo(trial, device.path)
+        save_undo(trial, device)
     return journal_bytes
 
 
-def _take_back_cut_off(device: FileDevice) -> None:
-    """Take back a repair, or end an undo, that was cut off, before another repair."""
-    # Where somebody has written since it is of another repair; it stays, as one does that cannot be read.
-    with (
-        closing(FileDevice.open(undo_path(device.path), writable=True)) as undo,
-        suppress(CorruptionError, FormatError),
-    ):
-        file = UndoFile.read(undo)
-        if file.is_begun or bring_home(device) or file.is_of_cut_off_repair(device.size()):
-            undo_on(device, undo)
+def _take_back_cut_off(device: FileDevice) -> bool:
+    """Take back a repair, or end an undo, that was cut off, before another repair; False if none was."""
+    path = undo_path(device.path)
+    # One of another repair stays, as one does that cannot be read.
+    with suppress(CorruptionError, FormatError, UnsupportedFeatureError, FileNotFoundError):
+        with closing(FileDevice.open(path, writable=True)) as undo:
+            is_back = take_back_cut_off(device, undo)
+        if is_back:
+            remove_undo(device.path)
+            return True
+    return False
+
+
+def _settled(image: Image, device: FileDevice) -> Image:
+    """Return an opened image; whoever writes to it does so after a repair, if there was one."""
+    if not device.read_only:
+        try:
+            settle_undo(device)
+        except BaseException:
+            image.close()
+            raise
+    return image
 
 
 def open_alone(
@@ -363,7 +378,7 @@ def open_alone(
     _check_mode(mode, journal_size, repair, force_share=False)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
         journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
-        return _open(
+        image = _open(
             device,
             mode,
             journal_size=journal_size,
@@ -371,6 +386,7 @@ def open_alone(
             free_lost=free_lost,
             find_backing=lambda engine: None,
         )
+        return _settled(image, device)
 
 
 def open_backing(
@@ -425,6 +441,7 @@ def create_on_device(
     **options: Unpack[FormOptions],
 ) -> Image:
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
+    check_device(device)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
     write_blank(device, blank_image(size, Form.of(options)))
     # The opening makes it durable (M7).

@@ -20,7 +20,7 @@ from jqcow.engine.snapshots import NewSnapshot
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import TransactionError
-from jqcow.image.arguments import check_date, number, optional_number, optional_text, text
+from jqcow.image.arguments import check_date, number, optional_number, optional_text, text, writable_view
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.naming import DiskFormat
 from jqcow.ondisk.snapshots import Snapshot
@@ -129,7 +129,7 @@ class Transaction:
         """Fill ``buffer`` with the disk's bytes as the transaction sees them; errors as `Image.pread`."""
         offset = number(offset)
         self._enter()
-        with memoryview(buffer) as whole, whole.cast("B") as view:
+        with writable_view(buffer) as view:
             self._guest.reads.read_into(view, offset)
 
     def pwrite(self, buffer: ReadableBuffer, offset: int) -> int:

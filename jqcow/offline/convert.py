@@ -32,7 +32,7 @@ from jqcow.offline.compressing import CompressingWriter, Compression
 from jqcow.offline.losses import Losses, LostRange, SalvagedDisk, refuse_lost_data
 from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.form import Form, FormOptions
-from jqcow.ondisk.naming import DiskFormat
+from jqcow.ondisk.naming import DiskFormat, check_format
 
 BUFFER_BYTES = 2 << 20
 RAW_UNIT_BYTES = 4096
@@ -85,6 +85,7 @@ class _Form:
     compression: Compression
 
     def __post_init__(self) -> None:
+        check_format(self.format)
         if self.format == "raw" and (self.is_compressed or self.compression != Compression()):
             raise ValueError("a raw file cannot be compressed")
         if self.compression.level is not None and not self.is_compressed:

@@ -17,7 +17,7 @@ from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import naming, snapshots
 from jqcow.ondisk.bitmaps import Bitmap, read_bitmaps
-from jqcow.ondisk.features import unknown_features
+from jqcow.ondisk.features import ignored_features, unknown_features
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.ondisk.snapshots import Snapshot
@@ -156,7 +156,7 @@ def _qcow2_facts(view: FileView) -> Qcow2Facts:
         bitmaps=read_bitmaps(view.read, view.area),
         encryption=_ENCRYPTION.get(header.crypt_method, "unknown") if header.crypt_method else None,
         external_data=_external_data(view.area),
-        unknown_features=unknown_features(view.area),
+        unknown_features=(*unknown_features(view.area), *ignored_features(view.area)),
     )
 
 

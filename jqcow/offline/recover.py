@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jqcow.checker.check import check_structure
-from jqcow.device.base import Device
+from jqcow.device.base import Device, check_device
 from jqcow.device.file import FileDevice
+from jqcow.disks.undo import settle_undo
 from jqcow.disks.view import FileView
 from jqcow.engine.closing import Leftover
 from jqcow.engine.engine import make_writable, open_engine, random_salt, settle
@@ -140,10 +141,14 @@ def recover_image(
     """
     how = _How(dry_run, verify, 0 if journal_size is None else journal_length(journal_size), new_salt)
     if not isinstance(image, str | os.PathLike):
+        check_device(image)
         return _recover(image, None, how)
     device = FileDevice.open(image, writable=not dry_run)
     try:
-        return _recover(device, os.fspath(image), how)
+        report = _recover(device, os.fspath(image), how)
+        if not dry_run:
+            settle_undo(device)
+        return report
     finally:
         device.close()
 

@@ -7,13 +7,14 @@ from contextlib import closing
 from dataclasses import replace
 
 from jqcow.device.file import FileDevice
-from jqcow.disks.undo import UndoFile, UndoReport, undo_on, undo_path
+from jqcow.disks.undo import UndoFile, UndoReport, remove_undo, undo_on, undo_path
 
 
 def undo_repair(image: str | os.PathLike[str], *, force: bool = False) -> UndoReport:
     """Give an image the bytes that it had before its last repair, from the undo file beside it.
 
-    It may be cut off at any point, and done again. The undo file stays. A crashed image is recovered first.
+    It may be cut off at any point, and done again; then the undo file goes. A crashed image is recovered
+    first.
 
     Args:
         image: the file.
@@ -21,7 +22,8 @@ def undo_repair(image: str | os.PathLike[str], *, force: bool = False) -> UndoRe
 
     Raises:
         FileNotFoundError: there is no undo file.
-        CorruptionError: the undo file is damaged, or the image was written since; nothing was changed.
+        CorruptionError: the undo file is damaged or of another file, or the image was written since; nothing
+            was changed.
         ImageInUse: another process uses the image.
         OSError: the host failed; it can be done again.
     """
@@ -29,4 +31,6 @@ def undo_repair(image: str | os.PathLike[str], *, force: bool = False) -> UndoRe
     with closing(FileDevice.open(undo_path(name), writable=True)) as undo:
         UndoFile.read(undo)
         with closing(FileDevice.open(name, writable=True)) as device:
-            return replace(undo_on(device, undo, force=force), image=name)
+            report = replace(undo_on(device, undo, force=force), image=name)
+            remove_undo(name)
+            return report

@@ -17,7 +17,7 @@ from jqcow.ondisk.root import FEATURE_NAME_STRUCT
 Use = Literal["read", "write", "check", "repair"]
 """What is to be done with an image. ``repair`` writes; what is wrong is put right before anything else."""
 
-_INCOMPATIBLE_TYPE = 0
+_INCOMPATIBLE_TYPE, _COMPATIBLE_TYPE, _AUTOCLEAR_TYPE = range(3)
 _COMPRESSION_TYPE_MAX = 1
 
 Words = tuple[str, str]
@@ -76,19 +76,32 @@ def _find_unknown_bits(area: HeaderArea) -> Words | None:
 def unknown_features(area: HeaderArea) -> tuple[str, ...]:
     """Return the unknown incompatible bits, in the words of the image's own feature name table."""
     known = headers.INCOMPATIBLE_KNOWN | headers.INCOMPATIBLE_JOURNAL
-    bits = area.header.incompatible_features & ~known
-    names = dict(_own_names(area))
+    return _unknown(area, _INCOMPATIBLE_TYPE, area.header.incompatible_features & ~known)
+
+
+def ignored_features(area: HeaderArea) -> tuple[str, ...]:
+    """Return the unknown bits that keep nobody from reading: compatible and autoclear ones."""
+    compatible = area.header.compatible_features & ~headers.COMPATIBLE_LAZY_REFCOUNTS
+    autoclear = area.header.autoclear_features & ~headers.AUTOCLEAR_KNOWN
+    return (
+        *(f"compatible {found}" for found in _unknown(area, _COMPATIBLE_TYPE, compatible)),
+        *(f"autoclear {found}" for found in _unknown(area, _AUTOCLEAR_TYPE, autoclear)),
+    )
+
+
+def _unknown(area: HeaderArea, mask: int, bits: int) -> tuple[str, ...]:
+    names = dict(_own_names(area, mask))
     found = [bit for bit in range(64) if bits >> bit & 1]
     return tuple(f"bit {bit} ({names[bit]})" if bit in names else f"bit {bit}" for bit in found)
 
 
-def _own_names(area: HeaderArea) -> Iterator[tuple[int, str]]:
-    """Yield (bit, name) of the incompatible features that the image names."""
+def _own_names(area: HeaderArea, mask: int) -> Iterator[tuple[int, str]]:
+    """Yield (bit, name) of the features of one mask that the image names."""
     table = area.find(headers.EXTENSION_FEATURE_NAMES)
     data = table.data if table else b""
     whole = len(data) - len(data) % FEATURE_NAME_STRUCT.size
     for kind, bit, name in FEATURE_NAME_STRUCT.iter_unpack(data[:whole]):
-        if kind == _INCOMPATIBLE_TYPE:
+        if kind == mask:
             yield bit, name.rstrip(b"\0").decode("utf-8", "replace")
 
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jqcow.errors import FormatError, UnsupportedFeatureError
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT, MAX_BACKING_NAME_BYTES, HeaderArea
 
 DiskFormat = Literal["qcow2", "raw"]
+FORMATS: tuple[DiskFormat, ...] = get_args(DiskFormat)
 DISK_FORMATS: tuple[DiskFormat, ...] = ("qcow2", "raw")
 
 _PROTOCOL = re.compile(r"[^/:]*:")
@@ -129,3 +130,9 @@ def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | 
     if area.header.version >= 3:
         roots.check_room(named.header, len(named.data))
     return named
+
+
+def check_format(value: DiskFormat) -> None:
+    """Raise ValueError for a format that there is not."""
+    if value not in FORMATS:
+        raise ValueError(f"a format is {' or '.join(FORMATS)}, not {value!r}")

@@ -15,6 +15,9 @@ Journal extension (type 0x6a71c057), data, big-endian::
           24 -  39:   salt, 128 random bits; every frame of this journal carries it
           40 -  63:   reserved (0)
 
+While a repair is being taken back sector 0 is such a root with the extension of that, of type 0x6a71c058 and
+without data, instead of the journal's; the name in the table is another one.
+
 Root copy, at host offset 4096 of the header cluster (only with clusters larger than 4 KiB)::
 
     Byte   0 - 511:   the root, as in sector 0
@@ -45,10 +48,12 @@ from jqcow.ondisk.header import (
 from jqcow.ondisk.layout import SECTOR_BYTES
 
 EXTENSION_JOURNAL = 0x6A71C057
+EXTENSION_UNDO = 0x6A71C058
 JOURNAL_VERSION = 1
 JOURNAL_STRUCT = struct.Struct(">IIQQ16s24s")
 FEATURE_NAME_STRUCT = struct.Struct(">BB46s")
 FEATURE_NAME = b"jqcow journal: run jqcow-recover"
+UNDO_FEATURE_NAME = b"jqcow undo was cut off: run jqcow undo"
 
 MIN_JOURNAL_BYTES = 64 << 10
 MAX_JOURNAL_BYTES = 1 << 30
@@ -153,6 +158,16 @@ def check_room(header: Header, used_bytes: int) -> None:
 
 def pack_root(header: Header, journal: JournalRange) -> bytes:
     """Return sector 0 of a live image: 512 bytes."""
+    return _pack_refused(header, Extension(EXTENSION_JOURNAL, journal.pack()), FEATURE_NAME)
+
+
+def pack_undo_root(header: Header) -> bytes:
+    """Return sector 0 of an image that is being taken back: 512 bytes."""
+    return _pack_refused(header, Extension(EXTENSION_UNDO, b""), UNDO_FEATURE_NAME)
+
+
+def _pack_refused(header: Header, extension: Extension, name: bytes) -> bytes:
+    """Return a sector 0 that no other program opens."""
     if header.version < 3:
         # Version 2 has no feature bits. Who knows it alone refuses a 3; once closed it is a 2 again.
         header = replace(header, version=3, header_length=V3_BYTES)
@@ -164,8 +179,8 @@ def pack_root(header: Header, journal: JournalRange) -> bytes:
         backing_file_size=0,
     )
     bit = INCOMPATIBLE_JOURNAL.bit_length() - 1
-    names = Extension(EXTENSION_FEATURE_NAMES, FEATURE_NAME_STRUCT.pack(0, bit, FEATURE_NAME))
-    root = live.pack() + Extension(EXTENSION_JOURNAL, journal.pack()).pack() + names.pack()
+    names = Extension(EXTENSION_FEATURE_NAMES, FEATURE_NAME_STRUCT.pack(0, bit, name))
+    root = live.pack() + extension.pack() + names.pack()
     return root.ljust(SECTOR_BYTES, b"\0")
 
 
@@ -179,6 +194,13 @@ def is_live(sector: bytes) -> bool:
     )
 
 
+def is_being_undone(sector: bytes) -> bool:
+    """Return True if sector 0 says that a repair is being taken back."""
+    extension = EXTENSION_STRUCT.pack(EXTENSION_UNDO, 0)
+    start = Header.unpack(sector).header_length if is_live(sector) else 0
+    return bool(start) and sector[start : start + len(extension)] == extension
+
+
 def unpack_root(sector: bytes) -> tuple[int, JournalRange]:
     """Return ``cluster_bits`` and the journal range of a live root.
 
@@ -186,7 +208,7 @@ def unpack_root(sector: bytes) -> tuple[int, JournalRange]:
 
     Raises:
         FormatError: no live root, or fields that no root can have.
-        CorruptionError: the journal extension is missing or damaged.
+        CorruptionError: the journal extension is missing or damaged, or a repair was being taken back.
     """
     header = Header.unpack(sector[:SECTOR_BYTES])
     if not layout.MIN_CLUSTER_BITS <= header.cluster_bits <= layout.MAX_CLUSTER_BITS:
@@ -197,6 +219,10 @@ def unpack_root(sector: bytes) -> tuple[int, JournalRange]:
         position += EXTENSION_STRUCT.size
         if kind == EXTENSION_END or length > SECTOR_BYTES - position:
             break
+        if kind == EXTENSION_UNDO:
+            error = CorruptionError("image", 0, "a repair of it was being taken back, and that was cut off")
+            error.add_note("run jqcow undo again")
+            raise error
         if kind == EXTENSION_JOURNAL:
             return header.cluster_bits, JournalRange.unpack(sector[position : position + length])
         position += layout.round_up(length, 8)

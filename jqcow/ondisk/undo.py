@@ -8,6 +8,8 @@ Header of the file (`UndoHeader`):
          16 - 23:   length of the image before the repair, in bytes
          24 - 31:   length of the image after it, in bytes
          32 - 39:   number of runs
+         40 - 47:   inode number of the image, 0: unknown
+         48 - 55:   when the image's file was made, in nanoseconds since 1970, 0: unknown
 
 Then the runs follow each other (`UndoRun`), each of at most 128 sectors of 512 bytes, in whole blocks of 4096
 bytes of the image:
@@ -18,14 +20,16 @@ bytes of the image:
          then n CRC-32C of 4 bytes, of each sector after the repair
          then n sectors as they were before it; what lay past the end of the file is zeros
 
-While the image is taken back, the mark of that (`pack_mark`) stands behind the runs, at a multiple of 4096:
+Behind the runs, at a multiple of 4096, a mark (`Mark`) may stand:
 
-    Byte  0 -  7:   magic, "JQCOWBGN"
+    Byte  0 -  7:   magic, "JQCOWEND": the repair is done, and what follows it is not its own
+                    or "JQCOWBGN": the image is being taken back
           8 - 11:   CRC-32C of the header of the file
 """
 
 from __future__ import annotations
 
+import enum
 import struct
 from dataclasses import dataclass
 
@@ -34,31 +38,42 @@ from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk.layout import MAX_HOST_OFFSET, SECTOR_BYTES
 
 MAGIC = b"JQCOWUND"
-MARK_MAGIC = b"JQCOWBGN"
 BLOCK_BYTES = 4096
 """What a power cut may garble where one of its sectors is written in place (docs/crash-consistency)."""
 VERSION = 1
 RUN_SECTORS_MAX = 128
-HEADER_STRUCT = struct.Struct(">8sIIQQQ")
+HEADER_STRUCT = struct.Struct(">8sIIQQQQQ")
 RUN_STRUCT = struct.Struct(">QII")
 MARK_STRUCT = struct.Struct(">8sI")
-HEADER_BYTES = 40
+HEADER_BYTES = 56
 RUN_BYTES = 16
 MARK_BYTES = 12
 assert HEADER_STRUCT.size == HEADER_BYTES and RUN_STRUCT.size == RUN_BYTES
 
 
+class Mark(enum.Enum):
+    """What an undo file says of its image. Without a mark a repair may have been cut off."""
+
+    DONE = b"JQCOWEND"
+    BEGUN = b"JQCOWBGN"
+
+
 @dataclass(frozen=True)
 class UndoHeader:
-    """The header: lengths of the image before and after the repair in bytes, and how many runs follow."""
+    """The header: lengths of the image before and after the repair in bytes, and how many runs follow.
+
+    ``inode`` and ``born_nanoseconds`` tell the image's file from others of its name, 0 where that is unknown.
+    """
 
     old_bytes: int
     new_bytes: int
     run_count: int
+    inode: int = 0
+    born_nanoseconds: int = 0
 
     def pack(self) -> bytes:
         """Return the header as on disk."""
-        fields = (self.old_bytes, self.new_bytes, self.run_count)
+        fields = (self.old_bytes, self.new_bytes, self.run_count, self.inode, self.born_nanoseconds)
         crc = _native.crc32c(HEADER_STRUCT.pack(MAGIC, VERSION, 0, *fields))
         return HEADER_STRUCT.pack(MAGIC, VERSION, crc, *fields)
 
@@ -80,9 +95,13 @@ class UndoHeader:
             raise CorruptionError("undo file", 0, "it is of an image of more than 64 PiB")
         return header
 
-    def pack_mark(self) -> bytes:
-        """Return the mark that the image is being taken back, as on disk."""
-        return MARK_STRUCT.pack(MARK_MAGIC, _native.crc32c(self.pack()))
+    def pack_mark(self, mark: Mark) -> bytes:
+        """Return a mark of this file, as on disk."""
+        return MARK_STRUCT.pack(mark.value, _native.crc32c(self.pack()))
+
+    def unpack_mark(self, data: bytes) -> Mark | None:
+        """Return the mark that these bytes are, None where they are none of this file."""
+        return next((mark for mark in Mark if data == self.pack_mark(mark)), None)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
+from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.root import JournalRange
 from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
 from tests.crash.trials import SCENARIO, SIMULATION, action_of
@@ -52,6 +53,8 @@ from tests.support.mutant import (
     SNAPSHOTS,
     SPACE,
     TABLES,
+    UNDO_HEADER,
+    UNDO_MODULE,
     WRITES,
     Mutant,
     seeds,
@@ -90,8 +93,11 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
+    "undo.done": ("dropping:repair-done",),
     "undo.begin": ("dropping:undo",),
-    "undo.image": ("dropping:undo",),
+    "undo.root": ("dropping:half-taken-back",),
+    "undo.image": ("dropping:half-taken-back",),
+    "undo.header": ("dropping:undo",),
     "undo.end": ("dropping:undo",),
 }
 
@@ -542,6 +548,26 @@ OF_COMMITS = (
     ),
 )
 
+OF_UNDO = (
+    Mutant(
+        "U1-finished-repair-taken-back",
+        skipping(f"{UNDO_HEADER}.unpack_mark"),
+        trials=("dropping:repair-done",),
+    ),
+    Mutant(
+        "U2-undo-over-another-file",
+        returning(f"{UNDO_MODULE}:UndoFile.is_of", True),
+        trials=(SCENARIO + "undo-of-another-file",),
+    ),
+    Mutant(
+        "U3-half-taken-back-opened",
+        replacing(
+            "jqcow.ondisk.root:pack_undo_root", lambda _, header: header.pack().ljust(SECTOR_BYTES, b"\0")
+        ),
+        trials=("dropping:half-taken-back",),
+    ),
+)
+
 MUTANTS = (
     *OF_MEDIUM,
     *OF_JOURNAL,
@@ -552,6 +578,7 @@ MUTANTS = (
     *OF_WRITES,
     *OF_SHARING,
     *OF_COMMITS,
+    *OF_UNDO,
     *MUTANTS_OF_THREADS,
 )
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from random import Random
 from threading import Event
 from types import FrameType
@@ -16,11 +18,12 @@ from types import FrameType
 import jqcow
 from jqcow.checker.check import Kind
 from jqcow.device.trial import TrialDevice
-from jqcow.disks.undo import pack_undo, undo_on
+from jqcow.disks.undo import mark_done, pack_undo, take_back_cut_off, undo_on
 from jqcow.engine.scan import read_root_copy
-from jqcow.errors import CorruptionError, JqcowError, PoisonedError
+from jqcow.errors import CorruptionError, FormatError, JqcowError, PoisonedError
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.offline.recover import recover_image
+from jqcow.offline.undo import undo_repair
 from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC
 from jqcow.ondisk.root import is_live
@@ -677,8 +680,8 @@ def _judge_stale_copy(crashed: SimulatedDevice) -> None:
         _require_sound(recovered)
 
 
-def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
-    """P5: the image is as before its repair, durably, whatever cuts the undo off; then it may be written."""
+def _damaged_and_repaired() -> tuple[SimulatedDevice, bytes, SimulatedDevice]:
+    """Return a repaired image, its bytes before, and the undo file of that, durable."""
     device, undo = SimulatedDevice(), SimulatedDevice()
     with create_simulated(device, 4 << 20, WITH_ROOT_COPY) as image:
         image.pwrite(b"\x33" * (3 * WITH_ROOT_COPY), 0)
@@ -692,17 +695,24 @@ def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
     undo.barrier("saved")
     open_simulated(device).close()
     require(device.content() != before, "the repair changed nothing")
+    device.reopen()
+    return device, before, undo
+
+
+def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
+    """P5: the image is as before its repair, durably, whatever cuts the undo off; then it may be written."""
+    device, before, undo = _damaged_and_repaired()
     cut_off: list[tuple[SimulatedDevice, SimulatedDevice]] = []
 
     def cut(name: str, device: SimulatedDevice) -> None:
         states = enumerate_states(device, budget=64, garbage_allowed=lambda *_: True)
         cut_off.extend((device.crash(state), SimulatedDevice(undo.durable_content())) for state in states)
 
-    device.reopen()
     device.barrier_listeners.append(cut)
     device.drop_barriers = undo.drop_barriers = set(drop_barriers)
     undo_on(device, undo)
-    require(device.durable_content() == before, "P5: the image before its repair", "not durable")
+    require(device.content() == before, "P5: the image before its repair", "other bytes")
+    cut("", device)
     for crashed, found in cut_off:
         try:
             undo_on(crashed, found)
@@ -712,12 +722,63 @@ def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
     with open_simulated(device) as image:
         image.pwrite(b"\x44" * WITH_ROOT_COPY, 9 * WITH_ROOT_COPY)
     device.reopen()
-    with suppress(CorruptionError):
-        undo_on(device, SimulatedDevice(undo.durable_content()))
-        raise PromiseBroken("P1: an undo that nobody asked for took later writes away")
+    lost = SimulatedDevice(b"\xee" * SECTOR_BYTES + device.content()[SECTOR_BYTES:])
+    for later in (device, lost):
+        with suppress(CorruptionError, FormatError):
+            undo_on(later, SimulatedDevice(undo.durable_content()))
+            raise PromiseBroken("P1: an undo that nobody asked for took later writes away")
+
+
+def repair_that_is_done(drop_barriers: tuple[str, ...]) -> None:
+    """P2: a later crash is no reason to take a repair back that was done."""
+    device, _, undo = _damaged_and_repaired()
+    undo.drop_barriers = set(drop_barriers)
+    mark_done(undo)
+    image = open_simulated(device)
+    image.pwrite(b"\x44" * WITH_ROOT_COPY, 9 * WITH_ROOT_COPY)
+    is_back = take_back_cut_off(device.killed(), SimulatedDevice(undo.durable_content()))
+    require(not is_back, "P2: the refcounts that were right", "a repair that was done is taken back")
+
+
+def image_half_taken_back(drop_barriers: tuple[str, ...]) -> None:
+    """P1: nobody opens an image that is half taken back, and what nobody writes there is not lost."""
+    device, before, undo = _damaged_and_repaired()
+    device.drop_barriers = set(drop_barriers)
+    states: list[SimulatedDevice] = []
+
+    def cut(name: str, now: SimulatedDevice) -> None:
+        states.extend(now.crash(state) for state in enumerate_states(now, budget=64))
+
+    after = device.content()
+    device.barrier_listeners.append(cut)
+    undo_on(device, undo)
+    for crashed in states:
+        found = crashed.content()
+        if found not in (before, after):
+            with suppress(CorruptionError, FormatError):
+                open_simulated(crashed)
+                raise PromiseBroken("P1: an image that is half taken back can be opened")
+
+
+def undo_of_another_file() -> None:
+    """P5: an image is replaced by another one, which its undo file fits: it is not for that one."""
+    with tempfile.TemporaryDirectory(prefix="jqcow-undo-") as folder:
+        path, other = Path(folder, "disk.qcow2"), Path(folder, "other.qcow2")
+        path.write_bytes(_damaged_and_repaired()[1])
+        jqcow.open(path, "r+", repair="all").close()
+        other.write_bytes(path.read_bytes())
+        other.replace(path)
+        content = path.read_bytes()
+        with suppress(CorruptionError):
+            undo_repair(path)
+        require(
+            path.read_bytes() == content, "P5: another image", "a repair of its forerunner was taken back"
+        )
 
 
 DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
+    "repair-done": repair_that_is_done,
+    "half-taken-back": image_half_taken_back,
     "commit": commit_into_a_raw_base,
     "unfinished-close": unfinished_close,
     "stale-root-copy": stale_root_copy,
@@ -736,6 +797,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         stale_copied_flag,
         uncounted_data,
         truncated_file,
+        undo_of_another_file,
         checkpoint_on_full_disk,
         lost_frame_on_full_disk,
         recovery_on_full_disk,

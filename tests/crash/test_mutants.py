@@ -31,7 +31,7 @@ def test_every_barrier_has_a_trial() -> None:
 
 
 def test_every_rule_has_a_mutant_and_every_mutant_a_rule() -> None:
-    assert sources.engine_rules() == {mutant.rule for mutant in MUTANTS}
+    assert sources.judged_rules() == {mutant.rule for mutant in MUTANTS}
 
 
 def test_every_mutant_has_a_name_of_its_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,32 @@ def test_unknown_bits_have_the_names_of_the_image(tmp_path: Path, capsys: pytest
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err
     assert shown.out.count("\nimage: ") == 0
+
+
+def test_unknown_bits_that_hinder_nobody_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "image"
+    done("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    data = bytearray(path.read_bytes())
+    data[80:88] = (1 << 7 | 1).to_bytes(8, "big")
+    data[88:96] = (1 << 63).to_bytes(8, "big")
+    path.write_bytes(data)
+    assert main(["info", "--output=json", str(path)]) == 0
+    told = json.loads(capsys.readouterr().out)["format-specific"]["data"]["unknown-features"]
+    assert told == ["compatible bit 7", "autoclear bit 63"]
+
+
+def test_a_dirty_image_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "image"
+    done("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    data = bytearray(path.read_bytes())
+    data[79] |= 1
+    path.write_bytes(data)
+    assert main(["info", str(path)]) == 0
+    line = "cleanly shut down: no"
+    told = subprocess.run(["qemu-img", "info", path], capture_output=True, text=True, check=True)
+    assert line in told.stdout and line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -31,6 +31,8 @@ ROOT = "jqcow.engine.root:Root"
 SNAPSHOTS = "jqcow.engine.snapshots:Snapshots"
 SPACE = "jqcow.engine.space:Space"
 TABLES = "jqcow.engine.tables:Tables"
+UNDO_MODULE = "jqcow.disks.undo"
+UNDO_HEADER = "jqcow.ondisk.undo:UndoHeader"
 TURN = "jqcow.engine.commit:Turn"
 WRITES = "jqcow.engine.write:Writes"
 

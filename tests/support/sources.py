@@ -101,6 +101,11 @@ def renew(page: str, lists: str) -> str:
     return before + START + lists + END + after
 
 
-def engine_rules() -> set[str]:
-    """Return the rules that stand at the top of an engine module."""
-    return {rule.number for rule in rules_of() if rule.module.startswith("jqcow/engine/")}
+JUDGED = ("engine", "disks")
+"""The packages whose rules are about crashes; each of these rules has a mutant."""
+
+
+def judged_rules() -> set[str]:
+    """Return the rules that stand at the top of a module of these packages."""
+    folders = tuple(f"jqcow/{package}/" for package in JUDGED)
+    return {rule.number for rule in rules_of() if rule.module.startswith(folders)}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 import jqcow
+from jqcow.device.file import FileDevice
 from jqcow.engine.engine import Engine, make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import root as roots
@@ -227,3 +230,20 @@ class TestUncountedData:
         image.pwrite(b"x", 20 * CLUSTER)
         image.close()
         self.look(device)
+
+
+def test_space_for_tables_with_holes_is_counted_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host tells that there is not enough: nothing is taken of what there is."""
+    path = tmp_path / "disk.qcow2"
+    jqcow.create(path, 1 << 20, cluster_size=CLUSTER).close()
+    with closing(FileDevice.open(path, writable=True)) as device:
+        device.punch(Tables(path.read_bytes()).l1, CLUSTER)
+    before = path.stat()
+    monkeypatch.setattr(FileDevice, "free_bytes", lambda device: CLUSTER - 1)
+    with jqcow.open(path, "r+") as image:
+        with pytest.raises(OSError, match="a hole in the tables needs 4096 bytes, 4095 bytes are free"):
+            image.pwrite(b"x", 0)
+        after = path.stat()
+    assert (after.st_size, after.st_blocks) == (before.st_size, before.st_blocks)

@@ -100,7 +100,7 @@ def test_header_extensions() -> None:
         for name, value in vars(header).items()
         if re.fullmatch(r"EXTENSION_[A-Z_]*", name) and isinstance(value, int)
     }
-    assert types == known | {root.EXTENSION_JOURNAL}
+    assert types == known | {root.EXTENSION_JOURNAL, root.EXTENSION_UNDO}
 
 
 def test_mapping_entries() -> None:
@@ -232,7 +232,9 @@ def test_undo_file() -> None:
     assert spans(mark) == fields_of(undo.MARK_STRUCT.format)
     assert fixed[0].text == f'magic, "{undo.MAGIC.decode()}"'
     assert fixed[1].text == f"version, {undo.VERSION}"
-    assert mark[0].text == f'magic, "{undo.MARK_MAGIC.decode()}"'
+    assert all(f'"{each.value.decode()}"' in mark[0].text for each in undo.Mark)
+    assert f"`{root.UNDO_FEATURE_NAME.decode()}`" in section("The undo file")
+    assert number_after("The undo file", r"extension (0x\w+)") == root.EXTENSION_UNDO
     assert number_after("The undo file", r"at most (\d+) sectors") == undo.RUN_SECTORS_MAX
     assert number_after("The undo file", r"whole blocks of (\d+) bytes") == undo.BLOCK_BYTES
     assert number_after("The undo file", r"at a multiple of (\d+)") == undo.BLOCK_BYTES

@@ -142,6 +142,43 @@ def _good(name: str, tmp_path: Path, function: str) -> Any:
     return GOOD[name]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: convert("disk.qcow2", "out", target_format="vmdk"),  # type: ignore[arg-type]
+        lambda: convert("disk.qcow2", "out", source_format="vmdk"),  # type: ignore[arg-type]
+        lambda: jqcow.open_device(SimulatedDevice(), "w"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_there_is_not_is_refused(
+    call: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jqcow.create("disk.qcow2", MIB).close()
+    with pytest.raises(ValueError, match=r"vmdk|'w'"):
+        call()
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("value", [1.0, object(), [], "a path"])
+def test_what_is_no_device_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="methods of a device"):
+        jqcow.create_on_device(value, MIB)
+    with pytest.raises(TypeError, match="methods of a device"):
+        jqcow.open_device(value)
+    if not isinstance(value, str):
+        with pytest.raises(TypeError, match="methods of a device"):
+            recover_image(value)
+
+
+def test_what_cannot_be_written_is_not_read_into() -> None:
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, MIB) as image, image.transaction() as transaction:
+        for reader in (transaction.pread_into, lambda buffer, _: image.as_file().readinto(buffer)):
+            with pytest.raises(TypeError, match="bytes cannot be written"):
+                reader(b"never", 0)  # type: ignore[arg-type]
+
+
 def test_an_index_is_a_number() -> None:
     """As numpy's numbers are."""
 

@@ -185,6 +185,26 @@ class _Bad(Disk):
         """Nothing is open."""
 
 
+@pytest.mark.parametrize("damage", ["L1 entry", "compressed cluster"])
+def test_a_damaged_base_costs_an_overlay_nothing_of_its_own(damage: str, tmp_path: Path) -> None:
+    """An error in a lower layer is about as much of the disk as that layer was asked for."""
+    base, path, out = tmp_path / "base", tmp_path / "overlay", tmp_path / "out"
+    with jqcow.create(base, 16 << 20, journal_size=1 << 16) as image:
+        image.pwrite_compressed(b"base" * 16384, 0)
+        image.flush()
+        place = image._guest.reads.entry(0).host
+        l1 = image._engine.public.mapping.l1.offset
+    with jqcow.create(
+        path, 16 << 20, cluster_size=4096, backing_file="base", backing_format="qcow2"
+    ) as image:
+        image.pwrite(b"own" * 4096, 8192)
+    poke(base, *((l1, b"\x7f" * 8) if damage == "L1 entry" else (place, b"\xff" * 16)))
+    report = convert(path, out, allow_files=True, salvage=True, target_format="raw")
+    assert out.read_bytes()[8192 : 8192 + 3 * 4096] == b"own" * 4096
+    inside = [lost for lost in report.lost if lost.offset < 8192 + 3 * 4096 and lost.end > 8192]
+    assert report.lost and not inside
+
+
 def test_what_the_host_cannot_read_costs_a_piece() -> None:
     told: list[LostRange] = []
     buffer = bytearray(1 << 20)

@@ -11,11 +11,13 @@ import pytest
 import jqcow
 from jqcow.checker import lost as rules
 from jqcow.checker.check import Kind
-from jqcow.checker.lost import MANY, Holes
+from jqcow.checker.lost import MANY, Holes, LostData
 from jqcow.cli.main import main
 from jqcow.cli.recover import main as recover_main
 from jqcow.engine.repair import What
 from jqcow.offline.convert import convert
+from jqcow.ondisk.entries import StandardL2
+from jqcow.ondisk.layout import Geometry
 from jqcow.testing import SimulatedDevice
 from tests.support.patients import Tables, check
 
@@ -157,6 +159,18 @@ def test_a_lost_sector_of_a_table(clusters: int) -> None:
 def test_a_few_leaks_beside_an_empty_sector_are_harmless() -> None:
     report = check(with_a_lost_sector(MANY - 1).image)
     assert report.leaks == MANY - 1 and not report.errors
+
+
+@pytest.mark.parametrize(("bits", "many"), [(12, MANY), (19, MANY), (20, 16), (21, 8)])
+def test_of_large_clusters_fewer_are_many(bits: int, many: int) -> None:
+    holes = Holes(1 << bits)
+    holes.sectors = True
+    for count in (many - 1, many):
+        lost = LostData(
+            lambda _: True, lambda _: False, lambda _: b"x" * 512, StandardL2(Geometry(bits)), bits, holes
+        )
+        lost.look_at(range(count))
+        assert holes.tables == (count == many)
 
 
 def test_many_leaks_are_harmless_where_all_is_mapped() -> None:

@@ -15,11 +15,12 @@ def test_the_list_is_what_the_modules_say() -> None:
     assert sources.renew(page, sources.render()) == page, "run tools/rules"
 
 
-def test_every_rule_of_the_engine_is_in_it() -> None:
-    modules = (path.read_text(encoding="utf-8") for path in (sources.PACKAGE / "engine").glob("*.py"))
+def test_every_rule_is_in_it() -> None:
+    paths = (path for package in sources.JUDGED for path in (sources.PACKAGE / package).glob("*.py"))
+    modules = (path.read_text(encoding="utf-8") for path in paths)
     stated = {rule for module in modules for rule in re.findall(r"^([A-Z]\d+)\. ", module, re.MULTILINE)}
     listed = re.findall(r"^- \*\*([A-Z]\d+)\*\* ", sources.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert stated == sources.engine_rules() == set(listed)
+    assert stated == sources.judged_rules() == set(listed)
 
 
 def test_a_rule_ends_where_the_next_one_or_the_paragraph_does(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import stat
+import subprocess
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,17 @@ from jqcow.device.file import FileDevice
 from jqcow.device.trial import TrialDevice
 from jqcow.disks import undo as undos
 from jqcow.disks.undo import UndoFile, pack_undo, undo_on, undo_path
+from jqcow.engine.repair import What
 from jqcow.errors import CorruptionError, FormatError, JqcowError
+from jqcow.offline.commit import commit
+from jqcow.offline.recover import recover_image
 from jqcow.offline.undo import undo_repair
-from jqcow.ondisk.undo import UndoHeader, UndoRun
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.header import Header
+from jqcow.ondisk.undo import Mark, UndoHeader, UndoRun
 from jqcow.testing import SimulatedDevice, enumerate_states
 from tests.support.patients import Tables
+from tests.support.qemu import done
 
 CLUSTER = 4096
 DATA = bytes(range(1, 256)) * 200
@@ -84,13 +92,20 @@ def repair(path: Path) -> None:
     jqcow.open(path, "r+", repair="all", free_lost=True).close()
 
 
+def without_mark(path: Path) -> None:
+    """Make the undo file of an image what it is before the repair is done."""
+    with closing(FileDevice.open(undo_path(str(path)), writable=True)) as undo:
+        undo.truncate(UndoFile.read(undo).runs_end)
+
+
 class TestFiles:
     def test_the_very_bytes_come_back(self, path: Path, content: bytes) -> None:
-        repair(path)
-        assert path.read_bytes() != content
         for _ in range(2):
+            repair(path)
+            assert path.read_bytes() != content
             undo_repair(path)
             assert path.read_bytes() == content, "and again"
+            assert not Path(undo_path(str(path))).exists()
         repair(path)
         with jqcow.open(path) as image:
             assert image.check().ok
@@ -167,6 +182,7 @@ class TestFiles:
         content, calls = path.read_bytes(), list[str]()
         repair(path)
         path.write_bytes(content)
+        without_mark(path)
         syncing, writing = undos.sync_directory, FileDevice.pwrite
 
         def sync(directory: str) -> None:
@@ -183,18 +199,108 @@ class TestFiles:
         repair(path)
         assert calls[0] == str(path.parent) and "write" in calls
 
-    def test_a_half_undone_image_is_not_written(self, path: Path, content: bytes) -> None:
-        """What is written there would be lost when the undo is done again."""
+    def test_a_half_undone_image_is_not_opened(self, path: Path, content: bytes) -> None:
+        """By nobody: what is written there would be lost when the undo is done again."""
         repair(path)
         with closing(FileDevice.open(undo_path(str(path)), writable=True)) as undo:
             file = UndoFile.read(undo)
-            undo.pwrite(file.header.pack_mark(), file.mark_place)
-        with pytest.raises(CorruptionError, match="cut off"):
-            jqcow.open(path, "r+")
-        with jqcow.open(path):
-            pass
+            undo.pwrite(file.header.pack_mark(Mark.BEGUN), file.mark_place)
+        with path.open("r+b") as image:
+            image.write(roots.pack_undo_root(Header.unpack(content[:512])))
+        for mode in ("r", "r+"):
+            with pytest.raises(CorruptionError, match="cut off") as caught:
+                jqcow.open(path, mode)
+            assert caught.value.__notes__ == ["run jqcow undo again"]
+        told = subprocess.run(["qemu-img", "info", path], capture_output=True, text=True, check=False)
+        assert "jqcow undo was cut off: run jqcow undo" in told.stderr
         undo_repair(path)
         assert path.read_bytes() == content
+
+    def test_the_next_repair_ends_an_undo_that_was_cut_off(self, path: Path, content: bytes) -> None:
+        """A repair with another journal has other bytes, and an undo file of its own."""
+        repair(path)
+        with path.open("r+b") as image:
+            image.write(roots.pack_undo_root(Header.unpack(content[:512])))
+        jqcow.open(path, "r+", repair="all", free_lost=True, journal_size=1 << 16).close()
+        with jqcow.open(path) as image:
+            assert image.check().ok
+        undo_repair(path)
+        assert path.read_bytes() == content
+
+    def test_what_another_program_wrote_since_stays(self, path: Path, content: bytes) -> None:
+        """The journal of the repair left a hole behind the old end: there, too, others may allocate."""
+        repair(path)
+        done("qemu-io", "-c", f"write -P 7 {1 << 18} {1 << 18}", path)
+        with jqcow.open(path) as image:
+            extents = [extent.host_offset or 0 for extent in image.extents(1 << 18, 1 << 18)]
+        if max(extents) >= len(content):
+            with pytest.raises(CorruptionError, match="written since"):
+                undo_repair(path)
+        else:
+            with suppress(CorruptionError):
+                undo_repair(path)
+        with jqcow.open(path) as image:
+            assert image.pread(1 << 18, 1 << 18) == b"\7" * (1 << 18)
+
+    @pytest.mark.parametrize("what", ["leaks", "all"])
+    def test_a_repair_that_was_done_stays(self, path: Path, what: What) -> None:
+        """Though a later session crashed, whatever it did."""
+        repair(path)
+        device = SimulatedDevice(path.read_bytes())
+        with jqcow.open_device(device, "r+", journal_size=1 << 16) as image:
+            image.pwrite(b"in place", 0)
+            image.flush()
+            image.pwrite(b"elsewhere", 1 << 19)
+            path.write_bytes(device.content())
+        jqcow.open(path, "r+", repair=what).close()
+        with jqcow.open(path) as image:
+            assert image.pread(8, 0) == b"in place" and image.check().ok
+
+    @pytest.mark.parametrize("way", ["open", "base", "recover"])
+    def test_whoever_opens_it_says_that_the_repair_is_done(self, path: Path, way: str) -> None:
+        """Also where the repair was cut off before it could say so (U1)."""
+        repair(path)
+        without_mark(path)
+        if way == "open":
+            jqcow.open(path, "r+").close()
+        elif way == "recover":
+            recover_image(path)
+        else:
+            top = path.with_name("top.qcow2")
+            with jqcow.create(top, 1 << 20, backing_file=path.name, backing_format="qcow2") as image:
+                image.pwrite(b"committed", 1 << 19)
+            commit(top, allow_files=True)
+        undo = Path(undo_path(str(path))).read_bytes()
+        assert UndoFile.read(SimulatedDevice(undo)).mark is Mark.DONE
+
+    def test_one_of_another_file(self, path: Path, content: bytes) -> None:
+        """Another image came to lie under the name: not that one was repaired (U2)."""
+        repair(path)
+        other = path.with_name("other.qcow2")
+        other.write_bytes(path.read_bytes())
+        other.replace(path)
+        after = path.read_bytes()
+        with pytest.raises(CorruptionError, match="another file"):
+            undo_repair(path)
+        jqcow.open(path, "r+").close()
+        assert path.read_bytes() == after
+        undo_repair(path, force=True)
+        assert path.read_bytes() == content
+
+    def test_who_may_read_it(self, path: Path) -> None:
+        """It holds what the image held."""
+        path.chmod(0o640)
+        repair(path)
+        assert stat.S_IMODE(Path(undo_path(str(path))).stat().st_mode) == 0o640
+
+    def test_a_full_disk_changes_nothing(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        repair(path)
+        after = path.read_bytes()
+        monkeypatch.setattr(FileDevice, "free_bytes", lambda device: 0)
+        monkeypatch.setattr(FileDevice, "data_extents", lambda device, offset, length: iter(()))
+        with pytest.raises(OSError, match=r"the undo needs \d+ bytes, 0 bytes are free"):
+            undo_repair(path)
+        assert path.read_bytes() == after
 
     def test_an_undo_file_of_another_repair_stays(self, path: Path, content: bytes) -> None:
         """Nothing is repaired meanwhile."""
@@ -208,7 +314,8 @@ class TestFiles:
     def test_a_damaged_undo_file(self, path: Path) -> None:
         repair(path)
         after, undo = path.read_bytes(), Path(undo_path(str(path)))
-        whole = undo.read_bytes()
+        runs_end = UndoFile.read(SimulatedDevice(undo.read_bytes())).runs_end
+        whole = undo.read_bytes()[:runs_end]
         for at in {12, 20, 40, 55, len(whole) // 2, len(whole) - 1}:
             undo.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
             with pytest.raises(JqcowError):
@@ -268,15 +375,25 @@ class TestCrashes:
     "undo",
     [
         UndoHeader(1 << 62, 512, 0).pack(),
+        UndoHeader(512, 512, 0).pack(),
         UndoHeader(512, 1 << 63, 0).pack(),
         UndoHeader(512, 512, 1).pack() + UndoRun(1 << 63, bytes(512), (0,)).pack(),
         UndoHeader(512, 512, 1 << 62).pack(),
     ],
-    ids=["old length", "new length", "offset", "number of runs"],
+    ids=["old length", "no sector 0", "new length", "offset", "number of runs"],
 )
 def test_a_hostile_undo_file_is_refused(undo: bytes) -> None:
     with pytest.raises(CorruptionError, match="undo file"):
         undo_on(SimulatedDevice(bytes(512)), SimulatedDevice(undo), force=True)
+
+
+def test_a_name_that_leaves_no_room_for_one(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 250)
+    jqcow.create(path, 1 << 20).close()
+    with jqcow.open(path, "r+") as image:
+        image.pwrite(b"written", 0)
+    with jqcow.open(path) as image:
+        assert image.pread(7, 0) == b"written"
 
 
 def test_a_dirty_image_that_is_opened_has_none(tmp_path: Path) -> None:
@@ -309,6 +426,8 @@ def test_nobody_is_told_to_overwrite_an_undo_file(tmp_path: Path, capsys: pytest
 
 
 def test_on_disk_structures() -> None:
-    header, run = UndoHeader(5, 6, 7), UndoRun(512, bytes(range(256)) * 4, (1, 2))
+    header, run = UndoHeader(5, 6, 7, 8, 9), UndoRun(512, bytes(range(256)) * 4, (1, 2))
     assert UndoHeader.unpack(header.pack()) == header
+    assert [header.unpack_mark(header.pack_mark(mark)) for mark in Mark] == list(Mark)
+    assert header.unpack_mark(UndoHeader(5, 6, 8).pack_mark(Mark.DONE)) is None
     assert UndoRun.unpack(run.pack() + b"more", 40) == run and len(run.pack()) == run.length
