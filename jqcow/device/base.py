@@ -106,13 +106,6 @@ def hole_end(reader: Reader, offset: int, end: int) -> int:
     return start
 
 
-def hole_bytes(reader: Reader, offset: int, length: int) -> int:
-    """Return how much of a range is holes; none where the reader cannot tell. All in bytes."""
-    if not isinstance(reader, Sparse):
-        return 0
-    return length - sum(count for _, count in reader.data_extents(offset, length))
-
-
 def no_space(what: str, needed_bytes: int, free_bytes: int | None) -> OSError:
     """Return the error of a host that has not enough space for something."""
     told = "" if free_bytes is None else f", {free_bytes} bytes are free"

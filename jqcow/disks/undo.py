@@ -27,7 +27,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from jqcow import _native
-from jqcow.device.base import Device, HostSpace, Reader, hole_bytes, no_space
+from jqcow.device.base import Device, Reader
 from jqcow.device.file import FileDevice, birth_of
 from jqcow.device.names import sync_directory
 from jqcow.device.trial import TrialDevice
@@ -373,9 +373,9 @@ def _end_of_named(device: Device) -> int:
 
 
 def _require_space(device: Device, file: UndoFile) -> None:
-    """Raise before the image is changed, if the host has no space for what goes into its holes."""
-    if isinstance(device, HostSpace):
-        needed = sum(hole_bytes(device, run.offset, len(run.old)) for run in file.runs())
-        free_bytes = device.free_bytes()
-        if free_bytes is not None and free_bytes < needed:
-            raise no_space("the undo", needed, free_bytes)
+    """Take the space of what will be laid before the image is changed: a full disk is found out now."""
+    end = min(device.size(), file.header.old_bytes)
+    for run in file.runs():
+        length = min(len(run.old), end - run.offset)
+        if length > 0:
+            device.allocate(run.offset, length)

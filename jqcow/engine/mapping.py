@@ -405,16 +405,24 @@ class MappingEditor(Mapping):
         l1_offset = HostOffset(self.view.header.l1_table_offset)
         self.view.set_entry(l1_offset, l1_index, entries.l1_entry(table, copied=copied) if table else 0)
 
-    def drop_l2_table(self, l1_index: int) -> None:
-        """Stage an L1 entry without an L2 table, and give up the table and all that it maps."""
-        self.release_l2_table(self.l2_table(l1_index))
-        self.set_l1_entry(l1_index, HostOffset(0), copied=False)
+    def drop_l2_table(self, l1_index: int) -> list[ClusterIndex]:
+        """Stage an L1 entry without an L2 table, and give up the table and all that it maps.
 
-    def release_l2_table(self, table: HostOffset) -> None:
-        """Give up one reference to an L2 table and to all that it maps."""
-        for start, count in self.references(table):
-            self.refcounts.release(start, count)
+        Returns the clusters that it leaves to one other owner (sharing.py, W5).
+        """
+        left_one = self.release_l2_table(self.l2_table(l1_index))
+        self.set_l1_entry(l1_index, HostOffset(0), copied=False)
+        return left_one
+
+    def release_l2_table(self, table: HostOffset) -> list[ClusterIndex]:
+        """Give up one reference to an L2 table and to all that it maps; return what has one owner left."""
+        left_one: list[ClusterIndex] = []
+        for block in range(table, table + self._cluster_bytes, self.geometry.block_bytes):
+            for run in self._references(table, HostOffset(block)):
+                left = self.refcounts.release(run.cluster, run.cluster_count)
+                left_one += () if run.compressed else left
         self.refcounts.release_metadata(self.geometry.cluster_of(table))
+        return left_one
 
     def grow_l1(self, l1_size: int) -> None:
         """Give the L1 table at least ``l1_size`` entries, in other clusters; the new entries are 0."""

@@ -16,10 +16,10 @@ M7. A writer reads an image only after a barrier, and when the cache has forgott
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 
-from jqcow.device.base import Caching, Device, HostSpace, ReadBuffer, hole_bytes, no_space
+from jqcow.device.base import Caching, Device, HostSpace, ReadBuffer
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.ondisk.layout import HostOffset
 
@@ -114,23 +114,6 @@ class Medium:
         """Reserve host space, growing the device where needed."""
         self.require_healthy()
         self.device.allocate(offset, length)
-
-    def require_space(self, ranges: Sequence[tuple[int, int]], what: str) -> None:
-        """Raise before anything is allocated, if the host tells that it has no space for holes in ranges.
-
-        Args:
-            ranges: (host offset, length) in bytes.
-            what: lies there, for the error.
-
-        Raises:
-            OSError: ENOSPC, which says how much is needed and how much there is.
-        """
-        free_bytes = self.free_bytes()
-        if free_bytes is None or sum(length for _, length in ranges) <= free_bytes:
-            return
-        needed = sum(hole_bytes(self.device, offset, length) for offset, length in ranges)
-        if needed > free_bytes:
-            raise no_space(what, needed, free_bytes)
 
     def grow(self, size_bytes: int) -> None:
         """Set the length to at least ``size_bytes``, which is the frontier (M2); the lock is held."""

@@ -247,16 +247,21 @@ class Allocation(Refcounts):
         """Give every metadata cluster its space on the host: who made the image may have left holes (R3).
 
         Raises:
-            OSError: the host has no space for them; where it can tell that, it has not lost any.
+            OSError: the host has no space for them; a note says how much it may take.
         """
         medium = self.view.blocks.medium
-        runs = [
-            (self.geometry.offset_of(run.start), run.count * self.geometry.cluster_bytes)
-            for run in ClusterRuns(Run(cluster, 1) for cluster in sorted(self.space.metadata))
-        ]
-        medium.require_space(runs, "a hole in the tables")
-        for offset, length in runs:
-            medium.allocate(offset, length)
+        runs = ClusterRuns(Run(cluster, 1) for cluster in sorted(self.space.metadata))
+        left_bytes = sum(run.count for run in runs) * self.geometry.cluster_bytes
+        for run in runs:
+            length = run.count * self.geometry.cluster_bytes
+            try:
+                medium.allocate(self.geometry.offset_of(run.start), length)
+            except OSError as error:
+                # Which of them have their space already nobody can tell.
+                told = f"the tables of the image may need {left_bytes} bytes, {medium.free_bytes()} are free"
+                error.add_note(told)
+                raise
+            left_bytes -= length
 
     def _edited_pieces(self, start: int, count: int) -> Iterator[Piece]:
         """Yield the metadata blocks that hold the refcounts of clusters in a row; missing ones are added."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from jqcow.engine.sharing import leave_to_one
 from jqcow.engine.zeroing import Zeroing
 
 
@@ -84,5 +85,5 @@ class Resizing:
             return None
         self.requests.require_live()
         with tables.operation():
-            tables.mapping.drop_l2_table(found[0])
+            leave_to_one(tables, tables.mapping.drop_l2_table(found[0]))
         return found[0]

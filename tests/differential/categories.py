@@ -139,7 +139,7 @@ def _is_lost_data(difference: Difference) -> bool:
         # QEMU follows damaged entries, too.
         is_leaked = place // size not in difference.tables.referenced()
     holds_data = any(difference.tables.content[place : place + size])
-    return is_leaked and holds_data and difference.tables.has_empty_table(difference.l1)
+    return is_leaked and holds_data and difference.tables.has_hole()
 
 
 def _is_bad_name(difference: Difference) -> bool:

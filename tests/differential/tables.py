@@ -176,13 +176,17 @@ class Tables:
         counted = Counter(entry & OFFSET for entry in self.l1_entries(l1))
         return {table for table, count in counted.items() if table and count > 1}
 
-    def has_empty_table(self, l1: L1) -> bool:
-        """Return True if an L2 table that is there is all zeros, or the L1 table names none as it should."""
-        sound = [entry for entry in self.l1_entries(l1) if not entry & L1_RESERVED]
-        tables = {entry & OFFSET for entry in sound if not entry & OFFSET & (self.cluster_bytes - 1)} - {0}
-        pieces = [self.content[table : table + self.cluster_bytes] for table in tables]
-        pieces = [piece for piece in pieces if len(piece) == self.cluster_bytes]
-        return not pieces or not all(any(piece) for piece in pieces)
+    def has_hole(self) -> bool:
+        """Return True if a table has room for more: an L1 entry, or a sector of an L2 table, is zeros."""
+        for l1 in (self.active, *(l1 for _, l1 in self.snapshots())):
+            entries = self.l1_entries(l1)
+            if len(entries) < min(l1.count, _ENTRIES_MAX) or not entries:
+                return True
+            for entry in entries:
+                piece = self.content[entry & OFFSET :][: self.cluster_bytes]
+                if not all(any(piece[at : at + 512]) for at in range(0, len(piece), 512)):
+                    return True
+        return False
 
     def referenced(self) -> set[int]:
         """Return the host clusters of L2 tables and data that entries without a fault name."""

@@ -6,7 +6,7 @@ import pytest
 
 import jqcow
 from jqcow.engine import repair as repairs
-from jqcow.engine.lifecycle import Lifecycle
+from jqcow.engine.closing import Closing
 from jqcow.engine.repair import RepairReport
 from tests.fuzz.bases import Form, base_of
 from tests.fuzz.exercise import Exercise, blanked, exercise
@@ -75,7 +75,7 @@ def test_a_repair_that_leaves_something_is_seen(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_recovery_that_does_not_end_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Lifecycle, "clean", lambda self: None)
+    monkeypatch.setattr(Closing, "clean", lambda self: None)
     with pytest.raises(AssertionError, match="recovered twice"):
         Exercise(base_of(LIVE).content).recover()
 

@@ -128,12 +128,13 @@ def test_what_has_no_snapshots_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert main.main(["snapshot", "-l", str(tmp_path / "none")]) == 1
 
 
-def test_a_damaged_table_is_refused_as_by_qemu(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_table_is_refused_where_it_matters(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What looks at the disk alone warns; QEMU opens no such image."""
     content = bytearray(image.read_bytes())
     content[64:72] = (512 * 3 + 1).to_bytes(8, "big")
     image.write_bytes(content)
-    for command in (["info"], ["snapshot", "-l"], ["check"]):
-        assert main.main([*command, str(image)]) == 1
+    for command, code in ((["info"], 0), (["map"], 0), (["snapshot", "-l"], 1), (["check"], 1)):
+        assert main.main([*command, str(image)]) == code
         assert "snapshot table" in capsys.readouterr().err
     assert run("qemu-img", "info", image).returncode == 1
 

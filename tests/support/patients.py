@@ -108,10 +108,17 @@ class Tables:
         return [number for number, place in places if not place or not any(self.image[place : place + 2])]
 
     def spoil_refcounts(self, random: Random, share: float, values: tuple[int, ...]) -> None:
-        """Change a share of the refcounts."""
+        """Change a share of the refcounts. What was free, and is not any more, loses its old bytes.
+
+        They would look like lost data, which stays (tests/unit/test_lost_data.py).
+        """
+        free = self.free_clusters()
         for place in self.refcount_places():
             if place and random.random() < share:
                 self.image[place : place + 2] = random.choice(values).to_bytes(2, "big")
+        for cluster in set(free).difference(self.free_clusters()):
+            start = cluster * self.cluster_bytes
+            self.image[start : start + self.cluster_bytes] = bytes(self.cluster_bytes)
 
 
 class Patient(Tables):

@@ -229,6 +229,21 @@ def half_moved_image(cluster_bytes: int, random: Random) -> Start:
     return replace(start_of(session), content=halves[0])
 
 
+def half_closed_image(cluster_bytes: int, random: Random) -> Start:
+    """A clean image whose close was cut: sector 0 is there, and the epoch before the last one still is."""
+    windows = Windows.of(cluster_bytes)
+    session = new_session(windows)
+    cut: list[bytes] = []
+
+    def keep(name: str, device: SimulatedDevice) -> None:
+        if name == "close.clear":
+            cut.append(device.content()[:SECTOR_BYTES] + device.durable_content()[SECTOR_BYTES:])
+
+    session.device.barrier_listeners.append(keep)
+    Player(session, random).play("write:0:w change:6 flush close")
+    return replace(start_of(session), content=cut[0])
+
+
 def table_end_image(cluster_bytes: int, random: Random) -> Start:
     """An image of 512-byte clusters whose file ends just where its refcount table does."""
     start = used_image(cluster_bytes, random)
@@ -262,11 +277,7 @@ def damaged(prepare: Prepare) -> Prepare:
     def prepare_damaged(cluster_bytes: int, random: Random) -> Start:
         start = prepare(cluster_bytes, random)
         tables = Tables(start.content)
-        free = tables.free_clusters()
         tables.spoil_refcounts(random, 0.6, (0, 0, 0, 1, 2, 5))
-        for cluster in set(free).difference(tables.free_clusters()):
-            # Old bytes in it would look like lost data, which stays (tests/unit/test_lost_data.py).
-            tables.image[cluster * cluster_bytes : (cluster + 1) * cluster_bytes] = bytes(cluster_bytes)
         tables.image[DIRTY_BYTE] |= INCOMPATIBLE_DIRTY
         return replace(start, content=bytes(tables.image), damaged=True)
 
@@ -510,6 +521,7 @@ STARTS: dict[str, Prepare] = {
     "version-2-full": of_kind(full_image, compat="0.10"),
     "version-2-snapshots": of_kind(snapshots_image, compat="0.10"),
     "version-2-overlay": of_kind(overlay_image, compat="0.10"),
+    "half-closed": half_closed_image,
 }
 SIMULATED = tuple(STARTS)[:15]
 """Those of the simulation: it opens images with nothing below."""

@@ -135,7 +135,7 @@ def test_the_scenarios_reach_what_they_are_for() -> None:
             scenario(trial)
             barriers += trial.device.barriers
     names = {
-        "live.prepare", "live.root", "root.settle", "flush.data", "flush.ordered", "flush.record",
+        "live.prepare", "live.root", "flush.data", "flush.ordered", "flush.record",
         "checkpoint.homes", "move.range", "move.root", "close.data", "close.epoch", "close.clear",
         "close.release",
     }  # fmt: skip
