@@ -360,7 +360,7 @@ def print_undone(report: Any, output: str) -> None:
         length = plural(report.written_bytes, "byte")
         print(
             f"{printable(report.image)}: as before the repair; {length} written back. "
-            "The undo file can be removed."
+            "The undo file has served, and is gone."
         )
 
 

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def recover(arguments: argparse.Namespace) -> int:
     """Recover, print the report, and return the exit code."""
     name: str = arguments.image
+    _check_together(arguments)
     if arguments.undo:
         with common.about(name):
             common.print_undone(undo_repair(name, force=arguments.force), arguments.output)
@@ -91,6 +92,20 @@ def recover(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(_lines(report)))
     return exit_code(report)
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    """Refuse options that say nothing of what is asked for."""
+    others = {
+        "--dry-run": arguments.dry_run,
+        "--no-check": arguments.no_check,
+        "--journal-size": common.journal_size_of(arguments) is not None,
+    }
+    for option, is_given in others.items():
+        if arguments.undo and is_given:
+            raise common.CommandError(f"{option} does not go with --undo")
+    if arguments.force and not arguments.undo:
+        raise common.CommandError("--force goes with --undo alone")
 
 
 def exit_code(report: RecoveryReport) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,13 @@ from jqcow.device.names import NewFile
 from jqcow.errors import ImageInUse, ReadOnlyError, UnsupportedFeatureError
 
 _CALL_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS)
+_FILE_KINDS = {
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 class FileDevice:
@@ -66,9 +74,9 @@ class FileDevice:
         _require_linux()
         if writable and share_writers:
             raise ValueError("a writer cannot share the file with other writers")
-        name = os.fspath(path)
+        name = os.fsdecode(path)
         for _ in range(names.ATTEMPTS):
-            descriptor = names.open_regular(name, writable=writable)
+            descriptor = _open_regular(name, writable=writable)
             try:
                 if writable:
                     locks.lock_for_writing(descriptor, name)
@@ -84,18 +92,22 @@ class FileDevice:
         raise ImageInUse(f"{name} is in use: another process keeps replacing it")
 
     @classmethod
-    def create_temporary(cls, path: str | os.PathLike[str]) -> FileDevice:
+    def create_temporary(cls, path: str | os.PathLike[str], *, follow_links: bool = True) -> FileDevice:
         """Create an empty, locked file that :meth:`publish` will name ``path``.
 
         Until then it has no name where the file system can do that, else a temporary one in the same
-        directory. ``close`` removes it if it was never published.
+        directory. ``close`` removes it if it was never published. A symbolic link of that name stays, and
+        what it points to is replaced, unless ``follow_links`` is False.
 
         Raises:
             UnsupportedFeatureError: no locks on this file system, or not Linux.
         """
         _require_linux()
-        # A symbolic link to an image stays; the file that it points to is what will be replaced.
-        new = NewFile.create(os.path.realpath(os.fspath(path)))
+        name = os.fsdecode(path)
+        folder = os.path.realpath(os.path.dirname(name))
+        new = NewFile.create(
+            os.path.realpath(name) if follow_links else os.path.join(folder, os.path.basename(name))
+        )
         try:
             locks.lock_for_writing(new.descriptor, new.name)
         except BaseException:
@@ -115,7 +127,7 @@ class FileDevice:
         if self._new is None:
             raise ValueError(f"{self._path} is already published")
         with self._naming_errors():
-            self._new.publish(overwrite)
+            self._new.publish(overwrite, _open_writable)
         self._path, self._new = self._new.target, None
         names.sync_directory(os.path.dirname(self._path))
 
@@ -311,9 +323,34 @@ class FileDevice:
             raise
 
 
+def remove_file(device: FileDevice) -> None:
+    """Take an open file's name away, durably, if it is still this file's and no link."""
+    if names.is_name_of(device._descriptor, device.path):
+        os.unlink(device.path)
+        names.sync_directory(os.path.dirname(os.path.realpath(device.path)))
+
+
 def path_of(device: Device) -> str:
     """Return the path of a device that is a file; of one of the caller's own, nothing."""
     return device.path if isinstance(device, FileDevice) else ""
+
+
+def _open_regular(name: str, *, writable: bool) -> int:
+    """Open an existing regular file; every other kind is refused by name."""
+    # Without O_NONBLOCK the opening of a named pipe would wait for its other end.
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    descriptor = os.open(name, flags)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise UnsupportedFeatureError(
+            _FILE_KINDS.get(kind, "a special file"), f"{name} is not a regular file"
+        )
+    return descriptor
+
+
+def _open_writable(name: str) -> int:
+    return _open_regular(name, writable=True)
 
 
 def _require_linux() -> None:

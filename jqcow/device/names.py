@@ -11,23 +11,17 @@ import os
 import secrets
 import stat
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 
 from jqcow.device import libc, locks
-from jqcow.errors import ImageInUse, UnsupportedFeatureError
+from jqcow.errors import ImageInUse
 
 ATTEMPTS = 8
 """How often to try again where another process replaces a name between a look at it and the lock."""
 
 _TMPFILE_MISSING = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 _XATTRS_OF_THE_CONTENT = {"security.ima", "security.evm"}
-_FILE_KINDS = {
-    stat.S_IFBLK: "a block device",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-}
 
 
 class NewFile:
@@ -66,12 +60,12 @@ class NewFile:
             with suppress(FileNotFoundError):
                 os.unlink(self._temporary)
 
-    def publish(self, overwrite: bool) -> None:
+    def publish(self, overwrite: bool, open_writable: Callable[[str], int]) -> None:
         """Make the file durable, then give it its final name; durable when its directory is.
 
         ``overwrite`` allows it to replace an existing regular file that nobody uses; its owner, permission
-        bits and extended attributes are kept, and a warning names those that the host denies. An error
-        leaves the new file without the name and the existing file as it was.
+        bits and extended attributes are kept, and a warning names those that the host denies. It is opened
+        with ``open_writable``. An error leaves the new file without the name and the existing file as it was.
 
         Raises:
             FileExistsError: the name is taken and ``overwrite`` is False.
@@ -84,7 +78,7 @@ class NewFile:
                 return
             if not overwrite:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.target)
-            if self._replace_target():
+            if self._replace_target(open_writable):
                 return
         raise ImageInUse(f"{self.target} is in use: another process keeps replacing it")
 
@@ -94,14 +88,14 @@ class NewFile:
             return link_unnamed(self.descriptor, self.target)
         return rename_without_replacing(self._temporary, self.target)
 
-    def _replace_target(self) -> bool:
+    def _replace_target(self, open_writable: Callable[[str], int]) -> bool:
         """Rename over the target while holding a writer's locks on it.
 
         Returns False, having done nothing to it, where the name leads to another file than the locked one.
         """
         target = self.target
         try:
-            replaced = open_regular(target, writable=True)
+            replaced = open_writable(target)
         except FileNotFoundError:
             return False
         try:
@@ -125,20 +119,6 @@ class NewFile:
             return True
         finally:
             os.close(replaced)
-
-
-def open_regular(name: str, *, writable: bool) -> int:
-    """Open an existing regular file; every other kind is refused by name."""
-    # Without O_NONBLOCK the opening of a named pipe would wait for its other end.
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    descriptor = os.open(name, flags)
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    if kind != stat.S_IFREG:
-        os.close(descriptor)
-        raise UnsupportedFeatureError(
-            _FILE_KINDS.get(kind, "a special file"), f"{name} is not a regular file"
-        )
-    return descriptor
 
 
 def open_unnamed(directory: str) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from heapq import merge
 
 from jqcow.device.base import Device, ReadBuffer, Sparse
@@ -10,6 +11,30 @@ from jqcow.ondisk.layout import SECTOR_BYTES
 
 BLOCK_BYTES = 1 << 16
 _ZEROS = bytes(BLOCK_BYTES)
+
+
+class Ranges:
+    """Numbers, as ranges in order that do not touch."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def __contains__(self, number: int) -> bool:
+        index = bisect_right(self._starts, number) - 1
+        return index >= 0 and number < self._ends[index]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (start, end) of each."""
+        return zip(self._starts, self._ends, strict=True)
+
+    def add(self, start: int, end: int) -> None:
+        """Add the numbers in [start, end)."""
+        first, last = bisect_left(self._ends, start), bisect_right(self._starts, end)
+        if first < last:
+            start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
+        self._starts[first:last], self._ends[first:last] = [start], [end]
 
 
 class TrialDevice:
@@ -22,7 +47,9 @@ class TrialDevice:
         self.below = below
         self.old_bytes = below.size()
         self._size = self.old_bytes
-        self._blocks: dict[int, bytearray | bytes] = {}
+        self._blocks: dict[int, bytearray] = {}
+        self._hidden = Ranges()
+        """Blocks that read as zeros whatever is below, but for those in memory."""
 
     def size(self) -> int:
         """Return the length."""
@@ -38,14 +65,12 @@ class TrialDevice:
         """Fill ``buffer``; what lies past the end reads as zeros."""
         for start, end, index, within in _pieces(offset, len(buffer)):
             block = self._blocks.get(index)
-            if block is None:
-                self.below.pread_into(buffer[start:end], offset + start)
-            else:
+            if block is not None:
                 buffer[start:end] = block[within : within + end - start]
-
-    def _block(self, index: int) -> bytearray | bytes:
-        block = self._blocks.get(index)
-        return self.below.pread(BLOCK_BYTES, index * BLOCK_BYTES) if block is None else block
+            elif index in self._hidden:
+                buffer[start:end] = _ZEROS[: end - start]
+            else:
+                self.below.pread_into(buffer[start:end], offset + start)
 
     def pwrite(self, buffer: ReadBuffer, offset: int) -> None:
         """Keep ``buffer`` in memory."""
@@ -55,12 +80,9 @@ class TrialDevice:
         self._size = max(self._size, offset + len(data))
 
     def _change(self, index: int, within: int, data: memoryview | bytes) -> None:
-        if len(data) == BLOCK_BYTES and bytes(data) == _ZEROS:
-            self._blocks[index] = _ZEROS
-            return
-        block = self._block(index)
-        if not isinstance(block, bytearray):
-            block = self._blocks[index] = bytearray(block)
+        block = self._blocks.get(index)
+        if block is None:
+            block = self._blocks[index] = bytearray(self.pread(BLOCK_BYTES, index * BLOCK_BYTES))
         block[within : within + len(data)] = data
 
     def barrier(self, name: str) -> None:
@@ -73,8 +95,22 @@ class TrialDevice:
         self._size = size_bytes
 
     def _zero(self, offset: int, length: int) -> None:
-        for start, end, index, within in _pieces(offset, length):
-            self._change(index, within, _ZEROS[: end - start])
+        end = offset + length
+        first, last = -(-offset // BLOCK_BYTES), end // BLOCK_BYTES
+        if first >= last:
+            self._zero_parts(offset, end)
+            return
+        self._zero_parts(offset, first * BLOCK_BYTES)
+        self._zero_parts(last * BLOCK_BYTES, end)
+        self._hidden.add(first, last)
+        hidden = range(first, last)
+        for index in hidden if len(hidden) < len(self._blocks) else list(self._blocks):
+            if index in hidden:
+                self._blocks.pop(index, None)
+
+    def _zero_parts(self, start: int, end: int) -> None:
+        for at, stop, index, within in _pieces(start, end - start):
+            self._change(index, within, _ZEROS[: stop - at])
 
     def allocate(self, offset: int, length: int) -> None:
         """Grow to the end of the range."""
@@ -88,9 +124,7 @@ class TrialDevice:
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, length) in bytes of what may hold data, by offset; some of it twice."""
         end = offset + length
-        below = (
-            self.below.data_extents(offset, length) if isinstance(self.below, Sparse) else [(offset, length)]
-        )
+        below = data_extents_of(self.below, offset, length)
         changed = sorted(index * BLOCK_BYTES for index in self._blocks)
         ours = ((max(at, offset), BLOCK_BYTES) for at in changed if at < end and at + BLOCK_BYTES > offset)
         return merge(below, ours)
@@ -105,16 +139,36 @@ class TrialDevice:
 
         What lies behind an end is zeros. Units at the offsets ``also``, if they were written, come too.
         """
-        for index in sorted(self._blocks):
+        for index in self._changed_blocks():
             start = index * BLOCK_BYTES
             if start >= self.old_bytes:
                 return
-            old, new = self.below.pread(BLOCK_BYTES, start), bytes(self._blocks[index])
+            old, new = self.below.pread(BLOCK_BYTES, start), self.pread(BLOCK_BYTES, start)
             for at in range(0, BLOCK_BYTES, unit_bytes):
                 before, after = old[at : at + unit_bytes], new[at : at + unit_bytes]
                 is_wanted = before != after or start + at in also
                 if is_wanted and start + at < self.old_bytes:
                     yield start + at, before, after
+
+    def _changed_blocks(self) -> Iterator[int]:
+        """Yield the blocks that may differ from what is below, in order: of hidden ones those with data."""
+        last = -1
+        for index in merge(sorted(self._blocks), self._hidden_blocks()):
+            if index > last:
+                yield index
+                last = index
+
+    def _hidden_blocks(self) -> Iterator[int]:
+        for first, last in self._hidden:
+            start, end = first * BLOCK_BYTES, min(last * BLOCK_BYTES, self.old_bytes)
+            if start < end:
+                for at, length in data_extents_of(self.below, start, end - start):
+                    yield from range(at // BLOCK_BYTES, -(-(at + length) // BLOCK_BYTES))
+
+
+def data_extents_of(device: Device, offset: int, length: int) -> Iterable[tuple[int, int]]:
+    """Return (offset, length) in bytes of what may hold data on a device, by offset."""
+    return device.data_extents(offset, length) if isinstance(device, Sparse) else [(offset, length)]
 
 
 def _pieces(offset: int, length: int) -> Iterator[tuple[int, int, int, int]]:

@@ -1,44 +1,47 @@
 """Undo files: written before a repair, and laid back over the image afterwards.
 
 An image may be taken back as long as each sector that the repair changed is as before it or as after it, and
-nothing but refcounts lies behind the old end of the file: nobody has written there since. Its journal may lie
-behind the end of both, where the repair was cut off.
+nothing but the repair's own refcounts lies behind the old end of the file: nobody has written there since. A
+journal may lie behind the end of both, where the repair was cut off.
 
 Once that is known a mark in the undo file says so, and sector 0 is one that every program refuses, until the
 image is as it was. What an undo does depends on both:
 
     mark    sector 0                what the undo does
     any     of an undo              lays the file over the image, and ends
-    begun   no magic: lost          the same, without a look at the image, which a power cut may have garbled
+    begun   no magic: lost          the same, if all else is as before or after the repair: a power cut did it
     any     another                 recovers the image, refuses one that was written since, and begins
+
+A last mark says that the file has served: should it come back after its removal, another repair replaces it.
+What a killed process left in the page cache is made durable, or dropped, before any of this is believed.
 
 U1. What follows a repair is never taken back unasked: a mark in the undo file says that the repair is done,
     durably, before anybody may write to the image. Only what has no mark is a repair that was cut off.
+    (By another hard link of the image the undo file is not found.)
 U2. An undo file is of one file, whatever comes to lie under its name: by force alone it goes over another.
 U3. Nobody opens an image that is half taken back: sector 0 is the first of it that changes, and the last.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.device.base import Device, Reader
 from jqcow.device.file import FileDevice, birth_of
-from jqcow.device.names import sync_directory
 from jqcow.device.trial import TrialDevice
-from jqcow.engine.engine import open_engine, random_salt
+from jqcow.engine.engine import open_engine, random_salt, settle
 from jqcow.engine.medium import Medium
 from jqcow.engine.scan import read_header
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
-from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import MAGIC, Header
-from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset, entry_place
 from jqcow.ondisk.undo import (
     BLOCK_BYTES,
     HEADER_BYTES,
@@ -51,12 +54,23 @@ from jqcow.ondisk.undo import (
 )
 
 SUFFIX = ".jqcow-undo"
+_NAME_BYTES_MAX = 255
+"""Of a name in a directory."""
 _RUN_BYTES_MAX = RUN_BYTES + RUN_SECTORS_MAX * (4 + SECTOR_BYTES)
 
 
 def undo_path(image: str) -> str:
-    """Return the path of an image's undo file."""
-    return os.path.realpath(image) + SUFFIX
+    """Return the path of an image's undo file: the image's, and a suffix.
+
+    Where that is too long for a name a hash stands for the end of the image's.
+    """
+    folder, name = os.path.split(os.path.realpath(image))
+    if len(os.fsencode(name + SUFFIX)) > _NAME_BYTES_MAX:
+        whole = os.fsencode(name)
+        tail = "-" + hashlib.blake2b(whole, digest_size=8).hexdigest() + SUFFIX
+        name = os.fsdecode(whole[: _NAME_BYTES_MAX - len(tail)])
+        return os.path.join(folder, name + tail)
+    return os.path.join(folder, name + SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,8 @@ def pack_undo(trial: TrialDevice, target: Device) -> None:
     for run in _runs(trial.changed(BLOCK_BYTES, also=range(roots_end))):
         target.pwrite(run.pack(), place)
         place, count = place + run.length, count + 1
-    header = UndoHeader(trial.old_bytes, trial.size(), count, *_birth_of(trial.below))
+    runs_bytes = place - HEADER_BYTES
+    header = UndoHeader(trial.old_bytes, trial.size(), count, runs_bytes, *_birth_of(trial.below))
     target.pwrite(header.pack(), 0)
 
 
@@ -110,42 +125,55 @@ def save_undo(trial: TrialDevice, image: FileDevice) -> None:
         OSError: the host failed; nothing is left under the name.
     """
     path = undo_path(image.path)
-    target = FileDevice.create_temporary(path)
-    try:
+    with closing(FileDevice.create_temporary(path, follow_links=False)) as target:
         target.take_attributes_of(image)
         pack_undo(trial, target)
-        target.publish(overwrite=False)
-    except FileExistsError as error:
-        # The same repair again: it was undone, or cut off.
-        if same_content(target, path):
-            # What cut it off may have come before its name was durable.
-            sync_directory(os.path.dirname(path))
-            return
-        error.add_note("it can take an earlier repair back: apply it with jqcow undo, or remove it")
-        raise
-    finally:
-        target.close()
+        try:
+            target.publish(overwrite=False)
+        except FileExistsError as error:
+            if not _can_be_replaced(target, path):
+                error.add_note("it can take an earlier repair back: apply it with jqcow undo, or remove it")
+                raise
+            target.publish(overwrite=True)
 
 
-def same_content(one: Reader, path: str) -> bool:
-    """Return True if a file holds the same bytes as another one."""
-    other = FileDevice.open(path, writable=False)
-    try:
-        step, size = 1 << 20, one.size()
-        return size == other.size() and all(
-            one.pread(step, at) == other.pread(step, at) for at in range(0, size, step)
-        )
-    finally:
-        other.close()
+def _can_be_replaced(target: FileDevice, path: str) -> bool:
+    """Return True if an undo file that has the name of a new one has served, or is of the same repair."""
+    with (
+        suppress(FormatError, CorruptionError, UnsupportedFeatureError, IsADirectoryError),
+        closing(FileDevice.open(path, writable=True)) as found,
+    ):
+        settle(Medium(found), "undo.settle")
+        file = UndoFile.read(found)
+        return file.mark is Mark.SERVED or (file.mark is None and _begins_alike(target, found))
+    return False
+
+
+def _begins_alike(one: Reader, other: Reader) -> bool:
+    """Return True if a file begins with all that another one holds."""
+    step, size = 1 << 20, one.size()
+    return all(
+        one.pread(length, at) == other.pread(length, at)
+        for at in range(0, size, step)
+        for length in [min(step, size - at)]
+    )
 
 
 @dataclass(frozen=True)
 class UndoFile:
-    """An undo file that is there. ``runs_end`` is where its mark may stand."""
+    """An undo file that is there."""
 
     reader: Reader
     header: UndoHeader
-    runs_end: int
+
+    @classmethod
+    def of(cls, reader: Reader) -> UndoFile:
+        """Read the header of an undo file.
+
+        Raises:
+            FormatError, CorruptionError: not an undo file, or a damaged one.
+        """
+        return cls(reader, UndoHeader.unpack(reader.pread(HEADER_BYTES, 0)))
 
     @classmethod
     def read(cls, reader: Reader) -> UndoFile:
@@ -154,27 +182,36 @@ class UndoFile:
         Raises:
             FormatError, CorruptionError: not an undo file, or a damaged one.
         """
-        undo = cls(reader, UndoHeader.unpack(reader.pread(HEADER_BYTES, 0)), HEADER_BYTES)
-        return cls(reader, undo.header, HEADER_BYTES + sum(run.length for run in undo.runs()))
+        undo = cls.of(reader)
+        for _ in undo.runs():
+            pass
+        return undo
 
     def runs(self) -> Iterator[UndoRun]:
-        """Yield the runs, each of them checked as it is read."""
-        place = HEADER_BYTES
+        """Yield the runs, each of them checked as it is read.
+
+        Raises:
+            CorruptionError: one is damaged, or they are not in order.
+        """
+        place, end = HEADER_BYTES, 0
         for _ in range(self.header.run_count):
             length = min(_RUN_BYTES_MAX, max(0, self.reader.size() - place))
             run = UndoRun.unpack(self.reader.pread(length, place), place)
+            if not end <= run.offset < self.header.old_bytes:
+                raise CorruptionError("undo file", place, f"a run at {run.offset:#x}, out of order")
             yield run
-            place += run.length
-
-    @property
-    def mark_place(self) -> int:
-        """Offset of the mark: in a block of its own, which cannot take the runs with it."""
-        return layout.round_up(self.runs_end, BLOCK_BYTES)
+            place, end = place + run.length, run.offset + len(run.old)
+        if place != HEADER_BYTES + self.header.runs_bytes:
+            raise CorruptionError("undo file", place, "its runs have another length")
 
     @property
     def mark(self) -> Mark | None:
         """What the file says of its image."""
-        return self.header.unpack_mark(self.reader.pread(MARK_BYTES, self.mark_place))
+        return self.header.unpack_mark(self.reader.pread(MARK_BYTES, self.header.mark_place))
+
+    def put_mark(self, undo: Device, mark: Mark) -> None:
+        """Write a mark into the file, which the device holds; a barrier follows."""
+        undo.pwrite(self.header.pack_mark(mark), self.header.mark_place)
 
     def old_sector_0(self) -> bytes:
         """Return sector 0 of the image before the repair.
@@ -187,10 +224,43 @@ class UndoFile:
             raise CorruptionError("undo file", HEADER_BYTES, "it lacks sector 0")
         return first.old[:SECTOR_BYTES]
 
-    def is_laid_on(self, image: Reader) -> bool:
-        """Return True if an undo has begun to change the image (U3)."""
+    def is_laid_on(self, image: Reader, *, asked: bool, force: bool = False) -> bool:
+        """Return True if an undo has begun to change the image (U3).
+
+        Where sector 0 is lost the rest of the image tells whether a power cut did that, or somebody put
+        something else into the file. Where the rest tells nothing it is enough to be ``asked``; ``force``
+        spares the look at it.
+        """
         sector = image.pread(SECTOR_BYTES, 0)
-        return roots.is_being_undone(sector) or (self.mark is Mark.BEGUN and sector[: len(MAGIC)] != MAGIC)
+        if roots.is_being_undone(sector):
+            return True
+        if self.mark is not Mark.BEGUN or sector[: len(MAGIC)] == MAGIC:
+            return False
+        garbled_end = max(BLOCK_BYTES, _roots_end(Header.unpack(self.old_sector_0())))
+        kept = self._sectors_behind(image, garbled_end)
+        return force or (all(kept) and (asked or bool(kept)))
+
+    def _sectors_behind(self, image: Reader, start: int) -> list[bool]:
+        """Tell of each run that reaches behind ``start`` whether all its sectors are before's or after's."""
+        return [
+            self.first_stranger(run, image, range(start)) is None
+            for run in self.runs()
+            if run.offset + len(run.old) > start
+        ]
+
+    def first_stranger(self, run: UndoRun, image: Reader, unused: range) -> int | None:
+        """Return the offset of the first sector that is neither as before nor as after the repair.
+
+        Those at the offsets ``unused`` count for nothing.
+        """
+        now = image.pread(len(run.old), run.offset)
+        for number, crc in enumerate(run.new_crcs):
+            at = number * SECTOR_BYTES
+            sector = now[at : at + SECTOR_BYTES]
+            is_as_before = sector == run.old[at : at + SECTOR_BYTES] or run.offset + at in unused
+            if not is_as_before and _native.crc32c(sector) != crc:
+                return run.offset + at
+        return None
 
     def is_of(self, image: Device) -> bool:
         """Return True unless the image is another file than the one that was repaired (U2)."""
@@ -210,32 +280,29 @@ def settle_undo(image: FileDevice) -> None:
     Raises:
         OSError: there is an undo file that cannot be read, or marked.
     """
-    path = undo_path(image.path)
     try:
-        with closing(FileDevice.open(path, writable=False)) as undo:
-            file = UndoFile.read(undo)
-            is_settled = file.mark is Mark.DONE or not file.is_of(image)
-        if not is_settled:
-            with closing(FileDevice.open(path, writable=True)) as undo:
-                mark_done(undo)
-    except (FileNotFoundError, FormatError, CorruptionError, UnsupportedFeatureError):
+        with closing(FileDevice.open(undo_path(image.path), writable=True)) as undo:
+            mark_done(undo, image)
+    except (FileNotFoundError, IsADirectoryError, FormatError, CorruptionError, UnsupportedFeatureError):
         # There is none, or another file of that name, which does not concern the image.
         return
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            error.add_note(f"what is beside {image.path} must be told first that its repair is done")
-            raise
+        error.add_note(f"what is beside {image.path} must be told first that its repair is done")
+        raise
 
 
-def mark_done(undo: Device) -> None:
-    """Say in an undo file that its repair is done (U1).
+def mark_done(undo: Device, image: Device) -> None:
+    """Say in an undo file, if it is of this image, that its repair is done (U1).
 
     Raises:
         FormatError, CorruptionError: not an undo file, or a damaged one.
         OSError: the host failed.
     """
-    file = UndoFile.read(undo)
-    undo.pwrite(file.header.pack_mark(Mark.DONE), file.mark_place)
+    settle(Medium(undo), "undo.settle")
+    file = UndoFile.of(undo)
+    if file.mark in (Mark.DONE, Mark.SERVED) or not file.is_of(image):
+        return
+    file.put_mark(undo, Mark.DONE)
     # Durable now: the mark. The image may be written, and no repair takes that back unasked.
     undo.barrier("undo.done")
 
@@ -247,23 +314,19 @@ def take_back_cut_off(device: Device, undo: Device, *, new_salt: Callable[[], by
         FormatError, CorruptionError: not an undo file, a damaged one, or one of another repair.
         OSError: the host failed; it can be done again.
     """
+    settle(Medium(device))
+    settle(Medium(undo), "undo.settle")
     file = UndoFile.read(undo)
     if not file.is_of(device):
         return False
-    if not file.is_laid_on(device):
-        if file.mark is Mark.DONE:
+    if not file.is_laid_on(device, asked=False):
+        if file.mark in (Mark.DONE, Mark.SERVED):
             return False
         is_cut_off = bring_home(device, new_salt=new_salt) or file.is_of_cut_off_repair(device.size())
         if not is_cut_off:
             return False
     undo_on(device, undo, new_salt=new_salt)
     return True
-
-
-def remove_undo(image: str) -> None:
-    """Remove an undo file that has served: the image is as it was, durably."""
-    os.unlink(undo_path(image))
-    sync_directory(os.path.dirname(undo_path(image)))
 
 
 def bring_home(device: Device, *, new_salt: Callable[[], bytes] = random_salt) -> bool:
@@ -302,19 +365,22 @@ def undo_on(
         JqcowError: the image cannot be recovered.
         OSError: the host failed; it can be done again.
     """
+    settle(Medium(device))
+    settle(Medium(undo), "undo.settle")
     file = UndoFile.read(undo)
     if not force and not file.is_of(device):
         raise CorruptionError("undo file", 0, "it is of another file, which was replaced: see --force")
     old_sector_0 = file.old_sector_0()
-    if not file.is_laid_on(device):
+    undo_root = roots.pack_undo_root(Header.unpack(old_sector_0))
+    if not file.is_laid_on(device, asked=True, force=force):
         bring_home(device, new_salt=new_salt)
         if not force:
             _refuse_later_writes(device, file)
         _require_space(device, file)
-        undo.pwrite(file.header.pack_mark(Mark.BEGUN), file.mark_place)
+        file.put_mark(undo, Mark.BEGUN)
         # Durable now: the mark. Sector 0 is changed next, and may be lost but for the undo file.
         undo.barrier("undo.begin")
-        device.pwrite(roots.pack_undo_root(Header.unpack(old_sector_0)), 0)
+        device.pwrite(undo_root, 0)
         # Durable now: sector 0, which every program refuses. The rest of the image is changed next (U3).
         device.barrier("undo.root")
     written = _lay(device, file)
@@ -323,8 +389,9 @@ def undo_on(
     device.pwrite(old_sector_0, 0)
     # Durable now: sector 0. The mark, which stands in for one that is lost, may go.
     device.barrier("undo.header")
-    undo.truncate(file.runs_end)
-    # Durable now: no mark. Whatever becomes of the image, another undo looks at it first.
+    file.put_mark(undo, Mark.SERVED)
+    # Durable now: that the file has served. Whatever becomes of the image, another undo looks at it first,
+    # and no repair takes anything back unasked, should the file's name come back in a crash (U1).
     undo.barrier("undo.end")
     return UndoReport(None, written, file.header.old_bytes)
 
@@ -347,35 +414,48 @@ def _refuse_later_writes(device: Device, file: UndoFile) -> None:
     size, old_bytes = device.size(), file.header.old_bytes
     if size < min(old_bytes, file.header.new_bytes):
         raise CorruptionError("image", size, changed_since)
-    # A repair takes space for refcounts alone.
-    if size > old_bytes and _end_of_named(device) > old_bytes:
+    if size > old_bytes and _is_more_behind(device, file):
         raise CorruptionError("image", old_bytes, changed_since)
     area = read_header(device)
     # Between the header and the end of the root copy nobody keeps anything.
     unused = range(len(area.data), _roots_end(area.header))
     for run in file.runs():
-        now = device.pread(len(run.old), run.offset)
-        for number, crc in enumerate(run.new_crcs):
-            at = number * SECTOR_BYTES
-            sector = now[at : at + SECTOR_BYTES]
-            is_as_before = sector == run.old[at : at + SECTOR_BYTES] or run.offset + at in unused
-            if not is_as_before and _native.crc32c(sector) != crc:
-                raise CorruptionError("image", run.offset + at, changed_since)
+        stranger = file.first_stranger(run, device, unused)
+        if stranger is not None:
+            raise CorruptionError("image", stranger, changed_since)
 
 
-def _end_of_named(device: Device) -> int:
-    """Return the end in bytes of all that an image names but refcounts; where it is damaged the file's."""
+def _is_more_behind(device: Device, file: UndoFile) -> bool:
+    """Return True if an image names more behind the old end of the file than refcounts of the repair."""
     tables = open_engine(Medium(device), writable=False, repair="all").engine.public
+    old_end = tables.geometry.clusters(file.header.old_bytes)
     try:
-        return tables.snapshots.named_end() * tables.geometry.cluster_bytes
+        if tables.snapshots.named_end() > old_end:
+            return True
+        table = HostOffset(tables.view.header.refcount_table_offset)
+        # Of a table that the repair wrote nothing stays, whoever extended it.
+        blocks = () if table >= file.header.old_bytes else tables.refcounts.blocks_from_top()
+        new = [index for index, block in blocks if tables.geometry.cluster_of(block) >= old_end]
     except CorruptionError:
-        return device.size()
+        return True
+    repaired = [(run.offset, run.offset + len(run.old)) for run in file.runs()]
+    places = (entry_place(table, index) for index in new)
+    return not all(_is_within(place, repaired) for place in places)
+
+
+def _is_within(place: int, spans: list[tuple[int, int]]) -> bool:
+    """Return True if a place lies in one of these spans, which are in order."""
+    index = bisect_right(spans, place, key=lambda span: span[0]) - 1
+    return index >= 0 and place < spans[index][1]
 
 
 def _require_space(device: Device, file: UndoFile) -> None:
     """Take the space of what will be laid before the image is changed: a full disk is found out now."""
-    end = min(device.size(), file.header.old_bytes)
-    for run in file.runs():
-        length = min(len(run.old), end - run.offset)
-        if length > 0:
-            device.allocate(run.offset, length)
+    size = device.size()
+    try:
+        for run in file.runs():
+            device.allocate(run.offset, min(len(run.old), file.header.old_bytes - run.offset))
+    except OSError:
+        if device.size() > size:
+            device.truncate(size)
+        raise

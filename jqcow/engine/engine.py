@@ -124,7 +124,7 @@ class Engine:
         return Guest(requests, backing)
 
 
-def settle(medium: Medium) -> None:
+def settle(medium: Medium, barrier: str = "open.settle") -> None:
     """Make what an earlier process left durable, and have reads show nothing else (M7). Once for each medium.
 
     Raises:
@@ -133,7 +133,7 @@ def settle(medium: Medium) -> None:
     if not medium.barriers_started:
         # Durable now: what a killed writer left in the page cache, a root copy in flight among it. All that
         # follows relies on what is read.
-        medium.barrier("open.settle")
+        medium.barrier(barrier)
         medium.forget_cached()
 
 

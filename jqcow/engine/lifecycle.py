@@ -4,7 +4,8 @@ Recovery, from top to bottom: the live records, durable as they were read (M7), 
 into a new range, and the root names that; every home is written; the image goes on. Nothing is written into
 the range that was read: a durable frame must not be put at risk by rewriting it.
 
-F1. While refcounts may be too low nothing below the end of everything is allocated, or punched.
+F1. While refcounts may be too low, and when one turned out to be, nothing below the end of everything is
+    allocated, or punched.
 F2. Data behind the last counted cluster that a table maps gets its refcount in the first record that follows
     opening; nothing there is allocated, punched or cut off before.
 F3. A clean file grows only while nothing mapped lies past its end.
@@ -182,7 +183,8 @@ class Lifecycle:
         self.public.refcounts.allocate_homes()
         # Under the next barrier they become zero-safe: new clusters need not go behind the journal.
         self.log.recycle()
-        journal = self.log.lay(self.log.journal_bytes, Contents.opening(live, epoch=1, sequence=0))
+        contents = Contents.opening(live, epoch=1, sequence=0)
+        journal = self.log.lay(self.log.journal_bytes, contents, self.log.shortest_bytes)
         try:
             # Durable now: the opening frame and the root copy. The root that names them comes next.
             self.medium.barrier("live.prepare")

@@ -59,6 +59,7 @@ class Log:
     Attributes:
         journal: None while the image is clean.
         journal_bytes: length of the next range.
+        shortest_bytes: the least that the first range may have, where the host is short of space.
         new_salt: makes the salt of each new range.
         in_transaction: a transaction is open: what it took looks free in the public tables, which must not be
             searched for free clusters then.
@@ -74,6 +75,7 @@ class Log:
         self.root = root
         self.journal: Journal | None = None
         self.journal_bytes = journal_bytes
+        self.shortest_bytes = MIN_JOURNAL_BYTES
         self.new_salt = new_salt
         self.in_transaction = False
         self.is_sparse = False

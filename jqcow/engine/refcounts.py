@@ -165,10 +165,15 @@ class Refcounts:
         if refcount == 1 and cluster not in self.space.metadata:
             return 1
         if refcount == 0:
-            offset = self.geometry.offset_of(cluster)
-            raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
+            raise self._too_low(cluster)
         self.check_holds_data(cluster)
         return refcount
+
+    def _too_low(self, cluster: ClusterIndex) -> CorruptionError:
+        """Return the error for a cluster that is in use, and has refcount 0: it is not the only one (F1)."""
+        self.space.distrust()
+        offset = self.geometry.offset_of(cluster)
+        return CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
 
     def check_holds_data(self, cluster: ClusterIndex) -> None:
         """Raise CorruptionError if a cluster holds metadata: a guest's entry must not change it (G2)."""
@@ -393,9 +398,9 @@ class Allocation(Refcounts):
         return runs
 
     def _refuse(self, cluster: ClusterIndex, delta: int) -> NoReturn:
-        offset = self.geometry.offset_of(cluster)
         if delta < 0:
-            raise CorruptionError("refcount block", offset, "a cluster in use has refcount 0")
+            raise self._too_low(cluster)
+        offset = self.geometry.offset_of(cluster)
         detail = f"the cluster at host offset {offset:#x} has no room for another reference"
         raise UnsupportedFeatureError(f"a refcount above {self.largest}", detail)
 

@@ -72,6 +72,7 @@ class Space:
         readable_bytes: length of the file, as far as it was asked for. What lies further is lost, unless
             `reaches` says that the file has grown.
         find_used_end: of a live image, finds the cluster behind the highest one with a refcount.
+        is_distrusted: a refcount turned out to be too low; see `distrust`.
     """
 
     def __init__(self, medium: Medium, geometry: Geometry, requests: InFlight) -> None:
@@ -91,6 +92,7 @@ class Space:
         self.sharers: dict[ClusterIndex, list[GuestCluster]] | None = None
         self.readable_bytes = 0
         self.find_used_end: Callable[[], ClusterIndex] | None = None
+        self.is_distrusted = False
         self._requests = requests
         self._lent = ClusterRuns()
         self._freed = ClusterRuns()
@@ -128,10 +130,12 @@ class Space:
     @property
     def is_short(self) -> bool:
         """True when zero-safe clusters run out and none are on their way: unknown ones are to be recycled."""
-        return not self.zero_safe.holds(RECYCLE_CLUSTERS) and not self._settling
+        return not self.is_distrusted and not self.zero_safe.holds(RECYCLE_CLUSTERS) and not self._settling
 
     def take(self, count: int, *, ordered: bool = False) -> Run:
         """Take up to ``count`` clusters, at least one; ``ordered``: they need not be zero-safe."""
+        if self.is_distrusted:
+            return self.take_at_frontier(count)
         if self.zero_safe:
             run = replace(self.zero_safe.take(count), zero_safe=True)
         elif self.unknown and (ordered or not self.host_punches):
@@ -147,6 +151,10 @@ class Space:
         self.frontier = ClusterIndex(self.frontier + count)
         self._lent.add(run.start, run.count)
         return run
+
+    def distrust(self) -> None:
+        """A cluster in use has refcount 0, and so may others that look free: none is used or punched (F1)."""
+        self.is_distrusted = True
 
     def count_in(self, run: Run) -> None:
         """The clusters have a refcount now."""
@@ -236,6 +244,8 @@ class Space:
 
         They are on no other list until `end_recycling`; the lock may be free meanwhile.
         """
+        if self.is_distrusted:
+            return []
         runs = _before(self._released, self._requests.oldest()) if self._released else []
         for run in runs:
             del self._released[run]

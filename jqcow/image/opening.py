@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import TypeVar, Unpack
 
 from jqcow.device.base import Device, check_device
 from jqcow.device.disk import Disk
-from jqcow.device.file import FileDevice
+from jqcow.device.file import FileDevice, remove_file
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
@@ -17,7 +18,6 @@ from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.disks.undo import (
     bring_home,
-    remove_undo,
     save_undo,
     settle_undo,
     take_back_cut_off,
@@ -27,6 +27,7 @@ from jqcow.engine.engine import Engine, make_writable, open_engine, random_salt
 from jqcow.engine.log import affordable_length
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport, What, clear_corrupt_bit
+from jqcow.engine.scan import read_header
 from jqcow.errors import (
     CorruptionError,
     FileAccessDenied,
@@ -43,6 +44,15 @@ from jqcow.ondisk.blank import BlankImage, blank_image
 from jqcow.ondisk.form import Form, FormOptions
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import DiskFormat, NamedFile
+
+
+@dataclass(frozen=True)
+class JournalLength:
+    """The length in bytes of the next journal, 0 for the default. ``is_exact``: shorter ones do not do."""
+
+    length_bytes: int
+    is_exact: bool = False
+
 
 _Closable = TypeVar("_Closable", bound=FileDevice | Chain | None)
 
@@ -92,7 +102,8 @@ def create(
         chain = None if named is None else open_below(named, [device.identity()], following)
         with _closed_on_error(chain):
             device.publish(overwrite)
-            return _open(device, "r+", journal_size=journal_size, find_backing=lambda engine: chain)
+            length = _journal_length(journal_size)
+            return _open(device, "r+", journal=length, find_backing=lambda engine: chain)
 
 
 def open(
@@ -143,11 +154,11 @@ def open(
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
-        journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
+        length = _prepare(device, journal_size, repair, free_lost=free_lost, following=following)
         image = _open(
             device,
             mode,
-            journal_size=journal_size,
+            journal=length,
             snapshot=snapshot,
             repair=repair,
             free_lost=free_lost,
@@ -175,7 +186,7 @@ def open_base(
         image = _open(
             device,
             "r+",
-            journal_size=journal_size,
+            journal=_journal_length(journal_size),
             find_backing=lambda engine: _open_chain(engine, device, following, above),
         )
         return _settled(image, device)
@@ -252,7 +263,7 @@ def open_device(
     return _open(
         device,
         mode,
-        journal_size=journal_size,
+        journal=_journal_length(journal_size),
         new_salt=new_salt,
         snapshot=snapshot,
         repair=repair,
@@ -266,7 +277,7 @@ def _open(
     mode: Mode,
     *,
     find_backing: Callable[[Engine], Disk | None],
-    journal_size: int | None = None,
+    journal: JournalLength,
     new_salt: Callable[[], bytes] = random_salt,
     snapshot: str | None = None,
     repair: What | None = None,
@@ -283,11 +294,13 @@ def _open(
     opened = open_engine(
         Medium(device),
         writable=mode == "r+",
-        journal_bytes=0 if journal_size is None else roots.journal_length(journal_size),
+        journal_bytes=journal.length_bytes,
         new_salt=new_salt,
         repair=repair,
     )
     engine = opened.engine
+    if journal.is_exact:
+        engine.log.shortest_bytes = journal.length_bytes
     shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
     backing = find_backing(engine)
     try:
@@ -304,51 +317,88 @@ def _open(
         raise
 
 
+def _journal_length(journal_size: int | None) -> JournalLength:
+    """Return what `open` was asked for."""
+    return JournalLength(0 if journal_size is None else roots.journal_length(journal_size))
+
+
+def _prepare(
+    device: FileDevice,
+    journal_size: int | None,
+    repair: What | None,
+    *,
+    free_lost: bool,
+    following: Following | None = None,
+) -> JournalLength:
+    """Return the length of the next journal, after what a repair needs first, if there is one."""
+    length = _journal_length(journal_size)
+    if repair is None:
+        return length
+    return _prepare_repair(device, length, repair, free_lost=free_lost, following=following)
+
+
 def _prepare_repair(
-    device: FileDevice, repair: What | None, journal_size: int | None, *, free_lost: bool
-) -> int | None:
+    device: FileDevice, journal: JournalLength, repair: What, *, free_lost: bool, following: Following | None
+) -> JournalLength:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none.
+    A repair that only lowers refcounts of harmless leaks needs none. With ``following`` the backing files
+    must be there, and allowed, before anything is written.
 
-    Returns the size of its journal on trial: a new refcount table lies behind that.
+    Returns the length of its journal on trial: a new refcount table lies behind that.
     """
-    if repair is None:
-        return journal_size
-    if not _take_back_cut_off(device):
+    is_back = _take_back_cut_off(device)
+    if following is not None:
+        _check_chain(device, following)
+    if not is_back:
         bring_home(device)
     # The undo file takes space, too.
-    journal_bytes = affordable_length(journal_size or roots.DEFAULT_JOURNAL_BYTES, device.free_bytes() // 2)
+    wanted_bytes = journal.length_bytes or roots.DEFAULT_JOURNAL_BYTES
+    on_trial = JournalLength(affordable_length(wanted_bytes, device.free_bytes() // 2))
     trial = TrialDevice(device)
-    needs_undo = free_lost
+    needs_undo = True
     with suppress(JqcowError):
         # What it refuses is refused again, when it is no trial.
         with _open(
             trial,
             "r+",
-            journal_size=journal_bytes,
+            journal=on_trial,
             repair=repair,
             free_lost=free_lost,
             find_backing=lambda _: None,
         ) as image:
             done = image.repaired or RepairReport()
-        needs_undo |= bool(done.too_low or done.copied_flags or done.refcount_table)
-    sectors = [offset for offset, *_ in trial.changed()]
-    if sectors and (needs_undo or not sectors[0]):
-        save_undo(trial, device)
-    return journal_bytes
+        needs_undo = free_lost or bool(done.too_low or done.copied_flags or done.refcount_table)
+    first = next(trial.changed(), None)
+    if first is None or not (needs_undo or first[0] == 0):
+        return on_trial
+    save_undo(trial, device)
+    return replace(on_trial, is_exact=True)
+
+
+def _check_chain(device: FileDevice, following: Following) -> None:
+    """Open the backing files of an image, and close them, unless its header is lost."""
+    try:
+        area = read_header(device)
+    except (FormatError, CorruptionError):
+        return
+    named = naming.backing_file_of(area, device.path)
+    if named is not None:
+        open_below(named, [device.identity()], following).close()
 
 
 def _take_back_cut_off(device: FileDevice) -> bool:
     """Take back a repair, or end an undo, that was cut off, before another repair; False if none was."""
     path = undo_path(device.path)
     # One of another repair stays, as one does that cannot be read.
-    with suppress(CorruptionError, FormatError, UnsupportedFeatureError, FileNotFoundError):
-        with closing(FileDevice.open(path, writable=True)) as undo:
-            is_back = take_back_cut_off(device, undo)
+    with (
+        suppress(CorruptionError, FormatError, UnsupportedFeatureError, FileNotFoundError, IsADirectoryError),
+        closing(FileDevice.open(path, writable=True)) as undo,
+    ):
+        is_back = take_back_cut_off(device, undo)
         if is_back:
-            remove_undo(device.path)
-            return True
+            remove_file(undo)
+        return is_back
     return False
 
 
@@ -377,11 +427,11 @@ def open_alone(
     """
     _check_mode(mode, journal_size, repair, force_share=False)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
-        journal_size = _prepare_repair(device, repair, journal_size, free_lost=free_lost)
+        length = _prepare(device, journal_size, repair, free_lost=free_lost)
         image = _open(
             device,
             mode,
-            journal_size=journal_size,
+            journal=length,
             repair=repair,
             free_lost=free_lost,
             find_backing=lambda engine: None,

@@ -6,8 +6,8 @@ import os
 from contextlib import closing
 from dataclasses import replace
 
-from jqcow.device.file import FileDevice
-from jqcow.disks.undo import UndoFile, UndoReport, remove_undo, undo_on, undo_path
+from jqcow.device.file import FileDevice, remove_file
+from jqcow.disks.undo import UndoFile, UndoReport, undo_on, undo_path
 
 
 def undo_repair(image: str | os.PathLike[str], *, force: bool = False) -> UndoReport:
@@ -32,5 +32,5 @@ def undo_repair(image: str | os.PathLike[str], *, force: bool = False) -> UndoRe
         UndoFile.read(undo)
         with closing(FileDevice.open(name, writable=True)) as device:
             report = replace(undo_on(device, undo, force=force), image=name)
-            remove_undo(name)
+            remove_file(undo)
             return report

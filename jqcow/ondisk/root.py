@@ -162,7 +162,13 @@ def pack_root(header: Header, journal: JournalRange) -> bytes:
 
 
 def pack_undo_root(header: Header) -> bytes:
-    """Return sector 0 of an image that is being taken back: 512 bytes."""
+    """Return sector 0 of an image that is being taken back: 512 bytes.
+
+    Raises:
+        FormatError: no header that a root has room for.
+    """
+    if header.version > 2 and not V3_BYTES <= header.header_length <= SECTOR_BYTES - _ADDED_BYTES:
+        raise FormatError(f"header_length {header.header_length} leaves no room in sector 0")
     return _pack_refused(header, Extension(EXTENSION_UNDO, b""), UNDO_FEATURE_NAME)
 
 

@@ -93,6 +93,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
+    "undo.settle": ("dropping:repair-done",),
     "undo.done": ("dropping:repair-done",),
     "undo.begin": ("dropping:undo",),
     "undo.root": ("dropping:half-taken-back",),
@@ -505,6 +506,11 @@ OF_COMMITS = (
         "F1-search-before-repair",
         after(f"{LIFECYCLE}.prepare_to_repair", lambda _, lifecycle, **__: lifecycle.start_search()),
         trials=("repair/4096/0", "repair/4096/1", "repair-snapshots/4096/0"),
+    ),
+    Mutant(
+        "F1-too-low-and-trusted",
+        skipping(f"{SPACE}.distrust"),
+        trials=(SCENARIO + "refcount-that-is-too-low",),
     ),
     Mutant(
         "F2-uncounted-data-cut-off",

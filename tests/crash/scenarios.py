@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 from threading import Event
@@ -152,6 +153,24 @@ def stale_copied_flag() -> None:
         image.pwrite(b"\x44" * SECTOR_BYTES, 0)
     with open_simulated(device, "r", snapshot="kept") as kept:
         require(kept.pread(CLUSTER_BYTES, 0) == b"\x33" * CLUSTER_BYTES, "P1: the snapshot changed")
+
+
+def refcount_that_is_too_low() -> None:
+    """P5: one is met, and then no cluster is taken or punched that others may be in as well."""
+    crafted = Crafted()
+    hosts = [crafted.entry(crafted.place(guest_cluster)) & ~COPIED for guest_cluster in (0, 1, 2)]
+    for host in hosts:
+        crafted.set_refcount(host, 0)
+    device = crafted.device()
+    before = [device.pread(CLUSTER_BYTES, host) for host in hosts]
+    with open_simulated(device) as image:
+        with suppress(CorruptionError):
+            image.pwrite(b"\x44" * 512, 0)
+        for guest_cluster in range(8, 30):
+            image.pwrite(b"\x44" * CLUSTER_BYTES, guest_cluster * CLUSTER_BYTES)
+            image.flush()
+    after = [device.content()[host : host + CLUSTER_BYTES] for host in hosts]
+    require(after == before, "P5: what other entries name", "it was written over")
 
 
 def uncounted_data() -> None:
@@ -683,7 +702,7 @@ def _judge_stale_copy(crashed: SimulatedDevice) -> None:
 def _damaged_and_repaired() -> tuple[SimulatedDevice, bytes, SimulatedDevice]:
     """Return a repaired image, its bytes before, and the undo file of that, durable."""
     device, undo = SimulatedDevice(), SimulatedDevice()
-    with create_simulated(device, 4 << 20, WITH_ROOT_COPY) as image:
+    with create_simulated(device, 8 << 20, WITH_ROOT_COPY) as image:
         image.pwrite(b"\x33" * (3 * WITH_ROOT_COPY), 0)
     tables = Tables(device.content())
     tables.set_entry(tables.l2 + 8, tables.entry(tables.l2))
@@ -697,6 +716,23 @@ def _damaged_and_repaired() -> tuple[SimulatedDevice, bytes, SimulatedDevice]:
     require(device.content() != before, "the repair changed nothing")
     device.reopen()
     return device, before, undo
+
+
+class _Killed(Exception):
+    """The process ends here."""
+
+
+def _killed_at(barrier: str, device: SimulatedDevice, act: Callable[[], object]) -> SimulatedDevice:
+    """Do something, and be killed at a barrier; return what the next process finds of a device."""
+
+    def kill(name: str, _: SimulatedDevice) -> None:
+        if name == barrier:
+            raise _Killed
+
+    device.barrier_listeners.append(kill)
+    with suppress(_Killed):
+        act()
+    return device.killed()
 
 
 def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
@@ -719,11 +755,16 @@ def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
         except JqcowError as error:
             raise PromiseBroken(f"P5: an undo that was cut off cannot be done again: {error}") from error
         require(crashed.content() == before, "P5: the image before its repair", "other bytes")
+    grown = Tables(device.content())
     with open_simulated(device) as image:
         image.pwrite(b"\x44" * WITH_ROOT_COPY, 9 * WITH_ROOT_COPY)
     device.reopen()
-    lost = SimulatedDevice(b"\xee" * SECTOR_BYTES + device.content()[SECTOR_BYTES:])
-    for later in (device, lost):
+    # By another program, where the repair changed nothing near; then sector 0 was lost.
+    grown.image += bytes((16 << 20) - len(grown.image))
+    grown.set_entry(grown.l2 + 8 * 600, COPIED | len(grown.image))
+    grown.set_refcount(len(grown.image), 1)
+    lost = b"\xee" * SECTOR_BYTES + grown.image[SECTOR_BYTES:] + b"\x44" * WITH_ROOT_COPY
+    for later in (device, SimulatedDevice(lost)):
         with suppress(CorruptionError, FormatError):
             undo_on(later, SimulatedDevice(undo.durable_content()))
             raise PromiseBroken("P1: an undo that nobody asked for took later writes away")
@@ -731,33 +772,49 @@ def undo_of_a_repair(drop_barriers: tuple[str, ...]) -> None:
 
 def repair_that_is_done(drop_barriers: tuple[str, ...]) -> None:
     """P2: a later crash is no reason to take a repair back that was done."""
-    device, _, undo = _damaged_and_repaired()
-    undo.drop_barriers = set(drop_barriers)
-    mark_done(undo)
-    image = open_simulated(device)
-    image.pwrite(b"\x44" * WITH_ROOT_COPY, 9 * WITH_ROOT_COPY)
-    is_back = take_back_cut_off(device.killed(), SimulatedDevice(undo.durable_content()))
-    require(not is_back, "P2: the refcounts that were right", "a repair that was done is taken back")
+    for is_killed in (False, True):
+        device, _, undo = _damaged_and_repaired()
+        undo.drop_barriers = set(drop_barriers)
+        if is_killed:
+            # The mark is in the page cache alone when the next process looks for it.
+            undo = _killed_at("undo.done", undo, partial(mark_done, undo, device))
+        mark_done(undo, device)
+        image = open_simulated(device)
+        image.pwrite(b"\x44" * WITH_ROOT_COPY, 9 * WITH_ROOT_COPY)
+        is_back = take_back_cut_off(device.killed(), SimulatedDevice(undo.durable_content()))
+        require(not is_back, "P2: the refcounts that were right", "a repair that was done is taken back")
 
 
 def image_half_taken_back(drop_barriers: tuple[str, ...]) -> None:
     """P1: nobody opens an image that is half taken back, and what nobody writes there is not lost."""
-    device, before, undo = _damaged_and_repaired()
-    device.drop_barriers = set(drop_barriers)
-    states: list[SimulatedDevice] = []
+    for killed_at in (None, "undo.begin", "undo.root"):
+        device, before, undo = _damaged_and_repaired()
+        device.drop_barriers = set(drop_barriers)
+        after, states = device.content(), list[SimulatedDevice]()
+        if killed_at is not None:
+            # The new sector 0 is in the page cache alone when it is undone again.
+            device, undo = _undo_killed_at(killed_at, device, undo)
 
-    def cut(name: str, now: SimulatedDevice) -> None:
-        states.extend(now.crash(state) for state in enumerate_states(now, budget=64))
+        def cut(name: str, now: SimulatedDevice, states: list[SimulatedDevice] = states) -> None:
+            states.extend(now.crash(state) for state in enumerate_states(now, budget=64))
 
-    after = device.content()
-    device.barrier_listeners.append(cut)
-    undo_on(device, undo)
-    for crashed in states:
-        found = crashed.content()
-        if found not in (before, after):
-            with suppress(CorruptionError, FormatError):
-                open_simulated(crashed)
-                raise PromiseBroken("P1: an image that is half taken back can be opened")
+        device.barrier_listeners.append(cut)
+        undo_on(device, undo)
+        for crashed in states:
+            found = crashed.content()
+            if found not in (before, after):
+                with suppress(CorruptionError, FormatError):
+                    open_simulated(crashed)
+                    raise PromiseBroken("P1: an image that is half taken back can be opened")
+
+
+def _undo_killed_at(
+    barrier: str, device: SimulatedDevice, undo: SimulatedDevice
+) -> tuple[SimulatedDevice, SimulatedDevice]:
+    """Return an image and its undo file as the next process finds them."""
+    watched = undo if barrier == "undo.begin" else device
+    left = _killed_at(barrier, watched, partial(undo_on, device, undo))
+    return (device.killed(), left) if watched is undo else (left, undo.killed())
 
 
 def undo_of_another_file() -> None:
@@ -795,6 +852,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         two_owners_without_a_snapshot,
         two_owners_with_wrong_flags,
         stale_copied_flag,
+        refcount_that_is_too_low,
         uncounted_data,
         truncated_file,
         undo_of_another_file,

@@ -290,6 +290,15 @@ def _lacks_its_backing_file(difference: Difference) -> bool:
     return checking.their_verdict == "refused" and bool(is_told and difference.tables.fields.backing_offset)
 
 
+def _is_counted_by_recovery(difference: Difference) -> bool:
+    checking, settled = difference.checking, difference.evidence.settled
+    if difference.evidence.recovered is None or settled is None or checking.report is None:
+        return False
+    mended = {Kind(kind) for kind, count in checking.counts.items() if settled.counts.get(kind, 0) < count}
+    is_alike = (settled.corruptions, settled.leaks) == (checking.corruptions, checking.leaks)
+    return is_alike and mended <= {Kind.REFCOUNT_TOO_LOW, Kind.COPIED_FLAG}
+
+
 def _only(kind: Kind, *theirs: str) -> Predicate:
     """jqcow finds this, and nothing else that QEMU calls an error; QEMU has the same leaks."""
 
@@ -412,6 +421,8 @@ CATEGORIES = (
              "it cannot be read, by QEMU neither", _is_data_cut_off),
     Category(VERDICT, "metadata that shares its cluster, with a refcount that allows it",
              "one write to either destroys the other", _only(Kind.OVERLAP, "clean", "leaks")),
+    Category(VERDICT, "data behind the last counted cluster, in a live image",
+             "an error in its journal; recovery counts such data", _is_counted_by_recovery),
     Category(VERDICT, "leaks that look like lost data",
              "freeing them may free the only copy", _only(Kind.LOST_DATA, "leaks")),
     Category(VERDICT, "a snapshot's L1 table too small for its disk",
@@ -420,6 +431,8 @@ CATEGORIES = (
              "recovery may write there", _only(Kind.RESERVED_RANGE, "clean", "leaks")),
     Category(VERDICT, "refcounts of clusters past the end of the file",
              "space that nothing uses: a leak", _only(Kind.LEAK_PAST_END, "clean")),
+    Category(NUMBERS, "data behind the last counted cluster, in a live image",
+             "an error in its journal; recovery counts such data", _is_counted_by_recovery),
     Category(NUMBERS, "a refcount block that shares its cluster",
              "one more error in QEMU", _is_shared_refcount_block),
     Category(NUMBERS, "a refcount block that QEMU cannot read",

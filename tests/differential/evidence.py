@@ -107,11 +107,15 @@ class Checking:
 
 @dataclass
 class Evidence:
-    """All that was seen of a case. ``content`` is the file as both saw it; of a live one, as recovered."""
+    """All that was seen of a case. ``content`` is the file as both saw it; of a live one, as recovered.
+
+    ``settled`` is what jqcow finds in a live one after recovery.
+    """
 
     case: Case
     content: bytes
     recovered: Told | None = None
+    settled: CheckReport | None = None
     live_opened_by_qemu: bool = False
     before: Checking | None = None
     readings: list[Reading] = field(default_factory=list)
@@ -145,6 +149,7 @@ def gather(case: Case, folder: Path) -> Evidence:
         if not evidence.recovered.done:
             return evidence
         evidence.content = theirs.read_bytes()
+        evidence.settled = check(theirs, theirs).report
         if not is_live(case.content):
             # Sector 0 is lost: nothing reads the image before it is recovered.
             image = theirs

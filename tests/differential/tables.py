@@ -177,14 +177,16 @@ class Tables:
         return {table for table, count in counted.items() if table and count > 1}
 
     def has_hole(self) -> bool:
-        """Return True if a table has room for more: an L1 entry, or a sector of an L2 table, is zeros."""
+        """Return True if a table has room: an L1 entry, or a sector of an L2 table, is zeros or gone."""
         for l1 in (self.active, *(l1 for _, l1 in self.snapshots())):
             entries = self.l1_entries(l1)
             if len(entries) < min(l1.count, _ENTRIES_MAX) or not entries:
                 return True
             for entry in entries:
                 piece = self.content[entry & OFFSET :][: self.cluster_bytes]
-                if not all(any(piece[at : at + 512]) for at in range(0, len(piece), 512)):
+                if len(piece) < self.cluster_bytes or not all(
+                    any(piece[at : at + 512]) for at in range(0, len(piece), 512)
+                ):
                     return True
         return False
 

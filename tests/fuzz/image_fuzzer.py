@@ -24,6 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.support.measured import peak_bytes
+
 ROOT = Path(__file__).resolve().parents[2]
 BACKING = "backing.raw"
 BACKING_BYTES = 1 << 20
@@ -160,8 +162,7 @@ def main() -> int:
     directory, first, count = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
     outcomes = run_some(Path(directory), int(first), int(count))
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    print(json.dumps({"outcomes": outcomes, "peak_bytes": peak_bytes}))
+    print(json.dumps({"outcomes": outcomes, "peak_bytes": peak_bytes()}))
     return 0
 
 

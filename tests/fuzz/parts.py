@@ -152,7 +152,7 @@ def use_snapshots(content: bytes, choice: int) -> None:
         apply = choice >> step & 1
         tolerated(partial(image.apply_snapshot if apply else image.delete_snapshot, name))
         if not image.closed:
-            tolerated(partial(image.pwrite, b"after", min(600 * step, max(0, image.size - 5))))
+            tolerated(partial(image.pwrite, b"after"[: image.size], min(600 * step, max(0, image.size - 5))))
     tolerated(image.close)
     again = exercised.look()
     if seen is not None and seen.sound:

@@ -46,7 +46,8 @@ def measure(*arguments: str) -> Measured:
     return Measured(**json.loads(told), errors=errors)
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Return the most memory that this process had at once. What its parent had before does not count."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) << 10
@@ -59,7 +60,7 @@ def _main() -> None:
     program, arguments = sys.argv[1], sys.argv[2:]
     code = (recover if program == "jqcow-recover" else commands).main(arguments)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    told = {"code": code, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": _peak_bytes()}
+    told = {"code": code, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": peak_bytes()}
     print(f"{_MARK}{json.dumps(told)}", file=sys.stderr)
 
 

@@ -372,7 +372,9 @@ class TestPublishing:
                 users[0].publish(overwrite=False)
                 path.with_name("other").replace(path)
 
-        hooked = (names, "keep_attributes") if moment == "before the renaming" else (names, "open_regular")
+        hooked = (
+            (names, "keep_attributes") if moment == "before the renaming" else (file_module, "_open_regular")
+        )
         call = getattr(*hooked)
 
         def slow(*arguments: object, **named: object) -> object:
@@ -392,7 +394,7 @@ class TestPublishing:
     def test_a_file_that_goes_meanwhile_is_no_obstacle(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        opened = names.open_regular
+        opened = file_module._open_regular
 
         def remove_it(name: str, *, writable: bool) -> int:
             os.unlink(name)
@@ -400,7 +402,7 @@ class TestPublishing:
 
         device = FileDevice.create_temporary(path)
         device.pwrite(b"content", 0)
-        monkeypatch.setattr(names, "open_regular", remove_it)
+        monkeypatch.setattr(file_module, "_open_regular", remove_it)
         device.publish(overwrite=True)
         device.close()
         assert path.read_bytes() == b"content"

@@ -14,10 +14,10 @@ import pytest
 import jqcow
 from jqcow.cli.main import main
 from jqcow.cli.recover import main as recover_main
+from jqcow.device import names
 from jqcow.device.base import ReadBuffer
 from jqcow.device.file import FileDevice
 from jqcow.device.trial import TrialDevice
-from jqcow.disks import undo as undos
 from jqcow.disks.undo import UndoFile, pack_undo, undo_on, undo_path
 from jqcow.engine.repair import What
 from jqcow.errors import CorruptionError, FormatError, JqcowError
@@ -26,7 +26,7 @@ from jqcow.offline.recover import recover_image
 from jqcow.offline.undo import undo_repair
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import Header
-from jqcow.ondisk.undo import Mark, UndoHeader, UndoRun
+from jqcow.ondisk.undo import BLOCK_BYTES, HEADER_BYTES, Mark, UndoHeader, UndoRun
 from jqcow.testing import SimulatedDevice, enumerate_states
 from tests.support.patients import Tables
 from tests.support.qemu import done
@@ -62,9 +62,26 @@ def ragged_end(tables: Tables) -> None:
     tables.image += b"\xee" * (2 * CLUSTER + 700)
 
 
+def short_end(tables: Tables) -> None:
+    """The last cluster is not whole, as QEMU leaves it."""
+    double_allocation(tables)
+    end = len(tables.image)
+    tables.image += b"\x55" * 2048
+    tables.set_entry(tables.l2 + 8 * 30, 1 << 63 | end)
+    tables.set_refcount(end, 1)
+
+
 DAMAGE: dict[str, Damage] = {
     damage.__name__: damage
-    for damage in (double_allocation, no_refcount_table, no_refcounts, marked_dirty, emptied_l2, ragged_end)
+    for damage in (
+        double_allocation,
+        no_refcount_table,
+        no_refcounts,
+        marked_dirty,
+        emptied_l2,
+        ragged_end,
+        short_end,
+    )
 }
 
 
@@ -96,7 +113,7 @@ def repair(path: Path) -> None:
 def without_mark(path: Path) -> None:
     """Make the undo file of an image what it is before the repair is done."""
     with closing(FileDevice.open(undo_path(str(path)), writable=True)) as undo:
-        undo.truncate(UndoFile.read(undo).runs_end)
+        undo.truncate(UndoFile.read(undo).header.mark_place)
 
 
 class TestFiles:
@@ -184,7 +201,7 @@ class TestFiles:
         repair(path)
         path.write_bytes(content)
         without_mark(path)
-        syncing, writing = undos.sync_directory, FileDevice.pwrite
+        syncing, writing = names.sync_directory, FileDevice.pwrite
 
         def sync(directory: str) -> None:
             calls.append(directory)
@@ -195,7 +212,7 @@ class TestFiles:
                 calls.append("write")
             writing(device, buffer, offset)
 
-        monkeypatch.setattr(undos, "sync_directory", sync)
+        monkeypatch.setattr(names, "sync_directory", sync)
         monkeypatch.setattr(FileDevice, "pwrite", write)
         repair(path)
         assert calls[0] == str(path.parent) and "write" in calls
@@ -205,7 +222,7 @@ class TestFiles:
         repair(path)
         with closing(FileDevice.open(undo_path(str(path)), writable=True)) as undo:
             file = UndoFile.read(undo)
-            undo.pwrite(file.header.pack_mark(Mark.BEGUN), file.mark_place)
+            file.put_mark(undo, Mark.BEGUN)
         with path.open("r+b") as image:
             image.write(roots.pack_undo_root(Header.unpack(content[:512])))
         for mode in ("r", "r+"):
@@ -318,9 +335,9 @@ class TestFiles:
     def test_a_damaged_undo_file(self, path: Path) -> None:
         repair(path)
         after, undo = path.read_bytes(), Path(undo_path(str(path)))
-        runs_end = UndoFile.read(SimulatedDevice(undo.read_bytes())).runs_end
-        whole = undo.read_bytes()[:runs_end]
-        for at in {12, 20, 40, 55, len(whole) // 2, len(whole) - 1}:
+        runs_bytes = UndoFile.read(SimulatedDevice(undo.read_bytes())).header.runs_bytes
+        whole = undo.read_bytes()[: HEADER_BYTES + runs_bytes]
+        for at in {12, 20, 40, 63, len(whole) // 2, len(whole) - 1}:
             undo.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
             with pytest.raises(JqcowError):
                 undo_repair(path)
@@ -378,26 +395,39 @@ class TestCrashes:
 @pytest.mark.parametrize(
     "undo",
     [
-        UndoHeader(1 << 62, 512, 0).pack(),
-        UndoHeader(512, 512, 0).pack(),
-        UndoHeader(512, 1 << 63, 0).pack(),
-        UndoHeader(512, 512, 1).pack() + UndoRun(1 << 63, bytes(512), (0,)).pack(),
-        UndoHeader(512, 512, 1 << 62).pack(),
+        UndoHeader(1 << 62, 512, 0, 0).pack(),
+        UndoHeader(512, 512, 0, 0).pack(),
+        UndoHeader(512, 1 << 63, 0, 0).pack(),
+        UndoHeader(512, 512, 1, 532).pack() + UndoRun(1 << 63, bytes(512), (0,)).pack(),
+        UndoHeader(9000, 512, 1, 532).pack() + UndoRun(512, bytes(512), (0,)).pack(),
+        UndoHeader(512, 512, 1, 532).pack() + UndoRun(4096, bytes(512), (0,)).pack(),
+        UndoHeader(512, 512, 2, 1064).pack() + 2 * UndoRun(0, bytes(512), (0,)).pack(),
+        UndoHeader(512, 512, 1 << 62, 0).pack(),
+        UndoHeader(512, 512, 1, 1 << 63).pack(),
+        UndoHeader(512, 512, 1, 0).pack() + UndoRun(0, bytes(512), (0,)).pack(),
     ],
-    ids=["old length", "no sector 0", "new length", "offset", "number of runs"],
-)
+    ids=[
+        "old length", "no sector 0", "new length", "offset", "unaligned", "behind the end", "order",
+        "number of runs", "length of runs", "another length of runs",
+    ],
+)  # fmt: skip
 def test_a_hostile_undo_file_is_refused(undo: bytes) -> None:
     with pytest.raises(CorruptionError, match="undo file"):
         undo_on(SimulatedDevice(bytes(512)), SimulatedDevice(undo), force=True)
 
 
-def test_a_name_that_leaves_no_room_for_one(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 250)
-    jqcow.create(path, 1 << 20).close()
-    with jqcow.open(path, "r+") as image:
-        image.pwrite(b"written", 0)
-    with jqcow.open(path) as image:
-        assert image.pread(7, 0) == b"written"
+@pytest.mark.parametrize("name", ["n" * 244, "n" * 245, "n" * 255, "\N{PILE OF POO}" * 61, "x" + "ä" * 127])
+def test_a_name_that_leaves_no_room_for_one(tmp_path: Path, name: str) -> None:
+    path, content = tmp_path / name, damaged("double_allocation")
+    path.write_bytes(content)
+    repair(path)
+    assert len(list(tmp_path.iterdir())) == 2
+    undo_repair(path)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_long_names_that_begin_alike_have_files_of_their_own() -> None:
+    assert undo_path("/" + "n" * 254 + "a") != undo_path("/" + "n" * 254 + "b")
 
 
 def test_a_dirty_image_that_is_opened_has_none(tmp_path: Path) -> None:
@@ -430,8 +460,10 @@ def test_nobody_is_told_to_overwrite_an_undo_file(tmp_path: Path, capsys: pytest
 
 
 def test_on_disk_structures() -> None:
-    header, run = UndoHeader(5, 6, 7, 8, 9), UndoRun(512, bytes(range(256)) * 4, (1, 2))
+    header, run = UndoHeader(5, 6, 7, 8, 9, 10), UndoRun(4096, bytes(range(256)) * 4, (1, 2))
     assert UndoHeader.unpack(header.pack()) == header
     assert [header.unpack_mark(header.pack_mark(mark)) for mark in Mark] == list(Mark)
-    assert header.unpack_mark(UndoHeader(5, 6, 8).pack_mark(Mark.DONE)) is None
+    assert header.unpack_mark(UndoHeader(5, 6, 7, 9).pack_mark(Mark.DONE)) is None
+    # A block of its own: garbled in a power cut, it takes no run with it.
+    assert [UndoHeader(5, 6, 7, length).mark_place // BLOCK_BYTES for length in (0, 4032, 4033)] == [1, 1, 2]
     assert UndoRun.unpack(run.pack() + b"more", 40) == run and len(run.pack()) == run.length
