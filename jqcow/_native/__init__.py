@@ -27,6 +27,7 @@ from jqcow._native.twins import (
     refcount_run,
     refcount_set,
     set_copied,
+    subcluster_run,
 )
 
 KERNELS = (
@@ -41,6 +42,7 @@ KERNELS = (
     "refcount_run",
     "refcount_set",
     "set_copied",
+    "subcluster_run",
 )
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "refcount_set",
     "select",
     "set_copied",
+    "subcluster_run",
 ]
 
 _serving: ModuleType = twins

@@ -81,17 +81,29 @@ def refcount_add(buffer: WritableBuffer, order: int, start: int, stop: int, delt
     return lib.jqcow_refcount_add(view, order, start, stop, delta)  # type: ignore[no-any-return]
 
 
-def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[int, int, int]:
+def l2_run(
+    table: Buffer, index: int, limit: int, cluster_bits: int, entry_bytes: int = 8
+) -> tuple[int, int, int]:
     """See :func:`jqcow._native.twins.l2_run`."""
     view = _from_buffer(table)
-    twins.check_l2_range(len(view), index, limit)
-    packed = lib.jqcow_l2_run(view, index, min(limit, len(view) // 8 - index), cluster_bits)
+    twins.check_l2_range(len(view), index, limit, entry_bytes)
+    limit = min(limit, len(view) // entry_bytes - index)
+    packed = lib.jqcow_l2_run(view, index, limit, cluster_bits, entry_bytes)
     kind = packed & 3
-    return kind, twins.first_host_offset(table, index, kind), packed >> 2
+    return kind, twins.first_host_offset(table, index * entry_bytes, kind), packed >> 2
 
 
-def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool) -> None:
+def subcluster_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[int, int]:
+    """See :func:`jqcow._native.twins.subcluster_run`."""
+    view = _from_buffer(table)
+    twins.check_subcluster_range(len(view), index, limit)
+    limit = min(limit, len(view) // 16 * 32 - index)
+    packed = lib.jqcow_subcluster_run(view, index, limit, cluster_bits)
+    return packed & 3, packed >> 2
+
+
+def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:
     """See :func:`jqcow._native.twins.set_copied`."""
     view = _from_buffer(table, require_writable=True)
-    twins.check_table_range(len(view), start, stop)
-    lib.jqcow_set_copied(view, start, stop, copied)
+    twins.check_table_range(len(view), start, stop, entry_bytes)
+    lib.jqcow_set_copied(view, start, stop, copied, entry_bytes)

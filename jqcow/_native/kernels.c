@@ -292,9 +292,10 @@ static inline enum run_kind kind_of(uint64_t entry)
     return entry & ENTRY_OFFSET ? RUN_DATA : RUN_UNALLOCATED;
 }
 
-uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits)
+uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits,
+                      size_t entry_bytes)
 {
-    const uint8_t *bytes = (const uint8_t *)table + index * 8;
+    const uint8_t *bytes = (const uint8_t *)table + index * entry_bytes;
     uint64_t first = load_big64(bytes);
     enum run_kind kind = kind_of(first);
     uint64_t expected = first;
@@ -303,7 +304,7 @@ uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster
     if (kind == RUN_COMPRESSED)
         limit = 1;
     for (; count < limit; count++) {
-        uint64_t entry = load_big64(bytes + count * 8);
+        uint64_t entry = load_big64(bytes + count * entry_bytes);
         expected += (uint64_t)1 << cluster_bits;
         if (kind_of(entry) != kind || (kind == RUN_DATA && entry != expected))
             break;
@@ -311,10 +312,53 @@ uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster
     return (count << 2) | kind;
 }
 
-void jqcow_set_copied(void *table, size_t start, size_t stop, int copied)
+/* The kind of a subcluster of an extended entry that is not compressed. */
+static inline enum run_kind subcluster_kind(uint64_t bitmap, size_t subcluster)
+{
+    if (bitmap >> subcluster & 1)
+        return RUN_DATA;
+    return bitmap >> (32 + subcluster) & 1 ? RUN_ZERO : RUN_UNALLOCATED;
+}
+
+/* Subclusters of one kind in a row: data goes on in the entry whose cluster follows on the host, all else
+ * only from an entry without a cluster to another one. The first entry is one that an image can have. */
+uint64_t jqcow_subcluster_run(const void *table, size_t index, size_t limit, int cluster_bits)
+{
+    const uint8_t *bytes = (const uint8_t *)table + index / 32 * 16;
+    uint64_t expected = load_big64(bytes);
+    uint64_t bitmap = load_big64(bytes + 8);
+    size_t subcluster = index % 32;
+    enum run_kind kind;
+    uint64_t count = 0;
+
+    if (expected & ENTRY_COMPRESSED) {
+        count = limit < 32 - subcluster ? limit : 32 - subcluster;
+        return (count << 2) | RUN_COMPRESSED;
+    }
+    kind = subcluster_kind(bitmap, subcluster);
+    while (count < limit && subcluster_kind(bitmap, subcluster) == kind) {
+        count++;
+        if (++subcluster < 32)
+            continue;
+        if (count >= limit || (kind != RUN_DATA && expected))
+            break;
+        if (kind == RUN_DATA)
+            expected += (uint64_t)1 << cluster_bits;
+        bytes += 16;
+        subcluster = 0;
+        bitmap = load_big64(bytes + 8);
+        if (load_big64(bytes) != expected || (bitmap & bitmap >> 32 & 0xffffffff) ||
+            (!expected && bitmap & 0xffffffff))
+            break;
+    }
+    return (count << 2) | kind;
+}
+
+void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes)
 {
     uint8_t *bytes = table;
 
     for (size_t index = start; index < stop; index++)
-        bytes[index * 8] = (uint8_t)((bytes[index * 8] & 0x7f) | (copied ? 0x80 : 0));
+        bytes[index * entry_bytes] =
+            (uint8_t)((bytes[index * entry_bytes] & 0x7f) | (copied ? 0x80 : 0));
 }

@@ -22,7 +22,9 @@ uint64_t jqcow_refcount_run(const void *block, int order, size_t start, size_t s
 /* Changes nothing where an entry would leave its range; returns the index of that one, or -1. */
 int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, int64_t delta);
 
-/* Returns the number of entries in the run, shifted left by 2, plus the kind of the run. */
-uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits);
+/* Both return the number of entries, or subclusters, in the run, shifted left by 2, plus its kind. */
+uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits,
+                      size_t entry_bytes);
+uint64_t jqcow_subcluster_run(const void *table, size_t index, size_t limit, int cluster_bits);
 
-void jqcow_set_copied(void *table, size_t start, size_t stop, int copied);
+void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes);

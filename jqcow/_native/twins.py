@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from array import array
 from functools import cache
+from itertools import islice
 
 Buffer = bytes | bytearray | memoryview
 WritableBuffer = bytearray | memoryview
@@ -19,6 +20,8 @@ DATA = 2
 COMPRESSED = 3
 
 _ENTRY = struct.Struct(">Q")
+_EXTENDED_ENTRY = struct.Struct(">QQ")
+_LOW_HALF = 0xFFFF_FFFF
 _ENTRY_COMPRESSED = 1 << 62
 _ENTRY_ZERO = 1
 _ENTRY_OFFSET = 0x00FF_FFFF_FFFF_FE00
@@ -138,26 +141,29 @@ def refcount_add(buffer: WritableBuffer, order: int, start: int, stop: int, delt
     return -1
 
 
-def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[int, int, int]:
+def l2_run(
+    table: Buffer, index: int, limit: int, cluster_bits: int, entry_bytes: int = 8
+) -> tuple[int, int, int]:
     """Return ``(kind, host_offset, count)`` of the extent that starts at entry ``index`` of an L2 table.
 
-    Entries are standard ones of 8 bytes; an extent has at most ``limit`` of them. ``kind`` is UNALLOCATED
+    An extent has at most ``limit`` entries. ``kind`` is UNALLOCATED
     (neither offset nor zero flag), ZERO (bit 0 set; the offsets need not be contiguous), DATA (each entry is
     that before it plus a cluster, so all else in them is equal) or COMPRESSED (one entry; ``host_offset`` is
-    then bits 0 to 61, the raw descriptor). Raises IndexError for an index outside the
-    table or a limit below 1.
+    then bits 0 to 61, the raw descriptor). Of entries longer than 8 bytes the first 8 are looked at. Raises
+    IndexError for an index outside the table or a limit below 1.
     """
     view = byte_view(table)
-    check_l2_range(len(view), index, limit)
-    (first,) = _ENTRY.unpack_from(view, index * 8)
+    check_l2_range(len(view), index, limit, entry_bytes)
+    (first,) = _ENTRY.unpack_from(view, index * entry_bytes)
     kind = _run_kind(first)
     if kind == COMPRESSED:
         return kind, first & (_ENTRY_COMPRESSED - 1), 1
     host_offset = first & _ENTRY_OFFSET
     expected = first
-    stop = min(index + limit, len(view) // 8)
+    stop = min(index + limit, len(view) // entry_bytes)
     count = 1
-    for (entry,) in _ENTRY.iter_unpack(view[(index + 1) * 8 : stop * 8]):
+    words = _ENTRY.iter_unpack(view[(index + 1) * entry_bytes : stop * entry_bytes])
+    for (entry,) in islice(words, 0, None, entry_bytes // 8):
         expected += 1 << cluster_bits
         if _run_kind(entry) != kind or (kind == DATA and entry != expected):
             break
@@ -165,20 +171,60 @@ def l2_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[in
     return kind, host_offset, count
 
 
-def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool) -> None:
+def subcluster_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> tuple[int, int]:
+    """Return ``(kind, count)`` of the subclusters in a row from ``index`` on of a table of extended entries.
+
+    Each entry of 16 bytes has 32 subclusters; the run has at most ``limit``. DATA goes on in an entry whose
+    word is that before it plus a cluster; UNALLOCATED and ZERO go on where neither entry has a word. The run
+    ends before an entry with a subcluster that is data and zeros, or data without a host cluster; the first
+    entry is none of these. COMPRESSED ends with its entry. Raises IndexError for an index outside the table,
+    and for a limit below 1.
+    """
+    view = byte_view(table)
+    check_subcluster_range(len(view), index, limit)
+    limit = min(limit, len(view) // 16 * 32 - index)
+    entry, subcluster = divmod(index, 32)
+    expected, bitmap = _EXTENDED_ENTRY.unpack_from(view, entry * 16)
+    if expected & _ENTRY_COMPRESSED:
+        return COMPRESSED, min(limit, 32 - subcluster)
+    kind, count = _subcluster_kind(bitmap, subcluster), 0
+    while count < limit and _subcluster_kind(bitmap, subcluster) == kind:
+        count += 1
+        subcluster += 1
+        if subcluster < 32:
+            continue
+        if count >= limit or (kind != DATA and expected):
+            break
+        if kind == DATA:
+            expected = (expected + (1 << cluster_bits)) % (1 << 64)
+        entry, subcluster = entry + 1, 0
+        word, bitmap = _EXTENDED_ENTRY.unpack_from(view, entry * 16)
+        allocated, zeros = bitmap & _LOW_HALF, bitmap >> 32
+        if word != expected or allocated & zeros or (not expected and allocated):
+            break
+    return kind, count
+
+
+def _subcluster_kind(bitmap: int, subcluster: int) -> int:
+    if bitmap >> subcluster & 1:
+        return DATA
+    return ZERO if bitmap >> 32 + subcluster & 1 else UNALLOCATED
+
+
+def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:
     """Set or clear the COPIED flag (bit 63) of the entries in [start, stop) of an L1 or L2 table.
 
     Raises IndexError for a range outside the table.
     """
     view = byte_view(table)
-    check_table_range(len(view), start, stop)
-    for index in range(start, stop):
-        view[index * 8] = view[index * 8] & 0x7F | (0x80 if copied else 0)
+    check_table_range(len(view), start, stop, entry_bytes)
+    for place in range(start * entry_bytes, stop * entry_bytes, entry_bytes):
+        view[place] = view[place] & 0x7F | (0x80 if copied else 0)
 
 
-def first_host_offset(table: Buffer, index: int, kind: int) -> int:
-    """Return the ``host_offset`` of a run of ``kind`` that starts at entry ``index``."""
-    entry: int = _ENTRY.unpack_from(table, index * 8)[0]
+def first_host_offset(table: Buffer, place: int, kind: int) -> int:
+    """Return the ``host_offset`` of a run of ``kind`` whose first entry is at ``place`` bytes."""
+    entry: int = _ENTRY.unpack_from(table, place)[0]
     return entry & (_ENTRY_COMPRESSED - 1) if kind == COMPRESSED else entry & _ENTRY_OFFSET
 
 
@@ -223,15 +269,23 @@ def check_refcount_value(value: int, order: int) -> None:
         raise OverflowError(f"refcount {value} does not fit {1 << order} bits")
 
 
-def check_l2_range(length_bytes: int, index: int, limit: int) -> None:
+def check_l2_range(length_bytes: int, index: int, limit: int, entry_bytes: int = 8) -> None:
     """Raise IndexError unless the table has an entry ``index`` and ``limit`` is at least 1."""
-    if not 0 <= index < length_bytes // 8 or limit < 1:
+    if not 0 <= index < length_bytes // entry_bytes or limit < 1:
         raise IndexError(f"L2 index {index} with limit {limit} lies outside a table of {length_bytes} bytes")
 
 
-def check_table_range(length_bytes: int, start: int, stop: int) -> None:
+def check_subcluster_range(length_bytes: int, index: int, limit: int) -> None:
+    """Raise IndexError unless the table has a subcluster ``index`` and ``limit`` is at least 1."""
+    if not 0 <= index < length_bytes // 16 * 32 or limit < 1:
+        raise IndexError(
+            f"subcluster {index} with limit {limit} lies outside a table of {length_bytes} bytes"
+        )
+
+
+def check_table_range(length_bytes: int, start: int, stop: int, entry_bytes: int = 8) -> None:
     """Raise IndexError unless [start, stop) lies within a table of ``length_bytes``."""
-    if not 0 <= start <= stop <= length_bytes // 8:
+    if not 0 <= start <= stop <= length_bytes // entry_bytes:
         raise IndexError(f"entries {start} to {stop} lie outside a table of {length_bytes} bytes")
 
 

@@ -42,8 +42,8 @@ from jqcow.checker.tables import (
 )
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import entries, features, layout, snapshots
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
 from jqcow.ondisk.header import Header, HeaderArea
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_L1_ENTRIES, SECTOR_BYTES, table_bytes
 from jqcow.ondisk.snapshots import MAX_SNAPSHOT_L1_BYTES, TableEntry
 
@@ -433,8 +433,10 @@ class _Check:
         data = self.read(self.cluster_bytes, offset)
         self.holes.see_l2_table(data)
         for found in self.codec.found(data):
-            position, raw, kind, host, copied, _, has_reserved = found
+            position, raw, kind, host, copied, _, has_reserved, fault = found
             place = offset + position * entry_bytes
+            if fault:
+                self.findings.add(Kind.SUBCLUSTERS, "L2 entry", place, f"{raw:#018x} has {fault}", repeats)
             if kind == COMPRESSED_CLUSTER:
                 self.check_compressed(place, found, active, repeats)
                 continue
@@ -466,7 +468,7 @@ class _Check:
         self.allocated += active
         self.compressed += active
         self.fragmented += active
-        _, _, _, host, copied, length, _ = found
+        _, _, _, host, copied, length, *_ = found
         if copied:
             detail = "COPIED on a compressed cluster"
             self.findings.add(Kind.COPIED_FLAG, "L2 entry", place, detail, repeats)

@@ -21,6 +21,7 @@ class Kind(enum.StrEnum):
     PAST_END = "past the end of the file"
     UNALIGNED = "unaligned offset"
     RESERVED_BITS = "reserved bits set"
+    SUBCLUSTERS = "wrong bitmap of subclusters"
     OVERLAP = "overlap"
     RESERVED_RANGE = "entry into a reserved range"
     L1_TOO_SMALL = "L1 table too small"

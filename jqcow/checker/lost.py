@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from jqcow import _native
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, StandardL2
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, L2Codec
 from jqcow.ondisk.layout import SECTOR_BYTES
 
 MAX_READ = 1 << 16
@@ -80,7 +80,7 @@ class LostData:
     is_leaked: Callable[[int], bool]
     is_counted: Callable[[int], bool]
     read: Callable[[int], bytes]
-    codec: StandardL2
+    codec: L2Codec
     cluster_bits: int
     holes: Holes
     _read_count: int = 0
@@ -105,9 +105,9 @@ class LostData:
     def is_table(self, data: bytes) -> bool:
         """Return True if a cluster's bytes are an L2 table: it maps counted clusters, leaked ones too."""
         maps_leaked, bits = False, self.cluster_bits
-        for _, _, kind, host, _, length, has_reserved in self.codec.found(data):
+        for _, _, kind, host, _, length, has_reserved, fault in self.codec.found(data):
             last = host + (length if kind == COMPRESSED_CLUSTER else bool(host)) - 1
-            if kind != COMPRESSED_CLUSTER and (has_reserved or host % (1 << bits)):
+            if kind != COMPRESSED_CLUSTER and (has_reserved or fault or host % (1 << bits)):
                 return False
             hosts = range(host >> bits, (last >> bits) + 1)
             if not all(map(self.is_counted, hosts)):

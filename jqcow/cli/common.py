@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, cast
 
@@ -20,6 +20,8 @@ from jqcow import _native
 from jqcow.errors import ImageInUse, UnsupportedFeatureError, printable
 from jqcow.offline.warnings import read_warnings
 from jqcow.ondisk import layout
+from jqcow.ondisk.compression import CompressionType
+from jqcow.ondisk.form import Compat, FormOptions
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat
 
@@ -34,8 +36,28 @@ BY_SIGNAL = 128
 
 FORMATS = ("qcow2", "raw")
 
-_ACCEPTED_OPTIONS = {("compat", "1.1"), ("compat", "v3"), ("refcount_bits", "16"), ("preallocation", "off")}
+FORM_OPTIONS = (
+    "cluster_size",
+    "refcount_bits",
+    "compression_type",
+    "extended_l2",
+    "lazy_refcounts",
+    "compat",
+)
+"""Options of ``-o`` that say what a new image is to be (`jqcow.ondisk.form`)."""
+FORM_OPTIONS_HELP = (
+    "cluster_size=SIZE, refcount_bits=BITS, compression_type=zlib|zstd, extended_l2=on|off, "
+    "lazy_refcounts=on|off, compat=1.1|0.10"
+)
+_ACCEPTED_OPTIONS = {
+    ("preallocation", "off"),
+    ("encryption", "off"),
+    ("nocow", "off"),
+    ("data_file_raw", "off"),
+}
 """Options of qemu-img that ask for what jqcow does anyway."""
+_COMPAT = {"v2": "0.10", "v3": "1.1"}
+_SWITCH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
 _SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|0x[0-9a-f]+)([bkmgtpe]?)", re.IGNORECASE | re.ASCII)
@@ -145,6 +167,36 @@ def named_options(options: str, image_format: str, names: Container[str]) -> dic
         elif image_format != "qcow2" or (name, value) not in _ACCEPTED_OPTIONS:
             raise ValueError(f"the option '{option}' of -o is not supported for {image_format}")
     return found
+
+
+def form_options(found: Mapping[str, str]) -> FormOptions:
+    """Return what ``-o`` options say that a new image is to be, as `jqcow.create` and `convert` take it.
+
+    Raises:
+        CommandError: a value that is no number, or neither on nor off. Other values the callee refuses.
+    """
+    known = FormOptions()
+    if "cluster_size" in found:
+        known["cluster_size"] = parse_size(found["cluster_size"], unit=1)
+    if "refcount_bits" in found:
+        if not found["refcount_bits"].isdecimal():
+            raise CommandError(f"refcount_bits must be a number, not '{found['refcount_bits']}'")
+        known["refcount_bits"] = int(found["refcount_bits"])
+    if "compression_type" in found:
+        known["compression_type"] = cast(CompressionType, found["compression_type"])
+    if "extended_l2" in found:
+        known["extended_l2"] = _switch("extended_l2", found["extended_l2"])
+    if "lazy_refcounts" in found:
+        known["lazy_refcounts"] = _switch("lazy_refcounts", found["lazy_refcounts"])
+    if "compat" in found:
+        known["compat"] = cast(Compat, _COMPAT.get(found["compat"], found["compat"]))
+    return known
+
+
+def _switch(name: str, value: str) -> bool:
+    if value not in _SWITCH:
+        raise CommandError(f"{name} must be on or off, not '{value}'")
+    return _SWITCH[value]
 
 
 class Stopped(KeyboardInterrupt):

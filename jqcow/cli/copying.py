@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import Any, TypedDict, cast
+from typing import Any
 
 from jqcow.cli import common
 from jqcow.cli.common import human_size
@@ -13,7 +13,6 @@ from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.disks.files import open_to_read
 from jqcow.errors import printable
 from jqcow.offline.convert import ConvertReport, convert
-from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.naming import DiskFormat
 
 
@@ -29,7 +28,7 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "-O", dest="target_format", choices=common.FORMATS, default="raw", help="format (default: raw)"
     )
-    common.add_options(parser, "cluster_size=SIZE, compression_type=zlib|zstd")
+    common.add_options(parser, common.FORM_OPTIONS_HELP)
     parser.add_argument(
         "-c", dest="compressed", action="store_true", help="compress the clusters of a qcow2 image"
     )
@@ -61,7 +60,8 @@ def convert_command(arguments: argparse.Namespace) -> int:
     source, target = arguments.source, arguments.target
     if target == "-":
         raise common.CommandError("'-' as the target: jqcow writes no pipe; ./- is a file of that name")
-    options = _image_options(arguments.options, arguments.target_format)
+    named = common.named_options(arguments.options, arguments.target_format, common.FORM_OPTIONS)
+    options = common.form_options(named)
     common.print_warnings(source, arguments.format)
     with common.about(source), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = convert(
@@ -87,24 +87,6 @@ def convert_command(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         print("\n".join(_report_lines(report)))
     return common.EXIT_OK
-
-
-class _ImageOptions(TypedDict, total=False):
-    """What ``-o`` can say, in the words of `convert`."""
-
-    cluster_size: int
-    compression_type: CompressionType
-
-
-def _image_options(options: str, target_format: DiskFormat) -> _ImageOptions:
-    found = common.named_options(options, target_format, ("cluster_size", "compression_type"))
-    known = _ImageOptions()
-    if "cluster_size" in found:
-        known["cluster_size"] = common.parse_size(found["cluster_size"], unit=1)
-    if "compression_type" in found:
-        # convert refuses another type, by name.
-        known["compression_type"] = cast(CompressionType, found["compression_type"])
-    return known
 
 
 def _probe(source: str, *, quiet: bool) -> DiskFormat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import jqcow
 from jqcow.cli import common
@@ -13,11 +13,10 @@ from jqcow.errors import printable
 from jqcow.offline.convert import create_raw
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
-from jqcow.ondisk.blank import DEFAULT_CLUSTER_BYTES
-from jqcow.ondisk.compression import CompressionType
+from jqcow.ondisk.form import DEFAULT_CLUSTER_BYTES, FormOptions
 from jqcow.ondisk.layout import SECTOR_BYTES
 
-_OPTIONS = ("cluster_size", "refcount_bits", "compression_type", "backing_file", "backing_fmt")
+_OPTIONS = (*common.FORM_OPTIONS, "backing_file", "backing_fmt")
 _SIGNS = {"+": 1, "-": -1}
 
 
@@ -36,7 +35,7 @@ def _add_create(commands: Any) -> None:
     )
     common.add_options(
         create,
-        "cluster_size=SIZE, refcount_bits=BITS, compression_type=zlib|zstd, backing_file=, backing_fmt=",
+        f"{common.FORM_OPTIONS_HELP}, backing_file=NAME, backing_fmt=FORMAT",
     )
     create.add_argument("--overwrite", action="store_true", help="replace an existing file")
     create.add_argument(
@@ -75,14 +74,6 @@ def _add_resize(commands: Any) -> None:
     resize.set_defaults(command=resize_command)
 
 
-class _Wanted(TypedDict):
-    """How a new qcow2 image is to be, in the words of `jqcow.create`."""
-
-    cluster_size: int
-    refcount_bits: int
-    compression_type: CompressionType
-
-
 def create_command(arguments: argparse.Namespace) -> int:
     """Create an image."""
     wanted = _take_options(arguments)
@@ -91,7 +82,8 @@ def create_command(arguments: argparse.Namespace) -> int:
         size = _size_of_new(arguments)
         _create(arguments, size, wanted)
     if not arguments.quiet:
-        clusters = f" cluster_size={wanted['cluster_size']}" if arguments.format == "qcow2" else ""
+        cluster_bytes = wanted.get("cluster_size", DEFAULT_CLUSTER_BYTES)
+        clusters = f" cluster_size={cluster_bytes}" if arguments.format == "qcow2" else ""
         base = ""
         if arguments.backing_file is not None:
             base = f" backing_file={arguments.backing_file} backing_fmt={arguments.backing_format}"
@@ -100,7 +92,7 @@ def create_command(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
-def _take_options(arguments: argparse.Namespace) -> _Wanted:
+def _take_options(arguments: argparse.Namespace) -> FormOptions:
     """Return what -o says of a qcow2 image; what it says of the base becomes that of -b and -F."""
     found = common.named_options(arguments.options, arguments.format, _OPTIONS)
     for option, name in (("backing_file", "backing_file"), ("backing_fmt", "backing_format")):
@@ -110,15 +102,7 @@ def _take_options(arguments: argparse.Namespace) -> _Wanted:
             setattr(arguments, name, found[option])
     if arguments.backing_format not in (None, *common.FORMATS):
         raise common.CommandError(f"backing_fmt must be qcow2 or raw, not {arguments.backing_format}")
-    bits = found.get("refcount_bits", "16")
-    if not bits.isdecimal():
-        raise common.CommandError(f"refcount_bits must be a number, not '{bits}'")
-    return {
-        "cluster_size": common.parse_size(found.get("cluster_size", str(DEFAULT_CLUSTER_BYTES)), unit=1),
-        "refcount_bits": int(bits),
-        # create refuses another type, by name.
-        "compression_type": cast(CompressionType, found.get("compression_type", "zlib")),
-    }
+    return common.form_options(found)
 
 
 def _check_backing_options(arguments: argparse.Namespace) -> None:
@@ -144,7 +128,7 @@ def _size_of_new(arguments: argparse.Namespace) -> int:
     return found if arguments.size is None else common.parse_size(arguments.size)
 
 
-def _create(arguments: argparse.Namespace, size: int, wanted: _Wanted) -> None:
+def _create(arguments: argparse.Namespace, size: int, wanted: FormOptions) -> None:
     path, overwrite = arguments.image, arguments.overwrite
     if arguments.format == "raw":
         create_raw(path, size, overwrite=overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from jqcow.device.base import Device
 from jqcow.device.disk import Disk, Extent, ExtentKind, joined
@@ -11,8 +12,8 @@ from jqcow.engine.engine import open_engine
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import naming
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 _KINDS: dict[int, ExtentKind] = {
@@ -88,22 +89,37 @@ class ImageDisk(Disk):
             yield extent_of(run, offset)
             offset += run.length
 
+    def may_keep(self, extent: Extent) -> bool:
+        """Return True if an extent without data may have host clusters all the same."""
+        has_subclusters = self._reads.tables.geometry.has_subclusters
+        return extent.kind == "zero" or (has_subclusters and extent.kind == "unallocated")
+
     def kept_clusters(self, extent: Extent) -> Iterator[Extent]:
-        """Cut a ``zero`` extent where the clusters that it keeps do not follow each other on the host.
+        """Cut an extent without data where the clusters that it keeps do not follow each other on the host.
 
         These have the host offset of the kept range, where there is one.
         """
         return joined(self._kept_clusters(extent))
 
     def _kept_clusters(self, extent: Extent) -> Iterator[Extent]:
+        offset, has_subclusters = extent.offset, self._reads.tables.geometry.has_subclusters
+        for run in self._reads.runs(offset, extent.length):
+            end = offset + run.length
+            while offset < end:
+                host: int | None = None
+                length = end - offset
+                if run.host or not has_subclusters:
+                    # With standard entries each cluster of a run may keep one of its own, or none.
+                    host, length = self._kept_at(offset, length)
+                yield replace(extent, offset=offset, length=length, host_offset=host)
+                offset += length
+
+    def _kept_at(self, offset: int, length: int) -> tuple[int | None, int]:
+        """Return what the cluster at a guest offset keeps, and how much of a range lies in it."""
         cluster_bytes = self._reads.tables.geometry.cluster_bytes
-        offset = extent.offset
-        while offset < extent.end:
-            cluster, within = divmod(offset, cluster_bytes)
-            host = self._reads.entry(cluster).host
-            length = min(cluster_bytes - within, extent.end - offset)
-            yield Extent(offset, length, "zero", host + within if host else None, extent.depth)
-            offset += length
+        cluster, within = divmod(offset, cluster_bytes)
+        host = self._reads.entry(cluster).host
+        return host + within if host else None, min(cluster_bytes - within, length)
 
     def close(self) -> None:
         """Close the device. A reader is waited for."""

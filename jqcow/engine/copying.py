@@ -5,7 +5,7 @@ from __future__ import annotations
 from jqcow.engine.request import Request
 from jqcow.engine.write import WritePlan, Writes
 from jqcow.ondisk import layout
-from jqcow.ondisk.entries import UNALLOCATED
+from jqcow.ondisk.l2 import UNALLOCATED
 from jqcow.ondisk.layout import GuestOffset
 
 
@@ -25,13 +25,16 @@ class Copying:
         end = layout.round_up(offset + length, self._cluster_bytes)
         end = min(end, self.tables.mapping.disk_bytes)
         for run in self.reads.runs(start, end - start):
-            if run.kind == UNALLOCATED:
-                for cluster in range(start, start + run.length, self._cluster_bytes):
-                    self._copy_up_cluster(GuestOffset(cluster), min(self._cluster_bytes, end - cluster))
-            start += run.length
+            stop = start + run.length
+            while start < stop:
+                reach = min(stop, start - start % self._cluster_bytes + self._cluster_bytes)
+                if run.kind == UNALLOCATED:
+                    self._copy_up(GuestOffset(start), reach - start)
+                start = reach
 
-    def _copy_up_cluster(self, offset: GuestOffset, length: int) -> None:
-        if self.reads.below_reads_as_zeros(offset, length):
+    def _copy_up(self, offset: GuestOffset, length: int) -> None:
+        backing = self.reads.backing
+        if backing is None or self.reads.below_reads_as_zeros(offset, length):
             return
 
         def plan(request: Request) -> WritePlan | None:
@@ -42,14 +45,17 @@ class Copying:
             requests.enter_change()
             guard.require_free(offset // self._cluster_bytes, offset // self._cluster_bytes + 1)
             inside = min(length, self.tables.mapping.disk_bytes - offset)
-            if inside < length or self.tables.mapping_at_hand.run(offset, length).kind != UNALLOCATED:
+            run = self.tables.mapping_at_hand.run(offset, length)
+            if inside < length or run.kind != UNALLOCATED or run.length < length:
                 # It was written or cut off meanwhile: the copy must not undo that.
                 return None
             return self.writes.plan(request, offset, length)
 
         def data(plan: WritePlan) -> memoryview:
             buffer = memoryview(bytearray(length))
-            self.reads.read_run(plan.pieces[0].run, buffer, offset)
+            self.reads.read_run(
+                next(piece.run for piece in plan.pieces if piece.offset == offset), buffer, offset
+            )
             return buffer
 
         self.writes.perform(offset, plan, data)

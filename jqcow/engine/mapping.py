@@ -16,27 +16,28 @@ from jqcow.engine.refcounts import Allocation
 from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout
-from jqcow.ondisk.entries import (
+from jqcow.ondisk.entries import DamagedEntry
+from jqcow.ondisk.header import Header
+from jqcow.ondisk.l2 import (
     COMPRESSED_CLUSTER,
     DATA,
     NO_ENTRY,
     UNALLOCATED,
-    ZERO_CLUSTER,
-    DamagedEntry,
+    HostRun,
     L2Entry,
     L2Run,
     codec_of,
 )
-from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset, HostOffset, entry_place
 
 
 class MappedRun(NamedTuple):
     """``length`` guest bytes of one kind. ``host`` is the host offset of the first byte, 0 for none.
 
-    A ZERO_CLUSTER run may keep host clusters; ``host`` is then that of its first cluster only. A
-    COMPRESSED_CLUSTER run lies within one cluster; ``host`` is then where its data starts, and
-    ``packed_bytes`` how far that may reach. ``copied`` is the COPIED flag of all entries of a DATA run.
+    A ZERO_CLUSTER run may keep host clusters; ``host`` is then that of its first subcluster only. So may an
+    UNALLOCATED one of subclusters; such a run lies within one cluster. So does a COMPRESSED_CLUSTER run;
+    ``host`` is then where its data starts, and ``packed_bytes`` how far that may reach. ``copied`` is the
+    COPIED flag of all entries of a DATA run.
     """
 
     kind: int
@@ -46,7 +47,7 @@ class MappedRun(NamedTuple):
     packed_bytes: int = 0
 
 
-class HostRun(NamedTuple):
+class References(NamedTuple):
     """``cluster_count`` host clusters from ``cluster`` on, that the entries from ``position`` on refer to.
 
     ``compressed``: they are those of one entry, of a compressed cluster.
@@ -77,6 +78,7 @@ class Mapping:
         self.codec = codec_of(view.geometry)
         self.shown = shown
         self._cluster_bytes = self.geometry.cluster_bytes
+        self._subcluster_bytes = self.codec.subcluster_bytes
         self._header: Header | None = None
         """The header that `l1` was made from."""
 
@@ -146,25 +148,25 @@ class Mapping:
         Raises:
             CorruptionError: a table entry on the way is not one that an image can have.
         """
-        cluster_bytes, codec = self._cluster_bytes, self.codec
-        cluster, within = divmod(offset, cluster_bytes)
-        l1_index, l2_index = divmod(cluster, codec.per_table)
+        codec, unit = self.codec, self._subcluster_bytes
+        subcluster, within = divmod(offset, unit)
+        l1_index, position = divmod(subcluster, codec.subclusters_per_table)
         try:
             table = self.l2_table(l1_index)
             if not table:
                 # Without an L2 table all that it would map is unallocated, up to the next table there is.
                 tables = self._absent_tables(l1_index, self.l1)
-                reach = (tables * codec.per_table - l2_index) * cluster_bytes - within
+                reach = (tables * codec.subclusters_per_table - position) * unit - within
                 return MappedRun(UNALLOCATED, HostOffset(0), min(length, reach))
-            index = l2_index % codec.per_block
-            limit = min(codec.per_block - index, -(-(within + length) // cluster_bytes))
-            kind, host, count, copied, packed_bytes = self._entries(table, l2_index, limit)
+            limit = codec.subclusters_per_block - position % codec.subclusters_per_block
+            limit = min(limit, -(-(within + length) // unit))
+            kind, host, count, copied, packed_bytes = self._subclusters(table, position, limit)
         except CorruptionError as error:
             # An L1 entry maps all that its L2 table would.
             entry_count = codec.per_table if error.structure == "L1 table" else 1
-            self.name_guest_range(error, offset, entry_count * cluster_bytes)
+            self.name_guest_range(error, offset, entry_count * self._cluster_bytes)
             raise
-        length = min(length, count * cluster_bytes - within)
+        length = min(length, count * unit - within)
         if kind == DATA:
             host = HostOffset(host + within)
         return MappedRun(kind, host, length, copied, packed_bytes)
@@ -174,35 +176,36 @@ class Mapping:
         start = offset - offset % unit_bytes
         error.guest_range = start, max(offset + 1, min(start + unit_bytes, self.disk_bytes)) - start
 
-    def _entries(self, table: HostOffset, l2_index: int, limit: int) -> L2Run:
-        """Return the run of entries from ``l2_index`` on within one metadata block, checked (G1)."""
+    def _subclusters(self, table: HostOffset, position: int, limit: int) -> L2Run:
+        """Return the run of subclusters from ``position`` on within one metadata block, checked (G1)."""
         codec = self.codec
+        l2_index, subcluster = divmod(position, codec.subclusters)
         index = l2_index % codec.per_block
-        block_offset = HostOffset(table + (l2_index - index) * codec.entry_bytes)
         place = HostOffset(table + l2_index * codec.entry_bytes)
+        block = self.view.block(HostOffset(place - index * codec.entry_bytes))
         try:
-            run = codec.run(self.view.block(block_offset), index, limit)
+            run = codec.run(block, index * codec.subclusters + subcluster, limit)
         except DamagedEntry as error:
             if limit > 1:
                 # One damaged entry takes nothing from those before it.
-                return self._entries(table, l2_index, limit // 2)
+                return self._subclusters(table, position, limit // 2)
             raise CorruptionError("L2 table", place, str(error)) from error
-        if run.kind == ZERO_CLUSTER:
-            self._check_zero_flag(place)
         if run.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, run.host, run.length)
         elif run.host:
-            count = run.entry_count if run.kind == DATA else 1
-            if count > 1 and run.host + (count - 1) * self._cluster_bytes >= self.space.readable_bytes:
-                count = self._readable_count(run.host, count)
-                run = run._replace(entry_count=count)
-            self._check_host("L2 table", place, run.host, count)
+            host = HostOffset(run.host - subcluster * self._subcluster_bytes)
+            last = subcluster + run.subcluster_count if run.kind == DATA else subcluster + 1
+            count = self._check_readable(place, host, -(-last // codec.subclusters))
+            if last > count * codec.subclusters:
+                run = run._replace(subcluster_count=count * codec.subclusters - subcluster)
         return run
 
-    def _check_zero_flag(self, place: HostOffset) -> None:
-        """Raise CorruptionError in version 2: there the bit is reserved, and the data is not zeros."""
-        if self.view.header.version < 3:
-            raise CorruptionError("L2 table", place, "the entry has the zero flag, which version 2 lacks")
+    def _check_readable(self, place: HostOffset, host: HostOffset, count: int) -> int:
+        """Return how many of ``count`` host clusters lie within the file, the first of which must (G1)."""
+        if count > 1 and host + (count - 1) * self._cluster_bytes >= self.space.readable_bytes:
+            count = self._readable_count(host, count)
+        self._check_host("L2 table", place, host, count)
+        return count
 
     def _readable_count(self, host: HostOffset, count: int) -> int:
         """Return how many of ``count`` host clusters the file reaches to; 1 where it does not reach any."""
@@ -257,8 +260,6 @@ class Mapping:
             entry = codec.decode(self.view.block(HostOffset(place - index * codec.entry_bytes)), index)
         except DamagedEntry as error:
             raise CorruptionError("L2 table", place, str(error)) from error
-        if entry.kind == ZERO_CLUSTER:
-            self._check_zero_flag(place)
         if entry.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, entry.host, entry.length)
         elif entry.host:
@@ -272,7 +273,7 @@ class Mapping:
             CorruptionError: an entry is not one that an image can have.
         """
         for block in range(table, table + self._cluster_bytes, self.geometry.block_bytes):
-            for run in self._host_runs(table, HostOffset(block)):
+            for run in self._references(table, HostOffset(block)):
                 yield run.cluster, run.cluster_count
 
     def check_l2_table(self, l1_index: int, table: HostOffset) -> None:
@@ -290,29 +291,39 @@ class Mapping:
             self.name_guest_range(error, offset, self._cluster_bytes)
             raise
 
-    def standard_runs(self, table: HostOffset, block: HostOffset) -> Iterator[HostRun]:
+    def standard_runs(self, table: HostOffset, block: HostOffset) -> Iterator[References]:
         """Yield the runs of a block of L2 entries whose COPIED flag counts: not of compressed clusters."""
-        return (run for run in self._host_runs(table, block) if not run.compressed)
+        return (run for run in self._references(table, block) if not run.compressed)
 
-    def _host_runs(self, table: HostOffset, block: HostOffset) -> Iterator[HostRun]:
+    def _references(self, table: HostOffset, block: HostOffset) -> Iterator[References]:
         index, per_block = 0, self.codec.per_block
-        first = (block - table) // self.codec.entry_bytes
         while index < per_block:
             # Taken anew each time: the caller may have changed the flags of the run before.
-            run = self._entries(table, first + index, per_block - index)
-            count = run.entry_count
-            if run.kind == DATA:
-                yield HostRun(index, self.geometry.cluster_of(run.host), count, run.copied, False)
-            elif run.kind != UNALLOCATED:
-                # Each entry has its own place: those of a zero run need not follow each other.
-                count = 1
-                entry = self._entry_at(table, first + index)
-                hosts = self.codec.hosts(entry)
-                if hosts:
-                    is_compressed = entry.kind == COMPRESSED_CLUSTER
-                    start = ClusterIndex(hosts.start)
-                    yield HostRun(index, start, len(hosts), entry.copied, is_compressed)
-            index += count
+            run = self._host_run(block, index, per_block - index)
+            if run.length:
+                hosts = self.codec.hosts(L2Entry(COMPRESSED_CLUSTER, run.host, False, run.length))
+                yield References(index, ClusterIndex(hosts.start), len(hosts), False, True)
+            elif run.host:
+                yield References(
+                    index, self.geometry.cluster_of(run.host), run.entry_count, run.copied, False
+                )
+            index += run.entry_count
+
+    def _host_run(self, block: HostOffset, index: int, limit: int) -> HostRun:
+        """Return what the entries of a metadata block from ``index`` on refer to, checked (G1)."""
+        place = HostOffset(block + index * self.codec.entry_bytes)
+        try:
+            run = self.codec.host_run(self.view.block(block), index, limit)
+        except DamagedEntry as error:
+            if limit > 1:
+                # One damaged entry takes nothing from those before it.
+                return self._host_run(block, index, limit // 2)
+            raise CorruptionError("L2 table", place, str(error)) from error
+        if run.length:
+            self._check_compressed(place, run.host, run.length)
+        elif run.host:
+            run = run._replace(entry_count=self._check_readable(place, run.host, run.entry_count))
+        return run
 
     def _check_compressed(self, place: HostOffset, host: HostOffset, length: int) -> None:
         hosts = self.codec.hosts(L2Entry(COMPRESSED_CLUSTER, host, False, length))
@@ -407,7 +418,7 @@ class MappingEditor(Mapping):
         """Give up one reference to an L2 table and to all that it maps; return what has one owner left."""
         left_one: list[ClusterIndex] = []
         for block in range(table, table + self._cluster_bytes, self.geometry.block_bytes):
-            for run in self._host_runs(table, HostOffset(block)):
+            for run in self._references(table, HostOffset(block)):
                 left = self.refcounts.release(run.cluster, run.cluster_count)
                 left_one += () if run.compressed else left
         self.refcounts.release_metadata(self.geometry.cluster_of(table))

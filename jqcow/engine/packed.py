@@ -9,7 +9,7 @@ from jqcow.engine.clusters import Run
 from jqcow.engine.request import Request
 from jqcow.engine.write import Writes
 from jqcow.ondisk import compression, layout
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, L2Entry
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, L2Entry
 from jqcow.ondisk.layout import SECTOR_BYTES, GuestCluster, GuestOffset, HostOffset
 
 

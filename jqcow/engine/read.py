@@ -12,7 +12,7 @@ from jqcow.engine.request import Request, Requests
 from jqcow.engine.walk import Walk
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import compression
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, L2Entry
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, L2Entry
 from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
 
 RUNS_AT_ONCE = 1024

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from jqcow.engine.tables import Tables
 from jqcow.errors import CorruptionError
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster, HostOffset
 
 MAX_SHARERS = 1 << 20

@@ -5,7 +5,7 @@ W1. In place only where the refcount, staged changes included, is 1 and the entr
     clusters that it allocated since its last savepoint.
 W2. A newly visible pair (guest range, host range) is zero-safe only if the guest's old content reads as
     zeros and the host range would read as zeros if its data never came. Every other pair is ordered.
-W3. A cluster that is not zero-safe is written whole.
+W3. A subcluster that is not zero-safe is written whole.
 W4. Data goes to the device before the entry that maps it is staged.
 M5. The file ends where a sector does.
 """
@@ -22,12 +22,13 @@ from jqcow.engine.medium import EXPECTED
 from jqcow.engine.read import Reads
 from jqcow.engine.request import Request
 from jqcow.engine.sharing import leave_to_one
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER, L2Entry, data_entry
+from jqcow.ondisk import layout
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, NO_ENTRY, UNALLOCATED, ZERO_CLUSTER, L2Entry
 from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
 class Piece(NamedTuple):
-    """``length`` guest bytes of a request at ``offset``, mapped as ``run``.
+    """``length`` guest bytes at ``offset``, mapped as ``run``; the request may cover part of them, or none.
 
     ``in_place``: they may be written where they are (W1).
     """
@@ -41,13 +42,14 @@ class Piece(NamedTuple):
 class Fresh(NamedTuple):
     """Guest clusters from ``cluster`` on that will be mapped to ``run``, and the piece that is written there.
 
-    ``is_kept``: they have the host cluster already, behind a zero entry.
+    ``is_new``: the run was taken for them. Else they have it already, behind subclusters without data, or it
+    was taken for the piece before.
     """
 
     piece: Piece
     cluster: GuestCluster
     run: Run
-    is_kept: bool
+    is_new: bool
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Writes:
         self.guard = reads.requests.guard
         self.geometry = reads.requests.geometry
         self._cluster_bytes = self.geometry.cluster_bytes
+        self._subcluster_bytes = reads.tables.mapping.codec.subcluster_bytes
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write the guest's bytes at ``offset``.
@@ -129,6 +132,8 @@ class Writes:
     def plan(self, request: Request, offset: GuestOffset, length: int) -> WritePlan:
         """Find what may be written in place, take clusters for the rest, and begin the request."""
         plan = WritePlan(self._pieces(offset, length))
+        if self._subcluster_bytes < self._cluster_bytes:
+            self._carry(plan, offset, offset + length)
         if all(piece.in_place for piece in plan.pieces):
             # It changes no entry, so none is its own (Q1); its clusters stay where they are (S6).
             self._fill_last_sector(offset + length)
@@ -158,6 +163,34 @@ class Writes:
         """
         if end % SECTOR_BYTES:
             self.medium.grow(self.geometry.offset_of(self.tables.space.frontier))
+
+    def _carry(self, plan: WritePlan, start: int, end: int) -> None:
+        """Add to a plan what else of its first and last cluster moves to another host cluster with it."""
+        for position in {start - start % self._cluster_bytes, end - end % self._cluster_bytes}:
+            cluster_end = position + self._cluster_bytes
+            inside = [
+                piece
+                for piece in plan.pieces
+                if piece.offset < cluster_end and position < piece.offset + piece.length
+            ]
+            if all(piece.in_place for piece in inside):
+                continue
+            entry = self.tables.mapping_at_hand.l2_entry(GuestCluster(position // self._cluster_bytes))
+            if not entry.host or self._may_be_kept(entry):
+                continue
+            # Subclusters that are written in part are completed; these are not written at all.
+            first = start - start % self._subcluster_bytes
+            last = layout.round_up(end, self._subcluster_bytes)
+            for begin, stop in ((position, first), (max(position, last), cluster_end)):
+                if begin < stop:
+                    plan.pieces += self._carried(GuestOffset(begin), stop - begin)
+        plan.pieces.sort(key=lambda piece: piece.offset)
+
+    def _carried(self, offset: GuestOffset, length: int) -> Iterator[Piece]:
+        for run in self.tables.mapping_at_hand.runs(offset, length):
+            if run.kind in (DATA, COMPRESSED_CLUSTER):
+                yield Piece(offset, run.length, run, False)
+            offset = GuestOffset(offset + run.length)
 
     def _pieces(self, offset: GuestOffset, length: int) -> list[Piece]:
         """Return the runs of a guest range that is about to be changed; data clusters are checked for it.
@@ -199,33 +232,47 @@ class Writes:
         is_own = copied and not is_shared and cluster not in self.tables.space.left_alone
         return is_own and self.tables.changes.may_overwrite(cluster)
 
+    def _may_be_kept(self, entry: L2Entry) -> bool:
+        """Return True if an entry has a host cluster that may be written where it holds no data (W1)."""
+        if not entry.host or entry.kind == COMPRESSED_CLUSTER:
+            return False
+        return self.may_overwrite(self.geometry.cluster_of(entry.host), copied=entry.copied)
+
     def _kept_clusters(self, piece: Piece) -> dict[int, HostOffset]:
-        """Return what zero entries of a piece keep and may be reused: host offsets by guest cluster."""
-        if piece.run.kind != ZERO_CLUSTER:
+        """Return what entries without data there keep and may be reused: host offsets by guest cluster."""
+        if piece.run.kind != ZERO_CLUSTER and not (piece.run.kind == UNALLOCATED and piece.run.host):
             return {}
         kept = {}
         first, end = piece.offset // self._cluster_bytes, self.geometry.clusters(piece.offset + piece.length)
         for cluster in range(first, end):
             entry = self.tables.mapping_at_hand.l2_entry(GuestCluster(cluster))
-            if entry.host and self.may_overwrite(self.geometry.cluster_of(entry.host), copied=entry.copied):
+            if self._may_be_kept(entry):
                 kept[cluster] = entry.host
         return kept
 
     def _take_fresh(self, plan: WritePlan, piece: Piece, kept: dict[int, HostOffset]) -> None:
-        """Take clusters for a piece that needs another mapping: new ones, or those that zero entries keep."""
+        """Take clusters for a piece that needs another mapping: new ones, or those that its entries keep."""
         cluster = piece.offset // self._cluster_bytes
         end = self.geometry.clusters(piece.offset + piece.length)
+        before = plan.fresh[-1] if plan.fresh else None
+        if before is not None and cluster == before.cluster + before.run.count - 1:
+            # Other subclusters of the cluster in which the piece before ends.
+            last = ClusterIndex(before.run.start + before.run.count - 1)
+            run = Run(last, 1, zero_safe=before.run.zero_safe)
+            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
+            cluster += 1
         while cluster < end:
-            if cluster in kept:
-                # Whatever a zero entry keeps has old bytes in it.
-                run = Run(self.geometry.cluster_of(kept[cluster]), 1, zero_safe=False)
-            else:
+            is_new = cluster not in kept
+            if is_new:
                 count = end - cluster
                 if kept:
                     count = next((at - cluster for at in range(cluster, end) if at in kept), count)
                 run = self.tables.refcounts.take(count)
                 plan.uncounted.append(run)
-            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, cluster in kept))
+            else:
+                # Whatever an entry keeps has old bytes in it.
+                run = Run(self.geometry.cluster_of(kept[cluster]), 1, zero_safe=False)
+            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new))
             cluster += run.count
 
     # Run, without the lock
@@ -236,56 +283,64 @@ class Writes:
                 start = piece.offset - offset
                 self.medium.pwrite(data[start : start + piece.length], piece.run.host)
         for fresh in plan.fresh:
-            start = fresh.piece.offset - offset
-            plan.ordered |= self._write_fresh(fresh, data[start : start + fresh.piece.length])
+            plan.ordered |= self._write_fresh(fresh, data, offset)
 
-    def _write_fresh(self, fresh: Fresh, data: memoryview) -> bool:
-        """Write the part of a piece's ``data`` that falls into a fresh run; return True if it is ordered."""
-        piece, run = fresh.piece, fresh.run
-        guest_start = GuestOffset(fresh.cluster * self._cluster_bytes)
-        guest_end = guest_start + run.count * self._cluster_bytes
-        start, end = max(guest_start, piece.offset), min(guest_end, piece.offset + piece.length)
-        part = data[start - piece.offset : end - piece.offset]
-        host = self.geometry.offset_of(run.start)
-        if run.zero_safe and self._was_zero(piece, guest_start, guest_end):
-            self.medium.pwrite(part, HostOffset(host + start - guest_start))
+    def _write_fresh(self, fresh: Fresh, data: memoryview, offset: GuestOffset) -> bool:
+        """Write what of a request's ``data`` falls into a fresh run; return True if it is ordered."""
+        piece, run, unit = fresh.piece, fresh.run, self._subcluster_bytes
+        run_start = fresh.cluster * self._cluster_bytes
+        # Where the run's first byte would be if the guest began with it.
+        host = self.geometry.offset_of(run.start) - run_start
+        first = max(run_start, piece.offset)
+        stop = min(run_start + run.count * self._cluster_bytes, piece.offset + piece.length)
+        start, end = max(first, offset), min(stop, offset + len(data))
+        first, stop = first - first % unit, layout.round_up(stop, unit)
+        if start >= end:
+            # It moves with the rest of its cluster.
+            whole = memoryview(bytearray(stop - first))
+            self._read_old(piece, GuestOffset(first), whole)
+            self.medium.pwrite(whole, HostOffset(host + first))
+            return True
+        part = data[start - offset : end - offset]
+        if run.zero_safe and self._was_zero(piece, first, stop):
+            self.medium.pwrite(part, HostOffset(host + start))
             return False
         # W2, W3: without the barrier in between, a crash could show what the host clusters held before.
-        position, whole_end = guest_start, end - end % self._cluster_bytes
-        while position < guest_end:
+        position, whole_end = GuestOffset(first), end - end % unit
+        while position < stop:
             if start <= position < whole_end:
                 whole = part[position - start : whole_end - start]
             else:
                 whole = self._complete(piece, position, part, start)
-            self.medium.pwrite(whole, HostOffset(host + position - guest_start))
+            self.medium.pwrite(whole, HostOffset(host + position))
             position = GuestOffset(position + len(whole))
         return True
 
-    def _complete(self, piece: Piece, cluster: GuestOffset, part: memoryview, start: int) -> memoryview:
-        """Return a whole guest cluster: of ``part``, which begins at ``start``, and old bytes beside it.
+    def _complete(self, piece: Piece, offset: GuestOffset, part: memoryview, start: int) -> memoryview:
+        """Return a whole subcluster: of ``part``, which begins at ``start``, and old bytes beside it.
 
         Behind the end of the disk these may come from a longer backing file; growing hides them.
         """
-        whole = memoryview(bytearray(self._cluster_bytes))
-        first, end = max(0, start - cluster), min(self._cluster_bytes, start + len(part) - cluster)
+        whole = memoryview(bytearray(self._subcluster_bytes))
+        first, end = max(0, start - offset), min(len(whole), start + len(part) - offset)
         if first:
-            self._read_old(piece, cluster, whole[:first])
-        if end < self._cluster_bytes:
-            self._read_old(piece, GuestOffset(cluster + end), whole[end:])
-        whole[first:end] = part[cluster + first - start : cluster + end - start]
+            self._read_old(piece, offset, whole[:first])
+        if end < len(whole):
+            self._read_old(piece, GuestOffset(offset + end), whole[end:])
+        whole[first:end] = part[offset + first - start : offset + end - start]
         return whole
 
     def _read_old(self, piece: Piece, offset: GuestOffset, buffer: memoryview) -> None:
-        """Read the guest's old bytes beside a piece, in the first or last of its clusters."""
+        """Read the guest's old bytes beside a piece, in the first or last of its subclusters, or in it."""
         run = piece.run
         if run.kind == DATA:
             run = run._replace(host=HostOffset(run.host + offset - piece.offset))
         self.reads.read_run(run, buffer, offset)
 
-    def _was_zero(self, piece: Piece, guest_start: int, guest_end: int) -> bool:
-        """Return True if whole guest clusters of a piece read as zeros until now (W2)."""
+    def _was_zero(self, piece: Piece, start: int, end: int) -> bool:
+        """Return True if whole subclusters of a piece read as zeros until now (W2)."""
         if piece.run.kind == UNALLOCATED:
-            return self.reads.below_reads_as_zeros(guest_start, guest_end - guest_start)
+            return self.reads.below_reads_as_zeros(start, end - start)
         return piece.run.kind == ZERO_CLUSTER
 
     # Stage, with the lock held, in an operation
@@ -294,18 +349,30 @@ class Writes:
         tables = self.tables
         if plan.ordered:
             tables.changes.ordered = True
-        for piece, first, run, is_kept in plan.fresh:
-            if not is_kept:
+        for fresh in plan.fresh:
+            if fresh.is_new:
                 # From here on they are the operation's to give up, should it fail.
-                plan.uncounted.remove(run)
-                tables.refcounts.count_in(run)
-            start = self.geometry.offset_of(run.start)
-            values = [data_entry(HostOffset(start + at * self._cluster_bytes)) for at in range(run.count)]
-            replaced = None
-            if piece.run.kind != UNALLOCATED:
-                clusters = range(first, first + run.count)
-                replaced = [tables.mapping.l2_entry(GuestCluster(cluster)) for cluster in clusters]
-            self.replace_entries(first, replaced, values)
+                plan.uncounted.remove(fresh.run)
+                tables.refcounts.count_in(fresh.run)
+            self._map(fresh)
+
+    def _map(self, fresh: Fresh) -> None:
+        piece, first, run, _ = fresh
+        codec, mapping = self.tables.mapping.codec, self.tables.mapping
+        clusters = range(first, first + run.count)
+        replaced = None
+        if piece.run.kind != UNALLOCATED or codec.subclusters > 1:
+            replaced = [mapping.l2_entry(GuestCluster(cluster)) for cluster in clusters]
+        host = self.geometry.offset_of(run.start)
+        values = [
+            codec.filled(
+                replaced[at] if replaced else NO_ENTRY,
+                HostOffset(host + at * self._cluster_bytes),
+                codec.part(cluster, piece.offset, piece.offset + piece.length),
+            )
+            for at, cluster in enumerate(clusters)
+        ]
+        self.replace_entries(first, replaced, values)
 
     def replace_entries(
         self, first: GuestCluster, replaced: list[L2Entry] | None, values: list[L2Entry]

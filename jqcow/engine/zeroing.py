@@ -1,15 +1,20 @@
-"""What a guest's zeroing or discard does: other entries for whole clusters, zeros over what is left."""
+"""What a guest's zeroing or discard does: other entries for whole subclusters, zeros over what is left."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from jqcow.engine.write import Writes
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, NO_ENTRY, UNALLOCATED, ZERO_CLUSTER, ZERO_ENTRY, L2Entry
+from jqcow.ondisk import layout
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, UNALLOCATED, L2Entry
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset
 
-EntryFor = Callable[[L2Entry], L2Entry]
-"""Makes the new L2 entry of a guest cluster from the one that it has."""
+ZEROS_AT_ONCE = 1 << 20
+"""So many zeros are written at once: it bounds memory."""
+
+EntryFor = Callable[[L2Entry, range], L2Entry]
+"""Makes the new L2 entry of a guest cluster from the one that it has, and the subclusters to change."""
 
 
 class Zeroing:
@@ -20,6 +25,8 @@ class Zeroing:
         self.reads = writes.reads
         self.requests = writes.requests
         self.tables = writes.tables
+        self._codec = writes.tables.mapping.codec
+        self._has_zero_flag = self._codec.geometry.has_zero_flag
         self._cluster_bytes = writes.geometry.cluster_bytes
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
@@ -29,101 +36,162 @@ class Zeroing:
                 pass
 
     def _zero_span(self, start: int, span: int, *, unmap: bool) -> bool:
-        """Zero a range within one metadata block; return False if the disk was resized meanwhile."""
+        """Zero a range within one metadata block; return False if it is to be looked at anew."""
         size = self.requests.check_change(start, span)
-        head, tail = self._whole_clusters(start, span, size)
-        if head >= tail:
+        head, tail = self._whole_subclusters(start, span, size)
+        if head >= tail or not (self._has_zero_flag or (unmap and self._can_hide)):
             self.zero_part(start, span, within_disk=True)
             return True
         self.zero_part(start, head - start, within_disk=True)
-        if not self._set_whole(head, tail, lambda entry: _zeroed(entry, unmap=unmap), size):
+        zeroed = partial(self._codec.zeroed, unmap=unmap) if self._has_zero_flag else self._codec.emptied
+        if not self._set_whole(head, tail, zeroed, size):
             return False
         self.zero_part(tail, start + span - tail, within_disk=True)
         return True
 
     def discard(self, offset: int, length: int) -> None:
-        """Free the clusters that a range covers whole; they read as zeros. The rest stays as it is."""
+        """Free the clusters that a range covers whole; they read as zeros. The rest stays as it is.
+
+        So does, in version 2, what lies over data of a backing file.
+        """
         for start, span in self.requests.spans_to_change(offset, length):
             while not self._discard_span(start, span):
                 pass
 
     def _discard_span(self, start: int, span: int) -> bool:
-        """Discard a range within one metadata block; return False if the disk was resized meanwhile."""
+        """Discard a range within one metadata block; return False if it is to be looked at anew."""
         size = self.requests.check_change(start, span)
-        head, tail = self._whole_clusters(start, span, size)
+        head, tail = self._whole_subclusters(start, span, size)
         return head >= tail or self._set_whole(head, tail, self._discarded, size)
+
+    @property
+    def _can_hide(self) -> bool:
+        """True if an entry can make a cluster read as zeros whatever lies below: in version 2 it cannot."""
+        return self._has_zero_flag or self.reads.backing is None
 
     def hide_below(self, offset: int, length: int) -> None:
         """Make whole clusters read as zeros whatever lies below them, now or later."""
         self.requests.planned(lambda: self.requests.check_whole_clusters(offset, length))
         for start, span in self.requests.spans(offset, length):
-            head, tail = self._whole_clusters(start, span, self.tables.mapping.disk_bytes)
-            clusters = range(head // self._cluster_bytes, tail // self._cluster_bytes)
-            self._set_entries(clusters, lambda entry: _zeroed(entry, unmap=True))
+            head, tail = self._whole_subclusters(start, span, self.tables.mapping.disk_bytes)
+            if self._has_zero_flag:
+                self._set_entries(self._clusters(head, tail), head, tail, self._hidden)
+            else:
+                self._write_over(head, tail - head)
 
     def hide_new(self, start: int, end: int) -> None:
-        """Discard whole clusters, behind the end of the disk too."""
+        """Make whole clusters read as zeros, behind the end of the disk too."""
         for offset, length in self.requests.spans(start, max(0, end - start)):
-            self._set_whole(offset, offset + length, self._discarded)
+            if self._can_hide:
+                self._set_whole(offset, offset + length, self._discarded)
+            else:
+                self.zero_part(offset, length)
 
     def unmap(self, start: int, end: int) -> None:
         """Leave whole clusters without an entry, behind the end of the disk too."""
         for offset, length in self.requests.spans(start, max(0, end - start)):
-            mapped: list[int] = []
+            mapped: dict[int, None] = {}
             position = int(offset)
             for run in self.reads.runs(offset, length):
-                if run.kind != UNALLOCATED:
-                    first = position // self._cluster_bytes
-                    mapped += range(first, first + self.tables.geometry.clusters(run.length))
+                if run.kind != UNALLOCATED or run.host:
+                    mapped |= dict.fromkeys(self._clusters(position, position + run.length))
                 position += run.length
-            self._set_entries(mapped, lambda entry: NO_ENTRY)
+            self._set_entries(mapped, offset, offset + length, lambda entry, part: NO_ENTRY)
 
     def zero_part(self, offset: int, length: int, *, within_disk: bool = False) -> None:
         """Write zeros over the part of a range that holds data (less than a cluster at either end)."""
         for run in self.reads.runs(offset, max(0, length)):
             if not self.reads.reads_as_zeros(offset, run.length):
-                zeros = memoryview(bytes(run.length))
-                self.writes.write_span(zeros, GuestOffset(offset), within_disk=within_disk)
+                self._write_over(offset, run.length, within_disk=within_disk)
             offset += run.length
 
-    def _discarded(self, entry: L2Entry) -> L2Entry:
-        """Return the entry of a discarded cluster: none, unless the backing file would show through."""
-        return NO_ENTRY if self.reads.backing is None else ZERO_ENTRY
+    def _write_over(self, offset: int, length: int, *, within_disk: bool = False) -> None:
+        """Write zeros over a range within one metadata block."""
+        for position in range(offset, offset + length, ZEROS_AT_ONCE):
+            zeros = memoryview(bytes(min(ZEROS_AT_ONCE, offset + length - position)))
+            self.writes.write_span(zeros, GuestOffset(position), within_disk=within_disk)
 
-    def _whole_clusters(self, offset: int, length: int, disk_bytes: int) -> tuple[int, int]:
-        """Return the guest range of the clusters covered whole; the end of the disk completes the last."""
-        end = offset + length
-        head = -(-offset // self._cluster_bytes) * self._cluster_bytes
+    def _clusters(self, start: int, end: int) -> range:
+        """Return the guest clusters that a guest range touches."""
+        return range(start // self._cluster_bytes, self.tables.geometry.clusters(end))
+
+    def _hidden(self, entry: L2Entry, part: range) -> L2Entry:
+        """Return an entry that hides what lies below, and keeps no host cluster for that."""
+        return self._codec.zeroed(entry, part, unmap=True)
+
+    def _discarded(self, entry: L2Entry, part: range) -> L2Entry:
+        """Return the entry of a discarded cluster: none, unless the backing file would show through.
+
+        In version 2 a cluster over data in the backing file stays as it is.
+        """
+        if self.reads.backing is None or not self._can_hide:
+            return self._codec.emptied(entry, part)
+        return self._hidden(entry, part)
+
+    def _whole_subclusters(self, offset: int, length: int, disk_bytes: int) -> tuple[int, int]:
+        """Return the guest range of the subclusters covered whole; the end of the disk completes the last.
+
+        A compressed cluster has one subcluster, itself.
+        """
+        end, unit = offset + length, self._codec.subcluster_bytes
+        head = layout.round_up(offset, unit)
         if end == disk_bytes:
-            end = self.tables.geometry.clusters(end) * self._cluster_bytes
-        return head, end - end % self._cluster_bytes
+            end = layout.round_up(end, self._cluster_bytes)
+        tail = max(head, end - end % unit)
+        if self._is_within_compressed(head):
+            head = min(tail, layout.round_up(head, self._cluster_bytes))
+        if self._is_within_compressed(tail):
+            tail = max(head, tail - tail % self._cluster_bytes)
+        return head, tail
+
+    def _is_within_compressed(self, offset: int) -> bool:
+        """Return True if a compressed cluster begins before a guest offset, and ends behind it."""
+        cluster, within = divmod(offset, self._cluster_bytes)
+        return bool(within) and self.reads.entry(cluster).kind == COMPRESSED_CLUSTER
 
     def _set_whole(self, start: int, end: int, entry_for: EntryFor, disk_bytes: int | None = None) -> bool:
-        """Give whole guest clusters another entry where they do not read as zeros for want of one.
+        """Give whole guest subclusters another entry where they do not read as zeros for want of one.
 
-        Returns False, having changed nothing, if the size of the disk is not ``disk_bytes`` any more.
+        Returns False, having changed nothing, if the size of the disk is not ``disk_bytes`` any more, or a
+        cluster of which this is a part was compressed meanwhile.
         """
-        return self._set_entries(list(self._clusters_to_zero(start, end)), entry_for, disk_bytes)
+        clusters = dict.fromkeys(self._clusters_to_zero(start, end))
+        return self._set_entries(clusters, start, end, entry_for, disk_bytes)
 
     def _clusters_to_zero(self, start: int, end: int) -> Iterator[int]:
-        """Yield the guest clusters that have an entry, or below which the backing file may hold data."""
+        """Yield the guest clusters that need, and can have, another entry for a range to read as zeros."""
+        can_hide = self._can_hide
         for run in self.reads.runs(start, end - start):
-            is_mapped = run.kind != UNALLOCATED
-            if is_mapped or not self.reads.below_reads_as_zeros(start, run.length):
-                for offset in range(start, start + run.length, self._cluster_bytes):
-                    if is_mapped or not self.reads.below_reads_as_zeros(offset, self._cluster_bytes):
-                        yield offset // self._cluster_bytes
-            start += run.length
+            stop, is_mapped = start + run.length, run.kind != UNALLOCATED
+            if is_mapped and can_hide:
+                yield from self._clusters(start, stop)
+            elif is_mapped or not self.reads.below_reads_as_zeros(start, run.length):
+                for cluster in self._clusters(start, stop):
+                    offset = max(start, cluster * self._cluster_bytes)
+                    reach = min(stop, (cluster + 1) * self._cluster_bytes)
+                    if is_mapped if self.reads.below_reads_as_zeros(offset, reach - offset) else can_hide:
+                        yield cluster
+            start = stop
 
     def _set_entries(
-        self, clusters: Iterable[int], entry_for: EntryFor, disk_bytes: int | None = None
+        self,
+        clusters: Iterable[int],
+        start: int,
+        end: int,
+        entry_for: EntryFor,
+        disk_bytes: int | None = None,
     ) -> bool:
-        """Give guest clusters, within one metadata block, another entry, made from the one that they have."""
-        done = self.requests.planned(lambda: self._stage(clusters, entry_for, disk_bytes))
+        """Give guest clusters, within one metadata block, another entry, made from the one that they have.
+
+        Of the first and last of them the subclusters in the guest range [start, end) alone.
+        """
+        done = self.requests.planned(lambda: self._stage(clusters, start, end, entry_for, disk_bytes))
         self.requests.commit_if_large()
         return done
 
-    def _stage(self, clusters: Iterable[int], entry_for: EntryFor, disk_bytes: int | None) -> bool:
+    def _stage(
+        self, clusters: Iterable[int], start: int, end: int, entry_for: EntryFor, disk_bytes: int | None
+    ) -> bool:
         self.requests.enter_change()
         if disk_bytes not in (None, self.tables.mapping.disk_bytes):
             # The end of the disk completed the last cluster, and is elsewhere now.
@@ -136,7 +204,10 @@ class Zeroing:
             if old.kind != COMPRESSED_CLUSTER:
                 for host in mapping.codec.hosts(old):
                     refcounts.data_refcount(ClusterIndex(host))
-            new = entry_for(old)
+            part = mapping.codec.part(cluster, start, end)
+            if old.kind == COMPRESSED_CLUSTER and len(part) < mapping.codec.subclusters:
+                return False
+            new = entry_for(old, part)
             if new != old:
                 changes.append((cluster, old, new))
         if changes:
@@ -145,10 +216,3 @@ class Zeroing:
                 for cluster, old, new in changes:
                     self.writes.replace_entries(cluster, [old], [new])
         return True
-
-
-def _zeroed(entry: L2Entry, *, unmap: bool) -> L2Entry:
-    """Return the entry of a cluster that reads as zeros; only a standard cluster can be kept."""
-    if entry.host and entry.kind != COMPRESSED_CLUSTER and not unmap:
-        return entry._replace(kind=ZERO_CLUSTER)
-    return ZERO_ENTRY

@@ -47,7 +47,7 @@ from jqcow.image.transaction import Transaction
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.bitmaps import read_bitmaps
-from jqcow.ondisk.entries import UNALLOCATED
+from jqcow.ondisk.l2 import UNALLOCATED
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
 

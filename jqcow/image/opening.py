@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 from jqcow.device.base import Device, check_device
 from jqcow.device.disk import Disk
@@ -40,14 +40,8 @@ from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.blank import (
-    DEFAULT_CLUSTER_BYTES,
-    BlankImage,
-    blank_image,
-    cluster_bits_of,
-    refcount_order_of,
-)
-from jqcow.ondisk.compression import CompressionType, compression_type_of
+from jqcow.ondisk.blank import BlankImage, blank_image
+from jqcow.ondisk.form import Form, FormOptions
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
@@ -67,14 +61,12 @@ def create(
     path: str | os.PathLike[str],
     size: int,
     *,
-    cluster_size: int = DEFAULT_CLUSTER_BYTES,
-    refcount_bits: int = 16,
-    compression_type: CompressionType = "zlib",
     backing_file: str | None = None,
     backing_format: DiskFormat | None = None,
     allow_files: FilePolicy = False,
     overwrite: bool = False,
     journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
+    **options: Unpack[FormOptions],
 ) -> Image:
     """Create an image and return it open for reading and writing.
 
@@ -83,19 +75,16 @@ def create(
     Args:
         path: where; an existing file is refused unless ``overwrite``.
         size: of the disk in bytes, a multiple of 512.
-        cluster_size: in bytes, a power of two from 512 to 2 MiB.
-        refcount_bits: width of a refcount, a power of two from 1 to 64. A refcount of 1 bit allows no
-            snapshots.
-        compression_type: of the clusters that `Image.pwrite_compressed` writes.
         backing_file: the file whose disk shows where nothing was written. The name is stored as it is, and is
             relative to the directory of the image.
         backing_format: of the backing file; needed with it.
         allow_files: whether the files may be opened that the backing file names, as in `open`.
         overwrite: replace an existing file, if nobody uses it.
         journal_size: in bytes, of the journal that writing will use; a multiple of 8192 from 64 KiB to 1 GiB.
+        options: what the image is to be, as `FormOptions` says.
 
     Raises:
-        ValueError: a size that no image can have, or a name that cannot be stored.
+        ValueError: a size or options that no image can have, or a name that cannot be stored.
         FileAccessDenied: the backing file names another one.
         JqcowError: the backing file cannot be read.
         FileExistsError: the file exists.
@@ -103,14 +92,7 @@ def create(
         OSError: the host failed; nothing is left under the name.
     """
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    blank = blank_image(
-        size,
-        cluster_bits_of(cluster_size),
-        refcount_order=refcount_order_of(refcount_bits),
-        compression_type=compression_type_of(compression_type),
-        backing_file=backing_file,
-        backing_format=backing_format,
-    )
+    blank = blank_image(size, Form.of(options), backing_file=backing_file, backing_format=backing_format)
     target = os.fspath(path)
     with _closed_on_error(FileDevice.create_temporary(path)) as device:
         write_blank(device, blank)
@@ -504,14 +486,14 @@ def create_on_device(
     device: Device,
     size: int,
     *,
-    cluster_size: int = DEFAULT_CLUSTER_BYTES,
     journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
     new_salt: Callable[[], bytes] = random_salt,
+    **options: Unpack[FormOptions],
 ) -> Image:
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
     check_device(device)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    write_blank(device, blank_image(size, cluster_bits_of(cluster_size)))
+    write_blank(device, blank_image(size, Form.of(options)))
     # The opening makes it durable (M7).
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
 

@@ -10,33 +10,29 @@ that touch it; of all others it is 1.
 
 from __future__ import annotations
 
+from jqcow import _native
 from jqcow.device.base import Device
 from jqcow.ondisk import entries, layout
-from jqcow.ondisk.blank import new_header, new_l1_size, refcount_clusters
-from jqcow.ondisk.compression import COMPRESSION_ZLIB
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, L2Entry, codec_of, data_entry
-from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, HostOffset
-
-REFCOUNT_BYTES = 2
-REFCOUNT_ONE = (1).to_bytes(REFCOUNT_BYTES, "big")
+from jqcow.ondisk.blank import new_header, new_l1_size, pack_ones, refcount_clusters
+from jqcow.ondisk.form import Form
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, L2Entry, codec_of
+from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
 
 
 class ImageBuilder:
-    """Builds a version 3 image on an empty device. Offsets and lengths in bytes."""
+    """Builds an image on an empty device. Offsets and lengths in bytes."""
 
-    def __init__(
-        self, device: Device, size: int, cluster_bits: int, compression_type: int = COMPRESSION_ZLIB
-    ) -> None:
-        """Start an image of a disk of ``size`` bytes; the header announces the compression type.
+    def __init__(self, device: Device, size: int, form: Form) -> None:
+        """Start an image of a disk of ``size`` bytes.
 
         Raises:
             ValueError: the disk needs an L1 table larger than 32 MiB.
         """
         self._device = device
         self._size = size
-        self._geometry = Geometry(cluster_bits)
+        self._form = form
+        self._geometry = form.geometry
         self._codec = codec_of(self._geometry)
-        self._compression_type = compression_type
         self._l1_table = bytearray(layout.table_bytes(new_l1_size(self._geometry, size)))
         self._next_cluster = 1 + self._geometry.clusters(len(self._l1_table))
         self._l2_index = -1
@@ -63,7 +59,8 @@ class ImageBuilder:
         self._next_cluster += count
         first = offset // self.cluster_bytes
         for cluster in range(first, first + count):
-            self._map(cluster, data_entry(HostOffset(host + (cluster - first) * self.cluster_bytes)))
+            place = HostOffset(host + (cluster - first) * self.cluster_bytes)
+            self._map(cluster, self._codec.filled(NO_ENTRY, place, range(self._codec.subclusters)))
 
     def write_compressed(self, stream: bytes, offset: int) -> None:
         """Map the guest cluster at ``offset`` to its compressed content; offsets only rise."""
@@ -84,24 +81,34 @@ class ImageBuilder:
         fresh = self._next_cluster * self.cluster_bytes
         host = self._packed_end
         room = -host % self.cluster_bytes
-        if room == 0 or (length_bytes > room and host + room != fresh):
+        goes_on = room > 0 and (length_bytes <= room or host + room == fresh)
+        if not (goes_on and self._share(host // self.cluster_bytes)):
             host = fresh
-        else:
-            self._share(host // self.cluster_bytes)
         self._packed_end = host + length_bytes
         self._next_cluster = max(self._next_cluster, self._geometry.clusters(self._packed_end))
         return host
 
-    def _share(self, host_cluster: int) -> None:
-        """Count one more user of a host cluster. Refcount blocks of ones alone are not kept in memory."""
+    def _share(self, host_cluster: int) -> bool:
+        """Count one more user of a host cluster; return False if its refcount does not hold that.
+
+        Refcount blocks of ones alone are not kept in memory.
+        """
         block, within = divmod(host_cluster, self._geometry.refcounts_per_cluster)
         refcounts = self._shared_refcounts.get(block)
         if refcounts is None:
-            refcounts = bytearray(REFCOUNT_ONE * self._geometry.refcounts_per_cluster)
+            refcounts = bytearray(pack_ones(self._geometry, self._geometry.refcounts_per_cluster))
             self._shared_refcounts[block] = refcounts
-        place = slice(within * REFCOUNT_BYTES, (within + 1) * REFCOUNT_BYTES)
-        count = int.from_bytes(refcounts[place], "big") + 1
-        refcounts[place] = count.to_bytes(REFCOUNT_BYTES, "big")
+        return _native.refcount_add(refcounts, self._form.refcount_order, within, within + 1, 1) < 0
+
+    def _refcounts(self, index: int, count: int) -> bytes | bytearray:
+        """Return the refcounts of the ``count`` clusters in use that a refcount block is for."""
+        shared = self._shared_refcounts.get(index)
+        if shared is None:
+            return pack_ones(self._geometry, count)
+        if count < self._geometry.refcounts_per_cluster:
+            for within in range(count, self._geometry.refcounts_per_cluster):
+                _native.refcount_set(shared, within, self._form.refcount_order, 0)
+        return shared
 
     def _map(self, guest_cluster: int, entry: L2Entry) -> None:
         l2_index, within = divmod(guest_cluster, self._codec.per_table)
@@ -133,16 +140,14 @@ class ImageBuilder:
         for index in range(block_count):
             first = index * geometry.refcounts_per_cluster
             count = min(geometry.refcounts_per_cluster, used - first)
-            refcounts = self._shared_refcounts.get(index, REFCOUNT_ONE * count)[: count * REFCOUNT_BYTES]
-            self._device.pwrite(refcounts, blocks + index * cluster_bytes)
+            self._device.pwrite(self._refcounts(index, count), blocks + index * cluster_bytes)
         self._device.pwrite(entries.pack_refcount_table(geometry, blocks, block_count), table)
         self._device.pwrite(self._l1_table, cluster_bytes)
         header = new_header(
-            geometry,
+            self._form,
             self._size,
             l1_table_offset=cluster_bytes,
             refcount_table_offset=table,
             refcount_table_clusters=table_clusters,
-            compression_type=self._compression_type,
         )
         self._device.pwrite(header.pack(), 0)

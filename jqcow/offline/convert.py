@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from operator import index
-from typing import Protocol
+from typing import Protocol, Unpack
 
 from jqcow import _native
 from jqcow.device.disk import Disk
@@ -30,8 +30,8 @@ from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import Progress, first_difference, windows
 from jqcow.offline.compressing import CompressingWriter, Compression
 from jqcow.offline.losses import Losses, LostRange, SalvagedDisk, refuse_lost_data
-from jqcow.ondisk.blank import DEFAULT_CLUSTER_BYTES, cluster_bits_of
 from jqcow.ondisk.compression import CompressionType
+from jqcow.ondisk.form import Form, FormOptions
 from jqcow.ondisk.naming import DiskFormat, check_format
 
 BUFFER_BYTES = 2 << 20
@@ -77,10 +77,10 @@ class ConvertReport:
 
 @dataclass(frozen=True)
 class _Form:
-    """What the target is to be; ``compression`` is what a qcow2 header announces, used or not."""
+    """What the target is to be; ``image`` says that of a qcow2 one, ``compression`` what it announces."""
 
     format: DiskFormat
-    cluster_bits: int
+    image: Form
     is_compressed: bool
     compression: Compression
 
@@ -176,14 +176,13 @@ def convert(
     allow_files: FilePolicy = False,
     probe: bool = False,
     target_format: DiskFormat = "qcow2",
-    cluster_size: int = DEFAULT_CLUSTER_BYTES,
     compressed: bool = False,
-    compression_type: CompressionType = "zlib",
     compression_level: int | None = None,
     overwrite: bool = False,
     verify: bool = False,
     salvage: bool = False,
     progress: Progress = lambda done, total: None,
+    **options: Unpack[FormOptions],
 ) -> ConvertReport:
     """Copy a disk into a new file of ``target_format``, durably.
 
@@ -195,25 +194,24 @@ def convert(
         allow_files: whether backing files of the source may be opened, as in `jqcow.open`, and copied too.
         probe: tell formats of backing files that are not stored by their magic.
         target_format: ``raw`` or ``qcow2``.
-        cluster_size: of a qcow2 target, in bytes.
         compressed: compress the clusters of a qcow2 target.
-        compression_type: ``zlib`` or ``zstd``; the header of a qcow2 target announces it in any case.
         compression_level: 1 to 9 for zlib, 1 to 22 for zstd; None is 6 and 3.
         overwrite: replace an existing file, if nobody uses it.
         verify: reread both and compare them before the target gets its name.
         salvage: make zeros of what cannot be read of the source; `ConvertReport.lost` tells what that was.
         progress: called with the bytes of the disk that are done, and all of them.
+        options: what a qcow2 target is to be, as `FormOptions` says.
 
     Raises:
-        ValueError: a cluster size or compression that the target cannot have, a snapshot of a raw file, or
+        ValueError: options or compression that the target cannot have, a snapshot of a raw file, or
             source and target are the same file.
         FileExistsError: the target exists.
         FileAccessDenied: the source names a backing file, and that is not allowed.
         JqcowError: the source cannot be read, a file is in use, or the verification found a difference.
         OSError: the host failed. After this, as after a `JqcowError`, there is no new target.
     """
-    compression = Compression(compression_type, compression_level)
-    form = _Form(target_format, cluster_bits_of(cluster_size), compressed, compression)
+    compression = Compression(options.get("compression_type", "zlib"), compression_level)
+    form = _Form(target_format, Form.of(options), compressed, compression)
     _check_target(source, target, overwrite=overwrite)
     following = Following(allow_files, probe)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
@@ -291,7 +289,7 @@ def _target(device: FileDevice, disk: Disk, form: _Form) -> Iterator[_Target]:
     if form.format == "raw":
         yield _RawTarget(device, disk.size)
         return
-    builder = ImageBuilder(device, disk.size, form.cluster_bits, form.compression.number)
+    builder = ImageBuilder(device, disk.size, form.image)
     if not form.is_compressed:
         yield _ImageTarget(builder)
         return

@@ -93,7 +93,7 @@ class _LayerMap:
     def lines(self, extent: Extent) -> Iterator[MapLine]:
         """Yield an extent, cut where a map makes a difference."""
         disk = self._disk
-        if extent.kind == "zero" and isinstance(disk, ImageDisk):
+        if isinstance(disk, ImageDisk) and disk.may_keep(extent):
             yield from (MapLine(part, disk.path) for part in disk.kept_clusters(extent))
         elif self._is_sparse and extent.host_offset is not None:
             yield from self._with_holes(extent, extent.host_offset)

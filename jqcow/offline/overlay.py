@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Unpack
 
 from jqcow.device.file import FileDevice
 from jqcow.image.opening import write_blank
 from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
-from jqcow.ondisk.blank import blank_image, cluster_bits_of, refcount_order_of
-from jqcow.ondisk.compression import CompressionType, compression_type_of
+from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.form import Form, FormOptions
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, decode_name, resolve
 
@@ -44,24 +45,20 @@ def create_overlay(
     path: str | os.PathLike[str],
     size: int,
     *,
-    cluster_size: int,
     backing_file: str,
     backing_format: DiskFormat,
-    refcount_bits: int = 16,
-    compression_type: CompressionType = "zlib",
     overwrite: bool = False,
+    **options: Unpack[FormOptions],
 ) -> None:
     """Create an empty qcow2 image over a backing file, durably. The backing file is not opened.
 
     Args:
         path: where; an existing file is refused unless ``overwrite``.
         size: of the disk in bytes, a multiple of 512; that of the backing file may be another.
-        cluster_size: in bytes, a power of two from 512 to 2 MiB.
         backing_file: name to be stored as it is: relative to the directory of the new image.
         backing_format: of the backing file.
-        refcount_bits: width of the refcounts.
-        compression_type: how compressed clusters are stored.
         overwrite: replace an existing file, if nobody uses it.
+        options: what the image is to be, as `FormOptions` says.
 
     Raises:
         ValueError: a size that no image can have, a name that cannot be stored, or that of the image itself.
@@ -71,15 +68,7 @@ def create_overlay(
         OSError: the host failed; nothing is left under the name.
     """
     size = layout.disk_size(size)
-    cluster_bits = cluster_bits_of(cluster_size)
-    blank = blank_image(
-        size,
-        cluster_bits,
-        refcount_order=refcount_order_of(refcount_bits),
-        compression_type=compression_type_of(compression_type),
-        backing_file=backing_file,
-        backing_format=backing_format,
-    )
+    blank = blank_image(size, Form.of(options), backing_file=backing_file, backing_format=backing_format)
     overlay = os.fspath(path)
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.
     if os.path.realpath(resolve(backing_file, overlay)) == os.path.realpath(overlay):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jqcow.checker.tables import layers
 from jqcow.disks.view import FileView, open_view
 from jqcow.engine.scan import Scan
-from jqcow.ondisk import entries, snapshots
+from jqcow.ondisk import entries, l2, snapshots
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import table_bytes, table_entries
@@ -139,7 +139,7 @@ class _Meanings:
         self._view = view
         self._geometry = view.geometry
         cluster_bytes, header = self._geometry.cluster_bytes, view.header
-        self._codec = entries.codec_of(self._geometry)
+        self._codec = l2.codec_of(self._geometry)
         refcount_table_end = header.refcount_table_offset + header.refcount_table_clusters * cluster_bytes
         self._l1 = range(header.l1_table_offset, header.l1_table_offset + table_bytes(header.l1_size))
         self._refcount_table = range(header.refcount_table_offset, refcount_table_end)

@@ -118,11 +118,6 @@ def find_compression_type(area: HeaderArea) -> Words | None:
     return None if is_known else (f"compression type {kind}", "")
 
 
-def _find_version_2(area: HeaderArea) -> Words | None:
-    detail = "it has no feature bits; amend it to version 3"
-    return ("writing to a version 2 image", detail) if area.header.version < 3 else None
-
-
 def _find_bitmaps(area: HeaderArea) -> Words | None:
     found = area.find(headers.EXTENSION_BITMAPS) is not None
     return ("writing to an image with persistent bitmaps", "") if found else None
@@ -135,7 +130,6 @@ def _find_valid_bitmaps(area: HeaderArea) -> Words | None:
 
 _JOURNAL = _if_set(headers.INCOMPATIBLE_JOURNAL, "a live journal (it must be replayed first)")
 _DATA_FILE = _if_set(headers.INCOMPATIBLE_EXTERNAL_DATA, "an external data file")
-_EXTENDED_L2 = _if_set(headers.INCOMPATIBLE_EXTENDED_L2, "extended L2 entries (subclusters)")
 _CORRUPT = _if_set(headers.INCOMPATIBLE_CORRUPT, "writing to an image marked corrupt", "repair it first")
 _NO, _YES = False, True
 
@@ -143,11 +137,9 @@ FEATURES = (
     #       name                         find                    read  write check repair
     Feature("live journal",              _JOURNAL,               _NO,  _NO,  _NO,  _NO),
     Feature("external data file",        _DATA_FILE,             _NO,  _NO,  _NO,  _NO),
-    Feature("extended L2 entries",       _EXTENDED_L2,           _NO,  _NO,  _NO,  _NO),
     Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
     Feature("encryption",                _find_encryption,       _NO,  _NO,  _NO,  _NO),
     Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),
-    Feature("version 2",                 _find_version_2,        _YES, _NO,  _YES, _NO),
     Feature("corrupt bit",               _CORRUPT,               _YES, _NO,  _YES, _YES),
     Feature("bitmaps",                   _find_bitmaps,          _YES, _NO,  _YES, _NO),
     Feature("bitmaps marked valid",      _find_valid_bitmaps,    _YES, _YES, _NO,  _YES),

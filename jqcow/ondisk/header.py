@@ -151,8 +151,13 @@ class Header:
 
     @property
     def geometry(self) -> Geometry:
-        """The geometry that follows from the cluster size and the refcount width."""
-        return Geometry(self.cluster_bits, self.refcount_order)
+        """The geometry that follows from the cluster size, the refcount width and the kind of L2 entries."""
+        return Geometry(self.cluster_bits, self.refcount_order, self.has_subclusters, self.version > 2)
+
+    @property
+    def has_subclusters(self) -> bool:
+        """True if L2 entries are extended."""
+        return bool(self.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
 
     def validate(self) -> None:
         """Check the fields that reading needs against the specification's bounds and QEMU's limits.
@@ -163,6 +168,8 @@ class Header:
         """
         if not layout.MIN_CLUSTER_BITS <= self.cluster_bits <= layout.MAX_CLUSTER_BITS:
             raise FormatError(f"cluster_bits {self.cluster_bits} is not in 9-21")
+        if self.has_subclusters and self.cluster_bits < layout.MIN_SUBCLUSTER_CLUSTER_BITS:
+            raise FormatError(f"subclusters with cluster_bits {self.cluster_bits}, which is below 14")
         if self.refcount_order > 6:
             raise FormatError(f"refcount_order {self.refcount_order} is above 6")
         cluster_bytes = 1 << self.cluster_bits

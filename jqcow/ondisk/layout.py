@@ -1,7 +1,7 @@
 """Geometry of an image: the numbers that follow from its cluster size.
 
 From the qcow2 specification: a cluster is the unit of allocation; an L2 table fills one cluster with
-8-byte entries; a refcount block fills one cluster with refcounts of ``1 << refcount_order`` bits.
+entries of 8 or 16 bytes; a refcount block fills one cluster with refcounts of ``1 << refcount_order`` bits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ BLOCK_BYTES_MAX = 4096
 
 ENTRY_BYTES = 8
 """An L1, L2 or refcount table entry."""
+
+SUBCLUSTERS = 32
+"""So many a cluster has where L2 entries are extended (qcow2 specification, "Extended L2 Entries")."""
+
+MIN_SUBCLUSTER_CLUSTER_BITS = 14
+"""Then a cluster has at least 16 KiB."""
 
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
@@ -66,10 +72,16 @@ def table_entries(length_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes and shifts derived from the header's ``cluster_bits`` and ``refcount_order``."""
+    """Sizes and shifts derived from the header.
+
+    ``has_subclusters``: L2 entries are extended ones of 16 bytes, else standard ones of 8. ``has_zero_flag``:
+    they can say that a cluster reads as zeros; those of version 2 cannot.
+    """
 
     cluster_bits: int
     refcount_order: int = 4
+    has_subclusters: bool = False
+    has_zero_flag: bool = True
 
     @cached_property
     def cluster_bytes(self) -> int:
@@ -83,8 +95,8 @@ class Geometry:
 
     @cached_property
     def l2_entries(self) -> int:
-        """Entries in an L2 table: one cluster of 8-byte entries."""
-        return self.cluster_bytes // ENTRY_BYTES
+        """Entries in an L2 table, which fills one cluster."""
+        return self.cluster_bytes // (2 * ENTRY_BYTES if self.has_subclusters else ENTRY_BYTES)
 
     @cached_property
     def entries_per_block(self) -> int:

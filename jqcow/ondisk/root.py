@@ -1,9 +1,10 @@
 """The live root: sector 0 of an image with a live journal, and the root copy.
 
 While the journal is live, sector 0 is a root that no other program can misread: the fixed header fields
-with jqcow's incompatible feature bit set, autoclear bits and backing file cleared, then the journal
-extension, a one-entry feature name table (QEMU prints the name when it refuses the image) and the end
-marker. The header proper is in the journal. Bytes from 512 on are untouched.
+with jqcow's incompatible feature bit set, autoclear bits and backing file cleared (those of version 3, where
+the image has version 2, too), then the journal extension, a one-entry feature name table (QEMU prints the
+name when it refuses the image) and the end marker. The header proper is in the journal. Bytes from 512 on
+are untouched.
 
 Journal extension (type 0x6a71c057), data, big-endian::
 
@@ -170,13 +171,16 @@ def pack_undo_root(header: Header) -> bytes:
     Raises:
         FormatError: no header that a root has room for.
     """
-    if header.header_length < V3_BYTES or not _leaves_room(header):
+    if (header.version > 2 and header.header_length < V3_BYTES) or not _leaves_room(header):
         raise FormatError(f"header_length {header.header_length} leaves no room in sector 0")
     return _pack_refused(header, Extension(EXTENSION_UNDO, b""), UNDO_FEATURE_NAME)
 
 
 def _pack_refused(header: Header, extension: Extension, name: bytes) -> bytes:
     """Return a sector 0 that no other program opens."""
+    if header.version < 3:
+        # Version 2 has no feature bits. Who knows it alone refuses a 3; once closed it is a 2 again.
+        header = replace(header, version=3, header_length=V3_BYTES)
     live = replace(
         header,
         incompatible_features=header.incompatible_features | INCOMPATIBLE_JOURNAL,

@@ -93,6 +93,15 @@ COMMITTED_INTO = f"{turns(2, 'change:3:2 take-in:{n}', '1', '2')} change:3:2"
 COPIED_UP = turns(8, "copy-up:4w%s:c|3c {n}", "", "change", "flush")
 """Copy on read: what is read from below is written to the overlay, between changes and flushes."""
 
+WITHOUT_ZERO_FLAGS = "open " + turns(
+    3,
+    "write:2w%c+s:s zeroes:2w%s:2c flush unmap:2w%c:2c {n} write:2w%s:c",
+    "flush",
+    "snapshot",
+    "grow:3 flush",
+)
+"""Zeros over a backing file that has data, where no entry can tell them (version 2)."""
+
 SHARED = "open change:6:2 " + turns(3, "write:2w%c+s:s {n}:2w%c:c|2c flush", "discard", "unmap", "zeroes")
 """What guest clusters share without a snapshot is written, zeroed and discarded, one owner after another."""
 

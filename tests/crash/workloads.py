@@ -168,11 +168,55 @@ _OF_OVERLAYS = (
     Family("repair-undone-snapshots", "dirty-bit-snapshots", undone),
     Family("rebuilt-table-undone", "lost-table-snapshots", undone),
 )
+WITH_SUBCLUSTERS = (16384, 65536)
+_OF_FEATURES = (
+    *(
+        Family(f"subclusters-{name}", f"subclusters{start}", story, WITH_SUBCLUSTERS)
+        for name, start, story in (
+            ("reopened", "", stories.REOPENED),
+            ("in-place", "-full", stories.IN_PLACE),
+            ("reuse", "-full", stories.REUSE),
+            ("reuse-dirty", "-unpunchable", stories.REUSE),
+            ("epochs", "", stories.EPOCHS),
+            ("killed", "", stories.KILLED),
+            ("host-fails", "-unpunchable", stories.HOST_FAILS),
+            ("transactions", "-unpunchable", stories.TRANSACTIONS),
+            ("savepoints", "-full", stories.SAVEPOINTS),
+            ("resizes", "-full", stories.RESIZES),
+            ("snapshots", "-snapshots", stories.BETWEEN_WRITES),
+            ("snapshots-cow", "-snapshots", stories.COPY_ON_WRITE),
+            ("compressed", "-snapshots", stories.compressed),
+            ("overlay", "-overlay", stories.REOPENED),
+            ("overlay-reuse", "-overlay-unpunchable", stories.REUSE),
+            ("overlay-transactions", "-overlay", stories.TRANSACTIONS),
+            ("copy-on-read", "-overlay-unpunchable", overlays.COPIED_UP),
+            ("rebase", "-overlay", overlays.REBASE),
+            ("repair", "-dirty-bit", overlays.REPAIRED),
+        )
+    ),
+    *(
+        Family(f"version-2-{name}", f"version-2{start}", story)
+        for name, start, story in (
+            ("reopened", "", stories.REOPENED),
+            ("in-place", "-full", stories.IN_PLACE),
+            ("reuse", "-full", stories.REUSE),
+            ("move", "", stories.MOVE),
+            ("killed", "", stories.KILLED),
+            ("going-live-fails", "", stories.GOING_LIVE_FAILS),
+            ("root-write-fails", "-full", stories.ROOT_WRITE_FAILS),
+            ("transactions", "", stories.TRANSACTIONS),
+            ("resizes", "-full", stories.RESIZES),
+            ("snapshots", "-snapshots", stories.BETWEEN_WRITES),
+            ("overlay", "-overlay", overlays.WITHOUT_ZERO_FLAGS),
+        )
+    ),
+)
 GROUPS = {
     "plain": _PLAIN,
     "transactions": _OF_TRANSACTIONS,
     "snapshots": _OF_SNAPSHOTS,
     "overlays": _OF_OVERLAYS,
+    "features": _OF_FEATURES,
 }
 FAMILIES = {family.name: family for families in GROUPS.values() for family in families}
 

@@ -10,6 +10,7 @@ import jqcow
 from jqcow.disks.view import FileView
 from jqcow.image.opening import write_blank
 from jqcow.ondisk import entries
+from jqcow.ondisk import form as forms
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import SECTOR_BYTES
@@ -64,9 +65,7 @@ def base_of(form: Form) -> Base:
     device = SparseDevice()
     blank = blank_image(
         form.disk_clusters * cluster,
-        form.cluster_bits,
-        refcount_order=form.refcount_order,
-        compression_type=form.compression_type,
+        forms.Form(form.cluster_bits, form.refcount_order, form.compression_type),
     )
     write_blank(device, blank)
     image = jqcow.open_device(device, "r+", journal_size=JOURNAL_BYTES, new_salt=lambda: SALT)

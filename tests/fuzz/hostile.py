@@ -17,7 +17,7 @@ import zstandard
 
 import jqcow
 from jqcow.engine import scan as scans
-from jqcow.ondisk import entries
+from jqcow.ondisk import entries, l2
 from jqcow.ondisk.frame import (
     ENCODING_PLAIN,
     ENCODING_ZSTD,
@@ -267,7 +267,7 @@ def table_entry(content: bytearray, sample: Sample, chance: random.Random) -> st
     table, base = chance.choice(_tables(content, sample))
     index = chance.choice((0, 0, 1, chance.randrange(sample.cluster_bytes // 8)))
     value = nasty(chance, sample, len(content))
-    for flag in (entries.COPIED, entries.COMPRESSED, entries.ZERO):
+    for flag in (entries.COPIED, l2.COMPRESSED, l2.ZERO):
         if chance.random() < 0.2:
             value |= flag
     _put(content, base + index * 8, value, 8)
@@ -344,7 +344,7 @@ def _compressed_entries(content: bytearray, sample: Sample) -> list[int]:
     for name, table in _tables(content, sample):
         if name == "L2":
             for place in range(table, min(table + sample.cluster_bytes, len(content) - 7), 8):
-                if content[place] & (entries.COMPRESSED >> 56):
+                if content[place] & (l2.COMPRESSED >> 56):
                     found.append(place)
     return found
 
@@ -356,7 +356,7 @@ def compressed_descriptor(content: bytearray, sample: Sample, chance: random.Ran
         return "nothing"
     place = chance.choice(found)
     width = 62 - (sample.cluster_bytes.bit_length() - 1 - 8)
-    old = int.from_bytes(content[place : place + 8], "big") & (entries.COMPRESSED - 1)
+    old = int.from_bytes(content[place : place + 8], "big") & (l2.COMPRESSED - 1)
     host, sectors = old & ((1 << width) - 1), old >> width
     match chance.randrange(4):
         case 0:
@@ -367,7 +367,7 @@ def compressed_descriptor(content: bytearray, sample: Sample, chance: random.Ran
             host += chance.choice((-SECTOR_BYTES, -1, 1, 100, SECTOR_BYTES, sample.cluster_bytes))
         case _:
             sectors = chance.getrandbits(62 - width)
-    value = entries.COMPRESSED | (sectors << width & (entries.COMPRESSED - 1)) | (host & ((1 << width) - 1))
+    value = l2.COMPRESSED | (sectors << width & (l2.COMPRESSED - 1)) | (host & ((1 << width) - 1))
     _put(content, place, value | chance.choice((0, 0, entries.COPIED)), 8)
     return f"at {place:#x}: {value:#x}"
 

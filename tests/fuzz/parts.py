@@ -18,7 +18,8 @@ import zstandard
 
 from jqcow.offline.info import check_file, read_info, read_snapshots
 from jqcow.ondisk.compression import COMPRESSION_ZSTD, ZSTD_WINDOW_BYTES_MAX
-from jqcow.ondisk.entries import COMPRESSED, COPIED, ZERO
+from jqcow.ondisk.entries import COPIED
+from jqcow.ondisk.l2 import COMPRESSED, ZERO
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET, pack_root_copy
 from tests.fuzz.bases import Base, Form, base_of

@@ -59,6 +59,7 @@ def kernels(data: bytes) -> None:
         "refcount_set": (start, order, value & ((1 << (1 << order)) - 1)),
         "refcount_add": (order, start, stop, (value & 0xFF) - 128),
         "l2_run": (start % (len(buffer) // 8 + 1), 1 + stop, cluster_bits),
+        "subcluster_run": (start % (len(buffer) // 16 * 32 + 1), 1 + stop, cluster_bits),
         "set_copied": (start % (len(buffer) // 8 + 1), len(buffer) // 8, bool(value & 1)),
     }
     for name, arguments in calls.items():

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from jqcow.device.file import FileDevice
 from jqcow.offline.build import ImageBuilder
-from jqcow.ondisk.entries import COMPRESSED, OFFSET_MASK
+from jqcow.ondisk.entries import OFFSET_MASK
+from jqcow.ondisk.form import Form
+from jqcow.ondisk.l2 import COMPRESSED
 from tests.support.patients import Tables
 
 SECTOR_BYTES = 512
@@ -33,7 +35,9 @@ def plant(path: Path, streams: list[bytes], cluster_bits: int, compression_type:
     """Make an image whose clusters are these streams, whatever they are."""
     device = FileDevice.create_temporary(path)
     try:
-        builder = ImageBuilder(device, len(streams) << cluster_bits, cluster_bits, compression_type)
+        builder = ImageBuilder(
+            device, len(streams) << cluster_bits, Form(cluster_bits, compression_type=compression_type)
+        )
         for index, stream in enumerate(streams):
             builder.write_compressed(stream, index << cluster_bits)
         builder.finish()

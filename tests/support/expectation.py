@@ -10,29 +10,54 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
 
 import jqcow
 from jqcow.image.transaction import Transaction
+from jqcow.ondisk.form import Compat, FormOptions
+from jqcow.ondisk.layout import SUBCLUSTERS
 from jqcow.testing import SECTOR_BYTES, SectorModel, Violation
 from jqcow.testing.model import ReadFunction
 from tests.support.inside import Shown
 
-WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 65536: 3}
+WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 16384: 6, 65536: 3}
+
+
+class Kind(TypedDict, total=False):
+    """What kind of image it is."""
+
+    extended_l2: bool
+    compat: Compat
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The parts of a disk that are used: ``count`` ranges of ``window_bytes``, one every ``stride_bytes``."""
+    """The parts of a disk that are used: ``count`` ranges of ``window_bytes``, one every ``stride_bytes``.
+
+    ``extended_l2``, ``compat``: what the image is to be.
+    """
 
     count: int
     window_bytes: int
     stride_bytes: int
+    extended_l2: bool = False
+    compat: Compat = "1.1"
 
     @classmethod
-    def of(cls, cluster_bytes: int, count: int = 4) -> Windows:
+    def of(cls, cluster_bytes: int, count: int = 4, **kind: Unpack[Kind]) -> Windows:
         """Return windows that start where L2 tables do."""
         window_bytes = WINDOW_CLUSTERS[cluster_bytes] * cluster_bytes
-        return cls(count, window_bytes, cluster_bytes * cluster_bytes // 8)
+        entry_bytes = 16 if kind.get("extended_l2") else 8
+        return cls(count, window_bytes, cluster_bytes * cluster_bytes // entry_bytes, **kind)
+
+    @property
+    def options(self) -> FormOptions:
+        """What the image is to be."""
+        return {
+            "cluster_size": self.cluster_bytes,
+            "extended_l2": self.extended_l2,
+            "compat": self.compat,
+        }
 
     @property
     def model_bytes(self) -> int:
@@ -46,8 +71,13 @@ class Windows:
 
     @property
     def cluster_bytes(self) -> int:
-        """The cluster size, of which the reach of an L2 table is the square by 8."""
-        return math.isqrt(self.stride_bytes * 8)
+        """The cluster size, of which the reach of an L2 table is the square by the length of an entry."""
+        return math.isqrt(self.stride_bytes * (16 if self.extended_l2 else 8))
+
+    @property
+    def unit_bytes(self) -> int:
+        """What a discard frees at least: a cluster, or a subcluster."""
+        return self.cluster_bytes // SUBCLUSTERS if self.extended_l2 else self.cluster_bytes
 
     def guest(self, position: int) -> int:
         """Return the guest offset of a position in the model."""

@@ -108,7 +108,7 @@ class Player(Teller):
         if self.session.expectation.exists:
             self.session.open()
         else:
-            self.session.create(self.cluster_bytes, self.session.expectation.sizes[-1])
+            self.session.create(self.session.expectation.sizes[-1])
 
     def look(self) -> None:
         """What is read now is what was asked for, in the transaction and beside it."""

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Unpack
 
 from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.header import (
     EXTENSION_FEATURE_NAMES,
     INCOMPATIBLE_DIRTY,
+    V2_BYTES,
     Extension,
     Header,
     HeaderArea,
@@ -24,7 +25,7 @@ from jqcow.ondisk.header import (
 from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
 from tests.support.below import Below, name_of
-from tests.support.expectation import AllTaken, Expectation, Taken, Windows
+from tests.support.expectation import AllTaken, Expectation, Kind, Taken, Windows
 from tests.support.operations import Request, Write
 from tests.support.patients import DIRTY_BYTE, Tables
 from tests.support.player import Player
@@ -92,7 +93,7 @@ def new_session(windows: Windows, size_bytes: int | None = None) -> Session:
     sectors = SectorModel(windows.model_bytes)
     expectation = Expectation(windows, sectors, (size_bytes,), exists=False, extensions=NO_EXTENSIONS)
     session = Session(SimulatedDevice(), expectation)
-    session.create(windows.cluster_bytes, size_bytes)
+    session.create(size_bytes)
     return session
 
 
@@ -121,21 +122,23 @@ def empty_file(cluster_bytes: int, random: Random) -> Start:
     return Start(windows, b"", b"", some_size(windows, random))
 
 
-def used_image(cluster_bytes: int, random: Random) -> Start:
+def used_image(cluster_bytes: int, random: Random, **kind: Unpack[Kind]) -> Start:
     """An image with data and zero clusters, made and closed by jqcow."""
-    windows = Windows.of(cluster_bytes)
+    windows = Windows.of(cluster_bytes, **kind)
     return played("change:8", windows, random, some_size(windows, random))
 
 
-def full_image(cluster_bytes: int, random: Random) -> Start:
+def full_image(cluster_bytes: int, random: Random, **kind: Unpack[Kind]) -> Start:
     """An image whose first two windows are all allocated."""
-    return played("write:0:w write:w:w", Windows.of(cluster_bytes), random)
+    return played("write:0:w write:w:w", Windows.of(cluster_bytes, **kind), random)
 
 
-def dirty_image(cluster_bytes: int, random: Random, discards: str = "discard:3w%c:2c " * 4) -> Start:
+def dirty_image(
+    cluster_bytes: int, random: Random, discards: str = "discard:3w%c:2c " * 4, **kind: Unpack[Kind]
+) -> Start:
     """An image with free clusters inside and past the used ones, all full of old bytes; a ragged end."""
     text = f"write:0:w write:w:w write:2w:w {discards}"
-    return with_old_bytes(played(text, Windows.of(cluster_bytes), random), random)
+    return with_old_bytes(played(text, Windows.of(cluster_bytes, **kind), random), random)
 
 
 def half_free_image(cluster_bytes: int, random: Random) -> Start:
@@ -188,9 +191,9 @@ def long_header_image(cluster_bytes: int, random: Random) -> Start:
     return replace(start, content=bytes(content), extensions=extensions)
 
 
-def snapshots_image(cluster_bytes: int, random: Random) -> Start:
+def snapshots_image(cluster_bytes: int, random: Random, **kind: Unpack[Kind]) -> Start:
     """An image with two snapshots, compressed clusters, and old bytes in all that is free."""
-    windows = Windows.of(cluster_bytes)
+    windows = Windows.of(cluster_bytes, **kind)
     size_bytes = some_size(windows, random)
     text = " ".join(
         f"write:{index}w:w/2 packed:{index}w+4c:3c snapshot write:c:c+s discard:{index}w+2c:c change"
@@ -335,24 +338,24 @@ def new_overlay(below: Below, size_bytes: int) -> Session:
     return session
 
 
-def overlay_image(cluster_bytes: int, random: Random) -> Start:
+def overlay_image(cluster_bytes: int, random: Random, **kind: Unpack[Kind]) -> Start:
     """An image over another disk, with data, zeros and nothing of its own."""
-    windows = Windows.of(cluster_bytes)
+    windows = Windows.of(cluster_bytes, **kind)
     below = some_disk(windows, random)
     session = new_overlay(below, some_size(windows, random))
     Player(session, random).play("change:5 close")
     return replace(start_of(session), extensions=extensions_in(session.device.content()))
 
 
-def overlay_with_old_bytes(cluster_bytes: int, random: Random) -> Start:
+def overlay_with_old_bytes(cluster_bytes: int, random: Random, **kind: Unpack[Kind]) -> Start:
     """As `overlay_image`, with old bytes in all that is free, on a host without holes."""
-    return replace(with_old_bytes(overlay_image(cluster_bytes, random), random), can_punch=False)
+    return replace(with_old_bytes(overlay_image(cluster_bytes, random, **kind), random), can_punch=False)
 
 
 def extensions_in(content: bytes) -> bytes:
     """Return what follows the fixed fields of a header: the extensions, and the backing file's name."""
     area = HeaderArea.parse(content[: Header.unpack(content[:SECTOR_BYTES]).geometry.cluster_bytes])
-    return area.data[area.header.header_length :]
+    return area.data[V2_BYTES if area.header.version < 3 else area.header.header_length :]
 
 
 # Made by QEMU
@@ -452,6 +455,11 @@ def by_qemu(cluster_bytes: int, options: str, layers: int, **choices: Any) -> St
     return Recipe(f"cluster_size={cluster_bytes}{options}", windows, kept, **choices).start()
 
 
+def of_kind(prepare: Callable[..., Start], **kind: Unpack[Kind]) -> Prepare:
+    """Return what makes an image of another kind."""
+    return lambda cluster_bytes, random: prepare(cluster_bytes, random, **kind)
+
+
 def qemu_image(cluster_bytes: int, random: Random) -> Start:
     """An image made and filled by QEMU: its header fills the first sector, its L1 table stands elsewhere."""
     return by_qemu(cluster_bytes, "", 1)
@@ -502,6 +510,17 @@ STARTS: dict[str, Prepare] = {
     "lost-table-snapshots": without_table(snapshots_image),
     "dirty-bit-snapshots": damaged(snapshots_image),
     "unforgetting": without_forgetting(full_image),
+    "subclusters": of_kind(used_image, extended_l2=True),
+    "subclusters-full": of_kind(full_image, extended_l2=True),
+    "subclusters-unpunchable": without_holes(of_kind(dirty_image, extended_l2=True)),
+    "subclusters-snapshots": of_kind(snapshots_image, extended_l2=True),
+    "subclusters-overlay": of_kind(overlay_image, extended_l2=True),
+    "subclusters-overlay-unpunchable": of_kind(overlay_with_old_bytes, extended_l2=True),
+    "subclusters-dirty-bit": damaged(of_kind(snapshots_image, extended_l2=True)),
+    "version-2": of_kind(used_image, compat="0.10"),
+    "version-2-full": of_kind(full_image, compat="0.10"),
+    "version-2-snapshots": of_kind(snapshots_image, compat="0.10"),
+    "version-2-overlay": of_kind(overlay_image, compat="0.10"),
     "half-closed": half_closed_image,
 }
 SIMULATED = tuple(STARTS)[:15]

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from random import Random
-from typing import Any
+from typing import Any, Unpack
 
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
 from jqcow.image.transaction import Savepoint, Transaction
+from jqcow.ondisk.form import FormOptions
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.root import is_live
 from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
@@ -48,14 +49,13 @@ class Interrupt(BaseException):
     """What KeyboardInterrupt is to a user."""
 
 
-def create_simulated(device: SimulatedDevice, size_bytes: int, cluster_bytes: int) -> jqcow.Image:
+def create_simulated(
+    device: SimulatedDevice, size_bytes: int, cluster_bytes: int, **options: Unpack[FormOptions]
+) -> jqcow.Image:
     """Create an image on an empty device, with salts that a replay meets again."""
+    options["cluster_size"] = cluster_bytes
     return jqcow.create_on_device(
-        device,
-        size_bytes,
-        cluster_size=cluster_bytes,
-        journal_size=JOURNAL_BYTES,
-        new_salt=salts_of(device),
+        device, size_bytes, journal_size=JOURNAL_BYTES, new_salt=salts_of(device), **options
     )
 
 
@@ -125,7 +125,7 @@ class User(ABC):
             self._do(WriteZeroes(guest, length, unmap), position)
 
     def discard(self, position: int, length: int) -> None:
-        """Discard a range: its whole clusters read as zeros, the rest is as it was."""
+        """Discard a range: its whole clusters, or subclusters, read as zeros, the rest is as it was."""
         guest, length = self._guest(position, length)
         if length:
             self._do(Discard(guest, length), position)
@@ -133,7 +133,7 @@ class User(ABC):
     def _result(self, request: Request, position: int) -> tuple[int, bytes]:
         """Return what a request that begins at a position leaves in the model: (position, bytes)."""
         windows = self.state.windows
-        offset, data = request.result(windows.cluster_bytes, self.state.size_bytes)
+        offset, data = request.result(windows.unit_bytes, self.state.size_bytes)
         return position + offset - windows.guest(position), data
 
     def resize(self, size_bytes: int) -> None:
@@ -233,9 +233,10 @@ class Session(User):
 
     # Coming and going
 
-    def create(self, cluster_bytes: int, size_bytes: int) -> None:
+    def create(self, size_bytes: int) -> None:
         """Create the image on the empty device."""
-        self.image = create_simulated(self.device, size_bytes, cluster_bytes)
+        windows = self.expectation.windows
+        self.image = create_simulated(self.device, size_bytes, windows.cluster_bytes, **windows.options)
         self.expectation.exists = True
 
     def new_image(self) -> jqcow.Image:

@@ -15,7 +15,8 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.tables import Tables
 from jqcow.image.opening import write_blank
 from jqcow.ondisk.blank import blank_image
-from jqcow.ondisk.entries import data_entry
+from jqcow.ondisk.form import Form
+from jqcow.ondisk.l2 import data_entry
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster
 from jqcow.testing import SimulatedDevice
 
@@ -97,7 +98,7 @@ def new_engine(size: int = MIB, *, cluster_bytes: int = SECTOR, refcount_order: 
     """Return the live engine of a new image on a new device. Small clusters: tables fill up soon."""
     device = SimulatedDevice()
     cluster_bits = cluster_bytes.bit_length() - 1
-    write_blank(device, blank_image(size, cluster_bits, refcount_order=refcount_order))
+    write_blank(device, blank_image(size, Form(cluster_bits, refcount_order)))
     return engine_on(device)
 
 

@@ -27,6 +27,7 @@ from jqcow.offline.info import read_chain
 from jqcow.offline.map import MapLine, map_file
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import NamedFile
 from jqcow.testing import SimulatedDevice
@@ -226,7 +227,7 @@ def test_the_longest_chain() -> None:
     Path("i0").write_bytes(b"x" * MIB)
     for number in range(1, limit + 1):
         below_format = "raw" if number == 1 else "qcow2"
-        blank = blank_image(MIB, 9, backing_file=f"i{number - 1}", backing_format=below_format)
+        blank = blank_image(MIB, Form(9), backing_file=f"i{number - 1}", backing_format=below_format)
         with open(f"i{number}", "wb") as file:
             file.truncate(blank.length)
             for offset, data in blank.parts:

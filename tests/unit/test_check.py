@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jqcow.checker.check import Kind, check_structure
 from jqcow.checker.findings import KEPT_FINDINGS
 from jqcow.errors import FormatError, JqcowError, UnsupportedFeatureError
-from jqcow.ondisk import entries
-from jqcow.ondisk.entries import COPIED, ENTRY, ZERO
+from jqcow.ondisk import entries, l2
+from jqcow.ondisk.entries import COPIED, ENTRY
 from jqcow.ondisk.header import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_BITMAPS,
@@ -27,6 +27,7 @@ from jqcow.ondisk.header import (
     INCOMPATIBLE_JOURNAL,
     Header,
 )
+from jqcow.ondisk.l2 import ZERO
 from tests.support.patients import Patient, check, make_image, our_numbers, qemu_numbers
 from tests.support.qemu import complaint
 
@@ -145,20 +146,20 @@ def data_past_a_truncated_end(patient: Patient) -> Kind:
 
 
 def compressed_data_past_the_end(patient: Patient) -> Kind:
-    patient.set_entry(patient.l2 + 24, entries.COMPRESSED | 1 << 40)
+    patient.set_entry(patient.l2 + 24, l2.COMPRESSED | 1 << 40)
     return Kind.PAST_END
 
 
 def compressed_data_right_behind_the_end(patient: Patient) -> Kind:
     host = patient.append_cluster() + patient.cluster_bytes
-    patient.set_entry(patient.l2 + 24, entries.COMPRESSED | host)
+    patient.set_entry(patient.l2 + 24, l2.COMPRESSED | host)
     return Kind.PAST_END
 
 
 def compressed_data_across_the_end(patient: Patient) -> Kind:
     host = patient.append_cluster()
-    patient.set_entry(patient.l2 + 24, entries.compressed_entry(host + 4000, 200, 12))
-    patient.set_entry(patient.l2 + 32, entries.compressed_entry(host + 3900, 200, 12))
+    patient.set_entry(patient.l2 + 24, l2.compressed_entry(host + 4000, 200, 12))
+    patient.set_entry(patient.l2 + 32, l2.compressed_entry(host + 3900, 200, 12))
     patient.set_refcount(host, 2)
     return Kind.REFCOUNT_TOO_LOW
 
@@ -312,10 +313,10 @@ class TestStricterThanQemu:
         assert report.counts[Kind.OVERLAP] == 1
         assert patient.qemu_numbers()[-2] > 0
 
-    @pytest.mark.parametrize("flags", [COPIED, COPIED | ZERO, entries.COMPRESSED])
+    @pytest.mark.parametrize("flags", [COPIED, COPIED | ZERO, l2.COMPRESSED])
     def test_an_entry_into_the_reserved_range(self, patient: Patient, flags: int) -> None:
         host = patient.append_cluster()
-        flags = flags if flags & COPIED else entries.COMPRESSED
+        flags = flags if flags & COPIED else l2.COMPRESSED
         patient.set_entry(patient.l2 + 24, host | flags)
         assert patient.check().ok
         report = patient.check(reserved=[(host + 1024, 16)])

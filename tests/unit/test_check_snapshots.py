@@ -19,7 +19,7 @@ from jqcow.cli import main
 from jqcow.errors import CorruptionError, FormatError, JqcowError, UnsupportedFeatureError
 from jqcow.offline.info import check_file, read_snapshots
 from jqcow.offline.records import read_journal
-from jqcow.ondisk import entries, snapshots
+from jqcow.ondisk import entries, l2, snapshots
 from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.snapshots import Snapshot
 from tests.support.patients import Patient, as_live, check, make_image, our_numbers, qemu_numbers
@@ -218,7 +218,7 @@ def snapshot_table_referenced_twice(patient: SnapshotPatient) -> Kind:
 
 
 def compressed_data_refcount_too_low(patient: SnapshotPatient) -> Kind:
-    host, _ = entries.compressed_extent(patient.entry(patient.l2 + 32), patient.header.cluster_bits)
+    host, _ = l2.compressed_extent(patient.entry(patient.l2 + 32), patient.header.cluster_bits)
     patient.set_refcount(host, 1)
     return Kind.REFCOUNT_TOO_LOW
 

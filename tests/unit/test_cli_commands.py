@@ -467,13 +467,13 @@ def test_force_share_maps_part_of_a_disk(image: Path, capsys: pytest.CaptureFixt
 
 def test_an_unsupported_image(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytearray(image.read_bytes())
-    content[79] |= 1 << 4
+    content[79] |= 1 << 2
     image.write_bytes(content)
     assert run("info", "--output=json", image) == 0
-    assert json.loads(capsys.readouterr().out)["format-specific"]["data"]["extended-l2"] is True
+    assert json.loads(capsys.readouterr().out)["format-specific"]["data"]["data-file-raw"] is False
     for case in (("check", image), ("map", image), ("convert", image, tmp_path / "x")):
         assert run(*case) == 63, case
-    assert "extended L2" in capsys.readouterr().err
+    assert "external data file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from jqcow.offline.convert import ConvertReport, convert, create_raw, nonzero_ru
 from jqcow.offline.info import read_info
 from jqcow.ondisk.blank import refcount_clusters
 from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.entries import compressed_entry
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, INCOMPATIBLE_COMPRESSION, Header
+from jqcow.ondisk.l2 import compressed_entry
 from jqcow.ondisk.layout import Geometry
 from jqcow.testing import SimulatedDevice
 from tests.support.compressed import compressible, mixed_disk, streams_of
@@ -227,7 +228,7 @@ def test_refcount_blocks_count_themselves(cluster_bits: int, others: int) -> Non
 
 
 def test_the_builder_refuses_to_go_back() -> None:
-    builder = ImageBuilder(SimulatedDevice(), MIB, 12)
+    builder = ImageBuilder(SimulatedDevice(), MIB, Form(12))
     builder.write(memoryview(b"x" * 4096), 8192)
     for offset in (8192, 4096, 16384 + 512):
         with pytest.raises(ValueError, match="in the order of the guest"):
@@ -342,7 +343,7 @@ def test_memory_does_not_grow_with_the_disk(tmp_path: Path) -> None:
 def pieces(streams: list[int | None], cluster_bits: int) -> tuple[SimulatedDevice, list[tuple[int, int]]]:
     """Build clusters of these compressed lengths (None: not compressed); return where the streams lie."""
     device, cluster_bytes = SimulatedDevice(), 1 << cluster_bits
-    builder = ImageBuilder(device, len(streams) * cluster_bytes, cluster_bits)
+    builder = ImageBuilder(device, len(streams) * cluster_bytes, Form(cluster_bits))
     for index, length in enumerate(streams):
         if length is None:
             builder.write(memoryview(b"x" * cluster_bytes), index * cluster_bytes)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import jqcow
-from jqcow.ondisk.entries import DATA, UNALLOCATED, ZERO_CLUSTER
+from jqcow.ondisk.l2 import DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.testing import SimulatedDevice
 from tests.unit.engines import CLUSTER, MIB, SECTOR, Below, overlay
 

@@ -16,6 +16,7 @@ from jqcow.engine.scan import Scan
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.frame import BlockOperation, EncodedPayload, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import Geometry
@@ -24,7 +25,7 @@ from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice
 
 GEOMETRY = Geometry(12)
 EXTENT = JournalRange(16384, MIN_JOURNAL_BYTES, bytes(range(16)))
-HEADER = HeaderOperation(blank_image(1 << 20, 12).parts[0][1])
+HEADER = HeaderOperation(blank_image(1 << 20, Form(12)).parts[0][1])
 HALF_FRAMES = EXTENT.half_bytes // 4096
 
 

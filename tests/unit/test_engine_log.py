@@ -14,6 +14,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet
 from jqcow.image.opening import write_blank
 from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 from jqcow.ondisk.root import MIN_JOURNAL_BYTES
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
@@ -25,7 +26,7 @@ CLUSTER = 1 << CLUSTER_BITS
 @pytest.fixture
 def device() -> SimulatedDevice:
     device = SimulatedDevice()
-    write_blank(device, blank_image(1 << 20, CLUSTER_BITS))
+    write_blank(device, blank_image(1 << 20, Form(CLUSTER_BITS)))
     return device
 
 

@@ -11,10 +11,10 @@ import jqcow
 from jqcow.engine.engine import Engine
 from jqcow.engine.mapping import L1Table, MappedRun, Mapping
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
-from jqcow.ondisk import entries, layout
-from jqcow.ondisk.entries import (
+from jqcow.ondisk import entries, l2, layout
+from jqcow.ondisk.entries import COPIED
+from jqcow.ondisk.l2 import (
     COMPRESSED_CLUSTER,
-    COPIED,
     DATA,
     NO_ENTRY,
     UNALLOCATED,
@@ -180,9 +180,9 @@ class TestDamage:
     @pytest.mark.parametrize(
         "value",
         [
-            entries.l2_entry(SECTOR) | 2,
-            entries.COMPRESSED | entries.COPIED | SECTOR,
-            entries.ZERO | 1 << 61,
+            l2.l2_entry(SECTOR) | 2,
+            l2.COMPRESSED | entries.COPIED | SECTOR,
+            l2.ZERO | 1 << 61,
         ],
         ids=["reserved bit of data", "compressed and COPIED", "reserved bit of zeros"],
     )
@@ -206,7 +206,7 @@ class TestDamage:
         set_entries(engine, 0, ZERO_ENTRY)
         mapping = engine.public.mapping
         table = mapping.l2_table(0)
-        set_raw(engine, table, entries.l2_entry(cluster_bytes * 4 + SECTOR))
+        set_raw(engine, table, l2.l2_entry(cluster_bytes * 4 + SECTOR))
         for walk in (lambda: runs(engine, 0, 1), lambda: mapping.l2_entry(GuestCluster(0))):
             with pytest.raises(CorruptionError, match="is not a cluster's"):
                 walk()
@@ -219,7 +219,7 @@ class TestDamage:
         engine = new_engine()
         set_entries(engine, 0, ZERO_ENTRY)
         table = engine.public.mapping.l2_table(0)
-        set_raw(engine, table, entries.compressed_entry(100, 10, 9))
+        set_raw(engine, table, l2.compressed_entry(100, 10, 9))
         with pytest.raises(CorruptionError, match="is not a cluster's"):
             runs(engine, 0, 1)
 
@@ -234,12 +234,12 @@ class TestDamage:
         if kind == "table":
             set_raw(engine, mapping.l1.offset, entries.l1_entry(start))
         elif kind == "compressed":
-            set_raw(engine, table, entries.compressed_entry(start - 10, 11, 9))
+            set_raw(engine, table, l2.compressed_entry(start - 10, 11, 9))
         elif kind == "first":
-            set_raw(engine, table, entries.l2_entry(start - SECTOR))
-            set_raw(engine, table + ENTRY_BYTES, entries.l2_entry(start))
+            set_raw(engine, table, l2.l2_entry(start - SECTOR))
+            set_raw(engine, table + ENTRY_BYTES, l2.l2_entry(start))
         else:
-            set_raw(engine, table, entries.l2_entry(end - SECTOR))
+            set_raw(engine, table, l2.l2_entry(end - SECTOR))
         with pytest.raises(CorruptionError, match="is in the journal"):
             runs(engine, 0, 2 * SECTOR)
 
@@ -248,7 +248,7 @@ class TestDamage:
         set_entries(engine, 0, ZERO_ENTRY)
         table = engine.public.mapping.l2_table(0)
         for cluster in (reserved.start - 1, reserved.start + reserved.count):
-            set_raw(engine, table, entries.l2_entry(cluster * SECTOR))
+            set_raw(engine, table, l2.l2_entry(cluster * SECTOR))
             assert runs(engine, 0, SECTOR) == [MappedRun(DATA, HostOffset(cluster * SECTOR), SECTOR, True)]
 
 

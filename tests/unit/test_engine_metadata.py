@@ -25,6 +25,7 @@ from jqcow.engine.metadata import (
     View,
 )
 from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, ZeroOperation
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
@@ -33,7 +34,7 @@ from jqcow.testing import SimulatedDevice
 GEOMETRY = Geometry(13)
 CLUSTER = GEOMETRY.cluster_bytes
 BLOCK = GEOMETRY.block_bytes
-AREA = HeaderArea.parse(blank_image(1 << 20, 13).parts[0][1])
+AREA = HeaderArea.parse(blank_image(1 << 20, Form(13)).parts[0][1])
 CLUSTERS = [ClusterIndex(index) for index in range(2, 6)]
 PLACES = [HostOffset(cluster * CLUSTER + half * BLOCK) for cluster in CLUSTERS for half in (0, 1)]
 
@@ -393,7 +394,7 @@ class Metadata:
 @pytest.fixture
 def metadata() -> Metadata:
     content = bytearray(16 * CLUSTER)
-    for offset, data in blank_image(1 << 20, 13).parts:
+    for offset, data in blank_image(1 << 20, Form(13)).parts:
         content[offset : offset + len(data)] = data
     for place in PLACES:
         content[place : place + BLOCK] = bytes([place // BLOCK]) * BLOCK

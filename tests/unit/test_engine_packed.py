@@ -9,7 +9,7 @@ import pytest
 
 import jqcow
 from jqcow.ondisk import compression
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, written_image
 

@@ -11,7 +11,7 @@ import jqcow
 from jqcow.engine import read
 from jqcow.engine.read import Reads
 from jqcow.errors import CorruptionError
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, Below, changing, overlay
 

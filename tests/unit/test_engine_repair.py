@@ -11,8 +11,8 @@ from jqcow.engine.engine import Engine, make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.engine.repair import RepairReport, What
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
-from jqcow.ondisk.entries import data_entry
 from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
+from jqcow.ondisk.l2 import data_entry
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster, HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.unit.engines import (

@@ -10,12 +10,13 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.root import ROOT_COPY, SECTOR_0, Root, RootState
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import SECTOR_BYTES, Geometry
 from jqcow.ondisk.root import MIN_JOURNAL_BYTES, JournalRange
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 
-AREA = HeaderArea.parse(blank_image(1 << 20, 16).parts[0][1])
+AREA = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
 EXTENT = JournalRange(1 << 17, MIN_JOURNAL_BYTES, bytes(range(16)))
 OLD, NEW = b"o" * SECTOR_BYTES, b"n" * SECTOR_BYTES
 

@@ -9,12 +9,13 @@ import pytest
 from jqcow.engine.scan import replay
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import Geometry
 
 GEOMETRY = Geometry(16)
-AREA = HeaderArea.parse(blank_image(1 << 20, 16).parts[0][1])
+AREA = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
 HEADER = HeaderOperation(AREA.data)
 
 
@@ -53,8 +54,8 @@ def test_zeros_cover_every_block_of_their_range_and_blocks_after_them_lie_over()
     [
         [],
         [BlockOperation(65536, bytes(GEOMETRY.block_bytes))],
-        [HeaderOperation(blank_image(1 << 20, 12).parts[0][1])],
-        [HEADER, HeaderOperation(blank_image(1 << 20, 16, refcount_order=3).parts[0][1])],
+        [HeaderOperation(blank_image(1 << 20, Form(12)).parts[0][1])],
+        [HEADER, HeaderOperation(blank_image(1 << 20, Form(16, 3)).parts[0][1])],
     ],
     ids=["nothing", "no header", "the cluster size is not the root's", "the refcount width changes"],
 )

@@ -12,7 +12,7 @@ from jqcow.engine.snapshots import NewSnapshot
 from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk import snapshots as snapshot_tables
-from jqcow.ondisk.entries import COMPRESSED_CLUSTER, ZERO_CLUSTER, L2Entry, data_entry
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, L2Entry, data_entry
 from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.testing import Fault, FaultPlan

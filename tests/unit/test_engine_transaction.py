@@ -11,7 +11,7 @@ from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.engine.engine import Engine
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import PoisonedError
-from jqcow.ondisk.entries import NO_ENTRY
+from jqcow.ondisk.l2 import NO_ENTRY
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster, HostOffset
 from jqcow.testing import Fault, FaultPlan
 from tests.unit.engines import (

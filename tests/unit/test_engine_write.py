@@ -9,7 +9,7 @@ import pytest
 import jqcow
 from jqcow.engine.mapping import MappedRun
 from jqcow.errors import CorruptionError
-from jqcow.ondisk.entries import data_entry
+from jqcow.ondisk.l2 import data_entry
 from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.support.beside import is_taken

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import jqcow
-from jqcow.ondisk.entries import NO_ENTRY, ZERO_CLUSTER, ZERO_ENTRY
+from jqcow.ondisk.l2 import NO_ENTRY, ZERO_CLUSTER, ZERO_ENTRY, L2Entry
 from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, Below, overlay
 
 
@@ -25,7 +25,7 @@ def test_a_cluster_that_is_kept_is_written_again(image: jqcow.Image) -> None:
     reads = image._guest.reads
     host = reads.entry(0).host
     image.write_zeroes(CLUSTER, 0, unmap=False)
-    assert reads.entry(0) == (ZERO_CLUSTER, host, True, 0)
+    assert reads.entry(0) == L2Entry(ZERO_CLUSTER, host, True)
     image.write_zeroes(CLUSTER, 0, unmap=True)
     assert reads.entry(0) == ZERO_ENTRY
     refcounts = image._engine.public.refcounts

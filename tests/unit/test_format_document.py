@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from jqcow import _native
-from jqcow.ondisk import entries, frame, header, layout, root, snapshots, undo
+from jqcow.ondisk import entries, frame, header, l2, layout, root, snapshots, undo
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 ROW = re.compile(r"^\s*(?:(Byte|Bit)\s+)?(\d+)(?:\s*-\s*(\d+))?:\s+(.*\S)\s*$")
@@ -104,14 +104,25 @@ def test_header_extensions() -> None:
 
 
 def test_mapping_entries() -> None:
-    l1, l2 = tables(section("Mapping: L1 and L2 tables"))
-    assert mask(l1, "host offset") == mask(l2, "host offset") == entries.OFFSET_MASK
-    assert mask(l1, "COPIED") == mask(l2, "COPIED") == entries.COPIED
-    assert mask(l1, "reserved") == entries.L1_RESERVED
-    assert mask(l2, "reserved") == entries.L2_RESERVED
-    assert mask(l2, "the cluster reads as zeros") == entries.ZERO
-    assert mask(l2, "0 for a standard") == entries.COMPRESSED
-    assert mask(l1, "") == mask(l2, "") == (1 << 64) - 1
+    of_l1, of_l2 = tables(section("Mapping: L1 and L2 tables"))
+    assert mask(of_l1, "host offset") == mask(of_l2, "host offset") == entries.OFFSET_MASK
+    assert mask(of_l1, "COPIED") == mask(of_l2, "COPIED") == entries.COPIED
+    assert mask(of_l1, "reserved") == entries.L1_RESERVED
+    assert mask(of_l2, "reserved") == l2.L2_RESERVED
+    assert mask(of_l2, "the cluster reads as zeros") == l2.ZERO
+    assert mask(of_l2, "0 for a standard") == l2.COMPRESSED
+    assert mask(of_l1, "") == mask(of_l2, "") == (1 << 64) - 1
+
+
+def test_extended_l2_entries() -> None:
+    (bitmap,) = tables(section("Extended L2 entries"))
+    assert mask(bitmap, "allocated") == l2.ALL_SUBCLUSTERS
+    assert mask(bitmap, "zeros") == l2.ALL_SUBCLUSTERS << layout.SUBCLUSTERS
+    assert (
+        number_after("Extended L2 entries", r"at least (\d+) KiB") << 10
+        == 1 << layout.MIN_SUBCLUSTER_CLUSTER_BITS
+    )
+    assert number_after("Extended L2 entries", r"has (\d+)\s") == layout.SUBCLUSTERS
 
 
 def test_refcount_table_entry() -> None:
@@ -125,8 +136,8 @@ def test_compressed_descriptor() -> None:
     assert "x = 62 - (cluster_bits - 8)" in text
     offset_bits, sector_bits = map(int, re.findall(r"offset has (\d+) bits and the number (\d+)", text)[0])
     highest = (1 << offset_bits) - 1
-    entry = entries.COMPRESSED | ((1 << sector_bits) - 1) << offset_bits | highest
-    assert entries.compressed_extent(entry, 16) == (highest, 255 * layout.SECTOR_BYTES + 1)
+    entry = l2.COMPRESSED | ((1 << sector_bits) - 1) << offset_bits | highest
+    assert l2.compressed_extent(entry, 16) == (highest, 255 * layout.SECTOR_BYTES + 1)
 
 
 def test_snapshot_table() -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from jqcow import _native
 from jqcow._native import twins
-from jqcow.ondisk.entries import COMPRESSED, COPIED, OFFSET_MASK
-from jqcow.ondisk.entries import ZERO as ZERO_FLAG
+from jqcow.ondisk.entries import COPIED, OFFSET_MASK
+from jqcow.ondisk.l2 import COMPRESSED
+from jqcow.ondisk.l2 import ZERO as ZERO_FLAG
 
 bindings = pytest.importorskip("jqcow._native.bindings", reason="the C kernels were not built")
 
@@ -202,7 +203,44 @@ class TestRefcountSearches:
             assert kernels.refcount_find_zero(full, order, 0, entry_count) == index
 
 
+class TestSubclusterRun:
+    """What it means `tests/unit/test_ondisk_l2.py` holds to the entries."""
+
+    @given(
+        words=st.lists(
+            st.tuples(
+                st.sampled_from((0, 0x10000, 0x20000, 0x30000, COPIED | 0x20000, COMPRESSED | 0x12345)),
+                st.sampled_from((0, 0xFFFF_FFFF, 0xFFFF_FFFF << 32)) | st.integers(0, (1 << 64) - 1),
+            ),
+            min_size=1,
+            max_size=6,
+        ),
+        data=st.data(),
+    )
+    def test_equal(self, words: list[tuple[int, int]], data: st.DataObject) -> None:
+        table = pack_table([half for word in words for half in word])
+        index = data.draw(st.integers(0, 32 * len(words) - 1))
+        limit = data.draw(st.integers(1, 250))
+        args = (table, index, limit, 16)
+        assert bindings.subcluster_run(*args) == twins.subcluster_run(*args)
+
+    @IMPLEMENTATIONS
+    def test_refusals(self, kernels: ModuleType) -> None:
+        for index, limit in ((64, 1), (-1, 1), (0, 0)):
+            with pytest.raises(IndexError):
+                kernels.subcluster_run(bytes(32), index, limit, 16)
+
+
 class TestL2Run:
+    @given(entries=st.lists(l2_entries(16), min_size=2, max_size=30), limit=st.integers(1, 20))
+    def test_of_longer_entries_the_first_words_count(self, entries: list[int], limit: int) -> None:
+        spread = pack_table([half for entry in entries for half in (entry, 0xABCD)])
+        for kernels in (bindings, twins):
+            assert kernels.l2_run(spread, 1, limit, 16, 16) == twins.l2_run(pack_table(entries), 1, limit, 16)
+            for table, wide in ((bytearray(spread), 16), (bytearray(pack_table(entries)), 8)):
+                kernels.set_copied(table, 1, 2, True, wide)
+                assert table[wide] >> 7 == 1
+
     @given(entries=st.lists(l2_entries(16), min_size=1, max_size=30), data=st.data())
     def test_equal(self, entries: list[int], data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(entries) - 1))

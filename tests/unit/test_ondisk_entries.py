@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jqcow.ondisk import entries
-from jqcow.ondisk.entries import (
-    COMPRESSED,
-    COPIED,
-    ENTRY,
-    DamagedEntry,
-    FoundEntry,
-    codec_of,
-    compressed_entry,
-    compressed_extent,
-)
+from jqcow.ondisk import entries, l2
+from jqcow.ondisk.entries import COPIED, ENTRY, DamagedEntry
+from jqcow.ondisk.l2 import COMPRESSED, FoundEntry, codec_of, compressed_entry, compressed_extent
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MIN_CLUSTER_BITS, Geometry
 from tests.support.patients import Patient, make_image
 
@@ -95,17 +87,15 @@ def test_entries_that_qemu_wrote(tmp_path: Path, cluster_bytes: int) -> None:
 @pytest.mark.parametrize(
     ("raw", "found"),
     [
-        (COPIED | 0x50000, FoundEntry(3, COPIED | 0x50000, entries.DATA, 0x50000, True, 0, False)),
-        (0x50200, FoundEntry(3, 0x50200, entries.DATA, 0x50200, False, 0, False)),
-        (1 << 60 | 0x50000, FoundEntry(3, 1 << 60 | 0x50000, entries.DATA, 0x50000, False, 0, True)),
-        (0x50001, FoundEntry(3, 0x50001, entries.ZERO_CLUSTER, 0x50000, False, 0, False)),
-        (1, FoundEntry(3, 1, entries.ZERO_CLUSTER, 0, False, 0, False)),
-        (COPIED | 2, FoundEntry(3, COPIED | 2, entries.UNALLOCATED, 0, True, 0, True)),
+        (COPIED | 0x50000, FoundEntry(3, COPIED | 0x50000, l2.DATA, 0x50000, True, 0, False)),
+        (0x50200, FoundEntry(3, 0x50200, l2.DATA, 0x50200, False, 0, False)),
+        (1 << 60 | 0x50000, FoundEntry(3, 1 << 60 | 0x50000, l2.DATA, 0x50000, False, 0, True)),
+        (0x50001, FoundEntry(3, 0x50001, l2.ZERO_CLUSTER, 0x50000, False, 0, False)),
+        (1, FoundEntry(3, 1, l2.ZERO_CLUSTER, 0, False, 0, False)),
+        (COPIED | 2, FoundEntry(3, COPIED | 2, l2.UNALLOCATED, 0, True, 0, True)),
         (
             COPIED | COMPRESSED | 0x50001,
-            FoundEntry(
-                3, COPIED | COMPRESSED | 0x50001, entries.COMPRESSED_CLUSTER, 0x50001, True, 511, False
-            ),
+            FoundEntry(3, COPIED | COMPRESSED | 0x50001, l2.COMPRESSED_CLUSTER, 0x50001, True, 511, False),
         ),
     ],
 )
@@ -122,10 +112,10 @@ def test_what_is_found_is_what_is_decoded(raw: int, cluster_bits: int) -> None:
     try:
         decoded = codec.decode(ENTRY.pack(raw), 0)
     except DamagedEntry:
-        assert found.has_reserved or (found.copied and found.kind == entries.COMPRESSED_CLUSTER)
+        assert found.has_reserved or (found.copied and found.kind == l2.COMPRESSED_CLUSTER)
     else:
         assert not found.has_reserved
-        assert (found.kind, found.host, found.copied, found.length) == decoded
+        assert (found.kind, found.host, found.copied, found.length, 0, 0) == decoded
 
 
 @given(raw=st.integers(0, 2**64 - 1))

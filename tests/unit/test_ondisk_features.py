@@ -12,10 +12,11 @@ from jqcow.ondisk import features
 from jqcow.ondisk import header as headers
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.features import FEATURES, Use
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import EXTENSION_BITMAPS, Extension, HeaderArea
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "format.md"
-PLAIN = HeaderArea.parse(blank_image(1 << 20, 16).parts[0][1])
+PLAIN = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
 USES: tuple[Use, ...] = ("read", "write", "check", "repair")
 
 
@@ -30,13 +31,11 @@ def incompatible(bits: int) -> HeaderArea:
 CASES = {
     "live journal": incompatible(headers.INCOMPATIBLE_JOURNAL),
     "external data file": incompatible(headers.INCOMPATIBLE_EXTERNAL_DATA),
-    "extended L2 entries": incompatible(headers.INCOMPATIBLE_EXTENDED_L2),
     "unknown incompatible bits": incompatible(1 << 20),
     "encryption": announcing(crypt_method=2),
     "unknown compression type": announcing(
         compression_type=2, incompatible_features=headers.INCOMPATIBLE_COMPRESSION
     ),
-    "version 2": announcing(version=2),
     "corrupt bit": incompatible(headers.INCOMPATIBLE_CORRUPT),
     "bitmaps": replace(PLAIN, extensions=(Extension(EXTENSION_BITMAPS, bytes(24)),)),
     "bitmaps marked valid": announcing(autoclear_features=headers.AUTOCLEAR_BITMAPS),
@@ -74,8 +73,10 @@ def test_what_is_refused_is_refused_by_name(feature: features.Feature, use: Use)
         incompatible(headers.INCOMPATIBLE_DIRTY),
         announcing(compression_type=1, incompatible_features=headers.INCOMPATIBLE_COMPRESSION),
         announcing(compatible_features=0xFF, autoclear_features=0xF0),
+        incompatible(headers.INCOMPATIBLE_EXTENDED_L2),
+        announcing(version=2),
     ],
-    ids=["nothing", "dirty bit", "compression type", "compatible and autoclear bits"],
+    ids=["nothing", "dirty bit", "compression type", "other bits", "extended L2 entries", "version 2"],
 )
 def test_what_is_not_listed_hinders_nothing(area: HeaderArea, use: Use) -> None:
     features.refuse(area, use)

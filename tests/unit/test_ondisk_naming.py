@@ -15,6 +15,7 @@ from jqcow.disks.policy import require_allowed, stored_format
 from jqcow.errors import FileAccessDenied, FormatError, JqcowError, UnsupportedFeatureError
 from jqcow.ondisk import naming
 from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT, Extension, HeaderArea
 from jqcow.ondisk.naming import NamedFile
 
@@ -43,7 +44,7 @@ PATHS = [
 
 
 def area_with(name: bytes, backing_format: bytes | None = b"qcow2", cluster_bits: int = 16) -> HeaderArea:
-    blank = HeaderArea.parse(blank_image(1 << 20, cluster_bits).parts[0][1])
+    blank = HeaderArea.parse(blank_image(1 << 20, Form(cluster_bits)).parts[0][1])
     return HeaderArea.parse(blank.with_backing_file(name, backing_format).data)
 
 
@@ -53,7 +54,7 @@ def test_names_with_a_protocol_are_refused_by_it(name: str, protocol: str) -> No
     for attempt in (
         lambda: naming.resolve(name, "d/image"),
         lambda: naming.backing_file_of(area_with(name.encode()), "d/image"),
-        lambda: blank_image(1 << 20, 16, backing_file=name, backing_format="raw"),
+        lambda: blank_image(1 << 20, Form(16), backing_file=name, backing_format="raw"),
     ):
         with pytest.raises(UnsupportedFeatureError, match=f"'{protocol}:'".replace("+", r"\+")):
             attempt()
@@ -118,7 +119,7 @@ def test_formats() -> None:
 
 
 def test_no_backing_file() -> None:
-    assert naming.backing_file_of(HeaderArea.parse(blank_image(1 << 20, 16).parts[0][1]), "i") is None
+    assert naming.backing_file_of(HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1]), "i") is None
 
 
 def test_the_policy_decides() -> None:
@@ -146,7 +147,7 @@ def test_the_policy_decides() -> None:
 
 
 def test_a_name_is_stored_and_removed() -> None:
-    area = HeaderArea.parse(blank_image(1 << 20, 16).parts[0][1])
+    area = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
     named = naming.name_backing_file(area, "bäse", "raw")
     assert named.backing_file_name == "bäse".encode()
     assert named.find(EXTENSION_BACKING_FORMAT) == Extension(EXTENSION_BACKING_FORMAT, b"raw")
@@ -167,17 +168,17 @@ def test_a_name_is_stored_and_removed() -> None:
     ],
 )
 def test_what_cannot_be_stored(name: str | None, backing_format: str | None, match: str) -> None:
-    area = HeaderArea.parse(blank_image(1 << 20, 16).parts[0][1])
+    area = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
     with pytest.raises(ValueError, match=match):
         naming.name_backing_file(area, name, backing_format)
     with pytest.raises(ValueError, match=match):
-        blank_image(1 << 20, 16, backing_file=name, backing_format=backing_format)
+        blank_image(1 << 20, Form(16), backing_file=name, backing_format=backing_format)
 
 
 @pytest.mark.parametrize(("other_bytes", "fits"), [(2936, True), (2944, False)])
 def test_the_header_stays_within_what_the_journal_holds(other_bytes: int, fits: bool) -> None:
     # The fixed fields take 112 bytes, the format 16, the end of the list 8, the name 1023.
-    blank = HeaderArea.parse(blank_image(1 << 20, 16).parts[0][1])
+    blank = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
     other = Extension(0x1234, b"x" * (other_bytes - 8)).pack()
     area = HeaderArea.parse(blank.data[:112] + other + bytes(8))
     if fits:

@@ -177,8 +177,7 @@ def test_only_the_codec_knows_what_an_entry_looks_like(path: Path) -> None:
     "code",
     [
         "from jqcow.ondisk.layout import ENTRY_BYTES, Geometry",
-        "from jqcow.ondisk.entries import OFFSET_MASK as M",
-        "layout.ENTRY_BYTES * index",
+        "from jqcow.ondisk.entries import OFFSET_MASK as Mlayout.ENTRY_BYTES * index",
         "host = entry & entries.OFFSET_MASK",
         "host = entry & 0x00FF_FFFF_FFFF_FE00",
         "MASK = 0x00FF_FFFF_FFFF_FE00",

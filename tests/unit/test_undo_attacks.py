@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,9 @@ from tests.support.qemu import done, qemu_io
 
 CLUSTER = 4096
 DATA = bytes(range(1, 256)) * 200
+
+
+KillAt = Callable[[str, Callable[[], None]], None]
 
 
 class Killed(BaseException):
@@ -76,7 +81,7 @@ def unlink_nothing(path: str) -> None:
 
 
 @pytest.fixture
-def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], None]:
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> KillAt:
     """Return what does something and is killed just behind a barrier."""
 
     def kill_at(barrier: str, act: Callable[[], None]) -> None:
@@ -95,9 +100,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None
 
 
 class TestAnotherImage:
-    def test_a_disk_put_into_the_file_stays(
-        self, path: Path, content: bytes, kill_at: Callable[[str, Callable[[], None]], None]
-    ) -> None:
+    def test_a_disk_put_into_the_file_stays(self, path: Path, content: bytes, kill_at: KillAt) -> None:
         """It has no magic, as a garbled sector 0 has none, and the file is the same one."""
         repair(path)
         kill_at("undo.header", lambda: undo_repair(path) and None)
@@ -109,9 +112,7 @@ class TestAnotherImage:
                 attempt(path)
             assert path.read_bytes() == disk
 
-    def test_one_that_was_lost_comes_back(
-        self, path: Path, content: bytes, kill_at: Callable[[str, Callable[[], None]], None]
-    ) -> None:
+    def test_one_that_was_lost_comes_back(self, path: Path, content: bytes, kill_at: KillAt) -> None:
         repair(path)
         kill_at("undo.header", lambda: undo_repair(path) and None)
         with path.open("r+b") as file:
@@ -431,3 +432,25 @@ def test_what_lies_behind_a_crashed_image_comes_back(tmp_path: Path) -> None:
     if undo_file(path).exists():
         undo_repair(path)
     assert lost in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options", [{"compat": "0.10"}, {"extended_l2": True, "cluster_size": 1 << 14}], ids=str
+)
+def test_images_of_other_forms_come_back(path: Path, options: dict[str, Any], kill_at: KillAt) -> None:
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, 1 << 20, **{"cluster_size": CLUSTER, **options}) as image:
+        image.pwrite(DATA, 0)
+    tables = Tables(device.content())
+    tables.set_refcount(tables.data, 0)
+    content = bytes(tables.image)
+    path.write_bytes(content)
+    for barrier in ("undo.begin", "undo.root", "undo.image", "undo.header"):
+        repair(path)
+        assert path.read_bytes() != content
+        kill_at(barrier, lambda: undo_repair(path) and None)
+        if barrier in ("undo.root", "undo.image"):
+            told = subprocess.run(["qemu-img", "info", path], capture_output=True, text=True, check=False)
+            assert told.returncode, "QEMU opens an image that is half taken back"
+        undo_repair(path)
+        assert path.read_bytes() == content
