@@ -162,7 +162,9 @@ class Refcounts:
             value, length = 0, piece.stop - piece.position
             if piece.block:
                 data = self.view.block(piece.block)
-                value, length = _native.refcount_run(data, self.geometry.refcount_order, piece.position, piece.stop)
+                value, length = _native.refcount_run(
+                    data, self.geometry.refcount_order, piece.position, piece.stop
+                )
             yield piece.first, length, value
             start += length
 
@@ -381,9 +383,10 @@ class Allocation(Refcounts):
         """Take a reference from each of the metadata clusters; those without another one are free."""
         for run, left in self._take_reference(start, count):
             if not left:
-                self._free_as_metadata(run)
+                self.free_as_metadata(run)
 
-    def _free_as_metadata(self, run: Run) -> None:
+    def free_as_metadata(self, run: Run) -> None:
+        """Clusters have no reference any more; until the epoch is home, replay may write there (S2)."""
         changes = self.view.changes
         self.space.free(run.start, run.count)
         changes.freed_metadata.append(run)
@@ -431,7 +434,7 @@ class Allocation(Refcounts):
         self._add(start, count, references - refcount)
         if not references:
             # What they hold is not known: as if it were metadata, whose old blocks may still be replayed.
-            self._free_as_metadata(Run(start, count))
+            self.free_as_metadata(Run(start, count))
         elif not refcount:
             self.space.withdraw(start, count)
 

@@ -284,7 +284,7 @@ OF_SPACE = (
     ),
     Mutant(
         "S2-freed-metadata-as-data",
-        after(f"{ALLOCATION}._free_as_metadata", count_as_data),
+        after(f"{ALLOCATION}.free_as_metadata", count_as_data),
         trials=("reuse-tables/4096/0",),
     ),
     Mutant(
