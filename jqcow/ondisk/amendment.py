@@ -1,4 +1,4 @@
-"""What an image is to be that exists: which options can be amended, and what no version of the format can be."""
+"""What an existing image is to be: which options can be amended, and what a version has no place for."""
 
 from __future__ import annotations
 
@@ -82,8 +82,7 @@ class Amendment:
             raise ValueError("compat=0.10 has no bitmaps, which the image has: remove them first")
         for snapshot in snapshots:
             if snapshot.disk_bytes != self.size_bytes:
-                raise ValueError(
-                    f"compat=0.10 has snapshots of the disk's size alone, and one has {snapshot.disk_bytes} bytes"
-                )
+                found = f"one has {snapshot.disk_bytes} bytes"
+                raise ValueError(f"compat=0.10 has snapshots of the disk's size alone, and {found}")
             if snapshot.vm_state_bytes > V2_VM_STATE_BYTES_MAX:
                 raise ValueError(f"compat=0.10 has no VM state of {snapshot.vm_state_bytes} bytes")

@@ -83,6 +83,15 @@ def header_of(image: jqcow.Image) -> HeaderArea:
     return image._engine.public.view.area
 
 
+def cannot_hide(image: jqcow.Image, offset: int, length: int) -> bool:
+    """Return True if no entry can make a range read as zeros: in version 2, over data below."""
+    below = image._guest.reads.backing
+    if header_of(image).header.version > 2 or below is None:
+        return False
+    length = max(0, min(length, below.size - offset))
+    return any(extent.kind != "zero" for extent in below.extents(length, offset) if length)
+
+
 def copy_on_read(image: jqcow.Image) -> None:
     """Let reads of a running image copy what lies below."""
     image._copy_on_read = True

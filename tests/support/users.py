@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -130,11 +130,17 @@ class User(ABC):
         if length:
             self._do(Discard(guest, length), position)
 
-    def _result(self, request: Request, position: int) -> tuple[int, bytes]:
-        """Return what a request that begins at a position leaves in the model: (position, bytes)."""
+    def _results(self, request: Request, position: int) -> Iterator[tuple[int, bytes]]:
+        """Yield what a request that begins at a position leaves in the model: (position, bytes)."""
         windows = self.state.windows
         offset, data = request.result(windows.unit_bytes, self.state.size_bytes)
-        return position + offset - windows.guest(position), data
+        if not isinstance(request, Discard):
+            yield position + offset - windows.guest(position), data
+            return
+        for start in range(offset, offset + len(data), windows.unit_bytes):
+            length = min(windows.unit_bytes, offset + len(data) - start)
+            if not inside.cannot_hide(self.session.live, start, length):
+                yield position + start - windows.guest(position), bytes(length)
 
     def resize(self, size_bytes: int) -> None:
         """Set the size of the disk. A resize that fails leaves it as it was."""
@@ -187,7 +193,9 @@ class Draft(User):
         self.state = session.state.copy()
 
     def _do(self, request: Request, position: int) -> None:
-        with self.state.sectors.write(*self._result(request, position)):
+        with ExitStack() as changes:
+            for place, data in self._results(request, position):
+                changes.enter_context(self.state.sectors.write(place, data))
             request.on(self.transaction)
 
     def _change(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
@@ -296,7 +304,9 @@ class Session(User):
     def _do(self, request: Request, position: int) -> None:
         durable = isinstance(request, Write) and request.fua
         self.expectation.closed = None
-        with self.expectation.change(*self._result(request, position), durable=durable):
+        with ExitStack() as changes:
+            for place, data in self._results(request, position):
+                changes.enter_context(self.expectation.change(place, data, durable=durable))
             request.on(self.live)
         if durable:
             # The flush in it covers all, as any flush.
