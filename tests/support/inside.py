@@ -16,7 +16,8 @@ from jqcow.engine.snapshots import Snapshots
 from jqcow.engine.tables import Tables
 from jqcow.errors import JqcowError
 from jqcow.image.transaction import Transaction
-from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.amendment import Amendment, AmendOptions
+from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.naming import NamedFile, backing_file_of
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.testing import SimulatedDevice
@@ -90,6 +91,12 @@ def cannot_hide(image: jqcow.Image, offset: int, length: int) -> bool:
         return False
     length = max(0, min(length, below.size - offset))
     return any(extent.kind != "zero" for extent in below.extents(length, offset) if length)
+
+
+def form_after(header: Header, options: AmendOptions) -> tuple[int, int, bool]:
+    """Return what `form_of` an amended header is."""
+    amended = Amendment.of(header, options)
+    return amended.version, amended.refcount_order, amended.lazy_refcounts
 
 
 def copy_on_read(image: jqcow.Image) -> None:

@@ -24,7 +24,7 @@ from jqcow.ondisk.root import is_live
 from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
 from tests.support import inside
 from tests.support.below import find_below
-from tests.support.expectation import AllTaken, Expectation, State, Taken, Windows
+from tests.support.expectation import AllTaken, Expectation, State, Taken, Windows, form_of
 from tests.support.operations import Discard, Disk, PackedWrite, Request, Write, WriteZeroes
 
 JOURNAL_BYTES = 64 << 10
@@ -255,6 +255,8 @@ class Session(User):
         """Open for writing; a live image is recovered."""
         self.image = self.new_image()
         self.expectation.damaged = False
+        if self.expectation.forms and self.device.can_forget:
+            self.expectation.forms = (form_of(inside.header_of(self.image).header),)
         if self._was_killed or self.expectation.rival is not None:
             violations = self.expectation.check(self.image)
             assert not violations, f"a killed writer left something else: {violations[0]}"
@@ -322,6 +324,10 @@ class Session(User):
         self.expectation.sizes = (size_bytes, *before)
         self.live.resize(size_bytes)
         self.expectation.sizes = (*before, size_bytes)
+
+    def change_at_once(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
+        """Do what is a transaction of its own; ``change`` is what the disk is then."""
+        self._change(act, change)
 
     def _change(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
         """Do what is a transaction of its own.
