@@ -45,8 +45,6 @@ def amend(
         JqcowError: the image, or with ``size`` a file below it, cannot be read or is in use.
         OSError: the host failed; the image has its old format.
     """
-    if not options:
-        raise ValueError("nothing to amend was asked for")
     if "size" in options:
         image = open_image(path, "r+", journal_size=journal_size, allow_files=allow_files, probe=probe)
     else:
@@ -60,4 +58,5 @@ def _check_size(image: Image, options: AmendOptions, *, shrink: bool) -> None:
     """Raise ValueError if the disk would shrink, which nobody allowed."""
     size = options.get("size", image.size)
     if size < image.size and not shrink:
-        raise ValueError(f"the disk has {image.size} bytes; what lies behind {size} would be lost")
+        told = f"the disk has {image.size} bytes; what lies behind {size} would be lost"
+        raise ValueError(f"{told}: shrink allows that")
