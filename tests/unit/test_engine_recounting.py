@@ -11,7 +11,17 @@ from jqcow.engine.recounting import Recounting
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk.layout import ClusterIndex
 from jqcow.testing import Fault, FaultPlan
-from tests.unit.engines import PER_BLOCK, changing, check, counts, device_of, flush, map_one, new_engine, take_data
+from tests.unit.engines import (
+    PER_BLOCK,
+    changing,
+    check,
+    counts,
+    device_of,
+    flush,
+    map_one,
+    new_engine,
+    take_data,
+)
 
 ORDERS = range(7)
 
