@@ -589,7 +589,7 @@ OF_AMENDMENTS = (
     ),
     Mutant(
         "A2-old-structure-counted",
-        replacing(f"{RECOUNTING}._without_old", lambda _, recounting, *counted: iter([counted])),
+        replacing(f"{RECOUNTING}._without_old", lambda _, __, *run: iter([run] if run[-1] else [])),
         trials=("amend-width/4096/0",),
     ),
     Mutant(

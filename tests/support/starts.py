@@ -354,6 +354,7 @@ def zeros_in_snapshots_image(cluster_bytes: int, random: Random) -> Start:
     session = new_overlay(below, windows.disk_bytes)
     steps = "write:2w%c:3c zeroes:2w%c:3c unmap:2w%c:2c"
     text = f"write:0:w zeroes:0:2c {steps} snapshot zeroes:0:w/2 {steps} snapshot apply:0 write:w:c delete:0"
+    text += " snapshot snapshot"
     Player(session, random).play(f"{text} close")
     return replace(start_of(session), extensions=extensions_in(session.device.content()))
 
