@@ -56,10 +56,15 @@ class Amending:
         owners = self._refcounts.get(self._geometry.cluster_of(table))
         hides = self._view.area.backing_file_name is not None
         values = self._new_clusters(len(found), owners) if hides else iter([NO_ENTRY] * len(found))
+        first, row = found[0][0], list[L2Entry]()
         for (index, old), new in zip(found, values, strict=True):
-            self._mapping.put_entries(table, index, [new])
+            if index != first + len(row):
+                self._mapping.put_entries(table, first, row)
+                first, row = index, []
+            row.append(new)
             if old.host:
                 self._give_up(self._geometry.cluster_of(old.host), owners)
+        self._mapping.put_entries(table, first, row)
         self.converted += len(found)
 
     def _new_clusters(self, count: int, owners: int) -> Iterator[L2Entry]:
