@@ -151,17 +151,17 @@ class Commits:
         Raises:
             OSError: as `flush`.
         """
-        journal, changes = self.log.journal, self.public.changes
-        if (
-            journal is not None
-            and not self.log.in_transaction
-            and (
-                len(changes.blocks) > self.staged_limit()
-                or changes.zeroed_bytes > STAGED_ZERO_BYTES_MAX
-                or changes.freed_clusters * self.log.geometry.cluster_bytes > STAGED_FREE_BYTES_MAX
-            )
-        ):
+        is_live = self.log.journal is not None
+        if is_live and not self.log.in_transaction and self.is_large(self.public.changes):
             self.flush(admit)
+
+    def is_large(self, changes: ChangeSet) -> bool:
+        """Return True if changes of a live image should be committed before more is staged."""
+        return (
+            len(changes.blocks) > self.staged_limit()
+            or changes.zeroed_bytes > STAGED_ZERO_BYTES_MAX
+            or changes.freed_clusters * self.log.geometry.cluster_bytes > STAGED_FREE_BYTES_MAX
+        )
 
     def staged_limit(self) -> int:
         """Return how many staged blocks call for a commit."""

@@ -6,7 +6,7 @@ blocks home; the header stays in the journal, at the start of each epoch (J4), u
 Whoever calls in here has the turn (commit.py), or nobody else has the image yet. The lock is free while the
 device works on anything but metadata.
 
-T3. Homes of blocks are written only from durable records, and by `write_homes` alone.
+T3. Homes of blocks are written only from durable records, and by `write_homes` alone (save A1).
 T4. An epoch ends only after all its log images are home under a completed barrier.
 T7. The file reaches to the end of the highest cluster in use before a checkpoint's barrier, and is never
     cut below that.

@@ -3,7 +3,7 @@
 G1. A host offset taken from a table is cluster-aligned, past the header cluster, within the file, and outside
     the journal range; otherwise the access raises and nothing is touched.
 G2. A guest write in place never lands on a cluster that holds metadata.
-G3. An L2 table is changed only where one L1 table alone points to it; a shared one is copied first.
+G3. An L2 table is changed only where one L1 table alone points to it; a shared one is copied first (save A4).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jqcow.ondisk.l2 import (
     DATA,
     NO_ENTRY,
     UNALLOCATED,
+    ZERO_CLUSTER,
     HostRun,
     L2Entry,
     L2Run,
@@ -295,6 +296,21 @@ class Mapping:
         """Yield the runs of a block of L2 entries whose COPIED flag counts: not of compressed clusters."""
         return (run for run in self._references(table, block) if not run.compressed)
 
+    def zero_entries(self, table: HostOffset, block: HostOffset) -> Iterator[tuple[int, L2Entry]]:
+        """Yield (index in the table, entry) of those in a metadata block of it that have the zero flag.
+
+        Raises:
+            CorruptionError: an entry is not one that an image can have.
+        """
+        codec, position = self.codec, (block - table) // self.codec.entry_bytes
+        end = position + codec.per_block
+        while position < end:
+            run = self._subclusters(table, position, end - position)
+            if run.kind == ZERO_CLUSTER:
+                for index in range(position, position + run.subcluster_count):
+                    yield index, self._entry_at(table, index)
+            position += run.subcluster_count
+
     def _references(self, table: HostOffset, block: HostOffset) -> Iterator[References]:
         index, per_block = 0, self.codec.per_block
         while index < per_block:
@@ -372,9 +388,12 @@ class MappingEditor(Mapping):
             OSError: the host has no space for an L2 table.
             UnsupportedFeatureError: compressed data lies too far out in the file.
         """
+        table = self._own_l2_table(first // self.codec.per_table)
+        self.put_entries(table, first % self.codec.per_table, values)
+
+    def put_entries(self, table: HostOffset, l2_index: int, values: list[L2Entry]) -> None:
+        """Stage entries in a row in an L2 table, within one metadata block, for all that share it (A4)."""
         codec = self.codec
-        table = self._own_l2_table(first // codec.per_table)
-        l2_index = first % codec.per_table
         index = l2_index % codec.per_block
         block = self.view.edit(HostOffset(table + (l2_index - index) * codec.entry_bytes))
         try:

@@ -291,6 +291,12 @@ class Blocks:
             del self._clean[next(iter(self._clean))]
         self._clean[offset] = block
 
+    def write_new(self, data: bytes, offset: HostOffset) -> None:
+        """Write metadata where none was, and that no durable or staged change is about, to its home."""
+        self.medium.pwrite(data, offset)
+        for position in range(offset, offset + len(data), self.geometry.block_bytes):
+            self._clean.pop(HostOffset(position), None)
+
     def publish(self, durable: ChangeSet) -> None:
         """The record of a change set is durable: its blocks are log images now (D2)."""
         for offset, block in durable.blocks.items():

@@ -11,6 +11,7 @@ R4. Compressed data is packed only into sectors that no durable or staged entry 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 from jqcow import _native
@@ -21,7 +22,7 @@ from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout
 from jqcow.ondisk.entries import DamagedEntry
 from jqcow.ondisk.header import Header
-from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, HostOffset, entry_place
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, Geometry, HostOffset, entry_place
 
 SCAN_BLOCKS_PER_TAKE = 16
 """Refcount blocks searched for free clusters before the file grows instead."""
@@ -42,16 +43,30 @@ class Refcounts:
     def __init__(self, view: View, space: Space) -> None:
         self.view = view
         self.space = space
-        self.geometry = view.geometry
-        self._order = view.geometry.refcount_order
+        self._geometry = view.geometry
         self._header: Header | None = None
-        """The header that `table_entries` was worked out from."""
+        """The header that `geometry` and `table_entries` were worked out from."""
         self._table_entries = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        """The image's geometry. The width of refcounts is that of the header as the view shows it."""
+        if self.view.header is not self._header:
+            self._follow(self.view.header)
+        return self._geometry
+
+    def _follow(self, header: Header) -> None:
+        """Work out what follows from a header; an amendment may have changed the width."""
+        self._header = header
+        if header.refcount_order != self._geometry.refcount_order:
+            self._geometry = replace(self._geometry, refcount_order=header.refcount_order)
+        length_bytes = header.refcount_table_clusters * self._geometry.cluster_bytes
+        self._table_entries = layout.table_entries(length_bytes)
 
     @property
     def largest(self) -> int:
         """The largest refcount that the image's refcount width holds."""
-        return (1 << (1 << self._order)) - 1
+        return (1 << (1 << self.geometry.refcount_order)) - 1
 
     @property
     def is_lost(self) -> bool:
@@ -64,10 +79,8 @@ class Refcounts:
         """Entries in the refcount table; of one that is lost there are none: every refcount is 0."""
         if self.is_lost:
             return 0
-        header = self.view.header
-        if header is not self._header:
-            length_bytes = header.refcount_table_clusters * self.geometry.cluster_bytes
-            self._header, self._table_entries = header, layout.table_entries(length_bytes)
+        if self.view.header is not self._header:
+            self._follow(self.view.header)
         return self._table_entries
 
     def refcount_block(self, index: int) -> HostOffset:
@@ -86,22 +99,24 @@ class Refcounts:
 
     def get(self, cluster: ClusterIndex) -> int:
         """Return the refcount of a host cluster, staged changes included."""
-        index, within = divmod(cluster, self.geometry.refcounts_per_cluster)
+        geometry = self.geometry
+        index, within = divmod(cluster, geometry.refcounts_per_cluster)
         block = self.refcount_block(index)
         if not block:
             return 0
-        number, position = divmod(within, self.geometry.refcounts_per_block)
-        data = self.view.block(HostOffset(block + number * self.geometry.block_bytes))
-        return _native.refcount_get(data, position, self._order)
+        number, position = divmod(within, geometry.refcounts_per_block)
+        data = self.view.block(HostOffset(block + number * geometry.block_bytes))
+        return _native.refcount_get(data, position, geometry.refcount_order)
 
     def _piece(self, start: int, end: int) -> Piece:
         """Return where the refcounts of [start, end) begin, as many as lie in one metadata block."""
-        index, within = divmod(start, self.geometry.refcounts_per_cluster)
-        number, position = divmod(within, self.geometry.refcounts_per_block)
-        stop = min(position + end - start, self.geometry.refcounts_per_block)
+        geometry = self.geometry
+        index, within = divmod(start, geometry.refcounts_per_cluster)
+        number, position = divmod(within, geometry.refcounts_per_block)
+        stop = min(position + end - start, geometry.refcounts_per_block)
         block = self.refcount_block(index)
         if block:
-            block = HostOffset(block + number * self.geometry.block_bytes)
+            block = HostOffset(block + number * geometry.block_bytes)
         return Piece(ClusterIndex(start), block, position, stop)
 
     def used_end(self) -> ClusterIndex:
@@ -134,7 +149,7 @@ class Refcounts:
     def _last_used(self, block: HostOffset) -> int:
         for number in reversed(range(self.geometry.cluster_bytes // self.geometry.block_bytes)):
             data = self.view.block(HostOffset(block + number * self.geometry.block_bytes))
-            last = _native.refcount_last_used(data, self._order)
+            last = _native.refcount_last_used(data, self.geometry.refcount_order)
             if last >= 0:
                 return number * self.geometry.refcounts_per_block + last
         return -1
@@ -147,7 +162,9 @@ class Refcounts:
             value, length = 0, piece.stop - piece.position
             if piece.block:
                 data = self.view.block(piece.block)
-                value, length = _native.refcount_run(data, self._order, piece.position, piece.stop)
+                value, length = _native.refcount_run(
+                    data, self.geometry.refcount_order, piece.position, piece.stop
+                )
             yield piece.first, length, value
             start += length
 
@@ -213,12 +230,12 @@ class Allocation(Refcounts):
         """Give free clusters refcount 1 (R2)."""
         for piece in self._edited_pieces(run.start, run.count):
             data = self.view.edit(piece.block)
-            used = _native.refcount_find_used(data, self._order, piece.position, piece.stop)
+            used = _native.refcount_find_used(data, self.geometry.refcount_order, piece.position, piece.stop)
             if used >= 0:
                 place = self.geometry.offset_of(ClusterIndex(piece.first + used - piece.position))
-                refcount = _native.refcount_get(data, used, self._order)
+                refcount = _native.refcount_get(data, used, self.geometry.refcount_order)
                 raise CorruptionError("refcount block", place, f"a free cluster has refcount {refcount}")
-            _native.refcount_add(data, self._order, piece.position, piece.stop, 1)
+            _native.refcount_add(data, self.geometry.refcount_order, piece.position, piece.stop, 1)
         self.space.count_in(run)
 
     def allocate_metadata(self, count: int = 1) -> HostOffset:
@@ -366,9 +383,10 @@ class Allocation(Refcounts):
         """Take a reference from each of the metadata clusters; those without another one are free."""
         for run, left in self._take_reference(start, count):
             if not left:
-                self._free_as_metadata(run)
+                self.free_as_metadata(run)
 
-    def _free_as_metadata(self, run: Run) -> None:
+    def free_as_metadata(self, run: Run) -> None:
+        """Clusters have no reference any more; until the epoch is home, replay may write there (S2)."""
         changes = self.view.changes
         self.space.free(run.start, run.count)
         changes.freed_metadata.append(run)
@@ -381,7 +399,7 @@ class Allocation(Refcounts):
     def _add_in(self, piece: Piece, delta: int) -> bytearray:
         """Add to the refcounts of one metadata block; return it."""
         data = self.view.edit(piece.block)
-        failed = _native.refcount_add(data, self._order, piece.position, piece.stop, delta)
+        failed = _native.refcount_add(data, self.geometry.refcount_order, piece.position, piece.stop, delta)
         if failed >= 0:
             self._refuse(ClusterIndex(piece.first + failed - piece.position), delta)
         return data
@@ -392,7 +410,7 @@ class Allocation(Refcounts):
         for piece in self._edited_pieces(start, count):
             data, position = self._add_in(piece, -1), piece.position
             while position < piece.stop:
-                left, length = _native.refcount_run(data, self._order, position, piece.stop)
+                left, length = _native.refcount_run(data, self.geometry.refcount_order, position, piece.stop)
                 runs.append((Run(ClusterIndex(piece.first + position - piece.position), length), left))
                 position += length
         return runs
@@ -416,7 +434,7 @@ class Allocation(Refcounts):
         self._add(start, count, references - refcount)
         if not references:
             # What they hold is not known: as if it were metadata, whose old blocks may still be replayed.
-            self._free_as_metadata(Run(start, count))
+            self.free_as_metadata(Run(start, count))
         elif not refcount:
             self.space.withdraw(start, count)
 

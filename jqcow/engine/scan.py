@@ -305,7 +305,7 @@ def replay(operations: Iterable[Operation], geometry: Geometry) -> Replayed:
 
     Raises:
         FormatError: a header that breaks the specification.
-        CorruptionError: a header is damaged, missing, or of another geometry than the root's or the first's.
+        CorruptionError: a header is damaged, missing, or of an image of another kind.
     """
     area: HeaderArea | None = None
     blocks: dict[int, bytes] = {}
@@ -325,9 +325,10 @@ def replay(operations: Iterable[Operation], geometry: Geometry) -> Replayed:
 
 
 def _next_area(before: HeaderArea | None, area: HeaderArea, geometry: Geometry) -> HeaderArea:
-    """Return the next header that the journal holds: a geometry never changes in one journal."""
-    if before is None and area.header.cluster_bits != geometry.cluster_bits:
+    """Return the next header that the journal holds: version and width of refcounts alone may change."""
+    header = area.header
+    if header.cluster_bits != geometry.cluster_bits:
         raise CorruptionError("journal", 0, "its header has another cluster size than the root")
-    if before is not None and area.header.geometry != before.header.geometry:
-        raise CorruptionError("journal", 0, "its headers have different geometries")
+    if before is not None and header.has_subclusters != before.header.has_subclusters:
+        raise CorruptionError("journal", 0, "its headers differ in the kind of L2 entries")
     return area

@@ -175,6 +175,12 @@ class Snapshots:
         first = self.geometry.cluster_of(l1.offset)
         self.refcounts.release_metadata(first, self.geometry.clusters(layout.table_bytes(l1.entry_count)))
 
+    def write_anew(self) -> None:
+        """Write the snapshot table anew, with all fields of each snapshot."""
+        old = self.read_table()
+        if old.snapshots:
+            self._write_table(old, old.snapshots)
+
     def _write_table(self, old: SnapshotTable, snapshots: tuple[Snapshot, ...]) -> None:
         """Write the snapshot table anew, in other clusters, and give up the old one."""
         data = tables.pack_table(snapshots)

@@ -257,6 +257,17 @@ class Transaction:
         with self._changes.whole():
             self._guest.resizing.make_empty()
 
+    def _operate(self, act: Callable[[Tables], None]) -> None:
+        """Not for users: do something with the tables, in one operation."""
+        self._enter(changing=True)
+        with self._lock, self._tables.operation():
+            act(self._tables)
+
+    @property
+    def _is_large(self) -> bool:
+        """True when so much is staged that another transaction should go on."""
+        return self._changes.commits.is_large(self._tables.changes)
+
     # Going back
 
     def savepoint(self) -> Savepoint:

@@ -71,16 +71,13 @@ class Form:
             TypeError: an option of another type.
             ValueError: one that no image can have, or two that no image can have together.
         """
-        compat = options.get("compat", "1.1")
-        if compat not in _VERSIONS:
-            raise ValueError(f"compat is 0.10 or 1.1, not {compat!r}")
         return cls(
             cluster_bits_of(options.get("cluster_size", DEFAULT_CLUSTER_BYTES)),
             refcount_order_of(options.get("refcount_bits", 16)),
             compression_type_of(options.get("compression_type", "zlib")),
             flag(options.get("extended_l2", False), "extended_l2"),
             flag(options.get("lazy_refcounts", False), "lazy_refcounts"),
-            _VERSIONS[compat],
+            version_of(options.get("compat", "1.1")),
         )
 
     @property
@@ -99,6 +96,17 @@ class Form:
     def compatible_features(self) -> int:
         """The compatible feature bits of the header."""
         return COMPATIBLE_LAZY_REFCOUNTS if self.lazy_refcounts else 0
+
+
+def version_of(compat: Compat) -> int:
+    """Return the version of the format.
+
+    Raises:
+        ValueError: a word for none.
+    """
+    if compat not in _VERSIONS:
+        raise ValueError(f"compat is 0.10 or 1.1, not {compat!r}")
+    return _VERSIONS[compat]
 
 
 def flag(value: object, name: str) -> bool:

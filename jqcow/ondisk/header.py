@@ -278,17 +278,40 @@ class HeaderArea:
         kept = tuple(found for found in self.extensions if found.type != EXTENSION_BACKING_FORMAT)
         if backing_format is not None:
             kept = (Extension(EXTENSION_BACKING_FORMAT, backing_format), *kept)
-        fixed_bytes = V2_BYTES if self.header.version == 2 else self.header.header_length
-        listed = b"".join(extension.pack() for extension in (*kept, Extension(EXTENSION_END, b"")))
+        return self._laid_out(self.header, kept, name, self.data)
+
+    def with_version(self, version: int) -> HeaderArea:
+        """Return the area in another version; what version 2 has no place for is at its default, or gone.
+
+        Gone are feature bits, the names of features, and fields behind those that jqcow knows.
+
+        Raises:
+            FormatError: the first cluster does not hold it.
+        """
+        kept, name = self.extensions, self.backing_file_name
+        if version == self.header.version:
+            return self
+        header = replace(self.header, version=3, header_length=CREATED_HEADER_BYTES)
+        if version == 2:
+            kept = tuple(found for found in kept if found.type != EXTENSION_FEATURE_NAMES)
+            header = Header.unpack(replace(self.header, version=2).pack())
+        return self._laid_out(header, kept, name, b"")
+
+    def _laid_out(
+        self, header: Header, extensions: tuple[Extension, ...], name: bytes | None, fixed: bytes
+    ) -> HeaderArea:
+        """Return the area with another header, extensions and name; ``fixed``: what unknown fields hold."""
+        fixed_bytes = V2_BYTES if header.version == 2 else header.header_length
+        listed = b"".join(extension.pack() for extension in (*extensions, Extension(EXTENSION_END, b"")))
         name_offset = fixed_bytes + len(listed) if name is not None else 0
-        header = replace(self.header, backing_file_offset=name_offset, backing_file_size=len(name or b""))
-        fixed = self.with_header(header).data[:fixed_bytes].ljust(fixed_bytes, b"\0")
-        data = fixed + listed + (name or b"")
+        header = replace(header, backing_file_offset=name_offset, backing_file_size=len(name or b""))
+        known = header.pack()[: V3_BYTES + 1]
+        data = (known + fixed[len(known) : fixed_bytes]).ljust(fixed_bytes, b"\0") + listed + (name or b"")
         if len(data) > 1 << header.cluster_bits:
             raise FormatError(
                 f"a header of {len(data)} bytes does not fit in a cluster of {1 << header.cluster_bits} bytes"
             )
-        return HeaderArea(header, kept, data)
+        return HeaderArea(header, extensions, data)
 
     def find(self, extension_type: int) -> Extension | None:
         """Return the first extension of this type, or None."""

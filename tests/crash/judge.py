@@ -20,7 +20,7 @@ from jqcow.testing import CrashState, Fault, FaultPlan, SimulatedDevice
 from tests.crash.undone import repaired_of
 from tests.support import inside
 from tests.support.below import Below, find_below, name_of
-from tests.support.expectation import SECTOR_BYTES, Expectation, Found, Windows, read_all
+from tests.support.expectation import SECTOR_BYTES, Expectation, Found, Windows, form_of, read_all
 from tests.support.patients import check
 from tests.support.player import Player
 from tests.support.qemu import run
@@ -189,6 +189,8 @@ def judge_closed(device: SimulatedDevice, expectation: Expectation) -> None:
     extensions = area.data[area.header.header_length :]
     allowed = (expectation.extensions, *expectation.renamed)
     require(extensions in allowed, "P2: the header extensions changed")
+    forms, found = expectation.forms, form_of(area.header)
+    require(not forms or found in forms, "P3: an amendment is there in part", f"{found}, not of {forms}")
     open_simulated(device).close()
     require(device.content() == content, "P4: recovering again changed the file")
 

@@ -29,6 +29,7 @@ from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
 from tests.crash.trials import SCENARIO, SIMULATION, action_of
 from tests.support.mutant import (
     ALLOCATION,
+    AMENDING,
     BLOCKS,
     CHANGES,
     CLOSING,
@@ -48,6 +49,7 @@ from tests.support.mutant import (
     PACKED,
     PRIVATE,
     READS,
+    RECOUNTING,
     REFCOUNTS,
     ROOT,
     SNAPSHOTS,
@@ -130,6 +132,11 @@ def whole_range(_: Function, extent: JournalRange, contents: Contents) -> list[t
 def show_to_all(_: None, private: Any, *__: object) -> None:
     """Have the changes of a transaction staged in the public tables."""
     private.log.public.staged.changes = private.tables.changes
+
+
+def forget_data(_: None, recounting: Any) -> None:
+    """Take the data of a transaction for durable."""
+    recounting._view.changes.ordered = False
 
 
 def free_data_at_once(_: None, refcounts: Any, *__: object) -> None:
@@ -284,7 +291,7 @@ OF_SPACE = (
     ),
     Mutant(
         "S2-freed-metadata-as-data",
-        after(f"{ALLOCATION}._free_as_metadata", count_as_data),
+        after(f"{ALLOCATION}.free_as_metadata", count_as_data),
         trials=("reuse-tables/4096/0",),
     ),
     Mutant(
@@ -574,6 +581,34 @@ OF_UNDO = (
     ),
 )
 
+OF_AMENDMENTS = (
+    Mutant(
+        "A1-new-refcounts-not-ordered",
+        after(f"{RECOUNTING}.stage", forget_data),
+        trials=seeds("amend-width/4096", 2),
+    ),
+    Mutant(
+        "A2-old-structure-counted",
+        replacing(f"{RECOUNTING}._without_old", lambda _, __, *run: iter([run] if run[-1] else [])),
+        trials=("amend-width/4096/0",),
+    ),
+    Mutant(
+        "A3-zero-flags-left",
+        skipping(f"{AMENDING}.take_zero_flags"),
+        trials=("amend-version-overlay/4096/0",),
+    ),
+    Mutant(
+        "A4-counted-once",
+        skipping(f"{ALLOCATION}.correct", during=f"{AMENDING}._replace"),
+        trials=seeds("amend-version-snapshots/4096", 2),
+    ),
+    Mutant(
+        "A4-given-up-once",
+        with_argument(f"{AMENDING}._give_up", "owners", lambda _: 1),
+        trials=seeds("amend-version-snapshots/4096", 2),
+    ),
+)
+
 MUTANTS = (
     *OF_MEDIUM,
     *OF_JOURNAL,
@@ -585,6 +620,7 @@ MUTANTS = (
     *OF_SHARING,
     *OF_COMMITS,
     *OF_UNDO,
+    *OF_AMENDMENTS,
     *MUTANTS_OF_THREADS,
 )
 

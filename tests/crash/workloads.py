@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 from jqcow.testing import SimulatedDevice, Workload
-from tests.crash import overlays, stories
+from tests.crash import amended, overlays, stories
 from tests.crash.layouts import GarbageRule
 from tests.crash.stories import Story, tell
 from tests.crash.undone import undone
@@ -210,6 +210,18 @@ _OF_FEATURES = (
             ("overlay", "-overlay", overlays.WITHOUT_ZERO_FLAGS),
         )
     ),
+    Family("amend-version", "dirty", amended.VERSIONS),
+    Family("amend-version-overlay", "overlay-unpunchable", amended.VERSIONS),
+    Family("amend-version-snapshots", "overlay-zeros-snapshots", amended.VERSIONS),
+    Family("amend-width", "snapshots", amended.WIDTHS_IN_TURN),
+    Family("amend-width-adopted", "qemu", amended.WIDTHS_IN_TURN),
+    Family("amend-width-narrow", "narrow", amended.WIDTHS_IN_TURN),
+    Family("amend-killed", "unpunchable", amended.ENDED_BY_KILLS),
+    Family("amend-killed-version-2", "version-2-overlay", amended.ENDED_BY_KILLS),
+    Family("amend-fails", "overlay-zeros-snapshots", amended.FAILING),
+    Family("amend-fails-first", "vouched", amended.FAILING),
+    Family("amend-disk-full", "snapshots-unpunchable", amended.ON_A_FULL_DISK),
+    Family("amend-long-header", "long-header", amended.VERSIONS, LARGE),
 )
 GROUPS = {
     "plain": _PLAIN,

@@ -15,6 +15,7 @@ from typing import TypedDict, Unpack
 import jqcow
 from jqcow.image.transaction import Transaction
 from jqcow.ondisk.form import Compat, FormOptions
+from jqcow.ondisk.header import COMPATIBLE_LAZY_REFCOUNTS, Header
 from jqcow.ondisk.layout import SUBCLUSTERS
 from jqcow.testing import SECTOR_BYTES, SectorModel, Violation
 from jqcow.testing.model import ReadFunction
@@ -219,6 +220,15 @@ class State:
         return wrong + compare_snapshots(holder, self.windows, self.snapshots)
 
 
+Form = tuple[int, int, bool]
+"""Version, width of refcounts as a power of two, lazy refcounts."""
+
+
+def form_of(header: Header) -> Form:
+    """Return what an amendment may change of a header."""
+    return header.version, header.refcount_order, bool(header.compatible_features & COMPATIBLE_LAZY_REFCOUNTS)
+
+
 @dataclass
 class Expectation:
     """What a crash may leave. ``copy`` makes it a model for the laboratory.
@@ -233,6 +243,7 @@ class Expectation:
     ``snapshots``   the internal snapshots
     ``damaged``     True until an opening has repaired the refcounts: reading alone does not
     ``renamed``     what the header may have instead of ``extensions``: it was to name another backing file
+    ``forms``       what `form_of` the header may be, anything if empty: it was to be amended
     """
 
     windows: Windows
@@ -247,6 +258,7 @@ class Expectation:
     snapshots: AllTaken = ()
     damaged: bool = False
     renamed: tuple[bytes, ...] = ()
+    forms: tuple[Form, ...] = ()
 
     def copy(self) -> Expectation:
         """Return an independent copy."""

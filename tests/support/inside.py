@@ -16,7 +16,8 @@ from jqcow.engine.snapshots import Snapshots
 from jqcow.engine.tables import Tables
 from jqcow.errors import JqcowError
 from jqcow.image.transaction import Transaction
-from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.amendment import Amendment, AmendOptions
+from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.naming import NamedFile, backing_file_of
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.testing import SimulatedDevice
@@ -81,6 +82,21 @@ def are_used(image: jqcow.Image, clusters: range) -> bool:
 def header_of(image: jqcow.Image) -> HeaderArea:
     """Return the header of a running image, with its extensions."""
     return image._engine.public.view.area
+
+
+def cannot_hide(image: jqcow.Image, offset: int, length: int) -> bool:
+    """Return True if no entry can make a range read as zeros: in version 2, over data below."""
+    below = image._guest.reads.backing
+    if header_of(image).header.version > 2 or below is None:
+        return False
+    length = max(0, min(length, below.size - offset))
+    return any(extent.kind != "zero" for extent in below.extents(length, offset) if length)
+
+
+def form_after(header: Header, options: AmendOptions) -> tuple[int, int, bool]:
+    """Return what `form_of` an amended header is."""
+    amended = Amendment.of(header, options)
+    return amended.version, amended.refcount_order, amended.lazy_refcounts
 
 
 def copy_on_read(image: jqcow.Image) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.support.patches import Number, Patch, skipping
 
+AMENDING = "jqcow.engine.amending:Amending"
 NATIVE = "jqcow._native"
 FRAME = "jqcow.ondisk.frame"
 MEDIUM = "jqcow.engine.medium:Medium"
@@ -24,6 +25,7 @@ MAPPING_EDITOR = "jqcow.engine.mapping:MappingEditor"
 OPERATION = "jqcow.engine.tables:Operation"
 PACKED = "jqcow.engine.packed:PackedWrites"
 PRIVATE = "jqcow.engine.transaction:PrivateChanges"
+RECOUNTING = "jqcow.engine.recounting:Recounting"
 REFCOUNTS = "jqcow.engine.refcounts:Refcounts"
 ALLOCATION = "jqcow.engine.refcounts:Allocation"
 READS = "jqcow.engine.read:Reads"

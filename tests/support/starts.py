@@ -347,6 +347,18 @@ def overlay_image(cluster_bytes: int, random: Random, **kind: Unpack[Kind]) -> S
     return replace(start_of(session), extensions=extensions_in(session.device.content()))
 
 
+def zeros_in_snapshots_image(cluster_bytes: int, random: Random) -> Start:
+    """An overlay whose snapshots share tables with zero flags, and clusters that are kept behind flags."""
+    windows = Windows.of(cluster_bytes)
+    below = some_disk(windows, random)
+    session = new_overlay(below, windows.disk_bytes)
+    steps = "write:2w%c:3c zeroes:2w%c:3c unmap:2w%c:2c"
+    text = f"write:0:w zeroes:0:2c {steps} snapshot zeroes:0:w/2 {steps} snapshot apply:0 write:w:c delete:0"
+    text += " snapshot snapshot"
+    Player(session, random).play(f"{text} close")
+    return replace(start_of(session), extensions=extensions_in(session.device.content()))
+
+
 def overlay_with_old_bytes(cluster_bytes: int, random: Random, **kind: Unpack[Kind]) -> Start:
     """As `overlay_image`, with old bytes in all that is free, on a host without holes."""
     return replace(with_old_bytes(overlay_image(cluster_bytes, random, **kind), random), can_punch=False)
@@ -503,6 +515,7 @@ STARTS: dict[str, Prepare] = {
     "wide": wide_image,
     "overlay": overlay_image,
     "overlay-unpunchable": overlay_with_old_bytes,
+    "overlay-zeros-snapshots": zeros_in_snapshots_image,
     "shared": shared_image,
     "shared-unpunchable": without_holes(shared_image),
     "dirty-bit": damaged(full_image),

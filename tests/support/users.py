@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -24,7 +24,7 @@ from jqcow.ondisk.root import is_live
 from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
 from tests.support import inside
 from tests.support.below import find_below
-from tests.support.expectation import AllTaken, Expectation, State, Taken, Windows
+from tests.support.expectation import AllTaken, Expectation, State, Taken, Windows, form_of
 from tests.support.operations import Discard, Disk, PackedWrite, Request, Write, WriteZeroes
 
 JOURNAL_BYTES = 64 << 10
@@ -130,11 +130,17 @@ class User(ABC):
         if length:
             self._do(Discard(guest, length), position)
 
-    def _result(self, request: Request, position: int) -> tuple[int, bytes]:
-        """Return what a request that begins at a position leaves in the model: (position, bytes)."""
+    def _results(self, request: Request, position: int) -> Iterator[tuple[int, bytes]]:
+        """Yield what a request that begins at a position leaves in the model: (position, bytes)."""
         windows = self.state.windows
         offset, data = request.result(windows.unit_bytes, self.state.size_bytes)
-        return position + offset - windows.guest(position), data
+        if not isinstance(request, Discard):
+            yield position + offset - windows.guest(position), data
+            return
+        for start in range(offset, offset + len(data), windows.unit_bytes):
+            length = min(windows.unit_bytes, offset + len(data) - start)
+            if not inside.cannot_hide(self.session.live, start, length):
+                yield position + start - windows.guest(position), bytes(length)
 
     def resize(self, size_bytes: int) -> None:
         """Set the size of the disk. A resize that fails leaves it as it was."""
@@ -187,7 +193,9 @@ class Draft(User):
         self.state = session.state.copy()
 
     def _do(self, request: Request, position: int) -> None:
-        with self.state.sectors.write(*self._result(request, position)):
+        with ExitStack() as changes:
+            for place, data in self._results(request, position):
+                changes.enter_context(self.state.sectors.write(place, data))
             request.on(self.transaction)
 
     def _change(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
@@ -247,6 +255,8 @@ class Session(User):
         """Open for writing; a live image is recovered."""
         self.image = self.new_image()
         self.expectation.damaged = False
+        if self.expectation.forms and self.device.can_forget:
+            self.expectation.forms = (form_of(inside.header_of(self.image).header),)
         if self._was_killed or self.expectation.rival is not None:
             violations = self.expectation.check(self.image)
             assert not violations, f"a killed writer left something else: {violations[0]}"
@@ -296,7 +306,9 @@ class Session(User):
     def _do(self, request: Request, position: int) -> None:
         durable = isinstance(request, Write) and request.fua
         self.expectation.closed = None
-        with self.expectation.change(*self._result(request, position), durable=durable):
+        with ExitStack() as changes:
+            for place, data in self._results(request, position):
+                changes.enter_context(self.expectation.change(place, data, durable=durable))
             request.on(self.live)
         if durable:
             # The flush in it covers all, as any flush.
@@ -312,6 +324,10 @@ class Session(User):
         self.expectation.sizes = (size_bytes, *before)
         self.live.resize(size_bytes)
         self.expectation.sizes = (*before, size_bytes)
+
+    def change_at_once(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
+        """Do what is a transaction of its own; ``change`` is what the disk is then."""
+        self._change(act, change)
 
     def _change(self, act: Callable[[Disk], object], change: Callable[[State], None]) -> None:
         """Do what is a transaction of its own.

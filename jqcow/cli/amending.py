@@ -1,0 +1,115 @@
+"""The command that amends: it gives an existing image other options; spelled as in qemu-img."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, cast
+
+from jqcow.cli import common
+from jqcow.cli.progress import add_progress, progress_kind, shown_progress
+from jqcow.errors import printable
+from jqcow.image.amending import AmendReport
+from jqcow.offline.amend import amend
+from jqcow.ondisk.amendment import AmendOptions
+
+_OPTIONS = ("compat", "lazy_refcounts", "refcount_bits", "size")
+_REFUSED = {
+    "backing_file": "'jqcow rebase' gives an image another backing file",
+    "backing_fmt": "'jqcow rebase' gives an image another backing file",
+    "data_file": "it can only be set for images that use an external data file",
+    "data_file_raw": "it cannot be set on existing images",
+    **dict.fromkeys(
+        ("cluster_size", "preallocation", "extended_l2", "compression_type", "encryption"),
+        "it is for new images alone: use 'jqcow convert'",
+    ),
+}
+"""Why other options are not amended, by their names."""
+_NOTHING = ("data_file_raw", "off")
+"""What qemu-img takes, and has nothing to do for."""
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the subcommands of this module."""
+    parser = commands.add_parser(
+        "amend",
+        help="give an image another format",
+        description="Give an existing qcow2 image another version, another width of refcounts, lazy "
+        "refcounts or another size, whole or not at all. A crashed image is recovered first.",
+    )
+    common.add_format(parser)
+    parser.add_argument(
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        required=True,
+        help="compat=1.1|0.10, lazy_refcounts=on|off, refcount_bits=BITS, size=SIZE",
+    )
+    parser.add_argument(
+        "--shrink", action="store_true", help="allow a smaller disk: what lies behind its end is lost"
+    )
+    common.add_allow_files(parser)
+    common.add_journal_size(parser)
+    add_progress(parser)
+    common.add_output(parser)
+    common.add_quiet(parser)
+    parser.add_argument("image", metavar="IMAGE")
+    parser.set_defaults(command=amend_command)
+
+
+def amend_command(arguments: argparse.Namespace) -> int:
+    """Amend an image."""
+    if arguments.format == "raw":
+        raise common.CommandError("a raw file has no options that could be amended")
+    options = _options_of(",".join(arguments.options))
+    name = arguments.image
+    with common.about(name), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+        report = amend(
+            name,
+            shrink=arguments.shrink,
+            allow_files=arguments.allow_files,
+            probe=arguments.probe,
+            journal_size=common.journal_size_of(arguments),
+            progress=progress,
+            **options,
+        )
+    if arguments.output == "json":
+        common.print_json(common.as_json(report))
+    elif not arguments.quiet:
+        print(_told(name, report))
+    return common.EXIT_OK
+
+
+def _options_of(text: str) -> AmendOptions:
+    """Return what -o asks for.
+
+    Raises:
+        CommandError: an option that cannot be amended, or that there is not.
+    """
+    found: dict[str, str] = {}
+    for option in filter(None, text.split(",")):
+        name, _, value = option.partition("=")
+        if name in _OPTIONS and value:
+            found[name] = value
+        elif (name, value) != _NOTHING:
+            why = _REFUSED.get(name) or (
+                "it needs a value" if name in _OPTIONS else "there is no such option"
+            )
+            why = "encryption cannot be amended" if name.startswith("encrypt.") else why
+            raise common.CommandError(f"the option '{option}' of -o is not amended: {why}")
+    if not text:
+        raise common.CommandError("-o names no option to amend")
+    options = cast(AmendOptions, common.form_options(found))
+    if "size" in found:
+        options["size"] = common.parse_size(found["size"])
+    return options
+
+
+def _told(name: str, report: AmendReport) -> str:
+    done = [
+        word.replace("_", " ")
+        for word in ("compat", "lazy_refcounts", "refcount_bits", "size")
+        if getattr(report, word)
+    ]
+    return f"{printable(name)}: {', '.join(done) + ' amended' if done else 'nothing to change'}."

@@ -1,0 +1,148 @@
+"""Another format for an image that is open: checked first, then changed whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jqcow.engine.amending import Amending
+from jqcow.engine.recounting import Recounting
+from jqcow.engine.tables import Tables
+from jqcow.image.image import Image
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.amendment import Amendment, AmendOptions
+from jqcow.ondisk.layout import HostOffset
+
+Progress = Callable[[int, int], None]
+"""Told how much is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class AmendReport:
+    """What an amendment changed.
+
+    Attributes:
+        compat: it is another version now.
+        lazy_refcounts: they are on, or off, and were not.
+        refcount_bits: refcounts have another width now.
+        size: the disk has another size now.
+        zero_clusters: so many entries lost a zero flag, which version 2 does not have.
+    """
+
+    compat: bool = False
+    lazy_refcounts: bool = False
+    refcount_bits: bool = False
+    size: bool = False
+    zero_clusters: int = 0
+
+    @property
+    def changed(self) -> bool:
+        """True if anything was changed."""
+        return self.compat or self.lazy_refcounts or self.refcount_bits or self.size
+
+
+def amend_image(
+    image: Image, options: AmendOptions, progress: Progress = lambda done, total: None
+) -> AmendReport:
+    """Give an image that is open for writing, and in nobody else's use, another format; durable on return.
+
+    The caller closes it next: what is open goes on by the old format.
+
+    Raises:
+        ValueError: what no image can be, or not this one; nothing is changed.
+        UnsupportedFeatureError: a refcount does not fit its new width, and the like; nothing is changed.
+        CorruptionError: a table is damaged.
+        OSError: the host failed. The image has its old format.
+    """
+    return _Amended(image, options).amend(progress)
+
+
+class _Amended:
+    """One amendment of one image."""
+
+    def __init__(self, image: Image, options: AmendOptions) -> None:
+        self._image = image
+        self._lock, self._lifecycle = image._lock, image._engine.lifecycle
+        self._tables = image._engine.public
+        header = self._tables.view.header
+        self._old = Amendment.of(header, {})
+        self._new = Amendment.of(header, options)
+        self._converted = 0
+
+    def amend(self, progress: Progress) -> AmendReport:
+        old, new = self._old, self._new
+        if old == new:
+            return AmendReport()
+        self._check()
+        self._take_zero_flags(progress)
+        with self._image.transaction() as transaction:
+            if new.size_bytes != old.size_bytes:
+                transaction.resize(new.size_bytes)
+            transaction._operate(self._stage)
+        return AmendReport(
+            compat=new.version != old.version,
+            lazy_refcounts=new.lazy_refcounts != old.lazy_refcounts,
+            refcount_bits=new.refcount_order != old.refcount_order,
+            size=new.size_bytes != old.size_bytes,
+            zero_clusters=self._converted,
+        )
+
+    def _check(self) -> None:
+        """Refuse what cannot be, before anything is changed."""
+        old, new, tables = self._old, self._new, self._tables
+        area, snapshots = tables.view.area, self._image.snapshots()
+        new.require_place_for(area, snapshots)
+        with self._lock:
+            self._lifecycle.prepare_to_change()
+            if new.version != old.version:
+                amended = area.with_version(new.version)
+                roots.check_room(amended.header, len(amended.data))
+            if new.version > old.version:
+                # What is damaged in version 2 could be a zero flag in version 3.
+                tables.snapshots.check_all_mapped()
+            if new.refcount_order != old.refcount_order:
+                Recounting(tables, new.refcount_order).check()
+
+    # Zero flags
+
+    @property
+    def _loses_zero_flags(self) -> bool:
+        return self._new.version < self._old.version
+
+    def _take_zero_flags(self, progress: Progress) -> None:
+        """Do most of the work in transactions of bounded size: each leaves the disk as it was."""
+        if not self._loses_zero_flags:
+            return
+        with self._lock:
+            left = Amending(self._tables).l2_tables()
+        total = len(left)
+        left.reverse()
+        while left:
+            with self._image.transaction() as transaction:
+                while left and not transaction._is_large:
+                    transaction._operate(lambda tables: self._convert(tables, [left.pop()]))
+                    progress(total - len(left), total)
+
+    def _convert(self, tables: Tables, l2_tables: list[HostOffset]) -> None:
+        amending = Amending(tables)
+        for table in l2_tables:
+            amending.take_zero_flags(table)
+        amending.set_copied_flags()
+        self._converted += amending.converted
+
+    # The header
+
+    def _stage(self, tables: Tables) -> None:
+        old, new, amending = self._old, self._new, Amending(tables)
+        if self._loses_zero_flags:
+            # A resize may have made some.
+            self._convert(tables, amending.l2_tables())
+        if new.version > old.version:
+            amending.set_version(new.version)
+        if new.refcount_order != old.refcount_order:
+            # Last of all that counts clusters.
+            Recounting(tables, new.refcount_order).stage()
+        if new.version < old.version:
+            amending.set_version(new.version)
+        if new.version > 2:
+            amending.set_lazy_refcounts(lazy=new.lazy_refcounts)
