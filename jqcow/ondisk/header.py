@@ -278,10 +278,26 @@ class HeaderArea:
         kept = tuple(found for found in self.extensions if found.type != EXTENSION_BACKING_FORMAT)
         if backing_format is not None:
             kept = (Extension(EXTENSION_BACKING_FORMAT, backing_format), *kept)
-        fixed_bytes = V2_BYTES if self.header.version == 2 else self.header.header_length
+        header = replace(self.header, backing_file_size=len(name or b""))
+        return self._laid_out(header, kept, name)
+
+    def with_extension(self, extension: Extension, *, autoclear_features: int) -> HeaderArea:
+        """Return the area with an extension in the place of the one of its type; without data, without it.
+
+        Raises:
+            FormatError: the first cluster does not hold it.
+        """
+        kept = [found for found in self.extensions if found.type != extension.type]
+        if extension.data:
+            kept.append(extension)
+        header = replace(self.header, autoclear_features=autoclear_features)
+        return self._laid_out(header, tuple(kept), self.backing_file_name)
+
+    def _laid_out(self, header: Header, kept: tuple[Extension, ...], name: bytes | None) -> HeaderArea:
+        fixed_bytes = V2_BYTES if header.version == 2 else header.header_length
         listed = b"".join(extension.pack() for extension in (*kept, Extension(EXTENSION_END, b"")))
         name_offset = fixed_bytes + len(listed) if name is not None else 0
-        header = replace(self.header, backing_file_offset=name_offset, backing_file_size=len(name or b""))
+        header = replace(header, backing_file_offset=name_offset)
         fixed = self.with_header(header).data[:fixed_bytes].ljust(fixed_bytes, b"\0")
         data = fixed + listed + (name or b"")
         if len(data) > 1 << header.cluster_bits:
