@@ -26,6 +26,7 @@ from jqcow.ondisk.layout import ClusterIndex, HostOffset, entry_place
 
 MERGE_BYTES = 1 << 20
 """So many bytes of a bitmap are looked at in one go."""
+RUN_BYTES = 512
 
 
 class Bitmaps:
@@ -77,7 +78,7 @@ class Bitmaps:
         )
 
     def require_kept(self) -> None:
-        """Raise UnsupportedFeatureError if a bitmap is to take note of changes, and jqcow cannot see to it."""
+        """Raise UnsupportedFeatureError if a bitmap is to note changes, and jqcow cannot see to it."""
         for entry in self.directory.entries:
             if not entry.is_kept:
                 raise UnsupportedFeatureError(
@@ -432,8 +433,7 @@ def dirty_ranges(
     """
     pending: tuple[int, int] | None = None
     for first, chunk in chunks:
-        for start, end in _runs_of_ones(chunk):
-            start, end = start + (first << 3), end + (first << 3)
+        for start, end in _runs_of_ones(chunk, first << 3):
             if pending is not None and pending[1] == start:
                 pending = pending[0], end
                 continue
@@ -448,13 +448,16 @@ def _in_bytes(bits: tuple[int, int], granularity_bits: int, disk_bytes: int) -> 
     return bits[0] << granularity_bits, min(bits[1] << granularity_bits, disk_bytes)
 
 
-def _runs_of_ones(chunk: bytes, step: int = 512) -> Iterator[tuple[int, int]]:
-    """Yield [start, end) of the bits that are set, in steps that bound the length of a number."""
-    for position in range(0, len(chunk), step):
-        part = chunk[position : position + step]
+def _runs_of_ones(chunk: bytes, first: int) -> Iterator[tuple[int, int]]:
+    """Yield [start, end) of the bits that are set, the first of which is bit ``first``.
+
+    In steps: a number in digits takes time with the square of its length.
+    """
+    for position in range(0, len(chunk), RUN_BYTES):
+        part = chunk[position : position + RUN_BYTES]
         if _native.is_zero(part):
             continue
-        digits, base = f"{int.from_bytes(part, 'little'):b}"[::-1], position << 3
+        digits, base = f"{int.from_bytes(part, 'little'):b}"[::-1], first + (position << 3)
         start = digits.find("1")
         while start >= 0:
             end = digits.find("0", start)

@@ -13,12 +13,13 @@ The disk is divided into *regions*. A region is
     warm,   others need its place, somebody is alone, the image is       cold         `cool`
     hot     closed: the bits that have a reason are staged
 
-So a write costs one look-up, however many bitmaps there are, and nothing but the first one into a region waits
-for the disk. A crash leaves the regions of the last while dirty all over: more than was written, never less.
+So a write costs one look-up, however many bitmaps there are, and nothing but the first one into a region
+waits for the disk. A crash leaves the regions of the last while dirty all over: more than was written, never
+less.
 
 B1. A write in place reaches the device only when its region is hot. Its bits have a reason from then on.
-B2. A change of the mapping travels in one record with the bits for it: the region is warm before the change is
-    staged, and a commit cuts both or none.
+B2. A change of the mapping travels in one record with the bits for it: the region is warm before the change
+    is staged, and a commit cuts both or none.
 B3. A region cools with the bits that had a reason before it was warm, and all that came since; a request in
     flight has named its own when it was planned.
 B4. A transaction finds all regions cold, and stages its bits with its changes: they come and go with these.
@@ -34,7 +35,7 @@ REGION_BITS = 24
 """A region has 16 MiB, or as much as one bit of the coarsest bitmap stands for."""
 REGIONS_MAX = 4096
 REGION_MEMORY_MAX = 64 << 20
-"""So many regions are warm at a time, or as many as take so many bytes: a crash leaves them dirty all over."""
+"""So many regions are warm at a time, or as many as take so many bytes; a crash leaves these dirty."""
 
 
 class Cold(Exception):
@@ -229,7 +230,7 @@ class Tracking:
             del self._regions[index]
 
     def _stage_exact(self, entry: BitmapEntry, index: int, number: int) -> None:
-        start, length, count = self._place(entry, index)
+        start, length, _ = self._place(entry, index)
         now = self.bitmaps.read(entry, start, length)
         new = self._exact(entry, index, number, now)
         if new != now:

@@ -67,20 +67,20 @@ class BitmapReader:
     """Looks at the bitmaps of one image, under its lock."""
 
     lock: threading.RLock
-    enter: Callable[[], None]
+    enter: Callable[[bool], None]
     bitmaps: Bitmaps
     tracking: Tracking | None = None
 
     def told(self) -> tuple[Bitmap, ...]:
         """Return what people are told of the bitmaps."""
         with self.lock:
-            self.enter()
+            self.enter(False)
             return self.bitmaps.told()
 
     def dirty_extents(self, name: str, length: int | None, offset: int) -> Iterator[DirtyExtent]:
         """Yield what is dirty, as `ImageBitmaps.dirty_extents`."""
         with self.lock:
-            self.enter()
+            self.enter(False)
             entry, size = self.bitmaps.usable(name), self.bitmaps.view.header.size
         length = size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > size:
@@ -91,17 +91,17 @@ class BitmapReader:
         )
 
     def _within(self, ranges: Iterable[tuple[int, int]], offset: int, end: int) -> Iterator[DirtyExtent]:
-        for start, stop in ranges:
-            start, stop = max(start, offset), min(stop, end)
+        for first, last in ranges:
+            start, stop = max(first, offset), min(last, end)
             if start < stop:
                 yield DirtyExtent(start, stop - start)
 
     def _chunks(self, name: str, offset: int, end: int) -> Iterator[tuple[int, bytes]]:
-        """Yield the bytes of a bitmap, each step under the lock: a change meanwhile may show in later ones."""
+        """Yield the bytes of a bitmap, each step under the lock: a change meanwhile may show later."""
         position = None
         while True:
             with self.lock:
-                self.enter()
+                self.enter(False)
                 entry = self.bitmaps.usable(name)
                 if position is None:
                     position = offset >> entry.granularity_bits + 3
@@ -162,7 +162,7 @@ class TransactionBitmaps(_Bitmaps):
         self._tables = tables
         self._enter = enter
         self._lock = tables.blocks.medium.lock
-        super().__init__(lambda: BitmapReader(self._lock, lambda: None, tables.bitmaps))
+        super().__init__(lambda: BitmapReader(self._lock, lambda _: None, tables.bitmaps))
 
     def _change(self, change: Callable[[Bitmaps], None]) -> None:
         self._enter(changing=True)

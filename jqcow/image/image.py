@@ -409,10 +409,9 @@ class Image:
         return ImageBitmaps(self._bitmap_reader, self.transaction)
 
     def _bitmap_reader(self) -> BitmapReader:
-        """Return what looks at bitmaps; called with nothing held, it leaves the lock held by its caller."""
         self._own()
         return BitmapReader(
-            self._lock, lambda: self._enter(False), self._engine.public.bitmaps, self._engine.commits.tracking
+            self._lock, self._enter, self._engine.public.bitmaps, self._engine.commits.tracking
         )
 
     def snapshots(self) -> tuple[Snapshot, ...]:

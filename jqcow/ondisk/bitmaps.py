@@ -153,7 +153,7 @@ class BitmapEntry:
         return entry.ljust(layout.round_up(len(entry), ALIGNMENT_BYTES), b"\0")
 
     def fault(self, header: Header) -> str:
-        """Return why no image can have this entry, "" if one can: by QEMU's constraints, which are stricter."""
+        """Return why no image can have this entry, "" if one can: by QEMU's constraints, not all of them."""
         cluster_bytes = 1 << header.cluster_bits
         offset = self.table_offset
         if offset % cluster_bytes or not 0 < offset < layout.MAX_HOST_OFFSET:
