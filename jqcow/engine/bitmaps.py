@@ -10,6 +10,7 @@ B5. The bitmap directory, the tables and the clusters of bits are counted once e
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from jqcow import _native
@@ -51,11 +52,11 @@ class Bitmaps:
         Raises:
             CorruptionError: the directory is damaged.
         """
+        if self.space.sound_bitmaps is not None:
+            return self.space.sound_bitmaps
         area = self.view.area
         if area is not self._area:
-            self._directory = ondisk.read_directory(
-                lambda length, offset: self.view.read(HostOffset(offset), length), area
-            )
+            self._directory = ondisk.read_directory(self._read, area)
             self._enabled = tuple(entry for entry in self._directory.entries if entry.is_enabled)
             self._area = area
         return self._directory
@@ -73,9 +74,10 @@ class Bitmaps:
         Raises:
             CorruptionError: the directory cannot be told apart.
         """
-        return ondisk.read_bitmaps(
-            lambda length, offset: self.view.read(HostOffset(offset), length), self.view.area
-        )
+        return ondisk.read_bitmaps(self._read, self.view.area)
+
+    def _read(self, length: int, offset: int) -> bytes:
+        return self.view.read(HostOffset(offset), length)
 
     def require_kept(self) -> None:
         """Raise UnsupportedFeatureError if a bitmap is to note changes, and jqcow cannot see to it."""
@@ -371,6 +373,65 @@ class Bitmaps:
         area = area.with_extension(place.pack(), autoclear_features=features)
         roots.check_room(area.header, len(area.data))
         self.view.set_area(area)
+
+    # What a repair leaves
+
+    def give_up_broken(self, others: set[ClusterIndex]) -> None:
+        """Forget the bitmaps that are damaged, before a repair counts what there is; `stage_sound` follows.
+
+        A bitmap stays if its entry, its table and the places of all its bits are those of a bitmap, and not
+        among ``others``, which hold other metadata.
+        """
+        area, taken = self.view.area, set(others)
+        found = ondisk.read_directory(self._read, area, without_broken=True)
+        own = [cluster for _, cluster in self._run("bitmap directory", found.offset, found.length_bytes)]
+        is_apart = taken.isdisjoint(own)
+        taken.update(own)
+        sound = [entry for entry in found.entries if is_apart and self._is_sound(entry, taken)]
+        announced = ondisk.announced_in(area)
+        if len(sound) == announced:
+            return
+        length = len(ondisk.pack_directory(sound))
+        self.space.sound_bitmaps = Directory(tuple(sound), found.offset if sound else 0, length)
+        self.space.given_up_bitmaps = max(1, announced - len(sound))
+        self.space.abandoned = (self._named_by_broken() - taken) | (set(own) - others)
+
+    def _named_by_broken(self) -> set[ClusterIndex]:
+        """Return what all bitmaps that can be told apart have, or seem to have."""
+        found: set[ClusterIndex] = set()
+        with suppress(CorruptionError):
+            place = ondisk.place_of(self.view.area)
+            for _, entry in ondisk.read_entries(self._read, place) if place is not None else ():
+                if entry.has_table(self.view.header):
+                    with suppress(CorruptionError):
+                        found.update(cluster for _, cluster in self.clusters_of(entry))
+        return found
+
+    def _is_sound(self, entry: BitmapEntry, taken: set[ClusterIndex]) -> bool:
+        """Return True if a bitmap can be believed to be one; what it has is taken then."""
+        seen: set[ClusterIndex] = set()
+        file_end = self.geometry.clusters(self.view.blocks.medium.size())
+        try:
+            for _, cluster in self.clusters_of(entry):
+                if (
+                    cluster in seen
+                    or cluster in taken
+                    or (cluster >= file_end and not self.view.holds(self.geometry.offset_of(cluster)))
+                ):
+                    return False
+                seen.add(cluster)
+        except CorruptionError:
+            return False
+        taken |= seen
+        return True
+
+    def stage_sound(self) -> None:
+        """Write the directory that `give_up_broken` left where it is: it has not become longer."""
+        sound = self.space.sound_bitmaps
+        if sound is not None:
+            data = ondisk.pack_directory(sound.entries)
+            self._edit(HostOffset(sound.offset), data)
+            self._name_directory(Place(len(sound.entries), len(data), sound.offset))
 
     # Another disk
 

@@ -227,7 +227,7 @@ class Lifecycle:
             OSError: recovery can be tried again, from the start.
         """
         if repair is not None:
-            self.prepare_to_repair(may_rebuild=repair == "all")
+            self.prepare_to_repair(may_rebuild=repair != "leaks")
         else:
             self.prepare_to_change()
         if self.root.may_be_rewritten(scan.extent):

@@ -152,14 +152,16 @@ class BitmapEntry:
         entry = fixed + self.extra + self.name
         return entry.ljust(layout.round_up(len(entry), ALIGNMENT_BYTES), b"\0")
 
+    def has_table(self, header: Header) -> bool:
+        """Return True if its table can be one, and be there."""
+        cluster_bytes, offset = 1 << header.cluster_bits, self.table_offset
+        is_placed = offset % cluster_bytes == 0 and 0 < offset < layout.MAX_HOST_OFFSET
+        return is_placed and 0 < self.table_entries <= MAX_BITMAP_BYTES // cluster_bytes
+
     def fault(self, header: Header) -> str:
         """Return why no image can have this entry, "" if one can: by QEMU's constraints, not all of them."""
-        cluster_bytes = 1 << header.cluster_bits
-        offset = self.table_offset
-        if offset % cluster_bytes or not 0 < offset < layout.MAX_HOST_OFFSET:
-            return f"its table at {offset:#x} is not at a cluster-aligned host offset"
-        if not 0 < self.table_entries <= MAX_BITMAP_BYTES // cluster_bytes:
-            return f"a table of {self.table_entries} entries"
+        if not self.has_table(header):
+            return f"a table of {self.table_entries} entries at {self.table_offset:#x}"
         if self.flags & ~_KNOWN_FLAGS:
             return f"flags {self.flags:#x}"
         if not MIN_GRANULARITY_BITS <= self.granularity_bits <= MAX_GRANULARITY_BITS:
@@ -224,6 +226,17 @@ def place_of(area: HeaderArea) -> Place | None:
     if not count * ENTRY_STRUCT.size <= length <= MAX_DIRECTORY_BYTES or not 0 < count <= MAX_BITMAPS:
         raise CorruptionError("bitmap directory", offset, f"{count} bitmaps in {length} bytes")
     return Place(count, length, offset)
+
+
+def announced_in(area: HeaderArea) -> int:
+    """Return how many bitmaps a header announces, damaged or not; at least 1 where that cannot be told."""
+    extension = area.find(EXTENSION_BITMAPS)
+    if extension is None or not area.header.autoclear_features & AUTOCLEAR_BITMAPS:
+        return 0
+    if len(extension.data) < EXTENSION_STRUCT.size:
+        return 1
+    count: int = EXTENSION_STRUCT.unpack_from(extension.data)[0]
+    return max(1, count)
 
 
 def read_entries(read: Read, place: Place) -> Iterator[tuple[int, BitmapEntry]]:
