@@ -489,7 +489,7 @@ OF_BITMAPS = (
     ),
     Mutant(
         "B3-cooled-without-what-was-written",
-        with_result(f"{TRACKING_MODULE}._folded", lambda _: 0),
+        with_result(f"{TRACKING_MODULE}:_folded", lambda _: 0),
         trials=seeds("bitmaps-noted-in-place/4096", 2),
     ),
     Mutant(
@@ -513,11 +513,6 @@ OF_BITMAPS = (
         "B5-table-not-given-up",
         skipping(f"{BITMAPS}._release_table"),
         trials=seeds("bitmaps-noted/4096", 3),
-    ),
-    Mutant(
-        "B5-table-of-the-old-size",
-        skipping(f"{BITMAPS}.resize"),
-        trials=seeds("bitmaps-resizes/512", 3),
     ),
 )
 
