@@ -237,7 +237,6 @@ _OF_BITMAPS = tuple(
         ("compressed", "-snapshots", stories.compressed),
         ("copy-on-read", "-overlay", overlays.COPIED_UP),
         ("overlay", "-overlay", stories.REOPENED),
-        ("rebase", "-overlay", overlays.REBASE),
     )
 )
 GROUPS = {
