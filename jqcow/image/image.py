@@ -410,9 +410,8 @@ class Image:
 
     def _bitmap_reader(self) -> BitmapReader:
         self._own()
-        return BitmapReader(
-            self._lock, self._enter, self._engine.public.bitmaps, self._engine.commits.tracking
-        )
+        engine = self._engine
+        return BitmapReader(self._lock, self._enter, engine.public.bitmaps, engine.commits.tracking)
 
     def snapshots(self) -> tuple[Snapshot, ...]:
         """Return the internal snapshots, in the order of the image's table.

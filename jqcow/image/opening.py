@@ -134,8 +134,7 @@ def open(
         snapshot: with ``"r"``, the id or name of a snapshot to read instead of the disk.
         repair: with ``"r+"``, first make refcounts and COPIED flags right: ``"leaks"`` what is too high,
             ``"all"`` what is too low as well; with this an image marked corrupt opens too. ``"bitmaps"`` also
-            gives up damaged bitmaps. `Image.repaired` tells what was wrong, an undo file beside the image
-            what `undo_repair` takes back.
+            gives up damaged bitmaps. `Image.repaired` and an undo file tell what was wrong (`undo_repair`).
         free_lost: such a repair gives up leaked clusters that look like lost data, too.
         allow_files: whether backing files may be opened that the image names, and those that they name:
             none, all (True), or what a function says that is given a `NamedFile`. They are locked against
