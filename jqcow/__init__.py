@@ -15,6 +15,8 @@ from jqcow.checker.check import CheckReport
 from jqcow.device.disk import Extent
 from jqcow.engine.repair import RepairReport
 from jqcow.errors import (
+    BitmapError,
+    BitmapNotFound,
     CorruptionError,
     FileAccessDenied,
     FormatError,
@@ -33,19 +35,26 @@ from jqcow.image import (
     JournalInfo,
     Recovered,
 )
+from jqcow.image.bitmaps import DirtyExtent, ImageBitmaps, TransactionBitmaps
 from jqcow.image.file import ImageFile
 from jqcow.image.opening import create, create_on_device, open, open_device
 from jqcow.image.transaction import Receipt, Savepoint, Transaction
+from jqcow.ondisk.bitmaps import Bitmap
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
 
 __all__ = [
+    "Bitmap",
+    "BitmapError",
+    "BitmapNotFound",
     "CheckReport",
     "CorruptionError",
+    "DirtyExtent",
     "Extent",
     "FileAccessDenied",
     "FormatError",
     "Image",
+    "ImageBitmaps",
     "ImageClosedError",
     "ImageFile",
     "ImageInUse",
@@ -62,6 +71,7 @@ __all__ = [
     "Snapshot",
     "SnapshotNotFound",
     "Transaction",
+    "TransactionBitmaps",
     "TransactionError",
     "UnsupportedFeatureError",
     "__version__",

@@ -66,6 +66,7 @@ class CorruptionError(JqcowError):
         super().__init__(f"{structure} at host offset {offset:#x}: {detail}")
         self.structure = structure
         self.offset = offset
+        self.detail = detail
         self.guest_range: tuple[int, int] | None = None
 
     def __str__(self) -> str:
@@ -130,6 +131,22 @@ class SnapshotNotFound(JqcowError, LookupError):
     def __init__(self, id_or_name: str) -> None:
         super().__init__(f"there is no snapshot with the id or name {id_or_name!r}")
         self.id_or_name = id_or_name
+
+
+class BitmapNotFound(JqcowError, LookupError):
+    """The image has no persistent bitmap of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no bitmap {name!r}")
+        self.name = name
+
+
+class BitmapError(JqcowError):
+    """A persistent bitmap is not in a state for what was asked: it may be wrong, or the name is taken."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        super().__init__(f"bitmap {name!r}: {detail}")
+        self.name = name
 
 
 class TransactionError(JqcowError, RuntimeError):

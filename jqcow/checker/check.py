@@ -40,9 +40,10 @@ from jqcow.checker.tables import (
     layers,
     zeroed,
 )
-from jqcow.errors import UnsupportedFeatureError
-from jqcow.ondisk import entries, features, layout, snapshots
-from jqcow.ondisk.header import Header, HeaderArea
+from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.ondisk import bitmaps, entries, features, layout, snapshots
+from jqcow.ondisk.entries import DamagedEntry
+from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_L1_ENTRIES, SECTOR_BYTES, table_bytes
 from jqcow.ondisk.snapshots import MAX_SNAPSHOT_L1_BYTES, TableEntry
@@ -55,7 +56,10 @@ MAX_CLUSTERS = 1 << 28
 
 _L1_STEP_BYTES = 1 << 20
 
-_OWNERS = ("nothing", "header", "refcount table", "refcount block", "L1 table", "snapshot table", "L2 table")
+_OWNERS = (
+    "nothing", "header", "refcount table", "refcount block", "L1 table", "snapshot table", "L2 table",
+    "bitmap directory", "bitmap table", "bits of a bitmap",
+)  # fmt: skip
 """What owns a cluster of metadata; the first stands for a cluster that no metadata owns."""
 
 
@@ -129,7 +133,7 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
     """
     area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
     features.refuse(area, "check")
-    check = _Check(read, area.header, file_bytes, reserved)
+    check = _Check(read, area, file_bytes, reserved)
     for structure, place, detail in header_faults(area):
         check.findings.add(Kind.HEADER, structure, place, detail)
     return check.run()
@@ -145,10 +149,11 @@ class _Check:
     """
 
     def __init__(
-        self, read: Read, header: Header, file_bytes: int, reserved: Sequence[tuple[int, int]]
+        self, read: Read, area: HeaderArea, file_bytes: int, reserved: Sequence[tuple[int, int]]
     ) -> None:
         self.read = read
-        self.header = header
+        self.area = area
+        self.header = header = area.header
         self.geometry = header.geometry
         self.codec = codec_of(header.geometry)
         self.cluster_bits = header.cluster_bits
@@ -185,6 +190,7 @@ class _Check:
         self.walk_active_l1_table()
         if header.nb_snapshots:
             self.walk_snapshots()
+        self.walk_bitmaps()
         self.walk_l2_tables()
         self.compare()
         return CheckReport(
@@ -363,6 +369,40 @@ class _Check:
                 if depth > 1:
                     place, detail = cluster << self.cluster_bits, f"the L1 table of {depth} snapshots"
                     self.findings.add(Kind.OVERLAP, "L1 table", place, detail, depth - 1)
+
+    def walk_bitmaps(self) -> None:
+        """Claim the bitmap directory, the tables of all bitmaps and the clusters of their bits.
+
+        As in QEMU, of a damaged directory nothing but itself counts.
+        """
+        try:
+            place = bitmaps.place_of(self.area)
+            if place is None:
+                return
+            self.claim("bitmap directory", place.offset, place.length_bytes, "header", 0)
+            directory = bitmaps.read_directory(self.read, self.area)
+        except CorruptionError as error:
+            self.findings.add(Kind.BITMAPS, error.structure, error.offset, error.detail)
+            return
+        for entry in directory.entries:
+            length = table_bytes(entry.table_entries)
+            if self.claim("bitmap table", entry.table_offset, length, "bitmap directory", place.offset):
+                self.walk_bitmap_table(entry.table_offset, length)
+
+    def walk_bitmap_table(self, offset: int, length: int) -> None:
+        """Claim the clusters that the table of a bitmap names."""
+        for start in range(offset, offset + length, _L1_STEP_BYTES):
+            data = self.read(min(_L1_STEP_BYTES, offset + length - start), start)
+            for index, entry in entries.nonzero_entries(data):
+                place = start + table_bytes(index)
+                try:
+                    bits, _ = entries.decode_bitmap_table(entry, self.geometry)
+                except DamagedEntry as error:
+                    self.findings.add(Kind.BITMAPS, "bitmap table entry", place, str(error))
+                    continue
+                if bits:
+                    source = "bitmap table entry"
+                    self.claim("bits of a bitmap", bits, self.cluster_bytes, source, place)
 
     def walk_l1_entries(self, offset: int, length: int, pointers: memoryview, repeats: int) -> None:
         """Check ``length`` bytes of L1 entries that ``repeats`` L1 tables hold; count and claim L2 tables.

@@ -29,6 +29,7 @@ class Kind(enum.StrEnum):
     INCOMPLETE_SNAPSHOT = "incomplete snapshot"
     TOO_MANY_REFERENCES = "more references than a refcount can count"
     HEADER = "damaged header"
+    BITMAPS = "damaged bitmap"
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ class Closing:
         """
         with self.commits.turn.lock:
             self.commits.begin_turn()
+            with self.medium.lock:
+                self.commits.tracking.cool()
             if not self.public.changes.is_empty:
                 self.commits.commit(self.public)
             if self.log.journal is None:

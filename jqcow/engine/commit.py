@@ -26,6 +26,7 @@ from jqcow.engine.log import Log
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.metadata import ChangeSet
 from jqcow.engine.tables import Tables
+from jqcow.engine.tracking import Cold, Region, Tracking
 
 STAGED_ZERO_BYTES_MAX = scan.ZEROED_BYTES_MIN // 4
 """New metadata clusters of changes that are not committed: a record must not zero more than an epoch may."""
@@ -81,10 +82,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What a commit makes durable: ``changes``, None if nothing is staged."""
+    """What a commit makes durable: ``changes``, None if nothing is staged; and the regions with it."""
 
     ticket: int
     changes: ChangeSet | None
+    warm: list[Region]
 
 
 class Commits:
@@ -95,6 +97,7 @@ class Commits:
         self.public = log.public
         self.medium = log.medium
         self.turn = Turn()
+        self.tracking = Tracking(log.public)
 
     def begin_turn(self) -> None:
         """Called first by whoever has taken the turn.
@@ -163,6 +166,27 @@ class Commits:
             or changes.freed_clusters * self.log.geometry.cluster_bytes > STAGED_FREE_BYTES_MAX
         )
 
+    def heat(self, cold: Cold, admit: Callable[[], None]) -> None:
+        """Have the bitmaps durably call dirty what is about to be written in place (tracking.py, B1).
+
+        Called with the lock free; ``admit`` is called with the turn taken and the lock held.
+
+        Raises:
+            OSError: nothing is hot that was not before.
+        """
+        with self.turn.lock:
+            self.begin_turn()
+            with self.medium.lock:
+                admit()
+                self.tracking.warm(cold.first, cold.end)
+            self.commit(self.public)
+
+    def cool(self, admit: Callable[[], None]) -> None:
+        """Stage what the bitmaps have a reason for, with the lock free (tracking.py, B3)."""
+        with self.medium.lock:
+            admit()
+            self.tracking.cool()
+
     def staged_limit(self) -> int:
         """Return how many staged blocks call for a commit."""
         half_bytes = self.log.require_journal().extent.half_bytes
@@ -210,7 +234,8 @@ class Commits:
 
     def _cut(self, tables: Tables) -> _Cut:
         with self.medium.lock, self.medium.section():
-            return _Cut(self.turn.cut(), tables.staged.cut())
+            # A transaction finds nothing warm (tracking.py, B4).
+            return _Cut(self.turn.cut(), tables.staged.cut(), self.tracking.cut())
 
     def _write_record(self, changes: ChangeSet) -> None:
         """Make one record of the cut durable."""
@@ -231,6 +256,7 @@ class Commits:
                 self.public.blocks.publish(cut.changes)
                 self.public.space.publish(cut.changes, journal.epoch)
             tables.staged.landed()
+            self.tracking.made_durable(cut.warm)
             self.turn.cover(cut.ticket)
             self.turn.is_undecided = False
 

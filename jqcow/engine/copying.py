@@ -49,7 +49,7 @@ class Copying:
             if inside < length or run.kind != UNALLOCATED or run.length < length:
                 # It was written or cut off meanwhile: the copy must not undo that.
                 return None
-            return self.writes.plan(request, offset, length)
+            return self.writes.plan(request, offset, length, copies=True)
 
         def data(plan: WritePlan) -> memoryview:
             buffer = memoryview(bytearray(length))

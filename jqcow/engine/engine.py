@@ -163,7 +163,7 @@ def open_engine(
         journal_bytes: length of the next journal, 0 for the default; that of a live image is what it has.
         use_root_copy: where sector 0 has no valid magic, take the root from its copy.
         new_salt: makes the salt of each new journal; a seeded one makes a simulation replayable.
-        repair: what is to be repaired, with "all" also an image marked corrupt.
+        repair: what is to be repaired, with all but "leaks" also an image marked corrupt.
 
     Raises:
         FormatError: not a qcow2 image, or one that breaks the specification.
@@ -181,8 +181,8 @@ def open_engine(
         area = scan.read_header(medium.device)
         opened = Opened(Engine(medium, area, journal_bytes=length, new_salt=new_salt))
     header = opened.engine.blocks.area.header
-    counts_anew = repair == "all" or bool(header.incompatible_features & INCOMPATIBLE_DIRTY)
-    _check_usable(opened.engine.blocks.area, writable=writable, may_be_corrupt=repair == "all")
+    counts_anew = repair in ("all", "bitmaps") or bool(header.incompatible_features & INCOMPATIBLE_DIRTY)
+    _check_usable(opened.engine.blocks.area, writable=writable, may_be_corrupt=repair in ("all", "bitmaps"))
     if writable and not counts_anew:
         header.validate_refcount_table()
         if opened.scan is not None:
@@ -215,8 +215,10 @@ def make_writable(
     engine = opened.engine
     if engine.blocks.area.header.incompatible_features & INCOMPATIBLE_DIRTY:
         # What is too low must not stay: the bit is cleared, and the next opening would trust the refcounts.
-        repair = "all"
+        repair = "bitmaps" if repair == "bitmaps" else "all"
     if opened.root is not None and opened.scan is not None:
+        if repair == "bitmaps":
+            repairs.give_up_broken_bitmaps(engine.public)
         engine.lifecycle.recover(opened.root, opened.scan, repair)
     elif (leftover := engine.closing.find_leftover(repairing=repair is not None)) is not None:
         engine.closing.finish_closing(leftover)

@@ -24,6 +24,7 @@ from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import root as roots
+from jqcow.ondisk.header import AUTOCLEAR_BITMAPS
 from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, Geometry
 from jqcow.ondisk.root import JournalRange
 
@@ -61,6 +62,7 @@ class Lifecycle:
         if not self._is_surveyed:
             self._refuse_truncated()
             self.space.metadata = self.public.snapshots.survey()
+            self.public.bitmaps.require_kept()
             self._find_frontier()
             self.start_search()
             self._find_uncounted()
@@ -177,7 +179,8 @@ class Lifecycle:
         clean = self.blocks.area
         roots.check_room(clean.header, len(clean.data))
         # Autoclear bits that jqcow does not keep are gone from the first header that the journal holds.
-        live = clean.with_header(replace(clean.header, autoclear_features=0))
+        kept = AUTOCLEAR_BITMAPS if self.public.bitmaps.directory.entries else 0
+        live = clean.with_header(replace(clean.header, autoclear_features=kept))
         self.root.settle()
         before = self.medium.pread(SECTOR_BYTES, SECTOR_0)
         self.public.refcounts.allocate_homes()
@@ -224,7 +227,7 @@ class Lifecycle:
             OSError: recovery can be tried again, from the start.
         """
         if repair is not None:
-            self.prepare_to_repair(may_rebuild=repair == "all")
+            self.prepare_to_repair(may_rebuild=repair != "leaks")
         else:
             self.prepare_to_change()
         if self.root.may_be_rewritten(scan.extent):

@@ -74,6 +74,7 @@ class PackedWrites:
                         with self.requests.medium.section():
                             self.tables.space.give_back(taken)
                         return False
+                    self.requests.dirty.will_stage(offset, self.tables.geometry.cluster_bytes)
                     with self.tables.operation():
                         # From here on the operation gives them up, should it fail.
                         taken.clear()

@@ -10,6 +10,7 @@ import mmap
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
@@ -21,11 +22,13 @@ from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
-from jqcow.errors import CorruptionError, UnsupportedFeatureError
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.ondisk.bitmaps import Directory
 from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 
-What = Literal["leaks", "all"]
+What = Literal["leaks", "all", "bitmaps"]
+"""``"bitmaps"``: all, and bitmaps that are damaged are given up."""
 Difference = tuple[int, int, int, int]
 """(start, count, refcount, references) of clusters in a row."""
 
@@ -45,6 +48,7 @@ class RepairReport:
         copied_flags: COPIED flags that said something else than the refcount.
         refcount_table: it was lost, and is new.
         lost: leaked clusters that look like lost data; they were left as they are.
+        bitmaps: damaged bitmaps that were given up.
     """
 
     leaks: int = 0
@@ -52,11 +56,12 @@ class RepairReport:
     copied_flags: int = 0
     refcount_table: bool = False
     lost: int = 0
+    bitmaps: int = 0
 
     @property
     def changed(self) -> bool:
         """True if anything was wrong."""
-        return bool(self.leaks or self.too_low or self.copied_flags)
+        return bool(self.leaks or self.too_low or self.copied_flags or self.bitmaps)
 
 
 class References:
@@ -144,14 +149,17 @@ def repair(closing: Closing, what: What, *, free_lost: bool = False) -> RepairRe
     """
     lifecycle = closing.lifecycle
     public, geometry = lifecycle.public, lifecycle.geometry
-    lifecycle.prepare_to_repair(may_rebuild=what == "all")
+    if what == "bitmaps":
+        give_up_broken_bitmaps(public)
+    lifecycle.prepare_to_repair(may_rebuild=what != "leaks")
     view_bytes = max(lifecycle.medium.size(), geometry.offset_of(public.refcounts.used_end()))
     references = References(public, geometry.clusters(view_bytes))
     dirty = public.view.header.incompatible_features & INCOMPATIBLE_DIRTY
     differences, lost = list(references.differences()), 0
     if not free_lost:
         differences, lost = _without_lost(public, references, differences)
-    if not dirty and not differences and not public.snapshots.set_copied_flags(change=False):
+    given_up = public.space.given_up_bitmaps
+    if not given_up and not dirty and not differences and not public.snapshots.set_copied_flags(change=False):
         lifecycle.start_search()
         return RepairReport(lost=lost)
     file_bytes = lifecycle.medium.size()
@@ -161,7 +169,9 @@ def repair(closing: Closing, what: What, *, free_lost: bool = False) -> RepairRe
         with lifecycle.medium.lock, private.tables.operation():
             report, is_sound = _stage(private.tables, references, differences, what)
             _clear_features(private.tables, dirty)
+            private.tables.bitmaps.stage_sound()
         private.commit()
+        public.space.sound_bitmaps = None
     except BaseException as error:
         private.give_up()
         if isinstance(error, EXPECTED) and not lifecycle.medium.poisoned:
@@ -173,7 +183,19 @@ def repair(closing: Closing, what: What, *, free_lost: bool = False) -> RepairRe
         lifecycle.start_search()
     else:
         lifecycle.kept_bytes = references.file_clusters * geometry.cluster_bytes
-    return replace(report, lost=lost)
+    return replace(report, lost=lost, bitmaps=given_up)
+
+
+def give_up_broken_bitmaps(tables: Tables) -> None:
+    """Forget the bitmaps that are damaged, or lie over other metadata, before anything is counted."""
+    space = tables.space
+    others: set[ClusterIndex] = set()
+    space.sound_bitmaps = Directory()
+    # Where other metadata is damaged, the repair finds that.
+    with suppress(CorruptionError, FormatError, UnsupportedFeatureError):
+        others = set(tables.snapshots.find_metadata())
+    space.sound_bitmaps = None
+    tables.bitmaps.give_up_broken(others)
 
 
 def _clean_after(error: BaseException, closing: Closing) -> None:
@@ -192,6 +214,7 @@ def _without_lost(
     def read(cluster: int) -> bytes:
         return medium.pread(geometry.cluster_bytes, geometry.offset_of(ClusterIndex(cluster)))
 
+    abandoned = tables.space.abandoned
     leaks = [found for found in differences if not found[3]]
     if not leaks:
         return differences, 0
@@ -200,7 +223,8 @@ def _without_lost(
     lost.look_at(at for start, count, *_ in leaks for at in range(start, start + count))
     kept, number = [found for found in differences if found[3]], 0
     for start, count, refcount, counted in leaks:
-        for is_lost, group in groupby(range(start, start + count), lost.is_lost):
+        found = groupby(range(start, start + count), lambda at: at not in abandoned and lost.is_lost(at))
+        for is_lost, group in found:
             clusters = list(group)
             if is_lost:
                 number += len(clusters)

@@ -26,6 +26,7 @@ from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Absent
 from jqcow.engine.tables import Tables
+from jqcow.engine.tracking import Cold, PrivateMarks, Tracking
 from jqcow.ondisk.layout import GuestOffset
 
 Planned = TypeVar("Planned")
@@ -201,6 +202,9 @@ class Requests:
         self.tables = tables
         self.lifecycle = lifecycle
         self.commits = commits
+        self.dirty: Tracking | PrivateMarks = (
+            commits.tracking if tables is commits.public else PrivateMarks(tables)
+        )
         self.guard = guard
         self.medium = tables.blocks.medium
         self.geometry = tables.geometry
@@ -223,6 +227,8 @@ class Requests:
                     self.lifecycle.go_live(self._require_admitted)
             except Absent as absent:
                 self._load(absent)
+            except Cold as cold:
+                self._heat(cold)
             except Busy as busy:
                 self.guard.wait(busy)
 
@@ -231,6 +237,12 @@ class Requests:
         self.admit(True)
         if not self.alone:
             self.guard.require_not_alone()
+
+    def _heat(self, cold: Cold) -> None:
+        try:
+            self.commits.heat(cold, self._require_admitted)
+        except Busy as busy:
+            self.guard.wait(busy)
 
     def _load(self, absent: Absent) -> None:
         """Read a missing block from the device, as a request that a close waits for."""

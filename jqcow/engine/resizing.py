@@ -49,11 +49,13 @@ class Resizing:
         self.requests.enter_change()
         self.requests.require_live()
         tables = self.tables
+        self.requests.dirty.cool()
         with tables.operation():
             if ordered:
                 # The zeros behind the old end must be durable before the record that shows them.
                 tables.changes.ordered = True
             tables.mapping.grow_l1(self.geometry.l1_entries_for(size_bytes))
+            tables.bitmaps.resize(size_bytes)
             tables.view.set_header(size=size_bytes)
 
     def make_empty(self) -> None:
@@ -84,6 +86,8 @@ class Resizing:
         if found is None:
             return None
         self.requests.require_live()
+        table_bytes = tables.mapping.codec.per_table * self._cluster_bytes
+        self.requests.dirty.will_stage(found[0] * table_bytes, table_bytes)
         with tables.operation():
             leave_to_one(tables, tables.mapping.drop_l2_table(found[0]))
         return found[0]

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from jqcow.engine.bitmaps import Bitmaps
 from jqcow.engine.mapping import L1Table, MappingEditor
 from jqcow.engine.metadata import View
 from jqcow.engine.refcounts import Allocation, Refcounts
@@ -42,7 +43,8 @@ class NewSnapshot:
 class Snapshots:
     """The snapshots of one image through one view. What changes them is called inside an operation."""
 
-    def __init__(self, view: View, mapping: MappingEditor, refcounts: Allocation) -> None:
+    def __init__(self, view: View, mapping: MappingEditor, refcounts: Allocation, bitmaps: Bitmaps) -> None:
+        self.bitmaps = bitmaps
         self.view = view
         self.mapping = mapping
         self.refcounts = refcounts
@@ -260,6 +262,7 @@ class Snapshots:
         """
         header, clusters = self.view.header, self.geometry.clusters
         end = max(1, clusters(header.snapshots_offset + self.read_table().length_bytes))
+        end = max(end, *(cluster + 1 for _, cluster in self.bitmaps.clusters()), 0)
         seen: set[HostOffset] = set()
         for l1 in self.l1_tables():
             end = max(end, clusters(l1.offset + layout.table_bytes(l1.entry_count)))
@@ -317,6 +320,7 @@ class Snapshots:
         first = geometry.cluster_of(HostOffset(self.view.header.snapshots_offset))
         count = geometry.clusters(self.read_table().length_bytes)
         survey.add(("snapshot table", ClusterIndex(cluster)) for cluster in range(first, first + count))
+        survey.add(self.bitmaps.clusters())
         l1_tables = self.l1_tables()
         total_bytes = sum(layout.table_bytes(l1.entry_count) for l1 in l1_tables[1:])
         if total_bytes > tables.MAX_SNAPSHOT_L1_BYTES:

@@ -37,6 +37,7 @@ from typing import Protocol
 from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
+from jqcow.ondisk.bitmaps import Directory
 from jqcow.ondisk.layout import ClusterIndex, Geometry, GuestCluster, HostOffset
 
 RECYCLE_CLUSTERS = 8
@@ -72,6 +73,9 @@ class Space:
         readable_bytes: length of the file, as far as it was asked for. What lies further is lost, unless
             `reaches` says that the file has grown.
         find_used_end: of a live image, finds the cluster behind the highest one with a refcount.
+        sound_bitmaps: what a repair leaves of a damaged bitmap directory, and
+        given_up_bitmaps: how many bitmaps it gives up, and
+        abandoned: the clusters that these had, as far as that can be told: no data is lost with them.
         is_distrusted: a refcount turned out to be too low; see `distrust`.
     """
 
@@ -92,6 +96,9 @@ class Space:
         self.sharers: dict[ClusterIndex, list[GuestCluster]] | None = None
         self.readable_bytes = 0
         self.find_used_end: Callable[[], ClusterIndex] | None = None
+        self.sound_bitmaps: Directory | None = None
+        self.given_up_bitmaps = 0
+        self.abandoned: set[ClusterIndex] = set()
         self.is_distrusted = False
         self._requests = requests
         self._lent = ClusterRuns()

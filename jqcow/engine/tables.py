@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from jqcow.engine.bitmaps import Bitmaps
 from jqcow.engine.mapping import L1Table, Mapping, MappingEditor
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.metadata import Blocks, ChangeSet, Mark, MemoryView, Staged, View
@@ -30,7 +31,8 @@ class Tables:
         self.view = View(blocks, self.staged)
         self.refcounts = Allocation(self.view, space)
         self.mapping = MappingEditor(self.view, space, self.refcounts, shown)
-        self.snapshots = Snapshots(self.view, self.mapping, self.refcounts)
+        self.bitmaps = Bitmaps(self.view, self.refcounts)
+        self.snapshots = Snapshots(self.view, self.mapping, self.refcounts, self.bitmaps)
         memory = MemoryView(blocks, self.staged)
         self.mapping_at_hand = Mapping(memory, space, shown)
         self.refcounts_at_hand = Refcounts(memory, space)

@@ -54,9 +54,13 @@ class Fresh(NamedTuple):
 
 @dataclass
 class WritePlan:
-    """What a write does; ``ordered`` once a pair turned out not to be zero-safe (W2)."""
+    """What a write does; ``ordered`` once a pair turned out not to be zero-safe (W2).
+
+    ``changed`` is what of the disk it changes: (guest offset, length) in bytes.
+    """
 
     pieces: list[Piece]
+    changed: tuple[int, int]
     fresh: list[Fresh] = field(default_factory=list)
     ordered: bool = False
     uncounted: list[Run] = field(default_factory=list)
@@ -117,8 +121,10 @@ class Writes:
                     # Also after a failure: what it left can be read. Not by a call, which could be cut off.
                     requests.commits.turn.is_clean = False
                 if plan.fresh:
-                    with requests.lock, self.tables.operation():
-                        self._stage_write(plan)
+                    with requests.lock:
+                        requests.dirty.will_stage(*plan.changed)
+                        with self.tables.operation():
+                            self._stage_write(plan)
             except BaseException:
                 self.give_back(plan.uncounted)
                 raise
@@ -129,19 +135,28 @@ class Writes:
 
     # Plan, with the lock held
 
-    def plan(self, request: Request, offset: GuestOffset, length: int) -> WritePlan:
-        """Find what may be written in place, take clusters for the rest, and begin the request."""
-        plan = WritePlan(self._pieces(offset, length))
+    def plan(self, request: Request, offset: GuestOffset, length: int, *, copies: bool = False) -> WritePlan:
+        """Find what may be written in place, take clusters for the rest, and begin the request.
+
+        ``copies``: what is written is what the disk reads there anyway.
+
+        Raises:
+            Cold: bitmaps have to be durable first (tracking.py, B1).
+        """
+        plan = WritePlan(self._pieces(offset, length), (offset, 0 if copies else length))
         if self._subcluster_bytes < self._cluster_bytes:
             self._carry(plan, offset, offset + length)
         if all(piece.in_place for piece in plan.pieces):
             # It changes no entry, so none is its own (Q1); its clusters stay where they are (S6).
             self._fill_last_sector(offset + length)
+            self.requests.dirty.will_write(offset, length)
             self.guard.begin(request, changes=True)
             return plan
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
         self.requests.require_live()
+        if any(piece.in_place for piece in plan.pieces):
+            self.requests.dirty.will_write(offset, length)
         # Outside the section: a block that is not in memory interrupts the plan, and must leave no doubt.
         kept = [self._kept_clusters(piece) for piece in plan.pieces]
         with self.medium.section():

@@ -189,6 +189,16 @@ class Zeroing:
         self.requests.commit_if_large()
         return done
 
+    def _mark(self, clusters: list[GuestCluster], start: int, end: int) -> None:
+        """Tell the bitmaps which guest clusters change, the first and last of them in [start, end) alone."""
+        first = clusters[0]
+        for cluster, following in zip(clusters, [*clusters[1:], -1], strict=True):
+            if following != cluster + 1:
+                begin = max(start, first * self._cluster_bytes)
+                stop = min(end, (cluster + 1) * self._cluster_bytes)
+                self.requests.dirty.will_stage(begin, stop - begin)
+                first = GuestCluster(following)
+
     def _stage(
         self, clusters: Iterable[int], start: int, end: int, entry_for: EntryFor, disk_bytes: int | None
     ) -> bool:
@@ -212,6 +222,7 @@ class Zeroing:
                 changes.append((cluster, old, new))
         if changes:
             self.requests.require_live()
+            self._mark([cluster for cluster, _, _ in changes], start, end)
             with self.tables.operation():
                 for cluster, old, new in changes:
                     self.writes.replace_entries(cluster, [old], [new])

@@ -41,12 +41,12 @@ from jqcow.errors import (
     TransactionError,
 )
 from jqcow.image.arguments import number, optional_number, writable_view
+from jqcow.image.bitmaps import BitmapReader, ImageBitmaps
 from jqcow.image.file import ImageFile
 from jqcow.image.reports import ImageInfo, JournalInfo, Recovered
 from jqcow.image.transaction import Transaction
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
-from jqcow.ondisk.bitmaps import read_bitmaps
 from jqcow.ondisk.l2 import UNALLOCATED
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
@@ -163,7 +163,7 @@ class Image:
                 compression_type="zstd" if header.compression_type else "zlib",
                 snapshot_count=header.nb_snapshots,
                 journal=live,
-                bitmaps=read_bitmaps(self._medium.device.pread, self._guest.tables.view.area),
+                bitmaps=self._engine.public.bitmaps.told(),
             )
 
     def check(self) -> CheckReport:
@@ -384,6 +384,7 @@ class Image:
             try:
                 with self._lock:
                     self._enter(True)
+                engine.commits.cool(self._require_writable)
                 engine.commits.flush(self._require_writable)
                 engine.lifecycle.go_live(self._require_writable)
                 transaction = Transaction(PrivateChanges(engine.lifecycle), self._private_guest, self._own)
@@ -399,7 +400,18 @@ class Image:
     def _private_guest(self, tables: Tables) -> Guest:
         return self._engine.guest(self._enter, self._backing, tables=tables, alone=True)
 
-    # Snapshots
+    # Bitmaps and snapshots
+
+    @property
+    def bitmaps(self) -> ImageBitmaps:
+        """The persistent bitmaps, to be looked at and changed."""
+        self._own()
+        return ImageBitmaps(self._bitmap_reader, self.transaction)
+
+    def _bitmap_reader(self) -> BitmapReader:
+        self._own()
+        engine = self._engine
+        return BitmapReader(self._lock, self._enter, engine.public.bitmaps, engine.commits.tracking)
 
     def snapshots(self) -> tuple[Snapshot, ...]:
         """Return the internal snapshots, in the order of the image's table.

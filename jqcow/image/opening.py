@@ -133,8 +133,8 @@ def open(
             read may be old, mixed or wrong. A live journal is refused.
         snapshot: with ``"r"``, the id or name of a snapshot to read instead of the disk.
         repair: with ``"r+"``, first make refcounts and COPIED flags right: ``"leaks"`` what is too high,
-            ``"all"`` what is too low as well; with this an image marked corrupt opens too. `Image.repaired`
-            tells what was wrong, an undo file beside the image what `undo_repair` takes back.
+            ``"all"`` what is too low as well; with this an image marked corrupt opens too. ``"bitmaps"`` also
+            gives up damaged bitmaps. `Image.repaired` and an undo file tell what was wrong (`undo_repair`).
         free_lost: such a repair gives up leaked clusters that look like lost data, too.
         allow_files: whether backing files may be opened that the image names, and those that they name:
             none, all (True), or what a function says that is given a `NamedFile`. They are locked against
@@ -216,8 +216,8 @@ def _check_mode_and_repair(mode: Mode, repair: What | None) -> None:
     """Refuse a mode, or a repair, that there is not."""
     if mode not in ("r", "r+"):
         raise ValueError(f"mode must be 'r' or 'r+', not {mode!r}")
-    if repair is not None and (mode != "r+" or repair not in ("leaks", "all")):
-        raise ValueError(f"repair is 'leaks' or 'all', in mode 'r+', not {repair!r} in {mode!r}")
+    if repair is not None and (mode != "r+" or repair not in ("leaks", "all", "bitmaps")):
+        raise ValueError(f"repair is 'leaks', 'all' or 'bitmaps', in mode 'r+', not {repair!r} in {mode!r}")
 
 
 def open_device(
@@ -368,7 +368,9 @@ def _prepare_repair(
             find_backing=lambda _: None,
         ) as image:
             done = image.repaired or RepairReport()
-        needs_undo = free_lost or bool(done.too_low or done.copied_flags or done.refcount_table)
+        needs_undo = free_lost or bool(
+            done.too_low or done.copied_flags or done.refcount_table or done.bitmaps
+        )
     first = next(trial.changed(), None)
     if first is None or not (needs_undo or first[0] == 0):
         return on_trial

@@ -21,6 +21,7 @@ from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import TransactionError
 from jqcow.image.arguments import check_date, number, optional_number, optional_text, text, writable_view
+from jqcow.image.bitmaps import TransactionBitmaps
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.naming import DiskFormat
 from jqcow.ondisk.snapshots import Snapshot
@@ -92,6 +93,7 @@ class Transaction:
         self._guest = guest(changes.tables)
         self._lock = changes.medium.lock
         self._own = own
+        self._bitmaps = TransactionBitmaps(self._tables, self._enter)
         self._open = True
         self._is_given_up = False
         self.receipt: Receipt | None = None
@@ -178,6 +180,12 @@ class Transaction:
             self._guest.packed.write(view, offset, level)
             return len(view)
 
+    @property
+    def bitmaps(self) -> TransactionBitmaps:
+        """The persistent bitmaps as the transaction sees them, to be looked at and changed."""
+        self._enter()
+        return self._bitmaps
+
     # Snapshots
 
     def snapshots(self) -> tuple[Snapshot, ...]:
@@ -199,6 +207,7 @@ class Transaction:
         with self._lock:
             snapshot = self._tables.snapshots.find(id_or_name)
             with self._tables.operation():
+                self._tables.bitmaps.resize(snapshot.disk_bytes, replaced=True)
                 self._tables.snapshots.apply(snapshot)
 
     def delete_snapshot(self, id_or_name: str) -> None:

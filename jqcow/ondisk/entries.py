@@ -1,5 +1,5 @@
-"""Entries of the tables of pointers, L1 and refcount table (qcow2 specification, "Cluster mapping",
-"Refcounts"). Those of L2 tables are in `jqcow.ondisk.l2`.
+"""Entries of the tables of pointers: L1, refcount and bitmap tables (qcow2 specification, "Cluster mapping",
+"Refcounts", "Bitmaps"). Those of L2 tables are in `jqcow.ondisk.l2`.
 
 L1 table entry::
 
@@ -12,6 +12,13 @@ Refcount table entry::
 
     Bit   0 -  8:   reserved (0)
           9 - 63:   host offset of the refcount block, cluster-aligned; 0: all refcounts it covers are 0
+
+Bitmap table entry::
+
+    Bit        0:   without a host offset: all bits are 1, else 0
+          1 -  8:   reserved (0)
+          9 - 55:   host offset of a cluster of bits, cluster-aligned; 0: bit 0 says what all of them are
+         56 - 63:   reserved (0)
 """
 
 from __future__ import annotations
@@ -31,6 +38,8 @@ REFCOUNT_TABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
 COPIED = 1 << 63
 L1_RESERVED = 0x7F00_0000_0000_01FF
 REFCOUNT_TABLE_RESERVED = 0x1FF
+BITMAP_TABLE_RESERVED = 0xFF00_0000_0000_01FE
+ALL_ONES = 1
 
 _GROUP = struct.Struct(f">{SECTOR_BYTES // ENTRY_BYTES}Q")
 _ZERO_GROUP = bytes(SECTOR_BYTES)
@@ -67,6 +76,19 @@ def decode_refcount_table(entry: int, geometry: Geometry) -> HostOffset:
     if entry & REFCOUNT_TABLE_RESERVED or offset % geometry.cluster_bytes or offset >= MAX_HOST_OFFSET:
         raise DamagedEntry(f"entry {entry:#x} is not valid")
     return HostOffset(offset)
+
+
+def decode_bitmap_table(entry: int, geometry: Geometry) -> tuple[HostOffset, bool]:
+    """Return what a bitmap table entry says: the host offset of its bits, 0 for none, and if all are 1 then.
+
+    Raises:
+        DamagedEntry: the entry is not one that an image can have.
+    """
+    offset = entry & OFFSET_MASK
+    all_ones = bool(entry & ALL_ONES)
+    if entry & BITMAP_TABLE_RESERVED or offset % geometry.cluster_bytes or (offset and all_ones):
+        raise DamagedEntry(f"entry {entry:#x} is not valid")
+    return HostOffset(offset), all_ones
 
 
 # Tables of pointers, L1 and refcount table, as they stand: a checker tells what it finds and goes on.

@@ -118,16 +118,6 @@ def find_compression_type(area: HeaderArea) -> Words | None:
     return None if is_known else (f"compression type {kind}", "")
 
 
-def _find_bitmaps(area: HeaderArea) -> Words | None:
-    found = area.find(headers.EXTENSION_BITMAPS) is not None
-    return ("writing to an image with persistent bitmaps", "") if found else None
-
-
-def _find_valid_bitmaps(area: HeaderArea) -> Words | None:
-    found = area.header.autoclear_features & headers.AUTOCLEAR_BITMAPS
-    return ("persistent bitmaps", "the checker does not know them") if found else None
-
-
 _JOURNAL = _if_set(headers.INCOMPATIBLE_JOURNAL, "a live journal (it must be replayed first)")
 _DATA_FILE = _if_set(headers.INCOMPATIBLE_EXTERNAL_DATA, "an external data file")
 _CORRUPT = _if_set(headers.INCOMPATIBLE_CORRUPT, "writing to an image marked corrupt", "repair it first")
@@ -141,7 +131,5 @@ FEATURES = (
     Feature("encryption",                _find_encryption,       _NO,  _NO,  _NO,  _NO),
     Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),
     Feature("corrupt bit",               _CORRUPT,               _YES, _NO,  _YES, _YES),
-    Feature("bitmaps",                   _find_bitmaps,          _YES, _NO,  _YES, _NO),
-    Feature("bitmaps marked valid",      _find_valid_bitmaps,    _YES, _YES, _NO,  _YES),
 )  # fmt: skip
 """Whatever is not listed is no hindrance: the dirty bit, known compression types, compatible bits."""

@@ -280,6 +280,18 @@ class HeaderArea:
             kept = (Extension(EXTENSION_BACKING_FORMAT, backing_format), *kept)
         return self._laid_out(self.header, kept, name, self.data)
 
+    def with_extension(self, extension: Extension, *, autoclear_features: int) -> HeaderArea:
+        """Return the area with an extension in the place of the one of its type; without data, without it.
+
+        Raises:
+            FormatError: the first cluster does not hold it.
+        """
+        kept = [found for found in self.extensions if found.type != extension.type]
+        if extension.data:
+            kept.append(extension)
+        header = replace(self.header, autoclear_features=autoclear_features)
+        return self._laid_out(header, tuple(kept), self.backing_file_name, self.data)
+
     def with_version(self, version: int) -> HeaderArea:
         """Return the area in another version; what version 2 has no place for is at its default, or gone.
 

@@ -30,6 +30,7 @@ from tests.crash.trials import SCENARIO, SIMULATION, action_of
 from tests.support.mutant import (
     ALLOCATION,
     AMENDING,
+    BITMAPS,
     BLOCKS,
     CHANGES,
     CLOSING,
@@ -48,13 +49,17 @@ from tests.support.mutant import (
     OPERATION,
     PACKED,
     PRIVATE,
+    PRIVATE_MARKS,
     READS,
     RECOUNTING,
     REFCOUNTS,
+    REGION,
     ROOT,
     SNAPSHOTS,
     SPACE,
     TABLES,
+    TRACKING,
+    TRACKING_MODULE,
     UNDO_HEADER,
     UNDO_MODULE,
     WRITES,
@@ -465,6 +470,59 @@ OF_WRITES = (
     ),
 )
 
+
+def call_hot(_: Any, tracking: Any, *__: Any) -> None:
+    """Take regions for hot whose record is not durable."""
+    for region in tracking._regions.values():
+        region.is_hot = True
+
+
+OF_BITMAPS = (
+    Mutant(
+        "B1-data-before-its-bits",
+        after(f"{TRACKING}.warm", call_hot),
+        skipping(f"{COMMITS}.commit", during=f"{COMMITS}.heat"),
+        trials=seeds("bitmaps-noted-in-place/4096", 3),
+    ),
+    Mutant(
+        "B1-no-reason-noted-in-place",
+        skipping(f"{TRACKING}._note", during=f"{TRACKING}.will_write"),
+        trials=seeds("bitmaps-noted-in-place/4096", 2),
+    ),
+    Mutant(
+        "B2-mapping-without-its-bits",
+        skipping(f"{TRACKING}.will_stage"),
+        trials=seeds("bitmaps-reopened/4096", 3),
+    ),
+    Mutant(
+        "B3-cooled-without-what-was-written",
+        with_result(f"{TRACKING_MODULE}:_folded", lambda _: 0),
+        trials=seeds("bitmaps-noted-in-place/4096", 2),
+    ),
+    Mutant(
+        "B3-cooled-without-the-bits-before",
+        with_argument(
+            f"{REGION}.__init__", "before", lambda before: tuple(bytes(len(old)) for old in before)
+        ),
+        trials=seeds("bitmaps-noted-in-place/4096", 3),
+    ),
+    Mutant(
+        "B4-transaction-finds-regions-warm",
+        skipping(f"{COMMITS}.cool"),
+        trials=seeds("bitmaps-transactions/4096", 4),
+    ),
+    Mutant(
+        "B4-transaction-stages-no-bits",
+        skipping(f"{PRIVATE_MARKS}.will_stage"),
+        trials=seeds("bitmaps-transactions/4096", 3),
+    ),
+    Mutant(
+        "B5-table-not-given-up",
+        skipping(f"{BITMAPS}._release_table"),
+        trials=seeds("bitmaps-noted/4096", 3),
+    ),
+)
+
 OF_SHARING = (
     Mutant(
         "W5-flag-not-given",
@@ -617,6 +675,7 @@ MUTANTS = (
     *OF_REFCOUNTS,
     *OF_MAPPING_AND_SNAPSHOTS,
     *OF_WRITES,
+    *OF_BITMAPS,
     *OF_SHARING,
     *OF_COMMITS,
     *OF_UNDO,

@@ -129,6 +129,22 @@ SHORT_JOURNALS = turns(
 """The host has no room for the whole journal: a session begins with a shorter one, or is refused."""
 
 
+# Bitmaps
+
+NOTED = turns(
+    3,
+    "change:2 note flush begin change note change note commit write:0:s write:w%s:s {n}",
+    "close open",
+    "",
+    "kill",
+)
+"""Bitmaps are added, cleared, removed, renamed and merged, between writes and together with them."""
+
+NOTED_IN_PLACE = (
+    f"open {turns(6, 'write:2w%s:s write:2w%s:s {n}', 'flush', '', 'clear:0', 'close open')} close"
+)
+"""Overwrite what is allocated, here and there, with bitmaps that have to know of it first."""
+
 # Transactions
 
 TRANSACTIONS = turns(

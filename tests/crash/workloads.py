@@ -223,12 +223,40 @@ _OF_FEATURES = (
     Family("amend-disk-full", "snapshots-unpunchable", amended.ON_A_FULL_DISK),
     Family("amend-long-header", "long-header", amended.VERSIONS, LARGE),
 )
+_OF_BITMAPS = tuple(
+    Family(f"bitmaps-{name}", f"bitmaps{start}", story)
+    for name, start, story in (
+        ("noted", "", stories.NOTED),
+        ("noted-dirty", "-unpunchable", stories.NOTED),
+        ("noted-in-place", "-full", stories.NOTED_IN_PLACE),
+        ("in-place", "-full", stories.IN_PLACE),
+        ("reopened", "", stories.REOPENED),
+        ("reuse", "-full", stories.REUSE),
+        ("epochs", "", stories.EPOCHS),
+        ("killed", "", stories.KILLED),
+        ("move", "", stories.MOVE),
+        ("host-fails", "-unpunchable", stories.HOST_FAILS),
+        ("barrier-fails", "-full", stories.BARRIER_FAILS),
+        ("barrier-fails-shown", "-unforgetting", stories.BARRIER_FAILS),
+        ("going-live-fails", "", stories.GOING_LIVE_FAILS),
+        ("disk-full", "", stories.DISK_FULL),
+        ("transactions", "-unpunchable", stories.TRANSACTIONS),
+        ("savepoints", "-full", stories.SAVEPOINTS),
+        ("commits-fail", "-full", stories.COMMITS_FAIL),
+        ("resizes", "-full", stories.RESIZES),
+        ("snapshots", "-snapshots", stories.BETWEEN_WRITES),
+        ("snapshots-sizes", "-snapshots", stories.other_sizes),
+        ("compressed", "-snapshots", stories.compressed),
+        ("copy-on-read", "-overlay", overlays.COPIED_UP),
+        ("overlay", "-overlay", stories.REOPENED),
+    )
+)
 GROUPS = {
     "plain": _PLAIN,
     "transactions": _OF_TRANSACTIONS,
     "snapshots": _OF_SNAPSHOTS,
     "overlays": _OF_OVERLAYS,
-    "features": _OF_FEATURES,
+    "features": (*_OF_FEATURES, *_OF_BITMAPS),
 }
 FAMILIES = {family.name: family for families in GROUPS.values() for family in families}
 

@@ -15,7 +15,6 @@ from jqcow.cli.common import EXIT_UNSUPPORTED
 from tests.differential.evidence import Checking, Evidence, Reading
 from tests.differential.tables import L1, OFFSET, Tables
 
-AUTOCLEAR_BITMAPS = 1
 INCOMPATIBLE_DIRTY = 1
 
 BYTES = "other bytes"
@@ -230,12 +229,6 @@ def _verdicts(difference: Difference) -> tuple[str, str]:
     return difference.checking.our_verdict, difference.checking.their_verdict
 
 
-def _is_refused_for_bitmaps(difference: Difference) -> bool:
-    checking = difference.checking
-    is_told = checking.ours.status == EXIT_UNSUPPORTED and "persistent bitmaps" in checking.ours.reason
-    return is_told and bool(difference.tables.fields.autoclear & AUTOCLEAR_BITMAPS)
-
-
 def _is_refused_for_a_feature(difference: Difference) -> bool:
     checking, fields = difference.checking, difference.tables.fields
     is_told = checking.our_verdict == "refused" and checking.ours.status == EXIT_UNSUPPORTED
@@ -404,8 +397,6 @@ CATEGORIES = (
     Category(ONLY_JQCOW, "a length at the end marker of the extensions",
              "nothing follows the marker; jqcow does not look at it", _has_marked_length),
     Category(ONLY_JQCOW, "an opening of QEMU's without end", "jqcow bounds its walks", _has_no_end_in_qemu),
-    Category(VERDICT, "persistent bitmaps that are marked valid",
-             "jqcow's checker does not know their clusters, and says so", _is_refused_for_bitmaps),
     Category(VERDICT, "what jqcow refuses by name", "it cannot follow the tables", _is_refused_for_a_feature),
     Category(VERDICT, "a header that the specification does not allow, or a bad backing file name",
              "jqcow refuses it, with exit code 1", _is_refused_for_the_header),

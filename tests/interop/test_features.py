@@ -126,14 +126,17 @@ def test_a_small_write_takes_its_subclusters_alone(tmp_path: Path) -> None:
     qemu_io(path, f"read -P {ord('z')} 1000 3000", "read -P 0 8192 2048")
 
 
-def test_bitmaps_are_read_past(tmp_path: Path) -> None:
+def test_bitmaps_are_kept(tmp_path: Path) -> None:
     path = make(tmp_path / "image.qcow2")
     done("qemu-img", "bitmap", "--add", path, "changes")
     before = path.read_bytes()
     with jqcow.open(path) as image:
         assert image.pread(65536, 65536) == PATTERN
     assert path.read_bytes() == before
-    require_refused(path, "r+", "persistent bitmaps")
+    with jqcow.open(path, "r+") as image:
+        image.pwrite(PATTERN, 0)
+        assert [(part.offset, part.length) for part in image.bitmaps.dirty_extents("changes")] == [(0, 65536)]
+    done("qemu-img", "check", "-q", path)
     assert "changes" in done("qemu-img", "info", path)
 
 

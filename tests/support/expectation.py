@@ -136,6 +136,44 @@ AllTaken = tuple[Taken, ...]
 """The snapshots of an image, in the order of its table."""
 
 
+@dataclass(frozen=True, eq=False)
+class Noted:
+    """A persistent bitmap that must be there: its name, and whether it takes note of changes.
+
+    ``sectors`` is what the disk held when it was last clear: what differs must be dirty. None: no promise.
+    """
+
+    name: str
+    is_enabled: bool
+    sectors: SectorModel | None
+
+    def compare(self, windows: Windows, holder: jqcow.Image | Transaction) -> list[str]:
+        """Return what an image shows that differs, and that the bitmap does not call dirty."""
+        if self.sectors is None:
+            return []
+        dirty = list(holder.bitmaps.dirty_extents(self.name))
+        changed = self.sectors.check(windows.reader(holder), limit=self.sectors.size_bytes)
+        places = (windows.guest(found.offset) for found in changed)
+        return [
+            f"bitmap {self.name} calls {place:#x} clean, which changed"
+            for place in places
+            if place < holder.size and not any(part.offset <= place < part.end for part in dirty)
+        ]
+
+
+AllNoted = tuple[Noted, ...]
+"""The bitmaps of an image, in the order of its directory."""
+
+
+def compare_bitmaps(holder: jqcow.Image | Transaction, windows: Windows, noted: AllNoted) -> list[str]:
+    """Return what is wrong with the bitmaps of an image."""
+    there = [(found.name, found.is_enabled) for found in holder.bitmaps]
+    expected = [(one.name, one.is_enabled) for one in noted]
+    if there != expected:
+        return [f"the bitmaps are {there}, not {expected}"]
+    return [wrong for one in noted for wrong in one.compare(windows, holder)]
+
+
 @dataclass(frozen=True)
 class Found:
     """What the windows of a disk show, and those of each of its snapshots: (name, size, bytes)."""
@@ -174,6 +212,7 @@ class State:
     sectors: SectorModel
     size_bytes: int
     snapshots: AllTaken = ()
+    bitmaps: AllNoted = ()
 
     def copy(self) -> State:
         """Return an independent copy."""
@@ -187,6 +226,15 @@ class State:
         """The disk has another size."""
         self.windows.cut_off(self.sectors, size_bytes)
         self.size_bytes = size_bytes
+
+    def add_bitmap(self, name: str) -> None:
+        """There is a bitmap in which nothing is dirty."""
+        self.bitmaps += (Noted(name, True, settled(self.sectors)),)
+
+    def change_bitmap(self, noted: Noted, new: Noted | None) -> None:
+        """A bitmap is another one, or gone."""
+        kept = (new if one is noted else one for one in self.bitmaps)
+        self.bitmaps = tuple(one for one in kept if one is not None)
 
     def keep(self, name: str) -> None:
         """There is a snapshot of the disk."""
@@ -217,7 +265,8 @@ class State:
         if holder.size not in sizes:
             return [f"the disk has {holder.size} bytes, not {' or '.join(map(str, sizes))}"]
         wrong = list(map(str, check(self.windows.reader(holder))))
-        return wrong + compare_snapshots(holder, self.windows, self.snapshots)
+        wrong += compare_snapshots(holder, self.windows, self.snapshots)
+        return wrong + compare_bitmaps(holder, self.windows, self.bitmaps)
 
 
 Form = tuple[int, int, bool]
@@ -241,6 +290,7 @@ class Expectation:
     ``extensions``  the header extensions, which no crash may change
     ``rival``       where a commit did not return, or failed: the disk with all of the transaction (P3)
     ``snapshots``   the internal snapshots
+    ``bitmaps``     the persistent bitmaps
     ``damaged``     True until an opening has repaired the refcounts: reading alone does not
     ``renamed``     what the header may have instead of ``extensions``: it was to name another backing file
     ``forms``       what `form_of` the header may be, anything if empty: it was to be amended
@@ -256,6 +306,7 @@ class Expectation:
     extensions: bytes = b""
     rival: State | None = None
     snapshots: AllTaken = ()
+    bitmaps: AllNoted = ()
     damaged: bool = False
     renamed: tuple[bytes, ...] = ()
     forms: tuple[Form, ...] = ()
@@ -268,7 +319,7 @@ class Expectation:
     @property
     def state(self) -> State:
         """What there is now: with the newest size."""
-        return State(self.windows, self.sectors, self.sizes[-1], self.snapshots)
+        return State(self.windows, self.sectors, self.sizes[-1], self.snapshots, self.bitmaps)
 
     def check(self, image: jqcow.Image) -> list[str]:
         """Return what is wrong with a recovered image: nothing, if one of the disks that may be is there."""
@@ -290,10 +341,13 @@ class Expectation:
 
     def _take(self, rival: State) -> None:
         self.sectors, self.sizes, self.snapshots = rival.sectors, (rival.size_bytes,), rival.snapshots
+        self.bitmaps = rival.bitmaps
 
     def adopt(self, image: jqcow.Image) -> None:
         """After a crash: what was found is all that there is, durably."""
         found = read_all(image, self.windows)
+        if self.rival is not None and self.state.check(image, *self.sizes):
+            self.bitmaps = self.rival.bitmaps
         self.sectors.reset_to(found.disk)
         self.snapshots = tuple(
             Taken(name, SectorModel(len(content), content), size) for name, size, content in found.snapshots

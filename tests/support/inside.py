@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import jqcow
+from jqcow.engine import tracking
 from jqcow.engine.engine import make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.engine.read import Reads
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from tests.support.below import Below
 
 Range = tuple[int, int]
+
+
+# Small disks have several regions of bitmaps, and more of them than are kept in mind.
+tracking.REGION_BITS = 13
+tracking.REGIONS_MAX = 6
 
 
 class Shown:

@@ -15,6 +15,9 @@ model, see `Windows`:
     outgrow[:TIMES]             growths whose record exceeds a half of the smallest journal
     snapshot[:MOST]             unless there are so many, 4 if not given
     apply:NUMBER  delete:NUMBER of the snapshots that there are, modulo their count
+    bitmap[:MOST]               a new one that takes note of changes, unless there are so many, 3 if not given
+    remove:NUMBER  clear:NUMBER  enable:NUMBER  disable:NUMBER  rename:NUMBER  merge:NUMBER
+                                of the bitmaps that there are, modulo their count; merge: the next one into it
     flush  checkpoint  look  open  close  kill
     begin  commit  rollback  abort  savepoint  return:NUMBER
 
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from tests.support.player import Player
 
 Disk = jqcow.Image | Transaction
+BITMAPS_MAX = 3
 SNAPSHOTS_MAX = 4
 """So many at once: each one is read in every state."""
 
@@ -205,6 +209,11 @@ def _resize(player: Player, window: int, inside: int) -> None:
     player.user.resize(window * windows.stride_bytes + within)
 
 
+def _bitmap(player: Player, most: int = BITMAPS_MAX) -> None:
+    if len(player.user.bitmaps) < most:
+        player.user.add_bitmap(1 << player.random.choice((9, 12, 16)))
+
+
 def _snapshot(player: Player, most: int = SNAPSHOTS_MAX) -> None:
     if len(player.user.snapshots) < most:
         player.user.create_snapshot()
@@ -237,6 +246,13 @@ OPERATIONS: dict[str, Operation] = {
     "resize": _both(_resize),
     "grow": _both(_grow),
     "outgrow": _both(_outgrow),
+    "bitmap": _both(_bitmap),
+    "remove": _both(lambda player, number: player.user.remove_bitmap(number)),
+    "clear": _both(lambda player, number: player.user.clear_bitmap(number)),
+    "enable": _both(lambda player, number: player.user.enable_bitmap(number, enabled=True)),
+    "disable": _both(lambda player, number: player.user.enable_bitmap(number, enabled=False)),
+    "rename": _both(lambda player, number: player.user.rename_bitmap(number)),
+    "merge": _both(lambda player, number: player.user.merge_bitmap(number)),
     "snapshot": _both(_snapshot),
     "apply": _both(lambda player, number: player.user.apply_snapshot(number)),
     "delete": _both(lambda player, number: player.user.delete_snapshot(number)),
@@ -314,10 +330,18 @@ def draw_snapshot(player: Player) -> Step:
     return Step("apply" if choice < 0.7 else "delete", (player.random.randrange(there),))
 
 
+def draw_bitmap(player: Player) -> Step:
+    """Return a step that changes which bitmaps there are, or what they say."""
+    kinds = ("bitmap", "clear", "clear", "remove", "enable", "disable", "rename", "merge")
+    kind = player.random.choice(kinds)
+    return Step(kind, () if kind == "bitmap" else (player.random.randrange(BITMAPS_MAX),))
+
+
 DRAWN: dict[str, Callable[[Player], Step]] = {
     "change": draw_change,
     "mix": draw_mixed,
     "pack": draw_packed,
     "snap": draw_snapshot,
+    "note": draw_bitmap,
 }
 """Steps that are drawn when they are done. ``change:5:2``: five of them, with a flush after every two."""

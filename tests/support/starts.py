@@ -25,7 +25,7 @@ from jqcow.ondisk.header import (
 from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
 from tests.support.below import Below, name_of
-from tests.support.expectation import AllTaken, Expectation, Kind, Taken, Windows
+from tests.support.expectation import AllNoted, AllTaken, Expectation, Kind, Noted, Taken, Windows
 from tests.support.operations import Request, Write
 from tests.support.patients import DIRTY_BYTE, Tables
 from tests.support.player import Player
@@ -52,6 +52,7 @@ class Start:
     vouched: bool = False
     holes: tuple[tuple[int, int], ...] = ()
     snapshots: AllTaken = ()
+    bitmaps: AllNoted = ()
     damaged: bool = False
 
     def device(self) -> SimulatedDevice:
@@ -75,6 +76,7 @@ class Start:
             extensions=self.extensions,
             vouched=vouched,
             snapshots=self.snapshots,
+            bitmaps=self.bitmaps,
             damaged=self.damaged,
         )
 
@@ -297,6 +299,23 @@ def without_table(prepare: Prepare) -> Prepare:
         return replace(start, content=bytes(tables.image), damaged=True)
 
     return prepare_lost
+
+
+def with_bitmaps(prepare: Prepare) -> Prepare:
+    """Return what makes the same image with up to three bitmaps that take note of changes."""
+
+    def prepare_noted(cluster_bytes: int, random: Random) -> Start:
+        start = prepare(cluster_bytes, random)
+        device = SimulatedDevice(start.content, can_punch=start.can_punch)
+        sectors = SectorModel(start.windows.model_bytes, start.guest)
+        granularities = random.sample((512, 4096, 65536), random.randint(1, 3))
+        with open_simulated(device) as image, image.transaction() as transaction:
+            for granularity in granularities:
+                transaction.bitmaps.add(f"of {granularity}", granularity)
+        noted = tuple(Noted(f"of {granularity}", True, sectors) for granularity in granularities)
+        return replace(start, content=device.content(), bitmaps=noted)
+
+    return prepare_noted
 
 
 def without_holes(prepare: Prepare) -> Prepare:
@@ -535,6 +554,12 @@ STARTS: dict[str, Prepare] = {
     "version-2-snapshots": of_kind(snapshots_image, compat="0.10"),
     "version-2-overlay": of_kind(overlay_image, compat="0.10"),
     "half-closed": half_closed_image,
+    "bitmaps": with_bitmaps(used_image),
+    "bitmaps-full": with_bitmaps(full_image),
+    "bitmaps-unpunchable": without_holes(with_bitmaps(dirty_image)),
+    "bitmaps-snapshots": with_bitmaps(snapshots_image),
+    "bitmaps-overlay": with_bitmaps(overlay_image),
+    "bitmaps-unforgetting": without_forgetting(with_bitmaps(full_image)),
 }
 SIMULATED = tuple(STARTS)[:15]
 """Those of the simulation: it opens images with nothing below."""

@@ -24,7 +24,17 @@ from jqcow.ondisk.root import is_live
 from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
 from tests.support import inside
 from tests.support.below import find_below
-from tests.support.expectation import AllTaken, Expectation, State, Taken, Windows, form_of
+from tests.support.expectation import (
+    AllNoted,
+    AllTaken,
+    Expectation,
+    Noted,
+    State,
+    Taken,
+    Windows,
+    form_of,
+    settled,
+)
 from tests.support.operations import Discard, Disk, PackedWrite, Request, Write, WriteZeroes
 
 JOURNAL_BYTES = 64 << 10
@@ -164,6 +174,67 @@ class User(ABC):
         if taken is not None:
             name = taken.name
             self._change(lambda disk: disk.delete_snapshot(name), lambda state: state.give_up(taken))
+
+    @property
+    def bitmaps(self) -> AllNoted:
+        """Those of the disk now."""
+        return self.state.bitmaps
+
+    def add_bitmap(self, granularity: int) -> None:
+        """Add a bitmap that takes note of changes."""
+        name = self.session.fresh_name()
+        self._change(lambda disk: disk.bitmaps.add(name, granularity), lambda state: state.add_bitmap(name))
+
+    def remove_bitmap(self, number: int) -> None:
+        """Remove one of the bitmaps, if there is one."""
+        for noted in self._noted(number):
+            name = noted.name
+            self._change(
+                lambda disk, name=name: disk.bitmaps.remove(name),
+                lambda state, noted=noted: state.change_bitmap(noted, None),
+            )
+
+    def clear_bitmap(self, number: int) -> None:
+        """Make everything clean in one of them."""
+        for noted in self._noted(number):
+            name = noted.name
+
+            def clear(state: State, noted: Noted = noted) -> None:
+                sectors = settled(state.sectors) if noted.is_enabled else None
+                state.change_bitmap(noted, replace(noted, sectors=sectors))
+
+            self._change(lambda disk, name=name: disk.bitmaps.clear(name), clear)
+
+    def enable_bitmap(self, number: int, *, enabled: bool) -> None:
+        """Have one of them take note of changes, or not: what it said before is no promise then."""
+        for noted in self._noted(number):
+            name, sectors = noted.name, noted.sectors if enabled else None
+            new = Noted(name, enabled, sectors)
+            self._change(
+                lambda disk, name=name: (disk.bitmaps.enable if enabled else disk.bitmaps.disable)(name),
+                lambda state, noted=noted, new=new: state.change_bitmap(noted, new),
+            )
+
+    def rename_bitmap(self, number: int) -> None:
+        """Give one of them another name."""
+        for noted in self._noted(number):
+            name, new_name = noted.name, self.session.fresh_name()
+            new = replace(noted, name=new_name)
+            self._change(
+                lambda disk, name=name, new_name=new_name: disk.bitmaps.rename(name, new_name),
+                lambda state, noted=noted, new=new: state.change_bitmap(noted, new),
+            )
+
+    def merge_bitmap(self, number: int) -> None:
+        """Make dirty in one of them what is dirty in the next."""
+        for noted, other in zip(self._noted(number), self._noted(number + 1), strict=True):
+            names = noted.name, other.name
+            self._change(lambda disk, names=names: disk.bitmaps.merge(*names), lambda state: None)
+
+    def _noted(self, number: int) -> AllNoted:
+        """Return one of the bitmaps, counted from zero as often as it takes; none if there is none."""
+        there = self.bitmaps
+        return (there[number % len(there)],) if there else ()
 
     def _taken(self, number: int) -> Taken | None:
         """Return one of the snapshots, counted from zero as often as it takes; None if there is none."""

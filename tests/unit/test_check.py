@@ -390,7 +390,6 @@ class TestRefused:
         ("place", "layout", "value", "name"),
         [
             (32, ">I", 2, "encryption"),
-            (88, ">Q", 1, "persistent bitmaps"),
         ],
     )
     def test_by_name(self, patient: Patient, place: int, layout: str, value: int, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from jqcow import _native
-from jqcow.ondisk import entries, frame, header, l2, layout, root, snapshots, undo
+from jqcow.ondisk import bitmaps, entries, frame, header, l2, layout, root, snapshots, undo
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 ROW = re.compile(r"^\s*(?:(Byte|Bit)\s+)?(\d+)(?:\s*-\s*(\d+))?:\s+(.*\S)\s*$")
@@ -101,6 +101,17 @@ def test_header_extensions() -> None:
         if re.fullmatch(r"EXTENSION_[A-Z_]*", name) and isinstance(value, int)
     }
     assert types == known | {root.EXTENSION_JOURNAL, root.EXTENSION_UNDO}
+
+
+def test_bitmaps() -> None:
+    extension, entry, table = tables(section("Bitmaps"))
+    assert spans(extension) == fields_of(bitmaps.EXTENSION_STRUCT.format)
+    assert spans(entry) == fields_of(bitmaps.ENTRY_STRUCT.format)
+    assert [extension, entry] == list(tables(bitmaps.__doc__ or ""))
+    assert table == list(tables(entries.__doc__ or ""))[2]
+    assert mask(table, "host offset") == entries.OFFSET_MASK
+    assert mask(table, "without a host offset") == entries.ALL_ONES
+    assert mask(table, "reserved") == entries.BITMAP_TABLE_RESERVED
 
 
 def test_mapping_entries() -> None:

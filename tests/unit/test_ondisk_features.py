@@ -13,7 +13,7 @@ from jqcow.ondisk import header as headers
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.features import FEATURES, Use
 from jqcow.ondisk.form import Form
-from jqcow.ondisk.header import EXTENSION_BITMAPS, Extension, HeaderArea
+from jqcow.ondisk.header import HeaderArea
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "format.md"
 PLAIN = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
@@ -37,8 +37,6 @@ CASES = {
         compression_type=2, incompatible_features=headers.INCOMPATIBLE_COMPRESSION
     ),
     "corrupt bit": incompatible(headers.INCOMPATIBLE_CORRUPT),
-    "bitmaps": replace(PLAIN, extensions=(Extension(EXTENSION_BITMAPS, bytes(24)),)),
-    "bitmaps marked valid": announcing(autoclear_features=headers.AUTOCLEAR_BITMAPS),
 }
 
 
@@ -75,8 +73,17 @@ def test_what_is_refused_is_refused_by_name(feature: features.Feature, use: Use)
         announcing(compatible_features=0xFF, autoclear_features=0xF0),
         incompatible(headers.INCOMPATIBLE_EXTENDED_L2),
         announcing(version=2),
+        announcing(autoclear_features=headers.AUTOCLEAR_BITMAPS),
     ],
-    ids=["nothing", "dirty bit", "compression type", "other bits", "extended L2 entries", "version 2"],
+    ids=[
+        "nothing",
+        "dirty bit",
+        "compression type",
+        "other bits",
+        "extended L2 entries",
+        "version 2",
+        "bitmaps",
+    ],
 )
 def test_what_is_not_listed_hinders_nothing(area: HeaderArea, use: Use) -> None:
     features.refuse(area, use)
@@ -91,7 +98,7 @@ def test_a_compression_type_that_its_bit_contradicts_is_not_read(announced: int)
 
 @pytest.mark.parametrize(
     "feature",
-    [feature for feature in FEATURES if feature.name not in ("live journal", "bitmaps marked valid")],
+    [feature for feature in FEATURES if feature.name not in ("live journal",)],
     ids=lambda feature: feature.name,
 )
 def test_the_document_tells_the_same(feature: features.Feature) -> None:

@@ -1,0 +1,132 @@
+"""What the enabled bitmaps call dirty, ahead of every write: exactly, and durably before the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+import pytest
+
+import jqcow
+from jqcow.engine import tracking
+from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.unit.engines import CLUSTER, MIB, OLD, reopened, written_image
+
+REGION = 1 << 14
+GRANULARITIES = (512, 4096, 65536)
+
+
+@pytest.fixture(autouse=True)
+def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "REGION_BITS", 14)
+    monkeypatch.setattr(tracking, "REGIONS_MAX", 4)
+
+
+@pytest.fixture
+def device() -> SimulatedDevice:
+    return SimulatedDevice()
+
+
+@pytest.fixture
+def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
+    with written_image(device) as image:
+        for granularity in GRANULARITIES:
+            image.bitmaps.add(str(granularity), granularity)
+        yield image
+
+
+def dirty(image: jqcow.Image, granularity: int = 512) -> list[tuple[int, int]]:
+    return [(part.offset, part.end) for part in image.bitmaps.dirty_extents(str(granularity))]
+
+
+def granules(ranges: list[tuple[int, int]], granularity: int) -> set[int]:
+    return {at for start, end in ranges for at in range(start // granularity, -(-end // granularity))}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_exactly_what_was_written_is_dirty(device: SimulatedDevice, image: jqcow.Image, seed: int) -> None:
+    random, written = Random(seed), list[tuple[int, int]]()
+    for _ in range(60):
+        offset, length = random.randrange(MIB - 40000), random.choice((1, 512, 5000, 40000))
+        way = random.random()
+        if way < 0.7:
+            image.pwrite(bytes(length), offset)
+            written.append((offset, offset + length))
+        elif way < 0.8:
+            with image.transaction() as transaction:
+                transaction.pwrite(b"x" * length, offset)
+            written.append((offset, offset + length))
+        elif way < 0.9:
+            image.flush()
+        else:
+            image.create_snapshot("one")
+            image.delete_snapshot("one")
+    for granularity in GRANULARITIES:
+        assert granules(dirty(image, granularity), granularity) == granules(written, granularity)
+    image.close()
+    with reopened(device) as again:
+        assert again.check().ok
+        for granularity in GRANULARITIES:
+            assert granules(dirty(again, granularity), granularity) == granules(written, granularity)
+
+
+def test_what_reads_as_before_stays_clean(image: jqcow.Image) -> None:
+    image.discard(CLUSTER, 20 * CLUSTER)
+    image.write_zeroes(CLUSTER, 21 * CLUSTER)
+    assert dirty(image) == []
+    image.discard(CLUSTER, CLUSTER)
+    image.write_zeroes(512, 4 * CLUSTER)
+    assert dirty(image) == [(CLUSTER, 2 * CLUSTER), (4 * CLUSTER, 4 * CLUSTER + 512)]
+
+
+def test_compressed_writes(image: jqcow.Image) -> None:
+    image.pwrite_compressed(bytes(2 * CLUSTER), CLUSTER)
+    assert dirty(image) == [(CLUSTER, 3 * CLUSTER)]
+
+
+def test_a_region_waits_for_the_disk_once(device: SimulatedDevice, image: jqcow.Image) -> None:
+    image.flush()
+    before = device.barriers.total()
+    image.pwrite(b"x", 0)
+    waited = device.barriers.total()
+    for offset in range(0, len(OLD), 512):
+        image.pwrite(b"x", offset)
+    assert before < waited == device.barriers.total()
+
+
+def test_an_image_that_was_not_written_stays_as_it_is(device: SimulatedDevice, image: jqcow.Image) -> None:
+    image.pwrite(b"x", 0)
+    image.close()
+    before = device.content()
+    with reopened(device) as again:
+        assert dirty(again) == [(0, 512)]
+    assert device.content() == before
+
+
+def test_no_crash_leaves_a_change_clean(device: SimulatedDevice, image: jqcow.Image) -> None:
+    image.flush()
+    image.pwrite(b"\xff" * 100, 5 * CLUSTER)
+    image.pwrite(b"\xff" * 100, 30 * CLUSTER)
+    for state in enumerate_states(device, budget=64):
+        with reopened(device.crash(state)) as crashed:
+            if not len(crashed.bitmaps):
+                continue
+            now = crashed.pread(8 * CLUSTER, 0)
+            changed = {at for at in range(0, len(now), 512) if now[at : at + 512] != OLD[at : at + 512]}
+            assert changed <= {at * 512 for at in granules(dirty(crashed), 512)}
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_write_that_waits_in_vain_changes_nothing(
+    device: SimulatedDevice, image: jqcow.Image, at: int
+) -> None:
+    image.flush()
+    device.faults = FaultPlan(Fault(28, at=at, call="pwrite"))
+    for offset in (0, REGION):
+        try:
+            image.pwrite(b"\xff" * 512, offset)
+        except OSError:
+            assert image.pread(512, offset) in (OLD[offset : offset + 512], b"\xff" * 512)
+    device.faults = None
+    image.pwrite(b"\xff" * 512, 0)
+    assert (0, 512) in dirty(image) and image.check().ok
