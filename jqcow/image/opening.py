@@ -460,7 +460,8 @@ def open_backing(
         JqcowError, OSError: as `open`.
     """
     image = os.fspath(path)
-    named = NamedFile(image, backing_file, naming.resolve(backing_file, image), backing_format)
+    naming.decode_name(os.fsencode(backing_file))
+    named = naming.named_file(image, backing_file, backing_format)
     following = Following(allowing_what_it_names(image, allow_files), probe)
     return open_below(named, [identity_of(image)], following)
 

@@ -6,13 +6,14 @@ import os
 from typing import Unpack
 
 from jqcow.device.file import FileDevice
+from jqcow.errors import printable
 from jqcow.image.opening import write_blank
 from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import Form, FormOptions
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import DiskFormat, decode_name, resolve
+from jqcow.ondisk.naming import DiskFormat, decode_name, named_file, resolve
 
 
 def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: DiskFormat) -> int:
@@ -32,11 +33,11 @@ def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: D
     """
     overlay = os.fspath(path)
     decode_name(os.fsencode(backing_file))
-    base = resolve(backing_file, overlay)
+    base = named_file(overlay, backing_file, backing_format).path
     try:
         facts = read_info(base, backing_format)
     except OSError as error:
-        error.add_note(f"{base} would be the backing file of {overlay}")
+        error.add_note(printable(f"{base} would be the backing file of {overlay}"))
         raise
     return layout.round_up(facts.virtual_size, SECTOR_BYTES)
 
