@@ -10,7 +10,7 @@ R4. Compressed data is packed only into sectors that no durable or staged entry 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, NoReturn
 
 from jqcow import _native
@@ -219,6 +219,38 @@ class Allocation(Refcounts):
                 refcount = _native.refcount_get(data, used, self._order)
                 raise CorruptionError("refcount block", place, f"a free cluster has refcount {refcount}")
             _native.refcount_add(data, self._order, piece.position, piece.stop, 1)
+        self.space.count_in(run)
+
+    def missing_blocks(self, start: int, count: int) -> list[int]:
+        """Return the indices of the refcount blocks for a run of clusters that the image does not have."""
+        per_cluster = self.geometry.refcounts_per_cluster
+        indices = range(start // per_cluster, -(-(start + count) // per_cluster))
+        return [index for index in indices if not self.refcount_block(index)]
+
+    def reserve_table(self, end: int) -> bool:
+        """Give the refcount table an entry for each cluster below ``end``; return False if it had them."""
+        index = (end - 1) // self.geometry.refcounts_per_cluster
+        if index < self.table_entries:
+            return False
+        self._grow_table(index)
+        return True
+
+    def count_in_new_blocks(self, run: Run, blocks: Mapping[int, HostOffset]) -> None:
+        """Give clusters that were taken refcount 1, most of them by refcount blocks that say so already.
+
+        Args:
+            run: the clusters.
+            blocks: host offsets of new refcount blocks, by their index; they lie in the run, and are written.
+        """
+        self.view.changes.taken.append(run)
+        table = HostOffset(self.view.header.refcount_table_offset)
+        per_cluster, end = self.geometry.refcounts_per_cluster, run.start + run.count
+        for index in range(run.start // per_cluster, -(-end // per_cluster)):
+            if index in blocks:
+                self.view.set_entry(table, index, blocks[index])
+            else:
+                start = max(run.start, index * per_cluster)
+                self._raise(Run(ClusterIndex(start), min(end, (index + 1) * per_cluster) - start))
         self.space.count_in(run)
 
     def allocate_metadata(self, count: int = 1) -> HostOffset:
