@@ -21,6 +21,8 @@ from jqcow.engine.clusters import Run
 from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
+from jqcow.engine.preallocating import Preallocating
+from jqcow.engine.space import Space
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
 from jqcow.ondisk.layout import SECTOR_BYTES
@@ -46,6 +48,7 @@ from tests.support.mutant import (
     NATIVE,
     OPERATION,
     PACKED,
+    PREALLOCATING,
     PRIVATE,
     READS,
     REFCOUNTS,
@@ -101,6 +104,22 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "undo.header": ("dropping:undo",),
     "undo.end": ("dropping:undo",),
 }
+
+
+def unordered(_: None, preallocating: Preallocating, plan: object) -> None:
+    """Let the record land before what it names and does not hold."""
+    preallocating.tables.changes.ordered = False
+
+
+def take_old_space(original: Function, space: Space, count: int) -> Run:
+    """Take free clusters with old bytes in them, if there are so many in a row."""
+    run = next((run for run in space.unknown if run.count >= count), None)
+    if run is None:
+        taken: Run = original(space, count)
+        return taken
+    space.unknown.discard(run.start, count)
+    space._lent.add(run.start, count)
+    return Run(run.start, count, zero_safe=True)
 
 
 def write_home(medium: Medium, changes: ChangeSet | None) -> None:
@@ -367,6 +386,23 @@ OF_MAPPING_AND_SNAPSHOTS = (
         "G3-shared-table-changed",
         returning(f"{MAPPING_EDITOR}._has_one_owner", True),
         trials=("snapshots/4096/0",),
+    ),
+    Mutant(
+        "E1-tables-not-durable",
+        after(
+            f"{PREALLOCATING}._stage", lambda _, self, plan: setattr(self.tables.changes, "ordered", False)
+        ),
+        trials=seeds("preallocated/512", 3),
+    ),
+    Mutant(
+        "E1-refcounts-not-written",
+        returning(f"{PREALLOCATING}._refcount_blocks", ()),
+        trials=seeds("preallocated/512", 3),
+    ),
+    Mutant(
+        "E2-old-space",
+        replacing(f"{SPACE}.take_at_frontier", take_old_space, during=f"{PREALLOCATING}._plan"),
+        trials=seeds("preallocated-old-space/4096", 4),
     ),
     Mutant(
         "N1-data-not-counted",
