@@ -389,9 +389,7 @@ OF_MAPPING_AND_SNAPSHOTS = (
     ),
     Mutant(
         "E1-tables-not-durable",
-        after(
-            f"{PREALLOCATING}._stage", lambda _, self, plan: setattr(self.tables.changes, "ordered", False)
-        ),
+        after(f"{PREALLOCATING}._stage", unordered),
         trials=seeds("preallocated/512", 3),
     ),
     Mutant(
