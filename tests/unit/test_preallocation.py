@@ -87,7 +87,7 @@ def test_a_full_host_changes_nothing() -> None:
         image.pwrite(b"x" * 512, 0)
         image.flush()
         for mode in ("falloc", "full"):
-            device.faults = FaultPlan(Fault(errno.ENOSPC, call="allocate", skip=0))
+            device.faults = FaultPlan(Fault(errno.ENOSPC, call="allocate"))
             with pytest.raises(OSError, match="No space"):
                 image.resize(4 * MIB, mode)
             device.faults = None
