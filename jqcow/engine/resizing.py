@@ -73,7 +73,7 @@ class Resizing:
             # What a longer backing file has there was never the guest's.
             entry_for = partial(codec.preallocated_zeros, as_data=preallocation != "metadata")
         self.preallocating.map_row(first, end, preallocation, entry_for)
-        self.requests.planned(lambda: self._stage_size(size_bytes, ordered=True))
+        self.requests.planned(lambda: self._stage_size(size_bytes, ordered=bool(within)))
 
     def _stage_size(self, size_bytes: int, *, ordered: bool) -> None:
         self.requests.enter_change()
