@@ -112,13 +112,20 @@ class Preallocating:
             start, count = self.tables.space.frontier, others + len(missing)
             if (start + count) * self.geometry.cluster_bytes > layout.MAX_HOST_OFFSET:
                 raise UnsupportedFeatureError("a file of more than 64 PiB")
-            if refcounts.reserve_table(start + count):
-                # The table lies at the frontier, too.
+            indices = self._block_indices(start, count)
+            if indices.stop > refcounts.table_entries:
+                # The larger table takes clusters at the frontier, too.
+                refcounts.grow_table(indices.stop - 1)
                 continue
-            found = refcounts.missing_blocks(start, count)
+            found = [index for index in indices if not refcounts.refcount_block(index)]
             if len(found) == len(missing):
                 return found
             missing = found
+
+    def _block_indices(self, start: int, count: int) -> range:
+        """Return the indices of the refcount blocks for clusters in a row."""
+        per_block = self.geometry.refcounts_per_cluster
+        return range(start // per_block, -(-(start + count) // per_block))
 
     def _write(self, plan: _Plan, preallocation: Preallocation) -> None:
         """Write what the record will name and not hold (E1). Durable before it: the set is ordered."""
@@ -138,13 +145,27 @@ class Preallocating:
         """Name what was written, in one operation."""
         tables = self.tables
         tables.changes.ordered = True
-        tables.refcounts.count_in_new_blocks(plan.run, plan.blocks)
+        self._count_in(plan)
         start, data = plan.run.start, self.geometry.cluster_of(plan.row.host)
         tables.space.metadata.update(map(ClusterIndex, range(start, data)))
         for at, l1_index in enumerate(plan.new.table_indices):
             place = self.geometry.offset_of(ClusterIndex(start + at))
             tables.mapping.set_l1_entry(l1_index, place, copied=True)
         self._map_in_old_table(plan)
+
+    def _count_in(self, plan: _Plan) -> None:
+        """Name the new refcount blocks, which count their clusters already; count the other clusters."""
+        view, run, per_block = self.tables.view, plan.run, self.geometry.refcounts_per_cluster
+        view.changes.taken.append(run)
+        table = HostOffset(view.header.refcount_table_offset)
+        for index in self._block_indices(run.start, run.count):
+            if index in plan.blocks:
+                view.set_entry(table, index, plan.blocks[index])
+            else:
+                start = max(run.start, index * per_block)
+                stop = min(run.start + run.count, (index + 1) * per_block)
+                self.tables.refcounts.raise_to_one(Run(ClusterIndex(start), stop - start))
+        self.tables.space.count_in(run)
 
     def _map_in_old_table(self, plan: _Plan) -> None:
         per_block, cluster_bytes = self._codec.per_block, self.geometry.cluster_bytes

@@ -10,7 +10,7 @@ R4. Compressed data is packed only into sectors that no durable or staged entry 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
 from jqcow import _native
@@ -207,9 +207,9 @@ class Allocation(Refcounts):
         changes.taken.append(run)
         if changes.own is not None:
             changes.own.update(ClusterIndex(at) for at in range(run.start, run.start + run.count))
-        self._raise(run)
+        self.raise_to_one(run)
 
-    def _raise(self, run: Run) -> None:
+    def raise_to_one(self, run: Run) -> None:
         """Give free clusters refcount 1 (R2)."""
         for piece in self._edited_pieces(run.start, run.count):
             data = self.view.edit(piece.block)
@@ -221,38 +221,6 @@ class Allocation(Refcounts):
             _native.refcount_add(data, self._order, piece.position, piece.stop, 1)
         self.space.count_in(run)
 
-    def missing_blocks(self, start: int, count: int) -> list[int]:
-        """Return the indices of the refcount blocks for a run of clusters that the image does not have."""
-        per_cluster = self.geometry.refcounts_per_cluster
-        indices = range(start // per_cluster, -(-(start + count) // per_cluster))
-        return [index for index in indices if not self.refcount_block(index)]
-
-    def reserve_table(self, end: int) -> bool:
-        """Give the refcount table an entry for each cluster below ``end``; return False if it had them."""
-        index = (end - 1) // self.geometry.refcounts_per_cluster
-        if index < self.table_entries:
-            return False
-        self._grow_table(index)
-        return True
-
-    def count_in_new_blocks(self, run: Run, blocks: Mapping[int, HostOffset]) -> None:
-        """Give clusters that were taken refcount 1, most of them by refcount blocks that say so already.
-
-        Args:
-            run: the clusters.
-            blocks: host offsets of new refcount blocks, by their index; they lie in the run, and are written.
-        """
-        self.view.changes.taken.append(run)
-        table = HostOffset(self.view.header.refcount_table_offset)
-        per_cluster, end = self.geometry.refcounts_per_cluster, run.start + run.count
-        for index in range(run.start // per_cluster, -(-end // per_cluster)):
-            if index in blocks:
-                self.view.set_entry(table, index, blocks[index])
-            else:
-                start = max(run.start, index * per_cluster)
-                self._raise(Run(ClusterIndex(start), min(end, (index + 1) * per_cluster) - start))
-        self.space.count_in(run)
-
     def allocate_metadata(self, count: int = 1) -> HostOffset:
         """Allocate ``count`` zeroed metadata clusters in a row; return their host offset.
 
@@ -260,7 +228,7 @@ class Allocation(Refcounts):
             OSError: the host has no space for them.
         """
         run = self._take_home(count)
-        self._raise(run)
+        self.raise_to_one(run)
         return self.geometry.offset_of(run.start)
 
     def _take_home(self, count: int) -> Run:
@@ -314,15 +282,15 @@ class Allocation(Refcounts):
     def _add_block(self, index: int) -> None:
         """Add the refcount block ``index``. Its own refcount may be in itself, or in a further new block."""
         if index >= self.table_entries:
-            self._grow_table(index)
+            self.grow_table(index)
             if self.refcount_block(index):
                 return
         run = self._take_home(1)
         table = HostOffset(self.view.header.refcount_table_offset)
         self.view.set_entry(table, index, self.geometry.offset_of(run.start))
-        self._raise(run)
+        self.raise_to_one(run)
 
-    def _grow_table(self, index: int) -> None:
+    def grow_table(self, index: int) -> None:
         """Move the refcount table to more clusters, in a row past the end of the file.
 
         One that is lost is left where it is: its clusters are free, if nothing else has them.
@@ -339,7 +307,7 @@ class Allocation(Refcounts):
         if not is_lost:
             self.view.copy_table(old, offset, layout.table_bytes(old_entries))
         self.view.set_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
-        self._raise(run)
+        self.raise_to_one(run)
         if not is_lost:
             self.release_metadata(self.geometry.cluster_of(old), header.refcount_table_clusters)
 

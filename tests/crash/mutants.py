@@ -326,13 +326,13 @@ OF_SPACE = (
 OF_REFCOUNTS = (
     Mutant(
         "R1-refcount-not-raised",
-        skipping(f"{ALLOCATION}._raise", during=f"{ALLOCATION}.count_in"),
+        skipping(f"{ALLOCATION}.raise_to_one", during=f"{ALLOCATION}.count_in"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
         "R2-any-cluster-is-free",
         replacing(f"{ALLOCATION}._free_runs", lambda _, refcounts, start, stop: [(start, stop)]),
-        returning(f"{NATIVE}:refcount_find_used", -1, during=f"{ALLOCATION}._raise"),
+        returning(f"{NATIVE}:refcount_find_used", -1, during=f"{ALLOCATION}.raise_to_one"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
