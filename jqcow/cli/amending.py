@@ -100,7 +100,7 @@ def _options_of(text: str) -> AmendOptions:
             raise common.CommandError(f"the option '{option}' of -o is not amended: {why}")
     if not text:
         raise common.CommandError("-o names no option to amend")
-    options = cast(AmendOptions, common.form_options(found))
+    options = cast(AmendOptions, common.file_options(found))
     if "size" in found:
         options["size"] = common.parse_size(found["size"])
     return options

@@ -21,7 +21,7 @@ from jqcow.errors import ImageInUse, UnsupportedFeatureError, printable
 from jqcow.offline.warnings import read_warnings
 from jqcow.ondisk import layout
 from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.form import Compat, FormOptions
+from jqcow.ondisk.form import PREALLOCATIONS, Compat, FileOptions, Preallocation
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat
 
@@ -43,16 +43,18 @@ FORM_OPTIONS = (
     "extended_l2",
     "lazy_refcounts",
     "compat",
+    "preallocation",
+    "nocow",
 )
 """Options of ``-o`` that say what a new image is to be (`jqcow.ondisk.form`)."""
 FORM_OPTIONS_HELP = (
     "cluster_size=SIZE, refcount_bits=BITS, compression_type=zlib|zstd, extended_l2=on|off, "
-    "lazy_refcounts=on|off, compat=1.1|0.10"
+    "lazy_refcounts=on|off, compat=1.1|0.10, preallocation=off|metadata|falloc|full, nocow=on|off"
 )
+RAW_OPTIONS = ("preallocation", "nocow")
+"""Those of a new raw file."""
 _ACCEPTED_OPTIONS = {
-    ("preallocation", "off"),
     ("encryption", "off"),
-    ("nocow", "off"),
     ("data_file_raw", "off"),
 }
 """Options of qemu-img that ask for what jqcow does anyway."""
@@ -129,6 +131,13 @@ def add_force_share(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_preallocation(parser: argparse.ArgumentParser) -> None:
+    """Add ``--preallocation``, of what a disk grows by."""
+    parser.add_argument(
+        "--preallocation", choices=PREALLOCATIONS, default="off", help="of what is added (default: off)"
+    )
+
+
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add ``-q``."""
     parser.add_argument("-q", dest="quiet", action="store_true", help="print errors only")
@@ -162,20 +171,21 @@ def named_options(options: str, image_format: str, names: Container[str]) -> dic
     found: dict[str, str] = {}
     for option in filter(None, options.split(",")):
         name, _, value = option.partition("=")
-        if image_format == "qcow2" and name in names and value:
+        is_known = name in names and (image_format == "qcow2" or name in RAW_OPTIONS)
+        if is_known and value:
             found[name] = value
         elif image_format != "qcow2" or (name, value) not in _ACCEPTED_OPTIONS:
             raise ValueError(f"the option '{option}' of -o is not supported for {image_format}")
     return found
 
 
-def form_options(found: Mapping[str, str]) -> FormOptions:
+def file_options(found: Mapping[str, str]) -> FileOptions:
     """Return what ``-o`` options say that a new image is to be, as `jqcow.create` and `convert` take it.
 
     Raises:
         CommandError: a value that is no number, or neither on nor off. Other values the callee refuses.
     """
-    known = FormOptions()
+    known = FileOptions()
     if "cluster_size" in found:
         known["cluster_size"] = parse_size(found["cluster_size"], unit=1)
     if "refcount_bits" in found:
@@ -190,6 +200,10 @@ def form_options(found: Mapping[str, str]) -> FormOptions:
         known["lazy_refcounts"] = _switch("lazy_refcounts", found["lazy_refcounts"])
     if "compat" in found:
         known["compat"] = cast(Compat, _COMPAT.get(found["compat"], found["compat"]))
+    if "preallocation" in found:
+        known["preallocation"] = cast(Preallocation, found["preallocation"])
+    if "nocow" in found:
+        known["nocow"] = _switch("nocow", found["nocow"])
     return known
 
 

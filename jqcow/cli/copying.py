@@ -61,7 +61,7 @@ def convert_command(arguments: argparse.Namespace) -> int:
     if target == "-":
         raise common.CommandError("'-' as the target: jqcow writes no pipe; ./- is a file of that name")
     named = common.named_options(arguments.options, arguments.target_format, common.FORM_OPTIONS)
-    options = common.form_options(named)
+    options = common.file_options(named)
     common.print_warnings(source, arguments.format)
     with common.about(source), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = convert(

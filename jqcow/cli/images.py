@@ -13,7 +13,7 @@ from jqcow.errors import printable
 from jqcow.offline.convert import create_raw
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
-from jqcow.ondisk.form import DEFAULT_CLUSTER_BYTES, FormOptions
+from jqcow.ondisk.form import DEFAULT_CLUSTER_BYTES, FileOptions
 from jqcow.ondisk.layout import SECTOR_BYTES
 
 _OPTIONS = (*common.FORM_OPTIONS, "backing_file", "backing_fmt")
@@ -66,6 +66,7 @@ def _add_resize(commands: Any) -> None:
     resize.add_argument(
         "--shrink", action="store_true", help="allow a smaller disk: what lies behind its end is lost"
     )
+    common.add_preallocation(resize)
     common.add_allow_files(resize)
     common.add_journal_size(resize)
     common.add_quiet(resize)
@@ -92,7 +93,7 @@ def create_command(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
-def _take_options(arguments: argparse.Namespace) -> FormOptions:
+def _take_options(arguments: argparse.Namespace) -> FileOptions:
     """Return what -o says of a qcow2 image; what it says of the base becomes that of -b and -F."""
     found = common.named_options(arguments.options, arguments.format, _OPTIONS)
     for option, name in (("backing_file", "backing_file"), ("backing_fmt", "backing_format")):
@@ -102,7 +103,7 @@ def _take_options(arguments: argparse.Namespace) -> FormOptions:
             setattr(arguments, name, found[option])
     if arguments.backing_format not in (None, *common.FORMATS):
         raise common.CommandError(f"backing_fmt must be qcow2 or raw, not {arguments.backing_format}")
-    return common.form_options(found)
+    return common.file_options(found)
 
 
 def _check_backing_options(arguments: argparse.Namespace) -> None:
@@ -128,10 +129,11 @@ def _size_of_new(arguments: argparse.Namespace) -> int:
     return found if arguments.size is None else common.parse_size(arguments.size)
 
 
-def _create(arguments: argparse.Namespace, size: int, wanted: FormOptions) -> None:
+def _create(arguments: argparse.Namespace, size: int, wanted: FileOptions) -> None:
     path, overwrite = arguments.image, arguments.overwrite
     if arguments.format == "raw":
-        create_raw(path, size, overwrite=overwrite)
+        preallocation, nocow = wanted.get("preallocation", "off"), wanted.get("nocow", False)
+        create_raw(path, size, overwrite=overwrite, preallocation=preallocation, nocow=nocow)
     elif arguments.backing_file is None:
         jqcow.create(path, size, **wanted, overwrite=overwrite).close()
     else:
@@ -165,7 +167,7 @@ def resize_command(arguments: argparse.Namespace) -> int:
         lost = _data_from(image, size)
         if size < image.size and not arguments.shrink:
             raise common.CommandError(f"{name}: {_warning(image.size, size, lost)}")
-        image.resize(size)
+        image.resize(size, arguments.preallocation)
     if not arguments.quiet:
         print("Image resized.")
         if lost:

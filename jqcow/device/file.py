@@ -92,12 +92,15 @@ class FileDevice:
         raise ImageInUse(f"{name} is in use: another process keeps replacing it")
 
     @classmethod
-    def create_temporary(cls, path: str | os.PathLike[str], *, follow_links: bool = True) -> FileDevice:
+    def create_temporary(
+        cls, path: str | os.PathLike[str], *, follow_links: bool = True, nocow: bool = False
+    ) -> FileDevice:
         """Create an empty, locked file that :meth:`publish` will name ``path``.
 
         Until then it has no name where the file system can do that, else a temporary one in the same
         directory. ``close`` removes it if it was never published. A symbolic link of that name stays, and
-        what it points to is replaced, unless ``follow_links`` is False.
+        what it points to is replaced, unless ``follow_links`` is False. ``nocow`` has the file system
+        write the file in place, if it knows how to do otherwise.
 
         Raises:
             UnsupportedFeatureError: no locks on this file system, or not Linux.
@@ -107,6 +110,8 @@ class FileDevice:
         new = NewFile.create(os.path.realpath(name) if follow_links else os.path.abspath(name))
         try:
             locks.lock_for_writing(new.descriptor, new.name)
+            if nocow:
+                libc.write_in_place(new.descriptor)
         except BaseException:
             os.close(new.descriptor)
             new.remove()
@@ -367,6 +372,16 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
                 return False
             raise
         return True
+
+
+def reserve(device: Device, offset: int, length: int) -> bool:
+    """Reserve host space as `Device.allocate` does; False where a file's host cannot promise any."""
+    if not isinstance(device, FileDevice):
+        device.allocate(offset, length)
+        return True
+    device._require_writable()
+    with device._naming_errors():
+        return _fallocate(device._descriptor, 0, offset, length)
 
 
 def birth_of(device: FileDevice) -> tuple[int, int]:

@@ -85,8 +85,8 @@ def walk_below(
 
     Raises:
         FileAccessDenied: the policy does not allow a file.
-        UnsupportedFeatureError: a name with a protocol, a format that is unknown or, without ``probe``, not
-            stored, or too many files.
+        UnsupportedFeatureError: a name that is no plain file, a format that is unknown or, without ``probe``,
+            not stored, or too many files.
         CorruptionError: a chain that contains itself.
         JqcowError: a file is damaged or in use by a writer.
         OSError: the host failed. A note names the image that needs the file.

@@ -16,11 +16,13 @@ M7. A writer reads an image only after a barrier, and when the cache has forgott
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
+from jqcow.device import filling
 from jqcow.device.base import Caching, Device, HostSpace, ReadBuffer
 from jqcow.errors import JqcowError, PoisonedError
+from jqcow.ondisk.form import Preallocation
 from jqcow.ondisk.layout import HostOffset
 
 BarrierListener = Callable[[int], None]
@@ -114,6 +116,16 @@ class Medium:
         """Reserve host space, growing the device where needed."""
         self.require_healthy()
         self.device.allocate(offset, length)
+
+    def take_space(self, offset: HostOffset, length: int, preallocation: Preallocation) -> None:
+        """Give a range that nobody uses yet its space on the host, as `device.filling` says."""
+        self.require_healthy()
+        filling.take_space(self.device, offset, length, preallocation)
+
+    def write_row(self, offset: HostOffset, parts: Iterable[ReadBuffer]) -> None:
+        """Write parts one behind another."""
+        self.require_healthy()
+        filling.write_row(self.device, offset, parts)
 
     def grow(self, size_bytes: int) -> None:
         """Set the length to at least ``size_bytes``, which is the frontier (M2); the lock is held."""

@@ -224,9 +224,9 @@ class Allocation(Refcounts):
         changes.taken.append(run)
         if changes.own is not None:
             changes.own.update(ClusterIndex(at) for at in range(run.start, run.start + run.count))
-        self._raise(run)
+        self.raise_to_one(run)
 
-    def _raise(self, run: Run) -> None:
+    def raise_to_one(self, run: Run) -> None:
         """Give free clusters refcount 1 (R2)."""
         for piece in self._edited_pieces(run.start, run.count):
             data = self.view.edit(piece.block)
@@ -245,7 +245,7 @@ class Allocation(Refcounts):
             OSError: the host has no space for them.
         """
         run = self._take_home(count)
-        self._raise(run)
+        self.raise_to_one(run)
         return self.geometry.offset_of(run.start)
 
     def _take_home(self, count: int) -> Run:
@@ -299,15 +299,15 @@ class Allocation(Refcounts):
     def _add_block(self, index: int) -> None:
         """Add the refcount block ``index``. Its own refcount may be in itself, or in a further new block."""
         if index >= self.table_entries:
-            self._grow_table(index)
+            self.grow_table(index)
             if self.refcount_block(index):
                 return
         run = self._take_home(1)
         table = HostOffset(self.view.header.refcount_table_offset)
         self.view.set_entry(table, index, self.geometry.offset_of(run.start))
-        self._raise(run)
+        self.raise_to_one(run)
 
-    def _grow_table(self, index: int) -> None:
+    def grow_table(self, index: int) -> None:
         """Move the refcount table to more clusters, in a row past the end of the file.
 
         One that is lost is left where it is: its clusters are free, if nothing else has them.
@@ -324,7 +324,7 @@ class Allocation(Refcounts):
         if not is_lost:
             self.view.copy_table(old, offset, layout.table_bytes(old_entries))
         self.view.set_header(refcount_table_offset=offset, refcount_table_clusters=clusters)
-        self._raise(run)
+        self.raise_to_one(run)
         if not is_lost:
             self.release_metadata(self.geometry.cluster_of(old), header.refcount_table_clusters)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
+from jqcow.engine.preallocating import Preallocating
 from jqcow.engine.sharing import leave_to_one
 from jqcow.engine.zeroing import Zeroing
+from jqcow.ondisk.form import Preallocation
+from jqcow.ondisk.l2 import L2Entry
+from jqcow.ondisk.layout import HostOffset
 
 
 class Resizing:
@@ -13,6 +18,7 @@ class Resizing:
 
     def __init__(self, zeroing: Zeroing) -> None:
         self.zeroing = zeroing
+        self.preallocating = Preallocating(zeroing.writes)
         self.requests = zeroing.requests
         self.tables = zeroing.tables
         self.geometry = zeroing.tables.geometry
@@ -23,13 +29,19 @@ class Resizing:
         old_size, backing = self.tables.mapping.disk_bytes, self.zeroing.reads.backing
         return size_bytes >= old_size and (backing is None or backing.size <= old_size)
 
-    def resize(self, size_bytes: int) -> None:
+    def resize(self, size_bytes: int, preallocation: Preallocation = "off") -> None:
         """Set the size of the disk. What is added reads as zeros; what is cut off is freed.
 
+        ``preallocation`` of what is added, if it is not off, makes the change one for a transaction.
+
         Raises:
+            ValueError: a disk that is not to grow cannot be preallocated.
             OSError: the disk has its old size.
         """
         old_size = self.tables.mapping.disk_bytes
+        if preallocation != "off":
+            self._grow_preallocated(old_size, size_bytes, preallocation)
+            return
         # Growing: whoever made the image may have left mapped what lies past its end.
         self._free_past(min(old_size, size_bytes))
         # What lies behind the old end in its last cluster was never the guest's. Shrinking: whoever makes
@@ -44,6 +56,24 @@ class Resizing:
             hidden = self.geometry.clusters(old_size) * self._cluster_bytes
             end = min(self.geometry.clusters(size_bytes), self.geometry.clusters(backing.size))
             self.zeroing.hide_new(hidden, end * self._cluster_bytes)
+
+    def _grow_preallocated(self, old_size: int, size_bytes: int, preallocation: Preallocation) -> None:
+        """As `resize`, to a larger disk whose new clusters all have a place in the file."""
+        if size_bytes <= old_size:
+            raise ValueError("preallocation is of what a disk grows by")
+        self._free_past(old_size)
+        within = old_size % self._cluster_bytes
+        if within:
+            self.zeroing.write_over(old_size, self._cluster_bytes - within)
+        first, end = self.geometry.clusters(old_size), self.geometry.clusters(size_bytes)
+        backing = self.zeroing.reads.backing
+        codec = self.tables.mapping.codec
+        entry_for: Callable[[HostOffset], L2Entry] = codec.preallocated
+        if backing is not None and backing.size > old_size:
+            # What a longer backing file has there was never the guest's.
+            entry_for = partial(codec.preallocated_zeros, as_data=preallocation != "metadata")
+        self.preallocating.map_row(first, end, preallocation, entry_for)
+        self.requests.planned(lambda: self._stage_size(size_bytes, ordered=bool(within)))
 
     def _stage_size(self, size_bytes: int, *, ordered: bool) -> None:
         self.requests.enter_change()

@@ -77,7 +77,7 @@ class Zeroing:
             if self._has_zero_flag:
                 self._set_entries(self._clusters(head, tail), head, tail, self._hidden)
             else:
-                self._write_over(head, tail - head)
+                self.write_over(head, tail - head)
 
     def hide_new(self, start: int, end: int) -> None:
         """Make whole clusters read as zeros, behind the end of the disk too."""
@@ -102,10 +102,10 @@ class Zeroing:
         """Write zeros over the part of a range that holds data (less than a cluster at either end)."""
         for run in self.reads.runs(offset, max(0, length)):
             if not self.reads.reads_as_zeros(offset, run.length):
-                self._write_over(offset, run.length, within_disk=within_disk)
+                self.write_over(offset, run.length, within_disk=within_disk)
             offset += run.length
 
-    def _write_over(self, offset: int, length: int, *, within_disk: bool = False) -> None:
+    def write_over(self, offset: int, length: int, *, within_disk: bool = False) -> None:
         """Write zeros over a range within one metadata block."""
         for position in range(offset, offset + length, ZEROS_AT_ONCE):
             zeros = memoryview(bytes(min(ZEROS_AT_ONCE, offset + length - position)))

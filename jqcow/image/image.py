@@ -47,6 +47,7 @@ from jqcow.image.reports import ImageInfo, JournalInfo, Recovered
 from jqcow.image.transaction import Transaction
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
+from jqcow.ondisk.form import Preallocation, preallocation_of
 from jqcow.ondisk.l2 import UNALLOCATED
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
@@ -331,18 +332,26 @@ class Image:
             self._guest.packed.write(view, offset, level)
             return len(view)
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int, preallocation: Preallocation = "off") -> None:
         """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
 
-        Atomic. Growing is durable with the next `flush`. Shrinking, and growing over a longer backing file,
-        is a transaction, and durable on return.
+        Atomic. Growing is durable with the next `flush`. Shrinking, growing over a longer backing file, and
+        growing with preallocation is a transaction, and durable on return.
+
+        Args:
+            size: of the disk.
+            preallocation: of what is added, as in `create`.
 
         Raises:
-            ValueError: not a multiple of 512.
+            ValueError: not a multiple of 512, or preallocation of a disk that does not grow.
             ReadOnlyError, OSError: as `pwrite`; the size is as before.
         """
-        size = layout.disk_size(size)
+        size, preallocation = layout.disk_size(size), preallocation_of(preallocation)
         self._own(changing=True)
+        if preallocation != "off":
+            with self.transaction() as transaction:
+                transaction.resize(size, preallocation)
+            return
         guard = self._engine.guard
         with guard.turnstile, guard.alone():
             with self._lock:

@@ -11,6 +11,7 @@ from typing import TypeVar, Unpack
 from jqcow.device.base import Device, check_device
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice, remove_file
+from jqcow.device.filling import take_space, write_row
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
@@ -41,7 +42,7 @@ from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.blank import BlankImage, blank_image
-from jqcow.ondisk.form import Form, FormOptions
+from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
@@ -66,7 +67,7 @@ def create(
     allow_files: FilePolicy = False,
     overwrite: bool = False,
     journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
-    **options: Unpack[FormOptions],
+    **options: Unpack[FileOptions],
 ) -> Image:
     """Create an image and return it open for reading and writing.
 
@@ -81,7 +82,7 @@ def create(
         allow_files: whether the files may be opened that the backing file names, as in `open`.
         overwrite: replace an existing file, if nobody uses it.
         journal_size: in bytes, of the journal that writing will use; a multiple of 8192 from 64 KiB to 1 GiB.
-        options: what the image is to be, as `FormOptions` says.
+        options: what the image is to be, as `FileOptions` says.
 
     Raises:
         ValueError: a size or options that no image can have, or a name that cannot be stored.
@@ -92,10 +93,17 @@ def create(
         OSError: the host failed; nothing is left under the name.
     """
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    blank = blank_image(size, Form.of(options), backing_file=backing_file, backing_format=backing_format)
+    host_use = HostUse.of(options)
+    blank = blank_image(
+        size,
+        Form.of(options),
+        backing_file=backing_file,
+        backing_format=backing_format,
+        preallocated=host_use.preallocation != "off",
+    )
     target = os.fspath(path)
-    with _closed_on_error(FileDevice.create_temporary(path)) as device:
-        write_blank(device, blank)
+    with _closed_on_error(FileDevice.create_temporary(path, nocow=host_use.nocow)) as device:
+        write_blank(device, blank, host_use.preallocation)
         named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
         # Before the name: an image whose backing file cannot be read is of no use.
         following = Following(allowing_what_it_names(target, allow_files))
@@ -462,7 +470,8 @@ def open_backing(
         JqcowError, OSError: as `open`.
     """
     image = os.fspath(path)
-    named = NamedFile(image, backing_file, naming.resolve(backing_file, image), backing_format)
+    naming.decode_name(os.fsencode(backing_file))
+    named = naming.named_file(image, backing_file, backing_format)
     following = Following(allowing_what_it_names(image, allow_files), probe)
     return open_below(named, [identity_of(image)], following)
 
@@ -490,18 +499,31 @@ def create_on_device(
     *,
     journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
     new_salt: Callable[[], bytes] = random_salt,
-    **options: Unpack[FormOptions],
+    **options: Unpack[FileOptions],
 ) -> Image:
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
     check_device(device)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    write_blank(device, blank_image(size, Form.of(options)))
+    preallocation = HostUse.of(options).preallocation
+    blank = blank_image(size, Form.of(options), preallocated=preallocation != "off")
+    write_blank(device, blank, preallocation)
     # The opening makes it durable (M7).
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
 
 
-def write_blank(device: Device, blank: BlankImage) -> None:
-    """Write a new image to an empty device; durable after the caller's barrier."""
+def write_blank(device: Device, blank: BlankImage, preallocation: Preallocation = "off") -> None:
+    """Write a new image to an empty device; durable after the caller's barrier.
+
+    Nobody opens the device before that, so nothing has to be in order, and the tables of a preallocated disk
+    are written as they are made.
+    """
     device.truncate(blank.length)
+    disk = blank.disk
+    if disk is not None:
+        # First: it is what a full host refuses.
+        take_space(device, 0, disk.row.host, "off" if preallocation == "metadata" else "falloc")
+        take_space(device, disk.row.host, disk.row.host_end - disk.row.host, preallocation)
+        write_row(device, disk.tables, disk.row.l2_tables())
+        write_row(device, disk.blocks, disk.refcount_blocks())
     for offset, data in blank.parts:
         device.pwrite(data, offset)

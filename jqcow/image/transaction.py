@@ -23,6 +23,7 @@ from jqcow.errors import TransactionError
 from jqcow.image.arguments import check_date, number, optional_number, optional_text, text, writable_view
 from jqcow.image.bitmaps import TransactionBitmaps
 from jqcow.ondisk import layout, naming
+from jqcow.ondisk.form import Preallocation, preallocation_of
 from jqcow.ondisk.naming import DiskFormat
 from jqcow.ondisk.snapshots import Snapshot
 
@@ -159,18 +160,22 @@ class Transaction:
         self._enter(changing=True)
         self._guest.zeroing.discard(offset, length)
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int, preallocation: Preallocation = "off") -> None:
         """Set the size of the disk: what is added reads as zeros, what is cut off is freed.
 
+        Args:
+            size: of the disk.
+            preallocation: of what is added, as in `create`.
+
         Raises:
-            ValueError: not a multiple of 512.
+            ValueError: not a multiple of 512, or preallocation of a disk that does not grow.
             TransactionError, OSError: as `pwrite`.
         """
-        size = layout.disk_size(size)
+        size, preallocation = layout.disk_size(size), preallocation_of(preallocation)
         self._enter(changing=True)
-        if size != self._tables.view.header.size:
+        if size != self._tables.view.header.size or preallocation != "off":
             with self._changes.whole():
-                self._guest.resizing.resize(size)
+                self._guest.resizing.resize(size, preallocation)
 
     def pwrite_compressed(self, buffer: ReadableBuffer, offset: int, level: int | None = None) -> int:
         """Write whole clusters compressed; see `Image.pwrite_compressed`."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from jqcow import _native
 from jqcow.device.base import Device
+from jqcow.image.opening import write_blank
 from jqcow.ondisk import entries, layout
-from jqcow.ondisk.blank import new_header, new_l1_size, pack_ones, refcount_clusters
-from jqcow.ondisk.form import Form
+from jqcow.ondisk.blank import blank_image, new_header, new_l1_size, pack_ones, refcount_clusters
+from jqcow.ondisk.form import Form, Preallocation
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, L2Entry, codec_of
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
 
@@ -151,3 +152,41 @@ class ImageBuilder:
             refcount_table_clusters=table_clusters,
         )
         self._device.pwrite(header.pack(), 0)
+
+
+class PreallocatedImage:
+    """A preallocated image on an empty device, whose disk is written. Offsets and lengths in bytes."""
+
+    def __init__(self, device: Device, size: int, form: Form, preallocation: Preallocation) -> None:
+        """Write the image, all of it, with a disk of ``size`` bytes of zeros.
+
+        Raises:
+            ValueError: the disk is too large for clusters of this size.
+        """
+        blank = blank_image(size, form, preallocated=True)
+        write_blank(device, blank, preallocation)
+        self._device = device
+        self._blank = blank
+        self._codec = codec_of(form.geometry)
+        self.cluster_bytes = form.geometry.cluster_bytes
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write whole guest clusters from ``offset`` on; the last one may be cut at the disk's end."""
+        disk = self._blank.disk
+        if disk is None:
+            raise RuntimeError("a preallocated image has a preallocated disk")
+        self._device.pwrite(data, disk.row.host + offset)
+        if self._codec.subclusters > 1:
+            count = self._codec.geometry.clusters(len(data))
+            self._fill(disk.tables, disk.row.host + offset, offset // self.cluster_bytes, count)
+
+    def _fill(self, tables: int, host: int, first: int, count: int) -> None:
+        """Say of clusters that all their subclusters are data; their entries lie in a row, tables and all."""
+        codec = self._codec
+        row = bytearray(count * codec.entry_bytes)
+        entry = codec.filled(NO_ENTRY, HostOffset(host), range(codec.subclusters))
+        codec.encode_row(row, 0, entry, count)
+        self._device.pwrite(row, tables + first * codec.entry_bytes)
+
+    def finish(self) -> None:
+        """Nothing is left to write."""

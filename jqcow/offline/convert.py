@@ -21,17 +21,18 @@ from typing import Protocol, Unpack
 from jqcow import _native
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice
+from jqcow.device.filling import take_space
 from jqcow.disks.chain import Chain, open_disk
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.disks.raw import RawDisk
 from jqcow.errors import JqcowError
-from jqcow.offline.build import ImageBuilder
+from jqcow.offline.build import ImageBuilder, PreallocatedImage
 from jqcow.offline.compare import Progress, first_difference, windows
 from jqcow.offline.compressing import CompressingWriter, Compression
 from jqcow.offline.losses import Losses, LostRange, SalvagedDisk, refuse_lost_data
 from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.form import Form, FormOptions
+from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.naming import DiskFormat, check_format
 
 BUFFER_BYTES = 2 << 20
@@ -81,6 +82,7 @@ class _Form:
 
     format: DiskFormat
     image: Form
+    host_use: HostUse
     is_compressed: bool
     compression: Compression
 
@@ -88,6 +90,12 @@ class _Form:
         check_format(self.format)
         if self.format == "raw" and (self.is_compressed or self.compression != Compression()):
             raise ValueError("a raw file cannot be compressed")
+        if self.format == "raw" and self.host_use.preallocation == "metadata":
+            raise ValueError(
+                "a raw file has no metadata to preallocate: its preallocation is off, falloc or full"
+            )
+        if self.is_compressed and self.host_use.preallocation != "off":
+            raise ValueError("compressed clusters cannot be preallocated: their size is not known before")
         if self.compression.level is not None and not self.is_compressed:
             raise ValueError("a compression level is of use only where clusters are compressed")
 
@@ -120,10 +128,11 @@ class _RawTarget:
 
     compressed_bytes = packed_bytes = 0
 
-    def __init__(self, device: FileDevice, size: int) -> None:
+    def __init__(self, device: FileDevice, size: int, preallocation: Preallocation) -> None:
         self.unit = RAW_UNIT_BYTES
         self._device = device
         device.truncate(size)
+        take_space(device, 0, size, preallocation)
 
     def write(self, data: memoryview, offset: int) -> None:
         self._device.pwrite(data, offset)
@@ -137,7 +146,7 @@ class _ImageTarget:
 
     compressed_bytes = packed_bytes = 0
 
-    def __init__(self, builder: ImageBuilder) -> None:
+    def __init__(self, builder: ImageBuilder | PreallocatedImage) -> None:
         self.unit = builder.cluster_bytes
         self._builder = builder
 
@@ -182,7 +191,7 @@ def convert(
     verify: bool = False,
     salvage: bool = False,
     progress: Progress = lambda done, total: None,
-    **options: Unpack[FormOptions],
+    **options: Unpack[FileOptions],
 ) -> ConvertReport:
     """Copy a disk into a new file of ``target_format``, durably.
 
@@ -200,7 +209,8 @@ def convert(
         verify: reread both and compare them before the target gets its name.
         salvage: make zeros of what cannot be read of the source; `ConvertReport.lost` tells what that was.
         progress: called with the bytes of the disk that are done, and all of them.
-        options: what a qcow2 target is to be, as `FormOptions` says.
+        options: what the target is to be, as `FileOptions` says; of a raw one the preallocation (not
+            ``metadata``) and ``nocow``.
 
     Raises:
         ValueError: options or compression that the target cannot have, a snapshot of a raw file, or
@@ -211,7 +221,7 @@ def convert(
         OSError: the host failed. After this, as after a `JqcowError`, there is no new target.
     """
     compression = Compression(options.get("compression_type", "zlib"), compression_level)
-    form = _Form(target_format, Form.of(options), compressed, compression)
+    form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, compression)
     _check_target(source, target, overwrite=overwrite)
     following = Following(allow_files, probe)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
@@ -272,7 +282,7 @@ def _write(
 ) -> _Amounts:
     """Copy a disk into a new file, which gets its name when it is whole, verified and durable."""
     started = time.perf_counter()
-    device = FileDevice.create_temporary(target)
+    device = FileDevice.create_temporary(target, nocow=form.host_use.nocow)
     try:
         amounts = _copy(disk, device, form, progress)
         if verify:
@@ -287,7 +297,10 @@ def _write(
 @contextmanager
 def _target(device: FileDevice, disk: Disk, form: _Form) -> Iterator[_Target]:
     if form.format == "raw":
-        yield _RawTarget(device, disk.size)
+        yield _RawTarget(device, disk.size, form.host_use.preallocation)
+        return
+    if form.host_use.preallocation != "off":
+        yield _ImageTarget(PreallocatedImage(device, disk.size, form.image, form.host_use.preallocation))
         return
     builder = ImageBuilder(device, disk.size, form.image)
     if not form.is_compressed:
@@ -344,18 +357,29 @@ def _verify(disk: Disk, device: FileDevice, target_format: DiskFormat) -> float:
     return time.perf_counter() - started
 
 
-def create_raw(path: str | os.PathLike[str], size: int, *, overwrite: bool = False) -> None:
-    """Create a raw file of zeros, all of it a hole, durably.
+def create_raw(
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    overwrite: bool = False,
+    preallocation: Preallocation = "off",
+    nocow: bool = False,
+) -> None:
+    """Create a raw file of zeros, durably: a hole, unless ``preallocation`` is ``falloc`` or ``full``.
 
     Raises:
+        ValueError: another preallocation.
         FileExistsError: the file exists.
         ImageInUse: the file to be replaced is in use.
         OSError: the host failed; nothing is left under the name.
     """
     size = index(size)
-    device = FileDevice.create_temporary(path)
+    use = HostUse.of(FileOptions(preallocation=preallocation, nocow=nocow))
+    _Form("raw", Form(), use, is_compressed=False, compression=Compression())
+    device = FileDevice.create_temporary(path, nocow=use.nocow)
     try:
         device.truncate(size)
+        take_space(device, 0, size, use.preallocation)
         device.publish(overwrite)
     finally:
         device.close()

@@ -6,13 +6,14 @@ import os
 from typing import Unpack
 
 from jqcow.device.file import FileDevice
+from jqcow.errors import printable
 from jqcow.image.opening import write_blank
 from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
 from jqcow.ondisk.blank import blank_image
-from jqcow.ondisk.form import Form, FormOptions
+from jqcow.ondisk.form import FileOptions, Form, HostUse
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import DiskFormat, decode_name, resolve
+from jqcow.ondisk.naming import DiskFormat, decode_name, named_file, resolve
 
 
 def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: DiskFormat) -> int:
@@ -32,11 +33,11 @@ def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: D
     """
     overlay = os.fspath(path)
     decode_name(os.fsencode(backing_file))
-    base = resolve(backing_file, overlay)
+    base = named_file(overlay, backing_file, backing_format).path
     try:
         facts = read_info(base, backing_format)
     except OSError as error:
-        error.add_note(f"{base} would be the backing file of {overlay}")
+        error.add_note(printable(f"{base} would be the backing file of {overlay}"))
         raise
     return layout.round_up(facts.virtual_size, SECTOR_BYTES)
 
@@ -48,7 +49,7 @@ def create_overlay(
     backing_file: str,
     backing_format: DiskFormat,
     overwrite: bool = False,
-    **options: Unpack[FormOptions],
+    **options: Unpack[FileOptions],
 ) -> None:
     """Create an empty qcow2 image over a backing file, durably. The backing file is not opened.
 
@@ -58,7 +59,7 @@ def create_overlay(
         backing_file: name to be stored as it is: relative to the directory of the new image.
         backing_format: of the backing file.
         overwrite: replace an existing file, if nobody uses it.
-        options: what the image is to be, as `FormOptions` says.
+        options: what the image is to be, as `FileOptions` says.
 
     Raises:
         ValueError: a size that no image can have, a name that cannot be stored, or that of the image itself.
@@ -68,14 +69,21 @@ def create_overlay(
         OSError: the host failed; nothing is left under the name.
     """
     size = layout.disk_size(size)
-    blank = blank_image(size, Form.of(options), backing_file=backing_file, backing_format=backing_format)
+    host_use = HostUse.of(options)
+    blank = blank_image(
+        size,
+        Form.of(options),
+        backing_file=backing_file,
+        backing_format=backing_format,
+        preallocated=host_use.preallocation != "off",
+    )
     overlay = os.fspath(path)
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.
     if os.path.realpath(resolve(backing_file, overlay)) == os.path.realpath(overlay):
         raise ValueError(f"{overlay} would be its own backing file")
-    device = FileDevice.create_temporary(path)
+    device = FileDevice.create_temporary(path, nocow=host_use.nocow)
     try:
-        write_blank(device, blank)
+        write_blank(device, blank, host_use.preallocation)
         device.publish(overwrite)
     finally:
         device.close()

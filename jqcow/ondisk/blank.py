@@ -1,4 +1,7 @@
-"""The bytes of a new, empty image: header, refcount table, refcount blocks and L1 table, in this order."""
+"""The bytes of a new, empty image: header, refcount table, refcount blocks and L1 table, in this order.
+
+Behind these a preallocated image has its L2 tables, and the clusters of the disk in a row.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,37 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.ondisk import layout
-from jqcow.ondisk.entries import pack_refcount_table
+from jqcow.ondisk.entries import pack_refcount_table, put_l1
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, V2_BYTES, Header, HeaderArea
-from jqcow.ondisk.layout import Geometry
+from jqcow.ondisk.l2 import codec_of
+from jqcow.ondisk.layout import Geometry, HostOffset
 from jqcow.ondisk.naming import name_backing_file
+from jqcow.ondisk.preallocated import MappedRow, PreallocatedDisk
 
 
 @dataclass(frozen=True)
 class BlankImage:
-    """What to write for a new image: ``parts`` as (host offset, bytes); all else up to ``length`` is zero."""
+    """What to write for a new image: ``parts`` as (host offset, bytes); all else up to ``length`` is zero.
+
+    Attributes:
+        parts: the header is the first of them.
+        length: of the file.
+        disk: the rest of a preallocated image; its refcount blocks are not among ``parts``.
+    """
 
     parts: tuple[tuple[int, bytes], ...]
     length: int
+    disk: PreallocatedDisk | None = None
 
 
 def blank_image(
-    size: int, form: Form, *, backing_file: str | None = None, backing_format: str | None = None
+    size: int,
+    form: Form,
+    *,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+    preallocated: bool = False,
 ) -> BlankImage:
     """Lay out an empty image.
 
@@ -31,14 +48,22 @@ def blank_image(
         form: of the image.
         backing_file: name to be stored, relative to the directory of the image; None for no backing file.
         backing_format: ``raw`` or ``qcow2``, with a backing file.
+        preallocated: every cluster of the disk has a host cluster, which reads as zeros.
 
     Raises:
-        ValueError: the disk needs an L1 table larger than 32 MiB, or `name_backing_file` refuses the name.
+        ValueError: the disk needs an L1 table larger than 32 MiB, or a refcount table larger than 8 MiB;
+            `name_backing_file` refuses the name; it is preallocated over a backing file, without subclusters.
     """
     geometry = form.geometry
     l1_size = new_l1_size(geometry, size)
     l1_clusters = geometry.clusters(layout.table_bytes(l1_size))
-    table_clusters, block_count = refcount_clusters(geometry, 1 + l1_clusters)
+    l2_tables, disk_clusters = (l1_size, geometry.clusters(size)) if preallocated else (0, 0)
+    if preallocated and backing_file is not None and not form.has_subclusters:
+        raise ValueError("preallocation over a backing file would hide it, but with extended_l2")
+    others = 1 + l1_clusters + l2_tables + disk_clusters
+    table_clusters, block_count = refcount_clusters(geometry, others)
+    if table_clusters * geometry.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:
+        raise ValueError(f"a disk of {size} bytes cannot be preallocated in clusters of this size")
     table = geometry.cluster_bytes
     blocks = table + table_clusters * geometry.cluster_bytes
     l1_table = blocks + block_count * geometry.cluster_bytes
@@ -52,10 +77,26 @@ def blank_image(
     area = HeaderArea(header, (), header.pack())
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
-    used = 1 + table_clusters + block_count + l1_clusters
+    used = others + table_clusters + block_count
     refcount_table = pack_refcount_table(geometry, blocks, block_count)
-    parts = ((0, area.data), (table, refcount_table), (blocks, pack_ones(geometry, used)))
-    return BlankImage(parts, used * geometry.cluster_bytes)
+    parts = ((0, area.data), (table, refcount_table))
+    length = used * geometry.cluster_bytes
+    if not preallocated:
+        return BlankImage((*parts, (blocks, pack_ones(geometry, used))), length)
+    tables = HostOffset(l1_table + l1_clusters * geometry.cluster_bytes)
+    codec = codec_of(geometry)
+    host = HostOffset(tables + l2_tables * geometry.cluster_bytes)
+    row = MappedRow(codec, 0, disk_clusters, host, codec.preallocated)
+    disk = PreallocatedDisk(row, tables, HostOffset(blocks), used)
+    return BlankImage((*parts, (l1_table, _pack_l1(geometry, tables, l2_tables))), length, disk)
+
+
+def _pack_l1(geometry: Geometry, first_table: int, table_count: int) -> bytes:
+    """Return an L1 table whose L2 tables lie in a row."""
+    table = bytearray(layout.table_bytes(table_count))
+    for index in range(table_count):
+        put_l1(table, index, first_table + index * geometry.cluster_bytes)
+    return bytes(table)
 
 
 def new_l1_size(geometry: Geometry, size: int) -> int:

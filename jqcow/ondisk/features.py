@@ -11,6 +11,7 @@ from typing import Literal
 
 from jqcow.errors import UnsupportedFeatureError, printable
 from jqcow.ondisk import header as headers
+from jqcow.ondisk import naming
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.root import FEATURE_NAME_STRUCT
 
@@ -105,6 +106,14 @@ def _own_names(area: HeaderArea, mask: int) -> Iterator[tuple[int, str]]:
             yield bit, name.rstrip(b"\0").decode("utf-8", "replace")
 
 
+def _find_data_file(area: HeaderArea) -> Words | None:
+    if not area.header.incompatible_features & headers.INCOMPATIBLE_EXTERNAL_DATA:
+        return None
+    # The name is judged as any other, and nothing is opened for its sake.
+    named = naming.data_file_of(area, "the image")
+    return "an external data file", "" if named is None else repr(named.name)
+
+
 def _find_encryption(area: HeaderArea) -> Words | None:
     method = area.header.crypt_method
     return ("encryption", f"crypt_method {method}") if method else None
@@ -119,14 +128,13 @@ def find_compression_type(area: HeaderArea) -> Words | None:
 
 
 _JOURNAL = _if_set(headers.INCOMPATIBLE_JOURNAL, "a live journal (it must be replayed first)")
-_DATA_FILE = _if_set(headers.INCOMPATIBLE_EXTERNAL_DATA, "an external data file")
 _CORRUPT = _if_set(headers.INCOMPATIBLE_CORRUPT, "writing to an image marked corrupt", "repair it first")
 _NO, _YES = False, True
 
 FEATURES = (
     #       name                         find                    read  write check repair
     Feature("live journal",              _JOURNAL,               _NO,  _NO,  _NO,  _NO),
-    Feature("external data file",        _DATA_FILE,             _NO,  _NO,  _NO,  _NO),
+    Feature("external data file",        _find_data_file,        _NO,  _NO,  _NO,  _NO),
     Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
     Feature("encryption",                _find_encryption,       _NO,  _NO,  _NO,  _NO),
     Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),

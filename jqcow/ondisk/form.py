@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 from jqcow.ondisk import layout
 from jqcow.ondisk.compression import COMPRESSION_ZLIB, CompressionType, compression_type_of
@@ -19,6 +19,14 @@ DEFAULT_CLUSTER_BYTES = 65536
 
 Compat = Literal["0.10", "1.1"]
 """Versions 2 and 3 of the format, in qemu-img's words."""
+
+Preallocation = Literal["off", "metadata", "falloc", "full"]
+"""What is prepared of a disk before it is written to.
+
+``metadata``: tables and refcounts, so that every cluster has its place in the file. ``falloc``: and space on
+the host. ``full``: and zeros are written there.
+"""
+PREALLOCATIONS: tuple[Preallocation, ...] = get_args(Preallocation)
 
 _VERSIONS = {"0.10": 2, "1.1": 3}
 
@@ -42,6 +50,37 @@ class FormOptions(TypedDict, total=False):
     extended_l2: bool
     lazy_refcounts: bool
     compat: Compat
+
+
+class FileOptions(FormOptions, total=False):
+    """What a new file is to be: a `Form`, and how it takes its space on the host.
+
+    Attributes:
+        preallocation: ``off`` (the default), ``metadata``, ``falloc`` or ``full``.
+        nocow: the host's file system is to write in place, where it knows of anything else (btrfs).
+    """
+
+    preallocation: Preallocation
+    nocow: bool
+
+
+@dataclass(frozen=True)
+class HostUse:
+    """How a new file takes its space on the host."""
+
+    preallocation: Preallocation = "off"
+    nocow: bool = False
+
+    @classmethod
+    def of(cls, options: FileOptions) -> HostUse:
+        """Return what options ask for.
+
+        Raises:
+            TypeError: an option of another type.
+            ValueError: a preallocation that there is not.
+        """
+        preallocation = preallocation_of(options.get("preallocation", "off"))
+        return cls(preallocation, flag(options.get("nocow", False), "nocow"))
 
 
 @dataclass(frozen=True)
@@ -107,6 +146,17 @@ def version_of(compat: Compat) -> int:
     if compat not in _VERSIONS:
         raise ValueError(f"compat is 0.10 or 1.1, not {compat!r}")
     return _VERSIONS[compat]
+
+
+def preallocation_of(value: Preallocation) -> Preallocation:
+    """Return a preallocation.
+
+    Raises:
+        ValueError: there is no such.
+    """
+    if value not in PREALLOCATIONS:
+        raise ValueError(f"preallocation is {', '.join(PREALLOCATIONS[:-1])} or full, not {value!r}")
+    return value
 
 
 def flag(value: object, name: str) -> bool:

@@ -30,6 +30,7 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from jqcow import _native
@@ -243,6 +244,10 @@ class L2Codec(ABC):
     def found(self, table: bytes) -> Iterator[FoundEntry]:
         """Yield the entries of a whole table that are not zero, in order; none is refused."""
 
+    @abstractmethod
+    def encode_row(self, buffer: bytearray, index: int, entry: L2Entry, count: int) -> None:
+        """Write ``count`` entries from ``index`` on: ``entry``, and such for the host clusters behind it."""
+
     def set_copied(self, buffer: bytearray, start: int, stop: int, *, copied: bool) -> None:
         """Set or clear the COPIED flag of the entries in [start, stop)."""
         _native.set_copied(buffer, start, stop, copied, self.entry_bytes)
@@ -285,6 +290,17 @@ class L2Codec(ABC):
         A host cluster in which nothing is left is given up.
         """
 
+    @abstractmethod
+    def preallocated(self, host: HostOffset) -> L2Entry:
+        """Return the entry of a cluster that has a host cluster of zeros, before it is written to."""
+
+    @abstractmethod
+    def preallocated_zeros(self, host: HostOffset, *, as_data: bool) -> L2Entry:
+        """Return such an entry that hides what lies below; ``as_data``: not by a flag, the host's zeros show.
+
+        Without a zero flag it is data in any case.
+        """
+
     def _decode_compressed(self, entry: int) -> L2Entry:
         if entry >= COPIED:
             raise DamagedEntry(f"entry {entry:#x} is compressed and COPIED")
@@ -320,6 +336,13 @@ class StandardL2(L2Codec):
         else:
             value = l2_entry(entry.host, copied=entry.copied, zero=entry.kind == ZERO_CLUSTER)
         ENTRY.pack_into(buffer, index * 8, value)
+
+    def encode_row(self, buffer: bytearray, index: int, entry: L2Entry, count: int) -> None:
+        """See `L2Codec.encode_row`."""
+        self.encode(buffer, index, entry)
+        (first,) = ENTRY.unpack_from(buffer, index * 8)
+        step = self.geometry.cluster_bytes
+        struct.pack_into(f">{count}Q", buffer, index * 8, *range(first, first + count * step, step))
 
     def run(self, buffer: bytes | bytearray, position: int, limit: int) -> L2Run:
         """See `L2Codec.run`."""
@@ -381,6 +404,15 @@ class StandardL2(L2Codec):
         """See `L2Codec.emptied`."""
         return NO_ENTRY
 
+    def preallocated(self, host: HostOffset) -> L2Entry:
+        """See `L2Codec.preallocated`."""
+        return data_entry(host)
+
+    def preallocated_zeros(self, host: HostOffset, *, as_data: bool) -> L2Entry:
+        """See `L2Codec.preallocated_zeros`."""
+        is_data = as_data or not self.geometry.has_zero_flag
+        return L2Entry(DATA if is_data else ZERO_CLUSTER, host, True)
+
 
 class ExtendedL2(L2Codec):
     """16-byte entries, with subclusters."""
@@ -415,6 +447,14 @@ class ExtendedL2(L2Codec):
             word = l2_entry(entry.host, copied=entry.copied)
             bitmap = entry.zeros << SUBCLUSTERS | entry.allocated
         EXTENDED.pack_into(buffer, index * 16, word, bitmap)
+
+    def encode_row(self, buffer: bytearray, index: int, entry: L2Entry, count: int) -> None:
+        """See `L2Codec.encode_row`."""
+        self.encode(buffer, index, entry)
+        first, bitmap = EXTENDED.unpack_from(buffer, index * 16)
+        step = self.geometry.cluster_bytes
+        words = zip(range(first, first + count * step, step), repeat(bitmap))
+        struct.pack_into(f">{2 * count}Q", buffer, index * 16, *chain.from_iterable(words))
 
     def run(self, buffer: bytes | bytearray, position: int, limit: int) -> L2Run:
         """See `L2Codec.run`."""
@@ -469,6 +509,16 @@ class ExtendedL2(L2Codec):
     def emptied(self, entry: L2Entry, part: range) -> L2Entry:
         """See `L2Codec.emptied`."""
         return self._without(entry, part, zeros=0, unmap=True)
+
+    def preallocated(self, host: HostOffset) -> L2Entry:
+        """See `L2Codec.preallocated`: as QEMU makes it, no subcluster is data yet."""
+        return L2Entry(UNALLOCATED, host, True)
+
+    def preallocated_zeros(self, host: HostOffset, *, as_data: bool) -> L2Entry:
+        """See `L2Codec.preallocated_zeros`."""
+        if as_data:
+            return L2Entry(DATA, host, True, 0, ALL_SUBCLUSTERS)
+        return L2Entry(ZERO_CLUSTER, host, True, 0, 0, ALL_SUBCLUSTERS)
 
     def _without(self, entry: L2Entry, part: range, *, zeros: int, unmap: bool) -> L2Entry:
         if entry.kind == COMPRESSED_CLUSTER:

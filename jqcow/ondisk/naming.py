@@ -4,10 +4,13 @@ The format fixes how a name is stored (qcow2 specification, "Header": ``backing_
 ``backing_file_size``; "Backing file format name"). What it names is QEMU's convention, found by trying
 QEMU 7.2:
 
-- A colon before the first slash ends the name of a protocol (``nbd:``, ``http:``, ``json:``, ``file:``...).
-  jqcow opens regular files only, so such a name is refused.
-- A relative name is relative to the directory of the image that names it, as the caller spelled the path of
-  that image. Symbolic links are not resolved before: a link to an image finds the files beside the link.
+- A colon before the first slash ends the name of a protocol. ``file:`` stands before a path, ``json:`` before
+  options that may name one (`jqcow.ondisk.json_names`). jqcow opens regular files only, so all others
+  (``nbd:``, ``http:``...) are refused.
+- A relative path in a name with a protocol is relative to the working directory.
+- Any other relative name is relative to the directory of the image that names it, as the caller spelled the
+  path of that image. Symbolic links are not resolved before: a link to an image finds the files beside the
+  link.
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ from typing import Literal, get_args
 
 from jqcow.errors import FormatError, UnsupportedFeatureError
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT, MAX_BACKING_NAME_BYTES, HeaderArea
+from jqcow.ondisk.header import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_EXTERNAL_DATA,
+    MAX_BACKING_NAME_BYTES,
+    HeaderArea,
+)
+from jqcow.ondisk.json_names import RefusedName, parse_json_name
 
 DiskFormat = Literal["qcow2", "raw"]
 FORMATS: tuple[DiskFormat, ...] = get_args(DiskFormat)
@@ -36,7 +45,8 @@ class NamedFile:
         image: path of the image that names it.
         name: the name as stored, decoded as the host's file names are.
         path: the file that the name means.
-        format: as stored; None where the image does not say. Not necessarily one that jqcow knows.
+        format: as stored, or as a ``json:`` name says; None where the image does not say. Not necessarily one
+            that jqcow knows.
         purpose: what the image needs the file for.
     """
 
@@ -44,7 +54,15 @@ class NamedFile:
     name: str
     path: str
     format: str | None
-    purpose: Literal["backing"] = "backing"
+    purpose: Literal["backing", "data"] = "backing"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a name means: the path of a file, and its format, None where the name does not tell."""
+
+    path: str
+    format: str | None = None
 
 
 def protocol_of(name: str) -> str | None:
@@ -54,34 +72,51 @@ def protocol_of(name: str) -> str | None:
 
 
 def resolve(name: str, image: str) -> str:
-    """Return the path that a name inside the image at path ``image`` means; see the module's text.
+    """Return the path that a name inside the image at path ``image`` means; errors as `meaning_of`."""
+    return meaning_of(name, image).path
+
+
+def meaning_of(name: str, image: str) -> Meaning:
+    """Return what a name inside the image at path ``image`` means; see the module's text.
 
     Raises:
-        UnsupportedFeatureError: the name has a protocol.
+        UnsupportedFeatureError: the name has a protocol, and is no plain file.
     """
     protocol = protocol_of(name)
-    if protocol is not None:
-        raise UnsupportedFeatureError(
-            f"the protocol '{protocol}:'", f"{image} names {name!r}, and jqcow opens regular files only"
-        )
-    if name.startswith("/"):
-        return name
-    # Not os.path.join: like QEMU, keep the directory as it was spelled, doubled slashes and all.
-    return image[: image.rfind("/") + 1] + name
+    if protocol is None:
+        # Not os.path.join: like QEMU, keep the directory as it was spelled, doubled slashes and all.
+        return Meaning(name if name.startswith("/") else image[: image.rfind("/") + 1] + name)
+    try:
+        return _plain_file(protocol, name.partition(":")[2])
+    except RefusedName as refused:
+        detail = f"{image} names {name!r}, and jqcow opens regular files only: {refused}"
+        raise UnsupportedFeatureError(f"the protocol '{protocol}:'", detail) from refused
 
 
-def decode_name(data: bytes) -> str:
+def _plain_file(protocol: str, rest: str) -> Meaning:
+    if protocol == "json":
+        return Meaning(*parse_json_name(rest))
+    if protocol != "file":
+        raise RefusedName("another protocol is not followed")
+    if not rest:
+        raise RefusedName("no path follows")
+    return Meaning(rest)
+
+
+def decode_name(data: bytes, purpose: str = "backing") -> str:
     """Return a stored name as the host's file names are decoded.
 
     Raises:
         FormatError: no name at all, one with a NUL byte, or one of more than 1023 bytes.
     """
     if not data:
-        raise FormatError("the backing file name is empty")
+        raise FormatError(f"the {purpose} file name is empty")
     if b"\0" in data:
-        raise FormatError("the backing file name has a NUL byte in it")
+        raise FormatError(f"the {purpose} file name has a NUL byte in it")
     if len(data) > MAX_BACKING_NAME_BYTES:
-        raise FormatError(f"the backing file name has {len(data)} bytes, more than {MAX_BACKING_NAME_BYTES}")
+        raise FormatError(
+            f"the {purpose} file name has {len(data)} bytes, more than {MAX_BACKING_NAME_BYTES}"
+        )
     return os.fsdecode(data)
 
 
@@ -90,7 +125,7 @@ def backing_file_of(area: HeaderArea, image: str) -> NamedFile | None:
 
     Raises:
         FormatError: a name that no file has.
-        UnsupportedFeatureError: the name has a protocol.
+        UnsupportedFeatureError: the name has a protocol and is no plain file, or contradicts the format.
     """
     stored = area.backing_file_name
     if stored is None:
@@ -99,7 +134,38 @@ def backing_file_of(area: HeaderArea, image: str) -> NamedFile | None:
     extension = area.find(EXTENSION_BACKING_FORMAT)
     # QEMU, too, takes an empty format for none.
     stored_format = extension.data.decode("utf-8", "backslashreplace") if extension else ""
-    return NamedFile(image, name, resolve(name, image), stored_format or None)
+    return named_file(image, name, stored_format or None)
+
+
+def named_file(image: str, name: str, stored_format: str | None) -> NamedFile:
+    """Return the backing file of the image at path ``image``: of this name and, if one is stored, format.
+
+    Raises:
+        UnsupportedFeatureError: the name has a protocol and is no plain file, or contradicts the format.
+    """
+    meaning = meaning_of(name, image)
+    if stored_format and meaning.format and stored_format != meaning.format:
+        raise UnsupportedFeatureError(
+            f"a backing file of format {stored_format!r} and driver {meaning.format!r}",
+            f"{image} names {name!r}",
+        )
+    return NamedFile(image, name, meaning.path, stored_format or meaning.format)
+
+
+def data_file_of(area: HeaderArea, image: str) -> NamedFile | None:
+    """Return the external data file that the header names; None where it names none.
+
+    A relative path is relative to the working directory, as in QEMU 7.2.
+
+    Raises:
+        FormatError: a name that no file has.
+        UnsupportedFeatureError: the name has a protocol and is no plain file.
+    """
+    extension = area.find(EXTENSION_EXTERNAL_DATA)
+    if extension is None:
+        return None
+    name = decode_name(extension.data, "data")
+    return NamedFile(image, name, meaning_of(name, "").path, "raw", "data")
 
 
 def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | None) -> HeaderArea:
@@ -113,7 +179,8 @@ def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | 
     Raises:
         ValueError: one without the other, another format, or a name that cannot be stored.
         FormatError: the header's cluster has no room for the name.
-        UnsupportedFeatureError: a name with a protocol, or a header that would be too long for the journal.
+        UnsupportedFeatureError: a name with a protocol that is no plain file, or contradicts the format, or a
+            header that would be too long for the journal.
     """
     if name is None:
         if backing_format is not None:
@@ -123,9 +190,9 @@ def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | 
         raise TypeError(f"the name of a backing file is a str, not {type(name).__name__}")
     if backing_format not in DISK_FORMATS:
         raise ValueError(f"the format of a backing file is raw or qcow2, not {backing_format!r}")
-    resolve(name, "the new header")
     stored = os.fsencode(name)
     decode_name(stored)
+    named_file("the new header", name, backing_format)
     named = area.with_backing_file(stored, backing_format.encode())
     if area.header.version >= 3:
         roots.check_room(named.header, len(named.data))

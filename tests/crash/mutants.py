@@ -21,6 +21,8 @@ from jqcow.engine.clusters import Run
 from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
+from jqcow.engine.preallocating import Preallocating
+from jqcow.engine.space import Space
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
 from jqcow.ondisk.layout import SECTOR_BYTES
@@ -48,6 +50,7 @@ from tests.support.mutant import (
     NATIVE,
     OPERATION,
     PACKED,
+    PREALLOCATING,
     PRIVATE,
     PRIVATE_MARKS,
     READS,
@@ -108,6 +111,22 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "undo.header": ("dropping:undo",),
     "undo.end": ("dropping:undo",),
 }
+
+
+def unordered(_: None, preallocating: Preallocating, plan: object) -> None:
+    """Let the record land before what it names and does not hold."""
+    preallocating.tables.changes.ordered = False
+
+
+def take_old_space(original: Function, space: Space, count: int) -> Run:
+    """Take free clusters with old bytes in them, if there are so many in a row."""
+    run = next((run for run in space.unknown if run.count >= count), None)
+    if run is None:
+        taken: Run = original(space, count)
+        return taken
+    space.unknown.discard(run.start, count)
+    space._lent.add(run.start, count)
+    return Run(run.start, count, zero_safe=True)
 
 
 def write_home(medium: Medium, changes: ChangeSet | None) -> None:
@@ -319,13 +338,13 @@ OF_SPACE = (
 OF_REFCOUNTS = (
     Mutant(
         "R1-refcount-not-raised",
-        skipping(f"{ALLOCATION}._raise", during=f"{ALLOCATION}.count_in"),
+        skipping(f"{ALLOCATION}.raise_to_one", during=f"{ALLOCATION}.count_in"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
         "R2-any-cluster-is-free",
         replacing(f"{ALLOCATION}._free_runs", lambda _, refcounts, start, stop: [(start, stop)]),
-        returning(f"{NATIVE}:refcount_find_used", -1, during=f"{ALLOCATION}._raise"),
+        returning(f"{NATIVE}:refcount_find_used", -1, during=f"{ALLOCATION}.raise_to_one"),
         trials=("reopened/4096/0",),
     ),
     Mutant(
@@ -379,6 +398,21 @@ OF_MAPPING_AND_SNAPSHOTS = (
         "G3-shared-table-changed",
         returning(f"{MAPPING_EDITOR}._has_one_owner", True),
         trials=("snapshots/4096/0",),
+    ),
+    Mutant(
+        "E1-tables-not-durable",
+        after(f"{PREALLOCATING}._stage", unordered),
+        trials=seeds("preallocated/512", 3),
+    ),
+    Mutant(
+        "E1-refcounts-not-written",
+        returning(f"{PREALLOCATING}._refcount_blocks", ()),
+        trials=seeds("preallocated/512", 3),
+    ),
+    Mutant(
+        "E2-old-space",
+        replacing(f"{SPACE}.take_at_frontier", take_old_space, during=f"{PREALLOCATING}._plan"),
+        trials=seeds("preallocated-old-space/4096", 4),
     ),
     Mutant(
         "N1-data-not-counted",

@@ -187,6 +187,22 @@ def too_large_fails(user: Player) -> None:
 RESIZES = turns(4, "change:2 v=1..3 i=w%s resize:v:i change resize:4:0 0.5{{ flush }} write:0..3w+i:2s")
 """The disk shrinks and grows, and is used where it was cut off."""
 
+PREALLOCATED = turns(
+    3,
+    "change:2 v=1..3 i=w%s resize:v:i change 0.5{{ flush }} preallocate:4:0:0..2 write:0..3w+i:2s change",
+    "begin change resize:v:i savepoint preallocate:4:0:0..2 change:2 0.5{{ return:0 }} change commit",
+)
+"""The disk shrinks, and grows with clusters that are there before anybody writes to them."""
+
+PREALLOCATED_OLD_SPACE = turns(
+    4, "change:2 v=1..3 resize:v:0 flush preallocate:v:3c:0..1 write:0..3w+i:2s change 0.5{{ flush }}"
+).replace("+i", "")
+"""What is added is a few clusters, while there are free ones with old bytes in them."""
+
+PREALLOCATION_FAILS = turns(
+    3, "change:2 v=1..3 i=w%s resize:v:i flush fail:some{{ preallocate:4:0:0..2 }} change try{{ flush }}"
+)
+
 COMMITS_FAIL = turns(
     5,
     "fail:call=pwrite|pwrite|barrier|allocate|punch:applied=0|512|4096|all:at=1..5{{ change"

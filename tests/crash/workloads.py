@@ -169,7 +169,17 @@ _OF_OVERLAYS = (
     Family("rebuilt-table-undone", "lost-table-snapshots", undone),
 )
 WITH_SUBCLUSTERS = (16384, 65536)
+SMALL_TABLES = (512, 1024)
+"""Cluster sizes in which what L2 tables reach is short enough to be written."""
 _OF_FEATURES = (
+    Family("preallocated", "full", stories.PREALLOCATED, SMALL_TABLES),
+    Family("preallocated-adopted", "qemu", stories.PREALLOCATED, SMALL_TABLES),
+    Family("preallocated-old-space", "unpunchable", stories.PREALLOCATED_OLD_SPACE, (1024, 4096)),
+    Family("preallocated-snapshots", "snapshots", stories.PREALLOCATED, SMALL_TABLES),
+    Family("preallocated-overlay", "overlay-unpunchable", stories.PREALLOCATED, SMALL_TABLES),
+    Family("preallocated-fails", "full", stories.PREALLOCATION_FAILS, SMALL_TABLES),
+    Family("preallocated-version-2", "version-2-full", stories.PREALLOCATED, (1024,)),
+    Family("preallocated-subclusters", "subclusters-overlay", stories.PREALLOCATED_OLD_SPACE, (16384,)),
     *(
         Family(f"subclusters-{name}", f"subclusters{start}", story, WITH_SUBCLUSTERS)
         for name, start, story in (

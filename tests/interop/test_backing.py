@@ -199,7 +199,7 @@ def test_denied_unless_allowed(tmp_path: Path, mode: jqcow.image.Mode) -> None:
         "nbd:localhost:10809",
         "nbd+unix:///disk?socket=/s",
         "json:{}",
-        "file:base.qcow2",
+        "file:",
         "http://host/disk",
         "C:\\disk",
     ],

@@ -11,6 +11,7 @@ model, see `Windows`:
     write:AT:LEN  fua:AT:LEN  zeroes:AT:LEN  unmap:AT:LEN  discard:AT:LEN
     packed:AT:LEN[:NOISE]       a compressed write of the clusters that the range touches
     resize:WINDOW:INSIDE        to the start of that window, and so many bytes more
+    preallocate:WINDOW:INSIDE:HOW   to there, if that is larger; HOW 0, 1, 2: metadata, falloc, full
     grow:TABLES                 by what so many L2 tables reach
     outgrow[:TIMES]             growths whose record exceeds a half of the smallest journal
     snapshot[:MOST]             unless there are so many, 4 if not given
@@ -45,6 +46,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jqcow
 from jqcow.image.transaction import Transaction
+from jqcow.ondisk.form import PREALLOCATIONS
 from jqcow.testing import SECTOR_BYTES, SectorModel
 
 if TYPE_CHECKING:
@@ -214,6 +216,11 @@ def _bitmap(player: Player, most: int = BITMAPS_MAX) -> None:
         player.user.add_bitmap(1 << player.random.choice((9, 12, 16)))
 
 
+def _preallocate(player: Player, window: int, inside: int, how: int) -> None:
+    size_bytes = window * player.windows.stride_bytes + inside // SECTOR_BYTES * SECTOR_BYTES
+    player.user.preallocate(size_bytes, PREALLOCATIONS[1 + how % 3])
+
+
 def _snapshot(player: Player, most: int = SNAPSHOTS_MAX) -> None:
     if len(player.user.snapshots) < most:
         player.user.create_snapshot()
@@ -244,6 +251,7 @@ OPERATIONS: dict[str, Operation] = {
     "discard": _both(lambda player, *place: player.user.discard(*place)),
     "packed": _both(lambda player, *place: player.user.write_compressed(*place)),
     "resize": _both(_resize),
+    "preallocate": _both(_preallocate),
     "grow": _both(_grow),
     "outgrow": _both(_outgrow),
     "bitmap": _both(_bitmap),

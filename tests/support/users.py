@@ -18,7 +18,7 @@ from typing import Any, Unpack
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
 from jqcow.image.transaction import Savepoint, Transaction
-from jqcow.ondisk.form import FormOptions
+from jqcow.ondisk.form import FormOptions, Preallocation
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.root import is_live
 from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
@@ -155,6 +155,13 @@ class User(ABC):
     def resize(self, size_bytes: int) -> None:
         """Set the size of the disk. A resize that fails leaves it as it was."""
         self._change(lambda disk: disk.resize(size_bytes), lambda state: state.resize(size_bytes))
+
+    def preallocate(self, size_bytes: int, preallocation: Preallocation) -> None:
+        """Make the disk larger, what is added preallocated: a transaction of its own, or part of one."""
+        if size_bytes > self.state.size_bytes:
+            self._change(
+                lambda disk: disk.resize(size_bytes, preallocation), lambda state: state.resize(size_bytes)
+            )
 
     def create_snapshot(self) -> None:
         """Keep the disk as it is now."""

@@ -364,7 +364,7 @@ def test_unsafe_creation_opens_no_base(run: Run) -> None:
         (["-b", "base", "-F", "qcow2", "-o", "cluster_size=4M", "top"], 1, "2 MiB"),
         (["-b", "", "-F", "qcow2", "top"], 1, "empty"),
         (["-b", "nbd://x", "-F", "raw", "top"], 63, "nbd:"),
-        (["-b", "file:base", "-F", "qcow2", "-u", "top", "1M"], 63, "file:"),
+        (["-b", "file:", "-F", "qcow2", "-u", "top", "1M"], 63, "file:"),
         (["-b", "text", "-F", "qcow2", "top"], 1, "not a qcow2 image"),
         (["-b", "base", "-F", "qcow2", "base"], 1, "its own backing file"),
         (["-b", "./d/../base", "-F", "qcow2", "--overwrite", "base"], 1, "its own backing file"),

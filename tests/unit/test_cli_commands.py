@@ -21,6 +21,7 @@ from jqcow.cli import common, main, recover
 from jqcow.cli import progress as progress_of
 from jqcow.device import names
 from jqcow.device.file import FileDevice
+from jqcow.ondisk.form import Preallocation
 from jqcow.testing import SimulatedDevice
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
@@ -252,8 +253,8 @@ def test_resize_chooses_the_size_of_its_journal(
     lengths = []
     resize = jqcow.Image.resize
 
-    def resize_and_look(opened: jqcow.Image, size: int) -> None:
-        resize(opened, size)
+    def resize_and_look(opened: jqcow.Image, size: int, preallocation: Preallocation) -> None:
+        resize(opened, size, preallocation)
         journal = opened.info().journal
         lengths.append(None if journal is None else journal.length)
 

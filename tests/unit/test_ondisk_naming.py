@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 
 from jqcow.disks.policy import require_allowed, stored_format
 from jqcow.errors import FileAccessDenied, FormatError, JqcowError, UnsupportedFeatureError
-from jqcow.ondisk import naming
+from jqcow.ondisk import features, naming
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import Form
-from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT, Extension, HeaderArea
+from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT, EXTENSION_EXTERNAL_DATA, Extension, HeaderArea
 from jqcow.ondisk.naming import NamedFile
 
 PROTOCOLS = [
@@ -27,7 +28,7 @@ PROTOCOLS = [
     ("rbd:pool/disk", "rbd"),
     ("iscsi://host/target/0", "iscsi"),
     ("ssh://host/disk", "ssh"),
-    ("file:base.qcow2", "file"),
+    ("file:", "file"),
     ("a:b", "a"),
     (":x", ""),
 ]
@@ -79,6 +80,104 @@ def test_qemu_resolves_the_same_way(
     assert json.loads(told.stdout)["full-backing-filename"] == path
     area = HeaderArea.parse(Path(image).read_bytes())
     assert naming.backing_file_of(area, image) == NamedFile(image, name, path, "qcow2")
+
+
+PLAIN = [
+    ("file:base", "base", None),
+    ("file:/abs/a:b", "/abs/a:b", None),
+    ("file://abs", "//abs", None),
+    ("file:file:base", "file:base", None),
+    ('json:{"driver":"qcow2","file":{"driver":"file","filename":"d/base"}}', "d/base", "qcow2"),
+    ('json:{"driver":"raw","file.driver":"file","file.filename":"base"}', "base", "raw"),
+    ('json: {"file.filename":"/a\\u0062s"} ', "/abs", None),
+    ('json:{"file":{"filename":"nbd://h"}}', "nbd://h", None),
+    (
+        'json:{"driver":"qcow2","node-name":"n","cache":{"direct":true},"read-only":true,'
+        '"file":{"driver":"file","filename":"b","locking":"off","cache.no-flush":false}}',
+        "b",
+        "qcow2",
+    ),
+]
+FILE = '"file":{"driver":"file","filename":"/etc/passwd"}'
+NO_PLAIN_FILE = [
+    ("json:", "not JSON"),
+    ("json:{}", "no file.filename"),
+    ("json:[]", "no JSON object"),
+    ('json:"x"', "no JSON object"),
+    ("json:{'file.filename':'b'}", "not JSON"),
+    ('json:{"file.filename":"b"} c', "not JSON"),
+    ('json:{"file.filename":"b","x":NaN}', "NaN is not JSON"),
+    ('json:{"file.filename":""}', "no file.filename"),
+    ('json:{"file.filename":null}', "no file.filename"),
+    ('json:{"file.filename":7}', "no file.filename"),
+    ('json:{"file.filename":"a\\u0000b"}', "no name that a file can have"),
+    ('json:{"file.filename":"\\ud800"}', "no name that a file can have"),
+    ('json:{"file.filename":"\udcff"}', "no name that a file can have"),
+    ('json:{"driver":"file","filename":"/etc/passwd"}', "driver 'file'"),
+    (f'json:{{"driver":"vmdk",{FILE}}}', "driver 'vmdk'"),
+    (f'json:{{"driver":"blkdebug","image":{{{FILE}}}}}', "driver 'blkdebug'"),
+    (f'json:{{"driver":null,{FILE},"driver":"raw"}}', "'driver' comes twice"),
+    (f'json:{{"driver":"raw",{FILE},"file.filename":"b"}}', "'file.filename' comes twice"),
+    (f'json:{{"driver":"raw","offset":512,{FILE}}}', "'offset' may change"),
+    (f'json:{{"driver":"raw","size":"512",{FILE}}}', "'size' may change"),
+    (f'json:{{"driver":"qcow2","backing":null,{FILE}}}', "'backing' may change"),
+    (f'json:{{"driver":"qcow2","backing":{{}},{FILE}}}', "'backing' may change"),
+    (f'json:{{"driver":"qcow2","data-file":{{{FILE}}},{FILE}}}', "'data-file.file.driver' may change"),
+    (f'json:{{"driver":"qcow2","file":{{"driver":"raw",{FILE}}}}}', "driver 'raw' reads no plain file"),
+    ('json:{"driver":"raw","file":{"driver":"nbd","host":"h"}}', "driver 'nbd' reads no plain file"),
+    ('json:{"driver":"raw","file":"node"}', "'file' may change"),
+    ('json:{"file.filename":["b"]}', "no file.filename"),
+    ("json:" + "[" * 4096, "nested more than 8"),
+    ("json:" + '{"a":' * 700, "nested more than 8"),
+    ("json:" + '{"a":"' + "x" * 4096, "more than 4096 characters"),
+    ("json:" + "9" * 4000, "no JSON object"),
+    ("json:" + '"' * 4095, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "told"), PLAIN)
+def test_some_protocols_name_plain_files(name: str, path: str, told: str | None) -> None:
+    assert naming.meaning_of(name, "d/image") == naming.Meaning(path, told)
+    for stored in (told or "raw", None):
+        named = naming.backing_file_of(area_with(name.encode(), stored and stored.encode()), "d/image")
+        assert named == NamedFile("d/image", name, path, stored or told)
+
+
+@pytest.mark.parametrize(("name", "reason"), NO_PLAIN_FILE)
+def test_options_that_name_no_plain_file_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="the protocol 'json:'") as refused:
+        naming.meaning_of(name, "d/image")
+    assert reason in str(refused.value)
+
+
+def test_a_name_and_the_header_must_not_contradict() -> None:
+    name = PLAIN[4][0]
+    for attempt in (
+        lambda: naming.backing_file_of(area_with(name.encode(), b"raw"), "d/image"),
+        lambda: blank_image(1 << 20, Form(16), backing_file=name, backing_format="raw"),
+    ):
+        with pytest.raises(UnsupportedFeatureError, match="format 'raw' and driver 'qcow2'"):
+            attempt()
+
+
+def data_area(name: bytes) -> HeaderArea:
+    blank = HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1])
+    data = blank.data[:112] + Extension(EXTENSION_EXTERNAL_DATA, name).pack() + bytes(8)
+    return HeaderArea.parse(data[:72] + (4).to_bytes(8, "big") + data[80:])
+
+
+def test_names_of_data_files_are_judged_alike() -> None:
+    assert naming.data_file_of(HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1]), "d/i") is None
+    named = naming.data_file_of(data_area(b"disk.raw"), "d/i")
+    assert named == NamedFile("d/i", "disk.raw", "disk.raw", "raw", "data")
+    with pytest.raises(UnsupportedFeatureError, match=r"an external data file: '/etc/pass.+202ewd'"):
+        features.refuse(data_area("/etc/pass\u202ewd".encode()), "read")
+    for name, protocol in PROTOCOLS:
+        with pytest.raises(UnsupportedFeatureError, match=re.escape(f"the protocol '{protocol}:'")):
+            features.refuse(data_area(name.encode()), "read")
+    for hostile, match in ((b"a\0b", "data file name has a NUL"), (b"", "data file name is empty")):
+        with pytest.raises(FormatError, match=match):
+            features.refuse(data_area(hostile), "read")
 
 
 @pytest.mark.parametrize(
