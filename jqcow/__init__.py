@@ -21,11 +21,14 @@ from jqcow.errors import (
     ImageClosedError,
     ImageInUse,
     JqcowError,
+    MissingPackageError,
+    PassphraseError,
     PoisonedError,
     ReadOnlyError,
     SnapshotNotFound,
     TransactionError,
     UnsupportedFeatureError,
+    WrongPassphrase,
 )
 from jqcow.image import (
     Image,
@@ -36,12 +39,15 @@ from jqcow.image import (
 from jqcow.image.file import ImageFile
 from jqcow.image.opening import create, create_on_device, open, open_device
 from jqcow.image.transaction import Receipt, Savepoint, Transaction
+from jqcow.ondisk.encryption import Encryption
+from jqcow.ondisk.keys import Secret
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
 
 __all__ = [
     "CheckReport",
     "CorruptionError",
+    "Encryption",
     "Extent",
     "FileAccessDenied",
     "FormatError",
@@ -52,18 +58,22 @@ __all__ = [
     "ImageInfo",
     "JournalInfo",
     "JqcowError",
+    "MissingPackageError",
     "NamedFile",
+    "PassphraseError",
     "PoisonedError",
     "ReadOnlyError",
     "Receipt",
     "Recovered",
     "RepairReport",
     "Savepoint",
+    "Secret",
     "Snapshot",
     "SnapshotNotFound",
     "Transaction",
     "TransactionError",
     "UnsupportedFeatureError",
+    "WrongPassphrase",
     "__version__",
     "create",
     "create_on_device",

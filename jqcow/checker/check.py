@@ -25,11 +25,12 @@ times is walked once, and so is what several L1 tables have in common.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.checker.findings import Finding, Findings, Kind
-from jqcow.checker.header import header_faults
+from jqcow.checker.header import CRYPT_METHOD_PLACE, header_faults
 from jqcow.checker.lost import Holes, LostData
 from jqcow.checker.tables import (
     COMPARED_CLUSTERS,
@@ -40,9 +41,9 @@ from jqcow.checker.tables import (
     layers,
     zeroed,
 )
-from jqcow.errors import UnsupportedFeatureError
-from jqcow.ondisk import entries, features, layout, snapshots
-from jqcow.ondisk.header import Header, HeaderArea
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.ondisk import entries, features, layout, luks, snapshots
+from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_L1_ENTRIES, SECTOR_BYTES, table_bytes
 from jqcow.ondisk.snapshots import MAX_SNAPSHOT_L1_BYTES, TableEntry
@@ -55,7 +56,16 @@ MAX_CLUSTERS = 1 << 28
 
 _L1_STEP_BYTES = 1 << 20
 
-_OWNERS = ("nothing", "header", "refcount table", "refcount block", "L1 table", "snapshot table", "L2 table")
+_OWNERS = (
+    "nothing",
+    "header",
+    "refcount table",
+    "refcount block",
+    "L1 table",
+    "snapshot table",
+    "L2 table",
+    "encryption header",
+)
 """What owns a cluster of metadata; the first stands for a cluster that no metadata owns."""
 
 
@@ -129,7 +139,7 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
     """
     area = HeaderArea.parse(read(min(file_bytes, 1 << MAX_CLUSTER_BITS), 0))
     features.refuse(area, "check")
-    check = _Check(read, area.header, file_bytes, reserved)
+    check = _Check(read, area, file_bytes, reserved)
     for structure, place, detail in header_faults(area):
         check.findings.add(Kind.HEADER, structure, place, detail)
     return check.run()
@@ -145,10 +155,11 @@ class _Check:
     """
 
     def __init__(
-        self, read: Read, header: Header, file_bytes: int, reserved: Sequence[tuple[int, int]]
+        self, read: Read, area: HeaderArea, file_bytes: int, reserved: Sequence[tuple[int, int]]
     ) -> None:
         self.read = read
-        self.header = header
+        self.area = area
+        self.header = header = area.header
         self.geometry = header.geometry
         self.codec = codec_of(header.geometry)
         self.cluster_bits = header.cluster_bits
@@ -181,6 +192,7 @@ class _Check:
         """Walk everything, compare, and report."""
         header = self.header
         self.claim("header", 0, self.cluster_bytes, "header", 0)
+        self.claim_luks_header()
         self.walk_refcount_table()
         self.walk_active_l1_table()
         if header.nb_snapshots:
@@ -198,6 +210,13 @@ class _Check:
             compressed_clusters=self.compressed,
             zero_clusters=self.zeros,
         )
+
+    def claim_luks_header(self) -> None:
+        """Claim the clusters of the LUKS header, unless the image's header is wrong about it."""
+        with suppress(CorruptionError, FormatError):
+            pointer = luks.pointer_of(self.area)
+            if pointer is not None:
+                self.claim("encryption header", pointer.offset, pointer.length, "header", CRYPT_METHOD_PLACE)
 
     def claim(self, owner: str, offset: int, length: int, source: str, source_offset: int) -> bool:
         """Count a reference to each cluster of a metadata structure, and note their owner.

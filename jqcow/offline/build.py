@@ -1,7 +1,7 @@
 """A new image built in one pass, from the first guest cluster to the last.
 
 It is written into a file that nobody sees yet, so nothing of it has to survive a crash, and it needs no
-journal: the layout is header, L1 table, then data and L2 tables in the order of the guest, then refcounts.
+journal: the layout is header, L1 table, LUKS header, then data and L2 tables in the order of the guest, then refcounts.
 
 Compressed clusters are packed one behind another, each from the start of a sector, across the border of two
 host clusters where these are neighbours. The refcount of a host cluster is the number of compressed clusters
@@ -13,7 +13,8 @@ from __future__ import annotations
 from jqcow import _native
 from jqcow.device.base import Device
 from jqcow.ondisk import entries, layout
-from jqcow.ondisk.blank import new_header, new_l1_size, pack_ones, refcount_clusters
+from jqcow.ondisk.blank import new_area, new_header, new_l1_size, pack_ones, refcount_clusters
+from jqcow.ondisk.encryption import NewLuks
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, L2Entry, codec_of
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
@@ -22,8 +23,8 @@ from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
 class ImageBuilder:
     """Builds an image on an empty device. Offsets and lengths in bytes."""
 
-    def __init__(self, device: Device, size: int, form: Form) -> None:
-        """Start an image of a disk of ``size`` bytes.
+    def __init__(self, device: Device, size: int, form: Form, luks: NewLuks | None = None) -> None:
+        """Start an image of a disk of ``size`` bytes; with ``luks`` an encrypted one, without compression.
 
         Raises:
             ValueError: the disk needs an L1 table larger than 32 MiB.
@@ -34,7 +35,10 @@ class ImageBuilder:
         self._geometry = form.geometry
         self._codec = codec_of(self._geometry)
         self._l1_table = bytearray(layout.table_bytes(new_l1_size(self._geometry, size)))
-        self._next_cluster = 1 + self._geometry.clusters(len(self._l1_table))
+        self._luks = luks
+        self._luks_cluster = 1 + self._geometry.clusters(len(self._l1_table))
+        luks_clusters = 0 if luks is None else self._geometry.clusters(luks.length)
+        self._next_cluster = self._luks_cluster + luks_clusters
         self._l2_index = -1
         self._l2_table = bytearray()
         self._reached = 0
@@ -53,8 +57,13 @@ class ImageBuilder:
         """
         self._reach(offset, len(data))
         host = self._next_cluster * self.cluster_bytes
-        self._device.pwrite(data, host)
         count = self._geometry.clusters(len(data))
+        if self._luks is None:
+            self._device.pwrite(data, host)
+        else:
+            # Whole clusters: what is behind the disk's end must read as zeros, should it grow.
+            whole = bytes(data).ljust(count * self.cluster_bytes, b"\0")
+            self._device.pwrite(self._luks.cipher.encrypt(whole, host // SECTOR_BYTES), host)
         # The host offsets of one write are in a row, also where an L2 table ends within it.
         self._next_cluster += count
         first = offset // self.cluster_bytes
@@ -64,6 +73,8 @@ class ImageBuilder:
 
     def write_compressed(self, stream: bytes, offset: int) -> None:
         """Map the guest cluster at ``offset`` to its compressed content; offsets only rise."""
+        if self._luks is not None:
+            raise RuntimeError("compressed clusters are not encrypted")
         self._reach(offset, self.cluster_bytes)
         length = layout.round_up(len(stream), SECTOR_BYTES)
         host = self._pack(length)
@@ -150,4 +161,7 @@ class ImageBuilder:
             refcount_table_offset=table,
             refcount_table_clusters=table_clusters,
         )
-        self._device.pwrite(header.pack(), 0)
+        luks_offset = self._luks_cluster * cluster_bytes
+        for offset, data in () if self._luks is None else self._luks.parts:
+            self._device.pwrite(data, luks_offset + offset)
+        self._device.pwrite(new_area(header, self._luks, luks_offset).data, 0)

@@ -1,11 +1,12 @@
-"""The bytes of a new, empty image: header, refcount table, refcount blocks and L1 table, in this order."""
+"""The bytes of a new, empty image: header, refcount table, refcount blocks, L1 table, LUKS header, in this order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jqcow import _native
 from jqcow.ondisk import layout
+from jqcow.ondisk.encryption import NewLuks
 from jqcow.ondisk.entries import pack_refcount_table
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, V2_BYTES, Header, HeaderArea
@@ -22,7 +23,12 @@ class BlankImage:
 
 
 def blank_image(
-    size: int, form: Form, *, backing_file: str | None = None, backing_format: str | None = None
+    size: int,
+    form: Form,
+    *,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+    luks: NewLuks | None = None,
 ) -> BlankImage:
     """Lay out an empty image.
 
@@ -31,6 +37,7 @@ def blank_image(
         form: of the image.
         backing_file: name to be stored, relative to the directory of the image; None for no backing file.
         backing_format: ``raw`` or ``qcow2``, with a backing file.
+        luks: the LUKS header of an encrypted image.
 
     Raises:
         ValueError: the disk needs an L1 table larger than 32 MiB, or `name_backing_file` refuses the name.
@@ -38,10 +45,12 @@ def blank_image(
     geometry = form.geometry
     l1_size = new_l1_size(geometry, size)
     l1_clusters = geometry.clusters(layout.table_bytes(l1_size))
-    table_clusters, block_count = refcount_clusters(geometry, 1 + l1_clusters)
+    luks_clusters = 0 if luks is None else geometry.clusters(luks.length)
+    table_clusters, block_count = refcount_clusters(geometry, 1 + l1_clusters + luks_clusters)
     table = geometry.cluster_bytes
     blocks = table + table_clusters * geometry.cluster_bytes
     l1_table = blocks + block_count * geometry.cluster_bytes
+    luks_offset = l1_table + l1_clusters * geometry.cluster_bytes
     header = new_header(
         form,
         size,
@@ -49,12 +58,13 @@ def blank_image(
         refcount_table_offset=table,
         refcount_table_clusters=table_clusters,
     )
-    area = HeaderArea(header, (), header.pack())
+    area = new_area(header, luks, luks_offset)
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
-    used = 1 + table_clusters + block_count + l1_clusters
+    used = 1 + table_clusters + block_count + l1_clusters + luks_clusters
     refcount_table = pack_refcount_table(geometry, blocks, block_count)
-    parts = ((0, area.data), (table, refcount_table), (blocks, pack_ones(geometry, used)))
+    of_luks = () if luks is None else tuple((luks_offset + at, data) for at, data in luks.parts)
+    parts = ((0, area.data), (table, refcount_table), (blocks, pack_ones(geometry, used)), *of_luks)
     return BlankImage(parts, used * geometry.cluster_bytes)
 
 
@@ -68,6 +78,15 @@ def new_l1_size(geometry: Geometry, size: int) -> int:
     if l1_size > layout.MAX_L1_ENTRIES:
         raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
     return l1_size
+
+
+def new_area(header: Header, luks: NewLuks | None, luks_offset: int) -> HeaderArea:
+    """Return the header area of a new image, with or without a LUKS header at a host offset."""
+    if luks is None:
+        return HeaderArea(header, (), header.pack())
+    header = replace(header, crypt_method=luks.crypt_method)
+    area = HeaderArea(header, (luks.extension(luks_offset),), header.pack())
+    return area.with_backing_file(None, None)
 
 
 def new_header(

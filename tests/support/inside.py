@@ -38,7 +38,7 @@ class Shown:
         self._tables.staged = tables.staged
         engine = guest.requests
         requests = Requests(self._tables, engine.lifecycle, engine.commits, engine.guard, engine.admit)
-        self._reads = Reads(requests, guest.reads.backing)
+        self._reads = Reads(requests, guest.reads.data, guest.reads.backing)
         self.size = snapshot.disk_bytes
 
     def pread(self, length: int, offset: int) -> bytes:
