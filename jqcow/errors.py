@@ -111,7 +111,7 @@ class WrongPassphrase(PassphraseError):
 
 
 class MissingPackageError(JqcowError, ImportError):
-    """A package is not installed that jqcow needs for this image alone; the text names the extra to install."""
+    """A package is not installed that this image needs; the text names the extra to install."""
 
 
 class ImageInUse(JqcowError, OSError):

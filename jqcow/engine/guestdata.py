@@ -4,8 +4,8 @@ Data and nothing else is encrypted: tables, refcounts, header and journal are no
 which QEMU stores as they are, are not either.
 
 E1. Nothing of an encrypted image reads as zeros for want of writing: no pair of it is zero-safe.
-E2. A sector is encrypted, and written, as a whole. Requests that touch one guest cluster of an encrypted image
-    follow each other if one of them writes there: nobody sees half a sector.
+E2. A sector is encrypted, and written, as a whole. Requests that touch one guest cluster of an encrypted
+    image follow each other if one of them writes there: nobody sees half a sector.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LockedData:
 
 
 class EncryptedData:
-    """Data that is encrypted on its way to the device; sectors are numbered by their host offset, as in QEMU."""
+    """Data that is encrypted on its way to the device, by sectors numbered from host offset 0, as in QEMU."""
 
     is_encrypted = True
 

@@ -452,11 +452,12 @@ def open_alone(
     repair: What | None = None,
     free_lost: bool = False,
     passphrase: Passphrase | None = None,
+    reads_data: bool = False,
 ) -> Image:
     """Open an image without what is below it: where it has nothing of its own it reads as zeros.
 
     For what works on the image's own tables: who reads its disk wants `open`. An encrypted one needs no
-    passphrase until its data is touched. Arguments and errors as `open`.
+    passphrase, unless it ``reads_data``. Arguments and errors as `open`.
     """
     _check_mode(mode, journal_size, repair, force_share=False)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
@@ -468,7 +469,7 @@ def open_alone(
             repair=repair,
             free_lost=free_lost,
             find_backing=lambda engine: None,
-            unlock=_locked if passphrase is None else _unlocking(passphrase),
+            unlock=_unlocking(passphrase) if reads_data else _locked,
         )
         return _settled(image, device)
 

@@ -1,7 +1,8 @@
 """A new image built in one pass, from the first guest cluster to the last.
 
 It is written into a file that nobody sees yet, so nothing of it has to survive a crash, and it needs no
-journal: the layout is header, L1 table, LUKS header, then data and L2 tables in the order of the guest, then refcounts.
+journal: the layout is header, L1 table, LUKS header, then data and L2 tables in the order of the guest, then
+refcounts.
 
 Compressed clusters are packed one behind another, each from the start of a sector, across the border of two
 host clusters where these are neighbours. The refcount of a host cluster is the number of compressed clusters

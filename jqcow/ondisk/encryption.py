@@ -63,6 +63,8 @@ class Encryption:
             raise ValueError(f"iter_time is in milliseconds, at least 1, not {self.iter_time!r}")
         if self.ivgen != "essiv" and self.ivgen_hash is not None:
             raise ValueError("ivgen_hash is of ivgen='essiv' alone")
+        if self.cipher == "aes-192" and self.form().mode != "xts":
+            raise ValueError("QEMU cannot open an image with aes-192 in another mode than xts")
         self.form()
 
     def form(self) -> CipherForm:

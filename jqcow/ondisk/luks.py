@@ -28,13 +28,14 @@ A key slot::
           40 -  43:   material_sector: where the key material begins, in sectors from the header's start
           44 -  47:   stripes: the key material is so many times as long as the key
 
-Iterations, stripes and lengths are numbers of whoever made the image: what a reader spends on them is bounded.
+Iterations, stripes and lengths are numbers of whoever made the image: what they cost has bounds.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError, printable
 from jqcow.ondisk import layout
@@ -190,7 +191,7 @@ class LuksHeader:
                 iterations += slot.iterations
                 places.append(self._material_of(number, length_bytes))
         places.sort()
-        if any(end > start for (_, end), (start, _) in zip(places, places[1:], strict=False)):
+        if any(end > start for (_, end), (start, _) in pairwise(places)):
             raise FormatError("LUKS key slots overlap")
         if iterations > ITERATIONS_MAX:
             detail = f"{iterations} in all active key slots, at most {ITERATIONS_MAX} are counted"
