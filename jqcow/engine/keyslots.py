@@ -112,7 +112,7 @@ class KeySlots:
         )
 
     def _require_apart(self, number: int, start: int, end: int) -> None:
-        """Raise FormatError unless key material is apart from that of active slots, and from journalled blocks."""
+        """Raise FormatError unless key material is apart from active slots and from journalled blocks."""
         if start < layout.round_up(luks.HEADER_BYTES, self._lifecycle.geometry.block_bytes):
             raise FormatError("key material in a block of the LUKS header")
         for other in self.header.active_slots():

@@ -1,4 +1,4 @@
-"""The bytes of a new, empty image: header, refcount table and blocks, L1 table, LUKS header, in this order."""
+"""The bytes of a new, empty image: header, refcount table and blocks, L1 table, LUKS header, in order."""
 
 from __future__ import annotations
 
