@@ -305,7 +305,7 @@ class Writes:
             self.data.pwrite(whole, HostOffset(host + first))
             return True
         part = data[start - offset : end - offset]
-        if run.zero_safe and self._shows_holes and self._was_zero(piece, first, stop):
+        if run.zero_safe and self._shows_holes() and self._was_zero(piece, first, stop):
             self.data.pwrite(part, HostOffset(host + start))
             return False
         # W2, W3: without the barrier in between, a crash could show what the host clusters held before.
@@ -340,7 +340,6 @@ class Writes:
             run = run._replace(host=HostOffset(run.host + offset - piece.offset))
         self.reads.read_run(run, buffer, offset)
 
-    @property
     def _shows_holes(self) -> bool:
         """True if what was never written reads as zeros (E1)."""
         return not self.data.is_encrypted

@@ -141,7 +141,7 @@ FEATURES = (
     Feature("live journal",              _JOURNAL,               _NO,  _NO,  _NO,  _NO),
     Feature("external data file",        _DATA_FILE,             _NO,  _NO,  _NO,  _NO),
     Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
-    Feature("encryption but LUKS",       _find_encryption,       _NO,  _NO,  _NO,  _NO),
+    Feature("AES encryption",            _find_encryption,       _NO,  _NO,  _NO,  _NO),
     Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),
     Feature("corrupt bit",               _CORRUPT,               _YES, _NO,  _YES, _YES),
     Feature("bitmaps",                   _find_bitmaps,          _YES, _NO,  _YES, _NO),

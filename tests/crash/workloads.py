@@ -210,6 +210,27 @@ _OF_FEATURES = (
             ("overlay", "-overlay", overlays.WITHOUT_ZERO_FLAGS),
         )
     ),
+    *(
+        Family(f"encrypted-{name}", f"encrypted{start}", story)
+        for name, start, story in (
+            ("reopened", "", stories.REOPENED),
+            ("in-place", "-full", stories.IN_PLACE),
+            ("reuse", "-full", stories.REUSE),
+            ("reuse-dirty", "-unpunchable", stories.REUSE),
+            ("killed", "", stories.KILLED),
+            ("host-fails", "-unpunchable", stories.HOST_FAILS),
+            ("barrier-fails", "-full", stories.BARRIER_FAILS),
+            ("move", "", stories.MOVE),
+            ("transactions", "-unpunchable", stories.TRANSACTIONS),
+            ("resizes", "-full", stories.RESIZES),
+            ("snapshots", "-snapshots", stories.BETWEEN_WRITES),
+            ("snapshots-cow", "-snapshots", stories.COPY_ON_WRITE),
+            ("overlay", "-overlay", stories.REOPENED),
+            ("rebase", "-overlay", overlays.REBASE),
+            ("copy-on-read", "-overlay", overlays.COPIED_UP),
+            ("repair", "-dirty-bit", overlays.REPAIRED),
+        )
+    ),
 )
 GROUPS = {
     "plain": _PLAIN,

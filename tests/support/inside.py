@@ -20,6 +20,7 @@ from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import NamedFile, backing_file_of
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.testing import SimulatedDevice
+from tests.support.encrypted import PASSPHRASE
 
 if TYPE_CHECKING:
     from tests.support.below import Below
@@ -109,6 +110,7 @@ def open_by_root_copy(
     opened = open_engine(
         Medium(device), writable=True, journal_bytes=journal_bytes, use_root_copy=True, new_salt=new_salt
     )
+    opened.engine.unlock(PASSPHRASE)
     repaired = make_writable(opened)
     named = backing_file_of(opened.engine.blocks.area, "")
     below = None if named is None else find_below(named)

@@ -32,7 +32,7 @@ CASES = {
     "live journal": incompatible(headers.INCOMPATIBLE_JOURNAL),
     "external data file": incompatible(headers.INCOMPATIBLE_EXTERNAL_DATA),
     "unknown incompatible bits": incompatible(1 << 20),
-    "encryption": announcing(crypt_method=2),
+    "AES encryption": announcing(crypt_method=1),
     "unknown compression type": announcing(
         compression_type=2, incompatible_features=headers.INCOMPATIBLE_COMPRESSION
     ),
@@ -75,8 +75,17 @@ def test_what_is_refused_is_refused_by_name(feature: features.Feature, use: Use)
         announcing(compatible_features=0xFF, autoclear_features=0xF0),
         incompatible(headers.INCOMPATIBLE_EXTENDED_L2),
         announcing(version=2),
+        announcing(crypt_method=headers.CRYPT_LUKS),
     ],
-    ids=["nothing", "dirty bit", "compression type", "other bits", "extended L2 entries", "version 2"],
+    ids=[
+        "nothing",
+        "dirty bit",
+        "compression type",
+        "other bits",
+        "extended L2 entries",
+        "version 2",
+        "LUKS",
+    ],
 )
 def test_what_is_not_listed_hinders_nothing(area: HeaderArea, use: Use) -> None:
     features.refuse(area, use)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jqcow.ondisk import entries
+from jqcow.ondisk import entries, l2
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "jqcow"
@@ -37,7 +37,7 @@ ENTRY_BITS = {
     "COMPRESSED", "COPIED", "L1_RESERVED", "L2_RESERVED", "OFFSET_MASK", "REFCOUNT_TABLE_OFFSET_MASK",
     "REFCOUNT_TABLE_RESERVED", "ZERO",
 }  # fmt: skip
-MASKS = {value for name in ENTRY_BITS if (value := getattr(entries, name)) > 1}
+MASKS = {value for name in ENTRY_BITS if (value := getattr(entries, name, 0) or getattr(l2, name)) > 1}
 LINE_NUMBER = re.compile(r"\.(?:py|c|h):\d+|\blines? \d+", re.IGNORECASE)
 
 
