@@ -119,4 +119,5 @@ def key_slots(drop_barriers: tuple[str, ...]) -> None:
         judge.wiped = place, material
         judge.cut("removed", device)
         image.close()
+    device.reopen()
     judge.judge(device)
