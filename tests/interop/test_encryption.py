@@ -26,7 +26,7 @@ CIPHERS = [
     ("aes-256", "ctr", "plain64", None, "sha256", "1.1"),
 ]
 every_cipher = pytest.mark.parametrize(
-    ("cipher", "mode", "ivgen", "ivgen_hash", "digest", "compat"), CIPHERS, ids=lambda value: str(value)
+    ("cipher", "mode", "ivgen", "ivgen_hash", "digest", "compat"), CIPHERS, ids=str
 )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
 
 import jqcow
 from jqcow.checker.check import Kind
-from jqcow.engine.request import Busy, Request
 from jqcow.errors import (
     CorruptionError,
     FormatError,
@@ -21,7 +19,6 @@ from jqcow.image.opening import open_alone
 from jqcow.offline.commit import commit
 from jqcow.offline.convert import convert
 from jqcow.offline.info import check_file, read_info
-from jqcow.offline.passphrases import add_passphrase, remove_passphrase
 from jqcow.offline.recover import recover_image
 from jqcow.ondisk.header import HeaderArea
 
@@ -77,51 +74,6 @@ def test_tables_need_no_passphrase(path: Path) -> None:
     assert recover_image(path).verification is not None
 
 
-def test_small_writes_keep_what_lies_beside(path: Path) -> None:
-    model = bytearray(8 * MIB)
-    model[5000:12500] = b"a guest's words" * 500
-    with jqcow.open(path, "r+", passphrase=WORD) as image:
-        for offset, length in ((5001, 1), (5100, 511), (4095, 2), (20_000, 3), (511, 514), (8192, 4096)):
-            model[offset : offset + length] = bytes([offset % 251]) * length
-            image.pwrite(bytes([offset % 251]) * length, offset)
-        assert image.pread(30_000, 0) == model[:30_000]
-        image.create_snapshot("before")
-        image.pwrite(b"new", 6000)
-        image.discard(4096, 8192)
-    with jqcow.open(path, passphrase=WORD, snapshot="before") as image:
-        assert image.pread(30_000, 0) == model[:30_000]
-
-
-def test_writes_to_one_cluster_follow_each_other(path: Path) -> None:
-    with jqcow.open(path, "r+", passphrase=WORD) as image:
-        guard, writes, reads = image._engine.guard, image._guest.writes, image._guest.reads
-        with image._lock:
-            writes.plan(Request(), 5000, 10)  # type: ignore[arg-type]
-            with pytest.raises(Busy):
-                writes.plan(Request(), 5020, 10)  # type: ignore[arg-type]
-            with pytest.raises(Busy):
-                reads._plan_read(Request(), 5020, 10)
-            reads._plan_read(Request(), 9000, 10)
-            with pytest.raises(Busy):
-                writes.plan(Request(), 9100, 10)  # type: ignore[arg-type]
-        guard.end_all()
-
-
-def test_threads_write_beside_each_other(path: Path) -> None:
-    with jqcow.open(path, "r+", passphrase=WORD) as image:
-
-        def write(at: int) -> None:
-            for _ in range(40):
-                image.pwrite(bytes([at + 1]) * 100, 5120 + at * 100)
-
-        threads = [threading.Thread(target=write, args=(at,)) for at in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert image.pread(400, 5120) == b"".join(bytes([at + 1]) * 100 for at in range(4))
-
-
 def test_compressed_writing_is_refused(path: Path, tmp_path: Path) -> None:
     with jqcow.open(path, "r+", passphrase=WORD) as image, pytest.raises(UnsupportedFeatureError):
         image.pwrite_compressed(bytes(4096), 0)
@@ -158,31 +110,6 @@ def test_an_overlay_and_its_base_have_a_passphrase_each(path: Path, tmp_path: Pa
     commit(top, allow_files=True, passphrase=words.__getitem__)
     with jqcow.open(path, passphrase=WORD) as image:
         assert image.pread(4, 6000) == b"over"
-
-
-def test_passphrases_come_and_go(path: Path) -> None:
-    assert add_passphrase(path, WORD, OTHER, iter_time=1) == 1
-    with pytest.raises(PassphraseError):
-        remove_passphrase(path, OTHER, slot=1)
-    assert remove_passphrase(path, OTHER, slot=0) == 0
-    with pytest.raises(WrongPassphrase):
-        jqcow.open(path, passphrase=WORD)
-    with pytest.raises(ValueError, match="last passphrase"):
-        remove_passphrase(path, OTHER)
-    for number in (0, 2, 3, 4, 5, 6, 7):
-        assert add_passphrase(path, OTHER, b"%d" % number, iter_time=1) == number
-    with pytest.raises(UnsupportedFeatureError):
-        add_passphrase(path, OTHER, WORD, iter_time=1)
-    with jqcow.open(path, passphrase=b"7") as image:
-        assert image.pread(7, 5000) == b"a guest" and image.check().ok
-
-
-def test_an_image_that_is_not_encrypted_has_no_passphrases(tmp_path: Path) -> None:
-    plain = tmp_path / "plain.qcow2"
-    jqcow.create(plain, MIB).close()
-    jqcow.open(plain, passphrase=WORD).close()
-    with pytest.raises(ValueError, match="not encrypted"):
-        add_passphrase(plain, WORD, OTHER)
 
 
 def test_a_damaged_header_is_an_error_and_no_leak(path: Path) -> None:

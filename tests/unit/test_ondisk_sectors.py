@@ -22,6 +22,7 @@ def ciphers() -> Any:
 def expected(form: CipherForm, key: bytes, data: bytes, first: int) -> bytes:
     """Encrypt by the modes of the package, a context for each sector."""
     package, found = ciphers(), []
+    modes = package.modes
     for number in range(len(data) // SECTOR_BYTES):
         sector = first + number
         iv = (sector & 0xFFFF_FFFF if form.generator == "plain" else sector).to_bytes(16, "little")
@@ -30,10 +31,7 @@ def expected(form: CipherForm, key: bytes, data: bytes, first: int) -> bytes:
 
             essiv = package.algorithms.AES(sha256(key).digest())
             iv = package.Cipher(essiv, package.modes.ECB()).encryptor().update(iv)
-        modes = package.modes
-        mode = {"xts": modes.XTS, "cbc": modes.CBC, "ctr": modes.CTR, "ecb": lambda _: modes.ECB()}[
-            form.mode
-        ](iv)
+        mode = modes.ECB() if form.mode == "ecb" else getattr(modes, form.mode.upper())(iv)
         context = package.Cipher(package.algorithms.AES(key), mode).encryptor()
         found.append(context.update(data[number * SECTOR_BYTES : (number + 1) * SECTOR_BYTES]))
     return b"".join(found)
