@@ -145,6 +145,13 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
     return check.run()
 
 
+def _luks_pointer(area: HeaderArea) -> luks.Pointer | None:
+    """Return where the LUKS header is, None where there is none or the image's header is wrong about it."""
+    with suppress(CorruptionError, FormatError):
+        return luks.pointer_of(area)
+    return None
+
+
 class _Check:
     """One walk through an image.
 
@@ -192,7 +199,9 @@ class _Check:
         """Walk everything, compare, and report."""
         header = self.header
         self.claim("header", 0, self.cluster_bytes, "header", 0)
-        self.claim_luks_header()
+        pointer = _luks_pointer(self.area)
+        if pointer is not None:
+            self.claim("encryption header", pointer.offset, pointer.length, "header", CRYPT_METHOD_PLACE)
         self.walk_refcount_table()
         self.walk_active_l1_table()
         if header.nb_snapshots:
@@ -210,13 +219,6 @@ class _Check:
             compressed_clusters=self.compressed,
             zero_clusters=self.zeros,
         )
-
-    def claim_luks_header(self) -> None:
-        """Claim the clusters of the LUKS header, unless the image's header is wrong about it."""
-        with suppress(CorruptionError, FormatError):
-            pointer = luks.pointer_of(self.area)
-            if pointer is not None:
-                self.claim("encryption header", pointer.offset, pointer.length, "header", CRYPT_METHOD_PLACE)
 
     def claim(self, owner: str, offset: int, length: int, source: str, source_offset: int) -> bool:
         """Count a reference to each cluster of a metadata structure, and note their owner.

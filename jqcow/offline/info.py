@@ -206,9 +206,8 @@ def _luks(view: FileView) -> LuksFacts | None:
         return None
     mode, _, generator = header.mode.partition("-")
     generator, _, generator_hash = generator.partition(":")
-    key_bits = header.key_bytes * 8 // (2 if mode == "xts" else 1)
     return LuksFacts(
-        cipher_alg=f"{header.cipher}-{key_bits}",
+        cipher_alg=f"{header.cipher}-{header.cipher_bits}",
         cipher_mode=mode,
         ivgen_alg=generator,
         ivgen_hash_alg=generator_hash or None,

@@ -37,7 +37,7 @@ import struct
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError, printable
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk.header import CRYPT_LUKS, EXTENSION_ENCRYPTION, HeaderArea
 from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, HostOffset
@@ -156,6 +156,11 @@ class LuksHeader:
         )
         return fixed + b"".join(slots)
 
+    @property
+    def cipher_bits(self) -> int:
+        """Length of the cipher's key in bits: XTS has two."""
+        return self.key_bytes * 8 // (2 if self.mode.startswith("xts") else 1)
+
     def material_bytes(self, slot: KeySlot) -> int:
         """Return the length of a slot's key material, in whole sectors."""
         return layout.round_up(self.key_bytes * slot.stripes, SECTOR_BYTES)
@@ -255,8 +260,3 @@ def slot_places(key_bytes: int, stripes: int) -> tuple[tuple[int, ...], int]:
     first, step = MATERIAL_ALIGN_BYTES, layout.round_up(key_bytes * stripes, MATERIAL_ALIGN_BYTES)
     starts = tuple((first + number * step) // SECTOR_BYTES for number in range(SLOT_COUNT))
     return starts, first + SLOT_COUNT * step
-
-
-def describe_cipher(header: LuksHeader) -> str:
-    """Return cipher, mode and IV generator in one word, for errors."""
-    return printable(f"{header.cipher}-{header.mode}")
