@@ -50,7 +50,7 @@ class Secrets:
     def qemu_io(self, path: Path, *commands: str, word: bytes = WORD) -> None:
         told = [part for command in commands for part in ("-c", command)]
         result = done("qemu-io", *self.objects, *self.image(path, word), *told)
-        assert "failed" not in result.stdout and "error" not in result.stderr.lower(), result.stdout
+        assert "failed" not in result and "error" not in result.lower(), result
 
     def check(self, path: Path, word: bytes = WORD) -> None:
         done("qemu-img", "check", *self.objects, *self.image(path, word))
@@ -159,7 +159,7 @@ def test_info_has_the_fields_of_qemu(
 ) -> None:
     path = tmp_path / "info.qcow2"
     created(path, secrets, "encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256")
-    expected = json.loads(done("qemu-img", "info", "--output=json", path).stdout)
+    expected = json.loads(done("qemu-img", "info", "--output=json", path))
     assert cli.main(["info", "--output=json", str(path)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["format-specific"] == expected["format-specific"] and told["encrypted"]
