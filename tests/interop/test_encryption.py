@@ -100,7 +100,7 @@ def test_ciphers(
         with jqcow.open(path, "r+", passphrase=WORD) as image:
             assert image.pread(5002, 999) == b"\0" + b"\x5a" * 5000 + b"\0"
             assert image.pread(76 << 10, MIB) == b"\x33" * (76 << 10)
-            assert image.reads_as_zeros(64 << 10, 1100 << 10) or compat == "0.10"
+            assert image.pread(64 << 10, 1100 << 10) == bytes(64 << 10)
             image.pwrite(b"\x44" * 777, MIB + 100)
             image.pwrite(b"\x45" * 70_000, 5 * MIB)
             assert image.check().ok
