@@ -23,11 +23,14 @@ from jqcow.errors import (
     ImageClosedError,
     ImageInUse,
     JqcowError,
+    MissingPackageError,
+    PassphraseError,
     PoisonedError,
     ReadOnlyError,
     SnapshotNotFound,
     TransactionError,
     UnsupportedFeatureError,
+    WrongPassphrase,
 )
 from jqcow.image import (
     Image,
@@ -40,6 +43,8 @@ from jqcow.image.file import ImageFile
 from jqcow.image.opening import create, create_on_device, open, open_device
 from jqcow.image.transaction import Receipt, Savepoint, Transaction
 from jqcow.ondisk.bitmaps import Bitmap
+from jqcow.ondisk.encryption import Encryption
+from jqcow.ondisk.keys import Secret
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.snapshots import Snapshot
 
@@ -50,6 +55,7 @@ __all__ = [
     "CheckReport",
     "CorruptionError",
     "DirtyExtent",
+    "Encryption",
     "Extent",
     "FileAccessDenied",
     "FormatError",
@@ -61,19 +67,23 @@ __all__ = [
     "ImageInfo",
     "JournalInfo",
     "JqcowError",
+    "MissingPackageError",
     "NamedFile",
+    "PassphraseError",
     "PoisonedError",
     "ReadOnlyError",
     "Receipt",
     "Recovered",
     "RepairReport",
     "Savepoint",
+    "Secret",
     "Snapshot",
     "SnapshotNotFound",
     "Transaction",
     "TransactionBitmaps",
     "TransactionError",
     "UnsupportedFeatureError",
+    "WrongPassphrase",
     "__version__",
     "create",
     "create_on_device",

@@ -8,6 +8,9 @@ end of the disk, a negative length) are a plain ``ValueError``, as everywhere in
     +-- FormatError (ValueError)          the bytes are not a qcow2 image, or break the specification
     |   +-- UnsupportedFeatureError       a feature that the header announces and jqcow refuses by name
     +-- CorruptionError                   ours, but broken: carries the structure and its offset
+    +-- PassphraseError (PermissionError) an encrypted image, and no passphrase for it
+    |   +-- WrongPassphrase               ... or one that opens none of its key slots
+    +-- MissingPackageError (ImportError) an optional package that the image needs is not installed
     +-- FileAccessDenied (PermissionError) an image names another file, and the caller did not allow it
     +-- ImageInUse (OSError)              another user holds the image's locks
     +-- ReadOnlyError (OSError)           a change was asked of an image that cannot be changed
@@ -94,6 +97,22 @@ class FileAccessDenied(JqcowError, PermissionError):
         self.purpose = purpose
         self.name = name
         self.path = path
+
+
+class PassphraseError(JqcowError, PermissionError):
+    """An image is encrypted, and its passphrase is needed. ``image`` is its path, empty where it has none."""
+
+    def __init__(self, message: str, image: str = "") -> None:
+        super().__init__(errno.EACCES, f"{image}: {message}" if image else message)
+        self.image = image
+
+
+class WrongPassphrase(PassphraseError):
+    """A passphrase opens none of the image's key slots."""
+
+
+class MissingPackageError(JqcowError, ImportError):
+    """A package is not installed that this image needs; the text names the extra to install."""
 
 
 class ImageInUse(JqcowError, OSError):

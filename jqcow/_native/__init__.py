@@ -1,4 +1,4 @@
-"""Leaf kernels over buffers: checksums, zero detection, refcount arrays, walks over L1 and L2 tables.
+"""Leaf kernels over buffers: checksums, zero detection, refcount arrays, walks over tables, XTS.
 
 Every kernel exists twice, in C (kernels.c) and as a Python twin (twins.py), with equal results. Importing
 the package takes C where it was built. Call a kernel through the package, ``_native.crc32c(data)``: a name
@@ -28,6 +28,7 @@ from jqcow._native.twins import (
     refcount_set,
     set_copied,
     subcluster_run,
+    xts_whiten,
 )
 
 KERNELS = (
@@ -43,6 +44,7 @@ KERNELS = (
     "refcount_set",
     "set_copied",
     "subcluster_run",
+    "xts_whiten",
 )
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "select",
     "set_copied",
     "subcluster_run",
+    "xts_whiten",
 ]
 
 _serving: ModuleType = twins

@@ -107,3 +107,10 @@ def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry
     view = _from_buffer(table, require_writable=True)
     twins.check_table_range(len(view), start, stop, entry_bytes)
     lib.jqcow_set_copied(view, start, stop, copied, entry_bytes)
+
+
+def xts_whiten(data: WritableBuffer, tweaks: Buffer, sector_bytes: int) -> None:
+    """See :func:`jqcow._native.twins.xts_whiten`."""
+    view, firsts = _from_buffer(data, require_writable=True), _from_buffer(tweaks)
+    twins.check_whitening(len(view), len(firsts), sector_bytes)
+    lib.jqcow_xts_whiten(view, firsts, len(view) // sector_bytes, sector_bytes)

@@ -362,3 +362,31 @@ void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t
         bytes[index * entry_bytes] =
             (uint8_t)((bytes[index * entry_bytes] & 0x7f) | (copied ? 0x80 : 0));
 }
+
+/* XTS */
+
+static inline void xor_little64(uint8_t *bytes, uint64_t value)
+{
+    uint64_t word = load_native64(bytes) ^ (LITTLE_ENDIAN_HOST ? value : __builtin_bswap64(value));
+    memcpy(bytes, &word, sizeof word);
+}
+
+void jqcow_xts_whiten(void *data, const void *tweaks, size_t sector_count, size_t sector_bytes)
+{
+    uint8_t *block = data;
+    const uint8_t *first = tweaks;
+
+    for (size_t sector = 0; sector < sector_count; sector++, first += 16) {
+        uint64_t low = load_little64(first), high = load_little64(first + 8);
+
+        for (size_t position = 0; position < sector_bytes; position += 16, block += 16) {
+            uint64_t carry = high >> 63;
+
+            xor_little64(block, low);
+            xor_little64(block + 8, high);
+            /* The next block's tweak: this one doubled in GF(2^128). */
+            high = high << 1 | low >> 63;
+            low = low << 1 ^ (carry ? 0x87 : 0);
+        }
+    }
+}

@@ -28,3 +28,6 @@ uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster
 uint64_t jqcow_subcluster_run(const void *table, size_t index, size_t limit, int cluster_bits);
 
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes);
+
+/* XORs each 16-byte block with its XTS tweak; tweaks has 16 bytes for each sector: that of its first block. */
+void jqcow_xts_whiten(void *data, const void *tweaks, size_t sector_count, size_t sector_bytes);

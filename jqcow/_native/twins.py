@@ -30,6 +30,8 @@ _CASTAGNOLI_REFLECTED = 0x82F6_3B78
 _CHUNK_BYTES = 65536
 _ZERO_CHUNK = bytes(_CHUNK_BYTES)
 _REFCOUNT_ORDER_MAX = 6
+_TWEAK_BYTES = 16
+_DOUBLED_CARRY = 0x87
 
 
 def crc32c(data: Buffer, value: int = 0) -> int:
@@ -211,6 +213,26 @@ def _subcluster_kind(bitmap: int, subcluster: int) -> int:
     return ZERO if bitmap >> 32 + subcluster & 1 else UNALLOCATED
 
 
+def xts_whiten(data: WritableBuffer, tweaks: Buffer, sector_bytes: int) -> None:
+    """XOR each 16-byte block of ``data`` with its XTS tweak; ``tweaks`` has that of each sector's first."""
+    view, firsts = byte_view(data), byte_view(tweaks)
+    check_whitening(len(view), len(firsts), sector_bytes)
+    blocks, lanes = sector_bytes // _TWEAK_BYTES, len(firsts) // _TWEAK_BYTES
+    # All sectors at once: a number has their tweaks side by side, and each step doubles all of them.
+    tweak = int.from_bytes(firsts, "little")
+    ones = int.from_bytes((1).to_bytes(_TWEAK_BYTES, "little") * lanes, "little")
+    whole = bytearray(len(view))
+    words = memoryview(whole).cast("Q")
+    for block in range(blocks):
+        packed = memoryview(tweak.to_bytes(len(firsts), "little")).cast("Q")
+        for half in range(2):
+            words[2 * block + half :: 2 * blocks] = packed[half::2]
+        carry = tweak >> 127 & ones
+        tweak = (tweak ^ carry << 127) << 1 ^ carry * _DOUBLED_CARRY
+    mixed = int.from_bytes(view, "little") ^ int.from_bytes(whole, "little")
+    view[:] = mixed.to_bytes(len(view), "little")
+
+
 def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:
     """Set or clear the COPIED flag (bit 63) of the entries in [start, stop) of an L1 or L2 table.
 
@@ -254,6 +276,14 @@ def check_refcount_range(length_bytes: int, order: int, start: int, stop: int) -
     """Raise IndexError unless [start, stop) lies within a block of ``length_bytes``."""
     if not 0 <= start <= stop <= refcount_entry_count(length_bytes, order):
         raise IndexError(f"refcount range {start} to {stop} lies outside a block of {length_bytes} bytes")
+
+
+def check_whitening(data_bytes: int, tweak_bytes: int, sector_bytes: int) -> None:
+    """Refuse lengths that do not fit: whole sectors, of whole blocks, with a tweak each."""
+    if sector_bytes <= 0 or sector_bytes % _TWEAK_BYTES or tweak_bytes % _TWEAK_BYTES:
+        raise ValueError(f"sectors of {sector_bytes} bytes, or {tweak_bytes} bytes of tweaks")
+    if data_bytes != tweak_bytes // _TWEAK_BYTES * sector_bytes:
+        raise ValueError(f"{data_bytes} bytes of data with {tweak_bytes} bytes of tweaks")
 
 
 def check_refcount_run(length_bytes: int, order: int, start: int, stop: int) -> None:

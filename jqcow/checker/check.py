@@ -25,11 +25,12 @@ times is walked once, and so is what several L1 tables have in common.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.checker.findings import Finding, Findings, Kind
-from jqcow.checker.header import header_faults
+from jqcow.checker.header import CRYPT_METHOD_PLACE, header_faults
 from jqcow.checker.lost import Holes, LostData
 from jqcow.checker.tables import (
     COMPARED_CLUSTERS,
@@ -40,8 +41,8 @@ from jqcow.checker.tables import (
     layers,
     zeroed,
 )
-from jqcow.errors import CorruptionError, UnsupportedFeatureError
-from jqcow.ondisk import bitmaps, entries, features, layout, snapshots
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.ondisk import bitmaps, entries, features, layout, luks, snapshots
 from jqcow.ondisk.entries import DamagedEntry
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
@@ -58,7 +59,7 @@ _L1_STEP_BYTES = 1 << 20
 
 _OWNERS = (
     "nothing", "header", "refcount table", "refcount block", "L1 table", "snapshot table", "L2 table",
-    "bitmap directory", "bitmap table", "bits of a bitmap",
+    "bitmap directory", "bitmap table", "bits of a bitmap", "encryption header",
 )  # fmt: skip
 """What owns a cluster of metadata; the first stands for a cluster that no metadata owns."""
 
@@ -139,6 +140,13 @@ def check_structure(read: Read, file_bytes: int, *, reserved: Sequence[tuple[int
     return check.run()
 
 
+def _luks_pointer(area: HeaderArea) -> luks.Pointer | None:
+    """Return where the LUKS header is, None where there is none or the image's header is wrong about it."""
+    with suppress(CorruptionError, FormatError):
+        return luks.pointer_of(area)
+    return None
+
+
 class _Check:
     """One walk through an image.
 
@@ -186,6 +194,9 @@ class _Check:
         """Walk everything, compare, and report."""
         header = self.header
         self.claim("header", 0, self.cluster_bytes, "header", 0)
+        pointer = _luks_pointer(self.area)
+        if pointer is not None:
+            self.claim("encryption header", pointer.offset, pointer.length, "header", CRYPT_METHOD_PLACE)
         self.walk_refcount_table()
         self.walk_active_l1_table()
         if header.nb_snapshots:

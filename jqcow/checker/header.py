@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jqcow.ondisk import features, layout
+from jqcow.errors import CorruptionError, FormatError
+from jqcow.ondisk import features, layout, luks
 from jqcow.ondisk.header import (
     AUTOCLEAR_DATA_FILE_RAW,
     BITMAPS_STRUCT,
@@ -23,6 +24,7 @@ from jqcow.ondisk.header import (
 BACKING_FORMAT_BYTES_MAX = 15
 """The longest name of a format that QEMU opens."""
 
+CRYPT_METHOD_PLACE = 32
 SNAPSHOTS_OFFSET_PLACE = 64
 AUTOCLEAR_PLACE = 88
 
@@ -38,6 +40,10 @@ def header_faults(area: HeaderArea) -> Iterator[tuple[str, int, str]]:
         yield "header", AUTOCLEAR_PLACE, "a raw data file in an image that has no data file"
     if not header.nb_snapshots and header.snapshots_offset % (1 << header.cluster_bits):
         yield "header", SNAPSHOTS_OFFSET_PLACE, f"a snapshot table at {header.snapshots_offset:#x}"
+    try:
+        luks.pointer_of(area)
+    except (CorruptionError, FormatError) as error:
+        yield "header", CRYPT_METHOD_PLACE, str(error)
     position = V2_BYTES if header.version == 2 else header.header_length
     for extension in area.extensions:
         detail = _fault(extension, header)

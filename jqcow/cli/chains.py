@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from jqcow.cli import common
+from jqcow.cli import common, secrets
 from jqcow.cli.common import human_size
 from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.errors import printable
@@ -19,6 +19,7 @@ def add_parsers(commands: Any) -> None:
     parsers = _add_commit(commands), _add_rebase(commands)
     for parser in parsers:
         common.add_allow_files(parser)
+        secrets.add_passphrase(parser)
         common.add_journal_size(parser)
         add_progress(parser)
         common.add_output(parser)
@@ -76,7 +77,12 @@ def commit_command(arguments: argparse.Namespace) -> int:
 def _how(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what both commands take, in the library's words."""
     journal_size = common.journal_size_of(arguments)
-    return {"allow_files": arguments.allow_files, "probe": arguments.probe, "journal_size": journal_size}
+    return {
+        "allow_files": arguments.allow_files,
+        "probe": arguments.probe,
+        "journal_size": journal_size,
+        "passphrase": secrets.passphrase_of(arguments),
+    }
 
 
 def rebase_command(arguments: argparse.Namespace) -> int:

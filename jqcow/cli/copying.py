@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from jqcow.cli import common
+from jqcow.cli import common, secrets
 from jqcow.cli.common import human_size
 from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.disks.files import open_to_read
@@ -28,7 +28,9 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "-O", dest="target_format", choices=common.FORMATS, default="raw", help="format (default: raw)"
     )
-    common.add_options(parser, common.FORM_OPTIONS_HELP)
+    common.add_options(parser, f"{common.FORM_OPTIONS_HELP}, {secrets.ENCRYPTION_HELP}")
+    secrets.add_objects(parser)
+    secrets.add_passphrase(parser)
     parser.add_argument(
         "-c", dest="compressed", action="store_true", help="compress the clusters of a qcow2 image"
     )
@@ -60,8 +62,12 @@ def convert_command(arguments: argparse.Namespace) -> int:
     source, target = arguments.source, arguments.target
     if target == "-":
         raise common.CommandError("'-' as the target: jqcow writes no pipe; ./- is a file of that name")
-    named = common.named_options(arguments.options, arguments.target_format, common.FORM_OPTIONS)
+    known = (*common.FORM_OPTIONS, *secrets.ENCRYPTION_OPTIONS)
+    named = common.named_options(arguments.options, arguments.target_format, known)
     options = common.file_options(named)
+    # Read once: a descriptor gives it once.
+    passphrase = secrets.passphrase_of(arguments)
+    encryption = secrets.encryption_of(arguments, named, target, passphrase)
     common.print_warnings(source, arguments.format)
     with common.about(source), shown_progress(progress_kind(arguments), sys.stderr) as progress:
         report = convert(
@@ -74,6 +80,8 @@ def convert_command(arguments: argparse.Namespace) -> int:
             target_format=arguments.target_format,
             compressed=arguments.compressed,
             compression_level=arguments.compression_level,
+            passphrase=passphrase,
+            encryption=encryption,
             **options,
             overwrite=arguments.overwrite,
             verify=arguments.verify,

@@ -7,16 +7,17 @@ import sys
 from typing import Any
 
 import jqcow
-from jqcow.cli import common
+from jqcow.cli import common, secrets
 from jqcow.cli.common import human_size
 from jqcow.errors import printable
 from jqcow.offline.convert import create_raw
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
+from jqcow.ondisk.encryption import Encryption
 from jqcow.ondisk.form import DEFAULT_CLUSTER_BYTES, FileOptions
 from jqcow.ondisk.layout import SECTOR_BYTES
 
-_OPTIONS = (*common.FORM_OPTIONS, "backing_file", "backing_fmt")
+_OPTIONS = (*common.FORM_OPTIONS, *secrets.ENCRYPTION_OPTIONS, "backing_file", "backing_fmt")
 _SIGNS = {"+": 1, "-": -1}
 
 
@@ -35,8 +36,10 @@ def _add_create(commands: Any) -> None:
     )
     common.add_options(
         create,
-        f"{common.FORM_OPTIONS_HELP}, backing_file=NAME, backing_fmt=FORMAT",
+        f"{common.FORM_OPTIONS_HELP}, {secrets.ENCRYPTION_HELP}, backing_file=NAME, backing_fmt=FORMAT",
     )
+    secrets.add_objects(create)
+    secrets.add_passphrase(create, what="the new image, with encrypt.format=luks")
     create.add_argument("--overwrite", action="store_true", help="replace an existing file")
     create.add_argument(
         "-b", dest="backing_file", metavar="BASE", help="backing file; a relative name is relative to IMAGE"
@@ -68,6 +71,7 @@ def _add_resize(commands: Any) -> None:
     )
     common.add_preallocation(resize)
     common.add_allow_files(resize)
+    secrets.add_passphrase(resize)
     common.add_journal_size(resize)
     common.add_quiet(resize)
     resize.add_argument("image", metavar="IMAGE")
@@ -77,11 +81,13 @@ def _add_resize(commands: Any) -> None:
 
 def create_command(arguments: argparse.Namespace) -> int:
     """Create an image."""
-    wanted = _take_options(arguments)
+    found = _take_options(arguments)
+    wanted = common.file_options(found)
     _check_backing_options(arguments)
+    encryption = secrets.encryption_of(arguments, found, arguments.image)
     with common.about(arguments.image):
         size = _size_of_new(arguments)
-        _create(arguments, size, wanted)
+        _create(arguments, size, wanted, encryption)
     if not arguments.quiet:
         cluster_bytes = wanted.get("cluster_size", DEFAULT_CLUSTER_BYTES)
         clusters = f" cluster_size={cluster_bytes}" if arguments.format == "qcow2" else ""
@@ -93,7 +99,7 @@ def create_command(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
-def _take_options(arguments: argparse.Namespace) -> FileOptions:
+def _take_options(arguments: argparse.Namespace) -> dict[str, str]:
     """Return what -o says of a qcow2 image; what it says of the base becomes that of -b and -F."""
     found = common.named_options(arguments.options, arguments.format, _OPTIONS)
     for option, name in (("backing_file", "backing_file"), ("backing_fmt", "backing_format")):
@@ -103,7 +109,7 @@ def _take_options(arguments: argparse.Namespace) -> FileOptions:
             setattr(arguments, name, found[option])
     if arguments.backing_format not in (None, *common.FORMATS):
         raise common.CommandError(f"backing_fmt must be qcow2 or raw, not {arguments.backing_format}")
-    return common.file_options(found)
+    return found
 
 
 def _check_backing_options(arguments: argparse.Namespace) -> None:
@@ -129,13 +135,15 @@ def _size_of_new(arguments: argparse.Namespace) -> int:
     return found if arguments.size is None else common.parse_size(arguments.size)
 
 
-def _create(arguments: argparse.Namespace, size: int, wanted: FileOptions) -> None:
+def _create(
+    arguments: argparse.Namespace, size: int, wanted: FileOptions, encryption: Encryption | None
+) -> None:
     path, overwrite = arguments.image, arguments.overwrite
     if arguments.format == "raw":
         preallocation, nocow = wanted.get("preallocation", "off"), wanted.get("nocow", False)
         create_raw(path, size, overwrite=overwrite, preallocation=preallocation, nocow=nocow)
     elif arguments.backing_file is None:
-        jqcow.create(path, size, **wanted, overwrite=overwrite).close()
+        jqcow.create(path, size, **wanted, encryption=encryption, overwrite=overwrite).close()
     else:
         create_overlay(
             path,
@@ -143,6 +151,7 @@ def _create(arguments: argparse.Namespace, size: int, wanted: FileOptions) -> No
             **wanted,
             backing_file=arguments.backing_file,
             backing_format=arguments.backing_format,
+            encryption=encryption,
             overwrite=overwrite,
         )
 
@@ -159,7 +168,11 @@ def resize_command(arguments: argparse.Namespace) -> int:
     change = common.parse_size(text[1:] if sign else text, unit=1)
     journal_size = common.journal_size_of(arguments)
     name = arguments.image
-    following = {"allow_files": arguments.allow_files, "probe": arguments.probe}
+    following = {
+        "allow_files": arguments.allow_files,
+        "probe": arguments.probe,
+        "passphrase": secrets.passphrase_of(arguments),
+    }
     with common.about(name), jqcow.open(name, "r+", journal_size=journal_size, **following) as image:
         if image.recovered is not None and not arguments.quiet:
             print("The image had crashed; it was recovered first.", file=sys.stderr)

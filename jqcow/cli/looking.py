@@ -12,6 +12,7 @@ from jqcow import RepairReport
 from jqcow.checker.check import CheckReport
 from jqcow.cli import common, snapshots
 from jqcow.cli.common import human_size, plural
+from jqcow.cli.passphrases import luks_json
 from jqcow.disks.policy import Following
 from jqcow.errors import printable
 from jqcow.image.opening import open_alone
@@ -91,7 +92,10 @@ def add_parsers(commands: Any) -> None:
 
 def _following(arguments: argparse.Namespace) -> Following:
     """Return what the library is to do about the files that images name."""
-    return Following(arguments.allow_files, arguments.probe, share_writers=arguments.force_share)
+    # What is looked at are tables: an encrypted file needs no passphrase.
+    return Following(
+        arguments.allow_files, arguments.probe, share_writers=arguments.force_share, reads_data=False
+    )
 
 
 # info
@@ -168,7 +172,8 @@ def _specific(special: Qcow2Facts) -> dict[str, Any]:
             data["data-file"] = special.external_data.name
         data["data-file-raw"] = special.external_data.is_raw
     if special.encryption is not None:
-        data["encrypt"] = {"format": special.encryption}
+        luks = special.luks
+        data["encrypt"] = {"format": special.encryption} if luks is None else luks_json(luks)
     if special.version >= 3:
         data |= {"corrupt": special.corrupt, "extended-l2": special.extended_l2}
     if special.unknown_features:

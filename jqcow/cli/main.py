@@ -6,7 +6,17 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from jqcow.cli import amending, bitmaps, chains, common, copying, images, looking, snapshots
+from jqcow.cli import (
+    amending,
+    bitmaps,
+    chains,
+    common,
+    copying,
+    images,
+    looking,
+    passphrases,
+    snapshots,
+)
 
 PROGRAM = "jqcow"
 _NEGATIVE = re.compile(r"-\.?\d", re.ASCII)
@@ -34,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     common.add_version(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (images, looking, snapshots, amending, bitmaps, chains, copying):
+    for group in (images, looking, snapshots, amending, bitmaps, passphrases, chains, copying):
         group.add_parsers(commands)
     return parser
 

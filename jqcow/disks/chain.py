@@ -263,22 +263,28 @@ def open_disk(
     def visit_top(device: FileDevice, known: DiskFormat) -> tuple[FileDisk, NamedFile | None]:
         if known == "raw" and snapshot is not None:
             raise ValueError(f"{os.fspath(path)} is a raw file, which has no snapshots")
-        return _as_layer(device, known, snapshot)
+        return _as_layer(device, known, following, snapshot)
 
-    return _collected(walk(path, disk_format, following, visit_top, _as_layer))
+    return _collected(walk(path, disk_format, following, visit_top, _visiting_layers(following)))
 
 
 def open_below(named: NamedFile, above: Iterable[Identity], following: Following) -> Chain:
     """Open what an image names below itself, and what that names, to the end; arguments as `walk_below`."""
-    return _collected(walk_below(named, above, following, _as_layer))
+    return _collected(walk_below(named, above, following, _visiting_layers(following)))
+
+
+def _visiting_layers(following: Following) -> Visit[FileDisk]:
+    return lambda device, known: _as_layer(device, known, following)
 
 
 def _as_layer(
-    device: FileDevice, known: DiskFormat, snapshot: str | None = None
+    device: FileDevice, known: DiskFormat, following: Following, snapshot: str | None = None
 ) -> tuple[FileDisk, NamedFile | None]:
     if known == "raw":
         return RawDisk(device), None
-    disk = ImageDisk(device, snapshot=snapshot)
+    disk = ImageDisk(
+        device, snapshot=snapshot, passphrase=following.passphrase, reads_data=following.reads_data
+    )
     return disk, disk.backing_file()
 
 

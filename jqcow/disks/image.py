@@ -13,6 +13,7 @@ from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import naming
 from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
@@ -37,10 +38,20 @@ class ImageDisk(Disk):
 
     format: DiskFormat = "qcow2"
 
-    def __init__(self, device: Device, *, snapshot: str | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        snapshot: str | None = None,
+        passphrase: Passphrase | None = None,
+        reads_data: bool = True,
+    ) -> None:
         """Read the image on ``device``, or one of its snapshots; `close` closes the device.
 
+        An encrypted one needs a passphrase, unless only its tables are read.
+
         Raises:
+            PassphraseError: the image is encrypted, and there is no passphrase, or another.
             SnapshotNotFound: there is no such snapshot.
             FormatError: not a qcow2 image; UnsupportedFeatureError where jqcow refuses it by name.
             CorruptionError: the image is damaged.
@@ -49,6 +60,8 @@ class ImageDisk(Disk):
         self.device = device
         self._medium = Medium(device)
         engine = open_engine(self._medium, writable=False).engine
+        if reads_data or passphrase is not None:
+            engine.unlock(passphrase)
         shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
         self.area: HeaderArea = engine.blocks.area
         self._guard = engine.guard

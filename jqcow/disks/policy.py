@@ -7,9 +7,10 @@ such a name alone: the caller's `FilePolicy` decides on each `NamedFile`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jqcow.errors import FileAccessDenied, UnsupportedFeatureError
+from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.naming import DISK_FORMATS, DiskFormat, NamedFile
 
 FilePolicy = bool | Callable[[NamedFile], bool]
@@ -26,11 +27,15 @@ class Following:
             writes to the guest's disk of a raw file then chooses its format.
         share_writers: read beside programs that write to these files, unless a journal is live; what is read
             may then be old, mixed or wrong.
+        passphrase: of the files that are encrypted, the first one included; shown nowhere.
+        reads_data: the guest's data is read, so an encrypted file needs a passphrase.
     """
 
     allow: FilePolicy = False
     probe: bool = False
     share_writers: bool = False
+    passphrase: Passphrase | None = field(default=None, repr=False)
+    reads_data: bool = True
 
     def __post_init__(self) -> None:
         check_policy(self.allow)

@@ -44,6 +44,7 @@ from jqcow.engine import scan
 from jqcow.engine.closing import Closing
 from jqcow.engine.commit import Commits
 from jqcow.engine.copying import Copying
+from jqcow.engine.guestdata import GuestData, data_on, unlocked_data
 from jqcow.engine.journal import Contents, Journal
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.log import Log, NewSalt
@@ -65,6 +66,7 @@ from jqcow.errors import FormatError
 from jqcow.ondisk import features
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, HeaderArea
+from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.layout import HostOffset
 
 
@@ -76,10 +78,10 @@ def random_salt() -> bytes:
 class Guest:
     """What a guest can ask for, through one set of tables."""
 
-    def __init__(self, requests: Requests, backing: Disk | None) -> None:
+    def __init__(self, requests: Requests, data: GuestData, backing: Disk | None) -> None:
         self.requests = requests
         self.tables = requests.tables
-        self.reads = Reads(requests, backing)
+        self.reads = Reads(requests, data, backing)
         self.writes = Writes(self.reads)
         self.copying = Copying(self.writes)
         self.packed = PackedWrites(self.writes)
@@ -105,6 +107,17 @@ class Engine:
         self.commits = Commits(self.log)
         self.lifecycle = Lifecycle(self.commits)
         self.closing = Closing(self.lifecycle)
+        self.data = data_on(medium, self.public.view)
+
+    def unlock(self, passphrase: Passphrase | None) -> None:
+        """Make the guest's data of an encrypted image readable; any other image needs nothing.
+
+        Raises:
+            PassphraseError: there is none, or it opens no key slot.
+            MissingPackageError: cryptography is not installed.
+            JqcowError: the LUKS header is damaged, or not one that jqcow reads.
+        """
+        self.data = unlocked_data(self.medium, self.public.view, passphrase)
 
     def guest(
         self,
@@ -121,7 +134,7 @@ class Engine:
         requests = Requests(
             tables or self.public, self.lifecycle, self.commits, self.guard, admit, alone=alone
         )
-        return Guest(requests, backing)
+        return Guest(requests, self.data, backing)
 
 
 def settle(medium: Medium) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jqcow.engine.clusters import Run
 from jqcow.engine.request import Request
 from jqcow.engine.write import Writes
+from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import compression, layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, L2Entry
 from jqcow.ondisk.layout import SECTOR_BYTES, GuestCluster, GuestOffset, HostOffset
@@ -38,6 +39,7 @@ class PackedWrites:
 
         Raises:
             ValueError: not whole clusters, or they reach past the end.
+            UnsupportedFeatureError: the image is encrypted, and compressed data would not be.
             OSError: the failed cluster is as before.
         """
         requests, cluster_bytes = self.requests, self.tables.geometry.cluster_bytes
@@ -57,6 +59,10 @@ class PackedWrites:
         """Check a range; return the type of compression."""
         self.requests.enter_change()
         self.requests.check_whole_clusters(offset, length)
+        if self.writes.data.is_encrypted:
+            raise UnsupportedFeatureError(
+                "compressed writing to an encrypted image", "qcow2 stores compressed clusters unencrypted"
+            )
         return self.tables.view.header.compression_type
 
     def _pack(self, stream: bytes, offset: GuestOffset) -> bool:

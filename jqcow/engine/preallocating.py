@@ -4,9 +4,9 @@ The tables of terabytes fit in no record. So they are not logged: they are writt
 names, made durable, and a record of a few entries then names them (L1 table, refcount table). The caller is
 alone, in a transaction.
 
-E1. A table that a record names and does not hold lies past the frontier, where no replay writes, and is
+H1. A table that a record names and does not hold lies past the frontier, where no replay writes, and is
     written whole and durable before that record.
-E2. A preallocated cluster lies past the frontier, so it reads as zeros in every crash state; the space that
+H2. A preallocated cluster lies past the frontier, so it reads as zeros in every crash state; the space that
     it was promised on the host is durable before the record that maps it.
 """
 
@@ -128,7 +128,7 @@ class Preallocating:
         return range(start // per_block, -(-(start + count) // per_block))
 
     def _write(self, plan: _Plan, preallocation: Preallocation) -> None:
-        """Write what the record will name and not hold (E1). Durable before it: the set is ordered."""
+        """Write what the record will name and not hold (H1). Durable before it: the set is ordered."""
         with self.medium.lock:
             # Not only in the checkpoint: a host that has no files of this length fails the operation.
             self.medium.grow(self.geometry.offset_of(self.tables.space.frontier))

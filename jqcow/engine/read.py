@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from jqcow.device.disk import Disk, read_padded, shows_zeros
+from jqcow.engine.guestdata import GuestData
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.metadata import Absent
 from jqcow.engine.request import Request, Requests
@@ -25,11 +26,12 @@ _ZEROS = bytes(ZERO_CHUNK_BYTES)
 class Reads:
     """Reads of a guest, and questions about what it would read. Errors as `Requests`.
 
-    ``backing``: the disk that unallocated clusters read from.
+    ``data``: how data is read and written. ``backing``: the disk that unallocated clusters read from.
     """
 
-    def __init__(self, requests: Requests, backing: Disk | None = None) -> None:
+    def __init__(self, requests: Requests, data: GuestData, backing: Disk | None = None) -> None:
         self.requests = requests
+        self.data = data
         self.tables = requests.tables
         self.medium = requests.medium
         self.backing = backing
@@ -63,7 +65,9 @@ class Reads:
         self.requests.admit(False)
         self.requests.check_range(offset, length)
         runs = self._runs_at_hand(GuestOffset(offset), length)
-        self.requests.guard.begin(request)
+        first, end = self.requests.clusters_of_sectors(offset, length)
+        self.requests.guard.require_not_changing(first, end)
+        self.requests.guard.begin(request, first=first, end=end)
         return runs
 
     def _runs_at_hand(self, offset: GuestOffset, length: int, walk: Walk | None = None) -> list[MappedRun]:
@@ -90,7 +94,7 @@ class Reads:
     def read_run(self, run: MappedRun, part: memoryview, offset: GuestOffset) -> None:
         """Fill ``part`` with what a run of guest bytes at ``offset`` reads as; the request is in flight."""
         if run.kind == DATA:
-            self.medium.pread_into(part, run.host)
+            self.data.pread_into(part, run.host)
         elif run.kind == COMPRESSED_CLUSTER:
             within = offset % self._cluster_bytes
             try:

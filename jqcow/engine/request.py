@@ -27,13 +27,14 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Absent
 from jqcow.engine.tables import Tables
 from jqcow.engine.tracking import Cold, PrivateMarks, Tracking
+from jqcow.ondisk.header import CRYPT_NONE
 from jqcow.ondisk.layout import GuestOffset
 
 Planned = TypeVar("Planned")
 
 
 class Request:
-    """A request in flight. ``first`` and ``end`` are guest clusters whose entries it will change."""
+    """A request in flight. ``first`` and ``end`` are guest clusters that are its own, as far as it needs."""
 
     __slots__ = ("changes", "end", "first", "number", "running")
 
@@ -81,8 +82,14 @@ class Guard:
 
     def require_free(self, first: int, end: int) -> None:
         """Raise Busy if another request will change the entries of guest clusters [first, end) (Q1)."""
-        for request in list(self._requests.values()):
+        for request in list(self._requests.values()) if first < end else ():
             if request.first < end and first < request.end:
+                raise Busy(request)
+
+    def require_not_changing(self, first: int, end: int) -> None:
+        """Raise Busy if another request changes data in guest clusters [first, end) (guestdata.py, E2)."""
+        for request in list(self._requests.values()) if first < end else ():
+            if request.changes and request.first < end and first < request.end:
                 raise Busy(request)
 
     def require_not_alone(self) -> None:
@@ -120,7 +127,10 @@ class Guard:
             raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
         with lock, self.medium.lock:
             left = self.is_alone if busy.request is None else busy.request.number in self._requests
-            if left:
+            if left and busy.request is not None and not busy.request.changes:
+                # A reader that was cut off has left nothing behind.
+                self.end(busy.request)
+            elif left:
                 self.medium.leave_in_doubt()
             self.medium.require_known()
 
@@ -279,6 +289,15 @@ class Requests:
         size = self.tables.mapping.disk_bytes
         if length < 0 or offset < 0 or offset + length > size:
             raise ValueError(f"{length} bytes at {offset} are not within the disk of {size} bytes")
+
+    def clusters_of_sectors(self, offset: int, length: int) -> tuple[int, int]:
+        """Return the guest clusters [first, end) that a request has to itself for its data's sake.
+
+        None, unless the image is encrypted (guestdata.py, E2).
+        """
+        if self.tables.view.header.crypt_method == CRYPT_NONE:
+            return 0, 0
+        return offset // self._cluster_bytes, self.geometry.clusters(offset + length)
 
     def check_whole_clusters(self, offset: int, length: int) -> None:
         """Raise ValueError unless a guest range within the disk is one of whole clusters, or to its end."""

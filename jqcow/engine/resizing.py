@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from jqcow.engine.preallocating import Preallocating
 from jqcow.engine.sharing import leave_to_one
 from jqcow.engine.zeroing import Zeroing
 from jqcow.ondisk.form import Preallocation
-from jqcow.ondisk.l2 import L2Entry
-from jqcow.ondisk.layout import HostOffset
 
 
 class Resizing:
@@ -61,17 +58,20 @@ class Resizing:
         """As `resize`, to a larger disk whose new clusters all have a place in the file."""
         if size_bytes <= old_size:
             raise ValueError("preallocation is of what a disk grows by")
+        if self.zeroing.writes.data.is_encrypted and not self.geometry.has_zero_flag:
+            raise ValueError("an encrypted disk that is preallocated needs compat=1.1")
         self._free_past(old_size)
         within = old_size % self._cluster_bytes
         if within:
             self.zeroing.write_over(old_size, self._cluster_bytes - within)
         first, end = self.geometry.clusters(old_size), self.geometry.clusters(size_bytes)
         backing = self.zeroing.reads.backing
-        codec = self.tables.mapping.codec
-        entry_for: Callable[[HostOffset], L2Entry] = codec.preallocated
+        codec, is_encrypted = self.tables.mapping.codec, self.zeroing.writes.data.is_encrypted
+        entry_for = codec.new_preallocated(is_encrypted=is_encrypted)
         if backing is not None and backing.size > old_size:
             # What a longer backing file has there was never the guest's.
-            entry_for = partial(codec.preallocated_zeros, as_data=preallocation != "metadata")
+            as_data = preallocation != "metadata" and not is_encrypted
+            entry_for = partial(codec.preallocated_zeros, as_data=as_data)
         self.preallocating.map_row(first, end, preallocation, entry_for)
         self.requests.planned(lambda: self._stage_size(size_bytes, ordered=bool(within)))
 

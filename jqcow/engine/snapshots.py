@@ -7,6 +7,7 @@ counted once for each. A change of shared data goes to a new cluster, a change o
 N1. Everything that an L1 table reaches is counted once for that table, in the record that makes or drops
     the table's place in the image.
 N2. After each of these operations COPIED is set in the active tables exactly where the refcount is 1.
+N3. The clusters of a LUKS header are metadata, with one user.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jqcow.engine.mapping import L1Table, MappingEditor
 from jqcow.engine.metadata import View
 from jqcow.engine.refcounts import Allocation, Refcounts
 from jqcow.errors import CorruptionError, SnapshotNotFound, UnsupportedFeatureError
-from jqcow.ondisk import layout
+from jqcow.ondisk import layout, luks
 from jqcow.ondisk import snapshots as tables
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 from jqcow.ondisk.snapshots import Snapshot, SnapshotTable
@@ -336,13 +337,20 @@ class Snapshots:
         return survey
 
     def _fixed_clusters(self) -> Iterator[tuple[str, ClusterIndex]]:
-        """Yield the clusters of header, refcount table and active L1 table: (structure, cluster index)."""
+        """Yield the clusters of headers, refcount table and active L1 table: (structure, cluster index)."""
         header = self.view.header
         yield "header", ClusterIndex(0)
         first = self.geometry.cluster_of(HostOffset(header.refcount_table_offset))
         for position in range(0 if self.refcounts.is_lost else header.refcount_table_clusters):
             yield "refcount table", ClusterIndex(first + position)
         yield from self._l1_clusters(self.mapping.l1)
+        yield from self._luks_clusters()
+
+    def _luks_clusters(self) -> Iterator[tuple[str, ClusterIndex]]:
+        """Yield the clusters of the LUKS header, if there is one (N3)."""
+        pointer = luks.pointer_of(self.view.area)
+        for cluster in () if pointer is None else luks.clusters_of(pointer, self.geometry):
+            yield "encryption header", ClusterIndex(cluster)
 
     def _l1_clusters(self, l1: L1Table) -> Iterator[tuple[str, ClusterIndex]]:
         first = self.geometry.cluster_of(l1.offset)

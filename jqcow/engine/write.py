@@ -75,6 +75,7 @@ class Writes:
         self.requests = reads.requests
         self.tables = reads.tables
         self.medium = reads.medium
+        self.data = reads.data
         self.guard = reads.requests.guard
         self.geometry = reads.requests.geometry
         self._cluster_bytes = self.geometry.cluster_bytes
@@ -148,9 +149,11 @@ class Writes:
             self._carry(plan, offset, offset + length)
         if all(piece.in_place for piece in plan.pieces):
             # It changes no entry, so none is its own (Q1); its clusters stay where they are (S6).
+            first, end = self.requests.clusters_of_sectors(offset, length)
+            self.guard.require_free(first, end)
             self._fill_last_sector(offset + length)
             self.requests.dirty.will_write(offset, length)
-            self.guard.begin(request, changes=True)
+            self.guard.begin(request, changes=True, first=first, end=end)
             return plan
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
@@ -296,7 +299,7 @@ class Writes:
         for piece in plan.pieces:
             if piece.in_place:
                 start = piece.offset - offset
-                self.medium.pwrite(data[start : start + piece.length], piece.run.host)
+                self.data.pwrite(data[start : start + piece.length], piece.run.host)
         for fresh in plan.fresh:
             plan.ordered |= self._write_fresh(fresh, data, offset)
 
@@ -314,11 +317,11 @@ class Writes:
             # It moves with the rest of its cluster.
             whole = memoryview(bytearray(stop - first))
             self._read_old(piece, GuestOffset(first), whole)
-            self.medium.pwrite(whole, HostOffset(host + first))
+            self.data.pwrite(whole, HostOffset(host + first))
             return True
         part = data[start - offset : end - offset]
-        if run.zero_safe and self._was_zero(piece, first, stop):
-            self.medium.pwrite(part, HostOffset(host + start))
+        if run.zero_safe and self._shows_holes() and self._was_zero(piece, first, stop):
+            self.data.pwrite(part, HostOffset(host + start))
             return False
         # W2, W3: without the barrier in between, a crash could show what the host clusters held before.
         position, whole_end = GuestOffset(first), end - end % unit
@@ -327,7 +330,7 @@ class Writes:
                 whole = part[position - start : whole_end - start]
             else:
                 whole = self._complete(piece, position, part, start)
-            self.medium.pwrite(whole, HostOffset(host + position))
+            self.data.pwrite(whole, HostOffset(host + position))
             position = GuestOffset(position + len(whole))
         return True
 
@@ -351,6 +354,10 @@ class Writes:
         if run.kind == DATA:
             run = run._replace(host=HostOffset(run.host + offset - piece.offset))
         self.reads.read_run(run, buffer, offset)
+
+    def _shows_holes(self) -> bool:
+        """True if what was never written reads as zeros (E1)."""
+        return not self.data.is_encrypted
 
     def _was_zero(self, piece: Piece, start: int, end: int) -> bool:
         """Return True if whole subclusters of a piece read as zeros until now (W2)."""

@@ -42,8 +42,10 @@ from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.blank import BlankImage, blank_image
+from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 
@@ -67,6 +69,8 @@ def create(
     allow_files: FilePolicy = False,
     overwrite: bool = False,
     journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
+    encryption: Encryption | None = None,
+    passphrase: Passphrase | None = None,
     **options: Unpack[FileOptions],
 ) -> Image:
     """Create an image and return it open for reading and writing.
@@ -82,6 +86,8 @@ def create(
         allow_files: whether the files may be opened that the backing file names, as in `open`.
         overwrite: replace an existing file, if nobody uses it.
         journal_size: in bytes, of the journal that writing will use; a multiple of 8192 from 64 KiB to 1 GiB.
+        encryption: how to encrypt the image; None: not at all.
+        passphrase: of encrypted backing files, as in `open`.
         options: what the image is to be, as `FileOptions` says.
 
     Raises:
@@ -93,25 +99,27 @@ def create(
         OSError: the host failed; nothing is left under the name.
     """
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    host_use = HostUse.of(options)
+    form, host_use = Form.of(options), HostUse.of(options)
     blank = blank_image(
         size,
-        Form.of(options),
+        form,
         backing_file=backing_file,
         backing_format=backing_format,
         preallocated=host_use.preallocation != "off",
+        luks=None if encryption is None else new_luks(encryption),
     )
     target = os.fspath(path)
     with _closed_on_error(FileDevice.create_temporary(path, nocow=host_use.nocow)) as device:
         write_blank(device, blank, host_use.preallocation)
         named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
         # Before the name: an image whose backing file cannot be read is of no use.
-        following = Following(allowing_what_it_names(target, allow_files))
+        following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
         chain = None if named is None else open_below(named, [device.identity()], following)
         with _closed_on_error(chain):
             device.publish(overwrite)
             length = _journal_length(journal_size)
-            return _open(device, "r+", journal=length, find_backing=lambda engine: chain)
+            unlock = _unlocking(None if encryption is None else encryption.passphrase)
+            return _open(device, "r+", journal=length, find_backing=lambda engine: chain, unlock=unlock)
 
 
 def open(
@@ -126,6 +134,7 @@ def open(
     allow_files: FilePolicy = False,
     probe: bool = False,
     copy_on_read: bool = False,
+    passphrase: Passphrase | None = None,
 ) -> Image:
     """Open an existing image.
 
@@ -150,15 +159,19 @@ def open(
         probe: tell the format of a backing file by its magic where the image does not store it. Whoever
             writes to the guest's disk of a raw file then chooses its format.
         copy_on_read: with ``"r+"``, write what is read from a backing file into the image, as a change.
+        passphrase: of an encrypted image and of encrypted backing files: bytes, or a function that is given
+            the path of each and returns its passphrase. Images that are not encrypted need none.
 
     Raises:
+        PassphraseError: there is none, or (as WrongPassphrase) it opens no key slot.
+        MissingPackageError: the image is encrypted, and cryptography is not installed.
         FileAccessDenied: the image has a backing file, and opening it is not allowed.
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
         SnapshotNotFound: there is none.
         JqcowError, OSError: not a qcow2 image, refused by name, damaged or in use; the host failed.
     """
     _check_mode(mode, journal_size, repair, force_share=force_share)
-    following = Following(allow_files, probe, share_writers=force_share)
+    following = Following(allow_files, probe, share_writers=force_share, passphrase=passphrase)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
@@ -171,6 +184,7 @@ def open(
             repair=repair,
             free_lost=free_lost,
             find_backing=lambda engine: _open_chain(engine, device, following),
+            unlock=_unlocking(passphrase),
             copy_on_read=copy_on_read,
         )
         return _settled(image, device)
@@ -196,6 +210,7 @@ def open_base(
             "r+",
             journal=_journal_length(journal_size),
             find_backing=lambda engine: _open_chain(engine, device, following, above),
+            unlock=_unlocking(following.passphrase),
         )
         return _settled(image, device)
 
@@ -238,6 +253,7 @@ def open_device(
     repair: What | None = None,
     free_lost: bool = False,
     backing: OwnDisk | Callable[[NamedFile], OwnDisk] | None = None,
+    passphrase: Passphrase | None = None,
 ) -> Image:
     """Open the image on a device of your own; see `open`. `Image.close` closes the device.
 
@@ -251,6 +267,7 @@ def open_device(
         free_lost: as in `open`.
         backing: the disk below the image, or a function that returns it, called with what the image names if
             it names a file. `Image.close` closes the disk.
+        passphrase: of an encrypted image, as in `open`.
 
     Raises:
         FileAccessDenied: the image names a backing file, and there is no ``backing``.
@@ -277,7 +294,17 @@ def open_device(
         repair=repair,
         free_lost=free_lost,
         find_backing=find_backing,
+        unlock=_unlocking(passphrase),
     )
+
+
+def _unlocking(passphrase: Passphrase | None) -> Callable[[Engine], None]:
+    """Return what makes the data of an engine's image readable, if that can be."""
+    return lambda engine: engine.unlock(passphrase)
+
+
+def _locked(_: Engine) -> None:
+    """Leave the data of an encrypted image out of reach: its tables alone are to be used."""
 
 
 def _open(
@@ -285,6 +312,7 @@ def _open(
     mode: Mode,
     *,
     find_backing: Callable[[Engine], Disk | None],
+    unlock: Callable[[Engine], None],
     journal: JournalLength,
     new_salt: Callable[[], bytes] = random_salt,
     snapshot: str | None = None,
@@ -310,6 +338,7 @@ def _open(
     if journal.is_exact:
         engine.log.shortest_bytes = journal.length_bytes
     shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
+    unlock(engine)
     backing = find_backing(engine)
     try:
         # Only now: an image whose backing file cannot be opened is not written to.
@@ -374,6 +403,7 @@ def _prepare_repair(
             repair=repair,
             free_lost=free_lost,
             find_backing=lambda _: None,
+            unlock=_locked,
         ) as image:
             done = image.repaired or RepairReport()
         needs_undo = free_lost or bool(
@@ -430,10 +460,13 @@ def open_alone(
     journal_size: int | None = None,
     repair: What | None = None,
     free_lost: bool = False,
+    passphrase: Passphrase | None = None,
+    reads_data: bool = False,
 ) -> Image:
     """Open an image without what is below it: where it has nothing of its own it reads as zeros.
 
-    For what works on the image's own tables: who reads its disk wants `open`. Arguments and errors as `open`.
+    For what works on the image's own tables: who reads its disk wants `open`. An encrypted one needs no
+    passphrase, unless it ``reads_data``. Arguments and errors as `open`.
     """
     _check_mode(mode, journal_size, repair, force_share=False)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
@@ -445,6 +478,7 @@ def open_alone(
             repair=repair,
             free_lost=free_lost,
             find_backing=lambda engine: None,
+            unlock=_unlocking(passphrase) if reads_data else _locked,
         )
         return _settled(image, device)
 
@@ -456,6 +490,7 @@ def open_backing(
     *,
     allow_files: FilePolicy,
     probe: bool = False,
+    passphrase: Passphrase | None = None,
 ) -> Chain:
     """Open a backing file that the caller names for the image at ``path``, and what is below that.
 
@@ -465,6 +500,7 @@ def open_backing(
         backing_format: of the backing file.
         allow_files: whether the files may be opened that the backing file names, as in `open`.
         probe: tell formats that are not stored by the magic.
+        passphrase: of encrypted files, as in `open`.
 
     Raises:
         JqcowError, OSError: as `open`.
@@ -472,7 +508,7 @@ def open_backing(
     image = os.fspath(path)
     naming.decode_name(os.fsencode(backing_file))
     named = naming.named_file(image, backing_file, backing_format)
-    following = Following(allowing_what_it_names(image, allow_files), probe)
+    following = Following(allowing_what_it_names(image, allow_files), probe, passphrase=passphrase)
     return open_below(named, [identity_of(image)], following)
 
 
@@ -499,16 +535,18 @@ def create_on_device(
     *,
     journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
     new_salt: Callable[[], bytes] = random_salt,
+    encryption: Encryption | None = None,
     **options: Unpack[FileOptions],
 ) -> Image:
     """Create an image on an empty device of your own, durably, and return it open; see `create`."""
     check_device(device)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    preallocation = HostUse.of(options).preallocation
-    blank = blank_image(size, Form.of(options), preallocated=preallocation != "off")
-    write_blank(device, blank, preallocation)
+    form, preallocation = Form.of(options), HostUse.of(options).preallocation
+    new = None if encryption is None else new_luks(encryption)
+    write_blank(device, blank_image(size, form, preallocated=preallocation != "off", luks=new), preallocation)
+    passphrase = None if encryption is None else encryption.passphrase
     # The opening makes it durable (M7).
-    return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt)
+    return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt, passphrase=passphrase)
 
 
 def write_blank(device: Device, blank: BlankImage, preallocation: Preallocation = "off") -> None:

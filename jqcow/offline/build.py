@@ -1,7 +1,8 @@
 """A new image built in one pass, from the first guest cluster to the last.
 
 It is written into a file that nobody sees yet, so nothing of it has to survive a crash, and it needs no
-journal: the layout is header, L1 table, then data and L2 tables in the order of the guest, then refcounts.
+journal: the layout is header, L1 table, LUKS header, then data and L2 tables in the order of the guest, then
+refcounts.
 
 Compressed clusters are packed one behind another, each from the start of a sector, across the border of two
 host clusters where these are neighbours. The refcount of a host cluster is the number of compressed clusters
@@ -14,7 +15,15 @@ from jqcow import _native
 from jqcow.device.base import Device
 from jqcow.image.opening import write_blank
 from jqcow.ondisk import entries, layout
-from jqcow.ondisk.blank import blank_image, new_header, new_l1_size, pack_ones, refcount_clusters
+from jqcow.ondisk.blank import (
+    blank_image,
+    new_area,
+    new_header,
+    new_l1_size,
+    pack_ones,
+    refcount_clusters,
+)
+from jqcow.ondisk.encryption import NewLuks
 from jqcow.ondisk.form import Form, Preallocation
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, L2Entry, codec_of
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
@@ -23,8 +32,8 @@ from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
 class ImageBuilder:
     """Builds an image on an empty device. Offsets and lengths in bytes."""
 
-    def __init__(self, device: Device, size: int, form: Form) -> None:
-        """Start an image of a disk of ``size`` bytes.
+    def __init__(self, device: Device, size: int, form: Form, luks: NewLuks | None = None) -> None:
+        """Start an image of a disk of ``size`` bytes; with ``luks`` an encrypted one, without compression.
 
         Raises:
             ValueError: the disk needs an L1 table larger than 32 MiB.
@@ -35,7 +44,10 @@ class ImageBuilder:
         self._geometry = form.geometry
         self._codec = codec_of(self._geometry)
         self._l1_table = bytearray(layout.table_bytes(new_l1_size(self._geometry, size)))
-        self._next_cluster = 1 + self._geometry.clusters(len(self._l1_table))
+        self._luks = luks
+        self._luks_cluster = 1 + self._geometry.clusters(len(self._l1_table))
+        luks_clusters = 0 if luks is None else self._geometry.clusters(luks.length)
+        self._next_cluster = self._luks_cluster + luks_clusters
         self._l2_index = -1
         self._l2_table = bytearray()
         self._reached = 0
@@ -54,8 +66,11 @@ class ImageBuilder:
         """
         self._reach(offset, len(data))
         host = self._next_cluster * self.cluster_bytes
-        self._device.pwrite(data, host)
         count = self._geometry.clusters(len(data))
+        if self._luks is None:
+            self._device.pwrite(data, host)
+        else:
+            _write_encrypted(self._device, self._luks, data, host, count * self.cluster_bytes)
         # The host offsets of one write are in a row, also where an L2 table ends within it.
         self._next_cluster += count
         first = offset // self.cluster_bytes
@@ -65,6 +80,8 @@ class ImageBuilder:
 
     def write_compressed(self, stream: bytes, offset: int) -> None:
         """Map the guest cluster at ``offset`` to its compressed content; offsets only rise."""
+        if self._luks is not None:
+            raise RuntimeError("compressed clusters are not encrypted")
         self._reach(offset, self.cluster_bytes)
         length = layout.round_up(len(stream), SECTOR_BYTES)
         host = self._pack(length)
@@ -151,22 +168,39 @@ class ImageBuilder:
             refcount_table_offset=table,
             refcount_table_clusters=table_clusters,
         )
-        self._device.pwrite(header.pack(), 0)
+        luks_offset = self._luks_cluster * cluster_bytes
+        for offset, data in () if self._luks is None else self._luks.parts:
+            self._device.pwrite(data, luks_offset + offset)
+        self._device.pwrite(new_area(header, self._luks, luks_offset).data, 0)
+
+
+def _write_encrypted(device: Device, luks: NewLuks, data: memoryview, host: int, whole_bytes: int) -> None:
+    """Write whole clusters: what is behind the disk's end must read as zeros, should it grow."""
+    whole = bytes(data).ljust(whole_bytes, b"\0")
+    device.pwrite(luks.cipher.encrypt(whole, host // SECTOR_BYTES), host)
 
 
 class PreallocatedImage:
     """A preallocated image on an empty device, whose disk is written. Offsets and lengths in bytes."""
 
-    def __init__(self, device: Device, size: int, form: Form, preallocation: Preallocation) -> None:
-        """Write the image, all of it, with a disk of ``size`` bytes of zeros.
+    def __init__(
+        self,
+        device: Device,
+        size: int,
+        form: Form,
+        preallocation: Preallocation,
+        luks: NewLuks | None = None,
+    ) -> None:
+        """Write the image, all of it, with a disk of ``size`` bytes of zeros; with ``luks`` an encrypted one.
 
         Raises:
             ValueError: the disk is too large for clusters of this size.
         """
-        blank = blank_image(size, form, preallocated=True)
+        blank = blank_image(size, form, preallocated=True, luks=luks)
         write_blank(device, blank, preallocation)
         self._device = device
         self._blank = blank
+        self._luks = luks
         self._codec = codec_of(form.geometry)
         self.cluster_bytes = form.geometry.cluster_bytes
 
@@ -175,10 +209,13 @@ class PreallocatedImage:
         disk = self._blank.disk
         if disk is None:
             raise RuntimeError("a preallocated image has a preallocated disk")
-        self._device.pwrite(data, disk.row.host + offset)
-        if self._codec.subclusters > 1:
-            count = self._codec.geometry.clusters(len(data))
-            self._fill(disk.tables, disk.row.host + offset, offset // self.cluster_bytes, count)
+        host, count = disk.row.host + offset, self._codec.geometry.clusters(len(data))
+        if self._luks is None:
+            self._device.pwrite(data, host)
+        else:
+            _write_encrypted(self._device, self._luks, data, host, count * self.cluster_bytes)
+        if self._codec.subclusters > 1 or self._luks is not None:
+            self._fill(disk.tables, host, offset // self.cluster_bytes, count)
 
     def _fill(self, tables: int, host: int, first: int, count: int) -> None:
         """Say of clusters that all their subclusters are data; their entries lie in a row, tables and all."""

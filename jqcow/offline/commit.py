@@ -19,6 +19,7 @@ from jqcow.image.opening import open_alone, open_base
 from jqcow.offline.compare import Progress
 from jqcow.offline.losses import refuse_lost_data_in
 from jqcow.offline.rebase import refuse_snapshots
+from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 WINDOW_BYTES = 4 << 20
@@ -51,6 +52,7 @@ def commit(
     probe: bool = False,
     journal_size: int | None = None,
     progress: Progress = lambda done, total: None,
+    passphrase: Passphrase | None = None,
 ) -> CommitReport:
     """Write what an overlay has of its own into its backing file; then empty the overlay.
 
@@ -65,6 +67,7 @@ def commit(
         probe: tell formats that are not stored by the magic.
         journal_size: in bytes, of the journals of both images, as in `jqcow.open`.
         progress: called with the bytes of the overlay's disk that are done, and all of them.
+        passphrase: of the files that are encrypted, as in `jqcow.open`.
 
     Raises:
         ValueError: the image has no backing file.
@@ -75,8 +78,9 @@ def commit(
     """
     # What a hole in a table hides would be the base's from then on.
     refuse_lost_data_in(path)
-    following = Following(allow_files, probe)
-    with open_alone(path, "r+", journal_size=journal_size) as overlay:
+    following = Following(allow_files, probe, passphrase=passphrase)
+    alone = open_alone(path, "r+", journal_size=journal_size, passphrase=passphrase, reads_data=True)
+    with alone as overlay:
         named = overlay.backing_file
         if named is None:
             raise ValueError(f"{os.fspath(path)} has no backing file to commit to")

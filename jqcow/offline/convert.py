@@ -32,7 +32,9 @@ from jqcow.offline.compare import Progress, first_difference, windows
 from jqcow.offline.compressing import CompressingWriter, Compression
 from jqcow.offline.losses import Losses, LostRange, SalvagedDisk, refuse_lost_data
 from jqcow.ondisk.compression import CompressionType
+from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
+from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.naming import DiskFormat, check_format
 
 BUFFER_BYTES = 2 << 20
@@ -85,6 +87,7 @@ class _Form:
     host_use: HostUse
     is_compressed: bool
     compression: Compression
+    encryption: Encryption | None = None
 
     def __post_init__(self) -> None:
         check_format(self.format)
@@ -96,6 +99,10 @@ class _Form:
             )
         if self.is_compressed and self.host_use.preallocation != "off":
             raise ValueError("compressed clusters cannot be preallocated: their size is not known before")
+        if self.format == "raw" and self.encryption is not None:
+            raise ValueError("a raw file cannot be encrypted")
+        if self.is_compressed and self.encryption is not None:
+            raise ValueError("compressed clusters are not encrypted: an image is one or the other")
         if self.compression.level is not None and not self.is_compressed:
             raise ValueError("a compression level is of use only where clusters are compressed")
 
@@ -191,6 +198,8 @@ def convert(
     verify: bool = False,
     salvage: bool = False,
     progress: Progress = lambda done, total: None,
+    passphrase: Passphrase | None = None,
+    encryption: Encryption | None = None,
     **options: Unpack[FileOptions],
 ) -> ConvertReport:
     """Copy a disk into a new file of ``target_format``, durably.
@@ -209,6 +218,8 @@ def convert(
         verify: reread both and compare them before the target gets its name.
         salvage: make zeros of what cannot be read of the source; `ConvertReport.lost` tells what that was.
         progress: called with the bytes of the disk that are done, and all of them.
+        passphrase: of an encrypted source and of encrypted files below it, as in `jqcow.open`.
+        encryption: how to encrypt a qcow2 target; None: not at all.
         options: what the target is to be, as `FileOptions` says; of a raw one the preallocation (not
             ``metadata``) and ``nocow``.
 
@@ -221,9 +232,9 @@ def convert(
         OSError: the host failed. After this, as after a `JqcowError`, there is no new target.
     """
     compression = Compression(options.get("compression_type", "zlib"), compression_level)
-    form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, compression)
+    form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, compression, encryption)
     _check_target(source, target, overwrite=overwrite)
-    following = Following(allow_files, probe)
+    following = Following(allow_files, probe, passphrase=passphrase)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
         losses = Losses()
         disk = _readable(chain, losses, salvage=salvage)
@@ -286,7 +297,7 @@ def _write(
     try:
         amounts = _copy(disk, device, form, progress)
         if verify:
-            amounts = dataclasses.replace(amounts, verify_seconds=_verify(disk, device, form.format))
+            amounts = dataclasses.replace(amounts, verify_seconds=_verify(disk, device, form))
         device.publish(overwrite)
         seconds = time.perf_counter() - started - (amounts.verify_seconds or 0)
         return dataclasses.replace(amounts, seconds=seconds)
@@ -299,10 +310,12 @@ def _target(device: FileDevice, disk: Disk, form: _Form) -> Iterator[_Target]:
     if form.format == "raw":
         yield _RawTarget(device, disk.size, form.host_use.preallocation)
         return
+    new = None if form.encryption is None else new_luks(form.encryption)
     if form.host_use.preallocation != "off":
-        yield _ImageTarget(PreallocatedImage(device, disk.size, form.image, form.host_use.preallocation))
+        preallocation = form.host_use.preallocation
+        yield _ImageTarget(PreallocatedImage(device, disk.size, form.image, preallocation, new))
         return
-    builder = ImageBuilder(device, disk.size, form.image)
+    builder = ImageBuilder(device, disk.size, form.image, new)
     if not form.is_compressed:
         yield _ImageTarget(builder)
         return
@@ -347,10 +360,11 @@ def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _verify(disk: Disk, device: FileDevice, target_format: DiskFormat) -> float:
+def _verify(disk: Disk, device: FileDevice, form: _Form) -> float:
     started = time.perf_counter()
+    passphrase = None if form.encryption is None else form.encryption.passphrase
     # Not closed: the device is the caller's.
-    written = RawDisk(device) if target_format == "raw" else ImageDisk(device)
+    written = RawDisk(device) if form.format == "raw" else ImageDisk(device, passphrase=passphrase)
     difference = first_difference(disk, written)
     if difference is not None:
         raise JqcowError(f"verification failed: source and target differ at guest offset {difference:#x}")

@@ -15,10 +15,11 @@ from jqcow.disks.raw import RawDisk
 from jqcow.disks.view import FileView, open_view
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import header as headers
-from jqcow.ondisk import naming, snapshots
+from jqcow.ondisk import luks, naming, snapshots
 from jqcow.ondisk.bitmaps import Bitmap, read_bitmaps
 from jqcow.ondisk.features import ignored_features, unknown_features
 from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.ondisk.snapshots import Snapshot
 
@@ -49,6 +50,30 @@ class ExternalData:
 
 
 @dataclass(frozen=True)
+class SlotFacts:
+    """A key slot; ``iters`` and ``stripes`` are None where it has no passphrase. ``key_offset`` in bytes."""
+
+    key_offset: int
+    iters: int | None = None
+    stripes: int | None = None
+
+
+@dataclass(frozen=True)
+class LuksFacts:
+    """What a LUKS header says, in qemu-img's words; ``payload_offset`` in bytes."""
+
+    cipher_alg: str
+    cipher_mode: str
+    ivgen_alg: str
+    ivgen_hash_alg: str | None
+    hash_alg: str
+    uuid: str
+    payload_offset: int
+    master_key_iters: int
+    slots: tuple[SlotFacts, ...]
+
+
+@dataclass(frozen=True)
 class Qcow2Facts:
     """What only a qcow2 image has: all that its header announces, whether or not jqcow can open it."""
 
@@ -66,6 +91,7 @@ class Qcow2Facts:
     journal: LiveJournal | None
     bitmaps: tuple[Bitmap, ...]
     encryption: Literal["aes", "luks", "unknown"] | None
+    luks: LuksFacts | None
     external_data: ExternalData | None
     unknown_features: tuple[str, ...]
 
@@ -155,6 +181,7 @@ def _qcow2_facts(view: FileView) -> Qcow2Facts:
         journal=_live_journal(view),
         bitmaps=read_bitmaps(view.read, view.area),
         encryption=_ENCRYPTION.get(header.crypt_method, "unknown") if header.crypt_method else None,
+        luks=_luks(view),
         external_data=_external_data(view.area),
         unknown_features=(*unknown_features(view.area), *ignored_features(view.area)),
     )
@@ -166,6 +193,35 @@ def _external_data(area: HeaderArea) -> ExternalData | None:
     name = area.find(headers.EXTENSION_EXTERNAL_DATA)
     is_raw = bool(area.header.autoclear_features & headers.AUTOCLEAR_DATA_FILE_RAW)
     return ExternalData(None if name is None else name.data.decode("utf-8", "replace"), is_raw)
+
+
+def _luks(view: FileView) -> LuksFacts | None:
+    """Return what the LUKS header says; None without one, and where it is damaged."""
+    try:
+        pointer = luks.pointer_of(view.area)
+        if pointer is None:
+            return None
+        header = luks.LuksHeader.unpack(view.read(luks.HEADER_BYTES, pointer.offset))
+    except (CorruptionError, FormatError):
+        return None
+    mode, _, generator = header.mode.partition("-")
+    generator, _, generator_hash = generator.partition(":")
+    return LuksFacts(
+        cipher_alg=f"{header.cipher}-{header.cipher_bits}",
+        cipher_mode=mode,
+        ivgen_alg=generator,
+        ivgen_hash_alg=generator_hash or None,
+        hash_alg=header.hash,
+        uuid=header.uuid,
+        payload_offset=header.payload_sector * SECTOR_BYTES,
+        master_key_iters=header.digest_iterations,
+        slots=tuple(
+            SlotFacts(slot.material_offset, slot.iterations, slot.stripes)
+            if slot.is_active
+            else SlotFacts(slot.material_offset)
+            for slot in header.slots
+        ),
+    )
 
 
 def _snapshots(view: FileView) -> tuple[Snapshot, ...]:

@@ -11,6 +11,7 @@ from jqcow.image.opening import write_blank
 from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
 from jqcow.ondisk.blank import blank_image
+from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, decode_name, named_file, resolve
@@ -49,6 +50,7 @@ def create_overlay(
     backing_file: str,
     backing_format: DiskFormat,
     overwrite: bool = False,
+    encryption: Encryption | None = None,
     **options: Unpack[FileOptions],
 ) -> None:
     """Create an empty qcow2 image over a backing file, durably. The backing file is not opened.
@@ -59,6 +61,7 @@ def create_overlay(
         backing_file: name to be stored as it is: relative to the directory of the new image.
         backing_format: of the backing file.
         overwrite: replace an existing file, if nobody uses it.
+        encryption: how to encrypt the new image; None: not at all.
         options: what the image is to be, as `FileOptions` says.
 
     Raises:
@@ -69,13 +72,14 @@ def create_overlay(
         OSError: the host failed; nothing is left under the name.
     """
     size = layout.disk_size(size)
-    host_use = HostUse.of(options)
+    form, host_use = Form.of(options), HostUse.of(options)
     blank = blank_image(
         size,
-        Form.of(options),
+        form,
         backing_file=backing_file,
         backing_format=backing_format,
         preallocated=host_use.preallocation != "off",
+        luks=None if encryption is None else new_luks(encryption),
     )
     overlay = os.fspath(path)
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.

@@ -18,6 +18,7 @@ from jqcow.image.opening import open_alone, open_backing
 from jqcow.image.transaction import Transaction
 from jqcow.offline.compare import Progress
 from jqcow.offline.losses import refuse_lost_data
+from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.naming import DiskFormat
 
 WINDOW_BYTES = 4 << 20
@@ -41,6 +42,7 @@ def rebase(
     probe: bool = False,
     journal_size: int | None = None,
     progress: Progress = lambda done, total: None,
+    passphrase: Passphrase | None = None,
 ) -> RebaseReport:
     """Give an image another backing file, or none, in one transaction.
 
@@ -55,6 +57,7 @@ def rebase(
         probe: tell formats that are not stored by the magic.
         journal_size: in bytes, as in `jqcow.open`.
         progress: called with the bytes of the disk that are done, and all of them.
+        passphrase: of the files that are encrypted, as in `jqcow.open`.
 
     Raises:
         ValueError: a name that cannot be stored.
@@ -67,12 +70,20 @@ def rebase(
         with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:
             transaction.set_backing_file(backing_file, backing_format)
         return RebaseReport(0, 0)
-    with closing(open_disk(path, "qcow2", following=Following(allow_files, probe))) as chain:
+    following = Following(allow_files, probe, passphrase=passphrase)
+    with closing(open_disk(path, "qcow2", following=following)) as chain:
         # What a hole in a table hides would be copied from below, or be zeros from then on.
         refuse_lost_data(chain.layers)
     with (
-        open_image(path, "r+", journal_size=journal_size, allow_files=allow_files, probe=probe) as image,
-        _new_chain(path, backing_file, backing_format, allow_files, probe=probe) as new,
+        open_image(
+            path,
+            "r+",
+            journal_size=journal_size,
+            allow_files=allow_files,
+            probe=probe,
+            passphrase=passphrase,
+        ) as image,
+        _new_chain(path, backing_file, backing_format, following) as new,
         image.transaction() as transaction,
     ):
         refuse_snapshots(transaction, "a rebase")
@@ -94,14 +105,19 @@ def _new_chain(
     path: str | os.PathLike[str],
     backing_file: str | None,
     backing_format: DiskFormat | None,
-    allow_files: FilePolicy,
-    *,
-    probe: bool,
+    following: Following,
 ) -> Iterator[Chain | None]:
     if backing_file is None:
         yield None
         return
-    chain = open_backing(path, backing_file, backing_format, allow_files=allow_files, probe=probe)
+    chain = open_backing(
+        path,
+        backing_file,
+        backing_format,
+        allow_files=following.allow,
+        probe=following.probe,
+        passphrase=following.passphrase,
+    )
     try:
         yield chain
     finally:

@@ -1,14 +1,15 @@
-"""The bytes of a new, empty image: header, refcount table, refcount blocks and L1 table, in this order.
+"""The bytes of a new, empty image: header, refcount table and blocks, L1 table, LUKS header, in order.
 
 Behind these a preallocated image has its L2 tables, and the clusters of the disk in a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jqcow import _native
 from jqcow.ondisk import layout
+from jqcow.ondisk.encryption import NewLuks
 from jqcow.ondisk.entries import pack_refcount_table, put_l1
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, V2_BYTES, Header, HeaderArea
@@ -40,6 +41,7 @@ def blank_image(
     backing_file: str | None = None,
     backing_format: str | None = None,
     preallocated: bool = False,
+    luks: NewLuks | None = None,
 ) -> BlankImage:
     """Lay out an empty image.
 
@@ -49,6 +51,7 @@ def blank_image(
         backing_file: name to be stored, relative to the directory of the image; None for no backing file.
         backing_format: ``raw`` or ``qcow2``, with a backing file.
         preallocated: every cluster of the disk has a host cluster, which reads as zeros.
+        luks: the LUKS header of an encrypted image.
 
     Raises:
         ValueError: the disk needs an L1 table larger than 32 MiB, or a refcount table larger than 8 MiB;
@@ -60,13 +63,19 @@ def blank_image(
     l2_tables, disk_clusters = (l1_size, geometry.clusters(size)) if preallocated else (0, 0)
     if preallocated and backing_file is not None and not form.has_subclusters:
         raise ValueError("preallocation over a backing file would hide it, but with extended_l2")
-    others = 1 + l1_clusters + l2_tables + disk_clusters
+    if preallocated and luks is not None and not geometry.has_zero_flag:
+        raise ValueError(
+            "an encrypted disk that is preallocated needs compat=1.1: without it, it reads as noise"
+        )
+    luks_clusters = 0 if luks is None else geometry.clusters(luks.length)
+    others = 1 + l1_clusters + luks_clusters + l2_tables + disk_clusters
     table_clusters, block_count = refcount_clusters(geometry, others)
     if table_clusters * geometry.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:
         raise ValueError(f"a disk of {size} bytes cannot be preallocated in clusters of this size")
     table = geometry.cluster_bytes
     blocks = table + table_clusters * geometry.cluster_bytes
     l1_table = blocks + block_count * geometry.cluster_bytes
+    luks_offset = l1_table + l1_clusters * geometry.cluster_bytes
     header = new_header(
         form,
         size,
@@ -74,19 +83,20 @@ def blank_image(
         refcount_table_offset=table,
         refcount_table_clusters=table_clusters,
     )
-    area = HeaderArea(header, (), header.pack())
+    area = new_area(header, luks, luks_offset)
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
     used = others + table_clusters + block_count
     refcount_table = pack_refcount_table(geometry, blocks, block_count)
-    parts = ((0, area.data), (table, refcount_table))
+    of_luks = () if luks is None else tuple((luks_offset + at, data) for at, data in luks.parts)
+    parts = ((0, area.data), (table, refcount_table), *of_luks)
     length = used * geometry.cluster_bytes
     if not preallocated:
         return BlankImage((*parts, (blocks, pack_ones(geometry, used))), length)
-    tables = HostOffset(l1_table + l1_clusters * geometry.cluster_bytes)
+    tables = HostOffset(luks_offset + luks_clusters * geometry.cluster_bytes)
     codec = codec_of(geometry)
     host = HostOffset(tables + l2_tables * geometry.cluster_bytes)
-    row = MappedRow(codec, 0, disk_clusters, host, codec.preallocated)
+    row = MappedRow(codec, 0, disk_clusters, host, codec.new_preallocated(is_encrypted=luks is not None))
     disk = PreallocatedDisk(row, tables, HostOffset(blocks), used)
     return BlankImage((*parts, (l1_table, _pack_l1(geometry, tables, l2_tables))), length, disk)
 
@@ -109,6 +119,15 @@ def new_l1_size(geometry: Geometry, size: int) -> int:
     if l1_size > layout.MAX_L1_ENTRIES:
         raise ValueError(f"a disk of {size} bytes needs larger clusters than {geometry.cluster_bytes} bytes")
     return l1_size
+
+
+def new_area(header: Header, luks: NewLuks | None, luks_offset: int) -> HeaderArea:
+    """Return the header area of a new image, with or without a LUKS header at a host offset."""
+    if luks is None:
+        return HeaderArea(header, (), header.pack())
+    header = replace(header, crypt_method=luks.crypt_method)
+    area = HeaderArea(header, (luks.extension(luks_offset),), header.pack())
+    return area.with_backing_file(None, None)
 
 
 def new_header(

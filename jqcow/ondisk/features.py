@@ -116,7 +116,10 @@ def _find_data_file(area: HeaderArea) -> Words | None:
 
 def _find_encryption(area: HeaderArea) -> Words | None:
     method = area.header.crypt_method
-    return ("encryption", f"crypt_method {method}") if method else None
+    if method in (headers.CRYPT_NONE, headers.CRYPT_LUKS):
+        return None
+    what = "AES without LUKS, which is broken: " if method == headers.CRYPT_AES else ""
+    return "encryption", f"{what}crypt_method {method}"
 
 
 def find_compression_type(area: HeaderArea) -> Words | None:
@@ -136,7 +139,7 @@ FEATURES = (
     Feature("live journal",              _JOURNAL,               _NO,  _NO,  _NO,  _NO),
     Feature("external data file",        _find_data_file,        _NO,  _NO,  _NO,  _NO),
     Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
-    Feature("encryption",                _find_encryption,       _NO,  _NO,  _NO,  _NO),
+    Feature("AES encryption",            _find_encryption,       _NO,  _NO,  _NO,  _NO),
     Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),
     Feature("corrupt bit",               _CORRUPT,               _YES, _NO,  _YES, _YES),
 )  # fmt: skip

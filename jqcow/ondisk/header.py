@@ -72,6 +72,8 @@ EXTENSION_EXTERNAL_DATA = 0x44415441
 BITMAPS_STRUCT = struct.Struct(">IIQQ")
 """The bitmaps extension: number of bitmaps, reserved, size and offset of their directory in bytes."""
 
+CRYPT_NONE, CRYPT_AES, CRYPT_LUKS = range(3)
+
 
 @dataclass(frozen=True)
 class Header:

@@ -124,7 +124,9 @@ class Judge:
         require(is_same, "P4: read-only opening shows what recovery brings back")
         image.close()
         judge_closed(device, expectation)
-        if self.qemu_every and token % self.qemu_every == 0:
+        # QEMU reads no LUKS header with as few stripes as those of the laboratory.
+        may_ask = self.qemu_every and not expectation.windows.encrypted
+        if may_ask and token % self.qemu_every == 0:
             self.qemu_judged += 1
             judge_by_qemu(device, expectation.windows, found)
         if token % WRITE_ON_EVERY == 0:

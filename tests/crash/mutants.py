@@ -37,9 +37,11 @@ from tests.support.mutant import (
     CHANGES,
     CLOSING,
     COMMITS,
+    ENCRYPTED_DATA,
     FRAME,
     JOURNAL,
     JOURNAL_MODULE,
+    KEY_SLOTS,
     LEAVE_TO_ONE,
     LIFECYCLE,
     LOG,
@@ -103,6 +105,8 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
+    "slots.material": ("dropping:key-slots",),
+    "slots.wiped": ("dropping:key-slots",),
     "undo.settle": ("dropping:repair-done",),
     "undo.done": ("dropping:repair-done",),
     "undo.begin": ("dropping:undo",),
@@ -400,17 +404,17 @@ OF_MAPPING_AND_SNAPSHOTS = (
         trials=("snapshots/4096/0",),
     ),
     Mutant(
-        "E1-tables-not-durable",
+        "H1-tables-not-durable",
         after(f"{PREALLOCATING}._stage", unordered),
         trials=seeds("preallocated/512", 3),
     ),
     Mutant(
-        "E1-refcounts-not-written",
+        "H1-refcounts-not-written",
         returning(f"{PREALLOCATING}._refcount_blocks", ()),
         trials=seeds("preallocated/512", 3),
     ),
     Mutant(
-        "E2-old-space",
+        "H2-old-space",
         replacing(f"{SPACE}.take_at_frontier", take_old_space, during=f"{PREALLOCATING}._plan"),
         trials=seeds("preallocated-old-space/4096", 4),
     ),
@@ -701,6 +705,43 @@ OF_AMENDMENTS = (
     ),
 )
 
+
+def wipe_first(record: Function, slots: Any, header: Any) -> None:
+    """Overwrite the key material of a passphrase before the record that takes it away."""
+    for number, slot in enumerate(slots.header.slots):
+        if slot.is_active and not header.slots[number].is_active:
+            slots._wipe(number, slot)
+    record(slots, header)
+
+
+OF_ENCRYPTION = (
+    Mutant(
+        "E1-holes-of-an-encrypted-image",
+        returning(f"{WRITES}._shows_holes", True),
+        trials=seeds("encrypted-reopened/4096", 2),
+    ),
+    Mutant(
+        "E2-sector-in-part",
+        skipping(f"{ENCRYPTED_DATA}._read_sectors", during=f"{ENCRYPTED_DATA}._completed"),
+        trials=(SCENARIO + "part-of-a-sector",),
+    ),
+    Mutant(
+        "E3-active-before-its-key-material",
+        without_barrier("slots.material"),
+        trials=("dropping:key-slots",),
+    ),
+    Mutant(
+        "E4-key-material-before-the-record",
+        replacing(f"{KEY_SLOTS}._record", wipe_first),
+        trials=("dropping:key-slots",),
+    ),
+    Mutant(
+        "N3-luks-header-is-no-metadata",
+        returning(f"{SNAPSHOTS}._luks_clusters", ()),
+        trials=(SCENARIO + "entry-into-luks-header",),
+    ),
+)
+
 MUTANTS = (
     *OF_MEDIUM,
     *OF_JOURNAL,
@@ -714,6 +755,7 @@ MUTANTS = (
     *OF_COMMITS,
     *OF_UNDO,
     *OF_AMENDMENTS,
+    *OF_ENCRYPTION,
     *MUTANTS_OF_THREADS,
 )
 

@@ -29,6 +29,7 @@ from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC
 from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
 from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
@@ -840,6 +841,7 @@ DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "unfinished-close": unfinished_close,
     "stale-root-copy": stale_root_copy,
     "undo": undo_of_a_repair,
+    "key-slots": key_slots,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
 
@@ -874,5 +876,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         interrupted_operation,
         flush_cut_off,
         transaction_cut_off,
+        part_of_a_sector,
+        entry_into_luks_header,
     )
 }

@@ -261,12 +261,33 @@ _OF_BITMAPS = tuple(
         ("overlay", "-overlay", stories.REOPENED),
     )
 )
+_OF_ENCRYPTION = tuple(
+    Family(f"encrypted-{name}", f"encrypted{start}", story)
+    for name, start, story in (
+        ("reopened", "", stories.REOPENED),
+        ("in-place", "-full", stories.IN_PLACE),
+        ("reuse", "-full", stories.REUSE),
+        ("reuse-dirty", "-unpunchable", stories.REUSE),
+        ("killed", "", stories.KILLED),
+        ("host-fails", "-unpunchable", stories.HOST_FAILS),
+        ("barrier-fails", "-full", stories.BARRIER_FAILS),
+        ("move", "", stories.MOVE),
+        ("transactions", "-unpunchable", stories.TRANSACTIONS),
+        ("resizes", "-full", stories.RESIZES),
+        ("snapshots", "-snapshots", stories.BETWEEN_WRITES),
+        ("snapshots-cow", "-snapshots", stories.COPY_ON_WRITE),
+        ("overlay", "-overlay", stories.REOPENED),
+        ("rebase", "-overlay", overlays.REBASE),
+        ("copy-on-read", "-overlay", overlays.COPIED_UP),
+        ("repair", "-dirty-bit", overlays.REPAIRED),
+    )
+)
 GROUPS = {
     "plain": _PLAIN,
     "transactions": _OF_TRANSACTIONS,
     "snapshots": _OF_SNAPSHOTS,
     "overlays": _OF_OVERLAYS,
-    "features": (*_OF_FEATURES, *_OF_BITMAPS),
+    "features": (*_OF_FEATURES, *_OF_BITMAPS, *_OF_ENCRYPTION),
 }
 FAMILIES = {family.name: family for families in GROUPS.values() for family in families}
 

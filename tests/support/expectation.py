@@ -29,13 +29,14 @@ class Kind(TypedDict, total=False):
 
     extended_l2: bool
     compat: Compat
+    encrypted: bool
 
 
 @dataclass(frozen=True)
 class Windows:
     """The parts of a disk that are used: ``count`` ranges of ``window_bytes``, one every ``stride_bytes``.
 
-    ``extended_l2``, ``compat``: what the image is to be.
+    ``extended_l2``, ``compat``, ``encrypted``: what the image is to be.
     """
 
     count: int
@@ -43,6 +44,7 @@ class Windows:
     stride_bytes: int
     extended_l2: bool = False
     compat: Compat = "1.1"
+    encrypted: bool = False
 
     @classmethod
     def of(cls, cluster_bytes: int, count: int = 4, **kind: Unpack[Kind]) -> Windows:

@@ -22,6 +22,7 @@ from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.naming import NamedFile, backing_file_of
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.testing import SimulatedDevice
+from tests.support.encrypted import PASSPHRASE
 
 if TYPE_CHECKING:
     from tests.support.below import Below
@@ -45,7 +46,7 @@ class Shown:
         self._tables.staged = tables.staged
         engine = guest.requests
         requests = Requests(self._tables, engine.lifecycle, engine.commits, engine.guard, engine.admit)
-        self._reads = Reads(requests, guest.reads.backing)
+        self._reads = Reads(requests, guest.reads.data, guest.reads.backing)
         self.size = snapshot.disk_bytes
 
     def pread(self, length: int, offset: int) -> bytes:
@@ -131,6 +132,7 @@ def open_by_root_copy(
     opened = open_engine(
         Medium(device), writable=True, journal_bytes=journal_bytes, use_root_copy=True, new_salt=new_salt
     )
+    opened.engine.unlock(PASSPHRASE)
     repaired = make_writable(opened)
     named = backing_file_of(opened.engine.blocks.area, "")
     below = None if named is None else find_below(named)

@@ -25,6 +25,7 @@ from jqcow.ondisk.header import (
 from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
 from tests.support.below import Below, name_of
+from tests.support.encrypted import without_chance
 from tests.support.expectation import AllNoted, AllTaken, Expectation, Kind, Noted, Taken, Windows
 from tests.support.operations import Request, Write
 from tests.support.patients import DIRTY_BYTE, Tables
@@ -512,6 +513,17 @@ def narrow_image(cluster_bytes: int, random: Random) -> Start:
     return by_qemu(cluster_bytes, f",refcount_bits={random.choice((1, 2))}", 0)
 
 
+def encrypted(prepare: Callable[..., Start]) -> Prepare:
+    """Return what makes the same image, encrypted by keys that are the same on every run."""
+
+    def prepare_encrypted(cluster_bytes: int, random: Random) -> Start:
+        with without_chance():
+            start = prepare(cluster_bytes, random, encrypted=True)
+        return replace(start, extensions=extensions_in(start.content))
+
+    return prepare_encrypted
+
+
 Prepare = Callable[[int, Random], Start]
 STARTS: dict[str, Prepare] = {
     "empty": empty_file,
@@ -560,6 +572,12 @@ STARTS: dict[str, Prepare] = {
     "bitmaps-snapshots": with_bitmaps(snapshots_image),
     "bitmaps-overlay": with_bitmaps(overlay_image),
     "bitmaps-unforgetting": without_forgetting(with_bitmaps(full_image)),
+    "encrypted": encrypted(used_image),
+    "encrypted-full": encrypted(full_image),
+    "encrypted-unpunchable": without_holes(encrypted(dirty_image)),
+    "encrypted-snapshots": encrypted(snapshots_image),
+    "encrypted-overlay": encrypted(overlay_image),
+    "encrypted-dirty-bit": damaged(encrypted(snapshots_image)),
 }
 SIMULATED = tuple(STARTS)[:15]
 """Those of the simulation: it opens images with nothing below."""

@@ -18,12 +18,14 @@ from typing import Any, Unpack
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
 from jqcow.image.transaction import Savepoint, Transaction
+from jqcow.ondisk.encryption import Encryption
 from jqcow.ondisk.form import FormOptions, Preallocation
 from jqcow.ondisk.naming import NamedFile
 from jqcow.ondisk.root import is_live
 from jqcow.testing import SECTOR_BYTES, FaultPlan, SimulatedDevice
 from tests.support import inside
 from tests.support.below import find_below
+from tests.support.encrypted import PASSPHRASE, encryption
 from tests.support.expectation import (
     AllNoted,
     AllTaken,
@@ -60,12 +62,21 @@ class Interrupt(BaseException):
 
 
 def create_simulated(
-    device: SimulatedDevice, size_bytes: int, cluster_bytes: int, **options: Unpack[FormOptions]
+    device: SimulatedDevice,
+    size_bytes: int,
+    cluster_bytes: int,
+    encryption: Encryption | None = None,
+    **options: Unpack[FormOptions],
 ) -> jqcow.Image:
     """Create an image on an empty device, with salts that a replay meets again."""
     options["cluster_size"] = cluster_bytes
     return jqcow.create_on_device(
-        device, size_bytes, journal_size=JOURNAL_BYTES, new_salt=salts_of(device), **options
+        device,
+        size_bytes,
+        journal_size=JOURNAL_BYTES,
+        new_salt=salts_of(device),
+        encryption=encryption,
+        **options,
     )
 
 
@@ -86,6 +97,8 @@ def open_simulated(
         new_salt=salts_of(device),
         snapshot=snapshot,
         backing=backing,
+        # What is not encrypted needs none.
+        passphrase=PASSPHRASE,
     )
 
 
@@ -121,7 +134,13 @@ class User(ABC):
             self._do(Write(guest, self.session.fresh_data(length, position), fua), position)
 
     def write_compressed(self, position: int, length: int, noise: int | None = None) -> None:
-        """Write whole clusters compressed, those that a range touches. ``noise``: see `packable_data`."""
+        """Write whole clusters compressed, those that a range touches. ``noise``: see `packable_data`.
+
+        In an encrypted image, which has none, it is any write.
+        """
+        if self.state.windows.encrypted:
+            self.write(position, length)
+            return
         cluster_bytes, end = self.state.windows.cluster_bytes, position + length
         position -= position % cluster_bytes
         guest, length = self._guest(position, -(-(end - position) // cluster_bytes) * cluster_bytes)
@@ -322,7 +341,10 @@ class Session(User):
     def create(self, size_bytes: int) -> None:
         """Create the image on the empty device."""
         windows = self.expectation.windows
-        self.image = create_simulated(self.device, size_bytes, windows.cluster_bytes, **windows.options)
+        how = encryption() if windows.encrypted else None
+        self.image = create_simulated(
+            self.device, size_bytes, windows.cluster_bytes, encryption=how, **windows.options
+        )
         self.expectation.exists = True
 
     def new_image(self) -> jqcow.Image:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from jqcow import _native
-from jqcow.ondisk import bitmaps, entries, frame, header, l2, layout, root, snapshots, undo
+from jqcow.ondisk import bitmaps, entries, frame, header, l2, layout, luks, root, snapshots, undo
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 ROW = re.compile(r"^\s*(?:(Byte|Bit)\s+)?(\d+)(?:\s*-\s*(\d+))?:\s+(.*\S)\s*$")
@@ -260,3 +260,15 @@ def test_undo_file() -> None:
     assert number_after("The undo file", r"at most (\d+) sectors") == undo.RUN_SECTORS_MAX
     assert number_after("The undo file", r"whole blocks of (\d+) bytes") == undo.BLOCK_BYTES
     assert number_after("The undo file", r"at a multiple of (\d+)") == undo.BLOCK_BYTES
+
+
+def test_encryption() -> None:
+    pointer, fixed, slot = tables(section("Encryption"))
+    assert spans(pointer) == fields_of(luks.POINTER_STRUCT.format)
+    assert spans(fixed[:-1]) == fields_of(luks.FIXED_STRUCT.format)
+    assert fixed[-1][:2] == (luks.FIXED_BYTES, luks.HEADER_BYTES - 1)
+    assert spans(slot) == fields_of(luks.SLOT_STRUCT.format)
+    documented = list(tables(luks.__doc__ or ""))
+    assert documented == [pointer, fixed, slot]
+    assert f"{luks.ITERATIONS_MAX:,} iterations" in section("Encryption")
+    assert f"{luks.STRIPES} stripes" in section("Encryption").replace("\n", " ")

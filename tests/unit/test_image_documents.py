@@ -99,7 +99,8 @@ def test_signatures_are_those_of_the_code(function: Any) -> None:
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}".replace("'", '"')
-        parts.append(parameter.name + default)
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        parts.append(stars + parameter.name + default)
     assert shown[1] == ", ".join(parts)
 
 

@@ -388,3 +388,29 @@ def test_every_kind_of_buffer_is_taken(kernels: ModuleType) -> None:
         assert kernels.refcount_last_used(buffer, 4) == 7
     with pytest.raises((TypeError, BufferError)):
         kernels.refcount_set(b"\0\0", 0, 4, 1)
+
+
+class TestXtsWhiten:
+    @given(sectors=st.integers(0, 5), blocks=st.integers(1, 33), data=st.data())
+    def test_equal(self, sectors: int, blocks: int, data: st.DataObject) -> None:
+        length = sectors * blocks * 16
+        content = data.draw(st.binary(min_size=length, max_size=length))
+        tweaks = data.draw(st.binary(min_size=sectors * 16, max_size=sectors * 16))
+        by_c, by_twin = bytearray(content), bytearray(content)
+        bindings.xts_whiten(by_c, tweaks, blocks * 16)
+        twins.xts_whiten(by_twin, tweaks, blocks * 16)
+        assert by_c == by_twin
+
+    @IMPLEMENTATIONS
+    def test_a_tweak_is_doubled_from_block_to_block(self, kernels: ModuleType) -> None:
+        data = bytearray(48)
+        kernels.xts_whiten(data, bytes(15) + b"\xc0", 48)
+        assert data == bytes(15) + b"\xc0" + b"\x87" + bytes(14) + b"\x80" + b"\x89\x01" + bytes(14)
+
+    @IMPLEMENTATIONS
+    @pytest.mark.parametrize(("length", "tweaks", "sector"), [(512, 15, 512), (500, 16, 512), (24, 16, 24)])
+    def test_lengths_that_do_not_fit(
+        self, kernels: ModuleType, length: int, tweaks: int, sector: int
+    ) -> None:
+        with pytest.raises(ValueError):
+            kernels.xts_whiten(bytearray(length), bytes(tweaks), sector)

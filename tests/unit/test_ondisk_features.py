@@ -32,7 +32,7 @@ CASES = {
     "live journal": incompatible(headers.INCOMPATIBLE_JOURNAL),
     "external data file": incompatible(headers.INCOMPATIBLE_EXTERNAL_DATA),
     "unknown incompatible bits": incompatible(1 << 20),
-    "encryption": announcing(crypt_method=2),
+    "AES encryption": announcing(crypt_method=1),
     "unknown compression type": announcing(
         compression_type=2, incompatible_features=headers.INCOMPATIBLE_COMPRESSION
     ),
@@ -74,6 +74,7 @@ def test_what_is_refused_is_refused_by_name(feature: features.Feature, use: Use)
         incompatible(headers.INCOMPATIBLE_EXTENDED_L2),
         announcing(version=2),
         announcing(autoclear_features=headers.AUTOCLEAR_BITMAPS),
+        announcing(crypt_method=headers.CRYPT_LUKS),
     ],
     ids=[
         "nothing",
@@ -83,6 +84,7 @@ def test_what_is_refused_is_refused_by_name(feature: features.Feature, use: Use)
         "extended L2 entries",
         "version 2",
         "bitmaps",
+        "LUKS",
     ],
 )
 def test_what_is_not_listed_hinders_nothing(area: HeaderArea, use: Use) -> None:

@@ -1,0 +1,180 @@
+"""Passphrases for commands: from a file, a file descriptor or a terminal, never from an argument."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import getpass
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+from jqcow.cli.common import CommandError
+from jqcow.errors import PassphraseError
+from jqcow.ondisk.encryption import Encryption
+from jqcow.ondisk.keys import PASSPHRASE_BYTES_MAX, Passphrase, Secret
+
+ENCRYPTION_OPTIONS = (
+    "encrypt.format",
+    "encrypt.key-secret",
+    "encrypt.cipher-alg",
+    "encrypt.cipher-mode",
+    "encrypt.ivgen-alg",
+    "encrypt.ivgen-hash-alg",
+    "encrypt.hash-alg",
+    "encrypt.iter-time",
+)
+"""Options of ``-o`` that say how a new image is to be encrypted, as in qemu-img."""
+ENCRYPTION_HELP = "encrypt.format=luks, encrypt.key-secret=ID"
+
+_HINT = "give it by --passphrase-file or --passphrase-fd"
+_OF_OPTIONS = {
+    "encrypt.cipher-alg": "cipher",
+    "encrypt.cipher-mode": "mode",
+    "encrypt.ivgen-alg": "ivgen",
+    "encrypt.ivgen-hash-alg": "ivgen_hash",
+    "encrypt.hash-alg": "hash",
+}
+
+
+def add_passphrase(parser: argparse.ArgumentParser, prefix: str = "", what: str = "encrypted images") -> None:
+    """Add ``--passphrase-file`` and ``--passphrase-fd``, of images that are read."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        f"--{prefix}passphrase-file",
+        metavar="FILE",
+        help=f"a file with the passphrase of {what}, byte for byte (default: ask at the terminal)",
+    )
+    group.add_argument(
+        f"--{prefix}passphrase-fd", metavar="N", type=int, help="the same from a file descriptor"
+    )
+
+
+def add_objects(parser: argparse.ArgumentParser) -> None:
+    """Add ``--object secret,id=ID,file=FILE``, as in qemu-img."""
+    parser.add_argument(
+        "--object",
+        dest="objects",
+        metavar="SECRET",
+        action="append",
+        default=[],
+        help="secret,id=ID,file=FILE: a passphrase for encrypt.key-secret=ID",
+    )
+
+
+def passphrase_of(arguments: argparse.Namespace, prefix: str = "") -> Passphrase:
+    """Return the passphrase that was given, or what asks for it when an image needs it."""
+    found = _given(arguments, prefix)
+    return _ask if found is None else found
+
+
+def new_passphrase_of(arguments: argparse.Namespace, prefix: str, image: str) -> Secret:
+    """Return the new passphrase that was given, or ask for it twice."""
+    found = _given(arguments, prefix)
+    return found or _ask_new(image)
+
+
+def _given(arguments: argparse.Namespace, prefix: str) -> Secret | None:
+    name = prefix.replace("-", "_")
+    path, descriptor = (getattr(arguments, f"{name}passphrase_{kind}") for kind in ("file", "fd"))
+    if path is not None:
+        return _from_file(path)
+    return None if descriptor is None else Secret(_read_all(lambda size: os.read(descriptor, size)))
+
+
+def _from_file(path: str) -> Secret:
+    with open(path, "rb") as file:
+        return Secret(_read_all(file.read))
+
+
+def _read_all(read: Callable[[int], bytes]) -> bytes:
+    found = b""
+    while len(found) <= PASSPHRASE_BYTES_MAX and (part := read(PASSPHRASE_BYTES_MAX + 1 - len(found))):
+        found += part
+    return found
+
+
+def _require_terminal(image: str) -> None:
+    if not sys.stdin.isatty():
+        raise PassphraseError(f"the image is encrypted, and its passphrase is needed: {_HINT}", image)
+
+
+def _ask(image: str) -> Secret:
+    _require_terminal(image)
+    return Secret(getpass.getpass(f"Passphrase of {image}: ").encode())
+
+
+def _ask_new(image: str) -> Secret:
+    _require_terminal(image)
+    first, second = (getpass.getpass(f"{word} passphrase of {image}: ") for word in ("New", "Repeat the new"))
+    if first != second:
+        raise CommandError("the two passphrases differ")
+    return Secret(first.encode())
+
+
+def _named_secrets(objects: list[str]) -> dict[str, Secret]:
+    """Return what ``--object`` names, by id."""
+    found: dict[str, Secret] = {}
+    for text in objects:
+        kind, _, rest = text.partition(",")
+        fields = dict(part.partition("=")[::2] for part in rest.split(","))
+        if "data" in fields:
+            # Not the text: it has a secret in it.
+            raise CommandError("a secret among arguments is seen by everybody: use file=, not data=")
+        known = kind == "secret" and set(fields) <= {"id", "file", "format"}
+        if not known or not {"id", "file"} <= set(fields):
+            raise CommandError("--object is secret,id=ID,file=FILE and, perhaps, format=raw or base64")
+        found[fields["id"]] = _decoded(_from_file(fields["file"]), fields.get("format", "raw"))
+    return found
+
+
+def _decoded(secret: Secret, form: str) -> Secret:
+    if form == "raw":
+        return secret
+    if form != "base64":
+        raise CommandError(f"format of a secret is raw or base64, not '{form}'")
+    try:
+        return Secret(base64.b64decode(secret.reveal()))
+    except binascii.Error:
+        raise CommandError("the secret is not base64") from None
+
+
+def encryption_of(
+    arguments: argparse.Namespace, options: Mapping[str, str], image: str, source: Passphrase | None = None
+) -> Encryption | None:
+    """Return how ``-o`` options say that a new image is to be encrypted; None if they do not.
+
+    Without ``encrypt.key-secret`` the passphrase is that of ``--passphrase-file``, ``--passphrase-fd`` or
+    ``source``, else it is asked for.
+    """
+    named = {name: value for name, value in options.items() if name in ENCRYPTION_OPTIONS}
+    secrets = _named_secrets(arguments.objects)
+    if not named:
+        return None
+    if named.get("encrypt.format") != "luks":
+        raise CommandError("encrypt.format must be luks: jqcow encrypts in no other way")
+    if "encrypt.key-secret" in named:
+        if named["encrypt.key-secret"] not in secrets:
+            raise CommandError(f"no --object has the id '{named['encrypt.key-secret']}'")
+        secret = secrets[named["encrypt.key-secret"]]
+    elif isinstance(source, Secret):
+        secret = source
+    else:
+        secret = new_passphrase_of(arguments, "", image)
+    chosen = {field: named[name] for name, field in _OF_OPTIONS.items() if name in named}
+    return Encryption(secret, **chosen, **_iter_time(named))  # type: ignore[arg-type]
+
+
+def _iter_time(named: Mapping[str, str]) -> dict[str, int]:
+    text = named.get("encrypt.iter-time")
+    if text is None:
+        return {}
+    return {"iter_time": milliseconds(text)}
+
+
+def milliseconds(text: str) -> int:
+    """Return a time that was given in milliseconds."""
+    if not text.isdecimal():
+        raise CommandError(f"a time is a number of milliseconds, not '{text}'")
+    return int(text)

@@ -1,0 +1,121 @@
+"""Passphrases of an encrypted image: the key slots of its LUKS header, one changed at a time.
+
+A slot's state is in the header's first bytes, which change as metadata does: by a record. Its key material is
+written in place, and nobody reads that of a slot which is not active. The caller is alone.
+
+E3. The key material of a slot is durable before the record that makes it active.
+E4. The key material of a passphrase stays as it is until the record that takes the passphrase away is
+    durable, and one active slot always remains.
+"""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import suppress
+
+from jqcow.engine.commit import Commits
+from jqcow.engine.guestdata import read_luks
+from jqcow.engine.lifecycle import Lifecycle
+from jqcow.errors import FormatError, UnsupportedFeatureError
+from jqcow.ondisk import keys, layout, luks
+from jqcow.ondisk.keys import Secret
+from jqcow.ondisk.layout import HostOffset
+from jqcow.ondisk.luks import KeySlot, LuksHeader, Pointer
+
+
+class KeySlots:
+    """The key slots of one image that is open for writing.
+
+    Errors of all: OSError where the host failed; the passphrases are then as before, or as asked for.
+    """
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        """Read the slots.
+
+        Raises:
+            ValueError: the image is not encrypted.
+        """
+        self._lifecycle = lifecycle
+        self._medium = lifecycle.medium
+        self._commits: Commits = lifecycle.commits
+        self._view = lifecycle.public.view
+        self.pointer, self.header = self._read()
+
+    def _read(self) -> tuple[Pointer, LuksHeader]:
+        found = read_luks(self._view)
+        if found is None:
+            raise ValueError("the image is not encrypted")
+        return found
+
+    def add(self, key: bytes, secret: Secret, iter_time: int) -> int:
+        """Give the master key another passphrase, durably; return its slot.
+
+        Raises:
+            UnsupportedFeatureError: all slots have one.
+        """
+        number = self._free_slot()
+        iterations = keys.iterations_for(self.header.hash, iter_time)
+        slot, material = keys.lock(self.header, number, key, secret, iterations)
+        changed = self.header.with_slot(number, slot)
+        changed.validate(self.pointer.length)
+        self._lifecycle.go_live(self._medium.require_healthy)
+        self._medium.pwrite(material, HostOffset(self.pointer.offset + slot.material_offset))
+        # Durable now: the key material. The record that makes the slot active may land from here on (E3).
+        self._medium.barrier("slots.material")
+        self._record(changed)
+        return number
+
+    def remove(self, number: int) -> None:
+        """Take the passphrase of a slot away, durably; of a slot without one what a crash left.
+
+        Raises:
+            ValueError: it is the last one, or no slot.
+        """
+        if number not in range(len(self.header.slots)):
+            raise ValueError(f"there is no key slot {number}")
+        slot = self.header.slots[number]
+        if self.header.active_slots() == (number,):
+            raise ValueError("the last passphrase cannot be removed: nobody could read the disk")
+        self._lifecycle.go_live(self._medium.require_healthy)
+        if slot.is_active:
+            self._record(self.header.with_slot(number, keys.emptied(slot)))
+        self._wipe(number, slot)
+
+    def _wipe(self, number: int, slot: KeySlot) -> None:
+        with suppress(FormatError):
+            start, end = self.header.place_of(number, self.pointer.length)
+            self._require_apart(number, start, end)
+            material = secrets.token_bytes(self.header.material_bytes(slot))
+            self._medium.pwrite(material, HostOffset(self.pointer.offset + start))
+            # Durable now: other bytes than the key material. Whoever removed a passphrase relies on it.
+            self._medium.barrier("slots.wiped")
+
+    def _record(self, header: LuksHeader) -> None:
+        """Make another header durable, by a record (E4)."""
+        data, start = header.pack(), self.pointer.offset
+        step = self._lifecycle.geometry.block_bytes
+        with self._medium.lock, self._lifecycle.public.operation():
+            for position in range(0, len(data), step):
+                part = data[position : position + step]
+                self._view.edit(HostOffset(start + position))[: len(part)] = part
+        self._commits.flush(self._medium.require_healthy)
+        self.header = header
+
+    def _free_slot(self) -> int:
+        for number, slot in enumerate(self.header.slots):
+            if not slot.is_active:
+                with suppress(FormatError):
+                    self._require_apart(number, *self.header.place_of(number, self.pointer.length))
+                    return number
+        raise UnsupportedFeatureError(
+            f"more than {len(self.header.active_slots())} passphrases", "every key slot is in use"
+        )
+
+    def _require_apart(self, number: int, start: int, end: int) -> None:
+        """Raise FormatError unless key material is apart from active slots and from journalled blocks."""
+        if start < layout.round_up(luks.HEADER_BYTES, self._lifecycle.geometry.block_bytes):
+            raise FormatError("key material in a block of the LUKS header")
+        for other in self.header.active_slots():
+            first, last = self.header.place_of(other, self.pointer.length)
+            if other != number and first < end and start < last:
+                raise FormatError("key slots overlap")

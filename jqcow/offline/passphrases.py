@@ -1,0 +1,100 @@
+"""Passphrases of an encrypted image: which key slots it has, another passphrase, one less."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jqcow.device.file import path_of
+from jqcow.engine.guestdata import unlock
+from jqcow.engine.keyslots import KeySlots
+from jqcow.errors import PassphraseError
+from jqcow.image.image import Image
+from jqcow.image.opening import open_alone
+from jqcow.ondisk.keys import Passphrase, Secret, secret_for
+
+ITER_TIME_MILLISECONDS = 2000
+
+
+def add_passphrase(
+    path: str | os.PathLike[str],
+    passphrase: Passphrase,
+    new: Secret | bytes,
+    *,
+    iter_time: int = ITER_TIME_MILLISECONDS,
+    journal_size: int | None = None,
+) -> int:
+    """Give an encrypted image another passphrase, durably; return its key slot.
+
+    A crash leaves the slot with the new passphrase or without one. All other slots stay as they are.
+
+    Args:
+        path: the image.
+        passphrase: one that it has, as in `jqcow.open`.
+        new: the new one.
+        iter_time: in milliseconds, what a try of the new one is to cost on this machine.
+        journal_size: in bytes, as in `jqcow.open`.
+
+    Raises:
+        ValueError: the image is not encrypted.
+        WrongPassphrase: it opens no key slot.
+        UnsupportedFeatureError: all eight key slots have a passphrase.
+        JqcowError, OSError: as `jqcow.open`.
+    """
+    secret = Secret(new)
+    with _key_slots(path, journal_size) as (slots, image):
+        return slots.add(_opened(image, passphrase)[1], secret, iter_time)
+
+
+def remove_passphrase(
+    path: str | os.PathLike[str],
+    passphrase: Passphrase,
+    *,
+    slot: int | None = None,
+    journal_size: int | None = None,
+) -> int:
+    """Take a passphrase away from an encrypted image, durably; return its key slot.
+
+    Its key material is overwritten where it lies. Copies of the image keep it, and so may the host.
+
+    Args:
+        path: the image.
+        passphrase: the one to be removed; with ``slot`` one that stays.
+        slot: number of the key slot to be emptied, 0 to 7. What a crash left in an empty one is overwritten.
+        journal_size: in bytes, as in `jqcow.open`.
+
+    Raises:
+        ValueError: the image is not encrypted, there is no such slot, or it is the last passphrase.
+        PassphraseError: the passphrase that is to stay is that of the slot.
+        WrongPassphrase: it opens no key slot.
+        JqcowError, OSError: as `jqcow.open`.
+    """
+    with _key_slots(path, journal_size) as (slots, image):
+        found, _ = _opened(image, passphrase)
+        if slot is None:
+            slot = found
+        elif slot == found:
+            raise PassphraseError(f"it is the passphrase of key slot {slot} itself: give one that stays")
+        slots.remove(slot)
+        return slot
+
+
+@contextmanager
+def _key_slots(path: str | os.PathLike[str], journal_size: int | None) -> Iterator[tuple[KeySlots, Image]]:
+    with open_alone(path, "r+", journal_size=journal_size) as image:
+        engine = image._engine
+        with engine.guard.turnstile, engine.guard.alone():
+            with engine.medium.lock:
+                engine.lifecycle.prepare_to_change()
+                slots = KeySlots(engine.lifecycle)
+            yield slots, image
+
+
+def _opened(image: Image, passphrase: Passphrase) -> tuple[int, bytes]:
+    """Return the key slot that a passphrase opens, and the master key."""
+    medium, secret = image._medium, secret_for(passphrase, path_of(image._medium.device))
+    opened = unlock(medium, image._engine.public.view, secret)
+    if opened is None:
+        raise ValueError("the image is not encrypted")
+    return opened

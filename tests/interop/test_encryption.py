@@ -1,0 +1,196 @@
+"""Encrypted images beside QEMU: read with the same bytes, written by one and read by the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import jqcow
+from jqcow.cli import main as cli
+from jqcow.offline.passphrases import add_passphrase, remove_passphrase
+from tests.support.qemu import done, run
+
+pytest.importorskip("cryptography")
+
+WORD, OTHER = b"correct horse", b"battery\nstaple\n"
+MIB = 1 << 20
+CIPHERS = [
+    ("aes-256", "xts", "plain64", None, "sha256", "1.1"),
+    ("aes-128", "xts", "plain", None, "sha1", "0.10"),
+    ("aes-192", "xts", "plain64", None, "sha256", "1.1"),
+    ("aes-256", "cbc", "essiv", "sha256", "sha512", "1.1"),
+    ("aes-128", "cbc", "plain64", None, "sha384", "0.10"),
+    ("aes-128", "ecb", "plain64", None, "sha224", "1.1"),
+    ("aes-256", "ctr", "plain64", None, "sha256", "1.1"),
+]
+every_cipher = pytest.mark.parametrize(
+    ("cipher", "mode", "ivgen", "ivgen_hash", "digest", "compat"), CIPHERS, ids=str
+)
+
+
+class Secrets:
+    """Passphrases in files, and QEMU's options that name them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = {word: folder / f"word{number}" for number, word in enumerate((WORD, OTHER))}
+        for word, file in self.files.items():
+            file.write_bytes(word)
+        self.objects = [
+            part
+            for number, file in enumerate(self.files.values())
+            for part in ("--object", f"secret,id=s{number},file={file}")
+        ]
+
+    def image(self, path: Path, word: bytes = WORD) -> list[str]:
+        number = list(self.files).index(word)
+        return ["--image-opts", f"driver=qcow2,file.filename={path},encrypt.key-secret=s{number}"]
+
+    def qemu_io(self, path: Path, *commands: str, word: bytes = WORD) -> None:
+        told = [part for command in commands for part in ("-c", command)]
+        result = done("qemu-io", *self.objects, *self.image(path, word), *told)
+        assert "failed" not in result and "error" not in result.lower(), result
+
+    def check(self, path: Path, word: bytes = WORD) -> None:
+        done("qemu-img", "check", *self.objects, *self.image(path, word))
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Secrets:
+    return Secrets(tmp_path)
+
+
+def created(path: Path, secrets: Secrets, *options: str) -> None:
+    wanted = ",".join(("encrypt.format=luks", "encrypt.key-secret=s0", "encrypt.iter-time=10", *options))
+    timed("qemu-img", "create", "-q", *secrets.objects, "-f", "qcow2", "-o", wanted, path, "16M")
+
+
+def timed(*command: object) -> None:
+    """Run what makes QEMU measure the time of PBKDF2; on a busy machine it may fail to."""
+    for _ in range(50):
+        result = run(*command)
+        if "accurate CPU usage" not in result.stderr:
+            break
+    assert result.returncode == 0, result.stderr
+
+
+@every_cipher
+def test_ciphers(
+    cipher: str,
+    mode: str,
+    ivgen: str,
+    ivgen_hash: str | None,
+    digest: str,
+    compat: str,
+    secrets: Secrets,
+    tmp_path: Path,
+) -> None:
+    by_qemu, by_jqcow = tmp_path / "qemu.qcow2", tmp_path / "jqcow.qcow2"
+    chosen = {"cipher-alg": cipher, "cipher-mode": mode, "ivgen-alg": ivgen, "hash-alg": digest}
+    if ivgen_hash is not None:
+        chosen["ivgen-hash-alg"] = ivgen_hash
+    created(
+        by_qemu, secrets, f"compat={compat}", *(f"encrypt.{name}={value}" for name, value in chosen.items())
+    )
+    form = jqcow.Encryption(WORD, cipher, mode, ivgen, ivgen_hash, digest, iter_time=1)
+    jqcow.create(by_jqcow, 16 * MIB, encryption=form, compat=compat).close()  # type: ignore[arg-type]
+    for path in (by_qemu, by_jqcow):
+        secrets.qemu_io(path, "write -P 0x5a 1000 5000", "write -P 0x33 1M 200k", "write -z 1100k 64k")
+        with jqcow.open(path, "r+", passphrase=WORD) as image:
+            assert image.pread(5002, 999) == b"\0" + b"\x5a" * 5000 + b"\0"
+            assert image.pread(76 << 10, MIB) == b"\x33" * (76 << 10)
+            assert image.pread(64 << 10, 1100 << 10) == bytes(64 << 10)
+            image.pwrite(b"\x44" * 777, MIB + 100)
+            image.pwrite(b"\x45" * 70_000, 5 * MIB)
+            assert image.check().ok
+        secrets.check(path)
+        secrets.qemu_io(
+            path,
+            "read -P 0x33 1M 100",
+            "read -P 0x44 1048676 777",
+            "read -P 0x33 1049453 1000",
+            "read -P 0x45 5M 70000",
+            "read -P 0 5312880 2000",
+        )
+
+
+@pytest.mark.parametrize("cipher", ["serpent-256", "twofish-128", "cast5-128"])
+def test_ciphers_that_are_refused_by_name(cipher: str, secrets: Secrets, tmp_path: Path) -> None:
+    path = tmp_path / "other.qcow2"
+    mode = "cbc" if cipher.startswith("cast5") else "xts"
+    created(path, secrets, f"encrypt.cipher-alg={cipher}", f"encrypt.cipher-mode={mode}")
+    with pytest.raises(jqcow.UnsupportedFeatureError, match=cipher.partition("-")[0]):
+        jqcow.open(path, passphrase=WORD)
+
+
+def test_legacy_aes_is_refused_by_name(secrets: Secrets, tmp_path: Path) -> None:
+    path = tmp_path / "aes.qcow2"
+    wanted = "encrypt.format=aes,encrypt.key-secret=s0"
+    done("qemu-img", "create", "-q", *secrets.objects, "-f", "qcow2", "-o", wanted, path, "1M")
+    with pytest.raises(jqcow.UnsupportedFeatureError, match="AES without LUKS"):
+        jqcow.open(path, passphrase=WORD)
+
+
+def test_passphrases_of_both(secrets: Secrets, tmp_path: Path) -> None:
+    path = tmp_path / "slots.qcow2"
+    created(path, secrets)
+    secrets.qemu_io(path, "write -P 7 0 1M")
+    amend = ["qemu-img", "amend", *secrets.objects]
+    change = "encrypt.state=active,encrypt.new-secret=s1,encrypt.keyslot=5,encrypt.iter-time=10"
+    timed(*amend, *secrets.image(path), "-o", change)
+    with jqcow.open(path, passphrase=OTHER) as image:
+        assert image.pread(3, 0) == b"\7\7\7"
+    assert remove_passphrase(path, WORD) == 0
+    assert run("qemu-io", *secrets.objects, *secrets.image(path), "-c", "read 0 1k").returncode
+    secrets.qemu_io(path, "read -P 7 0 1M", word=OTHER)
+    assert add_passphrase(path, OTHER, WORD, iter_time=1) == 0
+    secrets.qemu_io(path, "read -P 7 0 1M")
+    secrets.check(path)
+    done(*amend, *secrets.image(path), "-o", "encrypt.state=inactive,encrypt.old-secret=s1")
+    with pytest.raises(jqcow.WrongPassphrase):
+        jqcow.open(path, passphrase=OTHER)
+    with jqcow.open(path, passphrase=WORD) as image:
+        assert image.check().ok
+
+
+def test_info_has_the_fields_of_qemu(
+    secrets: Secrets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "info.qcow2"
+    created(path, secrets, "encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256")
+    expected = json.loads(done("qemu-img", "info", "--output=json", path))
+    assert cli.main(["info", "--output=json", str(path)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["format-specific"] == expected["format-specific"] and told["encrypted"]
+
+
+def test_compressed_clusters_are_read_as_qemu_reads_them(secrets: Secrets, tmp_path: Path) -> None:
+    path, raw = tmp_path / "packed.qcow2", tmp_path / "packed.raw"
+    created(path, secrets)
+    secrets.qemu_io(path, "write -c -P 0x33 64k 64k", "write -P 0x44 128k 64k")
+    done("qemu-img", "convert", *secrets.objects, *secrets.image(path), "-O", "raw", raw)
+    with jqcow.open(path, "r+", passphrase=WORD) as image:
+        assert image.pread(1 << 20, 0) == raw.read_bytes()[: 1 << 20]
+        image.pwrite(b"\x55" * 100, 66_000)
+    secrets.qemu_io(path, "read -P 0x33 64k 464", "read -P 0x55 66000 100", "read -P 0x33 66100 64972")
+    secrets.check(path)
+
+
+def test_commands(secrets: Secrets, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, path, back = tmp_path / "a.raw", tmp_path / "b.qcow2", tmp_path / "c.raw"
+    raw.write_bytes(b"\x33" * 100_000 + bytes(MIB - 100_000))
+    file = str(secrets.files[WORD])
+    options = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=1"
+    arguments = ["convert", "-q", "-f", "raw", "-O", "qcow2", *secrets.objects, "-o", options]
+    assert cli.main([*arguments, str(raw), str(path)]) == 0
+    secrets.qemu_io(path, "read -P 0x33 0 100000", "read -P 0 100000 900000")
+    assert cli.main(["convert", "-q", "--passphrase-file", file, str(path), str(back)]) == 0
+    assert back.read_bytes() == raw.read_bytes()
+    wrong = str(secrets.files[OTHER])
+    assert cli.main(["convert", "-q", "--passphrase-file", wrong, str(path), str(tmp_path / "d")]) == 1
+    told = capsys.readouterr()
+    assert "opens no key slot" in told.err
+    assert not any(word.decode().split()[0] in told.err + told.out for word in (WORD, OTHER))
+    assert cli.main(["create", "--object", "secret,id=x,data=hidden", str(tmp_path / "e"), "1M"]) == 1
+    assert "hidden" not in capsys.readouterr().err

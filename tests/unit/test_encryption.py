@@ -1,0 +1,128 @@
+"""Encrypted images through the interface: passphrases, data in the file, who needs no passphrase."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import jqcow
+from jqcow.checker.check import Kind
+from jqcow.errors import (
+    CorruptionError,
+    FormatError,
+    PassphraseError,
+    UnsupportedFeatureError,
+    WrongPassphrase,
+)
+from jqcow.image.opening import open_alone
+from jqcow.offline.commit import commit
+from jqcow.offline.convert import convert
+from jqcow.offline.info import check_file, read_info
+from jqcow.offline.recover import recover_image
+from jqcow.ondisk.header import HeaderArea
+
+pytest.importorskip("cryptography")
+
+WORD, OTHER = b"correct horse", b"battery staple"
+MIB = 1 << 20
+
+
+def encryption(word: bytes = WORD) -> jqcow.Encryption:
+    return jqcow.Encryption(word, "aes-128", iter_time=1, _stripes=2)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "secret.qcow2"
+    with jqcow.create(path, 8 * MIB, cluster_size=4096, encryption=encryption()) as image:
+        image.pwrite(b"a guest's words" * 500, 5000)
+    return path
+
+
+def test_data_is_encrypted_in_the_file_and_read_back(path: Path) -> None:
+    assert b"guest's" not in path.read_bytes()
+    with jqcow.open(path, passphrase=WORD) as image:
+        assert image.pread(7500, 5000) == b"a guest's words" * 500
+        assert image.pread(5000, 0) == bytes(5000)
+        assert image.check().ok
+
+
+def test_without_the_passphrase_nothing_opens(path: Path) -> None:
+    with pytest.raises(PassphraseError, match="passphrase is needed") as needed:
+        jqcow.open(path)
+    assert needed.value.image == str(path)
+    with pytest.raises(WrongPassphrase) as wrong:
+        jqcow.open(path, "r+", passphrase=b"tr0ub4dor")
+    assert b"tr0ub4dor" not in repr((wrong.value, wrong.value.args)).encode()
+    asked: list[str] = []
+    with jqcow.open(path, passphrase=lambda name: asked.append(name) or WORD):  # type: ignore[func-returns-value]
+        assert asked == [str(path)]
+
+
+def test_tables_need_no_passphrase(path: Path) -> None:
+    assert check_file(path).ok
+    facts = read_info(path).qcow2
+    assert facts is not None and facts.luks is not None and facts.luks.cipher_alg == "aes-128"
+    with open_alone(path, "r+") as image:
+        image.create_snapshot("kept")
+        with pytest.raises(PassphraseError):
+            image.pread(1, 5000)
+        with pytest.raises(PassphraseError):
+            image.pwrite(b"x", 5000)
+        assert image.check().ok
+    assert recover_image(path).verification is not None
+
+
+def test_compressed_writing_is_refused(path: Path, tmp_path: Path) -> None:
+    with jqcow.open(path, "r+", passphrase=WORD) as image, pytest.raises(UnsupportedFeatureError):
+        image.pwrite_compressed(bytes(4096), 0)
+    with pytest.raises(ValueError):
+        convert(path, tmp_path / "t", passphrase=WORD, compressed=True, encryption=encryption())
+
+
+def test_converting_in_and_out(path: Path, tmp_path: Path) -> None:
+    raw, back = tmp_path / "plain.raw", tmp_path / "back.qcow2"
+    with pytest.raises(PassphraseError):
+        convert(path, raw, target_format="raw", salvage=True)
+    convert(path, raw, target_format="raw", passphrase=WORD)
+    assert raw.read_bytes()[5000:12500] == b"a guest's words" * 500
+    convert(raw, back, encryption=encryption(OTHER), verify=True)
+    with jqcow.open(back, passphrase=OTHER) as image:
+        assert image.pread(7500, 5000) == b"a guest's words" * 500 and image.check().ok
+
+
+def test_an_overlay_and_its_base_have_a_passphrase_each(path: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.qcow2"
+    words = {str(path): WORD, str(top): OTHER}
+    jqcow.create(
+        top,
+        8 * MIB,
+        backing_file=str(path),
+        backing_format="qcow2",
+        allow_files=True,
+        encryption=encryption(OTHER),
+        passphrase=words.__getitem__,
+    ).close()
+    with jqcow.open(top, "r+", allow_files=True, passphrase=words.__getitem__) as image:
+        image.pwrite(b"over", 6000)
+        assert image.pread(15, 5000) == b"a guest's words"
+    commit(top, allow_files=True, passphrase=words.__getitem__)
+    with jqcow.open(path, passphrase=WORD) as image:
+        assert image.pread(4, 6000) == b"over"
+
+
+def test_a_damaged_header_is_an_error_and_no_leak(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    place = HeaderArea.parse(bytes(content[:4096])).data.index(b"\x05\x37\xbe\x77") + 8
+    offset = int.from_bytes(content[place : place + 8], "big")
+    content[offset : offset + 6] = b"\0" * 6
+    path.write_bytes(content)
+    with pytest.raises(FormatError):
+        jqcow.open(path, passphrase=WORD)
+    assert check_file(path).ok
+    content[place : place + 8] = (offset + 512).to_bytes(8, "big")
+    path.write_bytes(content)
+    with pytest.raises(CorruptionError):
+        jqcow.open(path, passphrase=WORD)
+    assert check_file(path).counts[Kind.HEADER] == 1

@@ -1,0 +1,50 @@
+"""Passphrases come and go, and one always stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import jqcow
+from jqcow.errors import PassphraseError, UnsupportedFeatureError, WrongPassphrase
+from jqcow.offline.passphrases import add_passphrase, remove_passphrase
+
+pytest.importorskip("cryptography")
+
+WORD, OTHER = b"correct horse", b"battery staple"
+MIB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "secret.qcow2"
+    how = jqcow.Encryption(WORD, "aes-128", iter_time=1, _stripes=2)
+    with jqcow.create(path, 8 * MIB, cluster_size=4096, encryption=how) as image:
+        image.pwrite(b"a guest's words" * 500, 5000)
+    return path
+
+
+def test_passphrases_come_and_go(path: Path) -> None:
+    assert add_passphrase(path, WORD, OTHER, iter_time=1) == 1
+    with pytest.raises(PassphraseError):
+        remove_passphrase(path, OTHER, slot=1)
+    assert remove_passphrase(path, OTHER, slot=0) == 0
+    with pytest.raises(WrongPassphrase):
+        jqcow.open(path, passphrase=WORD)
+    with pytest.raises(ValueError, match="last passphrase"):
+        remove_passphrase(path, OTHER)
+    for number in (0, 2, 3, 4, 5, 6, 7):
+        assert add_passphrase(path, OTHER, b"%d" % number, iter_time=1) == number
+    with pytest.raises(UnsupportedFeatureError):
+        add_passphrase(path, OTHER, WORD, iter_time=1)
+    with jqcow.open(path, passphrase=b"7") as image:
+        assert image.pread(7, 5000) == b"a guest" and image.check().ok
+
+
+def test_an_image_that_is_not_encrypted_has_no_passphrases(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.qcow2"
+    jqcow.create(plain, MIB).close()
+    jqcow.open(plain, passphrase=WORD).close()
+    with pytest.raises(ValueError, match="not encrypted"):
+        add_passphrase(plain, WORD, OTHER)
