@@ -59,7 +59,7 @@ class Resizing:
         if size_bytes <= old_size:
             raise ValueError("preallocation is of what a disk grows by")
         if self.zeroing.writes.data.is_encrypted and not self.geometry.has_zero_flag:
-            raise ValueError("an encrypted disk that is preallocated needs compat=1.1")
+            raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
         self._free_past(old_size)
         within = old_size % self._cluster_bytes
         if within:

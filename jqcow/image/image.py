@@ -43,9 +43,8 @@ from jqcow.errors import (
 from jqcow.image.arguments import number, optional_number, writable_view
 from jqcow.image.bitmaps import BitmapReader, ImageBitmaps
 from jqcow.image.file import ImageFile
-from jqcow.image.reports import ImageInfo, JournalInfo, Recovered
+from jqcow.image.reports import ImageInfo, Recovered, image_info
 from jqcow.image.transaction import Transaction
-from jqcow.ondisk import header as headers
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.form import Preallocation, preallocation_of
 from jqcow.ondisk.l2 import UNALLOCATED
@@ -147,23 +146,11 @@ class Image:
         self._own()
         with self._lock:
             self._enter(False)
-            header, journal = self._guest.tables.view.header, self._engine.log.journal
-            live = None
-            if journal is not None:
-                extent = journal.extent
-                live = JournalInfo(extent.offset, extent.length, journal.epoch, journal.sequence)
-            return ImageInfo(
+            return image_info(
+                self._guest.tables.view.header,
                 virtual_size=self._disk_bytes,
-                cluster_size=1 << header.cluster_bits,
                 file_size=self._medium.size(),
-                version=header.version,
-                refcount_bits=1 << header.refcount_order,
-                lazy_refcounts=bool(header.compatible_features & headers.COMPATIBLE_LAZY_REFCOUNTS),
-                dirty=bool(header.incompatible_features & headers.INCOMPATIBLE_DIRTY),
-                corrupt=bool(header.incompatible_features & headers.INCOMPATIBLE_CORRUPT),
-                compression_type="zstd" if header.compression_type else "zlib",
-                snapshot_count=header.nb_snapshots,
-                journal=live,
+                journal=self._engine.log.journal,
                 bitmaps=self._engine.public.bitmaps.told(),
             )
 

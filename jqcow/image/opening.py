@@ -138,37 +138,31 @@ def open(
 ) -> Image:
     """Open an existing image.
 
-    ``"r"`` never writes a byte: a live journal is replayed into memory. ``"r+"`` recovers a crashed image
-    first, and counts the refcounts anew of one with the dirty bit (QEMU's ``lazy_refcounts``). It removes a
-    journal that a crash left on a clean image; any other is changed only by the first write.
+    ``"r"`` never writes a byte: a live journal is replayed in memory. ``"r+"`` first recovers a crashed one,
+    counts the refcounts anew of one with the dirty bit (QEMU's ``lazy_refcounts``), and removes a journal
+    that a crash left on a clean one; any other is changed only by the first write.
 
     Args:
         path: the image.
         mode: ``"r"`` or ``"r+"``.
         journal_size: in bytes, of the next journal; None keeps what there is, or 8 MiB.
-        force_share: with ``"r"``, read also while another program writes, as ``qemu-img -U`` does: what is
-            read may be old, mixed or wrong. A live journal is refused.
+        force_share: with ``"r"``, read beside a writer, as ``qemu-img -U`` does: not a live journal.
         snapshot: with ``"r"``, the id or name of a snapshot to read instead of the disk.
         repair: with ``"r+"``, first make refcounts and COPIED flags right: ``"leaks"`` what is too high,
             ``"all"`` what is too low as well; with this an image marked corrupt opens too. ``"bitmaps"`` also
             gives up damaged bitmaps. `Image.repaired` and an undo file tell what was wrong (`undo_repair`).
         free_lost: such a repair gives up leaked clusters that look like lost data, too.
-        allow_files: whether backing files may be opened that the image names, and those that they name:
-            none, all (True), or what a function says that is given a `NamedFile`. They are locked against
-            writers. A name is relative to the image that holds it.
-        probe: tell the format of a backing file by its magic where the image does not store it. Whoever
-            writes to the guest's disk of a raw file then chooses its format.
+        allow_files: whether files may be opened that the image names, and those that they name: none, all
+            (True), or what a function says of each `NamedFile`. They are locked against writers.
+        probe: tell a backing file's format by its magic if none is stored: a guest may choose a raw one's.
         copy_on_read: with ``"r+"``, write what is read from a backing file into the image, as a change.
-        passphrase: of an encrypted image and of encrypted backing files: bytes, or a function that is given
-            the path of each and returns its passphrase. Images that are not encrypted need none.
+        passphrase: of encrypted images: bytes, or a function that gets the path of each and returns its own.
 
     Raises:
-        PassphraseError: there is none, or (as WrongPassphrase) it opens no key slot.
-        MissingPackageError: the image is encrypted, and cryptography is not installed.
+        PassphraseError, MissingPackageError: it is encrypted, with no passphrase (that fits) or cryptography.
         FileAccessDenied: the image has a backing file, and opening it is not allowed.
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
-        SnapshotNotFound: there is none.
-        JqcowError, OSError: not a qcow2 image, refused by name, damaged or in use; the host failed.
+        JqcowError, OSError: no qcow2 image, damaged, refused by name, in use, no such snapshot; a host error.
     """
     _check_mode(mode, journal_size, repair, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share, passphrase=passphrase)

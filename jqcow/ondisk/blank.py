@@ -61,12 +61,8 @@ def blank_image(
     l1_size = new_l1_size(geometry, size)
     l1_clusters = geometry.clusters(layout.table_bytes(l1_size))
     l2_tables, disk_clusters = (l1_size, geometry.clusters(size)) if preallocated else (0, 0)
-    if preallocated and backing_file is not None and not form.has_subclusters:
-        raise ValueError("preallocation over a backing file would hide it, but with extended_l2")
-    if preallocated and luks is not None and not geometry.has_zero_flag:
-        raise ValueError(
-            "an encrypted disk that is preallocated needs compat=1.1: without it, it reads as noise"
-        )
+    if preallocated:
+        _require_zeros(form, has_backing=backing_file is not None, is_encrypted=luks is not None)
     luks_clusters = 0 if luks is None else geometry.clusters(luks.length)
     others = 1 + l1_clusters + luks_clusters + l2_tables + disk_clusters
     table_clusters, block_count = refcount_clusters(geometry, others)
@@ -76,29 +72,33 @@ def blank_image(
     blocks = table + table_clusters * geometry.cluster_bytes
     l1_table = blocks + block_count * geometry.cluster_bytes
     luks_offset = l1_table + l1_clusters * geometry.cluster_bytes
-    header = new_header(
-        form,
-        size,
-        l1_table_offset=l1_table,
-        refcount_table_offset=table,
-        refcount_table_clusters=table_clusters,
-    )
+    places = {"l1_table_offset": l1_table, "refcount_table_offset": table}
+    header = new_header(form, size, **places, refcount_table_clusters=table_clusters)
     area = new_area(header, luks, luks_offset)
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
     used = others + table_clusters + block_count
-    refcount_table = pack_refcount_table(geometry, blocks, block_count)
-    of_luks = () if luks is None else tuple((luks_offset + at, data) for at, data in luks.parts)
-    parts = ((0, area.data), (table, refcount_table), *of_luks)
-    length = used * geometry.cluster_bytes
+    parts = [(0, area.data), (table, pack_refcount_table(geometry, blocks, block_count))]
+    if luks is not None:
+        parts += [(luks_offset + at, data) for at, data in luks.parts]
     if not preallocated:
-        return BlankImage((*parts, (blocks, pack_ones(geometry, used))), length)
+        parts.append((blocks, pack_ones(geometry, used)))
+        return BlankImage(tuple(parts), used * geometry.cluster_bytes)
     tables = HostOffset(luks_offset + luks_clusters * geometry.cluster_bytes)
     codec = codec_of(geometry)
     host = HostOffset(tables + l2_tables * geometry.cluster_bytes)
     row = MappedRow(codec, 0, disk_clusters, host, codec.new_preallocated(is_encrypted=luks is not None))
     disk = PreallocatedDisk(row, tables, HostOffset(blocks), used)
-    return BlankImage((*parts, (l1_table, _pack_l1(geometry, tables, l2_tables))), length, disk)
+    parts.append((l1_table, _pack_l1(geometry, tables, l2_tables)))
+    return BlankImage(tuple(parts), used * geometry.cluster_bytes, disk)
+
+
+def _require_zeros(form: Form, *, has_backing: bool, is_encrypted: bool) -> None:
+    """Raise ValueError unless what is preallocated, and not written, reads as zeros or as what is below."""
+    if has_backing and not form.has_subclusters:
+        raise ValueError("preallocation over a backing file would hide it, but with extended_l2")
+    if is_encrypted and not form.geometry.has_zero_flag:
+        raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
 
 
 def _pack_l1(geometry: Geometry, first_table: int, table_count: int) -> bytes:

@@ -84,7 +84,7 @@ def test_hiding_what_may_come_below(image: jqcow.Image) -> None:
 def test_a_resize_meanwhile_is_noticed(image: jqcow.Image) -> None:
     """The end of the disk completed the last cluster: behind a new end there may be data."""
     zeroing, size = image._guest.zeroing, image.size
-    assert not zeroing._set_whole(0, CLUSTER, lambda entry: NO_ENTRY, size + SECTOR)
+    assert not zeroing._set_whole(0, CLUSTER, lambda entry, host: NO_ENTRY, size + SECTOR)
     assert image.pread(CLUSTER, 0) == OLD[:CLUSTER]
-    assert zeroing._set_whole(0, CLUSTER, lambda entry: NO_ENTRY, size)
+    assert zeroing._set_whole(0, CLUSTER, lambda entry, host: NO_ENTRY, size)
     assert image.pread(CLUSTER, 0) == bytes(CLUSTER)

@@ -20,6 +20,7 @@ from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.offline.rebase import rebase
 from jqcow.offline.records import read_journal
 from jqcow.offline.recover import recover_image
+from jqcow.ondisk.form import FileOptions
 from jqcow.testing import SimulatedDevice
 
 MIB = 1 << 20
@@ -77,7 +78,12 @@ def cases() -> Iterator[tuple[str, str, Any]]:
 
 def _cases_of(name: str, function: Callable[..., Any]) -> Iterator[tuple[str, str, Any]]:
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.name != "self":
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            for option, annotation in FileOptions.__annotations__.items():
+                kind = annotation.__forward_arg__
+                for value in [1, "on", None] if kind == "bool" else wrong_values(kind):
+                    yield name, option, value
+        elif parameter.name != "self":
             for value in wrong_values(str(parameter.annotation)):
                 yield name, parameter.name, value
 
@@ -122,7 +128,7 @@ def test_what_is_of_another_type_is_refused(function: str, owners: dict[str, Any
     needed = [
         name
         for name, each in inspect.signature(call).parameters.items()
-        if each.default is inspect.Parameter.empty
+        if each.default is inspect.Parameter.empty and each.kind is not inspect.Parameter.VAR_KEYWORD
     ]
     before = sorted(owners[""].iterdir())
     for _, parameter, value in (case for case in ALL_CASES if case[0] == function):

@@ -16,7 +16,7 @@ from jqcow.cli.main import main
 from jqcow.cli.recover import main as recover_main
 from jqcow.engine.repair import What
 from jqcow.offline.convert import convert
-from jqcow.ondisk.entries import StandardL2
+from jqcow.ondisk.l2 import StandardL2
 from jqcow.ondisk.layout import Geometry
 from jqcow.testing import SimulatedDevice
 from tests.support.patients import Tables, check

@@ -14,7 +14,7 @@ from jqcow.errors import JqcowError
 from jqcow.offline.info import read_info
 from jqcow.offline.warnings import read_warnings
 from jqcow.ondisk.entries import COPIED
-from jqcow.ondisk.header import EXTENSION_BITMAPS
+from jqcow.ondisk.header import AUTOCLEAR_BITMAPS, EXTENSION_BITMAPS
 from jqcow.testing import SimulatedDevice, enumerate_states
 from tests.support.patients import Tables
 
@@ -63,6 +63,7 @@ def too_many_snapshots(tables: Tables) -> None:
 def bitmaps_nowhere(tables: Tables) -> None:
     extension = struct.pack(">IIIIQQ", EXTENSION_BITMAPS, 24, 1, 0, 64, 1 << 41)
     tables.image[112 : 112 + len(extension) + 8] = extension + bytes(8)
+    tables.image[95] |= AUTOCLEAR_BITMAPS
 
 
 LOST_TABLES: dict[str, Damage] = {
