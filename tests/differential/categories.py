@@ -92,6 +92,21 @@ def _is_of_another_size(difference: Difference) -> bool:
     )
 
 
+def _is_freed_by_a_record(difference: Difference) -> bool:
+    reading, tables = difference.reading, difference.tables
+    assert reading is not None
+    if difference.evidence.recovered is None or reading.our_bytes != reading.their_bytes:
+        return False
+    is_forged = any(part.startswith("frame_operations") for part in difference.evidence.case.story)
+    hosts = [tables.host_of(guest, difference.l1) for guest in reading.differing]
+    checking = difference.checking
+    return is_forged and all(
+        host is not None
+        and f"cluster {host // tables.cluster_bytes} refcount=0 reference=" in checking.theirs.complaint
+        for host in hosts
+    )
+
+
 def _is_metadata_of_a_live_image(difference: Difference) -> bool:
     reading = difference.reading
     assert reading is not None
@@ -138,7 +153,8 @@ def _is_lost_data(difference: Difference) -> bool:
         # QEMU follows damaged entries, too.
         is_leaked = place // size not in difference.tables.referenced()
     holds_data = any(difference.tables.content[place : place + size])
-    return is_leaked and holds_data and difference.tables.has_hole()
+    tables = difference.tables
+    return is_leaked and holds_data and (tables.has_hole() or tables.has_lost_table())
 
 
 def _is_bad_name(difference: Difference) -> bool:
@@ -367,6 +383,8 @@ CATEGORIES = (
              "jqcow shows that disk as large as it was, QEMU as large as it is now", _is_of_another_size),
     Category(BYTES, "guest data in a cluster of metadata, in a live image",
              "recovery writes the metadata; both checks find an error", _is_metadata_of_a_live_image),
+    Category(BYTES, "a forged record frees what a table maps",
+             "no program writes that; both checks find an error", _is_freed_by_a_record),
     Category(ONLY_QEMU, "data or a table past the end of the file",
              "QEMU makes zeros of what is gone", _entry_is("lies past the end", "gone")),
     Category(ONLY_QEMU, "reserved bits in an entry",
@@ -378,7 +396,7 @@ CATEGORIES = (
              "what lies there is no data", _entry_is("is not a cluster's", "header", "unaligned")),
     Category(ONLY_QEMU, "one L2 table named twice",
              "a disk could repeat without end; both guest ranges are named", _is_shared_table),
-    Category(ONLY_QEMU, "lost data beside an empty table",
+    Category(ONLY_QEMU, "lost data beside an empty or a lost table",
              "zeros would be wrong where a table was overwritten with zeros", _is_lost_data),
     Category(ONLY_QEMU, "a backing file name that is empty, has a NUL, or lies in the header",
              "QEMU reads another file or none: other data", _is_bad_name),
@@ -424,6 +442,8 @@ CATEGORIES = (
              "space that nothing uses: a leak", _only(Kind.LEAK_PAST_END, "clean")),
     Category(NUMBERS, "data behind the last counted cluster, in a live image",
              "an error in its journal; recovery counts such data", _is_counted_by_recovery),
+    Category(VERDICT, "the zero flag in version 2",
+             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_in_version_2),
     Category(NUMBERS, "a refcount block that shares its cluster",
              "one more error in QEMU", _is_shared_refcount_block),
     Category(NUMBERS, "a refcount block that QEMU cannot read",

@@ -190,6 +190,17 @@ class Tables:
                     return True
         return False
 
+    def has_lost_table(self) -> bool:
+        """Return True if a cluster that no entry names can be an L2 table, by its own entries."""
+        used = self.referenced() | self.metadata()
+        for cluster in range(1, len(self.content) // self.cluster_bytes):
+            if cluster not in used:
+                piece = self.content[cluster * self.cluster_bytes :][: self.cluster_bytes]
+                entries = [word for (word,) in struct.iter_unpack(">Q", piece) if word]
+                if entries and not any(map(self.faults_of, entries)):
+                    return True
+        return False
+
     def referenced(self) -> set[int]:
         """Return the host clusters of L2 tables and data that entries without a fault name."""
         found = set[int]()

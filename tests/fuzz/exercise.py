@@ -2,7 +2,8 @@
 
 O1. Nothing but a JqcowError is raised, or the EFBIG of a file system whose files end at 16 TiB.
 O2. What was readable reads the same after recovery, changes elsewhere and a clean close, unless a refcount is
-    too low: a cluster that no change met until then may be allocated.
+    too low, or metadata lies in a cluster of data: a cluster that no change met until then may be allocated,
+    or hold what a change writes.
 O3. An image without errors and leaks has none after recovery, changes and a clean close.
 O4. After a repair no refcount is too low or, but for what looks like lost data, too high.
 O5. A second recovery finds nothing to do.
@@ -64,8 +65,8 @@ class Seen:
 
     @property
     def counted(self) -> bool:
-        """True for an image of which no refcount is known to be too low."""
-        return self.report is None or Kind.REFCOUNT_TOO_LOW not in self.report.counts
+        """True for an image of which no refcount is known to be too low, and no cluster to have two uses."""
+        return self.report is None or not {Kind.REFCOUNT_TOO_LOW, Kind.OVERLAP} & self.report.counts.keys()
 
 
 class Exercise:
