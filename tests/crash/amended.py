@@ -19,8 +19,13 @@ WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 
 def amend(player: Player, what: str, end: str = "close") -> None:
     """Amend the image as a whole, or not at all; what is refused changes nothing."""
+    amend_to(player, options_for(player, what), end)
+
+
+def amend_to(player: Player, options: AmendOptions, end: str = "close") -> None:
+    """Amend the image to what options say, as a whole or not at all."""
     session, expectation = player.session, player.session.expectation
-    options, area = options_for(player, what), inside.header_of(session.live)
+    area = inside.header_of(session.live)
     before = form_of(area.header)
     session.flush()
     expectation.forms = (before, inside.form_after(area.header, options))

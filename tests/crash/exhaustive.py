@@ -60,6 +60,7 @@ class Plan:
     ``depth``          the longest sequence
     ``cluster_bytes``  of the image
     ``only``           the operations to take; none: all
+    ``having``         a sequence must have one of these; none: it need not
     ``part``           (k, n): the kth of n parts of the sequences, which are equal up to chance
     ``states``         of an interval, at most: all if it has no more, else a sample of so many
     ``qemu_every``     one state in so many is shown to QEMU too; 0: none
@@ -68,6 +69,7 @@ class Plan:
     depth: int = 3
     cluster_bytes: int = 1024
     only: Sequence = ()
+    having: Sequence = ()
     part: tuple[int, int] = (1, 1)
     states: int = STATES_MAX
     qemu_every: int = 400
@@ -82,6 +84,8 @@ class Plan:
         """Yield the sequences of this plan, shorter ones first."""
         for length in range(1, self.depth + 1):
             for sequence in itertools.product(self.operations, repeat=length):
+                if self.having and not set(self.having) & set(sequence):
+                    continue
                 if _token(sequence) // NESTED_SEQUENCES_EVERY % self.part[1] == self.part[0] - 1:
                     yield sequence
 
@@ -121,12 +125,18 @@ def fingerprint(expectation: Expectation, state: CrashState) -> bytes:
         expectation.lost,
         expectation.vouched,
         expectation.extensions,
+        expectation.renamed,
+        expectation.forms,
         rival and rival.size_bytes,
         _versions(expectation.sectors),
         rival and _versions(rival.sectors),
     ]
     for snapshots in (expectation.snapshots, rival.snapshots if rival else ()):
         parts.append([(taken.name, taken.size_bytes, _versions(taken.sectors)) for taken in snapshots])
+    for bitmaps in (expectation.bitmaps, rival.bitmaps if rival else ()):
+        parts.append(
+            [(noted.name, noted.is_enabled, noted.sectors and _versions(noted.sectors)) for noted in bitmaps]
+        )
     return blake2b(repr(parts).encode(), digest_size=16).digest()
 
 

@@ -16,7 +16,9 @@ from random import Random
 
 from jqcow.device.base import ReadBuffer
 from jqcow.testing import EVERYTHING, SECTOR_BYTES, Fault, FaultPlan
+from tests.crash.amended import amend_to
 from tests.support.expectation import Windows
+from tests.support.inside import header_of
 from tests.support.patients import Tables
 from tests.support.player import Player
 from tests.support.starts import GARBAGE, Start, played
@@ -171,6 +173,25 @@ def resize_down(places: Places) -> None:
     places.session.resize(smaller[-1] if smaller else size - places.cluster_bytes)
 
 
+def preallocated_growth(places: Places) -> None:
+    """Grow by two clusters that have their place in the file."""
+    places.session.preallocate(places.session.live.size + 2 * places.cluster_bytes, "metadata")
+
+
+def amend_width(places: Places) -> None:
+    """Give the refcounts another width, 16 bits or 32."""
+    is_16 = header_of(places.session.live).header.refcount_order == 4
+    amend_to(places.player, {"compat": "1.1", "refcount_bits": 32 if is_16 else 16})
+    places.player.play("open")
+
+
+def amend_version(places: Places) -> None:
+    """Go to version 2, or come back."""
+    is_3 = header_of(places.session.live).header.version == 3
+    amend_to(places.player, {"compat": "0.10", "refcount_bits": 16} if is_3 else {"compat": "1.1"})
+    places.player.play("open")
+
+
 def change_much(places: Places) -> tuple[int, int, int]:
     """Overwrite data in part, write where nothing is, discard. Returns the positions."""
     data, free = places.pick(DATA), places.pick(FREE, DISCARDED)
@@ -274,4 +295,10 @@ OPERATIONS: dict[str, Callable[[Places], None]] = {
     "close-and-reopen": steps("close open"),
     "failed-write": failed_write,
     "failed-append": failed_append,
+    "bitmap-add": steps("bitmap:2"),
+    "bitmap-clear": steps("clear:0"),
+    "bitmap-remove": steps("remove:0"),
+    "preallocated-growth": preallocated_growth,
+    "amend-width": amend_width,
+    "amend-version": amend_version,
 }
