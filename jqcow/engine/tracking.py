@@ -17,7 +17,8 @@ So a write costs one look-up, however many bitmaps there are, and nothing but th
 waits for the disk. A crash leaves the regions of the last while dirty all over: more than was written, never
 less.
 
-B1. A write in place reaches the device only when its region is hot. Its bits have a reason from then on.
+B1. A write in place, or into a host cluster that an entry kept under zeros, reaches the device only when its
+    region is hot. Its bits have a reason from then on.
 B2. A change of the mapping travels in one record with the bits for it: the region is warm before the change
     is staged, and a commit cuts both or none.
 B3. A region cools with the bits that had a reason before it was warm, and all that came since; a request in

@@ -158,10 +158,10 @@ class Writes:
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
         self.requests.require_live()
-        if any(piece.in_place for piece in plan.pieces):
-            self.requests.dirty.will_write(offset, length)
         # Outside the section: a block that is not in memory interrupts the plan, and must leave no doubt.
         kept = [self._kept_clusters(piece) for piece in plan.pieces]
+        if self._changes_in_place(plan, kept):
+            self.requests.dirty.will_write(offset, length)
         with self.medium.section():
             try:
                 for piece, piece_kept in zip(plan.pieces, kept, strict=True):
@@ -255,6 +255,11 @@ class Writes:
         if not entry.host or entry.kind == COMPRESSED_CLUSTER:
             return False
         return self.may_overwrite(self.geometry.cluster_of(entry.host), copied=entry.copied)
+
+    def _changes_in_place(self, plan: WritePlan, kept: list[dict[int, HostOffset]]) -> bool:
+        """Return True if a crash before the next record may show what a plan writes."""
+        # What an entry keeps under zeros may be data in the last record.
+        return any(kept) or any(piece.in_place for piece in plan.pieces)
 
     def _kept_clusters(self, piece: Piece) -> dict[int, HostOffset]:
         """Return what entries without data there keep and may be reused: host offsets by guest cluster."""

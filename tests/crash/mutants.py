@@ -533,6 +533,11 @@ OF_BITMAPS = (
         trials=seeds("bitmaps-reopened/4096", 3),
     ),
     Mutant(
+        "B1-kept-clusters-are-not-in-place",
+        with_argument(f"{WRITES}._changes_in_place", "kept", lambda _: []),
+        trials=seeds("bitmaps-reuse/4096", 4),
+    ),
+    Mutant(
         "B3-cooled-without-what-was-written",
         with_result(f"{TRACKING_MODULE}:_folded", lambda _: 0),
         trials=seeds("bitmaps-noted-in-place/4096", 2),
