@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
-from jqcow.engine.bitmaps import MERGE_BYTES, Bitmaps, dirty_ranges
+from jqcow.engine.bitmaps import Bitmaps
+from jqcow.engine.bits import STEP_BYTES, dirty_ranges
 from jqcow.engine.tables import Tables
 from jqcow.engine.tracking import Tracking
 from jqcow.image.arguments import number, optional_number, text
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from jqcow.image.transaction import Transaction
 
 _DEFAULT_MIN, _DEFAULT_MAX = 4096, 65536
+MARKED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class BitmapReader:
                 )
                 if position > stop or end <= offset:
                     return
-                chunk = self._exact(entry, position, min(MERGE_BYTES, stop + 1 - position))
+                chunk = self._exact(entry, position, min(STEP_BYTES, stop + 1 - position))
             yield position, chunk
             position += len(chunk)
 
@@ -206,8 +209,10 @@ class TransactionBitmaps(_Bitmaps):
         self._change(change)
 
     def mark(self, name: str, extents: Iterable[DirtyExtent]) -> None:
-        """Make ranges of the disk dirty; see `ImageBitmaps.mark`."""
-        found = list(extents)
+        """Make ranges of the disk dirty; see `ImageBitmaps.mark`. A failure leaves some of them dirty."""
+        # They may come from another image, under its lock, and be very many.
+        left = iter(extents)
+        found = list(islice(left, MARKED_AT_ONCE))
 
         def change(bitmaps: Bitmaps) -> None:
             entry = bitmaps.usable(name)
@@ -215,6 +220,8 @@ class TransactionBitmaps(_Bitmaps):
                 bitmaps.mark(entry, extent.offset, extent.length)
 
         self._change(change)
+        while found := list(islice(left, MARKED_AT_ONCE)):
+            self._change(change)
 
 
 class ImageBitmaps(_Bitmaps):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 import pytest
 
 import jqcow
-from jqcow.engine.bitmaps import dirty_ranges
-from jqcow.errors import BitmapError, BitmapNotFound, CorruptionError, UnsupportedFeatureError
+from jqcow.errors import BitmapError, BitmapNotFound, UnsupportedFeatureError
 from jqcow.ondisk.header import EXTENSION_BITMAPS
 from jqcow.testing import SimulatedDevice
-from tests.unit.engines import CLUSTER, MIB, OLD, reopened, written_image
-
-CHUNK = bytes([0b00001111, 0xFF, 0, 0b10000000])
+from tests.unit.engines import CLUSTER, MIB, OLD, flags_place, reopened, written_image
 
 
 @pytest.fixture
@@ -31,13 +27,6 @@ def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
 
 def dirty(image: jqcow.Image | jqcow.Transaction, name: str = "fine") -> list[tuple[int, int]]:
     return [(part.offset, part.end) for part in image.bitmaps.dirty_extents(name)]
-
-
-def test_runs_of_bits() -> None:
-    assert list(dirty_ranges([(0, CHUNK)], 9, MIB)) == [(0, 2048), (4096, 8192), (31 * 512, 32 * 512)]
-    joined = [(0, b"\0" * 600 + b"\xff"), (601, b"\xff")]
-    assert list(dirty_ranges(joined, 9, 1 << 30)) == [(600 * 4096, 602 * 4096)]
-    assert list(dirty_ranges([(0, b"\1")], 16, 1000)) == [(0, 1000)]
 
 
 def test_names_and_flags(image: jqcow.Image) -> None:
@@ -156,12 +145,6 @@ def test_a_bitmap_that_would_be_too_large(image: jqcow.Image) -> None:
     assert image.size == MIB and image.check().ok
 
 
-def flags_place(content: bytes, number: int = 0) -> int:
-    at = content.index(struct.pack(">II", EXTENSION_BITMAPS, 24))
-    offset: int = struct.unpack_from(">Q", content, at + 24)[0]
-    return offset + 12
-
-
 def with_flags(device: SimulatedDevice, flags: int) -> SimulatedDevice:
     content = bytearray(device.content())
     place = flags_place(content)
@@ -194,33 +177,3 @@ def test_one_of_an_unknown_kind_that_should_take_note_hinders_writing(
         with pytest.raises(UnsupportedFeatureError, match="unknown kind"):
             image.pwrite(b"x", 0)
         assert image.pread(512, 0) == OLD[:512]
-
-
-def broken_images(device: SimulatedDevice) -> Iterator[tuple[bytes, int]]:
-    """Yield images, and how many of their two bitmaps are left when the rest is given up."""
-    content = device.content()
-    entry = flags_place(content) - 12
-    table: int = struct.unpack_from(">Q", content, entry)[0]
-    for place, data, left in (
-        (entry, bytes(8), 1), (entry + 18, b"\0\0", 0), (table, b"\xff" * 8, 1), (entry + 8, b"\0\0\0\7", 1),
-        (content.index(struct.pack(">II", EXTENSION_BITMAPS, 24)) + 24, b"\1" * 8, 0),
-        (entry, content[40:48], 1),
-    ):  # fmt: skip
-        damaged = bytearray(content)
-        damaged[place : place + len(data)] = data
-        yield bytes(damaged), left
-
-
-def test_damaged_bitmaps_are_given_up_when_asked_for(device: SimulatedDevice, image: jqcow.Image) -> None:
-    image.bitmaps.add("second", 512)
-    image.pwrite(b"x", 0)
-    image.close()
-    for damaged, left in broken_images(device):
-        with reopened(SimulatedDevice(damaged)) as image, pytest.raises(CorruptionError):
-            image.discard(CLUSTER, 0)
-        repaired = SimulatedDevice(damaged)
-        with jqcow.open_device(repaired, "r+", repair="bitmaps") as image:
-            assert image.repaired is not None and image.repaired.bitmaps == 2 - left
-            assert len(image.bitmaps) == left
-            assert image.check().errors == image.check().lost
-            image.pwrite(b"new", 8192)
