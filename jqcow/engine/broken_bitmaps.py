@@ -34,7 +34,7 @@ class BrokenBitmaps:
         ]
         is_apart = taken.isdisjoint(own)
         taken.update(own)
-        sound = [entry for entry in found.entries if is_apart and self._is_sound(entry, taken)]
+        sound = [entry for entry in found.entries if is_apart and self.is_sound(entry, taken)]
         announced = ondisk.announced_in(area)
         if len(sound) == announced:
             return
@@ -54,7 +54,7 @@ class BrokenBitmaps:
                         found.update(cluster for _, cluster in self._bitmaps.clusters_of(entry))
         return found
 
-    def _is_sound(self, entry: BitmapEntry, taken: set[ClusterIndex]) -> bool:
+    def is_sound(self, entry: BitmapEntry, taken: set[ClusterIndex]) -> bool:
         """Return True if a bitmap can be believed to be one; what it has is taken then."""
         seen: set[ClusterIndex] = set()
         file_end = self._geometry.clusters(self._view.blocks.medium.size())
