@@ -208,6 +208,8 @@ class Bitmaps(Bits):
         data = ondisk.pack_directory(kept)
         if len(kept) > ondisk.MAX_BITMAPS or len(data) > ondisk.MAX_DIRECTORY_BYTES:
             raise UnsupportedFeatureError(f"more than {ondisk.MAX_BITMAPS} bitmaps, or 64 MiB of their names")
+        if ondisk.tables_bytes(kept) > ondisk.MAX_TABLES_BYTES:
+            raise UnsupportedFeatureError("bitmaps with tables of more than 64 MiB in all")
         offset = HostOffset(0)
         if data:
             offset = self.refcounts.allocate_metadata(self.geometry.clusters(len(data)))

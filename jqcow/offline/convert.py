@@ -236,7 +236,7 @@ def convert(
             source and target are the same file.
         FileExistsError: the target exists.
         FileAccessDenied: the source names a backing file, and that is not allowed.
-        JqcowError: the source or a bitmap is damaged, a file is in use, or the verification found a difference.
+        JqcowError: the source or a bitmap is damaged, a file in use, or the verification found a difference.
         OSError: the host failed. After this, as after a `JqcowError`, there is no new target.
     """
     compression = Compression(options.get("compression_type", "zlib"), compression_level)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import jqcow
 from jqcow.errors import BitmapError, BitmapNotFound, UnsupportedFeatureError
+from jqcow.ondisk import bitmaps as ondisk
 from jqcow.ondisk.header import EXTENSION_BITMAPS
 from jqcow.testing import SimulatedDevice
 from tests.unit.engines import CLUSTER, MIB, OLD, flags_place, reopened, written_image
@@ -67,6 +69,37 @@ def test_what_is_not_there_or_there_already(image: jqcow.Image) -> None:
     for again in (lambda: image.bitmaps.add("fine"), lambda: image.bitmaps.rename("fine", "other")):
         with pytest.raises(BitmapError):
             again()
+
+
+@pytest.mark.parametrize("name", ["\ud800", 5, None, b"fine"])
+def test_what_is_no_name_is_found_out_before_anything_changes(image: jqcow.Image, name: Any) -> None:
+    bitmaps = image.bitmaps
+    for act in (
+        bitmaps.add,
+        bitmaps.remove,
+        bitmaps.clear,
+        bitmaps.enable,
+        bitmaps.disable,
+        bitmaps.dirty_extents,
+        lambda found: bitmaps.rename(found, "other"),
+        lambda found: bitmaps.rename("fine", found),
+        lambda found: bitmaps.merge(found, "fine"),
+        lambda found: bitmaps.merge("fine", found),
+        lambda found: bitmaps.mark(found, ()),
+        lambda found: bitmaps.mark("fine", [found]),
+    ):
+        with pytest.raises((TypeError, ValueError, AttributeError, BitmapNotFound)):
+            act(name)
+    assert image.pread(512, 0) == OLD[:512] and [one.name for one in bitmaps] == ["fine"]
+
+
+@pytest.mark.parametrize("extent", [jqcow.DirtyExtent(-512, 512), jqcow.DirtyExtent(512, -1)])
+def test_ranges_that_no_disk_has(image: jqcow.Image, extent: jqcow.DirtyExtent) -> None:
+    with pytest.raises(ValueError, match="no range of a disk"):
+        image.bitmaps.mark("fine", [jqcow.DirtyExtent(0, 512), extent])
+    assert dirty(image) == [] and image.check().ok
+    image.bitmaps.mark("fine", [jqcow.DirtyExtent(2 * MIB, 512), jqcow.DirtyExtent(MIB - 1, MIB)])
+    assert dirty(image) == [(MIB - 512, MIB)]
 
 
 def test_a_transaction_brings_or_takes_all(image: jqcow.Image) -> None:
@@ -143,6 +176,16 @@ def test_a_bitmap_that_would_be_too_large(image: jqcow.Image) -> None:
     with pytest.raises(UnsupportedFeatureError, match="512 MiB"):
         image.resize(1 << 42)
     assert image.size == MIB and image.check().ok
+
+
+def test_tables_that_nobody_would_read_again(image: jqcow.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ondisk, "MAX_TABLES_BYTES", 16)
+    image.bitmaps.add("second")
+    for change in (lambda: image.bitmaps.add("third"), lambda: image.resize(40 * MIB)):
+        with pytest.raises(UnsupportedFeatureError, match="in all"):
+            change()
+    assert image.size == MIB and len(image.bitmaps) == 2 and image.check().ok
+    image.pwrite(b"x", 0)
 
 
 def with_flags(device: SimulatedDevice, flags: int) -> SimulatedDevice:
