@@ -24,45 +24,32 @@ times is walked once, and so is what several L1 tables have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from jqcow import _native
-from jqcow.checker.findings import Finding, Findings, Kind
+from jqcow.checker.bitmaps import walk_bitmaps
+from jqcow.checker.claims import OWNERS, Claims, Read
+from jqcow.checker.findings import Finding, Kind
 from jqcow.checker.header import CRYPT_METHOD_PLACE, header_faults
 from jqcow.checker.lost import Holes, LostData
 from jqcow.checker.tables import (
     COMPARED_CLUSTERS,
     REFCOUNT_CODES,
-    Code,
     Counts,
     decode_refcounts,
     layers,
     zeroed,
 )
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
-from jqcow.ondisk import bitmaps, entries, features, layout, luks, snapshots
-from jqcow.ondisk.entries import DamagedEntry
+from jqcow.ondisk import entries, features, layout, luks, snapshots
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_L1_ENTRIES, SECTOR_BYTES, table_bytes
 from jqcow.ondisk.snapshots import MAX_SNAPSHOT_L1_BYTES, TableEntry
 
-Read = Callable[[int, int], bytes]
-"""Reads (length, offset) in bytes from the image file; what lies past its end reads as zeros."""
-
-MAX_CLUSTERS = 1 << 28
-"""The largest file, in clusters, that is checked: 16 TiB with clusters of 64 KiB. It bounds memory."""
-
 _L1_STEP_BYTES = 1 << 20
-
-_OWNERS = (
-    "nothing", "header", "refcount table", "refcount block", "L1 table", "snapshot table", "L2 table",
-    "bitmap directory", "bitmap table", "bits of a bitmap", "encryption header",
-)  # fmt: skip
-"""What owns a cluster of metadata; the first stands for a cluster that no metadata owns."""
-
 
 _LEAKS = (Kind.LEAK, Kind.LEAK_PAST_END)
 _STRICTER = (*_LEAKS, Kind.LOST_DATA, Kind.OVERLAP, Kind.RESERVED_RANGE, Kind.L1_TOO_SMALL, Kind.HEADER)
@@ -147,7 +134,7 @@ def _luks_pointer(area: HeaderArea) -> luks.Pointer | None:
     return None
 
 
-class _Check:
+class _Check(Claims):
     """One walk through an image.
 
     Metadata is claimed first, each cluster by the structure that owns it; then the L2 tables are
@@ -159,33 +146,14 @@ class _Check:
     def __init__(
         self, read: Read, area: HeaderArea, file_bytes: int, reserved: Sequence[tuple[int, int]]
     ) -> None:
-        self.read = read
-        self.area = area
-        self.header = header = area.header
-        self.geometry = header.geometry
+        super().__init__(read, area, file_bytes, reserved)
+        header = area.header
         self.codec = codec_of(header.geometry)
-        self.cluster_bits = header.cluster_bits
-        self.cluster_bytes = 1 << header.cluster_bits
-        # As in QEMU, the last cluster may be cut short by the end of the file.
-        self.cluster_count = self.geometry.clusters(file_bytes)
-        if self.cluster_count > MAX_CLUSTERS:
-            raise UnsupportedFeatureError(f"an image file of {self.cluster_count} clusters")
-        self.file_bytes = file_bytes
-        self.reserved = [
-            (offset >> self.cluster_bits, self.geometry.clusters(offset + length))
-            for offset, length in reserved
-        ]
-        self.count_code: Code = "Q" if header.refcount_order > 5 else "I"
-        self.refcount_max = (1 << (1 << header.refcount_order)) - 1
-        self.references = zeroed(self.count_code, self.cluster_count)
         self.refcounts = zeroed(REFCOUNT_CODES.get(header.refcount_order, "B"), self.cluster_count)
-        self.owners = zeroed("B", self.cluster_count)
         self.active_pointers = zeroed("I", self.cluster_count)
         self.snapshot_pointers = zeroed("Q", self.cluster_count if header.nb_snapshots else 0)
         self.blocks: dict[int, int] = {}
         self.past_end: set[int] = set()
-        self.findings = Findings()
-        self.refcounts_are_used_twice = False
         used_clusters = self.geometry.clusters(header.size)
         self.holes = Holes(used_clusters * self.codec.entry_bytes)
         self.allocated = self.fragmented = self.compressed = self.zeros = 0
@@ -201,7 +169,7 @@ class _Check:
         self.walk_active_l1_table()
         if header.nb_snapshots:
             self.walk_snapshots()
-        self.walk_bitmaps()
+        walk_bitmaps(self)
         self.walk_l2_tables()
         self.compare()
         return CheckReport(
@@ -215,48 +183,6 @@ class _Check:
             compressed_clusters=self.compressed,
             zero_clusters=self.zeros,
         )
-
-    def claim(self, owner: str, offset: int, length: int, source: str, source_offset: int) -> bool:
-        """Count a reference to each cluster of a metadata structure, and note their owner.
-
-        ``source`` at ``source_offset`` is what points to it. Returns False, having counted nothing, if
-        the structure reaches past the end of the file.
-        """
-        if not length:
-            return True
-        first = offset >> self.cluster_bits
-        end = self.geometry.clusters(offset + length)
-        if end > self.cluster_count:
-            self.findings.add(Kind.PAST_END, source, source_offset, f"{owner} at {offset:#x}")
-            return False
-        for cluster in range(first, end):
-            self.claim_cluster(owner, cluster, source, source_offset, 1)
-        return True
-
-    def claim_cluster(self, owner: str, cluster: int, source: str, source_offset: int, count: int) -> None:
-        """Count references of metadata to a cluster inside the file, which nothing else may use."""
-        other = self.owners[cluster] or _OWNERS.index(owner)
-        self.owners[cluster] = other
-        if self.references[cluster]:
-            self.report_overlap(owner, cluster << self.cluster_bits, "the cluster is also", other, 1)
-        self.refer(cluster, source, source_offset, count)
-
-    def refer(self, cluster: int, source: str, source_offset: int, count: int) -> None:
-        """Count references to a cluster inside the file, up to what a refcount can say."""
-        total = self.references[cluster] + count
-        if total > self.refcount_max:
-            # As in QEMU, each further reference is an error of its own.
-            detail = (
-                f"{cluster << self.cluster_bits:#x} has {total} references, at most {self.refcount_max} count"
-            )
-            excess = total - self.refcount_max
-            self.findings.add(Kind.TOO_MANY_REFERENCES, source, source_offset, detail, excess)
-            total = self.refcount_max
-        self.references[cluster] = total
-        for first, end in self.reserved:
-            if first <= cluster < end:
-                detail = f"it points to {cluster << self.cluster_bits:#x}"
-                self.findings.add(Kind.RESERVED_RANGE, source, source_offset, detail, count)
 
     def walk_refcount_table(self) -> None:
         """Claim the refcount table and its blocks, and load the refcounts of the file's clusters."""
@@ -380,40 +306,6 @@ class _Check:
                 if depth > 1:
                     place, detail = cluster << self.cluster_bits, f"the L1 table of {depth} snapshots"
                     self.findings.add(Kind.OVERLAP, "L1 table", place, detail, depth - 1)
-
-    def walk_bitmaps(self) -> None:
-        """Claim the bitmap directory, the tables of all bitmaps and the clusters of their bits.
-
-        As in QEMU, of a damaged directory nothing but itself counts.
-        """
-        try:
-            place = bitmaps.place_of(self.area)
-            if place is None:
-                return
-            self.claim("bitmap directory", place.offset, place.length_bytes, "header", 0)
-            directory = bitmaps.read_directory(self.read, self.area)
-        except CorruptionError as error:
-            self.findings.add(Kind.BITMAPS, error.structure, error.offset, error.detail)
-            return
-        for entry in directory.entries:
-            length = table_bytes(entry.table_entries)
-            if self.claim("bitmap table", entry.table_offset, length, "bitmap directory", place.offset):
-                self.walk_bitmap_table(entry.table_offset, length)
-
-    def walk_bitmap_table(self, offset: int, length: int) -> None:
-        """Claim the clusters that the table of a bitmap names."""
-        for start in range(offset, offset + length, _L1_STEP_BYTES):
-            data = self.read(min(_L1_STEP_BYTES, offset + length - start), start)
-            for index, entry in entries.nonzero_entries(data):
-                place = start + table_bytes(index)
-                try:
-                    bits, _ = entries.decode_bitmap_table(entry, self.geometry)
-                except DamagedEntry as error:
-                    self.findings.add(Kind.BITMAPS, "bitmap table entry", place, str(error))
-                    continue
-                if bits:
-                    source = "bitmap table entry"
-                    self.claim("bits of a bitmap", bits, self.cluster_bytes, source, place)
 
     def walk_l1_entries(self, offset: int, length: int, pointers: memoryview, repeats: int) -> None:
         """Check ``length`` bytes of L1 entries that ``repeats`` L1 tables hold; count and claim L2 tables.
@@ -556,12 +448,6 @@ class _Check:
             )
         self.refer(cluster, "L2 entry", place, repeats)
 
-    def report_overlap(self, structure: str, place: int, what: str, owner: int, count: int) -> None:
-        """Report a second use of a cluster that an owner has."""
-        used_as = _OWNERS[owner]
-        self.refcounts_are_used_twice |= "refcount" in f"{structure} {used_as}"
-        self.findings.add(Kind.OVERLAP, structure, place, f"{what} in use as {used_as}", count)
-
     def check_copied(
         self, structure: str, place: int, entry: int, copied: bool, cluster: int, repeats: int
     ) -> None:
@@ -593,7 +479,7 @@ class _Check:
         for cluster, stored, counted in counts.differences():
             kind = Kind.LEAK if stored > counted else Kind.REFCOUNT_TOO_LOW
             owner = self.owners[cluster]
-            used_as = "data" if counted and not owner else _OWNERS[owner]
+            used_as = "data" if counted and not owner else OWNERS[owner]
             detail = f"refcount {stored}, references {counted}, in use as {used_as}"
             # What has another use tells nothing as a refcount; and no repair frees anything then.
             if not counted and not self.refcounts_are_used_twice and lost.is_lost(cluster):

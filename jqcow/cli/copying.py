@@ -49,6 +49,12 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument(
         "--salvage", action="store_true", help="make zeros of what cannot be read, and say what that is"
     )
+    parser.add_argument("--bitmaps", action="store_true", help="copy persistent bitmaps too")
+    parser.add_argument(
+        "--skip-broken-bitmaps",
+        action="store_true",
+        help="leave out bitmaps that may be wrong, with a warning",
+    )
     add_progress(parser)
     common.add_output(parser)
     common.add_quiet(parser)
@@ -62,6 +68,8 @@ def convert_command(arguments: argparse.Namespace) -> int:
     source, target = arguments.source, arguments.target
     if target == "-":
         raise common.CommandError("'-' as the target: jqcow writes no pipe; ./- is a file of that name")
+    if arguments.skip_broken_bitmaps and not arguments.bitmaps:
+        raise common.CommandError("--skip-broken-bitmaps is for --bitmaps")
     known = (*common.FORM_OPTIONS, *secrets.ENCRYPTION_OPTIONS)
     named = common.named_options(arguments.options, arguments.target_format, known)
     options = common.file_options(named)
@@ -86,9 +94,10 @@ def convert_command(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             verify=arguments.verify,
             salvage=arguments.salvage,
+            bitmaps=("sound" if arguments.skip_broken_bitmaps else "all") if arguments.bitmaps else None,
             progress=progress,
         )
-    for line in _lost_lines(report):
+    for line in _warnings(report):
         print(line, file=sys.stderr)
     if arguments.output == "json":
         common.print_json(common.as_json(report))
@@ -109,11 +118,13 @@ def _probe(source: str, *, quiet: bool) -> DiskFormat:
     return found
 
 
-def _lost_lines(report: ConvertReport) -> Iterator[str]:
+def _warnings(report: ConvertReport) -> Iterator[str]:
     for lost in report.lost:
         place = "" if lost.host_offset is None else f" (host offset {lost.host_offset:#x})"
         what = f"guest offset {lost.offset:#x}, {lost.length} bytes{place}"
         yield f"warning: {what} cannot be read and became zeros: {printable(lost.reason)}"
+    for name in report.skipped_bitmaps:
+        yield f"warning: bitmap {printable(name)!r} may be wrong, and was left out"
 
 
 def _report_lines(report: ConvertReport) -> Iterator[str]:
@@ -124,6 +135,9 @@ def _report_lines(report: ConvertReport) -> Iterator[str]:
     if report.lost:
         lost = human_size(sum(part.length for part in report.lost))
         yield f"  {lost} could not be read and became zeros, in {common.plural(len(report.lost), 'range')}"
+    if report.bitmaps:
+        names = ", ".join(printable(name) for name in report.bitmaps)
+        yield f"  with {common.plural(len(report.bitmaps), 'bitmap')}: {names}"
     if report.compression_type is not None:
         whole, packed = human_size(report.compressed_bytes), human_size(report.packed_bytes)
         yield f"  {whole} of it compressed to {packed} ({report.compression_type})"

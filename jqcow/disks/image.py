@@ -8,6 +8,7 @@ from dataclasses import replace
 from jqcow.device.base import Device
 from jqcow.device.disk import Disk, Extent, ExtentKind, joined
 from jqcow.device.file import path_of
+from jqcow.engine.bitmaps import Bitmaps
 from jqcow.engine.engine import open_engine
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import Medium
@@ -78,6 +79,11 @@ class ImageDisk(Disk):
     def size(self) -> int:
         """Size of the disk."""
         return self._reads.tables.mapping.disk_bytes
+
+    @property
+    def bitmaps(self) -> Bitmaps:
+        """The persistent bitmaps, to be looked at."""
+        return self._reads.tables.bitmaps
 
     def backing_file(self) -> NamedFile | None:
         """Return what the header names as the file below, None if it names none.

@@ -10,34 +10,25 @@ B5. The bitmap directory, the tables and the clusters of bits are counted once e
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 
-from jqcow import _native
+from jqcow.engine.bits import Bits
 from jqcow.engine.metadata import View
 from jqcow.engine.refcounts import Allocation
-from jqcow.errors import BitmapError, BitmapNotFound, CorruptionError, UnsupportedFeatureError
+from jqcow.errors import BitmapError, BitmapNotFound, UnsupportedFeatureError
 from jqcow.ondisk import bitmaps as ondisk
-from jqcow.ondisk import entries, layout
+from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.bitmaps import Bitmap, BitmapEntry, Directory, Place
-from jqcow.ondisk.entries import DamagedEntry
 from jqcow.ondisk.header import AUTOCLEAR_BITMAPS, HeaderArea
-from jqcow.ondisk.layout import ClusterIndex, HostOffset, entry_place
-
-MERGE_BYTES = 1 << 20
-"""So many bytes of a bitmap are looked at in one go."""
-RUN_BYTES = 512
+from jqcow.ondisk.layout import ClusterIndex, HostOffset
 
 
-class Bitmaps:
+class Bitmaps(Bits):
     """The bitmaps of one image through one view. What changes them is called inside an operation."""
 
     def __init__(self, view: View, refcounts: Allocation) -> None:
-        self.view = view
-        self.refcounts = refcounts
-        self.space = refcounts.space
-        self.geometry = view.geometry
+        super().__init__(view, refcounts)
         self._area: HeaderArea | None = None
         """The header that ``_directory`` was read for."""
         self._directory = Directory()
@@ -56,7 +47,7 @@ class Bitmaps:
             return self.space.sound_bitmaps
         area = self.view.area
         if area is not self._area:
-            self._directory = ondisk.read_directory(self._read, area)
+            self._directory = ondisk.read_directory(self.read_host, area)
             self._enabled = tuple(entry for entry in self._directory.entries if entry.is_enabled)
             self._area = area
         return self._directory
@@ -74,9 +65,10 @@ class Bitmaps:
         Raises:
             CorruptionError: the directory cannot be told apart.
         """
-        return ondisk.read_bitmaps(self._read, self.view.area)
+        return ondisk.read_bitmaps(self.read_host, self.view.area)
 
-    def _read(self, length: int, offset: int) -> bytes:
+    def read_host(self, length: int, offset: int) -> bytes:
+        """Return bytes of the image file as the view has them."""
         return self.view.read(HostOffset(offset), length)
 
     def require_kept(self) -> None:
@@ -119,145 +111,21 @@ class Bitmaps:
             CorruptionError: the directory or a table is damaged.
         """
         directory = self.directory
-        yield from self._run("bitmap directory", directory.offset, directory.length_bytes)
+        yield from self.run_of("bitmap directory", directory.offset, directory.length_bytes)
         for entry in directory.entries:
             yield from self.clusters_of(entry)
 
     def clusters_of(self, entry: BitmapEntry) -> Iterator[tuple[str, ClusterIndex]]:
         """Yield what one bitmap takes, as `clusters`."""
-        yield from self._run("bitmap table", entry.table_offset, layout.table_bytes(entry.table_entries))
-        for _, bits in self._allocated(entry):
+        yield from self.run_of("bitmap table", entry.table_offset, layout.table_bytes(entry.table_entries))
+        for _, bits in self.allocated(entry):
             yield "bits of a bitmap", self.geometry.cluster_of(bits)
 
-    def _run(self, structure: str, offset: int, length: int) -> Iterator[tuple[str, ClusterIndex]]:
+    def run_of(self, structure: str, offset: int, length: int) -> Iterator[tuple[str, ClusterIndex]]:
+        """Yield the clusters of a structure in a row, as `clusters`."""
         first = self.geometry.cluster_of(HostOffset(offset))
         for cluster in range(first, first + self.geometry.clusters(length)):
             yield structure, ClusterIndex(cluster)
-
-    def _allocated(self, entry: BitmapEntry) -> Iterator[tuple[int, HostOffset]]:
-        """Yield (index, host offset) of the clusters of bits that a bitmap has."""
-        block_bytes, table = self.geometry.block_bytes, HostOffset(entry.table_offset)
-        for start in range(0, layout.table_bytes(entry.table_entries), block_bytes):
-            block = self.view.block(HostOffset(table + start))
-            if _native.is_zero(block):
-                continue
-            first = layout.table_entries(start)
-            for index in range(first, min(first + layout.table_entries(block_bytes), entry.table_entries)):
-                bits, _ = self._bits_at(entry, index)
-                if bits:
-                    yield index, bits
-
-    def _bits_at(self, entry: BitmapEntry, index: int) -> tuple[HostOffset, bool]:
-        table = HostOffset(entry.table_offset)
-        try:
-            return entries.decode_bitmap_table(self.view.entry(table, index), self.geometry)
-        except DamagedEntry as error:
-            raise CorruptionError("bitmap table", entry_place(table, index), str(error)) from error
-
-    # Bits, as bytes of a bitmap: bit n is bit n % 8 of byte n / 8
-
-    def read(self, entry: BitmapEntry, start: int, length: int) -> bytes:
-        """Return bytes [start, start + length) of a bitmap."""
-        parts = []
-        for index, within, count in self._pieces(start, length):
-            bits, all_ones = self._bits_at(entry, index)
-            if bits:
-                parts.append(self.view.read(HostOffset(bits + within), count))
-            else:
-                parts.append((b"\xff" if all_ones else b"\0") * count)
-        return b"".join(parts)
-
-    def write(self, entry: BitmapEntry, start: int, data: bytes) -> None:
-        """Replace bytes of a bitmap from ``start`` on; a cluster for them is taken if they ask for one.
-
-        Raises:
-            OSError: the host has no space for it.
-        """
-        position = 0
-        for index, within, count in self._pieces(start, len(data)):
-            part = data[position : position + count]
-            position += count
-            bits, all_ones = self._bits_at(entry, index)
-            if not bits:
-                if part.count(255 if all_ones else 0) == count:
-                    continue
-                bits = self._take_cluster(entry, index, all_ones=all_ones)
-            self._edit(HostOffset(bits + within), part)
-
-    def _pieces(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (index of the table entry, offset in its cluster, length) of bytes of a bitmap."""
-        end, cluster_bytes = start + length, self.geometry.cluster_bytes
-        while start < end:
-            index, within = divmod(start, cluster_bytes)
-            count = min(cluster_bytes - within, end - start)
-            yield index, within, count
-            start += count
-
-    def _take_cluster(self, entry: BitmapEntry, index: int, *, all_ones: bool) -> HostOffset:
-        bits = self.refcounts.allocate_metadata()
-        if all_ones:
-            self._edit(bits, b"\xff" * self.geometry.cluster_bytes)
-        self.view.set_entry(HostOffset(entry.table_offset), index, bits)
-        return bits
-
-    def _edit(self, offset: HostOffset, data: bytes) -> None:
-        block_bytes, position = self.geometry.block_bytes, 0
-        while position < len(data):
-            within = offset % block_bytes
-            part = data[position : position + block_bytes - within]
-            self.view.edit(HostOffset(offset - within))[within : within + len(part)] = part
-            offset, position = HostOffset(offset + len(part)), position + len(part)
-
-    def set_bits(self, entry: BitmapEntry, first: int, end: int) -> None:
-        """Set bits [first, end) of a bitmap; whole clusters of them take no space."""
-        per_cluster = self._bits_per_cluster
-        while first < end:
-            index, within = divmod(first, per_cluster)
-            stop = min(end, first - within + per_cluster)
-            if stop - first == per_cluster:
-                self._drop_cluster(entry, index, entries.ALL_ONES)
-            else:
-                self._set_in_cluster(entry, first, stop)
-            first = stop
-
-    @property
-    def _bits_per_cluster(self) -> int:
-        return self.geometry.cluster_bytes << 3
-
-    def _set_in_cluster(self, entry: BitmapEntry, first: int, end: int) -> None:
-        start, stop = first >> 3, end + 7 >> 3
-        old = self.read(entry, start, stop - start)
-        mask = (1 << end - (start << 3)) - (1 << first - (start << 3))
-        new = (int.from_bytes(old, "little") | mask).to_bytes(len(old), "little")
-        if new != old:
-            self.write(entry, start, new)
-
-    def _drop_cluster(self, entry: BitmapEntry, index: int, value: int) -> None:
-        """Give a table entry another value, without a cluster, and give up the cluster that it has."""
-        table = HostOffset(entry.table_offset)
-        bits, _ = self._bits_at(entry, index)
-        if self.view.entry(table, index) != value:
-            self.view.set_entry(table, index, value)
-        if bits:
-            self.refcounts.release_metadata(self.geometry.cluster_of(bits))
-
-    def mark(self, entry: BitmapEntry, offset: int, length: int) -> None:
-        """Set the bits of a range of the disk, as far as there are any."""
-        end = min(offset + length, self.view.header.size)
-        if offset < end:
-            bits = entry.granularity_bits
-            self.set_bits(entry, offset >> bits, (end - 1 >> bits) + 1)
-
-    def is_marked(self, entry: BitmapEntry, offset: int, length: int) -> bool:
-        """Return True if a range of the disk is dirty all over, as far as there is a disk."""
-        end = min(offset + length, self.view.header.size)
-        if offset >= end:
-            return True
-        first, stop = offset >> entry.granularity_bits, (end - 1 >> entry.granularity_bits) + 1
-        start = first >> 3
-        data = self.read(entry, start, (stop + 7 >> 3) - start)
-        mask = (1 << stop - (start << 3)) - (1 << first - (start << 3))
-        return int.from_bytes(data, "little") & mask == mask
 
     # Which bitmaps there are
 
@@ -298,7 +166,7 @@ class Bitmaps:
         self._write_directory(kept for kept in self.directory.entries if kept is not entry)
 
     def _release(self, entry: BitmapEntry) -> None:
-        for _, bits in list(self._allocated(entry)):
+        for _, bits in list(self.allocated(entry)):
             self.refcounts.release_metadata(self.geometry.cluster_of(bits))
         self._release_table(entry)
 
@@ -311,7 +179,7 @@ class Bitmaps:
         """Make everything clean in a bitmap."""
         entry = self.usable(name)
         for index in range(entry.table_entries):
-            self._drop_cluster(entry, index, 0)
+            self.drop_cluster(entry, index, 0)
 
     def set_enabled(self, name: str, *, enabled: bool) -> None:
         """Have a bitmap take note of changes, or not."""
@@ -328,25 +196,7 @@ class Bitmaps:
 
     def merge(self, name: str, source: str) -> None:
         """Make dirty in a bitmap what is dirty in another one too."""
-        target, other = self.usable(name), self.usable(source)
-        if target.granularity_bits != other.granularity_bits:
-            for start, end in list(self.dirty_runs(other)):
-                self.mark(target, start, end - start)
-            return
-        for start in range(0, target.bits_for(self.view.header.size) + 7 >> 3, MERGE_BYTES):
-            length = min(MERGE_BYTES, (target.bits_for(self.view.header.size) + 7 >> 3) - start)
-            old, added = self.read(target, start, length), self.read(other, start, length)
-            joined = int.from_bytes(old, "little") | int.from_bytes(added, "little")
-            self.write(target, start, joined.to_bytes(length, "little"))
-
-    def dirty_runs(self, entry: BitmapEntry) -> Iterator[tuple[int, int]]:
-        """Yield [start, end) in bytes of the disk of what is dirty."""
-        length = entry.bits_for(self.view.header.size) + 7 >> 3
-        chunks = (
-            (start, self.read(entry, start, min(MERGE_BYTES, length - start)))
-            for start in range(0, length, MERGE_BYTES)
-        )
-        return dirty_ranges(chunks, entry.granularity_bits, self.view.header.size)
+        self.join(self.usable(name), self.usable(source))
 
     def _replace(self, old: BitmapEntry, new: BitmapEntry) -> None:
         if old != new:
@@ -358,80 +208,24 @@ class Bitmaps:
         data = ondisk.pack_directory(kept)
         if len(kept) > ondisk.MAX_BITMAPS or len(data) > ondisk.MAX_DIRECTORY_BYTES:
             raise UnsupportedFeatureError(f"more than {ondisk.MAX_BITMAPS} bitmaps, or 64 MiB of their names")
+        if ondisk.tables_bytes(kept) > ondisk.MAX_TABLES_BYTES:
+            raise UnsupportedFeatureError("bitmaps with tables of more than 64 MiB in all")
         offset = HostOffset(0)
         if data:
             offset = self.refcounts.allocate_metadata(self.geometry.clusters(len(data)))
-            self._edit(offset, data)
-        self._name_directory(Place(len(kept), len(data), offset))
+            self.edit(offset, data)
+        self.name_directory(Place(len(kept), len(data), offset))
         if old.length_bytes:
             first = self.geometry.cluster_of(HostOffset(old.offset))
             self.refcounts.release_metadata(first, self.geometry.clusters(old.length_bytes))
 
-    def _name_directory(self, place: Place) -> None:
+    def name_directory(self, place: Place) -> None:
+        """Have the header name a directory."""
         area, features = self.view.area, self.view.header.autoclear_features
         features = features | AUTOCLEAR_BITMAPS if place.count else features & ~AUTOCLEAR_BITMAPS
         area = area.with_extension(place.pack(), autoclear_features=features)
         roots.check_room(area.header, len(area.data))
         self.view.set_area(area)
-
-    # What a repair leaves
-
-    def give_up_broken(self, others: set[ClusterIndex]) -> None:
-        """Forget the bitmaps that are damaged, before a repair counts what there is; `stage_sound` follows.
-
-        A bitmap stays if its entry, its table and the places of all its bits are those of a bitmap, and not
-        among ``others``, which hold other metadata.
-        """
-        area, taken = self.view.area, set(others)
-        found = ondisk.read_directory(self._read, area, without_broken=True)
-        own = [cluster for _, cluster in self._run("bitmap directory", found.offset, found.length_bytes)]
-        is_apart = taken.isdisjoint(own)
-        taken.update(own)
-        sound = [entry for entry in found.entries if is_apart and self._is_sound(entry, taken)]
-        announced = ondisk.announced_in(area)
-        if len(sound) == announced:
-            return
-        length = len(ondisk.pack_directory(sound))
-        self.space.sound_bitmaps = Directory(tuple(sound), found.offset if sound else 0, length)
-        self.space.given_up_bitmaps = max(1, announced - len(sound))
-        self.space.abandoned = (self._named_by_broken() - taken) | (set(own) - others)
-
-    def _named_by_broken(self) -> set[ClusterIndex]:
-        """Return what all bitmaps that can be told apart have, or seem to have."""
-        found: set[ClusterIndex] = set()
-        with suppress(CorruptionError):
-            place = ondisk.place_of(self.view.area)
-            for _, entry in ondisk.read_entries(self._read, place) if place is not None else ():
-                if entry.has_table(self.view.header):
-                    with suppress(CorruptionError):
-                        found.update(cluster for _, cluster in self.clusters_of(entry))
-        return found
-
-    def _is_sound(self, entry: BitmapEntry, taken: set[ClusterIndex]) -> bool:
-        """Return True if a bitmap can be believed to be one; what it has is taken then."""
-        seen: set[ClusterIndex] = set()
-        file_end = self.geometry.clusters(self.view.blocks.medium.size())
-        try:
-            for _, cluster in self.clusters_of(entry):
-                if (
-                    cluster in seen
-                    or cluster in taken
-                    or (cluster >= file_end and not self.view.holds(self.geometry.offset_of(cluster)))
-                ):
-                    return False
-                seen.add(cluster)
-        except CorruptionError:
-            return False
-        taken |= seen
-        return True
-
-    def stage_sound(self) -> None:
-        """Write the directory that `give_up_broken` left where it is: it has not become longer."""
-        sound = self.space.sound_bitmaps
-        if sound is not None:
-            data = ondisk.pack_directory(sound.entries)
-            self._edit(HostOffset(sound.offset), data)
-            self._name_directory(Place(len(sound.entries), len(data), sound.offset))
 
     # Another disk
 
@@ -461,7 +255,7 @@ class Bitmaps:
 
     def _resized(self, entry: BitmapEntry, disk_bytes: int) -> BitmapEntry:
         count = self._table_entries(entry.granularity_bits, disk_bytes)
-        for index, bits in list(self._allocated(entry)):
+        for index, bits in list(self.allocated(entry)):
             if index >= count:
                 self.refcounts.release_metadata(self.geometry.cluster_of(bits))
         new = entry
@@ -471,57 +265,5 @@ class Bitmaps:
             self.view.copy_table(HostOffset(entry.table_offset), offset, kept_bytes)
             self._release_table(entry)
             new = replace(entry, table_offset=offset, table_entries=count)
-        self._clear_tail(new, new.bits_for(disk_bytes))
+        self.clear_tail(new, new.bits_for(disk_bytes))
         return new
-
-    def _clear_tail(self, entry: BitmapEntry, end: int) -> None:
-        """Clear what the last cluster of bits has behind bit ``end``: nothing there stands for the disk."""
-        start, stop = end >> 3, layout.round_up(end + 7 >> 3, self.geometry.cluster_bytes)
-        stop = max(stop, self.geometry.cluster_bytes)
-        if end % self._bits_per_cluster or not end:
-            old = self.read(entry, start, stop - start)
-            if not _native.is_zero(old):
-                first = old[0] & (1 << (end & 7)) - 1
-                self.write(entry, start, bytes([first]) + bytes(len(old) - 1))
-
-
-def dirty_ranges(
-    chunks: Iterable[tuple[int, bytes]], granularity_bits: int, disk_bytes: int
-) -> Iterator[tuple[int, int]]:
-    """Yield [start, end) in bytes of the disk of the bits that are set, neighbours joined.
-
-    ``chunks`` are parts of a bitmap that follow each other: (first byte, bytes).
-    """
-    pending: tuple[int, int] | None = None
-    for first, chunk in chunks:
-        for start, end in _runs_of_ones(chunk, first << 3):
-            if pending is not None and pending[1] == start:
-                pending = pending[0], end
-                continue
-            if pending is not None:
-                yield _in_bytes(pending, granularity_bits, disk_bytes)
-            pending = start, end
-    if pending is not None:
-        yield _in_bytes(pending, granularity_bits, disk_bytes)
-
-
-def _in_bytes(bits: tuple[int, int], granularity_bits: int, disk_bytes: int) -> tuple[int, int]:
-    return bits[0] << granularity_bits, min(bits[1] << granularity_bits, disk_bytes)
-
-
-def _runs_of_ones(chunk: bytes, first: int) -> Iterator[tuple[int, int]]:
-    """Yield [start, end) of the bits that are set, the first of which is bit ``first``.
-
-    In steps: a number in digits takes time with the square of its length.
-    """
-    for position in range(0, len(chunk), RUN_BYTES):
-        part = chunk[position : position + RUN_BYTES]
-        if _native.is_zero(part):
-            continue
-        digits, base = f"{int.from_bytes(part, 'little'):b}"[::-1], first + (position << 3)
-        start = digits.find("1")
-        while start >= 0:
-            end = digits.find("0", start)
-            end = len(digits) if end < 0 else end
-            yield base + start, base + end
-            start = digits.find("1", end)

@@ -17,6 +17,7 @@ from typing import Literal
 
 from jqcow import _native
 from jqcow.checker.lost import Holes, LostData
+from jqcow.engine.broken_bitmaps import BrokenBitmaps
 from jqcow.engine.closing import Closing
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.medium import EXPECTED
@@ -169,7 +170,7 @@ def repair(closing: Closing, what: What, *, free_lost: bool = False) -> RepairRe
         with lifecycle.medium.lock, private.tables.operation():
             report, is_sound = _stage(private.tables, references, differences, what)
             _clear_features(private.tables, dirty)
-            private.tables.bitmaps.stage_sound()
+            BrokenBitmaps(private.tables.bitmaps).stage()
         private.commit()
         public.space.sound_bitmaps = None
     except BaseException as error:
@@ -195,7 +196,7 @@ def give_up_broken_bitmaps(tables: Tables) -> None:
     with suppress(CorruptionError, FormatError, UnsupportedFeatureError):
         others = set(tables.snapshots.find_metadata())
     space.sound_bitmaps = None
-    tables.bitmaps.give_up_broken(others)
+    BrokenBitmaps(tables.bitmaps).give_up(others)
 
 
 def _clean_after(error: BaseException, closing: Closing) -> None:

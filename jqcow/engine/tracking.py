@@ -29,11 +29,12 @@ B4. A transaction finds all regions cold, and stages its bits with its changes: 
 from __future__ import annotations
 
 from jqcow.engine.tables import Tables
+from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk.bitmaps import BitmapEntry, Directory
 from jqcow.ondisk.header import AUTOCLEAR_BITMAPS
 
 REGION_BITS = 24
-"""A region has 16 MiB, or as much as one bit of the coarsest bitmap stands for."""
+"""A region has 16 MiB, or as much as one bit of the coarsest bitmap stands for; less, if bitmaps are many."""
 REGIONS_MAX = 4096
 REGION_MEMORY_MAX = 64 << 20
 """So many regions are warm at a time, or as many as take so many bytes; a crash leaves these dirty."""
@@ -91,17 +92,27 @@ class Tracking:
             entries = self.bitmaps.enabled
             if self._regions and entries != self._entries:
                 raise RuntimeError("bitmaps change while all regions are cold")
-            self._directory, self._entries = directory, entries
             if entries:
                 self._set_sizes([entry.granularity_bits for entry in entries])
+            # Last: what was cut off before this is done again.
+            self._directory, self._entries = directory, entries
         return bool(self._entries)
 
     def _set_sizes(self, granularity_bits: list[int]) -> None:
-        self._unit_bits = min(granularity_bits)
-        self._region_bits = max(REGION_BITS, *granularity_bits)
-        granules = 1 << self._region_bits - self._unit_bits
-        memory = granules + sum(1 << max(0, self._region_bits - bits - 3) for bits in granularity_bits)
-        self._regions_max = max(1, min(REGIONS_MAX, REGION_MEMORY_MAX // memory))
+        """Make regions as large as memory allows; they have at least one bit of each bitmap."""
+        coarsest, finest = max(granularity_bits), min(granularity_bits)
+        for region_bits in range(max(REGION_BITS, coarsest), coarsest - 1, -1):
+            before = sum(1 << max(0, region_bits - bits - 3) for bits in granularity_bits)
+            memory = before + (1 << region_bits - finest)
+            if memory <= REGION_MEMORY_MAX:
+                break
+        else:
+            raise UnsupportedFeatureError(
+                f"writing beside {len(granularity_bits)} bitmaps of such granularities",
+                f"they range from {1 << finest} to {1 << coarsest} bytes: disable some",
+            )
+        self._unit_bits, self._region_bits = finest, region_bits
+        self._regions_max = min(REGIONS_MAX, REGION_MEMORY_MAX // memory)
 
     # Writes
 
@@ -176,8 +187,9 @@ class Tracking:
             self._make_room(len(wanted), range(first, end))
             with self.tables.operation():
                 fresh = {index: self._set_all(index) for index in wanted}
-            self._regions.update(fresh)
-            self._warm += fresh.values()
+                # Within the section: what is cut off between the blocks and memory leaves the image in doubt.
+                self._regions.update(fresh)
+                self._warm += fresh.values()
 
     def cut(self) -> list[Region]:
         """A commit cuts what is staged; return the regions that are hot once its record is durable (B1)."""
@@ -227,8 +239,9 @@ class Tracking:
             for index in indices:
                 for number, entry in enumerate(self._entries):
                     self._stage_exact(entry, index, number)
-        for index in indices:
-            del self._regions[index]
+            # Within the section: a region that is hot in memory, and not in the blocks, would break B1.
+            for index in indices:
+                del self._regions[index]
 
     def _stage_exact(self, entry: BitmapEntry, index: int, number: int) -> None:
         start, length, _ = self._place(entry, index)

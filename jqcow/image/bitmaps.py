@@ -6,11 +6,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
-from jqcow.engine.bitmaps import MERGE_BYTES, Bitmaps, dirty_ranges
+from jqcow.engine.bitmaps import Bitmaps
+from jqcow.engine.bits import STEP_BYTES, dirty_ranges
 from jqcow.engine.tables import Tables
 from jqcow.engine.tracking import Tracking
+from jqcow.errors import BitmapNotFound
 from jqcow.image.arguments import number, optional_number, text
 from jqcow.ondisk import bitmaps as ondisk
 from jqcow.ondisk.bitmaps import Bitmap, BitmapEntry
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from jqcow.image.transaction import Transaction
 
 _DEFAULT_MIN, _DEFAULT_MAX = 4096, 65536
+MARKED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,27 @@ def check_name(name: str) -> str:
             f"the name of a bitmap has 1 to {ondisk.MAX_NAME_BYTES} bytes, none of them 0: {name!r}"
         )
     return name
+
+
+def searched(name: str) -> str:
+    """Return a name to look for, before anything is changed.
+
+    Raises:
+        TypeError: it is no text.
+        BitmapNotFound: no bitmap can have it.
+    """
+    try:
+        text(name).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise BitmapNotFound(name) from None
+    return name
+
+
+def _range_of(extent: DirtyExtent) -> tuple[int, int]:
+    offset, length = number(extent.offset), number(extent.length)
+    if offset < 0 or length < 0:
+        raise ValueError(f"{length} bytes at {offset} are no range of a disk")
+    return offset, length
 
 
 def granularity_bits(granularity: int | None, cluster_bytes: int) -> int:
@@ -111,7 +136,7 @@ class BitmapReader:
                 )
                 if position > stop or end <= offset:
                     return
-                chunk = self._exact(entry, position, min(MERGE_BYTES, stop + 1 - position))
+                chunk = self._exact(entry, position, min(STEP_BYTES, stop + 1 - position))
             yield position, chunk
             position += len(chunk)
 
@@ -151,7 +176,7 @@ class _Bitmaps:
             ValueError: the range reaches past the end.
             CorruptionError: the directory or a table is damaged.
         """
-        return self._reader().dirty_extents(name, optional_number(length), number(offset))
+        return self._reader().dirty_extents(searched(name), optional_number(length), number(offset))
 
 
 class TransactionBitmaps(_Bitmaps):
@@ -177,44 +202,53 @@ class TransactionBitmaps(_Bitmaps):
 
     def remove(self, name: str) -> None:
         """Remove a bitmap; see `ImageBitmaps.remove`."""
-        self._change(lambda bitmaps: bitmaps.remove(name))
+        known = searched(name)
+        self._change(lambda bitmaps: bitmaps.remove(known))
 
     def clear(self, name: str) -> None:
         """Make everything clean; see `ImageBitmaps.clear`."""
-        self._change(lambda bitmaps: bitmaps.clear(name))
+        known = searched(name)
+        self._change(lambda bitmaps: bitmaps.clear(known))
 
     def enable(self, name: str) -> None:
         """Take note of changes from here on; see `ImageBitmaps.enable`."""
-        self._change(lambda bitmaps: bitmaps.set_enabled(name, enabled=True))
+        known = searched(name)
+        self._change(lambda bitmaps: bitmaps.set_enabled(known, enabled=True))
 
     def disable(self, name: str) -> None:
         """Take no note of changes any more; see `ImageBitmaps.disable`."""
-        self._change(lambda bitmaps: bitmaps.set_enabled(name, enabled=False))
+        known = searched(name)
+        self._change(lambda bitmaps: bitmaps.set_enabled(known, enabled=False))
 
     def rename(self, name: str, new: str) -> None:
         """Give a bitmap another name; see `ImageBitmaps.rename`."""
-        checked = check_name(new)
-        self._change(lambda bitmaps: bitmaps.rename(name, checked))
+        known, checked = searched(name), check_name(new)
+        self._change(lambda bitmaps: bitmaps.rename(known, checked))
 
     def merge(self, name: str, *sources: str) -> None:
         """Make dirty what is dirty in others; see `ImageBitmaps.merge`."""
+        known, others = searched(name), [searched(source) for source in sources]
 
         def change(bitmaps: Bitmaps) -> None:
-            for source in sources:
-                bitmaps.merge(name, source)
+            for other in others:
+                bitmaps.merge(known, other)
 
         self._change(change)
 
     def mark(self, name: str, extents: Iterable[DirtyExtent]) -> None:
-        """Make ranges of the disk dirty; see `ImageBitmaps.mark`."""
-        found = list(extents)
+        """Make ranges of the disk dirty; see `ImageBitmaps.mark`. A failure leaves some of them dirty."""
+        # They may come from another image, under its lock, and be very many.
+        known, left = searched(name), map(_range_of, extents)
+        found = list(islice(left, MARKED_AT_ONCE))
 
         def change(bitmaps: Bitmaps) -> None:
-            entry = bitmaps.usable(name)
-            for extent in found:
-                bitmaps.mark(entry, extent.offset, extent.length)
+            entry = bitmaps.usable(known)
+            for offset, length in found:
+                bitmaps.mark(entry, offset, length)
 
         self._change(change)
+        while found := list(islice(left, MARKED_AT_ONCE)):
+            self._change(change)
 
 
 class ImageBitmaps(_Bitmaps):
@@ -279,6 +313,10 @@ class ImageBitmaps(_Bitmaps):
             transaction.bitmaps.merge(name, *sources)
 
     def mark(self, name: str, extents: Iterable[DirtyExtent]) -> None:
-        """Make ranges of the disk dirty in a bitmap, as those of a bitmap in another image."""
+        """Make ranges of the disk dirty in a bitmap, as those of a bitmap in another image.
+
+        Raises:
+            ValueError: an offset or length is negative. What lies past the end of the disk is left out.
+        """
         with self._transaction() as transaction:
             transaction.bitmaps.mark(name, extents)

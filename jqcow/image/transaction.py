@@ -62,9 +62,10 @@ def new_snapshot(name: str, date: datetime | None) -> NewSnapshot:
 class Savepoint:
     """A state of a transaction to come back to; any number of times, until the transaction ends."""
 
-    def __init__(self, transaction: Transaction, mark: Mark) -> None:
+    def __init__(self, changes: PrivateChanges, enter: Callable[[], None], mark: Mark) -> None:
         """Not for users: see `Transaction.savepoint`."""
-        self._transaction = transaction
+        self._changes = changes
+        self._enter = enter
         self._mark = mark
 
     def rollback(self) -> None:
@@ -73,7 +74,10 @@ class Savepoint:
         Raises:
             TransactionError: the transaction has ended, or went back behind this savepoint.
         """
-        self._transaction._return_to(self)
+        self._enter()
+        if not self._changes.tables.changes.has_mark(self._mark):
+            raise TransactionError("the transaction went back behind this savepoint")
+        self._changes.return_to(self._mark)
 
 
 class Transaction:
@@ -291,13 +295,7 @@ class Transaction:
             TransactionError: the transaction has ended.
         """
         self._enter()
-        return Savepoint(self, self._changes.savepoint())
-
-    def _return_to(self, savepoint: Savepoint) -> None:
-        self._enter()
-        if not self._tables.changes.has_mark(savepoint._mark):
-            raise TransactionError("the transaction went back behind this savepoint")
-        self._changes.return_to(savepoint._mark)
+        return Savepoint(self._changes, self._enter, self._changes.savepoint())
 
     def rollback(self) -> None:
         """Undo everything and end the transaction; leaving the ``with`` block then does nothing."""

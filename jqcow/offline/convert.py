@@ -27,6 +27,7 @@ from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.disks.raw import RawDisk
 from jqcow.errors import JqcowError
+from jqcow.offline.bitmaps import NO_BITMAPS, ChosenBitmaps, Which, choose
 from jqcow.offline.build import ImageBuilder, PreallocatedImage
 from jqcow.offline.compare import Progress, first_difference, windows
 from jqcow.offline.compressing import CompressingWriter, Compression
@@ -60,6 +61,8 @@ class ConvertReport:
         seconds: of the conversion, durability included, verification not.
         verify_seconds: of rereading and comparing both, None if it was not asked for.
         lost: what a salvage could not read; it is zeros in the target.
+        bitmaps: names of the persistent bitmaps that were copied.
+        skipped_bitmaps: names of those that were not, as they may be wrong.
     """
 
     source: str
@@ -76,6 +79,8 @@ class ConvertReport:
     seconds: float
     verify_seconds: float | None
     lost: tuple[LostRange, ...]
+    bitmaps: tuple[str, ...] = ()
+    skipped_bitmaps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class _Form:
     is_compressed: bool
     compression: Compression
     encryption: Encryption | None = None
+    bitmaps: ChosenBitmaps = NO_BITMAPS
 
     def __post_init__(self) -> None:
         check_format(self.format)
@@ -197,6 +203,7 @@ def convert(
     overwrite: bool = False,
     verify: bool = False,
     salvage: bool = False,
+    bitmaps: Which | None = None,
     progress: Progress = lambda done, total: None,
     passphrase: Passphrase | None = None,
     encryption: Encryption | None = None,
@@ -217,6 +224,7 @@ def convert(
         overwrite: replace an existing file, if nobody uses it.
         verify: reread both and compare them before the target gets its name.
         salvage: make zeros of what cannot be read of the source; `ConvertReport.lost` tells what that was.
+        bitmaps: ``all`` copies persistent bitmaps too, ``sound`` those that are not in use or damaged.
         progress: called with the bytes of the disk that are done, and all of them.
         passphrase: of an encrypted source and of encrypted files below it, as in `jqcow.open`.
         encryption: how to encrypt a qcow2 target; None: not at all.
@@ -224,11 +232,11 @@ def convert(
             ``metadata``) and ``nocow``.
 
     Raises:
-        ValueError: options or compression that the target cannot have, a snapshot of a raw file, or
+        ValueError: options, compression or bitmaps that the target cannot have, a snapshot of a raw file, or
             source and target are the same file.
         FileExistsError: the target exists.
         FileAccessDenied: the source names a backing file, and that is not allowed.
-        JqcowError: the source cannot be read, a file is in use, or the verification found a difference.
+        JqcowError: the source or a bitmap is damaged, a file in use, or the verification found a difference.
         OSError: the host failed. After this, as after a `JqcowError`, there is no new target.
     """
     compression = Compression(options.get("compression_type", "zlib"), compression_level)
@@ -237,6 +245,7 @@ def convert(
     following = Following(allow_files, probe, passphrase=passphrase)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
         losses = Losses()
+        form = dataclasses.replace(form, bitmaps=_bitmaps_of(chain, bitmaps, form, snapshot))
         disk = _readable(chain, losses, salvage=salvage)
         amounts = _write(disk, target, form, progress, overwrite=overwrite, verify=verify)
         return _report(chain, source, target, form, amounts, losses)
@@ -259,7 +268,21 @@ def _report(
         **dataclasses.asdict(amounts),
         compression_type=form.compression.type if form.is_compressed else None,
         lost=losses.found(),
+        bitmaps=form.bitmaps.names,
+        skipped_bitmaps=form.bitmaps.skipped,
     )
+
+
+def _bitmaps_of(chain: Chain, which: Which | None, form: _Form, snapshot: str | None) -> ChosenBitmaps:
+    """Return the bitmaps that are to be copied, before anything is written."""
+    if which is None:
+        return NO_BITMAPS
+    top = chain.layers[0]
+    if not isinstance(top, ImageDisk) or snapshot is not None:
+        raise ValueError("bitmaps are of the disk of a qcow2 image, not of a snapshot or a raw file")
+    if form.format == "raw" or form.image.version < 3:
+        raise ValueError("a target with bitmaps is a qcow2 image with compat=1.1")
+    return choose(top, which)
 
 
 def _readable(chain: Chain, losses: Losses, *, salvage: bool) -> Disk:
@@ -341,6 +364,7 @@ def _copy(disk: Disk, device: FileDevice, form: _Form, progress: Progress) -> _A
                 written_bytes += end - start
             progress(offset + length, disk.size)
         target.finish()
+        form.bitmaps.copy_to(device)
         progress(disk.size, disk.size)
         packed = target.compressed_bytes, target.packed_bytes
         return _Amounts(read_bytes, written_bytes, *packed, device.size())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
+from jqcow.ondisk import bitmaps, layout
 from jqcow.ondisk import header as headers
-from jqcow.ondisk import layout
 from jqcow.ondisk.form import Compat, flag, refcount_order_of, version_of
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.snapshots import Snapshot
@@ -78,7 +78,7 @@ class Amendment:
         if header.incompatible_features:
             features = header.incompatible_features
             raise ValueError(f"compat=0.10 has no incompatible features, and the image has {features:#x}")
-        if area.find(headers.EXTENSION_BITMAPS) is not None:
+        if bitmaps.announced_in(area):
             raise ValueError("compat=0.10 has no bitmaps, which the image has: remove them first")
         for snapshot in snapshots:
             if snapshot.disk_bytes != self.size_bytes:

@@ -180,6 +180,11 @@ def table_entries_for(header: Header, granularity_bits: int) -> int:
     return max(1, header.geometry.clusters(bits + 7 >> 3))
 
 
+def tables_bytes(entries: Iterable[BitmapEntry]) -> int:
+    """Return what the tables of bitmaps take in all."""
+    return sum(layout.table_bytes(entry.table_entries) for entry in entries)
+
+
 @dataclass(frozen=True)
 class Directory:
     """All bitmaps of an image, and where their directory lies; ``length_bytes`` 0: there is none."""
@@ -287,7 +292,7 @@ def read_directory(read: Read, area: HeaderArea, *, without_broken: bool = False
             if not fault:
                 kept.append(entry)
                 names.add(entry.name)
-        if sum(layout.table_bytes(entry.table_entries) for entry in kept) > MAX_TABLES_BYTES:
+        if tables_bytes(kept) > MAX_TABLES_BYTES:
             raise CorruptionError("bitmap directory", place.offset, "its tables are too large in all")
     except CorruptionError:
         if not without_broken:

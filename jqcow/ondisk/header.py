@@ -297,7 +297,7 @@ class HeaderArea:
     def with_version(self, version: int) -> HeaderArea:
         """Return the area in another version; what version 2 has no place for is at its default, or gone.
 
-        Gone are feature bits, the names of features, and fields behind those that jqcow knows.
+        Gone are feature bits, the names of features, bitmaps, and fields behind those that jqcow knows.
 
         Raises:
             FormatError: the first cluster does not hold it.
@@ -307,7 +307,9 @@ class HeaderArea:
             return self
         header = replace(self.header, version=3, header_length=CREATED_HEADER_BYTES)
         if version == 2:
-            kept = tuple(found for found in kept if found.type != EXTENSION_FEATURE_NAMES)
+            # Bitmaps count by an autoclear bit alone.
+            gone = (EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS)
+            kept = tuple(found for found in kept if found.type not in gone)
             header = Header.unpack(replace(self.header, version=2).pack())
         return self._laid_out(header, kept, name, b"")
 

@@ -10,7 +10,7 @@ from jqcow.image.amending import amend_image
 from jqcow.ondisk.amendment import AmendOptions
 from tests.crash.stories import turns
 from tests.support import inside
-from tests.support.expectation import State, form_of
+from tests.support.expectation import State, extensions_of, form_of
 from tests.support.operations import OPERATIONS, Disk, Operation, draw_resize
 from tests.support.player import Player
 
@@ -30,8 +30,7 @@ def amend_to(player: Player, options: AmendOptions, end: str = "close") -> None:
     session.flush()
     expectation.forms = (before, inside.form_after(area.header, options))
     for version in (2, 3):
-        other = area.with_version(version)
-        expectation.renamed += (other.data[other.header.header_length :],)
+        expectation.renamed += (extensions_of(area.with_version(version)),)
     refused = []
 
     def act(disk: Disk) -> None:
@@ -76,6 +75,15 @@ VERSIONS = turns(2, "change:3:2 zeroes:2w%c:3c unmap:2w%c:2c amend:down change:3
 
 WIDTHS_IN_TURN = turns(3, "change:2:2 amend:{n}", "width", "all", "width") + " change:3:2"
 """Refcounts of other widths, alone and with all else."""
+
+WITH_BITMAPS = turns(
+    2,
+    "amend:up bitmap change:2 bitmap note amend:{n} change:2:2 remove:0 remove:0 remove:0"
+    " amend:down change:2",
+    "width",
+    "all",
+)
+"""Version 2 has no bitmaps: they come with version 3, and go before the image goes back."""
 
 ENDED_BY_KILLS = turns(3, "change:2 unmap:2w%c:2c amend:{n}:kill open change:2 flush", "width", "down", "all")
 """The process is killed when the amendment is durable, before anything is home."""

@@ -13,14 +13,22 @@ from random import Random
 
 import jqcow
 from jqcow.errors import CorruptionError, JqcowError
-from jqcow.ondisk.header import EXTENSION_BITMAPS, MAGIC, Extension, Header, HeaderArea
+from jqcow.ondisk.header import MAGIC, Header, HeaderArea
 from jqcow.ondisk.naming import backing_file_of
 from jqcow.ondisk.root import is_live
 from jqcow.testing import CrashState, Fault, FaultPlan, SimulatedDevice
 from tests.crash.undone import repaired_of
 from tests.support import inside
 from tests.support.below import Below, find_below, name_of
-from tests.support.expectation import SECTOR_BYTES, Expectation, Found, Windows, form_of, read_all
+from tests.support.expectation import (
+    SECTOR_BYTES,
+    Expectation,
+    Found,
+    Windows,
+    extensions_of,
+    form_of,
+    read_all,
+)
 from tests.support.patients import check
 from tests.support.player import Player
 from tests.support.qemu import run
@@ -188,11 +196,8 @@ def judge_closed(device: SimulatedDevice, expectation: Expectation) -> None:
     report = check(content)
     require(report.ok, "P2: after a clean close", report.findings[:1])
     area = HeaderArea.parse(content[: report.image_end_offset])
-    # Of the bitmaps' own extension the checker has seen to.
-    area = area.with_extension(Extension(EXTENSION_BITMAPS, b""), autoclear_features=0)
-    extensions = area.data[area.header.header_length :]
     allowed = (expectation.extensions, *expectation.renamed)
-    require(extensions in allowed, "P2: the header extensions changed")
+    require(extensions_of(area) in allowed, "P2: the header extensions changed")
     forms, found = expectation.forms, form_of(area.header)
     require(not forms or found in forms, "P3: an amendment is there in part", f"{found}, not of {forms}")
     open_simulated(device).close()

@@ -8,6 +8,7 @@ from jqcow.testing import SectorModel
 from tests.crash.stories import turns
 from tests.support import inside
 from tests.support.below import Below, find_below_by_name, name_of
+from tests.support.expectation import extensions_of
 from tests.support.operations import OPERATIONS, Operation
 from tests.support.player import Player
 from tests.support.starts import new_overlay, some_disk, some_size
@@ -17,7 +18,7 @@ def put_over(player: Player, below: Below) -> None:
     """Rebase, and open again: a running image goes on with the disk that it has."""
     session, name = player.session, name_of(below)
     renamed = inside.header_of(session.live).with_backing_file(name.encode(), b"raw")
-    session.expectation.renamed += (renamed.data[renamed.header.header_length :],)
+    session.expectation.renamed += (extensions_of(renamed),)
     with session.transaction() as draft:
         copy_differences(session.live, draft.transaction, find_below_by_name(name))
         draft.transaction.set_backing_file(name, "raw")

@@ -226,6 +226,7 @@ _OF_FEATURES = (
     Family("amend-width", "snapshots", amended.WIDTHS_IN_TURN),
     Family("amend-width-adopted", "qemu", amended.WIDTHS_IN_TURN),
     Family("amend-width-narrow", "narrow", amended.WIDTHS_IN_TURN),
+    Family("amend-bitmaps", "version-2", amended.WITH_BITMAPS),
     Family("amend-killed", "unpunchable", amended.ENDED_BY_KILLS),
     Family("amend-killed-version-2", "version-2-overlay", amended.ENDED_BY_KILLS),
     Family("amend-fails", "overlay-zeros-snapshots", amended.FAILING),
@@ -234,8 +235,8 @@ _OF_FEATURES = (
     Family("amend-long-header", "long-header", amended.VERSIONS, LARGE),
 )
 _OF_BITMAPS = tuple(
-    Family(f"bitmaps-{name}", f"bitmaps{start}", story)
-    for name, start, story in (
+    Family(f"bitmaps-{name}", f"bitmaps{start}", story, *sizes)
+    for name, start, story, *sizes in (
         ("noted", "", stories.NOTED),
         ("noted-dirty", "-unpunchable", stories.NOTED),
         ("noted-in-place", "-full", stories.NOTED_IN_PLACE),
@@ -259,6 +260,13 @@ _OF_BITMAPS = tuple(
         ("compressed", "-snapshots", stories.compressed),
         ("copy-on-read", "-overlay", overlays.COPIED_UP),
         ("overlay", "-overlay", stories.REOPENED),
+        ("rebase", "-overlay", overlays.REBASE),
+        ("amend", "-snapshots", amended.WIDTHS_IN_TURN),
+        ("amend-fails", "-full", amended.FAILING),
+        ("preallocated", "-full", stories.PREALLOCATED, SMALL_TABLES),
+        ("repair", "-dirty-bit", overlays.REPAIRED),
+        ("rebuilt-table", "-lost-table", overlays.REPAIRED),
+        ("encrypted", "-encrypted", stories.REOPENED),
     )
 )
 _OF_ENCRYPTION = tuple(

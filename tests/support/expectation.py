@@ -15,7 +15,14 @@ from typing import TypedDict, Unpack
 import jqcow
 from jqcow.image.transaction import Transaction
 from jqcow.ondisk.form import Compat, FormOptions
-from jqcow.ondisk.header import COMPATIBLE_LAZY_REFCOUNTS, Header
+from jqcow.ondisk.header import (
+    COMPATIBLE_LAZY_REFCOUNTS,
+    EXTENSION_BITMAPS,
+    V2_BYTES,
+    Extension,
+    Header,
+    HeaderArea,
+)
 from jqcow.ondisk.layout import SUBCLUSTERS
 from jqcow.testing import SECTOR_BYTES, SectorModel, Violation
 from jqcow.testing.model import ReadFunction
@@ -278,6 +285,15 @@ Form = tuple[int, int, bool]
 def form_of(header: Header) -> Form:
     """Return what an amendment may change of a header."""
     return header.version, header.refcount_order, bool(header.compatible_features & COMPATIBLE_LAZY_REFCOUNTS)
+
+
+def extensions_of(area: HeaderArea) -> bytes:
+    """Return what follows a header's fixed fields, but for the bitmaps' own extension.
+
+    That says where their directory is: each change of a bitmap moves it, and the checker looks there.
+    """
+    area = area.with_extension(Extension(EXTENSION_BITMAPS, b""), autoclear_features=0)
+    return area.data[V2_BYTES if area.header.version < 3 else area.header.header_length :]
 
 
 @dataclass

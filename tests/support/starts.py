@@ -17,7 +17,6 @@ from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.header import (
     EXTENSION_FEATURE_NAMES,
     INCOMPATIBLE_DIRTY,
-    V2_BYTES,
     Extension,
     Header,
     HeaderArea,
@@ -26,7 +25,16 @@ from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
 from tests.support.below import Below, name_of
 from tests.support.encrypted import without_chance
-from tests.support.expectation import AllNoted, AllTaken, Expectation, Kind, Noted, Taken, Windows
+from tests.support.expectation import (
+    AllNoted,
+    AllTaken,
+    Expectation,
+    Kind,
+    Noted,
+    Taken,
+    Windows,
+    extensions_of,
+)
 from tests.support.operations import Request, Write
 from tests.support.patients import DIRTY_BYTE, Tables
 from tests.support.player import Player
@@ -386,8 +394,9 @@ def overlay_with_old_bytes(cluster_bytes: int, random: Random, **kind: Unpack[Ki
 
 def extensions_in(content: bytes) -> bytes:
     """Return what follows the fixed fields of a header: the extensions, and the backing file's name."""
-    area = HeaderArea.parse(content[: Header.unpack(content[:SECTOR_BYTES]).geometry.cluster_bytes])
-    return area.data[V2_BYTES if area.header.version < 3 else area.header.header_length :]
+    return extensions_of(
+        HeaderArea.parse(content[: Header.unpack(content[:SECTOR_BYTES]).geometry.cluster_bytes])
+    )
 
 
 # Made by QEMU
@@ -571,6 +580,9 @@ STARTS: dict[str, Prepare] = {
     "bitmaps-unpunchable": without_holes(with_bitmaps(dirty_image)),
     "bitmaps-snapshots": with_bitmaps(snapshots_image),
     "bitmaps-overlay": with_bitmaps(overlay_image),
+    "bitmaps-dirty-bit": damaged(with_bitmaps(snapshots_image)),
+    "bitmaps-lost-table": without_table(with_bitmaps(full_image)),
+    "bitmaps-encrypted": with_bitmaps(encrypted(used_image)),
     "bitmaps-unforgetting": without_forgetting(with_bitmaps(full_image)),
     "encrypted": encrypted(used_image),
     "encrypted-full": encrypted(full_image),

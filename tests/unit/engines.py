@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ from jqcow.engine.tables import Tables
 from jqcow.image.opening import write_blank
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import Form
+from jqcow.ondisk.header import EXTENSION_BITMAPS
 from jqcow.ondisk.l2 import data_entry
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster
 from jqcow.testing import SimulatedDevice
@@ -80,6 +82,13 @@ def reopened(device: SimulatedDevice) -> jqcow.Image:
     """Open the image on a device again, for writing, after a close or a crash."""
     device.reopen()
     return jqcow.open_device(device, "r+", journal_size=JOURNAL)
+
+
+def flags_place(content: bytes) -> int:
+    """Return where the flags of an image's first bitmap are."""
+    at = content.index(struct.pack(">II", EXTENSION_BITMAPS, 24))
+    offset: int = struct.unpack_from(">Q", content, at + 24)[0]
+    return offset + 12
 
 
 def admit(change: bool) -> None:

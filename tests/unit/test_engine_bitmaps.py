@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import jqcow
-from jqcow.engine.bitmaps import dirty_ranges
-from jqcow.errors import BitmapError, BitmapNotFound, CorruptionError, UnsupportedFeatureError
+from jqcow.errors import BitmapError, BitmapNotFound, UnsupportedFeatureError
+from jqcow.ondisk import bitmaps as ondisk
 from jqcow.ondisk.header import EXTENSION_BITMAPS
 from jqcow.testing import SimulatedDevice
-from tests.unit.engines import CLUSTER, MIB, OLD, reopened, written_image
-
-CHUNK = bytes([0b00001111, 0xFF, 0, 0b10000000])
+from tests.unit.engines import CLUSTER, MIB, OLD, flags_place, reopened, written_image
 
 
 @pytest.fixture
@@ -31,13 +29,6 @@ def image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
 
 def dirty(image: jqcow.Image | jqcow.Transaction, name: str = "fine") -> list[tuple[int, int]]:
     return [(part.offset, part.end) for part in image.bitmaps.dirty_extents(name)]
-
-
-def test_runs_of_bits() -> None:
-    assert list(dirty_ranges([(0, CHUNK)], 9, MIB)) == [(0, 2048), (4096, 8192), (31 * 512, 32 * 512)]
-    joined = [(0, b"\0" * 600 + b"\xff"), (601, b"\xff")]
-    assert list(dirty_ranges(joined, 9, 1 << 30)) == [(600 * 4096, 602 * 4096)]
-    assert list(dirty_ranges([(0, b"\1")], 16, 1000)) == [(0, 1000)]
 
 
 def test_names_and_flags(image: jqcow.Image) -> None:
@@ -78,6 +69,37 @@ def test_what_is_not_there_or_there_already(image: jqcow.Image) -> None:
     for again in (lambda: image.bitmaps.add("fine"), lambda: image.bitmaps.rename("fine", "other")):
         with pytest.raises(BitmapError):
             again()
+
+
+@pytest.mark.parametrize("name", ["\ud800", 5, None, b"fine"])
+def test_what_is_no_name_is_found_out_before_anything_changes(image: jqcow.Image, name: Any) -> None:
+    bitmaps = image.bitmaps
+    for act in (
+        bitmaps.add,
+        bitmaps.remove,
+        bitmaps.clear,
+        bitmaps.enable,
+        bitmaps.disable,
+        bitmaps.dirty_extents,
+        lambda found: bitmaps.rename(found, "other"),
+        lambda found: bitmaps.rename("fine", found),
+        lambda found: bitmaps.merge(found, "fine"),
+        lambda found: bitmaps.merge("fine", found),
+        lambda found: bitmaps.mark(found, ()),
+        lambda found: bitmaps.mark("fine", [found]),
+    ):
+        with pytest.raises((TypeError, ValueError, AttributeError, BitmapNotFound)):
+            act(name)
+    assert image.pread(512, 0) == OLD[:512] and [one.name for one in bitmaps] == ["fine"]
+
+
+@pytest.mark.parametrize("extent", [jqcow.DirtyExtent(-512, 512), jqcow.DirtyExtent(512, -1)])
+def test_ranges_that_no_disk_has(image: jqcow.Image, extent: jqcow.DirtyExtent) -> None:
+    with pytest.raises(ValueError, match="no range of a disk"):
+        image.bitmaps.mark("fine", [jqcow.DirtyExtent(0, 512), extent])
+    assert dirty(image) == [] and image.check().ok
+    image.bitmaps.mark("fine", [jqcow.DirtyExtent(2 * MIB, 512), jqcow.DirtyExtent(MIB - 1, MIB)])
+    assert dirty(image) == [(MIB - 512, MIB)]
 
 
 def test_a_transaction_brings_or_takes_all(image: jqcow.Image) -> None:
@@ -156,10 +178,14 @@ def test_a_bitmap_that_would_be_too_large(image: jqcow.Image) -> None:
     assert image.size == MIB and image.check().ok
 
 
-def flags_place(content: bytes, number: int = 0) -> int:
-    at = content.index(struct.pack(">II", EXTENSION_BITMAPS, 24))
-    offset: int = struct.unpack_from(">Q", content, at + 24)[0]
-    return offset + 12
+def test_tables_that_nobody_would_read_again(image: jqcow.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ondisk, "MAX_TABLES_BYTES", 16)
+    image.bitmaps.add("second")
+    for change in (lambda: image.bitmaps.add("third"), lambda: image.resize(40 * MIB)):
+        with pytest.raises(UnsupportedFeatureError, match="in all"):
+            change()
+    assert image.size == MIB and len(image.bitmaps) == 2 and image.check().ok
+    image.pwrite(b"x", 0)
 
 
 def with_flags(device: SimulatedDevice, flags: int) -> SimulatedDevice:
@@ -194,33 +220,3 @@ def test_one_of_an_unknown_kind_that_should_take_note_hinders_writing(
         with pytest.raises(UnsupportedFeatureError, match="unknown kind"):
             image.pwrite(b"x", 0)
         assert image.pread(512, 0) == OLD[:512]
-
-
-def broken_images(device: SimulatedDevice) -> Iterator[tuple[bytes, int]]:
-    """Yield images, and how many of their two bitmaps are left when the rest is given up."""
-    content = device.content()
-    entry = flags_place(content) - 12
-    table: int = struct.unpack_from(">Q", content, entry)[0]
-    for place, data, left in (
-        (entry, bytes(8), 1), (entry + 18, b"\0\0", 0), (table, b"\xff" * 8, 1), (entry + 8, b"\0\0\0\7", 1),
-        (content.index(struct.pack(">II", EXTENSION_BITMAPS, 24)) + 24, b"\1" * 8, 0),
-        (entry, content[40:48], 1),
-    ):  # fmt: skip
-        damaged = bytearray(content)
-        damaged[place : place + len(data)] = data
-        yield bytes(damaged), left
-
-
-def test_damaged_bitmaps_are_given_up_when_asked_for(device: SimulatedDevice, image: jqcow.Image) -> None:
-    image.bitmaps.add("second", 512)
-    image.pwrite(b"x", 0)
-    image.close()
-    for damaged, left in broken_images(device):
-        with reopened(SimulatedDevice(damaged)) as image, pytest.raises(CorruptionError):
-            image.discard(CLUSTER, 0)
-        repaired = SimulatedDevice(damaged)
-        with jqcow.open_device(repaired, "r+", repair="bitmaps") as image:
-            assert image.repaired is not None and image.repaired.bitmaps == 2 - left
-            assert len(image.bitmaps) == left
-            assert image.check().errors == image.check().lost
-            image.pwrite(b"new", 8192)

@@ -130,3 +130,49 @@ def test_a_write_that_waits_in_vain_changes_nothing(
     device.faults = None
     image.pwrite(b"\xff" * 512, 0)
     assert (0, 512) in dirty(image) and image.check().ok
+
+
+class CutOff(BaseException):
+    """As Ctrl-C, anywhere."""
+
+
+@pytest.mark.parametrize("is_warming", [True, False])
+def test_what_is_cut_off_between_blocks_and_memory_leaves_the_image_in_doubt(
+    device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, is_warming: bool
+) -> None:
+    class Cut(dict[int, tracking.Region]):
+        def update(self, *_: object) -> None:  # type: ignore[override]
+            raise CutOff
+
+        def __delitem__(self, _: int) -> None:
+            raise CutOff
+
+    with written_image(device) as written:
+        written.bitmaps.add("fine", 512)
+    image = reopened(device)
+    image.pwrite(b"x", 0)
+    known = image._engine.commits.tracking
+    monkeypatch.setattr(known, "_regions", Cut(known._regions))
+    with pytest.raises(CutOff):
+        if is_warming:
+            image.pwrite(b"x", 3 * REGION)
+        else:
+            image.bitmaps.clear("fine")
+    with pytest.raises(jqcow.PoisonedError):
+        image.pread(1, 0)
+
+
+def test_many_bitmaps_have_smaller_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "REGION_MEMORY_MAX", 128)
+    with jqcow.create_on_device(SimulatedDevice(), 1 << 21, cluster_size=CLUSTER) as image:
+        for number in range(64):
+            image.bitmaps.add(f"fine {number}", 512)
+        image.pwrite(b"x" * 512, 0)
+        known = image._engine.commits.tracking
+        assert (known._region_bits, known._regions_max) == (12, 1)
+        image.bitmaps.add("coarse", 1 << 20)
+        with pytest.raises(jqcow.UnsupportedFeatureError, match="disable some"):
+            image.pwrite(b"x" * 512, 4096)
+        image.bitmaps.disable("coarse")
+        image.pwrite(b"x" * 512, 4096)
+        assert [part.offset for part in image.bitmaps.dirty_extents("fine 9")] == [0, 4096]

@@ -91,7 +91,7 @@ def test_a_flag_is_a_flag() -> None:
     [
         (area_of(Form(has_subclusters=True)), "extended_l2"),
         (area_of(Form(compression_type=1)), "compression_type"),
-        (area_of(Form(), Extension(EXTENSION_BITMAPS, bytes(24))), "bitmaps"),
+        (area_of().with_extension(Extension(EXTENSION_BITMAPS, bytes(24)), autoclear_features=1), "bitmaps"),
         (area_of().with_header(replace(area_of().header, incompatible_features=1 << 2)), "data_file"),
         (area_of().with_header(replace(area_of().header, incompatible_features=1 << 9)), "0x200"),
     ],
