@@ -284,7 +284,7 @@ def _as_layer(
         snapshot=snapshot,
         passphrase=following.passphrase,
         reads_data=following.reads_data,
-        open_data=open_data if following.reads_data else None,
+        open_data=open_data,
     )
     return disk, disk.backing_file()
 
