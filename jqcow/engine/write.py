@@ -174,10 +174,8 @@ class Writes:
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
         self.requests.require_live()
-        if self.tables.view.header.is_raw_outside:
-            raise NotData(lambda: self._make_data(first, end))
-        # In a data file a new cluster may lie over one that a durable entry has.
-        if self._is_outside or any(piece.in_place for piece in plan.pieces):
+        self._require_data(first, end)
+        if self._may_overwrite_old(plan):
             self.requests.dirty.will_write(offset, plan.changed[1])
         # Outside the section: a block that is not in memory interrupts the plan, and must leave no doubt.
         kept = [self._kept_clusters(piece) for piece in plan.pieces]
@@ -301,8 +299,7 @@ class Writes:
         cluster = piece.offset // self._cluster_bytes
         end = self.geometry.clusters(piece.offset + piece.length)
         if self._is_outside:
-            place = self.geometry.cluster_of(HostOffset(DATA_FILE + cluster * self._cluster_bytes))
-            run = Run(place, end - cluster, zero_safe=False)
+            run = self._place_outside(cluster, end - cluster)
             self._require_spare(run, piece)
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
             return
@@ -328,6 +325,23 @@ class Writes:
             cluster += run.count
 
     # In a data file (datafile.py)
+
+    def _place_outside(self, cluster: int, count: int) -> Run:
+        """Return the place of guest clusters in a row: their own, whatever it holds (X2)."""
+        host = HostOffset(DATA_FILE + cluster * self._cluster_bytes)
+        return Run(self.geometry.cluster_of(host), count, zero_safe=False)
+
+    def _may_overwrite_old(self, plan: WritePlan) -> bool:
+        """Return True if a write may change bytes that a durable entry shows (tracking.py, B1).
+
+        In a data file a new cluster may lie over one whose discard is not durable.
+        """
+        return self._is_outside or any(piece.in_place for piece in plan.pieces)
+
+    def _require_data(self, first: int, end: int) -> None:
+        """Raise NotData if guest clusters lie in a raw data file: they are not data yet (X3)."""
+        if self.tables.view.header.is_raw_outside:
+            raise NotData(lambda: self._make_data(first, end))
 
     def _refuse_overwriting(self) -> NoReturn:
         """There is no other place for what a transaction would overwrite (X4)."""

@@ -25,7 +25,7 @@ WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 16384: 6, 65536: 3}
 
 
 DataFileKind = Literal["", "plain", "raw"]
-"""Whether an image has an external data file, and of which kind: it is a device that crashes with the other."""
+"""Whether an image has an external data file, and of which kind: a device that crashes with the image's."""
 
 
 class Kind(TypedDict, total=False):
