@@ -774,11 +774,6 @@ OF_DATA_FILES = (
         trials=("data-file-in-place/1024/0",),
     ),
     Mutant(
-        "X1-change-forgotten-when-a-barrier-fails",
-        restoring(f"{MEDIUM}._sync_data_file", "self.data_file.is_changed"),
-        trials=("data-file-in-place/1024/0",),
-    ),
-    Mutant(
         "X2-old-bytes-beside-new-ones",
         with_result(f"{WRITES}._place_outside", lambda run: replace(run, zero_safe=True)),
         trials=("data-file-reuse-dirty/1024/0",),

@@ -311,7 +311,7 @@ _OF_DATA_FILES = tuple(
         ("raw-in-place", "-raw-full", stories.IN_PLACE),
         ("raw-reuse", "-raw-full", stories.REUSE),
         ("raw-reuse-dirty", "-raw-unpunchable", stories.REUSE),
-        ("raw-zeros", "-raw-zeros", stories.REOPENED),
+        ("raw-zeros", "-raw-zeros", stories.IN_PLACE),
         ("raw-killed", "-raw-zeros", stories.KILLED),
         ("raw-host-fails", "-raw-unpunchable", stories.HOST_FAILS),
         ("raw-barrier-fails", "-raw-full", stories.BARRIER_FAILS),
