@@ -39,8 +39,9 @@ from jqcow.image import (
     Recovered,
 )
 from jqcow.image.bitmaps import DirtyExtent, ImageBitmaps, TransactionBitmaps
+from jqcow.image.creating import create, create_on_device
 from jqcow.image.file import ImageFile
-from jqcow.image.opening import create, create_on_device, open, open_device
+from jqcow.image.opening import open, open_device
 from jqcow.image.transaction import Receipt, Savepoint, Transaction
 from jqcow.ondisk.bitmaps import Bitmap
 from jqcow.ondisk.encryption import Encryption

@@ -156,7 +156,7 @@ class _Check(Claims):
         self.past_end: set[int] = set()
         used_clusters = self.geometry.clusters(header.size)
         self.holes = Holes(used_clusters * self.codec.entry_bytes)
-        self.allocated = self.fragmented = self.compressed = self.zeros = 0
+        self.allocated = self.fragmented = self.compressed = self.zeros = self.following = 0
 
     def run(self) -> CheckReport:
         """Walk everything, compare, and report."""
@@ -372,7 +372,8 @@ class _Check(Claims):
 
     def walk_l2_table(self, offset: int, active: int, repeats: int) -> None:
         """Check one L2 table that ``repeats`` L1 entries point to, ``active`` of them of the active disk."""
-        following, unaligned, entry_bytes = 0, self.cluster_bytes - 1, self.codec.entry_bytes
+        following, self.following = 0, 0
+        unaligned, entry_bytes = self.cluster_bytes - 1, self.codec.entry_bytes
         data = self.read(self.cluster_bytes, offset)
         self.holes.see_l2_table(data)
         for found in self.codec.found(data):
@@ -380,6 +381,9 @@ class _Check(Claims):
             place = offset + position * entry_bytes
             if fault:
                 self.findings.add(Kind.SUBCLUSTERS, "L2 entry", place, f"{raw:#018x} has {fault}", repeats)
+            if self.geometry.has_data_file:
+                self.check_outside(place, found, active, repeats)
+                continue
             if kind == COMPRESSED_CLUSTER:
                 self.check_compressed(place, found, active, repeats)
                 continue
@@ -405,6 +409,22 @@ class _Check(Claims):
                 self.refer(cluster, "L2 entry", place, repeats)
             else:
                 self.refer_data(place, cluster, "data", host, repeats)
+
+    def check_outside(self, place: int, found: FoundEntry, active: int, repeats: int) -> None:
+        """Check the L2 entry of a cluster in an external data file, which no refcount counts."""
+        kind, host = found.kind, found.host
+        if found.has_reserved:
+            self.findings.add(Kind.RESERVED_BITS, "L2 entry", place, f"{found.raw:#018x}", repeats)
+        self.zeros += active if kind == ZERO_CLUSTER else 0
+        if kind == COMPRESSED_CLUSTER:
+            detail = f"{found.raw:#018x} is compressed, and the data is in a data file"
+            self.findings.add(Kind.RESERVED_BITS, "L2 entry", place, detail, repeats)
+        elif host:
+            self.allocated += active
+            self.fragmented += active if self.following and host != self.following else 0
+            self.following = host + self.cluster_bytes
+            if host % self.cluster_bytes:
+                self.findings.add(Kind.UNALIGNED, "L2 entry", place, f"{found.raw:#018x}", repeats)
 
     def check_compressed(self, place: int, found: FoundEntry, active: int, repeats: int) -> None:
         """Check the L2 entry of a compressed cluster and count the clusters that its data touches."""

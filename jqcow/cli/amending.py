@@ -13,11 +13,10 @@ from jqcow.image.amending import AmendReport
 from jqcow.offline.amend import amend
 from jqcow.ondisk.amendment import AmendOptions
 
-_OPTIONS = ("compat", "lazy_refcounts", "refcount_bits", "size")
+_OPTIONS = ("compat", "lazy_refcounts", "refcount_bits", "size", "data_file")
 _REFUSED = {
     "backing_file": "'jqcow rebase' gives an image another backing file",
     "backing_fmt": "'jqcow rebase' gives an image another backing file",
-    "data_file": "it can only be set for images that use an external data file",
     "data_file_raw": "it cannot be set on existing images",
     **dict.fromkeys(
         ("cluster_size", "preallocation", "extended_l2", "compression_type", "encryption"),
@@ -44,7 +43,7 @@ def add_parsers(commands: Any) -> None:
         metavar="OPTIONS",
         action="append",
         required=True,
-        help="compat=1.1|0.10, lazy_refcounts=on|off, refcount_bits=BITS, size=SIZE",
+        help="compat=1.1|0.10, lazy_refcounts=on|off, refcount_bits=BITS, size=SIZE, data_file=NAME",
     )
     parser.add_argument(
         "--shrink", action="store_true", help="allow a smaller disk: what lies behind its end is lost"
@@ -109,7 +108,7 @@ def _options_of(text: str) -> AmendOptions:
 def _told(name: str, report: AmendReport) -> str:
     done = [
         word.replace("_", " ")
-        for word in ("compat", "lazy_refcounts", "refcount_bits", "size")
+        for word in ("compat", "lazy_refcounts", "refcount_bits", "size", "data_file")
         if getattr(report, word)
     ]
     return f"{printable(name)}: {', '.join(done) + ' amended' if done else 'nothing to change'}."

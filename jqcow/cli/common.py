@@ -45,17 +45,19 @@ FORM_OPTIONS = (
     "compat",
     "preallocation",
     "nocow",
+    "data_file",
+    "data_file_raw",
 )
 """Options of ``-o`` that say what a new image is to be (`jqcow.ondisk.form`)."""
 FORM_OPTIONS_HELP = (
     "cluster_size=SIZE, refcount_bits=BITS, compression_type=zlib|zstd, extended_l2=on|off, "
-    "lazy_refcounts=on|off, compat=1.1|0.10, preallocation=off|metadata|falloc|full, nocow=on|off"
+    "lazy_refcounts=on|off, compat=1.1|0.10, preallocation=off|metadata|falloc|full, nocow=on|off, "
+    "data_file=NAME, data_file_raw=on|off"
 )
 RAW_OPTIONS = ("preallocation", "nocow")
 """Those of a new raw file."""
 _ACCEPTED_OPTIONS = {
     ("encryption", "off"),
-    ("data_file_raw", "off"),
 }
 """Options of qemu-img that ask for what jqcow does anyway."""
 _COMPAT = {"v2": "0.10", "v3": "1.1"}
@@ -202,6 +204,10 @@ def file_options(found: Mapping[str, str]) -> FileOptions:
         known["compat"] = cast(Compat, _COMPAT.get(found["compat"], found["compat"]))
     if "preallocation" in found:
         known["preallocation"] = cast(Preallocation, found["preallocation"])
+    if "data_file" in found:
+        known["data_file"] = found["data_file"]
+    if "data_file_raw" in found:
+        known["data_file_raw"] = _switch("data_file_raw", found["data_file_raw"])
     if "nocow" in found:
         known["nocow"] = _switch("nocow", found["nocow"])
     return known

@@ -21,10 +21,12 @@ from jqcow.device.disk import Disk, Extent, joined
 from jqcow.device.file import FileDevice
 from jqcow.disks.files import open_to_read
 from jqcow.disks.image import ImageDisk
-from jqcow.disks.policy import NOT_FOLLOWING, Following, require_allowed, stored_format
+from jqcow.disks.outside import open_data_file
+from jqcow.disks.policy import NOT_FOLLOWING, Following, naming_the_image, require_allowed, stored_format
 from jqcow.disks.raw import RawDisk
-from jqcow.errors import CorruptionError, JqcowError, UnsupportedFeatureError, printable
+from jqcow.errors import CorruptionError, JqcowError, UnsupportedFeatureError
 from jqcow.ondisk import naming
+from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 MAX_CHAIN_FILES = 1024
@@ -127,16 +129,6 @@ def identity_of(path: str) -> Identity:
     """Return what tells a file from all others, whatever its name."""
     state = os.stat(path)
     return state.st_dev, state.st_ino
-
-
-@contextmanager
-def naming_the_image(named: NamedFile) -> Iterator[None]:
-    """Add a note to errors about a file: which image names it."""
-    try:
-        yield
-    except (JqcowError, OSError) as error:
-        error.add_note(f"{printable(named.image)} names it as its backing file, by {named.name!r}")
-        raise
 
 
 # A chain as one disk
@@ -282,8 +274,17 @@ def _as_layer(
 ) -> tuple[FileDisk, NamedFile | None]:
     if known == "raw":
         return RawDisk(device), None
+    others = [device.identity()]
+
+    def open_data(area: HeaderArea) -> FileDevice | None:
+        return open_data_file(area, device.path, others, following)
+
     disk = ImageDisk(
-        device, snapshot=snapshot, passphrase=following.passphrase, reads_data=following.reads_data
+        device,
+        snapshot=snapshot,
+        passphrase=following.passphrase,
+        reads_data=following.reads_data,
+        open_data=open_data,
     )
     return disk, disk.backing_file()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from jqcow.device.base import Device
@@ -16,6 +16,7 @@ from jqcow.ondisk import naming
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
+from jqcow.ondisk.layout import DATA_FILE
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 _KINDS: dict[int, ExtentKind] = {
@@ -28,7 +29,7 @@ _KINDS: dict[int, ExtentKind] = {
 
 def extent_of(run: MappedRun, offset: int) -> Extent:
     """Return what a run of an image's own tables is, at guest ``offset``."""
-    return Extent(offset, run.length, _KINDS[run.kind], run.host if run.kind == DATA else None)
+    return Extent(offset, run.length, _KINDS[run.kind], run.host % DATA_FILE if run.kind == DATA else None)
 
 
 class ImageDisk(Disk):
@@ -46,10 +47,12 @@ class ImageDisk(Disk):
         snapshot: str | None = None,
         passphrase: Passphrase | None = None,
         reads_data: bool = True,
+        open_data: Callable[[HeaderArea], Device | None] | None = None,
     ) -> None:
         """Read the image on ``device``, or one of its snapshots; `close` closes the device.
 
-        An encrypted one needs a passphrase, unless only its tables are read.
+        An encrypted one needs a passphrase, unless only its tables are read; one with an external data
+        file needs ``open_data``, which opens that. `close` closes it too.
 
         Raises:
             PassphraseError: the image is encrypted, and there is no passphrase, or another.
@@ -61,10 +64,18 @@ class ImageDisk(Disk):
         self.device = device
         self._medium = Medium(device)
         engine = open_engine(self._medium, writable=False).engine
-        if reads_data or passphrase is not None:
-            engine.unlock(passphrase)
-        shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
         self.area: HeaderArea = engine.blocks.area
+        data_file = None if open_data is None else open_data(self.area)
+        try:
+            if data_file is not None:
+                engine.attach(data_file)
+            if reads_data or passphrase is not None:
+                engine.unlock(passphrase)
+            shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
+        except BaseException:
+            if data_file is not None:
+                data_file.close()
+            raise
         self._guard = engine.guard
         self._reads = engine.guest(_always, shown=shown).reads
         # One for all walks: nothing changes the tables, and a chain asks for a range in pieces.
@@ -74,6 +85,12 @@ class ImageDisk(Disk):
     def path(self) -> str:
         """Path of the file; of a device of the caller's own, nothing."""
         return path_of(self.device)
+
+    @property
+    def data_device(self) -> Device:
+        """What holds the data: the image's own device, or its external data file."""
+        data_file = self._medium.data_file
+        return self.device if data_file is None else data_file.device
 
     @property
     def size(self) -> int:
@@ -138,12 +155,16 @@ class ImageDisk(Disk):
         cluster_bytes = self._reads.tables.geometry.cluster_bytes
         cluster, within = divmod(offset, cluster_bytes)
         host = self._reads.entry(cluster).host
-        return host + within if host else None, min(cluster_bytes - within, length)
+        return host % DATA_FILE + within if host else None, min(cluster_bytes - within, length)
 
     def close(self) -> None:
         """Close the device. A reader is waited for."""
         self._guard.end_all()
-        self.device.close()
+        try:
+            self.device.close()
+        finally:
+            if self._medium.data_file is not None:
+                self._medium.data_file.device.close()
 
 
 def _always(changing: bool) -> None:

@@ -6,10 +6,11 @@ such a name alone: the caller's `FilePolicy` decides on each `NamedFile`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from jqcow.errors import FileAccessDenied, UnsupportedFeatureError
+from jqcow.errors import FileAccessDenied, JqcowError, UnsupportedFeatureError, printable
 from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.naming import DISK_FORMATS, DiskFormat, NamedFile
 
@@ -56,6 +57,16 @@ def require_allowed(named: NamedFile, allow: FilePolicy) -> None:
     allowed = allow(named) if callable(allow) else allow
     if not allowed:
         raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
+
+
+@contextmanager
+def naming_the_image(named: NamedFile) -> Iterator[None]:
+    """Add a note to errors about a file: which image names it."""
+    try:
+        yield
+    except (JqcowError, OSError) as error:
+        error.add_note(f"{printable(named.image)} names it as its {named.purpose} file, by {named.name!r}")
+        raise
 
 
 def allowing_what_it_names(image: str, allow: FilePolicy) -> FilePolicy:

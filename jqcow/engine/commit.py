@@ -242,6 +242,9 @@ class Commits:
         if changes.ordered:
             # Durable now: the data of ordered pairs (T1). The record that maps it may land from here on.
             self.medium.barrier("flush.ordered")
+        else:
+            # Durable now: what the record maps in a data file, and all that was overwritten there (X1).
+            self.medium.data_barrier()
         payload = self.log.make_room(changes)
         self.log.require_journal().append(payload)
         # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.

@@ -38,12 +38,14 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from jqcow.device.base import Device
 from jqcow.device.disk import Disk
 from jqcow.engine import repair as repairs
 from jqcow.engine import scan
 from jqcow.engine.closing import Closing
 from jqcow.engine.commit import Commits
 from jqcow.engine.copying import Copying
+from jqcow.engine.datafile import DataFile
 from jqcow.engine.guestdata import GuestData, data_on, unlocked_data
 from jqcow.engine.journal import Contents, Journal
 from jqcow.engine.lifecycle import Lifecycle
@@ -108,6 +110,18 @@ class Engine:
         self.lifecycle = Lifecycle(self.commits)
         self.closing = Closing(self.lifecycle)
         self.data = data_on(medium, self.public.view)
+
+    def attach(self, data_file: Device) -> None:
+        """Give an image with an external data file that file; before anything is asked of the guest's data.
+
+        Raises:
+            OSError: the host failed.
+        """
+        found = DataFile(data_file)
+        if not data_file.read_only:
+            found.settle()
+        self.medium.data_file = found
+        self.data = data_on(self.medium, self.public.view)
 
     def unlock(self, passphrase: Passphrase | None) -> None:
         """Make the guest's data of an encrypted image readable; any other image needs nothing.

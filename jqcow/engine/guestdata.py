@@ -14,13 +14,14 @@ from typing import NoReturn, Protocol
 
 from jqcow.device.base import ReadBuffer
 from jqcow.device.file import path_of
+from jqcow.engine.datafile import DataFile
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import View
-from jqcow.errors import CorruptionError, PassphraseError
+from jqcow.errors import CorruptionError, PassphraseError, UnsupportedFeatureError
 from jqcow.ondisk import keys, layout, luks
 from jqcow.ondisk.header import CRYPT_NONE
 from jqcow.ondisk.keys import Passphrase, secret_for
-from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
+from jqcow.ondisk.layout import DATA_FILE, SECTOR_BYTES, HostOffset
 from jqcow.ondisk.luks import LuksHeader, Pointer
 from jqcow.ondisk.sectors import SectorCipher
 
@@ -46,14 +47,65 @@ class GuestData(Protocol):
         ...
 
 
+class Store(Protocol):
+    """Where the data lies, as it is stored: the image's medium, or its data file."""
+
+    def pread_into(self, buffer: memoryview, offset: HostOffset) -> None:
+        """Fill ``buffer``."""
+        ...
+
+    def pwrite(self, buffer: ReadBuffer, offset: HostOffset) -> None:
+        """Write all of ``buffer`` or raise."""
+        ...
+
+
+class Outside:
+    """The data file of an image, which nobody changes once the medium's state is not known."""
+
+    def __init__(self, medium: Medium, data_file: DataFile) -> None:
+        self._medium = medium
+        self._data_file = data_file
+        self.pread_into = data_file.pread_into
+
+    def pwrite(self, buffer: ReadBuffer, offset: HostOffset) -> None:
+        """Write all of ``buffer`` or raise."""
+        self._medium.require_healthy()
+        self._data_file.pwrite(buffer, offset)
+
+
+class NoDataFile:
+    """A data file that nobody opened: for who needs the tables alone."""
+
+    def __init__(self, medium: Medium) -> None:
+        self._medium = medium
+
+    def _refuse(self) -> NoReturn:
+        image = path_of(self._medium.device)
+        raise UnsupportedFeatureError("data without its external data file", f"that of {image} is not open")
+
+    def pread_into(self, buffer: memoryview, offset: HostOffset) -> None:
+        """Raise UnsupportedFeatureError."""
+        self._refuse()
+
+    def pwrite(self, buffer: ReadBuffer, offset: HostOffset) -> None:
+        """Raise UnsupportedFeatureError."""
+        self._refuse()
+
+
+def _store_of(medium: Medium, view: View) -> Store:
+    if not view.header.has_data_file:
+        return medium
+    return NoDataFile(medium) if medium.data_file is None else Outside(medium, medium.data_file)
+
+
 class PlainData:
-    """Data as it is on the device."""
+    """Data as it is stored."""
 
     is_encrypted = False
 
-    def __init__(self, medium: Medium) -> None:
-        self.pread_into = medium.pread_into
-        self.pwrite = medium.pwrite
+    def __init__(self, store: Store) -> None:
+        self.pread_into = store.pread_into
+        self.pwrite = store.pwrite
 
 
 class LockedData:
@@ -77,12 +129,15 @@ class LockedData:
 
 
 class EncryptedData:
-    """Data that is encrypted on its way to the device, by sectors numbered from host offset 0, as in QEMU."""
+    """Data that is encrypted on its way to the device, by sectors numbered from host offset 0, as in QEMU.
+
+    In a data file it is the offset there that counts.
+    """
 
     is_encrypted = True
 
-    def __init__(self, medium: Medium, cipher: SectorCipher) -> None:
-        self._medium = medium
+    def __init__(self, store: Store, cipher: SectorCipher) -> None:
+        self._store = store
         self._cipher = cipher
 
     def pread_into(self, buffer: memoryview, offset: HostOffset) -> None:
@@ -96,8 +151,8 @@ class EncryptedData:
             buffer[:] = whole[offset - start : offset - start + len(buffer)]
 
     def _read_sectors(self, buffer: memoryview, start: int) -> None:
-        self._medium.pread_into(buffer, HostOffset(start))
-        self._cipher.decrypt(buffer, start // SECTOR_BYTES)
+        self._store.pread_into(buffer, HostOffset(start))
+        self._cipher.decrypt(buffer, start % DATA_FILE // SECTOR_BYTES)
 
     def pwrite(self, buffer: ReadBuffer, offset: HostOffset) -> None:
         """Write all of ``buffer`` or raise; a part of a sector with what else the sector holds (E2)."""
@@ -107,8 +162,8 @@ class EncryptedData:
             view = self._completed(view, offset, start, end)
         for position in range(0, len(view), ENCRYPTED_AT_ONCE):
             part = view[position : position + ENCRYPTED_AT_ONCE]
-            encrypted = self._cipher.encrypt(part, (start + position) // SECTOR_BYTES)
-            self._medium.pwrite(encrypted, HostOffset(start + position))
+            encrypted = self._cipher.encrypt(part, (start + position) % DATA_FILE // SECTOR_BYTES)
+            self._store.pwrite(encrypted, HostOffset(start + position))
 
     def _completed(self, view: memoryview, offset: int, start: int, end: int) -> memoryview:
         """Return whole sectors: the bytes to be written, and the old ones beside them."""
@@ -126,7 +181,9 @@ def _whole_sectors(offset: int, length: int) -> tuple[int, int]:
 
 def data_on(medium: Medium, view: View) -> GuestData:
     """Return the data of an image, out of reach where it is encrypted."""
-    return PlainData(medium) if view.header.crypt_method == CRYPT_NONE else LockedData(medium)
+    if view.header.crypt_method == CRYPT_NONE:
+        return PlainData(_store_of(medium, view))
+    return LockedData(medium)
 
 
 def read_luks(view: View) -> tuple[Pointer, LuksHeader] | None:
@@ -171,8 +228,8 @@ def unlocked_data(medium: Medium, view: View, passphrase: Passphrase | None) -> 
     if passphrase is None:
         if view.header.crypt_method != CRYPT_NONE:
             raise PassphraseError(NEEDED, path_of(medium.device))
-        return PlainData(medium)
+        return PlainData(_store_of(medium, view))
     found, opened = read_luks(view), unlock(medium, view, passphrase)
     if found is None or opened is None:
         return data_on(medium, view)
-    return EncryptedData(medium, SectorCipher(keys.form_of(found[1]), opened[1]))
+    return EncryptedData(_store_of(medium, view), SectorCipher(keys.form_of(found[1]), opened[1]))

@@ -46,6 +46,7 @@ class Lifecycle:
         self.geometry = commits.public.geometry
         self.kept_bytes = 0
         self._is_surveyed = False
+        self._has_own_offsets = False
         self._uncounted: list[tuple[ClusterIndex, int]] = []
         """Clusters behind the last counted one that tables map, and by how many references (F2)."""
 
@@ -67,6 +68,22 @@ class Lifecycle:
             self.start_search()
             self._find_uncounted()
             self._is_surveyed = True
+
+    def require_own_offsets(self) -> None:
+        """Check, once, that guest clusters lie at their own offsets of the data file (datafile.py, X5).
+
+        Raises:
+            UnsupportedFeatureError: one does not.
+            CorruptionError: a table is damaged.
+        """
+        if not self._has_own_offsets:
+            place = self.public.mapping.mapped_elsewhere()
+            if place:
+                raise UnsupportedFeatureError(
+                    "writing to a data file that is out of order",
+                    f"the L2 entry at {place:#x} maps a guest cluster to another offset than its own",
+                )
+            self._has_own_offsets = True
 
     def _find_uncounted(self) -> None:
         """Look for data behind the last counted cluster; only if the file reaches there (F2)."""
@@ -180,6 +197,7 @@ class Lifecycle:
         roots.check_room(clean.header, len(clean.data))
         # Autoclear bits that jqcow does not keep are gone from the first header that the journal holds.
         kept = AUTOCLEAR_BITMAPS if self.public.bitmaps.directory.entries else 0
+        kept |= clean.header.raw_bit
         live = clean.with_header(replace(clean.header, autoclear_features=kept))
         self.root.settle()
         before = self.medium.pread(SECTOR_BYTES, SECTOR_0)

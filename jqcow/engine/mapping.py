@@ -29,7 +29,7 @@ from jqcow.ondisk.l2 import (
     L2Run,
     codec_of,
 )
-from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset, HostOffset, entry_place
+from jqcow.ondisk.layout import DATA_FILE, ClusterIndex, GuestCluster, GuestOffset, HostOffset, entry_place
 
 
 class MappedRun(NamedTuple):
@@ -193,6 +193,8 @@ class Mapping:
             raise CorruptionError("L2 table", place, str(error)) from error
         if run.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, run.host, run.length)
+        elif self.geometry.has_data_file:
+            run = self._checked_outside(place, run, subcluster)
         elif run.host:
             host = HostOffset(run.host - subcluster * self._subcluster_bytes)
             last = subcluster + run.subcluster_count if run.kind == DATA else subcluster + 1
@@ -200,6 +202,51 @@ class Mapping:
             if last > count * codec.subclusters:
                 run = run._replace(subcluster_count=count * codec.subclusters - subcluster)
         return run
+
+    def _checked_outside(self, place: HostOffset, run: L2Run, subcluster: int) -> L2Run:
+        """Return what of a run the data file has: all, or the clusters before its end, at least one."""
+        if not run.host:
+            return run
+        first = HostOffset(run.host - subcluster * self._subcluster_bytes)
+        if first % self._cluster_bytes:
+            raise CorruptionError("L2 table", place, f"offset {first - DATA_FILE:#x} is not a cluster's")
+        data_file = self.space.medium.data_file
+        if data_file is None or run.kind != DATA:
+            return run
+        subclusters = self.codec.subclusters
+        count = -(-(subcluster + run.subcluster_count) // subclusters)
+        # The last cluster may be cut short, with the disk.
+        if data_file.reaches(first + (count - 1) * self._cluster_bytes):
+            return run
+        count = self.geometry.clusters(max(0, DATA_FILE + data_file.size - first))
+        if not count:
+            told = f"offset {first - DATA_FILE:#x} lies past the end of the data file {data_file.path!r}"
+            raise CorruptionError("L2 table", place, f"{told}, which has {data_file.size} bytes")
+        return run._replace(subcluster_count=count * subclusters - subcluster)
+
+    def mapped_elsewhere(self) -> HostOffset:
+        """Return the place of an L2 entry that maps a cluster to another offset of the data file; 0 for none.
+
+        Raises:
+            CorruptionError: a table is damaged.
+        """
+        codec = self.codec
+        for l1_index, table in self.l2_tables(0):
+            for block in range(table, table + self._cluster_bytes, self.geometry.block_bytes):
+                first = l1_index * codec.per_table + (block - table) // codec.entry_bytes
+                index = 0
+                while index < codec.per_block:
+                    place = HostOffset(block + index * codec.entry_bytes)
+                    try:
+                        run = codec.place_run(
+                            self.view.block(HostOffset(block)), index, codec.per_block - index
+                        )
+                    except DamagedEntry as error:
+                        raise CorruptionError("L2 table", place, str(error)) from error
+                    if run.host and run.host != DATA_FILE + (first + index) * self._cluster_bytes:
+                        return place
+                    index += run.entry_count
+        return HostOffset(0)
 
     def _check_readable(self, place: HostOffset, host: HostOffset, count: int) -> int:
         """Return how many of ``count`` host clusters lie within the file, the first of which must (G1)."""
@@ -263,7 +310,7 @@ class Mapping:
             raise CorruptionError("L2 table", place, str(error)) from error
         if entry.kind == COMPRESSED_CLUSTER:
             self._check_compressed(place, entry.host, entry.length)
-        elif entry.host:
+        elif entry.host and not self.geometry.has_data_file:
             self._check_host("L2 table", place, entry.host, 1)
         return entry
 

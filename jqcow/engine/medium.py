@@ -21,6 +21,7 @@ from types import TracebackType
 
 from jqcow.device import filling
 from jqcow.device.base import Caching, Device, HostSpace, ReadBuffer
+from jqcow.engine.datafile import DataFile
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.ondisk.form import Preallocation
 from jqcow.ondisk.layout import HostOffset
@@ -58,6 +59,8 @@ class Medium:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.data_file: DataFile | None = None
+        """The external data file, where the image has one and it is open."""
         self.poisoned = False
         self.in_doubt = False
         # Re-entrant only so that it can tell whether the calling thread has it: nobody takes it twice.
@@ -169,6 +172,7 @@ class Medium:
         with self._syncing:
             self.require_healthy()
             try:
+                self._sync_data_file()
                 self.device.barrier(name)
             except OSError:
                 # Not by a call: nothing may come between the failure and this (M1).
@@ -177,3 +181,29 @@ class Medium:
         with self.lock, self.section():
             for listener in self.listeners:
                 listener(number)
+
+    def data_barrier(self) -> None:
+        """Make the data file durable, and nothing else. The lock is free meanwhile.
+
+        Raises:
+            OSError: the barrier failed; the medium is read-only from here on (M1).
+        """
+        with self._syncing:
+            self.require_healthy()
+            try:
+                self._sync_data_file()
+            except OSError:
+                self.poisoned = True
+                raise
+
+    def _sync_data_file(self) -> None:
+        data_file = self.data_file
+        if data_file is None or not data_file.is_changed:
+            return
+        data_file.is_changed = False
+        try:
+            # Durable now: all that was written to the data file. The image may name it from here on (X1).
+            data_file.device.barrier("data.first")
+        except BaseException:
+            data_file.is_changed = True
+            raise

@@ -88,6 +88,7 @@ class ChangeSet:
         freed_clusters: how many clusters these are.
         packed_end: where compressed data was packed last, 0: nowhere (refcounts.py, R4).
         own: in a transaction, the data clusters taken since its start or last savepoint; None outside.
+        outside: in a transaction, all clusters that it wrote to in a data file (datafile.py, X4).
     """
 
     def __init__(self, geometry: Geometry, *, private: bool = False, packed_end: int = 0) -> None:
@@ -102,6 +103,7 @@ class ChangeSet:
         self.freed_clusters = 0
         self.packed_end = packed_end
         self.own: set[ClusterIndex] | None = set() if private else None
+        self.outside: set[ClusterIndex] = set()
         self._zeroed: dict[HostOffset, None] = {}
         self._marks: list[Mark] = []
         self._zero_block = _zero_block(geometry.block_bytes)

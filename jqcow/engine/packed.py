@@ -59,6 +59,8 @@ class PackedWrites:
         """Check a range; return the type of compression."""
         self.requests.enter_change()
         self.requests.check_whole_clusters(offset, length)
+        if self.tables.geometry.has_data_file:
+            raise UnsupportedFeatureError("compressed writing to an external data file")
         if self.writes.data.is_encrypted:
             raise UnsupportedFeatureError(
                 "compressed writing to an encrypted image", "qcow2 stores compressed clusters unencrypted"

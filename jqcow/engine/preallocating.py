@@ -23,7 +23,7 @@ from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk.form import Preallocation
 from jqcow.ondisk.l2 import L2Entry
-from jqcow.ondisk.layout import ClusterIndex, GuestCluster, HostOffset
+from jqcow.ondisk.layout import DATA_FILE, ClusterIndex, GuestCluster, HostOffset
 from jqcow.ondisk.preallocated import MappedRow, refcount_block_of_ones
 
 
@@ -32,7 +32,8 @@ class _Plan:
     """What is to be written and named; all of it lies in ``run``.
 
     Attributes:
-        run: the clusters that were taken: L2 tables, refcount blocks, data, in this order.
+        run: the clusters that were taken: L2 tables, refcount blocks, data, in this order. No data, where
+            that goes to a data file.
         row: all that is mapped.
         new: the part of it that new L2 tables map; what comes before is mapped by a table that there is.
         blocks: host offsets of new refcount blocks, by their index.
@@ -81,7 +82,8 @@ class Preallocating:
             self.writes.give_back([plan.run])
             with suppress(*EXPECTED):
                 # Nothing names it: a host that is full gets back what it gave.
-                self.medium.punch(plan.row.host, plan.row.host_end - plan.row.host)
+                if not self.geometry.has_data_file:
+                    self.medium.punch(plan.row.host, plan.row.host_end - plan.row.host)
             raise
 
     def _plan(self, first: int, end: int, entry_for: Callable[[HostOffset], L2Entry]) -> _Plan:
@@ -96,11 +98,15 @@ class Preallocating:
             new_first = min(end, layout.round_up(first, per_table)) if has_table else first
             new = MappedRow(self._codec, new_first, end - new_first, HostOffset(0), entry_for)
             table_count = len(new.table_indices)
-            missing = self._find_room(table_count + end - first)
+            data_count = 0 if self.geometry.has_data_file else end - first
+            missing = self._find_room(table_count + data_count)
+        count = table_count + len(missing) + data_count
         with self.medium.section():
-            run = space.take_at_frontier(table_count + len(missing) + end - first)
+            run = space.take_at_frontier(count) if count else Run(space.frontier, 0)
         block, data = ((run.start + table_count + extra) * cluster_bytes for extra in (0, len(missing)))
         places = map(HostOffset, range(block, data, cluster_bytes))
+        if self.geometry.has_data_file:
+            data = DATA_FILE + first * cluster_bytes
         row = MappedRow(self._codec, first, end - first, HostOffset(data), entry_for)
         return _Plan(run, row, row.behind(new_first), dict(zip(missing, places, strict=True)))
 
@@ -132,7 +138,8 @@ class Preallocating:
         with self.medium.lock:
             # Not only in the checkpoint: a host that has no files of this length fails the operation.
             self.medium.grow(self.geometry.offset_of(self.tables.space.frontier))
-        self.medium.take_space(plan.row.host, plan.row.host_end - plan.row.host, preallocation)
+        if not self.geometry.has_data_file:
+            self.medium.take_space(plan.row.host, plan.row.host_end - plan.row.host, preallocation)
         self.medium.write_row(self.geometry.offset_of(plan.run.start), plan.new.l2_tables())
         if plan.blocks:
             self.medium.write_row(next(iter(plan.blocks.values())), self._refcount_blocks(plan))
@@ -145,8 +152,10 @@ class Preallocating:
         """Name what was written, in one operation."""
         tables = self.tables
         tables.changes.ordered = True
-        self._count_in(plan)
-        start, data = plan.run.start, self.geometry.cluster_of(plan.row.host)
+        if plan.run.count:
+            self._count_in(plan)
+        start = plan.run.start
+        data = start + len(plan.new.table_indices) + len(plan.blocks)
         tables.space.metadata.update(map(ClusterIndex, range(start, data)))
         for at, l1_index in enumerate(plan.new.table_indices):
             place = self.geometry.offset_of(ClusterIndex(start + at))

@@ -190,6 +190,14 @@ class NotLive(Exception):
     """The image needs its journal before a request can be planned."""
 
 
+class NotData(Exception):
+    """What is to be written in a raw data file has to be data first; ``make`` does that (datafile.py, X3)."""
+
+    def __init__(self, make: Callable[[], None]) -> None:
+        super().__init__()
+        self.make = make
+
+
 class Requests:
     """Guest requests on one image through one set of tables. Ranges are (guest offset, length) in bytes.
 
@@ -234,23 +242,29 @@ class Requests:
                         return plan()
                 except NotLive:
                     # Asked again with the turn taken: much may have happened meanwhile.
-                    self.lifecycle.go_live(self._require_admitted)
+                    self.lifecycle.go_live(self.require_admitted)
             except Absent as absent:
                 self._load(absent)
             except Cold as cold:
                 self._heat(cold)
+            except NotData as missing:
+                self._wait_for(missing.make)
             except Busy as busy:
                 self.guard.wait(busy)
 
-    def _require_admitted(self) -> None:
+    def require_admitted(self) -> None:
         """Refuse a change that the image's state does not allow, or that somebody who is alone keeps out."""
         self.admit(True)
         if not self.alone:
             self.guard.require_not_alone()
 
     def _heat(self, cold: Cold) -> None:
+        self._wait_for(lambda: self.commits.heat(cold, self.require_admitted))
+
+    def _wait_for(self, act: Callable[[], None]) -> None:
+        """Do what is to be durable before; where others are in the way wait for them instead."""
         try:
-            self.commits.heat(cold, self._require_admitted)
+            act()
         except Busy as busy:
             self.guard.wait(busy)
 
@@ -268,9 +282,12 @@ class Requests:
 
     def enter_change(self) -> None:
         """First thing in the plan of a change: look whether it may be made at all."""
-        self._require_admitted()
+        self.require_admitted()
         self.lifecycle.prepare_to_change()
-        if self.tables.view.header.autoclear_features:
+        header = self.tables.view.header
+        if header.has_data_file:
+            self.lifecycle.require_own_offsets()
+        if header.autoclear_features & ~header.raw_bit:
             # A bit that jqcow does not know vouches for the data; going live clears it under a barrier.
             self.require_live()
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
+from jqcow.engine.datafile import DataFile
 from jqcow.engine.preallocating import Preallocating
 from jqcow.engine.sharing import leave_to_one
 from jqcow.engine.zeroing import Zeroing
+from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk.form import Preallocation
+from jqcow.ondisk.l2 import DATA, L2Entry
+from jqcow.ondisk.layout import HostOffset
 
 
 class Resizing:
@@ -20,10 +25,13 @@ class Resizing:
         self.tables = zeroing.tables
         self.geometry = zeroing.tables.geometry
         self._cluster_bytes = self.geometry.cluster_bytes
+        self._is_outside = self.geometry.has_data_file
 
     def is_one_operation(self, size_bytes: int) -> bool:
         """Return True if `resize` shows nothing before its last operation; else it needs a transaction."""
         old_size, backing = self.tables.mapping.disk_bytes, self.zeroing.reads.backing
+        if self.tables.view.header.is_raw_outside:
+            return False
         return size_bytes >= old_size and (backing is None or backing.size <= old_size)
 
     def resize(self, size_bytes: int, preallocation: Preallocation = "off") -> None:
@@ -40,6 +48,9 @@ class Resizing:
             self._grow_preallocated(old_size, size_bytes, preallocation)
             return
         # Growing: whoever made the image may have left mapped what lies past its end.
+        if self._is_outside:
+            self._resize_outside(old_size, size_bytes, "off")
+            return
         self._free_past(min(old_size, size_bytes))
         # What lies behind the old end in its last cluster was never the guest's. Shrinking: whoever makes
         # the disk larger again, with whatever program, must not find the old bytes.
@@ -47,6 +58,9 @@ class Resizing:
         if within:
             self.zeroing.zero_part(min(old_size, size_bytes), self._cluster_bytes - within)
         self.requests.planned(lambda: self._stage_size(size_bytes, ordered=bool(within)))
+        self._hide_longer(old_size, size_bytes)
+
+    def _hide_longer(self, old_size: int, size_bytes: int) -> None:
         backing = self.zeroing.reads.backing
         if backing is not None and size_bytes > old_size and backing.size > old_size:
             # What the backing file has there was never the guest's either.
@@ -54,12 +68,54 @@ class Resizing:
             end = min(self.geometry.clusters(size_bytes), self.geometry.clusters(backing.size))
             self.zeroing.hide_new(hidden, end * self._cluster_bytes)
 
+    def _resize_outside(self, old_size: int, size_bytes: int, preallocation: Preallocation) -> None:
+        """As `resize`, where the data lies in a data file: behind the disk's end that has nobody's bytes.
+
+        Of a smaller disk the file keeps everything until the record is durable (datafile.py, X6).
+        """
+        data_file = self.requests.medium.data_file
+        is_raw = self.tables.view.header.is_raw_outside
+        self._free_past(min(old_size, size_bytes))
+        if size_bytes > old_size:
+            if data_file is None:
+                raise UnsupportedFeatureError("growing without the external data file", "it is not open")
+            self._clear_behind(old_size, data_file, is_raw=is_raw)
+            data_file.lengthen(size_bytes, preallocation)
+            first, end = self.geometry.clusters(old_size), self.geometry.clusters(size_bytes)
+            if is_raw or preallocation != "off":
+                self.preallocating.map_row(first, end, preallocation, self._entry_outside(old_size))
+        self.requests.planned(lambda: self._stage_size(size_bytes, ordered=False))
+        if preallocation == "off":
+            self._hide_longer(old_size, size_bytes)
+
+    def _clear_behind(self, old_size: int, data_file: DataFile, *, is_raw: bool) -> None:
+        """Make zeros of what will be shown of the data file behind the disk's old end."""
+        if is_raw:
+            data_file.cut(old_size)
+            return
+        within = old_size % self._cluster_bytes
+        count = self._cluster_bytes - within
+        for run in self.zeroing.reads.runs(old_size, count if within else 0):
+            if run.kind == DATA:
+                self.zeroing.writes.data.pwrite(bytes(run.length), run.host)
+
+    def _entry_outside(self, old_size: int) -> Callable[[HostOffset], L2Entry]:
+        """Return what makes the entries of new clusters in a data file, which all read as zeros.
+
+        Where the file may hold old bytes there a flag says so.
+        """
+        is_raw = self.tables.view.header.is_raw_outside
+        return partial(self.tables.mapping.codec.preallocated_zeros, as_data=is_raw)
+
     def _grow_preallocated(self, old_size: int, size_bytes: int, preallocation: Preallocation) -> None:
         """As `resize`, to a larger disk whose new clusters all have a place in the file."""
         if size_bytes <= old_size:
             raise ValueError("preallocation is of what a disk grows by")
         if self.zeroing.writes.data.is_encrypted and not self.geometry.has_zero_flag:
             raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
+        if self._is_outside:
+            self._resize_outside(old_size, size_bytes, preallocation)
+            return
         self._free_past(old_size)
         within = old_size % self._cluster_bytes
         if within:

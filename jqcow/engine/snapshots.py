@@ -116,6 +116,10 @@ class Snapshots:
                 fit its width.
             OSError: the host has no space for the tables.
         """
+        if self.geometry.has_data_file:
+            raise UnsupportedFeatureError(
+                "a snapshot of an image with an external data file", "there is no second place for the data"
+            )
         old = self.read_table()
         if len(old.snapshots) >= tables.MAX_SNAPSHOTS:
             raise UnsupportedFeatureError(f"more than {tables.MAX_SNAPSHOTS} snapshots")

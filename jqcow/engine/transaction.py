@@ -7,9 +7,10 @@ the old disk. Committing switches the mapping in one record. Whoever has one is 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from jqcow.engine.lifecycle import Lifecycle
+from jqcow.engine.medium import EXPECTED
 from jqcow.engine.metadata import ChangeSet, Mark
 from jqcow.engine.tables import Tables
 from jqcow.errors import PoisonedError
@@ -30,6 +31,7 @@ class PrivateChanges:
                 raise RuntimeError("a transaction starts with nothing staged")
             # R4: what the transaction frees, the public changes must not go on packing into.
             public.changes.packed_end = 0
+            self._old_size = public.view.header.size
             changes = ChangeSet(public.geometry, private=True)
             self.tables = Tables(public.blocks, public.space, changes)
             self.log.in_transaction = True
@@ -48,7 +50,15 @@ class PrivateChanges:
             self.commits.begin_turn()
             self.commits.commit(self.tables)
             self.log.in_transaction = False
+            self._cut_data_file()
             return self.log.require_journal().sequence
+
+    def _cut_data_file(self) -> None:
+        """What a smaller disk has lost leaves the data file, if the host can do that (datafile.py, X6)."""
+        size, data_file = self.tables.view.header.size, self.medium.data_file
+        if size < self._old_size and data_file is not None:
+            with suppress(*EXPECTED):
+                data_file.cut(size)
 
     def give_up(self) -> None:
         """Forget all changes. Should their record come back to life it needs its clusters (space.py, S5)."""

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from jqcow.engine.clusters import Run
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.read import Reads
-from jqcow.engine.request import Request
+from jqcow.engine.request import NotData, Request
 from jqcow.engine.sharing import leave_to_one
+from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, NO_ENTRY, UNALLOCATED, ZERO_CLUSTER, L2Entry
-from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
+from jqcow.ondisk.layout import DATA_FILE, SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
 class Piece(NamedTuple):
@@ -65,6 +66,8 @@ class WritePlan:
     ordered: bool = False
     uncounted: list[Run] = field(default_factory=list)
     """The runs that it took and has not counted: its own to give back, should it fail."""
+    zeroes: bool = False
+    """It makes zeros of what it covers, without any data."""
 
 
 class Writes:
@@ -80,6 +83,7 @@ class Writes:
         self.geometry = reads.requests.geometry
         self._cluster_bytes = self.geometry.cluster_bytes
         self._subcluster_bytes = reads.tables.mapping.codec.subcluster_bytes
+        self._is_outside = self.geometry.has_data_file
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write the guest's bytes at ``offset``.
@@ -101,6 +105,18 @@ class Writes:
             return self.plan(request, offset, len(data))
 
         self.perform(offset, plan, lambda _: data)
+
+    def zero_raw(self, offset: GuestOffset, length: int) -> None:
+        """Make zeros of data in a raw data file, within one metadata block and the disk (datafile.py, X3)."""
+
+        def plan(request: Request) -> WritePlan:
+            self.requests.enter_change()
+            self.requests.check_range(offset, length)
+            planned = self.plan(request, offset, length)
+            planned.zeroes = True
+            return planned
+
+        self.perform(offset, plan, lambda _: memoryview(b""))
 
     def perform(
         self,
@@ -145,7 +161,7 @@ class Writes:
             Cold: bitmaps have to be durable first (tracking.py, B1).
         """
         plan = WritePlan(self._pieces(offset, length), (offset, 0 if copies else length))
-        if self._subcluster_bytes < self._cluster_bytes:
+        if self._subcluster_bytes < self._cluster_bytes and not self._is_outside:
             self._carry(plan, offset, offset + length)
         if all(piece.in_place for piece in plan.pieces):
             # It changes no entry, so none is its own (Q1); its clusters stay where they are (S6).
@@ -158,6 +174,7 @@ class Writes:
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
         self.requests.require_live()
+        self._require_data(first, end)
         # Outside the section: a block that is not in memory interrupts the plan, and must leave no doubt.
         kept = [self._kept_clusters(piece) for piece in plan.pieces]
         if self._changes_in_place(plan, kept):
@@ -179,7 +196,10 @@ class Writes:
 
         Clusters are whole sectors, so the guest's offset tells as much as the host's.
         """
-        if end % SECTOR_BYTES:
+        if end % SECTOR_BYTES and self._is_outside:
+            if self.medium.data_file is not None:
+                self.medium.data_file.grow(layout.round_up(end, SECTOR_BYTES))
+        elif end % SECTOR_BYTES:
             self.medium.grow(self.geometry.offset_of(self.tables.space.frontier))
 
     def _carry(self, plan: WritePlan, start: int, end: int) -> None:
@@ -246,6 +266,10 @@ class Writes:
 
     def may_overwrite(self, cluster: ClusterIndex, *, copied: bool) -> bool:
         """Return True if a cluster that a guest's entry names may be written in place (W1, W5, G2)."""
+        if self._is_outside:
+            if not self.tables.changes.may_overwrite(cluster):
+                self._refuse_overwriting()
+            return True
         is_shared = self.tables.refcounts_at_hand.data_refcount(cluster) > 1
         is_own = copied and not is_shared and cluster not in self.tables.space.left_alone
         return is_own and self.tables.changes.may_overwrite(cluster)
@@ -258,11 +282,13 @@ class Writes:
 
     def _changes_in_place(self, plan: WritePlan, kept: list[dict[int, HostOffset]]) -> bool:
         """Return True if a crash before the next record may show what a plan writes."""
-        # What an entry keeps under zeros may be data in the last record.
-        return any(kept) or any(piece.in_place for piece in plan.pieces)
+        # What an entry keeps under zeros may be data in the last record; so may all of a data file.
+        return self._is_outside or any(kept) or any(piece.in_place for piece in plan.pieces)
 
     def _kept_clusters(self, piece: Piece) -> dict[int, HostOffset]:
         """Return what entries without data there keep and may be reused: host offsets by guest cluster."""
+        if self._is_outside:
+            return {}
         if piece.run.kind != ZERO_CLUSTER and not (piece.run.kind == UNALLOCATED and piece.run.host):
             return {}
         kept = {}
@@ -277,6 +303,11 @@ class Writes:
         """Take clusters for a piece that needs another mapping: new ones, or those that its entries keep."""
         cluster = piece.offset // self._cluster_bytes
         end = self.geometry.clusters(piece.offset + piece.length)
+        if self._is_outside:
+            run = self._place_outside(cluster, end - cluster)
+            self._require_spare(run, piece)
+            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
+            return
         before = plan.fresh[-1] if plan.fresh else None
         if before is not None and cluster == before.cluster + before.run.count - 1:
             # Other subclusters of the cluster in which the piece before ends.
@@ -298,9 +329,69 @@ class Writes:
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new))
             cluster += run.count
 
+    # In a data file (datafile.py)
+
+    def _place_outside(self, cluster: int, count: int) -> Run:
+        """Return the place of guest clusters in a row: their own, whatever it holds (X2)."""
+        host = HostOffset(DATA_FILE + cluster * self._cluster_bytes)
+        return Run(self.geometry.cluster_of(host), count, zero_safe=False)
+
+    def _require_data(self, first: int, end: int) -> None:
+        """Raise NotData if guest clusters lie in a raw data file: they are not data yet (X3)."""
+        if self.tables.view.header.is_raw_outside:
+            raise NotData(lambda: self._make_data(first, end))
+
+    def _refuse_overwriting(self) -> NoReturn:
+        """There is no other place for what a transaction would overwrite (X4)."""
+        raise UnsupportedFeatureError(
+            "overwriting data in a transaction",
+            "the image has an external data file, so there is no second place for the data",
+        )
+
+    def _require_spare(self, run: Run, piece: Piece) -> None:
+        """Refuse clusters that a transaction must not write to: others see data there, or may again (X4)."""
+        changes = self.tables.changes
+        if not changes.is_private:
+            return
+        places = {ClusterIndex(at) for at in range(run.start, run.start + run.count)}
+        public = self.requests.commits.public.mapping_at_hand
+        is_seen = any(seen.kind == DATA for seen in public.runs(piece.offset, piece.length))
+        if is_seen or not changes.outside.isdisjoint(places - (changes.own or set())):
+            self._refuse_overwriting()
+
+    def _make_data(self, first: int, end: int) -> None:
+        """Make data of all guest clusters in [first, end) of a raw data file, durably (X3)."""
+        requests, tables, data_file = self.requests, self.tables, self.medium.data_file
+        if tables.changes.is_private:
+            self._refuse_overwriting()
+        codec, disk_bytes = tables.mapping.codec, tables.mapping.disk_bytes
+        with requests.commits.turn.lock:
+            requests.commits.begin_turn()
+            with requests.lock:
+                requests.require_admitted()
+                position, stop = first * self._cluster_bytes, end * self._cluster_bytes
+                for run in tables.mapping.runs(GuestOffset(position), stop - position):
+                    inside = min(run.length, disk_bytes - position)
+                    if run.kind != DATA and inside > 0 and data_file is not None:
+                        data_file.zero(HostOffset(DATA_FILE + position), inside)
+                    position += run.length
+                with tables.operation():
+                    for cluster in map(GuestCluster, range(first, end)):
+                        host = HostOffset(DATA_FILE + cluster * self._cluster_bytes)
+                        entry = codec.filled(NO_ENTRY, host, range(codec.subclusters))
+                        self.replace_entries(cluster, None, [entry])
+            # The zeros are durable before the record (X1), and that before any data.
+            requests.commits.commit(tables)
+
     # Run, without the lock
 
     def _run_write(self, plan: WritePlan, data: memoryview, offset: GuestOffset) -> None:
+        if plan.zeroes:
+            for piece in plan.pieces:
+                if self.medium.data_file is not None:
+                    self.medium.require_healthy()
+                    self.medium.data_file.zero(piece.run.host, piece.length)
+            return
         for piece in plan.pieces:
             if piece.in_place:
                 start = piece.offset - offset
@@ -374,9 +465,14 @@ class Writes:
 
     def _stage_write(self, plan: WritePlan) -> None:
         tables = self.tables
-        if plan.ordered:
+        if plan.ordered and not self._is_outside:
+            # In a data file X1 sees to that.
             tables.changes.ordered = True
         for fresh in plan.fresh:
+            if tables.changes.own is not None and self._is_outside:
+                places = map(ClusterIndex, range(fresh.run.start, fresh.run.start + fresh.run.count))
+                tables.changes.own.update(places)
+                tables.changes.outside |= tables.changes.own
             if fresh.is_new:
                 # From here on they are the operation's to give up, should it fail.
                 plan.uncounted.remove(fresh.run)

@@ -7,7 +7,7 @@ from functools import partial
 
 from jqcow.engine.write import Writes
 from jqcow.ondisk import layout
-from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, UNALLOCATED, L2Entry
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, NO_ENTRY, UNALLOCATED, L2Entry
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset
 
 ZEROS_AT_ONCE = 1 << 20
@@ -32,8 +32,22 @@ class Zeroing:
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros; ``unmap`` frees the clusters that it covers whole."""
         for start, span in self.requests.spans_to_change(offset, length):
+            if self._is_raw_outside:
+                self._zero_raw(start, start + span)
+                continue
             while not self._zero_span(start, span, unmap=unmap):
                 pass
+
+    @property
+    def _is_raw_outside(self) -> bool:
+        return self.tables.view.header.is_raw_outside
+
+    def _zero_raw(self, start: int, end: int) -> None:
+        """Make zeros of the data in a range of a raw data file; all else reads as zeros (datafile.py, X3)."""
+        for run in self.reads.runs(start, max(0, end - start)):
+            if run.kind == DATA:
+                self.writes.zero_raw(GuestOffset(start), run.length)
+            start += run.length
 
     def _zero_span(self, start: int, span: int, *, unmap: bool) -> bool:
         """Zero a range within one metadata block; return False if it is to be looked at anew."""
@@ -62,6 +76,9 @@ class Zeroing:
         """Discard a range within one metadata block; return False if it is to be looked at anew."""
         size = self.requests.check_change(start, span)
         head, tail = self._whole_subclusters(start, span, size)
+        if self._is_raw_outside:
+            self._zero_raw(head, min(tail, size))
+            return True
         return head >= tail or self._set_whole(head, tail, self._discarded, size)
 
     @property

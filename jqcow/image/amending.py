@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,8 +10,10 @@ from jqcow.engine.amending import Amending
 from jqcow.engine.recounting import Recounting
 from jqcow.engine.tables import Tables
 from jqcow.image.image import Image
+from jqcow.ondisk import naming
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.amendment import Amendment, AmendOptions
+from jqcow.ondisk.header import EXTENSION_EXTERNAL_DATA, HeaderArea
 from jqcow.ondisk.layout import HostOffset
 
 Progress = Callable[[int, int], None]
@@ -26,6 +29,7 @@ class AmendReport:
         lazy_refcounts: they are on, or off, and were not.
         refcount_bits: refcounts have another width now.
         size: the disk has another size now.
+        data_file: the external data file has another name now.
         zero_clusters: so many entries lost a zero flag, which version 2 does not have.
     """
 
@@ -33,12 +37,13 @@ class AmendReport:
     lazy_refcounts: bool = False
     refcount_bits: bool = False
     size: bool = False
+    data_file: bool = False
     zero_clusters: int = 0
 
     @property
     def changed(self) -> bool:
         """True if anything was changed."""
-        return self.compat or self.lazy_refcounts or self.refcount_bits or self.size
+        return self.compat or self.lazy_refcounts or self.refcount_bits or self.size or self.data_file
 
 
 def amend_image(
@@ -57,6 +62,16 @@ def amend_image(
     return _Amended(image, options).amend(progress)
 
 
+def _new_name(area: HeaderArea, name: str | None) -> str | None:
+    """Return a name for the data file, None if it has that already, or is to keep the one it has."""
+    if name is None:
+        return None
+    if not area.header.has_data_file:
+        raise ValueError("data_file is for an image that has an external data file")
+    stored = area.find(EXTENSION_EXTERNAL_DATA)
+    return None if stored is not None and stored.data == os.fsencode(name) else name
+
+
 class _Amended:
     """One amendment of one image."""
 
@@ -67,11 +82,12 @@ class _Amended:
         header = self._tables.view.header
         self._old = Amendment.of(header, {})
         self._new = Amendment.of(header, options)
+        self._data_file = _new_name(self._tables.view.area, options.get("data_file"))
         self._converted = 0
 
     def amend(self, progress: Progress) -> AmendReport:
         old, new = self._old, self._new
-        if old == new:
+        if old == new and self._data_file is None:
             return AmendReport()
         self._check()
         self._take_zero_flags(progress)
@@ -84,6 +100,7 @@ class _Amended:
             lazy_refcounts=new.lazy_refcounts != old.lazy_refcounts,
             refcount_bits=new.refcount_order != old.refcount_order,
             size=new.size_bytes != old.size_bytes,
+            data_file=self._data_file is not None,
             zero_clusters=self._converted,
         )
 
@@ -97,6 +114,8 @@ class _Amended:
             if new.version != old.version:
                 amended = area.with_version(new.version)
                 roots.check_room(amended.header, len(amended.data))
+            if self._data_file is not None:
+                naming.name_data_file(area, self._data_file)
             if new.version > old.version:
                 # What is damaged in version 2 could be a zero flag in version 3.
                 tables.snapshots.check_all_mapped()
@@ -144,5 +163,7 @@ class _Amended:
             Recounting(tables, new.refcount_order).stage()
         if new.version < old.version:
             amending.set_version(new.version)
+        if self._data_file is not None:
+            tables.view.set_area(naming.name_data_file(tables.view.area, self._data_file))
         if new.version > 2:
             amending.set_lazy_refcounts(lazy=new.lazy_refcounts)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -131,6 +131,19 @@ class Image:
         with self._lock:
             self._enter(False)
             return naming.backing_file_of(self._guest.tables.view.area, self._name)
+
+    @property
+    def data_file(self) -> NamedFile | None:
+        """What the header names as the external data file, None if the image has its data itself.
+
+        Raises:
+            FormatError, UnsupportedFeatureError: a name that jqcow refuses.
+        """
+        self._own()
+        with self._lock:
+            self._enter(False)
+            area = self._guest.tables.view.area
+            return naming.data_file_of(area, self._name) if area.header.has_data_file else None
 
     @property
     def _name(self) -> str:
@@ -535,11 +548,12 @@ class Image:
         self._close_files()
 
     def _close_files(self) -> None:
-        try:
-            self._medium.device.close()
-        finally:
+        with ExitStack() as stack:
             if self._backing is not None:
-                self._backing.close()
+                stack.callback(self._backing.close)
+            if self._medium.data_file is not None:
+                stack.callback(self._medium.data_file.device.close)
+            stack.callback(self._medium.device.close)
 
     def __enter__(self) -> Image:
         return self

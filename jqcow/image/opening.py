@@ -1,4 +1,4 @@
-"""Creating and opening images: by path, with their backing files, or on a device of the caller's own."""
+"""Opening images: by path, with their backing files, or on a device of the caller's own."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TypeVar, Unpack
+from typing import TypeVar
 
 from jqcow.device.base import Device, check_device
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice, remove_file
-from jqcow.device.filling import take_space, write_row
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
+from jqcow.disks.outside import data_file_named, open_data_file
 from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.disks.undo import (
@@ -39,12 +39,8 @@ from jqcow.errors import (
 from jqcow.image.arguments import optional_text
 from jqcow.image.image import Image, Mode
 from jqcow.ondisk import header as headers
-from jqcow.ondisk import layout, naming
+from jqcow.ondisk import naming
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.blank import BlankImage, blank_image
-from jqcow.ondisk.encryption import Encryption, new_luks
-from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
-from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
@@ -58,68 +54,6 @@ class JournalLength:
 
 
 _Closable = TypeVar("_Closable", bound=FileDevice | Chain | None)
-
-
-def create(
-    path: str | os.PathLike[str],
-    size: int,
-    *,
-    backing_file: str | None = None,
-    backing_format: DiskFormat | None = None,
-    allow_files: FilePolicy = False,
-    overwrite: bool = False,
-    journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
-    encryption: Encryption | None = None,
-    passphrase: Passphrase | None = None,
-    **options: Unpack[FileOptions],
-) -> Image:
-    """Create an image and return it open for reading and writing.
-
-    The file appears under its name at once and whole; it and its directory are durable on return.
-
-    Args:
-        path: where; an existing file is refused unless ``overwrite``.
-        size: of the disk in bytes, a multiple of 512.
-        backing_file: the file whose disk shows where nothing was written. The name is stored as it is, and is
-            relative to the directory of the image.
-        backing_format: of the backing file; needed with it.
-        allow_files: whether the files may be opened that the backing file names, as in `open`.
-        overwrite: replace an existing file, if nobody uses it.
-        journal_size: in bytes, of the journal that writing will use; a multiple of 8192 from 64 KiB to 1 GiB.
-        encryption: how to encrypt the image; None: not at all.
-        passphrase: of encrypted backing files, as in `open`.
-        options: what the image is to be, as `FileOptions` says.
-
-    Raises:
-        ValueError: a size or options that no image can have, or a name that cannot be stored.
-        FileAccessDenied: the backing file names another one.
-        JqcowError: the backing file cannot be read.
-        FileExistsError: the file exists.
-        ImageInUse: the file to be replaced is in use.
-        OSError: the host failed; nothing is left under the name.
-    """
-    journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    form, host_use = Form.of(options), HostUse.of(options)
-    blank = blank_image(
-        size,
-        form,
-        backing_file=backing_file,
-        backing_format=backing_format,
-        preallocated=host_use.preallocation != "off",
-        luks=None if encryption is None else new_luks(encryption),
-    )
-    target = os.fspath(path)
-    with _closed_on_error(FileDevice.create_temporary(path, nocow=host_use.nocow)) as device:
-        write_blank(device, blank, host_use.preallocation)
-        named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
-        # Before the name: an image whose backing file cannot be read is of no use.
-        following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
-        chain = None if named is None else open_below(named, [device.identity()], following)
-        with _closed_on_error(chain):
-            device.publish(overwrite)
-            length = _journal_length(journal_size)
-            unlock = _unlocking(None if encryption is None else encryption.passphrase)
-            return _open(device, "r+", journal=length, find_backing=lambda engine: chain, unlock=unlock)
 
 
 def open(
@@ -166,7 +100,7 @@ def open(
     """
     _check_mode(mode, journal_size, repair, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share, passphrase=passphrase)
-    with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
+    with closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
         length = _prepare(device, journal_size, repair, free_lost=free_lost, following=following)
@@ -178,10 +112,30 @@ def open(
             repair=repair,
             free_lost=free_lost,
             find_backing=lambda engine: _open_chain(engine, device, following),
+            find_data=lambda engine: _open_data(engine, device, following),
             unlock=_unlocking(passphrase),
             copy_on_read=copy_on_read,
         )
         return _settled(image, device)
+
+
+def open_blank(
+    device: FileDevice,
+    data_file: FileDevice | None,
+    chain: Chain | None,
+    *,
+    journal_size: int,
+    passphrase: Passphrase | None,
+) -> Image:
+    """Open a new image on its open file, with its open data file and chain, which it closes."""
+    return _open(
+        device,
+        "r+",
+        journal=_journal_length(journal_size),
+        find_backing=lambda engine: chain,
+        find_data=lambda engine: data_file,
+        unlock=_unlocking(passphrase),
+    )
 
 
 def open_base(
@@ -198,19 +152,20 @@ def open_base(
     Raises:
         JqcowError, OSError: as `open`.
     """
-    with _closed_on_error(FileDevice.open(named.path, writable=True)) as device:
+    with closed_on_error(FileDevice.open(named.path, writable=True)) as device:
         image = _open(
             device,
             "r+",
             journal=_journal_length(journal_size),
             find_backing=lambda engine: _open_chain(engine, device, following, above),
+            find_data=lambda engine: _open_data(engine, device, following, above),
             unlock=_unlocking(following.passphrase),
         )
         return _settled(image, device)
 
 
 @contextmanager
-def _closed_on_error(opened: _Closable) -> Iterator[_Closable]:
+def closed_on_error(opened: _Closable) -> Iterator[_Closable]:
     """Close what was opened, if anything was, unless the image that it is for opens."""
     try:
         yield opened
@@ -247,6 +202,7 @@ def open_device(
     repair: What | None = None,
     free_lost: bool = False,
     backing: OwnDisk | Callable[[NamedFile], OwnDisk] | None = None,
+    data_file: Device | Callable[[NamedFile], Device] | None = None,
     passphrase: Passphrase | None = None,
 ) -> Image:
     """Open the image on a device of your own; see `open`. `Image.close` closes the device.
@@ -261,11 +217,13 @@ def open_device(
         free_lost: as in `open`.
         backing: the disk below the image, or a function that returns it, called with what the image names if
             it names a file. `Image.close` closes the disk.
+        data_file: the device that is the external data file of the image, or a function that returns it,
+            called with what the image names. `Image.close` closes it.
         passphrase: of an encrypted image, as in `open`.
 
     Raises:
-        FileAccessDenied: the image names a backing file, and there is no ``backing``.
-        ValueError: there is a disk, and the image names none.
+        FileAccessDenied: the image names a backing file or a data file, and there is none.
+        ValueError: there is a disk or a data file, and the image names none.
     """
 
     def find_backing(engine: Engine) -> Disk | None:
@@ -279,6 +237,16 @@ def open_device(
         below = backing(named) if callable(backing) else backing
         return below if isinstance(below, Disk) else Adopted(below)
 
+    def find_data(engine: Engine) -> Device | None:
+        named = data_file_named(engine.blocks.area, "the image")
+        if named is None:
+            if data_file is not None and not callable(data_file):
+                raise ValueError("the image has no external data file")
+            return None
+        if data_file is None:
+            raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
+        return data_file(named) if callable(data_file) else data_file
+
     return _open(
         device,
         mode,
@@ -288,6 +256,7 @@ def open_device(
         repair=repair,
         free_lost=free_lost,
         find_backing=find_backing,
+        find_data=find_data,
         unlock=_unlocking(passphrase),
     )
 
@@ -308,6 +277,7 @@ def _open(
     find_backing: Callable[[Engine], Disk | None],
     unlock: Callable[[Engine], None],
     journal: JournalLength,
+    find_data: Callable[[Engine], Device | None] = lambda _: None,
     new_salt: Callable[[], bytes] = random_salt,
     snapshot: str | None = None,
     repair: What | None = None,
@@ -332,9 +302,14 @@ def _open(
     if journal.is_exact:
         engine.log.shortest_bytes = journal.length_bytes
     shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
-    unlock(engine)
-    backing = find_backing(engine)
+    data_file = find_data(engine)
+    backing: Disk | None = None
     try:
+        if data_file is not None:
+            check_device(data_file)
+            engine.attach(data_file)
+        unlock(engine)
+        backing = find_backing(engine)
         # Only now: an image whose backing file cannot be opened is not written to.
         repaired = make_writable(opened, repair, free_lost=free_lost) if mode == "r+" else None
         image = Image(opened, mode, backing, copy_on_read=copy_on_read, shown=shown, repaired=repaired)
@@ -345,6 +320,8 @@ def _open(
         if isinstance(backing, Chain):
             # Opened for this image, unlike a disk of the caller's own.
             backing.close()
+        if isinstance(data_file, FileDevice):
+            data_file.close()
         raise
 
 
@@ -419,6 +396,9 @@ def _check_chain(device: FileDevice, following: Following) -> None:
     named = naming.backing_file_of(area, device.path)
     if named is not None:
         open_below(named, [device.identity()], following).close()
+    data_file = open_data_file(area, device.path, [device.identity()], following)
+    if data_file is not None:
+        data_file.close()
 
 
 def _take_back_cut_off(device: FileDevice) -> bool:
@@ -456,14 +436,16 @@ def open_alone(
     free_lost: bool = False,
     passphrase: Passphrase | None = None,
     reads_data: bool = False,
+    allow_files: FilePolicy = False,
 ) -> Image:
     """Open an image without what is below it: where it has nothing of its own it reads as zeros.
 
     For what works on the image's own tables: who reads its disk wants `open`. An encrypted one needs no
-    passphrase, unless it ``reads_data``. Arguments and errors as `open`.
+    passphrase, and no external data file is opened, unless it ``reads_data``. Arguments and errors as `open`.
     """
+    following = Following(allow_files)
     _check_mode(mode, journal_size, repair, force_share=False)
-    with _closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
+    with closed_on_error(FileDevice.open(path, writable=mode == "r+")) as device:
         length = _prepare(device, journal_size, repair, free_lost=free_lost)
         image = _open(
             device,
@@ -472,6 +454,7 @@ def open_alone(
             repair=repair,
             free_lost=free_lost,
             find_backing=lambda engine: None,
+            find_data=lambda engine: _open_data(engine, device, following) if reads_data else None,
             unlock=_unlocking(passphrase) if reads_data else _locked,
         )
         return _settled(image, device)
@@ -513,6 +496,14 @@ def _open_chain(
     return None if named is None else open_below(named, [*above, device.identity()], following)
 
 
+def _open_data(
+    engine: Engine, device: FileDevice, following: Following, above: Iterable[Identity] = ()
+) -> FileDevice | None:
+    others = [*above, device.identity()]
+    writable = not device.read_only
+    return open_data_file(engine.blocks.area, device.path, others, following, writable=writable)
+
+
 def _clear_corrupt_mark(image: Image) -> None:
     """Clear the corrupt bit of an image that was repaired, if nothing is wrong with it any more."""
     report = image.check()
@@ -521,41 +512,3 @@ def _clear_corrupt_mark(image: Image) -> None:
         image.close()
         raise CorruptionError("image", 0, f"still corrupt after the repair: {report.findings[0]}")
     clear_corrupt_bit(image._engine.lifecycle)
-
-
-def create_on_device(
-    device: Device,
-    size: int,
-    *,
-    journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
-    new_salt: Callable[[], bytes] = random_salt,
-    encryption: Encryption | None = None,
-    **options: Unpack[FileOptions],
-) -> Image:
-    """Create an image on an empty device of your own, durably, and return it open; see `create`."""
-    check_device(device)
-    journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    form, preallocation = Form.of(options), HostUse.of(options).preallocation
-    new = None if encryption is None else new_luks(encryption)
-    write_blank(device, blank_image(size, form, preallocated=preallocation != "off", luks=new), preallocation)
-    passphrase = None if encryption is None else encryption.passphrase
-    # The opening makes it durable (M7).
-    return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt, passphrase=passphrase)
-
-
-def write_blank(device: Device, blank: BlankImage, preallocation: Preallocation = "off") -> None:
-    """Write a new image to an empty device; durable after the caller's barrier.
-
-    Nobody opens the device before that, so nothing has to be in order, and the tables of a preallocated disk
-    are written as they are made.
-    """
-    device.truncate(blank.length)
-    disk = blank.disk
-    if disk is not None:
-        # First: it is what a full host refuses.
-        take_space(device, 0, disk.row.host, "off" if preallocation == "metadata" else "falloc")
-        take_space(device, disk.row.host, disk.row.host_end - disk.row.host, preallocation)
-        write_row(device, disk.tables, disk.row.l2_tables())
-        write_row(device, disk.blocks, disk.refcount_blocks())
-    for offset, data in blank.parts:
-        device.pwrite(data, offset)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from jqcow import _native
 from jqcow.device.base import Device
-from jqcow.image.opening import write_blank
+from jqcow.image.creating import write_blank
 from jqcow.ondisk import entries, layout
 from jqcow.ondisk.blank import (
     blank_image,
@@ -27,18 +27,29 @@ from jqcow.ondisk.encryption import NewLuks
 from jqcow.ondisk.form import Form, Preallocation
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, L2Entry, codec_of
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
+from jqcow.ondisk.naming import name_data_file
 
 
 class ImageBuilder:
     """Builds an image on an empty device. Offsets and lengths in bytes."""
 
-    def __init__(self, device: Device, size: int, form: Form, luks: NewLuks | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        size: int,
+        form: Form,
+        luks: NewLuks | None = None,
+        data_file: Device | None = None,
+    ) -> None:
         """Start an image of a disk of ``size`` bytes; with ``luks`` an encrypted one, without compression.
+
+        ``data_file`` is that of the form, if it has one, empty.
 
         Raises:
             ValueError: the disk needs an L1 table larger than 32 MiB.
         """
         self._device = device
+        self._data_file = data_file
         self._size = size
         self._form = form
         self._geometry = form.geometry
@@ -67,12 +78,13 @@ class ImageBuilder:
         self._reach(offset, len(data))
         host = self._next_cluster * self.cluster_bytes
         count = self._geometry.clusters(len(data))
-        if self._luks is None:
-            self._device.pwrite(data, host)
+        if self._data_file is not None:
+            _write_data(self._data_file, self._luks, data, offset, count * self.cluster_bytes)
+            host = layout.DATA_FILE + offset
         else:
-            _write_encrypted(self._device, self._luks, data, host, count * self.cluster_bytes)
-        # The host offsets of one write are in a row, also where an L2 table ends within it.
-        self._next_cluster += count
+            _write_data(self._device, self._luks, data, host, count * self.cluster_bytes)
+            # The host offsets of one write are in a row, also where an L2 table ends within it.
+            self._next_cluster += count
         first = offset // self.cluster_bytes
         for cluster in range(first, first + count):
             place = HostOffset(host + (cluster - first) * self.cluster_bytes)
@@ -80,8 +92,8 @@ class ImageBuilder:
 
     def write_compressed(self, stream: bytes, offset: int) -> None:
         """Map the guest cluster at ``offset`` to its compressed content; offsets only rise."""
-        if self._luks is not None:
-            raise RuntimeError("compressed clusters are not encrypted")
+        if self._luks is not None or self._data_file is not None:
+            raise RuntimeError("compressed clusters are not encrypted, and lie in no data file")
         self._reach(offset, self.cluster_bytes)
         length = layout.round_up(len(stream), SECTOR_BYTES)
         host = self._pack(length)
@@ -171,11 +183,17 @@ class ImageBuilder:
         luks_offset = self._luks_cluster * cluster_bytes
         for offset, data in () if self._luks is None else self._luks.parts:
             self._device.pwrite(data, luks_offset + offset)
-        self._device.pwrite(new_area(header, self._luks, luks_offset).data, 0)
+        area = new_area(header, self._luks, luks_offset)
+        if self._form.data_file is not None:
+            area = name_data_file(area, self._form.data_file)
+        self._device.pwrite(area.data, 0)
 
 
-def _write_encrypted(device: Device, luks: NewLuks, data: memoryview, host: int, whole_bytes: int) -> None:
-    """Write whole clusters: what is behind the disk's end must read as zeros, should it grow."""
+def _write_data(device: Device, luks: NewLuks | None, data: memoryview, host: int, whole_bytes: int) -> None:
+    """Write clusters; encrypted ones whole: what is behind the disk's end must read as zeros, if it grows."""
+    if luks is None:
+        device.pwrite(data, host)
+        return
     whole = bytes(data).ljust(whole_bytes, b"\0")
     device.pwrite(luks.cipher.encrypt(whole, host // SECTOR_BYTES), host)
 
@@ -190,8 +208,11 @@ class PreallocatedImage:
         form: Form,
         preallocation: Preallocation,
         luks: NewLuks | None = None,
+        data_file: Device | None = None,
     ) -> None:
         """Write the image, all of it, with a disk of ``size`` bytes of zeros; with ``luks`` an encrypted one.
+
+        ``data_file`` is that of the form, if it has one, and has the length of the disk.
 
         Raises:
             ValueError: the disk is too large for clusters of this size.
@@ -199,6 +220,7 @@ class PreallocatedImage:
         blank = blank_image(size, form, preallocated=True, luks=luks)
         write_blank(device, blank, preallocation)
         self._device = device
+        self._data_file = data_file
         self._blank = blank
         self._luks = luks
         self._codec = codec_of(form.geometry)
@@ -210,10 +232,10 @@ class PreallocatedImage:
         if disk is None:
             raise RuntimeError("a preallocated image has a preallocated disk")
         host, count = disk.row.host + offset, self._codec.geometry.clusters(len(data))
-        if self._luks is None:
-            self._device.pwrite(data, host)
+        if self._data_file is not None:
+            _write_data(self._data_file, self._luks, data, offset, count * self.cluster_bytes)
         else:
-            _write_encrypted(self._device, self._luks, data, host, count * self.cluster_bytes)
+            _write_data(self._device, self._luks, data, host, count * self.cluster_bytes)
         if self._codec.subclusters > 1 or self._luks is not None:
             self._fill(disk.tables, host, offset // self.cluster_bytes, count)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from jqcow.device.base import Device
 from jqcow.device.disk import WritableDisk
 from jqcow.device.file import FileDevice
-from jqcow.disks.chain import Identity, identity_of, naming_the_image, refuse_loop
+from jqcow.disks.chain import Identity, identity_of, refuse_loop
 from jqcow.disks.files import open_to_read
-from jqcow.disks.policy import FilePolicy, Following, require_allowed, stored_format
+from jqcow.disks.policy import FilePolicy, Following, naming_the_image, require_allowed, stored_format
 from jqcow.disks.raw import RawDisk
 from jqcow.image import Image
 from jqcow.image.opening import open_alone, open_base
@@ -57,8 +57,8 @@ def commit(
     """Write what an overlay has of its own into its backing file; then empty the overlay.
 
     A qcow2 base takes all of it in one transaction. Until that is durable the overlay stays as it is, so a
-    crash at any time leaves an overlay whose disk reads as before. A raw base is written in place: other
-    readers of it see it change. A base that is smaller than the overlay grows.
+    crash at any time leaves an overlay whose disk reads as before. A raw base, and one with an external data
+    file, is written in place: other readers of it see it change. A base that is smaller grows.
 
     Args:
         path: the overlay; a crashed one is recovered first.
@@ -79,7 +79,9 @@ def commit(
     # What a hole in a table hides would be the base's from then on.
     refuse_lost_data_in(path)
     following = Following(allow_files, probe, passphrase=passphrase)
-    alone = open_alone(path, "r+", journal_size=journal_size, passphrase=passphrase, reads_data=True)
+    alone = open_alone(
+        path, "r+", journal_size=journal_size, passphrase=passphrase, reads_data=True, allow_files=allow_files
+    )
     with alone as overlay:
         named = overlay.backing_file
         if named is None:
@@ -108,7 +110,11 @@ def _open_base(
             opened = open_base(named, [overlay], following, journal_size=journal_size)
         else:
             opened = FileDevice.open(named.path, writable=True)
-    if isinstance(opened, Image):
+    if isinstance(opened, Image) and opened.data_file is not None:
+        # There is no second place for what is overwritten. Closing makes all of it durable.
+        with opened:
+            yield opened
+    elif isinstance(opened, Image):
         with opened, opened.transaction() as transaction:
             yield transaction
     else:

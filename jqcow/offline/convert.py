@@ -13,7 +13,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import index
 from typing import Protocol, Unpack
@@ -27,6 +27,7 @@ from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.disks.raw import RawDisk
 from jqcow.errors import JqcowError
+from jqcow.image.creating import create_data_file, publish
 from jqcow.offline.bitmaps import NO_BITMAPS, ChosenBitmaps, Which, choose
 from jqcow.offline.build import ImageBuilder, PreallocatedImage
 from jqcow.offline.compare import Progress, first_difference, windows
@@ -36,7 +37,7 @@ from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.keys import Passphrase
-from jqcow.ondisk.naming import DiskFormat, check_format
+from jqcow.ondisk.naming import DiskFormat, check_format, meaning_of
 
 BUFFER_BYTES = 2 << 20
 RAW_UNIT_BYTES = 4096
@@ -109,6 +110,8 @@ class _Form:
             raise ValueError("a raw file cannot be encrypted")
         if self.is_compressed and self.encryption is not None:
             raise ValueError("compressed clusters are not encrypted: an image is one or the other")
+        if self.image.data_file is not None and (self.format == "raw" or self.is_compressed):
+            raise ValueError("an external data file is for a qcow2 image, without compression")
         if self.compression.level is not None and not self.is_compressed:
             raise ValueError("a compression level is of use only where clusters are compressed")
 
@@ -242,6 +245,8 @@ def convert(
     compression = Compression(options.get("compression_type", "zlib"), compression_level)
     form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, compression, encryption)
     _check_target(source, target, overwrite=overwrite)
+    if form.image.data_file is not None:
+        _check_target(source, meaning_of(form.image.data_file, "").path, overwrite=overwrite)
     following = Following(allow_files, probe, passphrase=passphrase)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
         losses = Losses()
@@ -318,10 +323,13 @@ def _write(
     started = time.perf_counter()
     device = FileDevice.create_temporary(target, nocow=form.host_use.nocow)
     try:
-        amounts = _copy(disk, device, form, progress)
-        if verify:
-            amounts = dataclasses.replace(amounts, verify_seconds=_verify(disk, device, form))
-        device.publish(overwrite)
+        data_file = create_data_file(form.image, os.fspath(target), disk.size, form.host_use)
+        with nullcontext() if data_file is None else closing(data_file):
+            amounts = _copy(disk, device, data_file, form, progress)
+            if verify:
+                verify_seconds = _verify(disk, device, data_file, form)
+                amounts = dataclasses.replace(amounts, verify_seconds=verify_seconds)
+            publish(device, data_file, overwrite=overwrite)
         seconds = time.perf_counter() - started - (amounts.verify_seconds or 0)
         return dataclasses.replace(amounts, seconds=seconds)
     finally:
@@ -329,16 +337,16 @@ def _write(
 
 
 @contextmanager
-def _target(device: FileDevice, disk: Disk, form: _Form) -> Iterator[_Target]:
+def _target(device: FileDevice, data_file: FileDevice | None, disk: Disk, form: _Form) -> Iterator[_Target]:
     if form.format == "raw":
         yield _RawTarget(device, disk.size, form.host_use.preallocation)
         return
     new = None if form.encryption is None else new_luks(form.encryption)
-    if form.host_use.preallocation != "off":
-        preallocation = form.host_use.preallocation
-        yield _ImageTarget(PreallocatedImage(device, disk.size, form.image, preallocation, new))
+    preallocation = form.host_use.preallocation
+    if preallocation != "off" or form.image.data_file_raw:
+        yield _ImageTarget(PreallocatedImage(device, disk.size, form.image, preallocation, new, data_file))
         return
-    builder = ImageBuilder(device, disk.size, form.image, new)
+    builder = ImageBuilder(device, disk.size, form.image, new, data_file)
     if not form.is_compressed:
         yield _ImageTarget(builder)
         return
@@ -349,12 +357,14 @@ def _target(device: FileDevice, disk: Disk, form: _Form) -> Iterator[_Target]:
         writer.close()
 
 
-def _copy(disk: Disk, device: FileDevice, form: _Form, progress: Progress) -> _Amounts:
+def _copy(
+    disk: Disk, device: FileDevice, data_file: FileDevice | None, form: _Form, progress: Progress
+) -> _Amounts:
     """Copy what is not zero."""
     read_bytes = written_bytes = 0
     buffer = bytearray(BUFFER_BYTES)
     progress(0, disk.size)
-    with _target(device, disk, form) as target:
+    with _target(device, data_file, disk, form) as target:
         for offset, length in windows(disk, target.unit, BUFFER_BYTES):
             data = memoryview(buffer)[:length]
             disk.read_into(data, offset)
@@ -384,11 +394,13 @@ def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _verify(disk: Disk, device: FileDevice, form: _Form) -> float:
+def _verify(disk: Disk, device: FileDevice, data_file: FileDevice | None, form: _Form) -> float:
     started = time.perf_counter()
     passphrase = None if form.encryption is None else form.encryption.passphrase
-    # Not closed: the device is the caller's.
-    written = RawDisk(device) if form.format == "raw" else ImageDisk(device, passphrase=passphrase)
+    # Not closed: the devices are the caller's.
+    written: Disk = RawDisk(device)
+    if form.format == "qcow2":
+        written = ImageDisk(device, passphrase=passphrase, open_data=lambda area: data_file)
     difference = first_difference(disk, written)
     if difference is not None:
         raise JqcowError(f"verification failed: source and target differ at guest offset {difference:#x}")

@@ -14,6 +14,7 @@ from operator import index
 
 from jqcow import _native
 from jqcow.device.disk import Extent
+from jqcow.device.file import path_of
 from jqcow.disks.chain import FileDisk, open_disk
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import NOT_FOLLOWING, Following
@@ -88,20 +89,22 @@ class _LayerMap:
 
     def __init__(self, disk: FileDisk) -> None:
         self._disk = disk
+        self._data = disk.data_device if isinstance(disk, ImageDisk) else disk.device
+        self._path = path_of(self._data)
         self._is_sparse = isinstance(disk, ImageDisk) and _is_sparse(disk)
 
     def lines(self, extent: Extent) -> Iterator[MapLine]:
         """Yield an extent, cut where a map makes a difference."""
         disk = self._disk
         if isinstance(disk, ImageDisk) and disk.may_keep(extent):
-            yield from (MapLine(part, disk.path) for part in disk.kept_clusters(extent))
+            yield from (MapLine(part, self._path) for part in disk.kept_clusters(extent))
         elif self._is_sparse and extent.host_offset is not None:
             yield from self._with_holes(extent, extent.host_offset)
         else:
-            yield MapLine(extent, disk.path)
+            yield MapLine(extent, self._path)
 
     def _with_holes(self, extent: Extent, host_offset: int) -> Iterator[MapLine]:
-        for part in RawDisk(self._disk.device).extents(extent.length, host_offset):
+        for part in RawDisk(self._data).extents(extent.length, host_offset):
             offset = extent.offset + part.offset - host_offset
             shown = replace(extent, offset=offset, length=part.length, host_offset=part.offset)
             yield MapLine(shown, self._disk.path, in_hole=part.kind == "zero")

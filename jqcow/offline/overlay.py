@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing, nullcontext
 from typing import Unpack
 
 from jqcow.device.file import FileDevice
 from jqcow.errors import printable
-from jqcow.image.opening import write_blank
+from jqcow.image.creating import create_data_file, publish, write_blank
 from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
 from jqcow.ondisk.blank import blank_image
@@ -87,7 +88,9 @@ def create_overlay(
         raise ValueError(f"{overlay} would be its own backing file")
     device = FileDevice.create_temporary(path, nocow=host_use.nocow)
     try:
-        write_blank(device, blank, host_use.preallocation)
-        device.publish(overwrite)
+        data_file = create_data_file(form, overlay, size, host_use)
+        with nullcontext() if data_file is None else closing(data_file):
+            write_blank(device, blank, host_use.preallocation)
+            publish(device, data_file, overwrite=overwrite)
     finally:
         device.close()

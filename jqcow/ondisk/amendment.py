@@ -24,12 +24,14 @@ class AmendOptions(TypedDict, total=False):
         lazy_refcounts: QEMU need not keep refcounts exact while it writes; jqcow does all the same.
         refcount_bits: width of a refcount, a power of two from 1 to 64.
         size: of the disk in bytes.
+        data_file: another name of the external data file, for an image that has one; no file is touched.
     """
 
     compat: Compat
     lazy_refcounts: bool
     refcount_bits: int
     size: int
+    data_file: str
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Behind these a preallocated image has its L2 tables, and the clusters of the dis
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from jqcow import _native
 from jqcow.ondisk import layout
@@ -15,7 +16,7 @@ from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, V2_BYTES, Header, HeaderArea
 from jqcow.ondisk.l2 import codec_of
 from jqcow.ondisk.layout import Geometry, HostOffset
-from jqcow.ondisk.naming import name_backing_file
+from jqcow.ondisk.naming import name_backing_file, name_data_file
 from jqcow.ondisk.preallocated import MappedRow, PreallocatedDisk
 
 
@@ -60,11 +61,15 @@ def blank_image(
     geometry = form.geometry
     l1_size = new_l1_size(geometry, size)
     l1_clusters = geometry.clusters(layout.table_bytes(l1_size))
+    _check_data_file(form, has_backing=backing_file is not None, is_encrypted=luks is not None)
+    # The tables of a raw data file map all of it: it must show whatever is written there.
+    preallocated = preallocated or form.data_file_raw
     l2_tables, disk_clusters = (l1_size, geometry.clusters(size)) if preallocated else (0, 0)
+    data_clusters = 0 if geometry.has_data_file else disk_clusters
     if preallocated:
         _require_zeros(form, has_backing=backing_file is not None, is_encrypted=luks is not None)
     luks_clusters = 0 if luks is None else geometry.clusters(luks.length)
-    others = 1 + l1_clusters + luks_clusters + l2_tables + disk_clusters
+    others = 1 + l1_clusters + luks_clusters + l2_tables + data_clusters
     table_clusters, block_count = refcount_clusters(geometry, others)
     if table_clusters * geometry.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:
         raise ValueError(f"a disk of {size} bytes cannot be preallocated in clusters of this size")
@@ -75,6 +80,8 @@ def blank_image(
     places = {"l1_table_offset": l1_table, "refcount_table_offset": table}
     header = new_header(form, size, **places, refcount_table_clusters=table_clusters)
     area = new_area(header, luks, luks_offset)
+    if form.data_file is not None:
+        area = name_data_file(area, form.data_file)
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
     used = others + table_clusters + block_count
@@ -87,7 +94,12 @@ def blank_image(
     tables = HostOffset(luks_offset + luks_clusters * geometry.cluster_bytes)
     codec = codec_of(geometry)
     host = HostOffset(tables + l2_tables * geometry.cluster_bytes)
-    row = MappedRow(codec, 0, disk_clusters, host, codec.new_preallocated(is_encrypted=luks is not None))
+    if geometry.has_data_file:
+        host = HostOffset(layout.DATA_FILE)
+    entry_for = codec.new_preallocated(is_encrypted=luks is not None)
+    if form.data_file_raw:
+        entry_for = partial(codec.preallocated_zeros, as_data=True)
+    row = MappedRow(codec, 0, disk_clusters, host, entry_for)
     disk = PreallocatedDisk(row, tables, HostOffset(blocks), used)
     parts.append((l1_table, _pack_l1(geometry, tables, l2_tables)))
     return BlankImage(tuple(parts), used * geometry.cluster_bytes, disk)
@@ -99,6 +111,14 @@ def _require_zeros(form: Form, *, has_backing: bool, is_encrypted: bool) -> None
         raise ValueError("preallocation over a backing file would hide it, but with extended_l2")
     if is_encrypted and not form.geometry.has_zero_flag:
         raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
+
+
+def _check_data_file(form: Form, *, has_backing: bool, is_encrypted: bool) -> None:
+    """Raise ValueError if a raw data file could not show the disk."""
+    if form.data_file_raw and has_backing:
+        raise ValueError("a raw data file cannot show a backing file: leave data_file_raw out")
+    if form.data_file_raw and is_encrypted:
+        raise ValueError("an encrypted disk cannot be read in a raw data file: leave data_file_raw out")
 
 
 def _pack_l1(geometry: Geometry, first_table: int, table_count: int) -> bytes:
@@ -154,6 +174,7 @@ def new_header(
         snapshots_offset=0,
         incompatible_features=form.incompatible_features,
         compatible_features=form.compatible_features,
+        autoclear_features=form.autoclear_features,
         refcount_order=form.refcount_order,
         header_length=CREATED_HEADER_BYTES if form.version > 2 else V2_BYTES,
         compression_type=form.compression_type,

@@ -11,7 +11,6 @@ from typing import Literal
 
 from jqcow.errors import UnsupportedFeatureError, printable
 from jqcow.ondisk import header as headers
-from jqcow.ondisk import naming
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.root import FEATURE_NAME_STRUCT
 
@@ -106,12 +105,10 @@ def _own_names(area: HeaderArea, mask: int) -> Iterator[tuple[int, str]]:
             yield bit, name.rstrip(b"\0").decode("utf-8", "replace")
 
 
-def _find_data_file(area: HeaderArea) -> Words | None:
-    if not area.header.incompatible_features & headers.INCOMPATIBLE_EXTERNAL_DATA:
+def _find_snapshots_outside(area: HeaderArea) -> Words | None:
+    if not area.header.has_data_file or not area.header.nb_snapshots:
         return None
-    # The name is judged as any other, and nothing is opened for its sake.
-    named = naming.data_file_of(area, "the image")
-    return "an external data file", "" if named is None else repr(named.name)
+    return "snapshots of an image with an external data file", "they would change with the disk"
 
 
 def _find_encryption(area: HeaderArea) -> Words | None:
@@ -137,7 +134,7 @@ _NO, _YES = False, True
 FEATURES = (
     #       name                         find                    read  write check repair
     Feature("live journal",              _JOURNAL,               _NO,  _NO,  _NO,  _NO),
-    Feature("external data file",        _find_data_file,        _NO,  _NO,  _NO,  _NO),
+    Feature("snapshots and data file",   _find_snapshots_outside, _YES, _NO,  _YES, _YES),
     Feature("unknown incompatible bits", _find_unknown_bits,     _NO,  _NO,  _NO,  _NO),
     Feature("AES encryption",            _find_encryption,       _NO,  _NO,  _NO,  _NO),
     Feature("unknown compression type",  find_compression_type, _NO,  _NO,  _YES, _NO),

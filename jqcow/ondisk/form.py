@@ -9,9 +9,11 @@ from typing import Literal, TypedDict, get_args
 from jqcow.ondisk import layout
 from jqcow.ondisk.compression import COMPRESSION_ZLIB, CompressionType, compression_type_of
 from jqcow.ondisk.header import (
+    AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     INCOMPATIBLE_COMPRESSION,
     INCOMPATIBLE_EXTENDED_L2,
+    INCOMPATIBLE_EXTERNAL_DATA,
 )
 from jqcow.ondisk.layout import Geometry
 
@@ -42,6 +44,9 @@ class FormOptions(TypedDict, total=False):
         extended_l2: L2 entries have subclusters, with clusters of 16 KiB and more.
         lazy_refcounts: QEMU need not keep refcounts exact while it writes; jqcow does all the same.
         compat: ``1.1`` (the default) or ``0.10``, which knows none of the above but the cluster size.
+        data_file: name of an external data file, which is made too, and has the disk's data; it is stored as
+            it is, and is relative to the working directory.
+        data_file_raw: the bytes of that file are to be those of the disk, for programs that know raw files.
     """
 
     cluster_size: int
@@ -50,6 +55,8 @@ class FormOptions(TypedDict, total=False):
     extended_l2: bool
     lazy_refcounts: bool
     compat: Compat
+    data_file: str
+    data_file_raw: bool
 
 
 class FileOptions(FormOptions, total=False):
@@ -93,13 +100,18 @@ class Form:
     has_subclusters: bool = False
     lazy_refcounts: bool = False
     version: int = 3
+    data_file: str | None = None
+    data_file_raw: bool = False
 
     def __post_init__(self) -> None:
+        if self.data_file_raw and self.data_file is None:
+            raise ValueError("data_file_raw needs a data_file")
         if self.has_subclusters and self.cluster_bits < layout.MIN_SUBCLUSTER_CLUSTER_BITS:
             raise ValueError("extended_l2 needs clusters of at least 16 KiB")
         if self.version < 3 and replace(self, version=3) != Form(self.cluster_bits):
             raise ValueError(
-                "compat=0.10 has refcounts of 16 bits and zlib alone, no lazy_refcounts and no extended_l2"
+                "compat=0.10 has refcounts of 16 bits and zlib alone, no lazy_refcounts, no extended_l2 and "
+                "no data_file"
             )
 
     @classmethod
@@ -117,24 +129,44 @@ class Form:
             flag(options.get("extended_l2", False), "extended_l2"),
             flag(options.get("lazy_refcounts", False), "lazy_refcounts"),
             version_of(options.get("compat", "1.1")),
+            _name(options.get("data_file")),
+            flag(options.get("data_file_raw", False), "data_file_raw"),
         )
 
     @property
     def geometry(self) -> Geometry:
         """The geometry of the image."""
-        return Geometry(self.cluster_bits, self.refcount_order, self.has_subclusters, self.version > 2)
+        return Geometry(
+            self.cluster_bits,
+            self.refcount_order,
+            self.has_subclusters,
+            self.version > 2,
+            self.data_file is not None,
+        )
 
     @property
     def incompatible_features(self) -> int:
         """The incompatible feature bits of the header."""
         # The bit is set where the type is not zlib, and only there (specification, "Incompatible features").
         compression = INCOMPATIBLE_COMPRESSION if self.compression_type != COMPRESSION_ZLIB else 0
-        return compression | (INCOMPATIBLE_EXTENDED_L2 if self.has_subclusters else 0)
+        outside = INCOMPATIBLE_EXTERNAL_DATA if self.data_file is not None else 0
+        return compression | outside | (INCOMPATIBLE_EXTENDED_L2 if self.has_subclusters else 0)
+
+    @property
+    def autoclear_features(self) -> int:
+        """The autoclear feature bits of the header."""
+        return AUTOCLEAR_DATA_FILE_RAW if self.data_file_raw else 0
 
     @property
     def compatible_features(self) -> int:
         """The compatible feature bits of the header."""
         return COMPATIBLE_LAZY_REFCOUNTS if self.lazy_refcounts else 0
+
+
+def _name(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"the name of a data file is a str, not {type(value).__name__}")
+    return value
 
 
 def version_of(compat: Compat) -> int:

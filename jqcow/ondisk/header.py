@@ -154,12 +154,34 @@ class Header:
     @property
     def geometry(self) -> Geometry:
         """The geometry that follows from the cluster size, the refcount width and the kind of L2 entries."""
-        return Geometry(self.cluster_bits, self.refcount_order, self.has_subclusters, self.version > 2)
+        return Geometry(
+            self.cluster_bits, self.refcount_order, self.has_subclusters, self.version > 2, self.has_data_file
+        )
 
     @property
     def has_subclusters(self) -> bool:
         """True if L2 entries are extended."""
         return bool(self.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
+
+    @property
+    def has_data_file(self) -> bool:
+        """True if the guest's data lies in an external data file."""
+        return bool(self.incompatible_features & INCOMPATIBLE_EXTERNAL_DATA)
+
+    @property
+    def is_raw_outside(self) -> bool:
+        """True if the bytes of the data file are those of the disk, and can be: nothing else shows there."""
+        return (
+            self.has_data_file
+            and bool(self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW)
+            and self.crypt_method == CRYPT_NONE
+            and not self.backing_file_offset
+        )
+
+    @property
+    def raw_bit(self) -> int:
+        """The autoclear bit of a raw data file, where it is right, else 0."""
+        return AUTOCLEAR_DATA_FILE_RAW if self.is_raw_outside else 0
 
     def validate(self) -> None:
         """Check the fields that reading needs against the specification's bounds and QEMU's limits.

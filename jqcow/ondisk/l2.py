@@ -23,6 +23,10 @@ An extended entry is such a word and a bitmap of 8 bytes, 0 for a compressed clu
 
 A *subcluster* is what one run of entries counts: a 32nd of a cluster with extended entries. With standard
 ones a cluster is its only subcluster.
+
+In an image with an external data file the offsets are of that file, and no cluster of the image is referred
+to. 0 may be the offset of a cluster there: then COPIED is set. No cluster is compressed. `DATA_FILE` is added
+to what stands in an entry.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from typing import NamedTuple
 
 from jqcow import _native
 from jqcow.ondisk.entries import COPIED, ENTRY, OFFSET_MASK, DamagedEntry, nonzero_words
-from jqcow.ondisk.layout import MAX_HOST_OFFSET, SECTOR_BYTES, SUBCLUSTERS, Geometry, HostOffset
+from jqcow.ondisk.layout import DATA_FILE, MAX_HOST_OFFSET, SECTOR_BYTES, SUBCLUSTERS, Geometry, HostOffset
 
 UNALLOCATED = _native.UNALLOCATED
 ZERO_CLUSTER = _native.ZERO
@@ -206,6 +210,18 @@ class L2Codec(ABC):
         self.subclusters_per_table = self.per_table * self.subclusters
         self.subclusters_per_block = self.per_block * self.subclusters
         self._cluster_bits = geometry.cluster_bits
+        self._is_outside = geometry.has_data_file
+
+    def _host_of(self, entry: int) -> HostOffset:
+        """Return the host offset of a standard cluster, 0 where the entry has none."""
+        offset = entry & OFFSET_MASK
+        if self._is_outside and (offset or (entry >= COPIED and not self._has_zero_flag_set(entry))):
+            return HostOffset(DATA_FILE + offset)
+        return HostOffset(offset)
+
+    def _has_zero_flag_set(self, entry: int) -> bool:
+        """Return True if the flag that an entry has for a whole cluster says that it reads as zeros."""
+        return self.subclusters == 1 and bool(entry & ZERO)
 
     # As they stand in a table
 
@@ -233,13 +249,18 @@ class L2Codec(ABC):
             DamagedEntry: one of its entries is not one that an image can have.
         """
 
-    @abstractmethod
     def host_run(self, buffer: bytes | bytearray, index: int, limit: int) -> HostRun:
-        """Return what the entries from ``index`` on refer to, at most ``limit`` of them.
+        """Return which clusters of the image entries refer to: at most ``limit`` of them, from ``index`` on.
 
         Raises:
             DamagedEntry: one of its entries is not one that an image can have.
         """
+        run = self.place_run(buffer, index, limit)
+        return run._replace(host=HostOffset(0)) if self._is_outside else run
+
+    @abstractmethod
+    def place_run(self, buffer: bytes | bytearray, index: int, limit: int) -> HostRun:
+        """As `host_run`, also of clusters that lie in an external data file."""
 
     @abstractmethod
     def found(self, table: bytes) -> Iterator[FoundEntry]:
@@ -254,8 +275,8 @@ class L2Codec(ABC):
         _native.set_copied(buffer, start, stop, copied, self.entry_bytes)
 
     def hosts(self, entry: L2Entry) -> range:
-        """Return the indices of the host clusters that an entry refers to."""
-        if not entry.host:
+        """Return the indices of the host clusters of the image that an entry refers to."""
+        if not entry.host or self._is_outside:
             return range(0)
         first = self.geometry.cluster_of(entry.host)
         return range(first, self.geometry.clusters(entry.host + max(1, entry.length)))
@@ -312,6 +333,8 @@ class L2Codec(ABC):
         return self.preallocated
 
     def _decode_compressed(self, entry: int) -> L2Entry:
+        if self._is_outside:
+            raise DamagedEntry(f"entry {entry:#x} is compressed, in an image with an external data file")
         if entry >= COPIED:
             raise DamagedEntry(f"entry {entry:#x} is compressed and COPIED")
         host, length = compressed_extent(entry, self._cluster_bits)
@@ -332,7 +355,7 @@ class StandardL2(L2Codec):
             return self._decode_compressed(entry)
         if entry & L2_RESERVED:
             raise DamagedEntry(f"entry {entry:#x} has reserved bits set")
-        host, copied = HostOffset(entry & OFFSET_MASK), entry >= COPIED
+        host, copied = self._host_of(entry), entry >= COPIED
         if entry & ZERO:
             if not self.geometry.has_zero_flag:
                 raise DamagedEntry(f"entry {entry:#x} has the zero flag, which version 2 lacks")
@@ -344,7 +367,7 @@ class StandardL2(L2Codec):
         if entry.kind == COMPRESSED_CLUSTER:
             value = compressed_entry(entry.host, entry.length, self._cluster_bits)
         else:
-            value = l2_entry(entry.host, copied=entry.copied, zero=entry.kind == ZERO_CLUSTER)
+            value = l2_entry(entry.host & OFFSET_MASK, copied=entry.copied, zero=entry.kind == ZERO_CLUSTER)
         ENTRY.pack_into(buffer, index * 8, value)
 
     def encode_row(self, buffer: bytearray, index: int, entry: L2Entry, count: int) -> None:
@@ -357,6 +380,8 @@ class StandardL2(L2Codec):
     def run(self, buffer: bytes | bytearray, position: int, limit: int) -> L2Run:
         """See `L2Codec.run`."""
         kind, host, count = _native.l2_run(buffer, position, limit, self._cluster_bits)
+        if self._is_outside:
+            kind, host, count = self._placed_outside(buffer, position, kind, count)
         if kind == DATA:
             # The entries of a run of data differ by their offsets alone.
             (entry,) = ENTRY.unpack_from(buffer, position * 8)
@@ -369,6 +394,20 @@ class StandardL2(L2Codec):
         self._check_all(buffer, kind, position, count)
         return L2Run(kind, HostOffset(host), count, False, 0)
 
+    def _placed_outside(
+        self, buffer: bytes | bytearray, index: int, kind: int, count: int
+    ) -> tuple[int, int, int]:
+        """Correct a run, which the kernel takes to be in the image: one at offset 0 looks unallocated."""
+        (entry,) = ENTRY.unpack_from(buffer, index * 8)
+        if kind == UNALLOCATED:
+            part = memoryview(buffer)[index * 8 : (index + count) * 8]
+            if _native.is_zero(part):
+                return kind, 0, count
+            if self._host_of(entry):
+                return DATA, self._host_of(entry), 1
+            count = next((at for at, (word,) in enumerate(ENTRY.iter_unpack(part)) if at and word), count)
+        return kind, self._host_of(entry), count
+
     def _check_all(self, buffer: bytes | bytearray, kind: int, index: int, count: int) -> None:
         part = memoryview(buffer)[index * 8 : (index + count) * 8]
         if kind == UNALLOCATED and _native.is_zero(part):
@@ -376,8 +415,8 @@ class StandardL2(L2Codec):
         for position in range(index, index + count):
             self.decode(buffer, position)
 
-    def host_run(self, buffer: bytes | bytearray, index: int, limit: int) -> HostRun:
-        """See `L2Codec.host_run`."""
+    def place_run(self, buffer: bytes | bytearray, index: int, limit: int) -> HostRun:
+        """See `L2Codec.place_run`."""
         run = self.run(buffer, index, limit)
         if run.kind in (DATA, UNALLOCATED):
             return HostRun(run.host, run.subcluster_count, run.copied, 0)
@@ -389,8 +428,11 @@ class StandardL2(L2Codec):
         """See `L2Codec.found`."""
         # The constructor of a named tuple would take half the time of this walk over millions of entries.
         make, mask, special = tuple.__new__, OFFSET_MASK, COMPRESSED | ZERO | L2_RESERVED
+        outside = self._is_outside
         for position, entry in nonzero_words(table):
             host, copied = entry & mask, entry >= COPIED
+            if outside:
+                host = self._host_of(entry)
             if host and not entry & special:
                 yield make(FoundEntry, (position, entry, DATA, host, copied, 0, False, ""))
             elif entry & COMPRESSED:
@@ -440,7 +482,7 @@ class ExtendedL2(L2Codec):
             return self._decode_compressed(entry)
         if entry & EXTENDED_RESERVED:
             raise DamagedEntry(f"entry {entry:#x} has reserved bits set")
-        host, allocated, zeros = entry & OFFSET_MASK, bitmap & ALL_SUBCLUSTERS, bitmap >> SUBCLUSTERS
+        host, allocated, zeros = self._host_of(entry), bitmap & ALL_SUBCLUSTERS, bitmap >> SUBCLUSTERS
         if host % self.geometry.cluster_bytes:
             raise DamagedEntry(f"host offset {host:#x} is not a cluster's")
         fault = _bitmap_fault(host, allocated, zeros)
@@ -454,7 +496,7 @@ class ExtendedL2(L2Codec):
         if entry.kind == COMPRESSED_CLUSTER:
             word, bitmap = compressed_entry(entry.host, entry.length, self._cluster_bits), 0
         else:
-            word = l2_entry(entry.host, copied=entry.copied)
+            word = l2_entry(entry.host & OFFSET_MASK, copied=entry.copied)
             bitmap = entry.zeros << SUBCLUSTERS | entry.allocated
         EXTENDED.pack_into(buffer, index * 16, word, bitmap)
 
@@ -476,13 +518,16 @@ class ExtendedL2(L2Codec):
             host = HostOffset(host + subcluster * self.subcluster_bytes)
         return L2Run(kind, host, count, entry.copied, entry.length)
 
-    def host_run(self, buffer: bytes | bytearray, index: int, limit: int) -> HostRun:
-        """See `L2Codec.host_run`."""
+    def place_run(self, buffer: bytes | bytearray, index: int, limit: int) -> HostRun:
+        """See `L2Codec.place_run`."""
         entry = self.decode(buffer, index)
         if entry.kind == COMPRESSED_CLUSTER:
             return HostRun(entry.host, 1, entry.copied, entry.length)
         _, host, count = _native.l2_run(buffer, index, limit, self._cluster_bits, 16)
-        return HostRun(HostOffset(host), count, entry.copied, 0)
+        if self._is_outside and not host:
+            # One at offset 0 of a data file looks like those that have none.
+            return HostRun(entry.host, 1, entry.copied, 0)
+        return HostRun(entry.host, count, entry.copied, 0)
 
     def found(self, table: bytes) -> Iterator[FoundEntry]:
         """See `L2Codec.found`."""
@@ -500,7 +545,7 @@ class ExtendedL2(L2Codec):
                 fault = "subclusters of compressed data" if bitmap else ""
             else:
                 allocated, zeros = bitmap & ALL_SUBCLUSTERS, bitmap >> SUBCLUSTERS
-                host, length, kind = entry & OFFSET_MASK, 0, _kind_of(allocated, zeros)
+                host, length, kind = self._host_of(entry), 0, _kind_of(allocated, zeros)
                 has_reserved = entry & EXTENDED_RESERVED != 0
                 fault = _bitmap_fault(host, allocated, zeros)
             yield FoundEntry(position, entry, kind, host, copied, length, has_reserved, fault)

@@ -43,6 +43,9 @@ MAX_CLUSTER_BITS = 21
 MAX_HOST_OFFSET = 1 << 56
 """Host offsets end at bit 55 (qcow2 specification, L2 table entry)."""
 
+DATA_FILE = 1 << 56
+"""Added to the offsets in an external data file: so they are told from those in the image, and none is 0."""
+
 MAX_L1_BYTES = 32 << 20
 MAX_L1_ENTRIES = MAX_L1_BYTES // ENTRY_BYTES
 MAX_REFCOUNT_ORDER = 6
@@ -75,13 +78,15 @@ class Geometry:
     """Sizes and shifts derived from the header.
 
     ``has_subclusters``: L2 entries are extended ones of 16 bytes, else standard ones of 8. ``has_zero_flag``:
-    they can say that a cluster reads as zeros; those of version 2 cannot.
+    they can say that a cluster reads as zeros; those of version 2 cannot. ``has_data_file``: the guest's data
+    lies in an external data file, at host offsets from `DATA_FILE` on.
     """
 
     cluster_bits: int
     refcount_order: int = 4
     has_subclusters: bool = False
     has_zero_flag: bool = True
+    has_data_file: bool = False
 
     @cached_property
     def cluster_bytes(self) -> int:

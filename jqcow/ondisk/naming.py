@@ -26,6 +26,7 @@ from jqcow.ondisk.header import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_EXTERNAL_DATA,
     MAX_BACKING_NAME_BYTES,
+    Extension,
     HeaderArea,
 )
 from jqcow.ondisk.json_names import RefusedName, parse_json_name
@@ -168,6 +169,29 @@ def data_file_of(area: HeaderArea, image: str) -> NamedFile | None:
     return NamedFile(image, name, meaning_of(name, "").path, "raw", "data")
 
 
+def name_data_file(area: HeaderArea, name: str) -> HeaderArea:
+    """Return the header of an image with an external data file, with another name for that.
+
+    Args:
+        area: the header; all that it holds besides is kept.
+        name: to be stored as it is, so relative to the working directory.
+
+    Raises:
+        ValueError: the image has no external data file.
+        FormatError: a name that no file has, or the header's cluster has no room for it.
+        UnsupportedFeatureError: a name with a protocol that is no plain file, or a header that would be too
+            long for the journal.
+    """
+    if not area.header.has_data_file:
+        raise ValueError("the image has no external data file")
+    stored = os.fsencode(name)
+    meaning_of(decode_name(stored, "data"), "")
+    extension = Extension(EXTENSION_EXTERNAL_DATA, stored)
+    named = area.with_extension(extension, autoclear_features=area.header.autoclear_features)
+    roots.check_room(named.header, len(named.data))
+    return named
+
+
 def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | None) -> HeaderArea:
     """Return the header with another backing file and its format, or with none.
 
@@ -188,6 +212,8 @@ def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | 
         return area.with_backing_file(None, None)
     if not isinstance(name, str):
         raise TypeError(f"the name of a backing file is a str, not {type(name).__name__}")
+    if area.header.is_raw_outside:
+        raise ValueError("a raw data file cannot show a backing file")
     if backing_format not in DISK_FORMATS:
         raise ValueError(f"the format of a backing file is raw or qcow2, not {backing_format!r}")
     stored = os.fsencode(name)

@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from random import Random
 
@@ -73,11 +73,13 @@ class CrashState:
     _space: CrashSpace = field(repr=False, compare=False)
     _choice: tuple[int, ...] = field(repr=False, compare=False)
     _garbage: tuple[int, ...] = field(repr=False, compare=False)
+    beside: CrashState | None = field(default=None, repr=False)
 
     @property
     def spec(self) -> str:
-        """The name of the state, for :meth:`CrashSpace.state`."""
-        return f"{self.kind}:{self.index}:{self.seed}"
+        """The name of the state, for :meth:`CrashSpace.state`; of two devices, that of both."""
+        own = f"{self.kind}:{self.index}:{self.seed}"
+        return own if self.beside is None else f"{own}+{self.beside.spec}"
 
     def content(self) -> bytes:
         """Return the bytes on the disk."""
@@ -480,4 +482,76 @@ def enumerate_states(
     all but one; writes torn at the first, the middle and the last sector; suffixes; each size; each garbage
     block; random subsets with random tears; random sectors. The same arguments give the same states.
     """
-    return CrashSpace(device.in_flight(), seed=seed, garbage_allowed=garbage_allowed).states(budget)
+    return crash_space(device, seed=seed, garbage_allowed=garbage_allowed).states(budget)
+
+
+class PairSpace:
+    """All crash states of two devices at one moment: any state of the one with any of the other."""
+
+    def __init__(self, first: CrashSpace, second: CrashSpace) -> None:
+        """Take the spaces of a device and of its companion, of one seed."""
+        self.seed = first.seed
+        self._first = first
+        self._second = second
+
+    @property
+    def state_count(self) -> int:
+        """How many states there are without garbage, as `CrashSpace.state_count`."""
+        return self._first.state_count * self._second.state_count
+
+    def state(self, spec: str) -> CrashState:
+        """Return the state that ``spec`` names; a spec of one device is meant for both."""
+        first, _, second = spec.partition("+")
+        return _joined(self._first.state(first), self._second.state(second or first))
+
+    def states(self, budget: int) -> Iterator[CrashState]:
+        """Yield at most ``budget`` states, no two alike: all of them if they are few, else a mixture."""
+        seen: set[bytes] = set()
+        for first, second in self._pairs(budget):
+            state = _joined(first, second)
+            if len(seen) >= budget:
+                return
+            if state.digest not in seen:
+                seen.add(state.digest)
+                yield state
+
+    def _pairs(self, budget: int) -> Iterator[tuple[CrashState, CrashState]]:
+        firsts, seconds = list(self._first.states(budget)), list(self._second.states(budget))
+        if len(firsts) * len(seconds) <= budget:
+            yield from itertools.product(firsts, seconds)
+            return
+        random = Random(f"{self.seed}/pairs")
+        ends = [
+            (space.state(f"none:0:{self.seed}"), space.state(f"all:0:{self.seed}")) for space in self._spaces
+        ]
+        (first_none, first_all), (second_none, second_all) = ends
+        yield from ((first_none, second_none), (first_all, second_all))
+        # What one of them keeps and the other loses comes first: that is what their order is about.
+        yield from ((first_all, second_none), (first_none, second_all))
+        for first, second in itertools.zip_longest(firsts, seconds):
+            if first is not None:
+                yield from ((first, second_none), (first, second_all))
+                yield first, random.choice(seconds)
+            if second is not None:
+                yield from ((first_none, second), (first_all, second))
+                yield random.choice(firsts), second
+
+    @property
+    def _spaces(self) -> tuple[CrashSpace, CrashSpace]:
+        return self._first, self._second
+
+
+def _joined(first: CrashState, second: CrashState) -> CrashState:
+    digest = blake2b(first.digest + second.digest, digest_size=DIGEST_BYTES).digest()
+    in_flight = first.in_flight or second.in_flight
+    return replace(first, digest=digest, in_flight=in_flight, beside=second)
+
+
+def crash_space(
+    device: SimulatedDevice, *, seed: int = 0, garbage_allowed: GarbageRule | None = None
+) -> CrashSpace | PairSpace:
+    """Return all crash states of a device now, with its companion if it has one, which knows no garbage."""
+    space = CrashSpace(device.in_flight(), seed=seed, garbage_allowed=garbage_allowed)
+    if device.companion is None:
+        return space
+    return PairSpace(space, CrashSpace(device.companion.in_flight(), seed=seed))

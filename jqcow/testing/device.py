@@ -39,6 +39,11 @@ class DurableState(Protocol):
         """Return the indices of the sectors that are not holes."""
         ...
 
+    @property
+    def beside(self) -> DurableState | None:
+        """What it left of the companion, None where there is none."""
+        ...
+
 
 BarrierListener = Callable[[str, "SimulatedDevice"], None]
 ChangeListener = Callable[[str, "SimulatedDevice"], None]
@@ -52,6 +57,7 @@ class SimulatedDevice:
     below may be changed at any time.
 
     ``faults``             the :class:`FaultPlan` in force, or None
+    ``companion``          a second device that shares the fate of this one, see `join`
     ``drop_barriers``      names of barriers that do nothing; they are counted, and listeners hear them
     ``shown_free_bytes``   what ``free_bytes`` tells of the host, None: nothing
     ``barriers``           how often each barrier was called
@@ -80,6 +86,7 @@ class SimulatedDevice:
         self.can_forget = can_forget
         self.closed = False
         self.faults: FaultPlan | None = None
+        self.companion: SimulatedDevice | None = None
         self.drop_barriers: set[str] = set()
         self.shown_free_bytes: int | None = None
         self.barriers: Counter[str] = Counter()
@@ -220,6 +227,16 @@ class SimulatedDevice:
         with self._lock:
             self.closed = False
             self._read_only = read_only
+        if self.companion is not None:
+            self.companion.reopen(read_only=read_only)
+
+    def join(self, companion: SimulatedDevice) -> None:
+        """Take a second device along, with barriers of its own: neither makes the other durable.
+
+        The names of barriers that do nothing are those of both.
+        """
+        self.companion = companion
+        companion.drop_barriers = self.drop_barriers
 
     # The laboratory's side
 
@@ -277,7 +294,9 @@ class SimulatedDevice:
             heir._last_change = self._last_change
             heir._lost_through = self._lost_through
             heir._generation = self._generation
-            return heir
+        if self.companion is not None:
+            heir.join(self.companion.killed())
+        return heir
 
     def crash(self, state: DurableState) -> SimulatedDevice:
         """Return the device after a power cut that left ``state``: nothing is in flight.
@@ -289,6 +308,8 @@ class SimulatedDevice:
         in_flight = {change.number for change in self._changes}
         heir._reserved = {sector: 0 for sector, number in self._reserved.items() if number not in in_flight}
         heir._backed.update(heir._reserved)
+        if self.companion is not None and state.beside is not None:
+            heir.join(self.companion.crash(state.beside))
         return heir
 
     def _successor(self, content: bytes, data_sectors: Iterable[int]) -> SimulatedDevice:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Generic, Protocol, TypeVar
 
-from jqcow.testing.crash import CrashSpace, CrashState, GarbageRule
+from jqcow.testing.crash import CrashSpace, CrashState, GarbageRule, PairSpace, crash_space
 from jqcow.testing.device import SimulatedDevice
 from jqcow.testing.report import LabReport, Ledger
 
@@ -131,7 +131,11 @@ class _Watch:
         self._prefix = prefix
         self._previous = "start"
         self.interval_count = 0
-        device.barrier_listeners.append(self._at_barrier)
+        for watched in self._devices():
+            watched.barrier_listeners.append(self._at_barrier)
+
+    def _devices(self) -> list[SimulatedDevice]:
+        return [self._device] if self._device.companion is None else [self._device, self._device.companion]
 
     def _at_barrier(self, name: str, device: SimulatedDevice) -> None:
         self._ledger.barrier(name)
@@ -139,7 +143,8 @@ class _Watch:
 
     def finish(self) -> None:
         """End the last interval and stop listening."""
-        self._device.barrier_listeners.remove(self._at_barrier)
+        for watched in self._devices():
+            watched.barrier_listeners.remove(self._at_barrier)
         self._end_interval("end")
 
     def _end_interval(self, name: str) -> None:
@@ -260,7 +265,7 @@ class _Run(Generic[Model]):
         if self._failure is not None or self._distinct() >= self._limit:
             return
         seed = self._seed_of(path, number)
-        space = CrashSpace(device.in_flight(), seed=seed, garbage_allowed=self._workload.garbage_allowed)
+        space = crash_space(device, seed=seed, garbage_allowed=self._workload.garbage_allowed)
         for ordinal, state in enumerate(self._choose(space, path, number)):
             if self._failure is not None or self._distinct() >= self._limit:
                 return
@@ -268,7 +273,9 @@ class _Run(Generic[Model]):
             here = (*path, _Step(number, state.spec))
             self._examine(crashed, model, interval, here, state, ordinal)
 
-    def _choose(self, space: CrashSpace, path: tuple[_Step, ...], number: int) -> Iterator[CrashState]:
+    def _choose(
+        self, space: CrashSpace | PairSpace, path: tuple[_Step, ...], number: int
+    ) -> Iterator[CrashState]:
         if self._route is not None:
             wanted = self._route[len(path)] if len(path) < len(self._route) else None
             if wanted is not None and wanted.interval == number:

@@ -187,6 +187,19 @@ def judge_running(image: jqcow.Image, expectation: Expectation) -> None:
     violations = expectation.check(image)
     promise = "P1" if expectation.rival is None else "P1 or P3"
     require(not violations, promise, "; ".join(violations[:4]))
+    if expectation.windows.data_file == "raw":
+        _judge_raw(image, expectation.windows)
+
+
+def _judge_raw(image: jqcow.Image, windows: Windows) -> None:
+    """The bytes of a raw data file are those of the disk."""
+    data, disk = inside.data_of(image), windows.reader(image)(windows.model_bytes, 0)
+    require(len(data) == image.size, "P1: a raw data file is as long as the disk", len(data))
+    for position in range(0, windows.model_bytes, SECTOR_BYTES):
+        guest = windows.guest(position)
+        if guest < image.size:
+            same = data[guest : guest + SECTOR_BYTES] == disk[position : position + SECTOR_BYTES]
+            require(same, "P1: a raw data file shows the disk", f"not at {guest:#x}")
 
 
 def judge_closed(device: SimulatedDevice, expectation: Expectation) -> None:
@@ -196,6 +209,8 @@ def judge_closed(device: SimulatedDevice, expectation: Expectation) -> None:
     report = check(content)
     require(report.ok, "P2: after a clean close", report.findings[:1])
     area = HeaderArea.parse(content[: report.image_end_offset])
+    is_raw = expectation.windows.data_file == "raw"
+    require(area.header.is_raw_outside == is_raw, "P2: the autoclear bit of a raw data file")
     allowed = (expectation.extensions, *expectation.renamed)
     require(extensions_of(area) in allowed, "P2: the header extensions changed")
     forms, found = expectation.forms, form_of(area.header)
@@ -237,10 +252,17 @@ def judge_by_qemu(device: SimulatedDevice, windows: Windows, found: Found) -> No
             if max(size, below.size) > RAW_BYTES_MAX:
                 return
             _write_raw(Path(folder, name_of(below)), below.windows, below.content, below.size)
-        commands: list[list[object]] = [["qemu-img", "check", "-q", "-f", "qcow2", image]]
+        source: list[object] = ["-f", "qcow2", image]
+        pair: list[object] = ["-f", "raw", "-F", "qcow2", raw, image]
+        if device.companion is not None:
+            beside = Path(folder, "beside.raw")
+            beside.write_bytes(device.companion.content())
+            named = f"driver=qcow2,file.filename={image},data-file.driver=file,data-file.filename={beside}"
+            source, pair = ["--image-opts", named], ["--image-opts", f"driver=raw,file.filename={raw}", named]
+        commands: list[list[object]] = [["qemu-img", "check", "-q", *source]]
         if size <= RAW_BYTES_MAX:
             _write_raw(raw, windows, found.disk, size)
-            commands.append(["qemu-img", "compare", "-q", "-f", "raw", "-F", "qcow2", raw, image])
+            commands.append(["qemu-img", "compare", "-q", *pair])
         for name, snapshot_size, content in found.snapshots[:1]:
             if size <= RAW_BYTES_MAX:
                 expected, shown = Path(folder, "snapshot.raw"), Path(folder, "shown.raw")

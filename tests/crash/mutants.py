@@ -22,7 +22,9 @@ from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.engine.preallocating import Preallocating
+from jqcow.engine.resizing import Resizing
 from jqcow.engine.space import Space
+from jqcow.engine.write import WritePlan, Writes
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
 from jqcow.ondisk.layout import SECTOR_BYTES
@@ -37,6 +39,7 @@ from tests.support.mutant import (
     CHANGES,
     CLOSING,
     COMMITS,
+    DATA_FILE,
     ENCRYPTED_DATA,
     FRAME,
     JOURNAL,
@@ -59,6 +62,7 @@ from tests.support.mutant import (
     RECOUNTING,
     REFCOUNTS,
     REGION,
+    RESIZING,
     ROOT,
     SNAPSHOTS,
     SPACE,
@@ -77,6 +81,7 @@ from tests.support.patches import (
     Function,
     Number,
     after,
+    before,
     holding,
     replacing,
     restoring,
@@ -96,6 +101,8 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "checkpoint.homes": ("epochs/4096/0",),
     "move.range": ("move/4096/0",),
     "move.root": tuple(f"barrier-fails-shown/4096/{seed}" for seed in (0, 7)),
+    "open.data": ("data-file-killed/1024/0",),
+    "data.first": ("data-file-in-place/1024/0",),
     "open.settle": tuple(f"root:move-killed/8192/{seed}" for seed in range(4)),
     "recover.root": ("root:killed/8192/0",),
     "finish.epoch": ("dropping:stale-root-copy",),
@@ -515,6 +522,11 @@ def call_hot(_: Any, tracking: Any, *__: Any) -> None:
         region.is_hot = True
 
 
+def only_in_place(_: Function, writes: Writes, plan: WritePlan, kept: object) -> bool:
+    """Take what is new in the mapping for new on the device."""
+    return any(piece.in_place for piece in plan.pieces)
+
+
 OF_BITMAPS = (
     Mutant(
         "B1-data-before-its-bits",
@@ -534,7 +546,7 @@ OF_BITMAPS = (
     ),
     Mutant(
         "B1-kept-clusters-are-not-in-place",
-        with_argument(f"{WRITES}._changes_in_place", "kept", lambda _: []),
+        replacing(f"{WRITES}._changes_in_place", only_in_place),
         trials=seeds("bitmaps-reuse/4096", 4),
     ),
     Mutant(
@@ -747,6 +759,67 @@ OF_ENCRYPTION = (
     ),
 )
 
+
+def cut_early(resizing: Resizing, old_size: int, size_bytes: int, preallocation: str) -> None:
+    """Cut the data file before the record of the size is durable."""
+    data_file = resizing.requests.medium.data_file
+    if data_file is not None:
+        data_file.cut(size_bytes)
+
+
+OF_DATA_FILES = (
+    Mutant(
+        "X1-record-before-its-data",
+        skipping(f"{MEDIUM}.data_barrier"),
+        trials=("data-file-reopened/1024/0",),
+    ),
+    Mutant(
+        "X1-image-without-its-data",
+        skipping(f"{MEDIUM}._sync_data_file", during=f"{MEDIUM}.barrier"),
+        trials=("data-file-in-place/1024/0",),
+    ),
+    Mutant(
+        "X2-old-bytes-beside-new-ones",
+        with_result(f"{WRITES}._place_outside", lambda run: replace(run, zero_safe=True)),
+        trials=("data-file-reuse-dirty/1024/0",),
+    ),
+    Mutant(
+        "X3-written-before-it-is-data",
+        skipping(f"{WRITES}._require_data"),
+        trials=("data-file-raw-zeros/1024/0",),
+    ),
+    Mutant(
+        "X3-data-over-old-bytes",
+        skipping(f"{DATA_FILE}.zero", during=f"{WRITES}._make_data"),
+        trials=(SCENARIO + "old-bytes-in-a-raw-file",),
+    ),
+    Mutant(
+        "X3-zeros-in-the-tables-alone",
+        skipping(f"{DATA_FILE}.zero", during=f"{WRITES}._run_write"),
+        trials=("data-file-raw-reopened/1024/0",),
+    ),
+    Mutant(
+        "X4-transaction-overwrites",
+        skipping(f"{WRITES}._refuse_overwriting"),
+        trials=(SCENARIO + "transaction-over-a-data-file",),
+    ),
+    Mutant(
+        "X5-two-clusters-in-one-place",
+        skipping(f"{LIFECYCLE}.require_own_offsets"),
+        trials=(SCENARIO + "data-file-out-of-order",),
+    ),
+    Mutant(
+        "X6-cut-before-the-record",
+        before(f"{RESIZING}._resize_outside", cut_early),
+        trials=seeds("data-file-resizes/1024", 3),
+    ),
+    Mutant(
+        "B1-new-cluster-over-an-old-one",
+        replacing(f"{WRITES}._changes_in_place", only_in_place),
+        trials=seeds("data-file-bitmaps-reuse/1024", 3),
+    ),
+)
+
 MUTANTS = (
     *OF_MEDIUM,
     *OF_JOURNAL,
@@ -761,6 +834,7 @@ MUTANTS = (
     *OF_UNDO,
     *OF_AMENDMENTS,
     *OF_ENCRYPTION,
+    *OF_DATA_FILES,
     *MUTANTS_OF_THREADS,
 )
 

@@ -29,6 +29,11 @@ from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC
 from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.crash.beside import (
+    data_file_out_of_order,
+    old_bytes_in_a_raw_file,
+    transaction_over_a_data_file,
+)
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
 from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
@@ -878,5 +883,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         transaction_cut_off,
         part_of_a_sector,
         entry_into_luks_header,
+        old_bytes_in_a_raw_file,
+        transaction_over_a_data_file,
+        data_file_out_of_order,
     )
 }

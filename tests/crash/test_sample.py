@@ -36,6 +36,7 @@ COVERING = (
     "root-write-fails/8192",
     "move/4096",
     "half-closed/8192",
+    "data-file-killed/1024",
 )
 
 

@@ -290,12 +290,50 @@ _OF_ENCRYPTION = tuple(
         ("repair", "-dirty-bit", overlays.REPAIRED),
     )
 )
+OF_SMALL_DISKS = (512, 1024)
+"""Cluster sizes in which a data file, which is as long as the disk, is short."""
+_OF_DATA_FILES = tuple(
+    Family(f"data-file-{name}", f"data-file{start}", story, OF_SMALL_DISKS)
+    for name, start, story in (
+        ("reopened", "", stories.REOPENED),
+        ("in-place", "-full", stories.IN_PLACE),
+        ("reuse", "-full", stories.REUSE),
+        ("reuse-dirty", "-unpunchable", stories.REUSE),
+        ("epochs", "", stories.EPOCHS),
+        ("killed", "", stories.KILLED),
+        ("move", "", stories.MOVE),
+        ("host-fails", "-unpunchable", stories.HOST_FAILS),
+        ("barrier-fails", "-full", stories.BARRIER_FAILS),
+        ("barrier-fails-shown", "-unforgetting", stories.BARRIER_FAILS),
+        ("going-live-fails", "", stories.GOING_LIVE_FAILS),
+        ("resizes", "-full", stories.RESIZES),
+        ("preallocated", "-full", stories.PREALLOCATED),
+        ("overlay", "-overlay", stories.REOPENED),
+        ("rebase", "-overlay", overlays.REBASE),
+        ("copy-on-read", "-overlay", overlays.COPIED_UP),
+        ("repair", "-dirty-bit", overlays.REPAIRED),
+        ("bitmaps", "-bitmaps", stories.REOPENED),
+        ("bitmaps-in-place", "-bitmaps-full", stories.IN_PLACE),
+        ("bitmaps-reuse", "-bitmaps-full", stories.REUSE),
+        ("raw-reopened", "-raw", stories.REOPENED),
+        ("raw-in-place", "-raw-full", stories.IN_PLACE),
+        ("raw-reuse", "-raw-full", stories.REUSE),
+        ("raw-reuse-dirty", "-raw-unpunchable", stories.REUSE),
+        ("raw-zeros", "-raw-zeros", stories.IN_PLACE),
+        ("raw-killed", "-raw-zeros", stories.KILLED),
+        ("raw-host-fails", "-raw-unpunchable", stories.HOST_FAILS),
+        ("raw-barrier-fails", "-raw-full", stories.BARRIER_FAILS),
+        ("raw-barrier-fails-shown", "-raw-unforgetting", stories.BARRIER_FAILS),
+        ("raw-resizes", "-raw-full", stories.RESIZES),
+        ("raw-bitmaps", "-raw-bitmaps", stories.REOPENED),
+    )
+)
 GROUPS = {
     "plain": _PLAIN,
     "transactions": _OF_TRANSACTIONS,
     "snapshots": _OF_SNAPSHOTS,
     "overlays": _OF_OVERLAYS,
-    "features": (*_OF_FEATURES, *_OF_BITMAPS, *_OF_ENCRYPTION),
+    "features": (*_OF_FEATURES, *_OF_BITMAPS, *_OF_ENCRYPTION, *_OF_DATA_FILES),
 }
 FAMILIES = {family.name: family for families in GROUPS.values() for family in families}
 

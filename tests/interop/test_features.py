@@ -140,12 +140,6 @@ def test_bitmaps_are_kept(tmp_path: Path) -> None:
     assert "changes" in done("qemu-img", "info", path)
 
 
-def with_data_file(path: Path) -> None:
-    done(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={path.with_name('data.raw')}", path, SIZE
-    )
-
-
 def with_encryption(path: Path) -> None:
     secret = ["--object", "secret,id=key,data=password"]
     options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
@@ -176,7 +170,6 @@ def with_old_encryption(path: Path) -> None:
 @pytest.mark.parametrize(
     ("create", "words"),
     [
-        (with_data_file, "external data file"),
         (with_encryption, "encryption"),
         (with_old_encryption, "encryption"),
     ],

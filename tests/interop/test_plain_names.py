@@ -14,6 +14,7 @@ import pytest
 import jqcow
 from jqcow.cli import main
 from jqcow.disks.policy import Following
+from jqcow.offline.amend import amend
 from jqcow.offline.convert import convert
 from jqcow.offline.info import read_chain
 from jqcow.offline.map import map_file
@@ -228,11 +229,21 @@ def test_data_files_are_not_opened(name: str, opened: list[str], capsys: pytest.
     padded = stored + bytes(-len(stored) % 8)
     forged = whole[:place] + len(stored).to_bytes(4, "big") + padded + rest
     Path("evil").write_bytes(forged[:65536] + whole[65536:])
-    for allow_files in (False, True):
-        # `info` shows what it does not follow.
-        for use in uses("evil", allow_files=allow_files)[:-1]:
-            with pytest.raises(jqcow.UnsupportedFeatureError, match=r"data file|the protocol '"):
-                use()
+    # `info` shows what it does not follow.
+    for use in uses("evil", allow_files=False)[:-1]:
+        with pytest.raises((jqcow.FileAccessDenied, jqcow.UnsupportedFeatureError)):
+            use()
+    for use in uses("evil", allow_files=True)[:-1] if name in REFUSED_ATTACKS else ():
+        with pytest.raises(jqcow.UnsupportedFeatureError, match=r"the protocol '"):
+            use()
+    for attempt in (
+        lambda: jqcow.create("new", MIB, data_file=name),
+        lambda: amend("evil", data_file=name),
+    ):
+        if name in REFUSED_ATTACKS:
+            with pytest.raises(jqcow.UnsupportedFeatureError, match="the protocol '"):
+                attempt()
+    assert not os.path.exists("new")
     assert main.main(["info", "evil"]) == 0
     assert f"data file: {name}" in capsys.readouterr().out
     assert not any(SECRET in path for path in opened)

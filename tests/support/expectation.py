@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import jqcow
 from jqcow.image.transaction import Transaction
@@ -31,19 +31,24 @@ from tests.support.inside import Shown
 WINDOW_CLUSTERS = {512: 16, 1024: 16, 4096: 8, 8192: 8, 16384: 6, 65536: 3}
 
 
+DataFileKind = Literal["", "plain", "raw"]
+"""Whether an image has an external data file, and of which kind: a device that crashes with the image's."""
+
+
 class Kind(TypedDict, total=False):
     """What kind of image it is."""
 
     extended_l2: bool
     compat: Compat
     encrypted: bool
+    data_file: DataFileKind
 
 
 @dataclass(frozen=True)
 class Windows:
     """The parts of a disk that are used: ``count`` ranges of ``window_bytes``, one every ``stride_bytes``.
 
-    ``extended_l2``, ``compat``, ``encrypted``: what the image is to be.
+    ``extended_l2``, ``compat``, ``encrypted``, ``data_file``: what the image is to be.
     """
 
     count: int
@@ -52,6 +57,7 @@ class Windows:
     extended_l2: bool = False
     compat: Compat = "1.1"
     encrypted: bool = False
+    data_file: DataFileKind = ""
 
     @classmethod
     def of(cls, cluster_bytes: int, count: int = 4, **kind: Unpack[Kind]) -> Windows:
@@ -63,11 +69,14 @@ class Windows:
     @property
     def options(self) -> FormOptions:
         """What the image is to be."""
-        return {
+        options: FormOptions = {
             "cluster_size": self.cluster_bytes,
             "extended_l2": self.extended_l2,
             "compat": self.compat,
         }
+        if self.data_file:
+            options |= {"data_file": "beside", "data_file_raw": self.data_file == "raw"}
+        return options
 
     @property
     def model_bytes(self) -> int:

@@ -106,6 +106,14 @@ def form_after(header: Header, options: AmendOptions) -> tuple[int, int, bool]:
     return amended.version, amended.refcount_order, amended.lazy_refcounts
 
 
+def data_of(image: jqcow.Image) -> bytes:
+    """Return what the data file of a running image holds."""
+    data_file = image._medium.data_file
+    if data_file is None:
+        return b""
+    return data_file.device.pread(data_file.size, 0)
+
+
 def copy_on_read(image: jqcow.Image) -> None:
     """Let reads of a running image copy what lies below."""
     image._copy_on_read = True
@@ -132,6 +140,8 @@ def open_by_root_copy(
     opened = open_engine(
         Medium(device), writable=True, journal_bytes=journal_bytes, use_root_copy=True, new_salt=new_salt
     )
+    if device.companion is not None:
+        opened.engine.attach(device.companion)
     opened.engine.unlock(PASSPHRASE)
     repaired = make_writable(opened)
     named = backing_file_of(opened.engine.blocks.area, "")

@@ -44,6 +44,8 @@ BITMAPS = "jqcow.engine.bitmaps:Bitmaps"
 UNDO_MODULE = "jqcow.disks.undo"
 UNDO_HEADER = "jqcow.ondisk.undo:UndoHeader"
 TURN = "jqcow.engine.commit:Turn"
+DATA_FILE = "jqcow.engine.datafile:DataFile"
+RESIZING = "jqcow.engine.resizing:Resizing"
 WRITES = "jqcow.engine.write:Writes"
 
 

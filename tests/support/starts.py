@@ -21,6 +21,7 @@ from jqcow.ondisk.header import (
     Header,
     HeaderArea,
 )
+from jqcow.ondisk.l2 import ZERO
 from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
 from tests.support.below import Below, name_of
@@ -28,6 +29,7 @@ from tests.support.encrypted import without_chance
 from tests.support.expectation import (
     AllNoted,
     AllTaken,
+    DataFileKind,
     Expectation,
     Kind,
     Noted,
@@ -63,10 +65,16 @@ class Start:
     snapshots: AllTaken = ()
     bitmaps: AllNoted = ()
     damaged: bool = False
+    data: bytes | None = None
 
     def device(self) -> SimulatedDevice:
-        """Return a device that holds the file, durably."""
+        """Return a device that holds the file, durably, and its data file."""
         device = SimulatedDevice(self.content, can_punch=self.can_punch, can_forget=self.can_forget)
+        if self.data is not None:
+            beside = SimulatedDevice(
+                self.data, name="beside", can_punch=self.can_punch, can_forget=self.can_forget
+            )
+            device.join(beside)
         for offset, length in self.holes:
             device.punch(offset, length)
         if self.holes:
@@ -117,6 +125,7 @@ def start_of(session: Session) -> Start:
         expectation.sectors.current_content(),
         expectation.sizes[-1],
         snapshots=expectation.snapshots,
+        data=None if session.device.companion is None else session.device.companion.content(),
     )
 
 
@@ -315,7 +324,7 @@ def with_bitmaps(prepare: Prepare) -> Prepare:
 
     def prepare_noted(cluster_bytes: int, random: Random) -> Start:
         start = prepare(cluster_bytes, random)
-        device = SimulatedDevice(start.content, can_punch=start.can_punch)
+        device = start.device()
         sectors = SectorModel(start.windows.model_bytes, start.guest)
         granularities = random.sample((512, 4096, 65536), random.randint(1, 3))
         with open_simulated(device) as image, image.transaction() as transaction:
@@ -522,6 +531,42 @@ def narrow_image(cluster_bytes: int, random: Random) -> Start:
     return by_qemu(cluster_bytes, f",refcount_bits={random.choice((1, 2))}", 0)
 
 
+def with_data_file(prepare: Callable[..., Start], kind: DataFileKind = "plain") -> Prepare:
+    """Return what makes the same image with an external data file, full of old bytes unless it is raw."""
+
+    def prepare_beside(cluster_bytes: int, random: Random) -> Start:
+        start = prepare(cluster_bytes, random, data_file=kind)
+        start = replace(start, extensions=extensions_in(start.content))
+        if kind == "raw":
+            return start
+        data, device = bytearray(start.data or b""), start.device()
+        with open_simulated(device, "r") as image:
+            for extent in image.extents():
+                if extent.kind != "data":
+                    stop = min(extent.end, len(data))
+                    data[extent.offset : stop] = GARBAGE * max(0, stop - extent.offset)
+        return replace(start, data=bytes(data))
+
+    return prepare_beside
+
+
+def with_zero_clusters(prepare: Prepare) -> Prepare:
+    """Return what makes the same image, some of whose clusters are no data, as QEMU leaves them."""
+
+    def prepare_zeroed(cluster_bytes: int, random: Random) -> Start:
+        start = prepare(cluster_bytes, random)
+        tables, data, guest = Tables(start.content), bytearray(start.data or b""), bytearray(start.guest)
+        for position in range(0, 2 * start.windows.window_bytes, cluster_bytes):
+            if random.random() < 0.6:
+                offset = start.windows.guest(position)
+                tables.set_entry(tables.place_of(offset), ZERO)
+                data[offset : offset + cluster_bytes] = bytes(cluster_bytes)
+                guest[position : position + cluster_bytes] = bytes(cluster_bytes)
+        return replace(start, content=bytes(tables.image), data=bytes(data), guest=bytes(guest))
+
+    return prepare_zeroed
+
+
 def encrypted(prepare: Callable[..., Start]) -> Prepare:
     """Return what makes the same image, encrypted by keys that are the same on every run."""
 
@@ -590,6 +635,20 @@ STARTS: dict[str, Prepare] = {
     "encrypted-snapshots": encrypted(snapshots_image),
     "encrypted-overlay": encrypted(overlay_image),
     "encrypted-dirty-bit": damaged(encrypted(snapshots_image)),
+    "data-file": with_data_file(used_image),
+    "data-file-full": with_data_file(full_image),
+    "data-file-unpunchable": without_holes(with_data_file(dirty_image)),
+    "data-file-unforgetting": without_forgetting(with_data_file(full_image)),
+    "data-file-overlay": with_data_file(overlay_image),
+    "data-file-bitmaps": with_bitmaps(with_data_file(used_image)),
+    "data-file-bitmaps-full": with_bitmaps(with_data_file(full_image)),
+    "data-file-dirty-bit": damaged(with_data_file(full_image)),
+    "data-file-raw": with_data_file(used_image, "raw"),
+    "data-file-raw-full": with_data_file(full_image, "raw"),
+    "data-file-raw-unpunchable": without_holes(with_data_file(dirty_image, "raw")),
+    "data-file-raw-unforgetting": without_forgetting(with_data_file(full_image, "raw")),
+    "data-file-raw-bitmaps": with_bitmaps(with_data_file(full_image, "raw")),
+    "data-file-raw-zeros": with_zero_clusters(with_data_file(full_image, "raw")),
 }
 SIMULATED = tuple(STARTS)[:15]
 """Those of the simulation: it opens images with nothing below."""

@@ -70,12 +70,15 @@ def create_simulated(
 ) -> jqcow.Image:
     """Create an image on an empty device, with salts that a replay meets again."""
     options["cluster_size"] = cluster_bytes
+    if "data_file" in options:
+        device.join(SimulatedDevice(name="beside"))
     return jqcow.create_on_device(
         device,
         size_bytes,
         journal_size=JOURNAL_BYTES,
         new_salt=salts_of(device),
         encryption=encryption,
+        data_device=device.companion,
         **options,
     )
 
@@ -99,7 +102,15 @@ def open_simulated(
         backing=backing,
         # What is not encrypted needs none.
         passphrase=PASSPHRASE,
+        data_file=lambda _: beside(device),
     )
+
+
+def beside(device: SimulatedDevice) -> SimulatedDevice:
+    """Return the device of the data file of the image on a device."""
+    if device.companion is None:
+        raise RuntimeError("the image has no data file")
+    return device.companion
 
 
 class User(ABC):
@@ -136,9 +147,9 @@ class User(ABC):
     def write_compressed(self, position: int, length: int, noise: int | None = None) -> None:
         """Write whole clusters compressed, those that a range touches. ``noise``: see `packable_data`.
 
-        In an encrypted image, which has none, it is any write.
+        In an encrypted image, and over a data file, which have none, it is any write.
         """
-        if self.state.windows.encrypted:
+        if self.state.windows.encrypted or self.state.windows.data_file:
             self.write(position, length)
             return
         cluster_bytes, end = self.state.windows.cluster_bytes, position + length
@@ -500,13 +511,16 @@ class Session(User):
         After a failed barrier the image must refuse every change and read as before; the next process
         recovers it.
         """
-        self.device.faults = plan
+        devices = [self.device] if self.device.companion is None else [self.device, self.device.companion]
+        for device in devices:
+            device.faults = plan
         try:
             yield
         except OSError:
             self.faults_seen += 1
         finally:
-            self.device.faults = None
+            for device in devices:
+                device.faults = None
         if self.image is not None and self.image.closed:
             # What a failed close did not make durable is as if the process had been killed.
             self.kill()

@@ -193,6 +193,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "lazy-refcounts": False,
         "refcount-bits": True,
         "size": False,
+        "data-file": False,
         "zero-clusters": 0,
     }
     assert main(["amend", "-q", "-p", "-o", "lazy_refcounts=on,size=2M", path]) == 0

@@ -30,7 +30,9 @@ def incompatible(bits: int) -> HeaderArea:
 
 CASES = {
     "live journal": incompatible(headers.INCOMPATIBLE_JOURNAL),
-    "external data file": incompatible(headers.INCOMPATIBLE_EXTERNAL_DATA),
+    "snapshots and data file": announcing(
+        incompatible_features=headers.INCOMPATIBLE_EXTERNAL_DATA, nb_snapshots=1
+    ),
     "unknown incompatible bits": incompatible(1 << 20),
     "AES encryption": announcing(crypt_method=1),
     "unknown compression type": announcing(
@@ -75,6 +77,7 @@ def test_what_is_refused_is_refused_by_name(feature: features.Feature, use: Use)
         announcing(version=2),
         announcing(autoclear_features=headers.AUTOCLEAR_BITMAPS),
         announcing(crypt_method=headers.CRYPT_LUKS),
+        incompatible(headers.INCOMPATIBLE_EXTERNAL_DATA),
     ],
     ids=[
         "nothing",
@@ -85,6 +88,7 @@ def test_what_is_refused_is_refused_by_name(feature: features.Feature, use: Use)
         "version 2",
         "bitmaps",
         "LUKS",
+        "external data file",
     ],
 )
 def test_what_is_not_listed_hinders_nothing(area: HeaderArea, use: Use) -> None:

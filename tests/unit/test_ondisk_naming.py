@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jqcow.disks.policy import require_allowed, stored_format
 from jqcow.errors import FileAccessDenied, FormatError, JqcowError, UnsupportedFeatureError
-from jqcow.ondisk import features, naming
+from jqcow.ondisk import naming
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT, EXTENSION_EXTERNAL_DATA, Extension, HeaderArea
@@ -170,14 +170,22 @@ def test_names_of_data_files_are_judged_alike() -> None:
     assert naming.data_file_of(HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1]), "d/i") is None
     named = naming.data_file_of(data_area(b"disk.raw"), "d/i")
     assert named == NamedFile("d/i", "disk.raw", "disk.raw", "raw", "data")
-    with pytest.raises(UnsupportedFeatureError, match=r"an external data file: '/etc/pass.+202ewd'"):
-        features.refuse(data_area("/etc/pass\u202ewd".encode()), "read")
     for name, protocol in PROTOCOLS:
         with pytest.raises(UnsupportedFeatureError, match=re.escape(f"the protocol '{protocol}:'")):
-            features.refuse(data_area(name.encode()), "read")
+            naming.data_file_of(data_area(name.encode()), "d/i")
+        with pytest.raises(UnsupportedFeatureError, match=re.escape(f"the protocol '{protocol}:'")):
+            naming.name_data_file(data_area(b"disk.raw"), name)
     for hostile, match in ((b"a\0b", "data file name has a NUL"), (b"", "data file name is empty")):
         with pytest.raises(FormatError, match=match):
-            features.refuse(data_area(hostile), "read")
+            naming.data_file_of(data_area(hostile), "d/i")
+
+
+def test_another_name_for_a_data_file() -> None:
+    renamed = naming.name_data_file(data_area(b"disk.raw"), "file:other/disk.raw")
+    named = naming.data_file_of(HeaderArea.parse(renamed.data), "d/i")
+    assert named == NamedFile("d/i", "file:other/disk.raw", "other/disk.raw", "raw", "data")
+    with pytest.raises(ValueError, match="has no external data file"):
+        naming.name_data_file(HeaderArea.parse(blank_image(1 << 20, Form(16)).parts[0][1]), "disk.raw")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""Creating images: by path, with their backing and data files, or on a device of the caller's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Unpack
+
+from jqcow.device.base import Device, check_device
+from jqcow.device.file import FileDevice, remove_file
+from jqcow.device.filling import take_space, write_row
+from jqcow.disks.chain import open_below
+from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
+from jqcow.engine.engine import random_salt
+from jqcow.image.image import Image
+from jqcow.image.opening import closed_on_error, open_blank, open_device
+from jqcow.ondisk import layout, naming
+from jqcow.ondisk import root as roots
+from jqcow.ondisk.blank import BlankImage, blank_image
+from jqcow.ondisk.encryption import Encryption, new_luks
+from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
+from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.keys import Passphrase
+from jqcow.ondisk.naming import DiskFormat
+
+
+def create(
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    backing_file: str | None = None,
+    backing_format: DiskFormat | None = None,
+    allow_files: FilePolicy = False,
+    overwrite: bool = False,
+    journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
+    encryption: Encryption | None = None,
+    passphrase: Passphrase | None = None,
+    **options: Unpack[FileOptions],
+) -> Image:
+    """Create an image and return it open for reading and writing.
+
+    The file appears under its name at once and whole; it and its directory are durable on return.
+
+    Args:
+        path: where; an existing file is refused unless ``overwrite``.
+        size: of the disk in bytes, a multiple of 512.
+        backing_file: the file whose disk shows where nothing was written. The name is stored as it is, and is
+            relative to the directory of the image.
+        backing_format: of the backing file; needed with it.
+        allow_files: whether the files may be opened that the backing file names, as in `open`.
+        overwrite: replace an existing file, if nobody uses it.
+        journal_size: in bytes, of the journal that writing will use; a multiple of 8192 from 64 KiB to 1 GiB.
+        encryption: how to encrypt the image; None: not at all.
+        passphrase: of encrypted backing files, as in `open`.
+        options: what the image is to be, as `FileOptions` says.
+
+    Raises:
+        ValueError: a size or options that no image can have, or a name that cannot be stored.
+        FileAccessDenied: the backing file names another one.
+        JqcowError: the backing file cannot be read.
+        FileExistsError: the file exists.
+        ImageInUse: the file to be replaced is in use.
+        OSError: the host failed; nothing is left under the name.
+    """
+    journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
+    form, host_use = Form.of(options), HostUse.of(options)
+    blank = blank_image(
+        size,
+        form,
+        backing_file=backing_file,
+        backing_format=backing_format,
+        preallocated=host_use.preallocation != "off",
+        luks=None if encryption is None else new_luks(encryption),
+    )
+    target = os.fspath(path)
+    area = HeaderArea.parse(blank.parts[0][1])
+    with (
+        closed_on_error(FileDevice.create_temporary(path, nocow=host_use.nocow)) as device,
+        closed_on_error(create_data_file(form, target, size, host_use)) as data_file,
+    ):
+        write_blank(device, blank, host_use.preallocation)
+        named = naming.backing_file_of(area, target)
+        # Before the name: an image whose backing file cannot be read is of no use.
+        following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
+        chain = None if named is None else open_below(named, [device.identity()], following)
+        with closed_on_error(chain):
+            publish(device, data_file, overwrite=overwrite)
+            return open_blank(
+                device,
+                data_file,
+                chain,
+                journal_size=journal_size,
+                passphrase=None if encryption is None else encryption.passphrase,
+            )
+
+
+def create_data_file(form: Form, image: str, size: int, host_use: HostUse) -> FileDevice | None:
+    """Make the data file of a new image, of zeros, under a temporary name; None where it is to have none.
+
+    Raises:
+        ValueError: it would be the image itself.
+        UnsupportedFeatureError: a name with a protocol that is no plain file.
+        OSError: the host failed.
+    """
+    if form.data_file is None:
+        return None
+    path = naming.meaning_of(form.data_file, "").path
+    if os.path.realpath(path) == os.path.realpath(image):
+        raise ValueError(f"{image} would be its own data file")
+    device = FileDevice.create_temporary(path, nocow=host_use.nocow)
+    with closed_on_error(device):
+        device.truncate(size)
+        take_space(device, 0, size, host_use.preallocation)
+    return device
+
+
+def publish(device: FileDevice, data_file: FileDevice | None, *, overwrite: bool) -> None:
+    """Give a new image its name, and before that its data file: nobody finds the one without the other.
+
+    Raises:
+        FileExistsError, ImageInUse, OSError: as `FileDevice.publish`; neither has its name, unless what a new
+            data file replaced is gone.
+    """
+    if data_file is not None:
+        data_file.publish(overwrite)
+    try:
+        device.publish(overwrite)
+    except BaseException:
+        if data_file is not None:
+            remove_file(data_file)
+        raise
+
+
+def create_on_device(
+    device: Device,
+    size: int,
+    *,
+    journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
+    new_salt: Callable[[], bytes] = random_salt,
+    encryption: Encryption | None = None,
+    data_device: Device | None = None,
+    **options: Unpack[FileOptions],
+) -> Image:
+    """Create an image on an empty device of your own, durably, and return it open; see `create`.
+
+    ``data_device`` is an empty one for the external data file that ``data_file`` of the options names.
+    """
+    check_device(device)
+    journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
+    form, preallocation = Form.of(options), HostUse.of(options).preallocation
+    new = None if encryption is None else new_luks(encryption)
+    if (data_device is None) != (form.data_file is None):
+        raise ValueError("an external data file has a name, data_file, and a device, data_device")
+    write_blank(device, blank_image(size, form, preallocated=preallocation != "off", luks=new), preallocation)
+    if data_device is not None:
+        data_device.truncate(size)
+        take_space(data_device, 0, size, preallocation)
+    passphrase = None if encryption is None else encryption.passphrase
+    # The opening makes it durable (M7).
+    return open_device(
+        device,
+        "r+",
+        journal_size=journal_size,
+        new_salt=new_salt,
+        passphrase=passphrase,
+        data_file=data_device,
+    )
+
+
+def write_blank(device: Device, blank: BlankImage, preallocation: Preallocation = "off") -> None:
+    """Write a new image to an empty device; durable after the caller's barrier.
+
+    Nobody opens the device before that, so nothing has to be in order, and the tables of a preallocated disk
+    are written as they are made.
+    """
+    device.truncate(blank.length)
+    disk = blank.disk
+    if disk is not None:
+        # First: it is what a full host refuses.
+        tables_end = min(disk.row.host, blank.length)
+        take_space(device, 0, tables_end, "off" if preallocation in ("off", "metadata") else "falloc")
+        take_space(device, tables_end, blank.length - tables_end, preallocation)
+        write_row(device, disk.tables, disk.row.l2_tables())
+        write_row(device, disk.blocks, disk.refcount_blocks())
+    for offset, data in blank.parts:
+        device.pwrite(data, offset)

@@ -1,0 +1,69 @@
+"""Stories of external data files without a power cut."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from jqcow.errors import UnsupportedFeatureError
+from jqcow.ondisk.entries import COPIED
+from jqcow.ondisk.l2 import ZERO
+from jqcow.testing import SimulatedDevice
+from tests.crash.judge import require
+from tests.support.patients import Tables
+from tests.support.users import beside, create_simulated, open_simulated
+
+CLUSTER_BYTES = 4096
+SIZE = 64 * CLUSTER_BYTES
+DATA = b"\x33" * CLUSTER_BYTES
+
+
+def image_with_data(*, raw: bool = False) -> SimulatedDevice:
+    """Return a closed image whose first guest cluster has data, in a data file."""
+    device = SimulatedDevice()
+    with create_simulated(device, SIZE, CLUSTER_BYTES, data_file="beside", data_file_raw=raw) as image:
+        image.pwrite(DATA, 0)
+    device.reopen()
+    return device
+
+
+def with_entry(device: SimulatedDevice, entry: int) -> SimulatedDevice:
+    """Return the image with another L2 entry for its first guest cluster, and the same data file."""
+    tables = Tables(device.content())
+    tables.set_entry(tables.l2, entry)
+    changed = SimulatedDevice(bytes(tables.image))
+    changed.join(beside(device))
+    return changed
+
+
+def old_bytes_in_a_raw_file() -> None:
+    """P1: old bytes where a raw file should have zeros do not show beside what is written."""
+    device = with_entry(image_with_data(raw=True), ZERO)
+    with open_simulated(device) as image:
+        image.pwrite(b"new", 700)
+        expected = bytes(700) + b"new" + bytes(CLUSTER_BYTES - 703)
+        require(image.pread(CLUSTER_BYTES, 0) == expected, "P1: a write of three bytes changed others")
+    require(beside(device).content()[:CLUSTER_BYTES] == expected, "P1: a raw data file shows the disk")
+
+
+def transaction_over_a_data_file() -> None:
+    """P3: a transaction that is given up leaves the disk as it was, in a data file too."""
+    for step in ("overwrite", "discard, write"):
+        device = image_with_data()
+        with open_simulated(device) as image:
+            with suppress(UnsupportedFeatureError), image.transaction() as transaction:
+                if step != "overwrite":
+                    transaction.discard(CLUSTER_BYTES, 0)
+                transaction.pwrite(b"new", 0)
+                transaction.rollback()
+            require(image.pread(CLUSTER_BYTES, 0) == DATA, "P3: a transaction was given up", step)
+
+
+def data_file_out_of_order() -> None:
+    """P1: a write must not land on another guest cluster, which lies where this one would."""
+    device = with_entry(image_with_data(), CLUSTER_BYTES | COPIED)
+    beside(device).pwrite(DATA, CLUSTER_BYTES)
+    with open_simulated(device) as image:
+        require(image.pread(CLUSTER_BYTES, 0) == DATA, "P1: data elsewhere in the data file is read")
+        with suppress(UnsupportedFeatureError):
+            image.pwrite(b"new", CLUSTER_BYTES)
+        require(image.pread(CLUSTER_BYTES, 0) == DATA, "P1: a write changed another cluster")
