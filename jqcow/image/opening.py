@@ -8,10 +8,11 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar, Unpack
 
-from jqcow.device.base import Device, check_device
+from jqcow.device.base import Device, check_device, has_fixed_size
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice, remove_file
 from jqcow.device.filling import take_space, write_row
+from jqcow.device.targets import NewContent, new_target
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
@@ -109,14 +110,15 @@ def create(
         luks=None if encryption is None else new_luks(encryption),
     )
     target = os.fspath(path)
-    with _closed_on_error(FileDevice.create_temporary(path, nocow=host_use.nocow)) as device:
-        write_blank(device, blank, host_use.preallocation)
+    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
+    with _closed_on_error(new.file) as device:
         named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
-        # Before the name: an image whose backing file cannot be read is of no use.
+        # First: an image whose backing file cannot be read is of no use.
         following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
         chain = None if named is None else open_below(named, [device.identity()], following)
         with _closed_on_error(chain):
-            device.publish(overwrite)
+            write_blank(new.content, blank, host_use.preallocation)
+            new.publish(overwrite)
             length = _journal_length(journal_size)
             unlock = _unlocking(None if encryption is None else encryption.passphrase)
             return _open(device, "r+", journal=length, find_backing=lambda engine: chain, unlock=unlock)
@@ -379,8 +381,8 @@ def _prepare_repair(
 ) -> JournalLength:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none. With ``following`` the backing files
-    must be there, and allowed, before anything is written.
+    A repair that only lowers refcounts of harmless leaks needs none; on a block device there is none. With
+    ``following`` the backing files must be there, and allowed, before anything is written.
 
     Returns the length of its journal on trial: a new refcount table lies behind that.
     """
@@ -391,7 +393,9 @@ def _prepare_repair(
         bring_home(device)
     # The undo file takes space, too.
     wanted_bytes = journal.length_bytes or roots.DEFAULT_JOURNAL_BYTES
-    on_trial = JournalLength(affordable_length(wanted_bytes, device.free_bytes() // 2))
+    free_bytes = device.free_bytes()
+    half_bytes = None if free_bytes is None else free_bytes // 2
+    on_trial = JournalLength(affordable_length(wanted_bytes, half_bytes))
     trial = TrialDevice(device)
     needs_undo = True
     with suppress(JqcowError):
@@ -410,7 +414,8 @@ def _prepare_repair(
             done.too_low or done.copied_flags or done.refcount_table or done.bitmaps
         )
     first = next(trial.changed(), None)
-    if first is None or not (needs_undo or first[0] == 0):
+    if first is None or not (needs_undo or first[0] == 0) or has_fixed_size(device):
+        # Beside a block device there is no place for an undo file, and what is given back is lost.
         return on_trial
     save_undo(trial, device)
     return replace(on_trial, is_exact=True)
@@ -543,7 +548,13 @@ def create_on_device(
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
     form, preallocation = Form.of(options), HostUse.of(options).preallocation
     new = None if encryption is None else new_luks(encryption)
-    write_blank(device, blank_image(size, form, preallocated=preallocation != "off", luks=new), preallocation)
+    blank = blank_image(size, form, preallocated=preallocation != "off", luks=new)
+    if has_fixed_size(device):
+        content = NewContent(device)
+        write_blank(content, blank, preallocation)
+        content.publish()
+    else:
+        write_blank(device, blank, preallocation)
     passphrase = None if encryption is None else encryption.passphrase
     # The opening makes it durable (M7).
     return open_device(device, "r+", journal_size=journal_size, new_salt=new_salt, passphrase=passphrase)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Unpack
 
-from jqcow.device.file import FileDevice
+from jqcow.device.targets import new_target
 from jqcow.errors import printable
 from jqcow.image.opening import write_blank
 from jqcow.offline.info import read_info
@@ -85,9 +85,9 @@ def create_overlay(
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.
     if os.path.realpath(resolve(backing_file, overlay)) == os.path.realpath(overlay):
         raise ValueError(f"{overlay} would be its own backing file")
-    device = FileDevice.create_temporary(path, nocow=host_use.nocow)
+    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
     try:
-        write_blank(device, blank, host_use.preallocation)
-        device.publish(overwrite)
+        write_blank(new.content, blank, host_use.preallocation)
+        new.publish(overwrite)
     finally:
-        device.close()
+        new.file.close()
