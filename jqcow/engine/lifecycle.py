@@ -10,12 +10,12 @@ F2. Data behind the last counted cluster that a table maps gets its refcount in 
     opening; nothing there is allocated, punched or cut off before.
 F3. A clean file grows only while nothing mapped lies past its end.
 F5. The length of a device of fixed size tells nothing. There the frontier lies behind all that refcounts
-    count and all that tables name; where that cannot be told, behind the end of the device.
+    count, tables name and log images target; where that cannot be told, behind the end of the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -161,11 +161,17 @@ class Lifecycle:
         end = self.geometry.clusters(self.medium.size())
         if self.medium.has_fixed_size:
             try:
-                end = max(self.public.snapshots.named_end(), *(at + 1 for at in self.space.metadata))
+                end = max(self._ends_of_what_is_known())
             except (CorruptionError, FormatError, UnsupportedFeatureError):
                 if not may_be_damaged:
                     raise
         self._reached = ClusterIndex(end)
+
+    def _ends_of_what_is_known(self) -> Iterator[int]:
+        yield self.public.snapshots.named_end()
+        yield max(self.space.metadata, default=0) + 1
+        # Replay may write there, also where a table was freed.
+        yield self.geometry.clusters(max(self.blocks.images, default=0) + 1)
 
     def _find_frontier(self) -> None:
         end = max(self.space.frontier, self._reached, self.public.refcounts.used_end())
