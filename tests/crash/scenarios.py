@@ -29,6 +29,13 @@ from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC
 from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.crash.devices import (
+    recovery_on_a_used_up_device,
+    uncounted_data_on_a_device,
+    used_up_device,
+    written_anew,
+    zeros_of_a_raw_disk,
+)
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
 from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
@@ -842,6 +849,7 @@ DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "stale-root-copy": stale_root_copy,
     "undo": undo_of_a_repair,
     "key-slots": key_slots,
+    "written-anew": written_anew,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
 
@@ -878,5 +886,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         transaction_cut_off,
         part_of_a_sector,
         entry_into_luks_header,
+        zeros_of_a_raw_disk,
+        uncounted_data_on_a_device,
+        used_up_device,
+        recovery_on_a_used_up_device,
     )
 }

@@ -126,14 +126,14 @@ _OWN_ENDS = "fail:room=9999999999"
 
 ON_A_TIGHT_DEVICE = turns(
     4,
-    f"{_OWN_ENDS}{{{{ open change:6:2 }}}} {_OWN_ENDS}{{{{ checkpoint }}}} {_OWN_ENDS}{{{{ discard:2w%c:2c flush"
-    f" change:2:2 }}}} {{n}}",
+    f"{_OWN_ENDS}{{{{ open change:6:2 }}}} {_OWN_ENDS}{{{{ checkpoint }}}}"
+    f" {_OWN_ENDS}{{{{ discard:2w%c:2c flush change:2:2 }}}} {{n}}",
     "close",
     "kill",
 )
 """Use a device up, again and again: what there is no room for fails, and all else goes on."""
 
-KILLED_ON_A_TIGHT_DEVICE = f"{turns(3, f'{_OWN_ENDS}{{{{ open change:5:3 flush change:3:2 }}}} kill')} open close"
+KILLED_ON_A_TIGHT_DEVICE = turns(3, f"{_OWN_ENDS}{{{{ open change:5:3 flush change:3:2 }}}} kill") + " open"
 """The writer is killed where there may be no room for another journal."""
 
 SHORT_JOURNALS = turns(

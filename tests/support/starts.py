@@ -533,11 +533,14 @@ def encrypted(prepare: Callable[..., Start]) -> Prepare:
 
 
 Prepare = Callable[[int, Random], Start]
+
+
 @functools.lru_cache(maxsize=16)
 def _earlier_life(cluster_bytes: int) -> bytes:
     """Return what another image left on a device: a live one, with frames in both halves of its journal."""
     session = new_session(Windows.of(cluster_bytes))
-    Player(session, Random(f"earlier {cluster_bytes}")).play(f"{'change:3 flush ' * 8} checkpoint change:2 flush")
+    steps = f"{'change:3 flush ' * 8} checkpoint change:2 flush"
+    Player(session, Random(f"earlier {cluster_bytes}")).play(steps)
     return session.device.content()
 
 
@@ -551,15 +554,13 @@ def on_a_device(prepare: Prepare, room_clusters: int = 0, *, can_punch: bool = T
         start = prepare(cluster_bytes, random)
         room_bytes = JOURNAL_BYTES + room_clusters * cluster_bytes
         if not room_clusters:
-            room_bytes = max(3 << 20, 80 * cluster_bytes)
+            room_bytes = 8 * JOURNAL_BYTES + 64 * cluster_bytes
         used = start.content + bytes(-len(start.content) % cluster_bytes)
         old = _earlier_life(cluster_bytes)
         old += noise(0, -len(old) % cluster_bytes)
         behind = (old * (room_bytes // len(old) + 1))[:room_bytes]
         is_new = not start.content
-        return replace(
-            start, content=used + behind, has_fixed_size=True, can_punch=can_punch, is_new=is_new
-        )
+        return replace(start, content=used + behind, has_fixed_size=True, can_punch=can_punch, is_new=is_new)
 
     return prepare_on_device
 
