@@ -12,6 +12,7 @@ from jqcow.engine.engine import open_engine
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import naming
+from jqcow.ondisk.bitmaps import BitmapEntry
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER
@@ -78,6 +79,15 @@ class ImageDisk(Disk):
     def size(self) -> int:
         """Size of the disk."""
         return self._reads.tables.mapping.disk_bytes
+
+    @property
+    def bitmap_entries(self) -> tuple[BitmapEntry, ...]:
+        """The bitmaps of the image.
+
+        Raises:
+            CorruptionError: their directory is damaged.
+        """
+        return self._reads.tables.bitmaps.directory.entries
 
     def backing_file(self) -> NamedFile | None:
         """Return what the header names as the file below, None if it names none.

@@ -100,6 +100,13 @@ class Lifecycle:
         ends = (ClusterIndex(cluster + 1) for cluster, _ in self._uncounted)
         return max(self.public.refcounts.used_end(), *ends, ClusterIndex(0))
 
+    def end_offset(self) -> int:
+        """Return the host offset behind all that is in use, the journal included. The lock is held.
+
+        It only rises until the image is closed.
+        """
+        return self.geometry.offset_of(max(self.space.frontier, self.data_end()))
+
     def _count_uncounted(self) -> None:
         with self.medium.lock, self.public.operation():
             for cluster, references in self._uncounted:
