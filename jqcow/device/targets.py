@@ -16,7 +16,7 @@ import stat
 from typing import Protocol
 
 from jqcow.device.base import Device, ReadBuffer, has_fixed_size, no_space, write_zeros
-from jqcow.device.file import FileDevice
+from jqcow.device.file import FileDevice, path_of
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.layout import SECTOR_BYTES
 
@@ -98,7 +98,9 @@ class NewContent:
 
     def _reach(self, end: int) -> None:
         if end > self.below.size():
-            raise no_space("the new content", end, None, self.below.size())
+            error = no_space("the new content", end, None, self.below.size())
+            error.filename = path_of(self.below) or None
+            raise error
         self._size = max(self._size, end)
 
     def barrier(self, name: str) -> None:
