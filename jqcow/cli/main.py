@@ -14,6 +14,7 @@ from jqcow.cli import (
     copying,
     images,
     looking,
+    measuring,
     passphrases,
     snapshots,
 )
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     common.add_version(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (images, looking, snapshots, amending, bitmaps, passphrases, chains, copying):
+    for group in (images, looking, snapshots, amending, bitmaps, passphrases, chains, copying, measuring):
         group.add_parsers(commands)
     return parser
 

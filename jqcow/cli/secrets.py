@@ -29,6 +29,7 @@ ENCRYPTION_OPTIONS = (
 ENCRYPTION_HELP = "encrypt.format=luks, encrypt.key-secret=ID"
 
 _HINT = "give it by --passphrase-file or --passphrase-fd"
+_NO_LUKS = "encrypt.format must be luks: jqcow encrypts in no other way"
 _OF_OPTIONS = {
     "encrypt.cipher-alg": "cipher",
     "encrypt.cipher-mode": "mode",
@@ -153,7 +154,7 @@ def encryption_of(
     if not named:
         return None
     if named.get("encrypt.format") != "luks":
-        raise CommandError("encrypt.format must be luks: jqcow encrypts in no other way")
+        raise CommandError(_NO_LUKS)
     if "encrypt.key-secret" in named:
         if named["encrypt.key-secret"] not in secrets:
             raise CommandError(f"no --object has the id '{named['encrypt.key-secret']}'")
@@ -162,8 +163,21 @@ def encryption_of(
         secret = source
     else:
         secret = new_passphrase_of(arguments, "", image)
-    chosen = {field: named[name] for name, field in _OF_OPTIONS.items() if name in named}
-    return Encryption(secret, **chosen, **_iter_time(named))  # type: ignore[arg-type]
+    return Encryption(secret, **_chosen(named), **_iter_time(named))  # type: ignore[arg-type]
+
+
+def encryption_to_measure(options: Mapping[str, str]) -> Encryption | None:
+    """Return how ``-o`` options say that an image would be encrypted; no passphrase is asked for."""
+    named = {name: value for name, value in options.items() if name in ENCRYPTION_OPTIONS}
+    if not named:
+        return None
+    if named.get("encrypt.format") != "luks":
+        raise CommandError(_NO_LUKS)
+    return Encryption(b"any", **_chosen(named))  # type: ignore[arg-type]
+
+
+def _chosen(named: Mapping[str, str]) -> dict[str, str]:
+    return {field: named[name] for name, field in _OF_OPTIONS.items() if name in named}
 
 
 def _iter_time(named: Mapping[str, str]) -> dict[str, int]:

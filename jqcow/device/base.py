@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
+ZEROS_AT_ONCE = 1 << 20
+
 ReadBuffer = bytes | bytearray | memoryview
 
 
@@ -98,6 +100,44 @@ class Sparse(Protocol):
         ...
 
 
+@runtime_checkable
+class FixedSize(Protocol):
+    """A device that may be one of fixed size, such as a block device.
+
+    Such a device does not grow: its size is all that it can hold, and what asks for more raises ``ENOSPC``.
+    It shows old bytes where nothing was written, or what was given back. So ``truncate`` changes nothing, and
+    ``punch`` returns False also where the space was given back.
+    """
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """True if the device is of fixed size."""
+        ...
+
+
+def has_fixed_size(device: object) -> bool:
+    """Return True for a device of fixed size."""
+    return isinstance(device, FixedSize) and device.has_fixed_size
+
+
+@runtime_checkable
+class Zeroing(Protocol):
+    """A device that may write zeros faster than from a buffer."""
+
+    def zero_out(self, offset: int, length: int) -> bool:
+        """Make a range of the device zeros; return False, having changed nothing, where it cannot."""
+        ...
+
+
+def write_zeros(device: Device, offset: int, length: int) -> None:
+    """Write zeros over a range."""
+    if isinstance(device, Zeroing) and device.zero_out(offset, length):
+        return
+    zeros = memoryview(bytes(min(ZEROS_AT_ONCE, length)))
+    for start in range(0, length, ZEROS_AT_ONCE):
+        device.pwrite(zeros[: length - start], offset + start)
+
+
 def hole_end(reader: Reader, offset: int, end: int) -> int:
     """Return how far a range is a hole, which reads as zeros; ``offset`` where the reader cannot tell."""
     if not isinstance(reader, Sparse):
@@ -106,9 +146,12 @@ def hole_end(reader: Reader, offset: int, end: int) -> int:
     return start
 
 
-def no_space(what: str, needed_bytes: int, free_bytes: int | None) -> OSError:
+def no_space(
+    what: str, needed_bytes: int, free_bytes: int | None, device_bytes: int | None = None
+) -> OSError:
     """Return the error of a host that has not enough space for something."""
     told = "" if free_bytes is None else f", {free_bytes} bytes are free"
+    told += "" if device_bytes is None else f", the device has {device_bytes}"
     return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {what} needs {needed_bytes} bytes{told}")
 
 

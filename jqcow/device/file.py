@@ -1,4 +1,4 @@
-"""The device of every day: a regular file on Linux.
+"""The device of every day: a regular file on Linux. `jqcow.device.block` has block devices.
 
 Reads and writes are plain ``pread`` and ``pwrite``. Only ``barrier`` and ``publish`` sync. The file's
 locks (:mod:`jqcow.device.locks`) are taken before the first byte is read, and last until ``close``.
@@ -19,15 +19,15 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from jqcow.device import libc, locks, names
-from jqcow.device.base import Device, ReadBuffer
+from jqcow.device.base import Device, ReadBuffer, has_fixed_size
 from jqcow.device.names import NewFile
 from jqcow.errors import ImageInUse, ReadOnlyError, UnsupportedFeatureError
 
 _CALL_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS)
 _FILE_KINDS = {
-    stat.S_IFBLK: "a block device",
     stat.S_IFCHR: "a character device",
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
@@ -37,6 +37,9 @@ _FILE_KINDS = {
 
 class FileDevice:
     """A :class:`jqcow.device.base.Device` on a regular file."""
+
+    kinds: ClassVar[dict[int, type[FileDevice]]] = {}
+    """What files are opened as, by the kind that ``stat`` tells; others are refused by name."""
 
     _descriptor = -1
 
@@ -60,7 +63,7 @@ class FileDevice:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool, share_writers: bool = False) -> FileDevice:
-        """Open an existing file and lock it.
+        """Open an existing file or block device, and lock it.
 
         Args:
             path: the file; symbolic links are followed.
@@ -68,15 +71,15 @@ class FileDevice:
             share_writers: read beside a writer. What is read may be inconsistent.
 
         Raises:
-            ImageInUse: another process holds locks that exclude this use.
-            UnsupportedFeatureError: not a regular file, no locks on this file system, or not Linux.
+            ImageInUse: another process holds locks that exclude this use, or a block device is mounted.
+            UnsupportedFeatureError: another kind of file, no locks on this file system, or not Linux.
         """
         _require_linux()
         if writable and share_writers:
             raise ValueError("a writer cannot share the file with other writers")
         name = os.fsdecode(path)
         for _ in range(names.ATTEMPTS):
-            descriptor = _open_regular(name, writable=writable)
+            descriptor, kind = open_kind(name, writable=writable)
             try:
                 if writable:
                     locks.lock_for_writing(descriptor, name)
@@ -84,7 +87,7 @@ class FileDevice:
                     locks.lock_for_reading(descriptor, name, share_writers=share_writers)
                 # Between the open and the lock a new file may have been published under this name.
                 if os.path.samestat(os.fstat(descriptor), os.stat(name)):
-                    return cls(descriptor, name, writable=writable)
+                    return cls.kinds[kind](descriptor, name, writable=writable)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -129,7 +132,7 @@ class FileDevice:
         if self._new is None:
             raise ValueError(f"{self._path} is already published")
         with self._naming_errors():
-            self._new.publish(overwrite, _open_writable)
+            self._new.publish(overwrite, _open_regular)
         self._path, self._new = self._new.target, None
         names.sync_directory(os.path.dirname(self._path))
 
@@ -244,17 +247,16 @@ class FileDevice:
                 self._descriptor, libc.FALLOC_PUNCH_HOLE | libc.FALLOC_KEEP_SIZE, offset, length
             )
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> int | None:
         """Return how many bytes the file system has left for this user; a quota may allow less."""
         with self._naming_errors():
             state = os.fstatvfs(self._descriptor)
         return state.f_bavail * state.f_frsize
 
     def identity(self) -> tuple[int, int]:
-        """Return what tells the file from all others, whatever its name: device and inode."""
+        """Return what tells the file from all others, whatever its name; see `identity_in`."""
         with self._naming_errors():
-            state = os.fstat(self._descriptor)
-        return state.st_dev, state.st_ino
+            return identity_in(os.fstat(self._descriptor))
 
     def take_attributes_of(self, other: FileDevice) -> None:
         """Get the owner, permission bits and extended attributes of another file; see `keep_attributes`."""
@@ -325,6 +327,9 @@ class FileDevice:
             raise
 
 
+FileDevice.kinds[stat.S_IFREG] = FileDevice
+
+
 def remove_file(device: FileDevice) -> None:
     """Take an open file's name away, durably, if it is still this file's and no link."""
     if names.is_name_of(device._descriptor, device.path):
@@ -337,22 +342,48 @@ def path_of(device: Device) -> str:
     return device.path if isinstance(device, FileDevice) else ""
 
 
-def _open_regular(name: str, *, writable: bool) -> int:
-    """Open an existing regular file; every other kind is refused by name."""
+def open_kind(name: str, *, writable: bool) -> tuple[int, int]:
+    """Open an existing file; return its descriptor and its kind.
+
+    A block device that is to be written is claimed: nobody mounts it meanwhile.
+
+    Raises:
+        UnsupportedFeatureError: a kind of file that is not in `FileDevice.kinds`.
+        ImageInUse: a block device is mounted, or a part of another one.
+    """
     # Without O_NONBLOCK the opening of a named pipe would wait for its other end.
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     descriptor = os.open(name, flags)
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind == stat.S_IFBLK and writable:
+        os.close(descriptor)
+        try:
+            descriptor = os.open(name, flags | os.O_EXCL)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            reason = "it is mounted, a part of another device, or being written by another process"
+            raise ImageInUse(f"{name} is in use: {reason}") from error
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind not in FileDevice.kinds:
+        os.close(descriptor)
+        detail = f"{name} is not a regular file, and not a block device"
+        raise UnsupportedFeatureError(_FILE_KINDS.get(kind, "a special file"), detail)
+    return descriptor, kind
+
+
+def _open_regular(name: str) -> int:
+    """Open for writing a file that is to be replaced, which a new file can do to regular ones alone."""
+    descriptor, kind = open_kind(name, writable=True)
     if kind != stat.S_IFREG:
         os.close(descriptor)
-        raise UnsupportedFeatureError(
-            _FILE_KINDS.get(kind, "a special file"), f"{name} is not a regular file"
-        )
+        raise UnsupportedFeatureError("replacing a block device", f"{name} is not a regular file")
     return descriptor
 
 
-def _open_writable(name: str) -> int:
-    return _open_regular(name, writable=True)
+def identity_in(state: os.stat_result) -> tuple[int, int]:
+    """Return what tells a file from all others: device and inode, or the number of a block device."""
+    return (-1, state.st_rdev) if stat.S_ISBLK(state.st_mode) else (state.st_dev, state.st_ino)
 
 
 def _require_linux() -> None:
@@ -376,9 +407,9 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> bool:
 
 def reserve(device: Device, offset: int, length: int) -> bool:
     """Reserve host space as `Device.allocate` does; False where a file's host cannot promise any."""
-    if not isinstance(device, FileDevice):
+    if not isinstance(device, FileDevice) or has_fixed_size(device):
         device.allocate(offset, length)
-        return True
+        return not has_fixed_size(device)
     device._require_writable()
     with device._naming_errors():
         return _fallocate(device._descriptor, 0, offset, length)

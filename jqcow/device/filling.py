@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jqcow.device.base import Device, ReadBuffer
+from jqcow.device.base import Device, ReadBuffer, write_zeros
 from jqcow.device.file import reserve
 from jqcow.ondisk.form import Preallocation
 
-ZEROS_AT_ONCE = 1 << 20
 _ROW_BYTES = 1 << 20
 
 
@@ -30,9 +29,7 @@ def take_space(device: Device, offset: int, length: int, preallocation: Prealloc
     # First, also where zeros are written: a host without the space says so at once.
     is_reserved = reserve(device, offset, length)
     if preallocation == "full" or not is_reserved:
-        zeros = bytes(min(ZEROS_AT_ONCE, length))
-        for start in range(0, length, ZEROS_AT_ONCE):
-            device.pwrite(memoryview(zeros)[: length - start], offset + start)
+        write_zeros(device, offset, length)
 
 
 def write_row(device: Device, offset: int, parts: Iterable[ReadBuffer]) -> int:

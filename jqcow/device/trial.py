@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from heapq import merge
 
-from jqcow.device.base import Device, ReadBuffer, Sparse
+from jqcow.device.base import Device, ReadBuffer, Sparse, has_fixed_size
 from jqcow.ondisk.layout import SECTOR_BYTES
 
 BLOCK_BYTES = 1 << 16
@@ -51,6 +51,11 @@ class TrialDevice:
         self._hidden = Ranges()
         """Blocks that read as zeros whatever is below, but for those in memory."""
 
+    @property
+    def has_fixed_size(self) -> bool:
+        """True if the device below has it."""
+        return has_fixed_size(self.below)
+
     def size(self) -> int:
         """Return the length."""
         return self._size
@@ -90,6 +95,8 @@ class TrialDevice:
 
     def truncate(self, size_bytes: int) -> None:
         """Set the length; what is cut off reads as zeros, should it come back."""
+        if self.has_fixed_size:
+            return
         if size_bytes < self._size:
             self._zero(size_bytes, self._size - size_bytes)
         self._size = size_bytes
@@ -117,7 +124,9 @@ class TrialDevice:
         self._size = max(self._size, offset + length)
 
     def punch(self, offset: int, length: int) -> bool:
-        """Make a range read as zeros."""
+        """Make a range read as zeros, if the device below would."""
+        if self.has_fixed_size:
+            return False
         self._zero(offset, length)
         return True
 

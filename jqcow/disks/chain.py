@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TypeVar
 
 from jqcow.device.disk import Disk, Extent, joined
-from jqcow.device.file import FileDevice
+from jqcow.device.file import FileDevice, identity_in
 from jqcow.disks.files import open_to_read
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.outside import open_data_file
@@ -127,8 +127,7 @@ def refuse_loop(named: NamedFile, above: Iterable[Identity]) -> None:
 
 def identity_of(path: str) -> Identity:
     """Return what tells a file from all others, whatever its name."""
-    state = os.stat(path)
-    return state.st_dev, state.st_ino
+    return identity_in(os.stat(path))
 
 
 # A chain as one disk

@@ -9,11 +9,13 @@ F1. While refcounts may be too low, and when one turned out to be, nothing below
 F2. Data behind the last counted cluster that a table maps gets its refcount in the first record that follows
     opening; nothing there is allocated, punched or cut off before.
 F3. A clean file grows only while nothing mapped lies past its end.
+F5. The length of a device of fixed size tells nothing. There the frontier lies behind all that refcounts
+    count, tables name and log images target; where that cannot be told, behind the end of the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -47,6 +49,8 @@ class Lifecycle:
         self.kept_bytes = 0
         self._is_surveyed = False
         self._has_own_offsets = False
+        self._reached = ClusterIndex(0)
+        """The cluster behind all that may hold something (`_find_reached`)."""
         self._uncounted: list[tuple[ClusterIndex, int]] = []
         """Clusters behind the last counted one that tables map, and by how many references (F2)."""
 
@@ -64,6 +68,7 @@ class Lifecycle:
             self._refuse_truncated()
             self.space.metadata = self.public.snapshots.survey()
             self.public.bitmaps.require_kept()
+            self._find_reached(may_be_damaged=self.log.journal is not None)
             self._find_frontier()
             self.start_search()
             self._find_uncounted()
@@ -88,7 +93,7 @@ class Lifecycle:
     def _find_uncounted(self) -> None:
         """Look for data behind the last counted cluster; only if the file reaches there (F2)."""
         used_end = self.public.refcounts.used_end()
-        start, end = int(used_end), self.geometry.clusters(self.medium.size())
+        start, end = int(used_end), int(self._reached)
         journal = self.log.journal
         if journal is not None:
             # Who left it saw to F2 before its first record, but refcounts may have been damaged since.
@@ -111,6 +116,13 @@ class Lifecycle:
         """Return the index behind the last cluster in use, counted or not (F2). The lock is held."""
         ends = (ClusterIndex(cluster + 1) for cluster, _ in self._uncounted)
         return max(self.public.refcounts.used_end(), *ends, ClusterIndex(0))
+
+    def end_offset(self) -> int:
+        """Return the host offset behind all that is in use, the journal included. The lock is held.
+
+        It only rises until the image is closed.
+        """
+        return self.geometry.offset_of(max(self.space.frontier, self.data_end()))
 
     def _count_uncounted(self) -> None:
         with self.medium.lock, self.public.operation():
@@ -149,6 +161,7 @@ class Lifecycle:
         """
         if not self._is_surveyed:
             self.space.metadata = set(self._metadata_to_repair(may_rebuild=may_rebuild))
+            self._find_reached(may_be_damaged=True)
             self._find_frontier()
             self._is_surveyed = True
 
@@ -167,9 +180,25 @@ class Lifecycle:
         """Free clusters may be looked for: the refcounts can be trusted (F1)."""
         self.space.search_end = self.space.frontier
 
+    def _find_reached(self, *, may_be_damaged: bool) -> None:
+        """Find the end of the file or, on a device of fixed size, of all that is named there (F5)."""
+        end = self.geometry.clusters(self.medium.size())
+        if self.medium.has_fixed_size:
+            try:
+                end = max(self._ends_of_what_is_known())
+            except (CorruptionError, FormatError, UnsupportedFeatureError):
+                if not may_be_damaged:
+                    raise
+        self._reached = ClusterIndex(end)
+
+    def _ends_of_what_is_known(self) -> Iterator[int]:
+        yield self.public.snapshots.named_end()
+        yield max(self.space.metadata, default=0) + 1
+        # Replay may write there, also where a table was freed.
+        yield self.geometry.clusters(max(self.blocks.images, default=0) + 1)
+
     def _find_frontier(self) -> None:
-        file_end = self.geometry.clusters(self.medium.size())
-        end = max(self.space.frontier, file_end, self.public.refcounts.used_end())
+        end = max(self.space.frontier, self._reached, self.public.refcounts.used_end())
         self.space.frontier = ClusterIndex(end)
 
     def go_live(self, admit: Callable[[], None]) -> None:

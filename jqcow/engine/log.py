@@ -31,7 +31,7 @@ from jqcow.ondisk import frame as frames
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import EncodedPayload, HeaderOperation
-from jqcow.ondisk.layout import HostOffset
+from jqcow.ondisk.layout import ClusterIndex, HostOffset
 from jqcow.ondisk.root import MAX_JOURNAL_BYTES, MIN_JOURNAL_BYTES, JournalRange
 
 NewSalt = Callable[[], bytes]
@@ -188,23 +188,27 @@ class Log:
 
     # A new range
 
-    def lay(self, length: int, contents: Contents, shortest: int = MIN_JOURNAL_BYTES) -> Journal:
+    def lay(
+        self, length: int, contents: Contents, shortest: int = MIN_JOURNAL_BYTES, *, is_home: bool = True
+    ) -> Journal:
         """Write a new range behind the end of everything, with ``contents``, and the root copy that names it.
 
-        Nothing names the range yet. A wrong refcount must not cost data, so no free cluster is used for it.
+        Nothing names the range yet. A wrong refcount must not cost data, so no free cluster is used for it,
+        unless a device of fixed size has no room elsewhere.
 
         Args:
             length: in bytes; where the host is short of space the range is shorter.
             contents: its frames.
             shortest: the least that does, in bytes.
+            is_home: False if the frames have log images, which may target what is free now (S2).
 
         Raises:
             OSError: the range is given up, and the root copy may be stale.
         """
-        length = affordable_length(length, self.medium.free_bytes(), shortest)
+        length = affordable_length(length, self.space.free_bytes(), shortest)
         while True:
             try:
-                return self._lay(length, contents)
+                return self._lay(length, contents, may_reuse=is_home and length <= shortest)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
@@ -213,14 +217,16 @@ class Log:
             length = max(shortest, _rounded_down(length // 2))
 
     def _no_space(self, needed_bytes: int, error: OSError) -> OSError:
-        told = no_space("the journal", needed_bytes, self.medium.free_bytes())
+        told = no_space("the journal", needed_bytes, self.space.free_bytes())
         if error.filename is not None:
             told.filename = error.filename
         return told
 
-    def _lay(self, length: int, contents: Contents, *, sparse: bool = False) -> Journal:
+    def _lay(
+        self, length: int, contents: Contents, *, sparse: bool = False, may_reuse: bool = False
+    ) -> Journal:
         with self.medium.lock, self.medium.section():
-            extent = self._place(length)
+            extent = self._place(length, may_reuse=may_reuse)
         try:
             if sparse:
                 self._grow_file()
@@ -231,14 +237,32 @@ class Log:
             raise
         return Journal(self.medium, extent, contents)
 
-    def _place(self, length: int) -> JournalRange:
+    def _place(self, length: int, *, may_reuse: bool) -> JournalRange:
+        """Reserve a place: behind the end of everything or, if need be, in free clusters in a row."""
         unit = max(self.geometry.cluster_bytes, roots.JOURNAL_ALIGNMENT)
-        end = max(self.medium.size(), self.geometry.offset_of(self.space.frontier))
+        end = int(self.geometry.offset_of(self.space.frontier))
+        if not self.medium.has_fixed_size:
+            end = max(self.medium.size(), end)
         offset = HostOffset(layout.round_up(end, unit))
+        try:
+            self.space.require_room(self.geometry.clusters(offset + length))
+        except OSError:
+            found = self._free_row(self.geometry.clusters(length), unit) if may_reuse else None
+            if found is None:
+                raise
+            offset = self.geometry.offset_of(found)
         if offset + length > layout.MAX_HOST_OFFSET:
             raise UnsupportedFeatureError("a file of more than 64 PiB")
         self.space.reserve(offset, length)
         return JournalRange(offset, length, self.new_salt())
+
+    def _free_row(self, count: int, unit: int) -> ClusterIndex | None:
+        """Return where so many clusters in a row are free, below the end of everything."""
+        align_clusters = unit // self.geometry.cluster_bytes
+        while True:
+            found = self.space.free_row(count, align_clusters)
+            if found is not None or self.in_transaction or not self.public.refcounts.search_on():
+                return found
 
     def _give_up(self, extent: JournalRange, error: BaseException) -> None:
         """A range could not be written, and nothing names it: its space goes back, as far as that works."""
@@ -279,7 +303,7 @@ class Log:
         self.root.settle()
         shortest = contents.smallest_length()
         try:
-            journal = self.lay(max(length, shortest), contents, shortest)
+            journal = self.lay(max(length, shortest), contents, shortest, is_home=False)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -296,8 +320,9 @@ class Log:
 
         Returns None if there is too little space, and the device forgets what is not durable.
         """
-        for offset, part_bytes in dead_parts(self.require_journal().extent, contents):
-            self.medium.punch(offset, part_bytes)
+        if not self.medium.has_fixed_size:
+            for offset, part_bytes in dead_parts(self.require_journal().extent, contents):
+                self.medium.punch(offset, part_bytes)
         try:
             return self._lay(length, contents, sparse=True)
         except OSError as error:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from jqcow.device import filling
-from jqcow.device.base import Caching, Device, HostSpace, ReadBuffer
+from jqcow.device.base import Caching, Device, HostSpace, ReadBuffer, has_fixed_size
 from jqcow.engine.datafile import DataFile
 from jqcow.errors import JqcowError, PoisonedError
 from jqcow.ondisk.form import Preallocation
@@ -98,6 +98,11 @@ class Medium:
         """Return the length of the device."""
         return self.device.size()
 
+    @property
+    def has_fixed_size(self) -> bool:
+        """True if the device does not grow, and shows old bytes where nothing was written (space.py, S3)."""
+        return has_fixed_size(self.device)
+
     def free_bytes(self) -> int | None:
         """Return how many bytes the host has left, None where nobody knows."""
         return self.device.free_bytes() if isinstance(self.device, HostSpace) else None
@@ -121,8 +126,10 @@ class Medium:
         self.device.allocate(offset, length)
 
     def take_space(self, offset: HostOffset, length: int, preallocation: Preallocation) -> None:
-        """Give a range that nobody uses yet its space on the host, as `device.filling` says."""
+        """Give a range of zeros that nobody uses yet its space on the host, as `device.filling` says."""
         self.require_healthy()
+        if self.has_fixed_size:
+            preallocation = "full"
         filling.take_space(self.device, offset, length, preallocation)
 
     def write_row(self, offset: HostOffset, parts: Iterable[ReadBuffer]) -> None:
@@ -137,13 +144,13 @@ class Medium:
             self.device.truncate(size_bytes)
 
     def shrink(self, size_bytes: int) -> None:
-        """Set the length to at most ``size_bytes``; nothing is written behind that."""
+        """Set the length to at most ``size_bytes``, if it can be set; nothing is written behind that."""
         self.require_healthy()
-        if self.device.size() > size_bytes:
+        if not self.has_fixed_size and self.device.size() > size_bytes:
             self.device.truncate(size_bytes)
 
     def punch(self, offset: HostOffset, length: int) -> bool:
-        """Give a range back to the host; False where the host cannot."""
+        """Give a range back to the host; False where it may read as anything."""
         self.require_healthy()
         return self.device.punch(offset, length)
 

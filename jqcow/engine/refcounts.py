@@ -10,6 +10,7 @@ R4. Compressed data is packed only into sectors that no durable or staged entry 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple, NoReturn
@@ -251,10 +252,8 @@ class Allocation(Refcounts):
     def _take_home(self, count: int) -> Run:
         """Take clusters for metadata, and allocate them on the host (R3)."""
         changes = self.view.changes
-        if count == 1:
-            run = self.space.take(1, ordered=changes.is_private)
-        else:
-            run = self.space.take_at_frontier(count)
+        space = self.space
+        run = space.take(1, ordered=changes.is_private) if count == 1 else space.take_row(count)
         changes.taken.append(run)
         offset, length = self.geometry.offset_of(run.start), count * self.geometry.cluster_bytes
         if offset + length > layout.MAX_HOST_OFFSET:
@@ -476,15 +475,21 @@ class Allocation(Refcounts):
         """When short of clusters that read as zeros, find some that are free and not listed."""
         if not self.space.is_short or self.space.unknown:
             return
-        for _ in range(SCAN_BLOCKS_PER_TAKE):
-            start = self.space.search_at
-            if start >= self.space.search_end or self.space.unknown:
+        for _ in itertools.count() if self.space.is_full else range(SCAN_BLOCKS_PER_TAKE):
+            if self.space.unknown or not self.search_on():
                 return
-            per_block = self.geometry.refcounts_per_block
-            stop = min(self.space.search_end, start - start % per_block + per_block)
-            for run_start, run_end in self._free_runs(start, stop):
-                self._list_free(run_start, run_end)
-            self.space.search_at = stop
+
+    def search_on(self) -> bool:
+        """List what is free in the next block of refcounts; False if all of them were searched."""
+        start, end = self.space.search_at, self.space.search_end
+        if start >= end:
+            return False
+        per_block = self.geometry.refcounts_per_block
+        stop = min(end, start - start % per_block + per_block)
+        for run_start, run_end in self._free_runs(start, stop):
+            self._list_free(run_start, run_end)
+        self.space.search_at = stop
+        return True
 
     def _free_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield [start, end) runs of refcount 0 within one metadata block of refcounts."""

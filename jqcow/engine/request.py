@@ -16,6 +16,7 @@ Q3. What a request resolved stays in place until it has ended (space.py, S6).
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -234,6 +235,26 @@ class Requests:
 
     def planned(self, plan: Callable[[], Planned]) -> Planned:
         """Call ``plan`` with the lock held, until nothing is in its way."""
+        try:
+            return self._planned(plan)
+        except OSError as error:
+            if not self.makes_space(error):
+                raise
+            return self._planned(plan)
+
+    def makes_space(self, error: OSError) -> bool:
+        """After ``error``: bring clusters back that wait for a commit; True if the change may be tried again.
+
+        Raises:
+            OSError: the host failed.
+        """
+        is_full = error.errno == errno.ENOSPC and self.medium.has_fixed_size
+        if not is_full or self.alone or not self.tables.space.is_waiting:
+            return False
+        self.commits.checkpoint(self.require_admitted)
+        return True
+
+    def _planned(self, plan: Callable[[], Planned]) -> Planned:
         while True:
             try:
                 try:

@@ -15,17 +15,20 @@ A free cluster is in exactly one of these places, and moves on by these calls:
     settling       given back to the host                     zero-safe (a barrier)
     zero-safe      read as zeros in every crash state         lent (take)
     unknown        free, with old bytes in them               lent (take), punching (start_recycling)
-    the frontier   past the end of everything: zero-safe      lent (take_at_frontier)
+    the frontier   past the end of everything: zero-safe,     lent (take_at_frontier)
+                   unless the device is of fixed size
 
 S1. A freed data cluster is handed out only after the record that frees it is durable.
 S2. A freed metadata cluster is handed out only after a durable frame declares the epoch that frees it
     checkpointed, or the journal is gone: until then replay may write its old blocks.
 S3. A cluster is zero-safe only if it lies past the frontier, which never goes back, or this process punched
-    it under a completed barrier. Clusters of a failed operation are unknown.
+    it under a completed barrier. Clusters of a failed operation are unknown. On a device of fixed size, which
+    shows old bytes everywhere, none is zero-safe.
 S4. Clusters of a live journal range are never handed out.
 S5. Clusters of a transaction whose record failed wait for a barrier: the record may come back to life.
 S6. A freed cluster is punched or handed out only after every request has ended that began before the record
     which frees it was durable.
+S7. On a device of fixed size nothing is handed out, or reserved for a new journal, that does not lie on it.
 """
 
 from __future__ import annotations
@@ -34,9 +37,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
+from jqcow.device.base import no_space
 from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
+from jqcow.ondisk import layout
 from jqcow.ondisk.bitmaps import Directory
 from jqcow.ondisk.layout import ClusterIndex, Geometry, GuestCluster, HostOffset
 
@@ -89,7 +94,7 @@ class Space:
         self.metadata: set[ClusterIndex] = set()
         self.search_at = 0
         self.search_end = 0
-        self.host_punches = True
+        self.host_punches = not medium.has_fixed_size
         self.reuses = 0
         self.lost_table: tuple[int, int] | None = None
         self.left_alone: set[ClusterIndex] = set()
@@ -141,23 +146,74 @@ class Space:
 
     def take(self, count: int, *, ordered: bool = False) -> Run:
         """Take up to ``count`` clusters, at least one; ``ordered``: they need not be zero-safe."""
-        if self.is_distrusted:
-            return self.take_at_frontier(count)
-        if self.zero_safe:
+        if self.zero_safe and not self.is_distrusted:
             run = replace(self.zero_safe.take(count), zero_safe=True)
-        elif self.unknown and (ordered or not self.host_punches):
+        elif self.unknown and (ordered or not self.host_punches) and not self.is_distrusted:
             run = self.unknown.take(count)
         else:
-            return self.take_at_frontier(count)
+            room = self._room()
+            return self.take_at_frontier(count if room is None else max(1, min(count, room)))
         self._lent.add(run.start, run.count)
         return run
 
     def take_at_frontier(self, count: int) -> Run:
         """Take exactly ``count`` clusters in a row, past the end of everything (S3)."""
-        run = Run(self.frontier, count, zero_safe=True)
+        self.require_room(self.frontier + count)
+        run = Run(self.frontier, count, zero_safe=not self.medium.has_fixed_size)
         self.frontier = ClusterIndex(self.frontier + count)
         self._lent.add(run.start, run.count)
         return run
+
+    def take_row(self, count: int) -> Run:
+        """Take exactly ``count`` clusters in a row: at the frontier or, where that ends, between others."""
+        if self._has_room(count) or self.is_distrusted:
+            return self.take_at_frontier(count)
+        start = self.free_row(count)
+        if start is None:
+            return self.take_at_frontier(count)
+        self.unknown.discard(start, count)
+        self._lent.add(start, count)
+        return Run(start, count)
+
+    def free_row(self, count: int, align_clusters: int = 1) -> ClusterIndex | None:
+        """Return where ``count`` clusters in a row are known to be free, below the frontier."""
+        for run in self.unknown if not self.is_distrusted else ():
+            start = layout.round_up(run.start, align_clusters)
+            if start + count <= run.start + run.count:
+                return ClusterIndex(start)
+        return None
+
+    @property
+    def is_full(self) -> bool:
+        """True if there is no cluster behind the frontier."""
+        return not self._has_room(1)
+
+    @property
+    def is_waiting(self) -> bool:
+        """True if clusters are on their way back."""
+        return bool(self._freed or self._old_metadata or self._retired or self._released)
+
+    def _has_room(self, count: int) -> bool:
+        room = self._room()
+        return room is None or room >= count
+
+    def _room(self) -> int | None:
+        """Return how many clusters there are behind the frontier; None where the device grows."""
+        if not self.medium.has_fixed_size:
+            return None
+        return max(0, self.medium.size() // self.geometry.cluster_bytes - self.frontier)
+
+    def free_bytes(self) -> int | None:
+        """Return how many bytes can be used behind the frontier, None where nobody knows."""
+        room = self._room()
+        return self.medium.free_bytes() if room is None else room * self.geometry.cluster_bytes
+
+    def require_room(self, end: int) -> None:
+        """Raise ``ENOSPC`` unless the clusters up to ``end`` lie within a device of fixed size (S7)."""
+        room = self._room()
+        if room is not None and end > self.frontier + room:
+            needed = end * self.geometry.cluster_bytes
+            raise no_space("the image", needed, None, self.medium.size())
 
     def distrust(self) -> None:
         """A cluster in use has refcount 0, and so may others that look free: none is used or punched (F1)."""
@@ -266,7 +322,7 @@ class Space:
     def end_recycling(self, run: Run, *, punched: bool) -> None:
         """A run is punched, and zero-safe after the next barrier (S3), or it could not be."""
         self._punching.remove(run)
-        if punched:
+        if punched and not self.medium.has_fixed_size:
             self._settling[run] = self.medium.barriers_started
         else:
             self.unknown.add(run.start, run.count)
@@ -281,6 +337,7 @@ class Space:
         """Keep the clusters of a journal range from being handed out (S4)."""
         run = self._clusters_of(offset, length)
         self.reserved.append(run)
+        self.unknown.discard(run.start, run.count)
         self.frontier = ClusterIndex(max(self.frontier, run.start + run.count))
 
     def unreserve(self, offset: HostOffset, length: int) -> None:

@@ -125,6 +125,19 @@ class Writes:
         data_for: Callable[[WritePlan], memoryview],
     ) -> None:
         """Plan, run and stage a write; a plan of None has nothing to do."""
+        try:
+            self._perform(offset, plan_for, data_for)
+        except OSError as error:
+            if not self.requests.makes_space(error):
+                raise
+            self._perform(offset, plan_for, data_for)
+
+    def _perform(
+        self,
+        offset: GuestOffset,
+        plan_for: Callable[[Request], WritePlan | None],
+        data_for: Callable[[WritePlan], memoryview],
+    ) -> None:
         requests = self.requests
         request = Request()
         with request.running:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from typing import Unpack
 
-from jqcow.device.base import Device, check_device
-from jqcow.device.file import FileDevice, remove_file
+from jqcow.device.base import Device, check_device, has_fixed_size
 from jqcow.device.filling import take_space, write_row
+from jqcow.device.targets import NewContent, Target, new_target
 from jqcow.disks.chain import open_below
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.engine.engine import random_salt
@@ -74,32 +74,35 @@ def create(
     )
     target = os.fspath(path)
     area = HeaderArea.parse(blank.parts[0][1])
-    with (
-        closed_on_error(FileDevice.create_temporary(path, nocow=host_use.nocow)) as device,
-        closed_on_error(create_data_file(form, target, size, host_use)) as data_file,
-    ):
-        write_blank(device, blank, host_use.preallocation)
+    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
+    with closed_on_error(new.file) as device:
         named = naming.backing_file_of(area, target)
-        # Before the name: an image whose backing file cannot be read is of no use.
+        # First: an image whose backing file cannot be read is of no use.
         following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
         chain = None if named is None else open_below(named, [device.identity()], following)
         with closed_on_error(chain):
-            publish(device, data_file, overwrite=overwrite)
-            return open_blank(
-                device,
-                data_file,
-                chain,
-                journal_size=journal_size,
-                passphrase=None if encryption is None else encryption.passphrase,
-            )
+            data = create_data_file(form, target, size, host_use, overwrite=overwrite)
+            with closed_on_error(None if data is None else data.file) as data_file:
+                write_blank(new.content, blank, host_use.preallocation)
+                publish(new, data, overwrite=overwrite)
+                return open_blank(
+                    device,
+                    data_file,
+                    chain,
+                    journal_size=journal_size,
+                    passphrase=None if encryption is None else encryption.passphrase,
+                )
 
 
-def create_data_file(form: Form, image: str, size: int, host_use: HostUse) -> FileDevice | None:
-    """Make the data file of a new image, of zeros, under a temporary name; None where it is to have none.
+def create_data_file(
+    form: Form, image: str, size: int, host_use: HostUse, *, overwrite: bool
+) -> Target | None:
+    """Make the data file of a new image, of zeros, without its name yet; None where it is to have none.
 
     Raises:
         ValueError: it would be the image itself.
         UnsupportedFeatureError: a name with a protocol that is no plain file.
+        FileExistsError: a block device, and ``overwrite`` is False.
         OSError: the host failed.
     """
     if form.data_file is None:
@@ -107,27 +110,27 @@ def create_data_file(form: Form, image: str, size: int, host_use: HostUse) -> Fi
     path = naming.meaning_of(form.data_file, "").path
     if os.path.realpath(path) == os.path.realpath(image):
         raise ValueError(f"{image} would be its own data file")
-    device = FileDevice.create_temporary(path, nocow=host_use.nocow)
-    with closed_on_error(device):
-        device.truncate(size)
-        take_space(device, 0, size, host_use.preallocation)
-    return device
+    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
+    with closed_on_error(new.file):
+        new.content.truncate(size)
+        take_space(new.content, 0, size, host_use.preallocation)
+    return new
 
 
-def publish(device: FileDevice, data_file: FileDevice | None, *, overwrite: bool) -> None:
+def publish(new: Target, data_file: Target | None, *, overwrite: bool) -> None:
     """Give a new image its name, and before that its data file: nobody finds the one without the other.
 
     Raises:
-        FileExistsError, ImageInUse, OSError: as `FileDevice.publish`; neither has its name, unless what a new
+        FileExistsError, ImageInUse, OSError: as `Target.publish`; neither has its name, unless what a new
             data file replaced is gone.
     """
     if data_file is not None:
         data_file.publish(overwrite)
     try:
-        device.publish(overwrite)
+        new.publish(overwrite)
     except BaseException:
         if data_file is not None:
-            remove_file(data_file)
+            data_file.withdraw()
         raise
 
 
@@ -151,7 +154,13 @@ def create_on_device(
     new = None if encryption is None else new_luks(encryption)
     if (data_device is None) != (form.data_file is None):
         raise ValueError("an external data file has a name, data_file, and a device, data_device")
-    write_blank(device, blank_image(size, form, preallocated=preallocation != "off", luks=new), preallocation)
+    blank = blank_image(size, form, preallocated=preallocation != "off", luks=new)
+    if has_fixed_size(device):
+        content = NewContent(device)
+        write_blank(content, blank, preallocation)
+        content.publish()
+    else:
+        write_blank(device, blank, preallocation)
     if data_device is not None:
         data_device.truncate(size)
         take_space(data_device, 0, size, preallocation)

@@ -146,6 +146,21 @@ class Image:
             return naming.data_file_of(area, self._name) if area.header.has_data_file else None
 
     @property
+    def end_offset(self) -> int:
+        """Host offset in bytes behind all that is in use: what lies further of a block device is free.
+
+        It rises with what is written, and falls only as the image is closed: a volume manager that extends
+        a volume in time looks here. The journal is counted where there is one.
+
+        Raises:
+            CorruptionError: the refcounts are damaged.
+        """
+        self._own()
+        with self._lock:
+            self._enter(False)
+            return self._engine.lifecycle.end_offset()
+
+    @property
     def _name(self) -> str:
         """Path of the image, as it was opened; of a device of the caller's own, nothing."""
         return path_of(self._medium.device)

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from jqcow.device.base import Device, check_device
+from jqcow.device.base import Device, check_device, has_fixed_size
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice, remove_file
 from jqcow.device.trial import TrialDevice
@@ -350,8 +350,8 @@ def _prepare_repair(
 ) -> JournalLength:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none. With ``following`` the backing files
-    must be there, and allowed, before anything is written.
+    A repair that only lowers refcounts of harmless leaks needs none; on a block device there is none. With
+    ``following`` the backing files must be there, and allowed, before anything is written.
 
     Returns the length of its journal on trial: a new refcount table lies behind that.
     """
@@ -362,7 +362,9 @@ def _prepare_repair(
         bring_home(device)
     # The undo file takes space, too.
     wanted_bytes = journal.length_bytes or roots.DEFAULT_JOURNAL_BYTES
-    on_trial = JournalLength(affordable_length(wanted_bytes, device.free_bytes() // 2))
+    free_bytes = device.free_bytes()
+    half_bytes = None if free_bytes is None else free_bytes // 2
+    on_trial = JournalLength(affordable_length(wanted_bytes, half_bytes))
     trial = TrialDevice(device)
     needs_undo = True
     with suppress(JqcowError):
@@ -381,7 +383,8 @@ def _prepare_repair(
             done.too_low or done.copied_flags or done.refcount_table or done.bitmaps
         )
     first = next(trial.changed(), None)
-    if first is None or not (needs_undo or first[0] == 0):
+    if first is None or not (needs_undo or first[0] == 0) or has_fixed_size(device):
+        # Beside a block device there is no place for an undo file, and what is given back is lost.
         return on_trial
     save_undo(trial, device)
     return replace(on_trial, is_exact=True)

@@ -19,10 +19,12 @@ from operator import index
 from typing import Protocol, Unpack
 
 from jqcow import _native
+from jqcow.device.base import Device
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice
 from jqcow.device.filling import take_space
-from jqcow.disks.chain import Chain, open_disk
+from jqcow.device.targets import new_target
+from jqcow.disks.chain import Chain, identity_of, open_disk
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.disks.raw import RawDisk
@@ -144,7 +146,7 @@ class _RawTarget:
 
     compressed_bytes = packed_bytes = 0
 
-    def __init__(self, device: FileDevice, size: int, preallocation: Preallocation) -> None:
+    def __init__(self, device: Device, size: int, preallocation: Preallocation) -> None:
         self.unit = RAW_UNIT_BYTES
         self._device = device
         device.truncate(size)
@@ -302,7 +304,7 @@ def _check_target(source: str | os.PathLike[str], target: str | os.PathLike[str]
     """Find out before the work whether the target could get its name after it."""
     if not os.path.lexists(target):
         return
-    if os.path.exists(target) and os.path.samefile(source, target):
+    if os.path.exists(target) and identity_of(os.fspath(source)) == identity_of(os.fspath(target)):
         raise ValueError(f"{os.fspath(target)} is the source as well as the target")
     if not overwrite:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target))
@@ -321,23 +323,24 @@ def _write(
 ) -> _Amounts:
     """Copy a disk into a new file, which gets its name when it is whole, verified and durable."""
     started = time.perf_counter()
-    device = FileDevice.create_temporary(target, nocow=form.host_use.nocow)
+    new = new_target(target, overwrite=overwrite, nocow=form.host_use.nocow)
     try:
-        data_file = create_data_file(form.image, os.fspath(target), disk.size, form.host_use)
-        with nullcontext() if data_file is None else closing(data_file):
-            amounts = _copy(disk, device, data_file, form, progress)
+        data = create_data_file(form.image, os.fspath(target), disk.size, form.host_use, overwrite=overwrite)
+        with nullcontext() if data is None else closing(data.file):
+            data_content = None if data is None else data.content
+            amounts = _copy(disk, new.content, data_content, form, progress)
             if verify:
-                verify_seconds = _verify(disk, device, data_file, form)
+                verify_seconds = _verify(disk, new.content, data_content, form)
                 amounts = dataclasses.replace(amounts, verify_seconds=verify_seconds)
-            publish(device, data_file, overwrite=overwrite)
+            publish(new, data, overwrite=overwrite)
         seconds = time.perf_counter() - started - (amounts.verify_seconds or 0)
         return dataclasses.replace(amounts, seconds=seconds)
     finally:
-        device.close()
+        new.file.close()
 
 
 @contextmanager
-def _target(device: FileDevice, data_file: FileDevice | None, disk: Disk, form: _Form) -> Iterator[_Target]:
+def _target(device: Device, data_file: Device | None, disk: Disk, form: _Form) -> Iterator[_Target]:
     if form.format == "raw":
         yield _RawTarget(device, disk.size, form.host_use.preallocation)
         return
@@ -357,9 +360,7 @@ def _target(device: FileDevice, data_file: FileDevice | None, disk: Disk, form: 
         writer.close()
 
 
-def _copy(
-    disk: Disk, device: FileDevice, data_file: FileDevice | None, form: _Form, progress: Progress
-) -> _Amounts:
+def _copy(disk: Disk, device: Device, data_file: Device | None, form: _Form, progress: Progress) -> _Amounts:
     """Copy what is not zero."""
     read_bytes = written_bytes = 0
     buffer = bytearray(BUFFER_BYTES)
@@ -394,7 +395,7 @@ def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:
     return runs
 
 
-def _verify(disk: Disk, device: FileDevice, data_file: FileDevice | None, form: _Form) -> float:
+def _verify(disk: Disk, device: Device, data_file: Device | None, form: _Form) -> float:
     started = time.perf_counter()
     passphrase = None if form.encryption is None else form.encryption.passphrase
     # Not closed: the devices are the caller's.
@@ -426,10 +427,10 @@ def create_raw(
     size = index(size)
     use = HostUse.of(FileOptions(preallocation=preallocation, nocow=nocow))
     _Form("raw", Form(), use, is_compressed=False, compression=Compression())
-    device = FileDevice.create_temporary(path, nocow=use.nocow)
+    new = new_target(path, overwrite=overwrite, nocow=use.nocow)
     try:
-        device.truncate(size)
-        take_space(device, 0, size, use.preallocation)
-        device.publish(overwrite)
+        new.content.truncate(size)
+        take_space(new.content, 0, size, use.preallocation)
+        new.publish(overwrite)
     finally:
-        device.close()
+        new.file.close()

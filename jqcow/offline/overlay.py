@@ -6,7 +6,7 @@ import os
 from contextlib import closing, nullcontext
 from typing import Unpack
 
-from jqcow.device.file import FileDevice
+from jqcow.device.targets import new_target
 from jqcow.errors import printable
 from jqcow.image.creating import create_data_file, publish, write_blank
 from jqcow.offline.info import read_info
@@ -86,11 +86,11 @@ def create_overlay(
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.
     if os.path.realpath(resolve(backing_file, overlay)) == os.path.realpath(overlay):
         raise ValueError(f"{overlay} would be its own backing file")
-    device = FileDevice.create_temporary(path, nocow=host_use.nocow)
+    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
     try:
-        data_file = create_data_file(form, overlay, size, host_use)
-        with nullcontext() if data_file is None else closing(data_file):
-            write_blank(device, blank, host_use.preallocation)
-            publish(device, data_file, overwrite=overwrite)
+        data = create_data_file(form, overlay, size, host_use, overwrite=overwrite)
+        with nullcontext() if data is None else closing(data.file):
+            write_blank(new.content, blank, host_use.preallocation)
+            publish(new, data, overwrite=overwrite)
     finally:
-        device.close()
+        new.file.close()

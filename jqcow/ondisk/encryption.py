@@ -67,6 +67,11 @@ class Encryption:
             raise ValueError("QEMU cannot open an image with aes-192 in another mode than xts")
         self.form()
 
+    @property
+    def header_bytes(self) -> int:
+        """Length of the LUKS header."""
+        return slot_places(self.form().key_bytes, self._stripes)[1]
+
     def form(self) -> CipherForm:
         """Return how the sectors are encrypted.
 

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from random import Random
 from typing import Protocol
 
 from jqcow.device.base import ReadBuffer
@@ -26,6 +27,8 @@ from jqcow.testing.changes import Allocate, Change, InFlight, Punch, Truncate, V
 from jqcow.testing.faults import EVERYTHING, Fault, FaultPlan, no_space
 
 SECTOR_BYTES = 512
+_NOISE = Random("noise").randbytes(4093)
+"""Of a length that puts other noise into each sector."""
 
 
 class DurableState(Protocol):
@@ -53,8 +56,9 @@ class SimulatedDevice:
     """A :class:`jqcow.device.base.Device` in memory, for images of up to a few MiB.
 
     ``initial`` is durable at once. ``can_punch`` False models a file system without holes: ``punch``
-    returns False. ``can_forget`` False models a cache that shows lost changes for ever. The attributes
-    below may be changed at any time.
+    returns False. ``can_forget`` False models a cache that shows lost changes for ever. ``has_fixed_size``
+    models a block device: it holds as much as ``initial``, and what is given back turns into noise. The
+    attributes below may be changed at any time.
 
     ``faults``             the :class:`FaultPlan` in force, or None
     ``companion``          a second device that shares the fate of this one, see `join`
@@ -77,6 +81,7 @@ class SimulatedDevice:
         read_only: bool = False,
         can_punch: bool = True,
         can_forget: bool = True,
+        has_fixed_size: bool = False,
     ) -> None:
         if sector_bytes <= 0:
             raise ValueError("a sector has at least one byte")
@@ -84,6 +89,7 @@ class SimulatedDevice:
         self.sector_bytes = sector_bytes
         self.can_punch = can_punch
         self.can_forget = can_forget
+        self.has_fixed_size = has_fixed_size
         self.closed = False
         self.faults: FaultPlan | None = None
         self.companion: SimulatedDevice | None = None
@@ -163,7 +169,9 @@ class SimulatedDevice:
         with self._lock:
             _check_range(0, size_bytes)
             fault = self._begin("truncate")
-            if fault is None or fault.applied_bytes:
+            if self.has_fixed_size and size_bytes > self._size:
+                raise no_space()
+            if not self.has_fixed_size and (fault is None or fault.applied_bytes):
                 self._truncate(size_bytes)
             self._strike(fault)
 
@@ -175,7 +183,8 @@ class SimulatedDevice:
             for part in self._applied_parts(fault, offset, length):
                 if self._bytes_with_room(part.start, len(part)) < len(part):
                     raise no_space()
-                self._allocate(part.start, len(part))
+                if not self.has_fixed_size:
+                    self._allocate(part.start, len(part))
             self._strike(fault)
 
     def punch(self, offset: int, length: int) -> bool:
@@ -184,9 +193,12 @@ class SimulatedDevice:
             _check_range(offset, length)
             fault = self._begin("punch")
             for part in self._applied_parts(fault, offset, length) if self.can_punch else ():
-                self._punch(part.start, len(part))
+                if self.has_fixed_size:
+                    self._write(part.start, noise(part.start, len(part)))
+                else:
+                    self._punch(part.start, len(part))
             self._strike(fault)
-            return self.can_punch
+            return self.can_punch and not self.has_fixed_size
 
     def barrier(self, name: str) -> None:
         """Make everything changed before this call durable, unless a fault or ``drop_barriers`` forbids.
@@ -319,6 +331,7 @@ class SimulatedDevice:
             name=self.name,
             can_punch=self.can_punch,
             can_forget=self.can_forget,
+            has_fixed_size=self.has_fixed_size,
         )
         heir.drop_barriers = set(self.drop_barriers)
         heir._data = set(data_sectors)
@@ -367,6 +380,8 @@ class SimulatedDevice:
 
     def _bytes_with_room(self, offset: int, length: int) -> int:
         """Return how much of a range, from its start, the host has space for."""
+        if self.has_fixed_size:
+            return max(0, min(length, self._size - offset))
         if self.faults is None or not length:
             return length
         free = self.faults.free_bytes(self.used_bytes) // self.sector_bytes
@@ -557,6 +572,12 @@ class SimulatedDevice:
         if isinstance(fault.exception(), OSError) and generation == self._generation:
             # The kernel reports a write-back error once and marks the pages clean: later barriers skip them.
             self._lost_through = max(self._lost_through, through)
+
+
+def noise(offset: int, length: int) -> bytes:
+    """Return what a device of fixed size may show where nothing was written."""
+    start = offset % len(_NOISE)
+    return (_NOISE * ((start + length) // len(_NOISE) + 1))[start : start + length]
 
 
 def _check_range(offset: int, length: int) -> None:

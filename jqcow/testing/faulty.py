@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from jqcow.device.base import Caching, Device, ReadBuffer
+from jqcow.device.base import Caching, Device, ReadBuffer, has_fixed_size
 from jqcow.testing.faults import EVERYTHING, Fault, FaultPlan, no_space
 
 
@@ -31,6 +31,11 @@ class FaultyDevice:
     def read_only(self) -> bool:
         """True when every changing method raises."""
         return self.inner.read_only
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """True if the device inside has it."""
+        return has_fixed_size(self.inner)
 
     def size(self) -> int:
         """Return the current length of the device in bytes."""

@@ -29,6 +29,7 @@ from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.root import JournalRange
+from tests.crash.mutants_of_devices import MUTANTS_OF_DEVICES
 from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
 from tests.crash.trials import SCENARIO, SIMULATION, action_of
 from tests.support.mutant import (
@@ -114,6 +115,9 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "commit.base": ("dropping:commit",),
     "slots.material": ("dropping:key-slots",),
     "slots.wiped": ("dropping:key-slots",),
+    "anew.begin": ("dropping:written-anew",),
+    "anew.content": ("dropping:written-anew",),
+    "anew.end": ("dropping:written-anew",),
     "undo.settle": ("dropping:repair-done",),
     "undo.done": ("dropping:repair-done",),
     "undo.begin": ("dropping:undo",),
@@ -835,6 +839,7 @@ MUTANTS = (
     *OF_AMENDMENTS,
     *OF_ENCRYPTION,
     *OF_DATA_FILES,
+    *MUTANTS_OF_DEVICES,
     *MUTANTS_OF_THREADS,
 )
 

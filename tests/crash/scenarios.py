@@ -34,6 +34,13 @@ from tests.crash.beside import (
     old_bytes_in_a_raw_file,
     transaction_over_a_data_file,
 )
+from tests.crash.devices import (
+    recovery_on_a_used_up_device,
+    uncounted_data_on_a_device,
+    used_up_device,
+    written_anew,
+    zeros_of_a_raw_disk,
+)
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
 from tests.crash.judge import PromiseBroken, require
 from tests.support.beside import HeldUp, Others
@@ -847,6 +854,7 @@ DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "stale-root-copy": stale_root_copy,
     "undo": undo_of_a_repair,
     "key-slots": key_slots,
+    "written-anew": written_anew,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
 
@@ -886,5 +894,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         old_bytes_in_a_raw_file,
         transaction_over_a_data_file,
         data_file_out_of_order,
+        zeros_of_a_raw_disk,
+        uncounted_data_on_a_device,
+        used_up_device,
+        recovery_on_a_used_up_device,
     )
 }

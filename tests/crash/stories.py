@@ -121,6 +121,21 @@ FULL_AT_OPENING = turns(
 )
 """The disk is full when a crashed image is opened: it is recovered into what is dead in its journal."""
 
+_OWN_ENDS = "fail:room=9999999999"
+"""No fault: what fails for want of room is the device's own doing."""
+
+ON_A_TIGHT_DEVICE = turns(
+    4,
+    f"{_OWN_ENDS}{{{{ open change:6:2 }}}} {_OWN_ENDS}{{{{ checkpoint }}}}"
+    f" {_OWN_ENDS}{{{{ discard:2w%c:2c flush change:2:2 }}}} {{n}}",
+    "close",
+    "kill",
+)
+"""Use a device up, again and again: what there is no room for fails, and all else goes on."""
+
+KILLED_ON_A_TIGHT_DEVICE = turns(3, f"{_OWN_ENDS}{{{{ open change:5:3 flush change:3:2 }}}} kill") + " open"
+"""The writer is killed where there may be no room for another journal."""
+
 SHORT_JOURNALS = turns(
     3,
     "fail:room=4096|40960|81920|204800{{ open change:3:1 one{{ close | outgrow:10 flush }} }}"

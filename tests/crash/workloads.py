@@ -328,12 +328,62 @@ _OF_DATA_FILES = tuple(
         ("raw-bitmaps", "-raw-bitmaps", stories.REOPENED),
     )
 )
+_OF_BLOCK_DEVICES = (
+    Family("device-unforgetting", "device-unforgetting", stories.BARRIER_FAILS),
+    Family("device-refcount-table", "device", stories.GROW, (512,)),
+    *(
+        Family(f"device-{name}", f"device{start}", story)
+        for name, start, story in (
+            ("fresh", "-empty", stories.FRESH),
+            ("reopened", "", stories.REOPENED),
+            ("adopted", "-qemu", stories.REOPENED),
+            ("in-place", "-full", stories.IN_PLACE),
+            ("reuse", "-full", stories.REUSE),
+            ("reuse-dirty", "-dirty", stories.REUSE),
+            ("epochs", "", stories.EPOCHS),
+            ("grow", "", stories.GROW),
+            ("move", "", stories.MOVE),
+            ("move-fails", "", stories.move_fails),
+            ("reuse-tables", "", stories.REUSE_TABLES),
+            ("killed", "", stories.KILLED),
+            ("host-fails", "-full", stories.HOST_FAILS),
+            ("barrier-fails", "-full", stories.BARRIER_FAILS),
+            ("going-live-fails", "", stories.GOING_LIVE_FAILS),
+            ("root-write-fails", "-full", stories.ROOT_WRITE_FAILS),
+            ("tight", "-tight", stories.ON_A_TIGHT_DEVICE),
+            ("tight-full", "-tight-full", stories.ON_A_TIGHT_DEVICE),
+            ("tight-killed", "-tight-full", stories.KILLED_ON_A_TIGHT_DEVICE),
+            ("transactions", "-dirty", stories.TRANSACTIONS),
+            ("savepoints", "-full", stories.SAVEPOINTS),
+            ("commits-fail", "-full", stories.COMMITS_FAIL),
+            ("resizes", "-full", stories.RESIZES),
+            ("snapshots", "-snapshots", stories.BETWEEN_WRITES),
+            ("snapshots-cow", "-snapshots", stories.COPY_ON_WRITE),
+            ("overlay", "-overlay", stories.REOPENED),
+            ("overlay-reuse", "-overlay", stories.REUSE),
+            ("copy-on-read", "-overlay", overlays.COPIED_UP),
+            ("version-2", "-version-2", stories.REUSE),
+            ("bitmaps", "-bitmaps", stories.NOTED),
+            ("encrypted", "-encrypted", stories.REUSE),
+            ("repair", "-dirty-bit", overlays.REPAIRED),
+            ("repair-snapshots", "-dirty-bit-snapshots", overlays.REPAIRED),
+            ("repair-killed", "-dirty-bit-snapshots", overlays.REPAIR_KILLED),
+            ("rebuilt-table", "-lost-table", overlays.REPAIRED),
+            ("amend-width", "-snapshots", amended.WIDTHS_IN_TURN),
+            ("amend-version", "-dirty", amended.VERSIONS),
+        )
+    ),
+    Family("device-compressed", "device-snapshots", stories.compressed, PACKED),
+    Family("device-subclusters", "device-subclusters", stories.REUSE, WITH_SUBCLUSTERS),
+    Family("device-preallocated", "device-full", stories.PREALLOCATED, SMALL_TABLES),
+    Family("device-preallocated-old-space", "device-dirty", stories.PREALLOCATED_OLD_SPACE, (1024, 4096)),
+)
 GROUPS = {
     "plain": _PLAIN,
     "transactions": _OF_TRANSACTIONS,
     "snapshots": _OF_SNAPSHOTS,
     "overlays": _OF_OVERLAYS,
-    "features": (*_OF_FEATURES, *_OF_BITMAPS, *_OF_ENCRYPTION, *_OF_DATA_FILES),
+    "features": (*_OF_FEATURES, *_OF_BITMAPS, *_OF_ENCRYPTION, *_OF_DATA_FILES, *_OF_BLOCK_DEVICES),
 }
 FAMILIES = {family.name: family for families in GROUPS.values() for family in families}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.support.patches import Number, Patch, skipping
 
 AMENDING = "jqcow.engine.amending:Amending"
+NEW_CONTENT = "jqcow.device.targets:NewContent"
 NATIVE = "jqcow._native"
 FRAME = "jqcow.ondisk.frame"
 MEDIUM = "jqcow.engine.medium:Medium"

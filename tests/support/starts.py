@@ -24,6 +24,7 @@ from jqcow.ondisk.header import (
 from jqcow.ondisk.l2 import ZERO
 from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET
 from jqcow.testing import SECTOR_BYTES, SectorModel, SimulatedDevice
+from jqcow.testing.device import noise
 from tests.support.below import Below, name_of
 from tests.support.encrypted import without_chance
 from tests.support.expectation import (
@@ -41,7 +42,7 @@ from tests.support.operations import Request, Write
 from tests.support.patients import DIRTY_BYTE, Tables
 from tests.support.player import Player
 from tests.support.qemu import done, qemu_io
-from tests.support.users import Session, open_simulated
+from tests.support.users import JOURNAL_BYTES, Session, open_simulated
 
 NO_EXTENSIONS = bytes(8)
 GARBAGE = b"\xee"
@@ -66,10 +67,17 @@ class Start:
     bitmaps: AllNoted = ()
     damaged: bool = False
     data: bytes | None = None
+    has_fixed_size: bool = False
+    is_new: bool = False
 
     def device(self) -> SimulatedDevice:
         """Return a device that holds the file, durably, and its data file."""
-        device = SimulatedDevice(self.content, can_punch=self.can_punch, can_forget=self.can_forget)
+        device = SimulatedDevice(
+            self.content,
+            can_punch=self.can_punch,
+            can_forget=self.can_forget,
+            has_fixed_size=self.has_fixed_size,
+        )
         if self.data is not None:
             beside = SimulatedDevice(
                 self.data, name="beside", can_punch=self.can_punch, can_forget=self.can_forget
@@ -89,7 +97,7 @@ class Start:
             self.windows,
             sectors,
             (self.size_bytes,),
-            exists=bool(self.content),
+            exists=bool(self.content) and not self.is_new,
             extensions=self.extensions,
             vouched=vouched,
             snapshots=self.snapshots,
@@ -579,6 +587,38 @@ def encrypted(prepare: Callable[..., Start]) -> Prepare:
 
 
 Prepare = Callable[[int, Random], Start]
+
+
+@functools.lru_cache(maxsize=16)
+def _earlier_life(cluster_bytes: int) -> bytes:
+    """Return what another image left on a device: a live one, with frames in both halves of its journal."""
+    session = new_session(Windows.of(cluster_bytes))
+    steps = f"{'change:3 flush ' * 8} checkpoint change:2 flush"
+    Player(session, Random(f"earlier {cluster_bytes}")).play(steps)
+    return session.device.content()
+
+
+def on_a_device(prepare: Prepare, room_clusters: int = 0, *, can_punch: bool = True) -> Prepare:
+    """Return what makes the same image, on a device that was in use before.
+
+    ``room_clusters``: so much is free on it behind the image and a journal, else a lot.
+    """
+
+    def prepare_on_device(cluster_bytes: int, random: Random) -> Start:
+        start = prepare(cluster_bytes, random)
+        room_bytes = JOURNAL_BYTES + room_clusters * cluster_bytes
+        if not room_clusters:
+            room_bytes = 8 * JOURNAL_BYTES + 64 * cluster_bytes
+        used = start.content + bytes(-len(start.content) % cluster_bytes)
+        old = _earlier_life(cluster_bytes)
+        old += noise(0, -len(old) % cluster_bytes)
+        behind = (old * (room_bytes // len(old) + 1))[:room_bytes]
+        is_new = not start.content
+        return replace(start, content=used + behind, has_fixed_size=True, can_punch=can_punch, is_new=is_new)
+
+    return prepare_on_device
+
+
 STARTS: dict[str, Prepare] = {
     "empty": empty_file,
     "used": used_image,
@@ -649,6 +689,23 @@ STARTS: dict[str, Prepare] = {
     "data-file-raw-unforgetting": without_forgetting(with_data_file(full_image, "raw")),
     "data-file-raw-bitmaps": with_bitmaps(with_data_file(full_image, "raw")),
     "data-file-raw-zeros": with_zero_clusters(with_data_file(full_image, "raw")),
+    "device-empty": on_a_device(empty_file),
+    "device": on_a_device(used_image),
+    "device-full": on_a_device(full_image),
+    "device-dirty": on_a_device(dirty_image, can_punch=False),
+    "device-tight": on_a_device(dirty_image, 12),
+    "device-tight-full": on_a_device(full_image, 6),
+    "device-qemu": on_a_device(qemu_image),
+    "device-snapshots": on_a_device(snapshots_image),
+    "device-overlay": on_a_device(overlay_with_old_bytes),
+    "device-subclusters": on_a_device(of_kind(full_image, extended_l2=True)),
+    "device-version-2": on_a_device(of_kind(full_image, compat="0.10")),
+    "device-bitmaps": on_a_device(with_bitmaps(full_image)),
+    "device-encrypted": on_a_device(encrypted(full_image)),
+    "device-unforgetting": without_forgetting(on_a_device(full_image)),
+    "device-dirty-bit": on_a_device(damaged(full_image)),
+    "device-dirty-bit-snapshots": on_a_device(damaged(snapshots_image)),
+    "device-lost-table": on_a_device(without_table(full_image)),
 }
 SIMULATED = tuple(STARTS)[:15]
 """Those of the simulation: it opens images with nothing below."""
