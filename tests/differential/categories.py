@@ -22,6 +22,7 @@ ONLY_QEMU = "only QEMU reads"
 ONLY_JQCOW = "only jqcow reads"
 VERDICT = "other verdict"
 NUMBERS = "other numbers"
+INFO = "told otherwise"
 
 
 @dataclass(frozen=True)

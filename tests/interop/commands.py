@@ -58,8 +58,17 @@ def ours(capsys: Capture, *arguments: object) -> str:
 
 
 def plain(extents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a map without the field that older versions of qemu-img do not have."""
-    return [{name: value for name, value in extent.items() if name != "compressed"} for extent in extents]
+    """Return a map without the field that older versions of qemu-img do not have, nor the cuts that it makes."""
+    found: list[dict[str, Any]] = []
+    for extent in extents:
+        line = {name: value for name, value in extent.items() if name != "compressed"}
+        last = found[-1] if found else {}
+        joins = last and "offset" not in last and last["start"] + last["length"] == line["start"]
+        if joins and {**line, "start": 0, "length": 0} == {**last, "start": 0, "length": 0}:
+            last["length"] += line["length"]
+        else:
+            found.append(line)
+    return found
 
 
 def require_same_map(
@@ -74,7 +83,7 @@ def require_same_map(
         assert ours(capsys, "map", "--allow-files", *limits, path) == theirs.stdout
     else:
         assert main.main(["map", "--allow-files", *limits, str(path)]) == 1
-        assert any(extent.get("compressed") for extent in told)
+        assert any(extent["data"] and "offset" not in extent for extent in told)
     return plain(told)
 
 

@@ -229,6 +229,7 @@ class Disk:
         size = self.other_size(*steps)
         done("qemu-img", "resize", "-q", "--shrink", *self.for_qemu(), size)
         self.resized(size)
+        self._take_noise()
 
     def qemu_adds_bitmap(self, name: str, granularity: int, *, is_enabled: bool = True) -> None:
         word = "--enable" if is_enabled else "--disable"
@@ -240,8 +241,11 @@ class Disk:
         words = ["create", "-q", *self.secrets, "-f", "qcow2", "-o", options, *below, self.path, size]
         done_in_spite_of_load("qemu-img", *words)
         self.resized(size)
+        self._take_noise()
+
+    def _take_noise(self) -> None:
+        """What was never written is decrypted all the same, in clusters that were preallocated."""
         if self.is_encrypted and self.row["preallocation"] != "off":
-            # Noise: what was never written is decrypted.
             self.model.disk = bytearray(self.read_by_qemu())
 
     def read_by_qemu(self, *options: str) -> bytes:

@@ -175,7 +175,9 @@ def change(disk: Disk, image: jqcow.Image | Transaction) -> None:
     whole = disk.place(disk.cluster_bytes)
     disk.note_clusters(length, offset)
     disk.note_clusters(whole[1], whole[0])
-    kinds = ["write"] * 4 + ["compressed"] * 2 + ["zeroes", "resize"]
+    kinds = ["write"] * 4 + ["zeroes", "resize"]
+    # QEMU stores such clusters as they are, jqcow none.
+    kinds += [] if disk.is_encrypted else ["compressed"] * 2
     # In version 2 a discard leaves what lies over data of a backing file.
     kinds += ["discard"] if disk.row["version"] == 3 or disk.row["backing"] == "none" else []
     kinds += ["create"] if len(disk.model.snapshots) < 5 else []

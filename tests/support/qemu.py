@@ -62,6 +62,7 @@ def qemu_io(path: Path, *commands: str, kind: str = "qcow2") -> str:
 def dirty_by_qemu(folder: Path, image: Sequence[str | Path], bitmap: str) -> list[tuple[int, int]]:
     """Return [start, end) of what QEMU calls dirty in a bitmap, asked through a server in a folder."""
     socket = folder / "dirty.socket"
+    socket.unlink(missing_ok=True)
     server = subprocess.Popen(["qemu-nbd", "-r", "-B", bitmap, "-k", socket, *image])
     until = time.monotonic() + WAIT_SECONDS
     while not socket.exists() and server.poll() is None and time.monotonic() < until:

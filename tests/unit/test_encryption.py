@@ -8,6 +8,7 @@ import pytest
 
 import jqcow
 from jqcow.checker.check import Kind
+from jqcow.cli import main as cli
 from jqcow.errors import (
     CorruptionError,
     FormatError,
@@ -19,6 +20,7 @@ from jqcow.image.opening import open_alone
 from jqcow.offline.commit import commit
 from jqcow.offline.convert import convert
 from jqcow.offline.info import check_file, read_info
+from jqcow.offline.map import map_file
 from jqcow.offline.recover import recover_image
 from jqcow.ondisk.header import HeaderArea
 
@@ -58,6 +60,21 @@ def test_without_the_passphrase_nothing_opens(path: Path) -> None:
     asked: list[str] = []
     with jqcow.open(path, passphrase=lambda name: asked.append(name) or WORD):  # type: ignore[func-returns-value]
         assert asked == [str(path)]
+
+
+def test_a_map_names_no_place_of_encrypted_data(
+    tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies there is not what the guest reads; a hole in the file reads as noise, and is none of zeros."""
+    holey = tmp_path / "holey.qcow2"
+    with jqcow.create(holey, 8 * MIB, encryption=encryption(), preallocation="metadata"):
+        pass
+    for image in (path, holey):
+        lines = map_file(image, "qcow2")
+        assert any(line.data for line in lines)
+        assert all(line.zero != line.data and line.extent.host_offset is None for line in lines)
+        assert cli.main(["map", str(image)]) == 1
+        assert "encrypted clusters have no offset" in capsys.readouterr().err
 
 
 def test_tables_need_no_passphrase(path: Path) -> None:
