@@ -148,6 +148,7 @@ class Bitmaps:
                     yield index, bits
 
     def _bits_at(self, entry: BitmapEntry, index: int) -> tuple[HostOffset, bool]:
+        assert index < entry.table_entries, "behind the end of a bitmap table"
         table = HostOffset(entry.table_offset)
         try:
             return entries.decode_bitmap_table(self.view.entry(table, index), self.geometry)
