@@ -1,10 +1,10 @@
-"""Keeps what a test script's folder holds, before and after each command of QEMU's: run by the stand-ins for them.
+"""Keeps what a test script's folder holds, before and after each command of QEMU's: the stand-ins run it.
 
     python capture.py FOLDER STORE
 
-A *state* is all regular files of FOLDER in which there is a qcow2 image; its contents are kept once each, by their
-hash, sparse, and a line of ``STORE/states`` names them. Runs with nothing but the standard library, and quickly: a
-script has hundreds of commands.
+A *state* is all regular files of FOLDER, where one is a qcow2 image; contents are kept once each, by their
+hash, sparse, and a line of ``STORE/states`` names them. It takes nothing but the standard library, and is
+quick: a script has hundreds of commands.
 """
 
 from __future__ import annotations
@@ -118,4 +118,5 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except OSError as error:
-        print(f"capture: {error}", file=open(os.path.join(sys.argv[2], "errors"), "a"))
+        with open(os.path.join(sys.argv[2], "errors"), "a") as told:
+            print(error, file=told)

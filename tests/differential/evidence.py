@@ -112,7 +112,8 @@ class Checking:
 class Evidence:
     """All that was seen of a case. ``content`` is the file as both saw it; of a live one, as recovered.
 
-    ``case`` is None of an image that was not damaged here. ``settled`` is what jqcow finds in a live one after recovery.
+    ``case`` is None of an image that was not damaged here. ``settled`` is what jqcow finds in a live one
+    after recovery.
     """
 
     case: Case | None
@@ -223,7 +224,7 @@ def read(ours: Path, theirs: Path, snapshot: str, folder: Path) -> Reading:
 
 
 def differing_sectors(one: Path, other: Path) -> Iterator[int]:
-    """Yield the offsets of sectors that differ in two files, as far as both go; holes in both are not read."""
+    """Yield the offsets of sectors that differ in two files, as far as both go; common holes are not read."""
     common = min(one.stat().st_size, other.stat().st_size)
     with one.open("rb") as first, other.open("rb") as second:
         at = 0

@@ -1,7 +1,7 @@
-"""Runs the test scripts of a folder like QEMU's own, and gathers the images that their commands leave behind.
+"""Runs test scripts like QEMU's own, and gathers the images that their commands leave behind.
 
-The scripts find QEMU's programs by variables: stand-ins for these, which keep the state of the script's folder
-before and after each command, with `tests.differential.capture`. What a script finds right or wrong does not count.
+The scripts find QEMU's programs by variables: stand-ins, which keep the state of the script's folder before
+and after each command, with `tests.differential.capture`. What a script finds right or wrong does not count.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class State:
     store: Path
 
     def restore(self, folder: Path) -> None:
-        """Make the folder hold these files, and no others; they are links to the store, not to be written to."""
+        """Make the folder hold these files, and no others: links to the store, not to be written to."""
         for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         for name, kept in self.files:
@@ -72,7 +72,7 @@ class State:
 
 
 def scripts_in(folder: Path) -> list[Path]:
-    """Return the test scripts in a folder and in ``tests`` below it: what names the groups that it belongs to."""
+    """Return the test scripts in a folder and in ``tests`` below it: they name their groups."""
     found = []
     for path in sorted([*folder.iterdir(), *folder.glob("tests/*")]):
         if path.is_file() and path.suffix == "":

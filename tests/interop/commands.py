@@ -58,7 +58,7 @@ def ours(capsys: Capture, *arguments: object) -> str:
 
 
 def plain(extents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a map without the field that older versions of qemu-img do not have, nor the cuts that it makes."""
+    """Return a map without the field that older versions of qemu-img lack, nor the cuts that it makes."""
     found: list[dict[str, Any]] = []
     for extent in extents:
         line = {name: value for name, value in extent.items() if name != "compressed"}
@@ -74,7 +74,7 @@ def plain(extents: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def require_same_map(
     capsys: Capture, path: object, *limits: str, for_qemu: Sequence[object] = ()
 ) -> list[dict[str, Any]]:
-    """Both print the same map of a chain, as JSON and as text; return it. QEMU may need more words than the path."""
+    """Both print the same map of a chain, as JSON and as text; return it. QEMU may need more words."""
     image = for_qemu or (path,)
     told = json.loads(ours(capsys, "map", "--allow-files", "--output=json", *limits, path))
     assert plain(told) == plain(json.loads(done("qemu-img", "map", "--output=json", *limits, *image)))

@@ -1,4 +1,4 @@
-"""An image of a kind, and the model of it: its disk, its snapshots, and what its bitmaps must and may call dirty."""
+"""An image of a kind, and its model: the disk, the snapshots, and what bitmaps must and may call dirty."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Disk:
     # What changes, in the model.
 
     def put(self, data: bytes, offset: int) -> None:
-        """Note new content: a bitmap must have what became other bytes, and may have the clusters of all of it."""
+        """Note new content: a bitmap must have what became other bytes, and may have all clusters of it."""
         old, end = bytes(self.model.disk[offset : offset + len(data)]), offset + len(data)
         self.model.disk[offset:end] = data
         first = offset // self.cluster_bytes * self.cluster_bytes

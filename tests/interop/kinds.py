@@ -27,8 +27,8 @@ FACTORS = {
 }
 """``ended``: how QEMU left the image; killed it leaves the dirty bit (lazy refcounts) and bitmaps in use.
 
-``data`` has the levels "file" and "raw file" too, of which the rules below and `option_words` know; they join when
-jqcow opens such images.
+``data`` has the levels "file" and "raw file" too, of which the rules below and `option_words` know; they join
+when jqcow opens such images.
 """
 
 DISK_BYTES = {512: 600 * 1024, 4096: 1 << 20, 16384: 2 << 20, 65536: 3 << 20, 2 << 20: 14 << 20}
