@@ -122,6 +122,9 @@ def gather(image: Path, folder: Path, content: Any) -> Evidence:
     seen = Evidence(None, content)
     if evidence.disk_bytes(content[:512]) <= DISK_BYTES_MAX:
         seen.readings.append(evidence.read(image, image, "", folder))
+        if seen.readings[0].theirs.status is None:
+            # QEMU would not come to an end again, nor again.
+            return seen
         name = evidence.snapshot_of(image, 0)
         if name:
             seen.readings.append(evidence.read(image, image, name, folder))
@@ -142,6 +145,8 @@ def _agreements(seen: Evidence) -> Counter[str]:
 
 def _difference_in_info(image: Path, seen: Evidence, tables: Tables) -> Iterator[Difference]:
     """Yield a difference where both tell of the image, but not the same."""
+    if any(reading.theirs.status is None for reading in seen.readings):
+        return
     ours, our_facts = _our_info(image)
     theirs, printed = evidence.run("qemu-img", "info", "-f", "qcow2", "--output=json", image)
     if not (ours.done and theirs.done):
@@ -164,7 +169,9 @@ def _our_info(image: Path) -> tuple[Told, str]:
 
 
 def _compared(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if name not in NOT_COMPARED}
+    """Return what is compared, the facts of the format beside the others."""
+    own = facts.pop("format-specific", {}).get("data", {})
+    return {name: value for name, value in {**facts, **own}.items() if name not in NOT_COMPARED}
 
 
 def run(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:

@@ -36,6 +36,7 @@ class Fields:
     snapshot_count: int
     snapshots_offset: int
     incompatible: int
+    compatible: int
     autoclear: int
     refcount_order: int
     header_bytes: int
@@ -46,11 +47,11 @@ class Fields:
         """Read the header of an image."""
         head = content[:112].ljust(112, b"\0")
         version, *fields = struct.unpack_from(">IQIIQIIQQIIQ", head, 4)
-        incompatible, _, autoclear, order, length = struct.unpack_from(">QQQII", head, 72)
+        incompatible, compatible, autoclear, order, length = struct.unpack_from(">QQQII", head, 72)
         if version < 3:
-            return cls(version, *fields, 0, 0, 4, 72, 0)
+            return cls(version, *fields, 0, 0, 0, 4, 72, 0)
         kind = head[104] if length > 104 else 0
-        return cls(version, *fields, incompatible, autoclear, order, length, kind)
+        return cls(version, *fields, incompatible, compatible, autoclear, order, length, kind)
 
 
 @dataclass(frozen=True)
