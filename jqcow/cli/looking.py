@@ -377,9 +377,10 @@ def map_command(arguments: argparse.Namespace) -> int:
     print(_MAP_ROW.format("Offset", "Length", "Mapped to", "File"))
     for line in lines:
         extent = line.extent
-        if extent.kind == "compressed":
+        if extent.holds_data and extent.host_offset is None:
+            kind = "compressed" if extent.kind == "compressed" else "encrypted"
             raise common.CommandError(
-                f"{printable(line.path)}: compressed clusters have no offset to map to: use --output=json"
+                f"{printable(line.path)}: {kind} clusters have no offset to map to: use --output=json"
             )
         if not line.zero and extent.host_offset is not None:
             place = _hex(extent.offset), _hex(extent.length), _hex(extent.host_offset)

@@ -102,6 +102,11 @@ class ImageDisk(Disk):
         """The persistent bitmaps, to be looked at."""
         return self._reads.tables.bitmaps
 
+    @property
+    def is_encrypted(self) -> bool:
+        """True where what lies at a host offset is not what the guest reads."""
+        return self.area.header.crypt_method != 0
+
     def backing_file(self) -> NamedFile | None:
         """Return what the header names as the file below, None if it names none.
 

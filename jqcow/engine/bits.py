@@ -45,6 +45,8 @@ class Bits:
                     yield index, bits
 
     def _bits_at(self, entry: BitmapEntry, index: int) -> tuple[HostOffset, bool]:
+        if index >= entry.table_entries:
+            raise RuntimeError("a bitmap ends with its table")
         table = HostOffset(entry.table_offset)
         try:
             return entries.decode_bitmap_table(self.view.entry(table, index), self.geometry)

@@ -221,9 +221,14 @@ class Tracking:
         return Region(tuple(before), 1 << self._region_bits - self._unit_bits)
 
     def _place(self, entry: BitmapEntry, index: int) -> tuple[int, int, int]:
-        """Return where a bitmap has its bits of a region: (first byte, bytes, bits)."""
+        """Return where a bitmap has its bits of a region: (first byte, bytes, bits).
+
+        No more bytes than its table maps: behind that other programs leave anything.
+        """
         count_bits = self._region_bits - entry.granularity_bits
-        return index << count_bits >> 3, max(1, 1 << count_bits >> 3), 1 << count_bits
+        start, length = index << count_bits >> 3, max(1, 1 << count_bits >> 3)
+        mapped = entry.table_entries * self.bitmaps.geometry.cluster_bytes
+        return start, min(length, mapped - start), 1 << count_bits
 
     def _shift(self, entry: BitmapEntry, index: int) -> int:
         """Return where in its first byte the bits of a region begin: several share a byte if they are few."""

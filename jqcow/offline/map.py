@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from operator import index
 
 from jqcow import _native
-from jqcow.device.disk import Extent
+from jqcow.device.disk import Extent, joined
 from jqcow.device.file import path_of
 from jqcow.disks.chain import FileDisk, open_disk
 from jqcow.disks.image import ImageDisk
@@ -79,9 +79,8 @@ def map_file(
         start = min(index(start), chain.size)
         length = chain.size - start if length is None else min(index(length), chain.size - start)
         layers = [_LayerMap(layer) for layer in chain.layers]
-        return [
-            line for extent in chain.extents(length, start) for line in layers[extent.depth].lines(extent)
-        ]
+        extents = joined(layers[extent.depth].shown(extent) for extent in chain.extents(length, start))
+        return [line for extent in extents for line in layers[extent.depth].lines(extent)]
 
 
 class _LayerMap:
@@ -91,12 +90,18 @@ class _LayerMap:
         self._disk = disk
         self._data = disk.data_device if isinstance(disk, ImageDisk) else disk.device
         self._path = path_of(self._data)
-        self._is_sparse = isinstance(disk, ImageDisk) and _is_sparse(disk)
+        self._is_encrypted = isinstance(disk, ImageDisk) and disk.is_encrypted
+        # A hole reads as noise where data is encrypted.
+        self._is_sparse = isinstance(disk, ImageDisk) and not disk.is_encrypted and _is_sparse(disk)
+
+    def shown(self, extent: Extent) -> Extent:
+        """Return an extent as it is told: encrypted data is not to be read from a host offset."""
+        return replace(extent, host_offset=None) if self._is_encrypted else extent
 
     def lines(self, extent: Extent) -> Iterator[MapLine]:
         """Yield an extent, cut where a map makes a difference."""
         disk = self._disk
-        if isinstance(disk, ImageDisk) and disk.may_keep(extent):
+        if isinstance(disk, ImageDisk) and not disk.is_encrypted and disk.may_keep(extent):
             yield from (MapLine(part, self._path) for part in disk.kept_clusters(extent))
         elif self._is_sparse and extent.host_offset is not None:
             yield from self._with_holes(extent, extent.host_offset)

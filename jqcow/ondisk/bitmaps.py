@@ -224,7 +224,9 @@ def place_of(area: HeaderArea) -> Place | None:
         return None
     if len(extension.data) < EXTENSION_STRUCT.size:
         raise CorruptionError("bitmaps extension", 0, f"it has {len(extension.data)} bytes")
-    count, _, length, offset = EXTENSION_STRUCT.unpack_from(extension.data)
+    count, reserved, length, offset = EXTENSION_STRUCT.unpack_from(extension.data)
+    if reserved:
+        raise CorruptionError("bitmaps extension", 0, f"its reserved field is {reserved:#x}")
     if offset % (1 << area.header.cluster_bits) or not 0 < offset < layout.MAX_HOST_OFFSET:
         raise CorruptionError("bitmap directory", offset, "not a cluster-aligned host offset")
     # Before it is read: the number says how much an entry can take at least.

@@ -22,6 +22,7 @@ ONLY_QEMU = "only QEMU reads"
 ONLY_JQCOW = "only jqcow reads"
 VERDICT = "other verdict"
 NUMBERS = "other numbers"
+INFO = "told otherwise"
 
 
 @dataclass(frozen=True)
@@ -373,6 +374,16 @@ def _is_table_cut(difference: Difference) -> bool:
     )
 
 
+# Told otherwise
+
+
+def _tells_unknown_bits(difference: Difference) -> bool:
+    fields = difference.tables.fields
+    unknown = fields.incompatible & ~0x1F | fields.compatible & ~1 | fields.autoclear & ~3
+    return bool(unknown) and re.fullmatch(_UNKNOWN_BITS_ALONE, difference.seen) is not None
+
+
+_UNKNOWN_BITS_ALONE = r"unknown-features: .*, QEMU None"
 _FOR_WRITING = r"[Rr]eference count table|[Ss]napshot|bitmaps_ext|Bitmap |extra metadata|bitmap directory"
 _HEADER = r"CRYPTO header|data-file-raw|ext_backing_format|ompression type"
 
@@ -462,6 +473,7 @@ CATEGORIES = (
              "it cannot be read, by QEMU neither", _is_data_cut_off),
     Category(NUMBERS, "a table cut by less than a cluster",
              "an error in jqcow: entries are gone", _is_table_cut),
+    Category(INFO, "unknown bits that hinder nobody", "QEMU has no field for them", _tells_unknown_bits),
 )  # fmt: skip
 """The documents have the same table: `tests/unit` compares them."""
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from jqcow.checker.check import CheckReport, Kind
 from jqcow.cli.main import main as jqcow_command
@@ -112,10 +115,11 @@ class Checking:
 class Evidence:
     """All that was seen of a case. ``content`` is the file as both saw it; of a live one, as recovered.
 
-    ``settled`` is what jqcow finds in a live one after recovery.
+    ``case`` is None of an image that was not damaged here. ``settled`` is what jqcow finds in a live one
+    after recovery.
     """
 
-    case: Case
+    case: Case | None
     content: bytes
     recovered: Told | None = None
     settled: CheckReport | None = None
@@ -220,13 +224,32 @@ def read(ours: Path, theirs: Path, snapshot: str, folder: Path) -> Reading:
     they, _ = run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", *chosen, theirs, their_raw)
     if not (we.done and they.done):
         return Reading(snapshot, we, they)
-    our_data, their_data = our_raw.read_bytes(), their_raw.read_bytes()
-    common = min(len(our_data), len(their_data))
-    differing: tuple[int, ...] = ()
-    if our_data[:common] != their_data[:common]:
-        sectors = range(0, common, SECTOR_BYTES)
-        differing = tuple(at for at in sectors if our_data[at : at + 512] != their_data[at : at + 512])
-    return Reading(snapshot, we, they, len(our_data), len(their_data), differing)
+    sizes = our_raw.stat().st_size, their_raw.stat().st_size
+    return Reading(snapshot, we, they, *sizes, tuple(differing_sectors(our_raw, their_raw)))
+
+
+def differing_sectors(one: Path, other: Path) -> Iterator[int]:
+    """Yield the offsets of sectors that differ in two files, as far as both go; common holes are not read."""
+    common = min(one.stat().st_size, other.stat().st_size)
+    with one.open("rb") as first, other.open("rb") as second:
+        at = 0
+        while at < common:
+            at = min(_data_from(file, at, common) for file in (first, second)) // PIECE_BYTES * PIECE_BYTES
+            length = min(PIECE_BYTES, common - at)
+            ours, theirs = (os.pread(file.fileno(), max(0, length), at) for file in (first, second))
+            if ours != theirs:
+                places = range(0, length, SECTOR_BYTES)
+                yield from (at + place for place in places if ours[place:][:512] != theirs[place:][:512])
+            at += PIECE_BYTES
+
+
+def _data_from(file: IO[bytes], at: int, end: int) -> int:
+    try:
+        return os.lseek(file.fileno(), at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return end
 
 
 def check(ours: Path, theirs: Path) -> Checking:

@@ -36,6 +36,7 @@ class Fields:
     snapshot_count: int
     snapshots_offset: int
     incompatible: int
+    compatible: int
     autoclear: int
     refcount_order: int
     header_bytes: int
@@ -46,11 +47,11 @@ class Fields:
         """Read the header of an image."""
         head = content[:112].ljust(112, b"\0")
         version, *fields = struct.unpack_from(">IQIIQIIQQIIQ", head, 4)
-        incompatible, _, autoclear, order, length = struct.unpack_from(">QQQII", head, 72)
+        incompatible, compatible, autoclear, order, length = struct.unpack_from(">QQQII", head, 72)
         if version < 3:
-            return cls(version, *fields, 0, 0, 4, 72, 0)
+            return cls(version, *fields, 0, 0, 0, 4, 72, 0)
         kind = head[104] if length > 104 else 0
-        return cls(version, *fields, incompatible, autoclear, order, length, kind)
+        return cls(version, *fields, incompatible, compatible, autoclear, order, length, kind)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Tables:
         self.fields = Fields.of(content)
         # Neither program opens an image with clusters of another size.
         self.cluster_bytes = 1 << min(max(self.fields.cluster_bits, 9), 21)
-        self.per_table = self.cluster_bytes // 8
+        self.is_extended = bool(self.fields.incompatible & 1 << 4)
+        self.entry_bytes = 16 if self.is_extended else 8
+        self.per_table = self.cluster_bytes // self.entry_bytes
 
     def word(self, place: int) -> int | None:
         """Return the 8 bytes at a host offset as a number."""
@@ -117,7 +120,7 @@ class Tables:
             faults.add("gone")
         if not table or faults:
             return faults
-        return self.faults_of(self.word(table + 8 * l2_index) or 0)
+        return self.faults_of(self.word(table + self.entry_bytes * l2_index) or 0)
 
     def faults_of(self, entry: int) -> set[str]:
         """Return what is wrong with an L2 entry."""
@@ -128,7 +131,7 @@ class Tables:
             return faults | self.faults_of_host(host)
         host, faults = entry & OFFSET, set[str]()
         is_zeros = bool(entry & 1)
-        if entry & L2_RESERVED or (is_zeros and self.fields.version < 3):
+        if entry & L2_RESERVED or (is_zeros and (self.fields.version < 3 or self.is_extended)):
             faults.add("invalid")
         if host and host % self.cluster_bytes:
             faults.add("unaligned")
@@ -158,12 +161,15 @@ class Tables:
         clusters = -(-(l1.disk_bytes - start) // self.cluster_bytes)
         for position in range(min(self.per_table, clusters)):
             guest = start + position * self.cluster_bytes
-            entry = self.word(table + 8 * position)
+            entry = self.word(table + self.entry_bytes * position)
             if entry is None:
                 yield guest
                 return
             # What reads as zeros misses nothing.
-            if (entry & COMPRESSED or not entry & 1) and "gone" in self.faults_of(entry):
+            is_read = bool(entry & COMPRESSED or not entry & 1)
+            if self.is_extended and not entry & COMPRESSED:
+                is_read = bool((self.word(table + 16 * position + 8) or 0) & 0xFFFF_FFFF)
+            if is_read and "gone" in self.faults_of(entry):
                 yield guest
 
     def l1_entries(self, l1: L1) -> list[int]:
@@ -210,7 +216,9 @@ class Tables:
                 if entry & L1_RESERVED or not table or table % self.cluster_bytes:
                     continue
                 found.add(table // self.cluster_bytes)
-                words = (self.word(table + 8 * position) or 0 for position in range(self.per_table))
+                words = (
+                    self.word(table + self.entry_bytes * position) or 0 for position in range(self.per_table)
+                )
                 found.update(cluster for word in words if word for cluster in self._clusters_of(word))
         return found
 
@@ -253,7 +261,7 @@ class Tables:
         """Return the host offset that a guest offset is mapped to, None for none or compressed data."""
         l1_index, l2_index = divmod(guest // self.cluster_bytes, self.per_table)
         table = (self.word(l1.offset + 8 * l1_index) or 0) & OFFSET if l1_index < l1.count else 0
-        entry = (self.word(table + 8 * l2_index) or 0) if table else 0
+        entry = (self.word(table + self.entry_bytes * l2_index) or 0) if table else 0
         return None if entry & COMPRESSED or not entry & OFFSET else entry & OFFSET
 
     def extensions(self) -> Iterator[tuple[int, int, int]]:

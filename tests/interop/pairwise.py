@@ -48,7 +48,11 @@ class CoveringArray:
         levels = list(self.factors[factor])
         if wanted:
             self.chance.shuffle(levels)
-            levels.sort(key=lambda level: -len(pairs_with(row, factor, level, self.factors) & wanted))
+            gain = {level: len(pairs_with(row, factor, level, self.factors) & wanted) for level in levels}
+            # Where nothing is gained, the first level: the plain one, which costs the least to try.
+            levels.sort(
+                key=lambda level: (-gain[level], not gain[level] and self.factors[factor].index(level))
+            )
         for level in levels:
             whole = self._complete({**row, factor: level}, wanted)
             if whole is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import time
 from pathlib import Path
 from random import Random
 
@@ -12,30 +10,13 @@ import pytest
 
 import jqcow
 from jqcow.cli.main import main
-from tests.support.qemu import done, qemu_io, run
+from tests.support.qemu import dirty_by_qemu, done, qemu_io, run
 
 SIZE = (64 << 20) + 512
 
 
 def told_by_qemu(path: Path, name: str) -> list[tuple[int, int]]:
-    """Return [start, end) of what QEMU calls dirty."""
-    socket = path.parent / f"{name}.socket"
-    server = subprocess.Popen(["qemu-nbd", "-r", "-f", "qcow2", "-B", name, "-k", socket, path])
-    for _ in range(500):
-        if socket.exists():
-            break
-        time.sleep(0.02)
-    options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
-    lines = json.loads(done("qemu-img", "map", "--image-opts", options, "--output=json"))
-    server.wait(timeout=20)
-    found: list[tuple[int, int]] = []
-    for line in lines:
-        start, end = line["start"], line["start"] + line["length"]
-        if not line["data"]:
-            if found and found[-1][1] == start:
-                start = found.pop()[0]
-            found.append((start, end))
-    return found
+    return dirty_by_qemu(path.parent, ["-f", "qcow2", path], name)
 
 
 def told(path: Path, name: str) -> list[tuple[int, int]]:

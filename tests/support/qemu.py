@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 WAIT_SECONDS = 20
@@ -19,6 +21,16 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 def done(*command: object) -> str:
     """Run a command that must succeed; return what it printed."""
     result = run(*command)
+    assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def done_in_spite_of_load(*command: object) -> str:
+    """Run what makes QEMU measure the time of a hash, which fails on a busy machine now and then."""
+    for _ in range(50):
+        result = run(*command)
+        if "CPU usage" not in result.stderr:
+            break
     assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
     return result.stdout
 
@@ -45,6 +57,27 @@ def qemu_io(path: Path, *commands: str, kind: str = "qcow2") -> str:
     output = done("qemu-io", "-f", kind, *(word for command in commands for word in ("-c", command)), path)
     assert not any(word in output.lower() for word in COMPLAINTS), output
     return output
+
+
+def dirty_by_qemu(folder: Path, image: Sequence[str | Path], bitmap: str) -> list[tuple[int, int]]:
+    """Return [start, end) of what QEMU calls dirty in a bitmap, asked through a server in a folder."""
+    socket = folder / "dirty.socket"
+    socket.unlink(missing_ok=True)
+    server = subprocess.Popen(["qemu-nbd", "-r", "-B", bitmap, "-k", socket, *image])
+    until = time.monotonic() + WAIT_SECONDS
+    while not socket.exists() and server.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    where = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"
+    lines = json.loads(done("qemu-img", "map", "--image-opts", where, "--output=json"))
+    server.wait(timeout=WAIT_SECONDS)
+    found: list[tuple[int, int]] = []
+    for line in lines:
+        start, end = line["start"], line["start"] + line["length"]
+        if not line["data"]:
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, end))
+    return found
 
 
 @contextlib.contextmanager

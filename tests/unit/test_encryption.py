@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import jqcow
 from jqcow.checker.check import Kind
+from jqcow.cli import main as cli
+from jqcow.disks.policy import NOT_FOLLOWING
 from jqcow.errors import (
     CorruptionError,
     FormatError,
@@ -19,6 +23,7 @@ from jqcow.image.opening import open_alone
 from jqcow.offline.commit import commit
 from jqcow.offline.convert import convert
 from jqcow.offline.info import check_file, read_info
+from jqcow.offline.map import map_file
 from jqcow.offline.recover import recover_image
 from jqcow.ondisk.header import HeaderArea
 
@@ -58,6 +63,27 @@ def test_without_the_passphrase_nothing_opens(path: Path) -> None:
     asked: list[str] = []
     with jqcow.open(path, passphrase=lambda name: asked.append(name) or WORD):  # type: ignore[func-returns-value]
         assert asked == [str(path)]
+
+
+def test_a_map_names_no_place_of_encrypted_data(
+    tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies there is not what the guest reads; a hole in the file reads as noise, not as zeros."""
+    with jqcow.open(path, "r+", passphrase=WORD) as image:
+        image.pwrite(b"x" * MIB, MIB)
+        places = [extent.host_offset for extent in image.extents() if extent.kind == "data"]
+    content = path.read_bytes()
+    holey = tmp_path / "holey.qcow2"
+    with holey.open("wb") as file:
+        file.write(content[: places[-1]])
+        os.truncate(holey, len(content))
+    tables_alone = replace(NOT_FOLLOWING, reads_data=False)
+    for name in (path, holey):
+        lines = map_file(name, "qcow2", following=tables_alone)
+        assert sum(line.extent.length for line in lines if line.data) >= MIB
+        assert all(line.zero != line.data and line.extent.host_offset is None for line in lines)
+        assert cli.main(["map", str(name)]) == 1
+        assert "encrypted clusters have no offset" in capsys.readouterr().err
 
 
 def test_tables_need_no_passphrase(path: Path) -> None:

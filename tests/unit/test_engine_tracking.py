@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
 
 import jqcow
 from jqcow.engine import tracking
+from jqcow.ondisk import bitmaps
+from jqcow.ondisk.header import HeaderArea
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.unit.engines import CLUSTER, MIB, OLD, reopened, written_image
 
@@ -176,3 +179,32 @@ def test_many_bitmaps_have_smaller_regions(monkeypatch: pytest.MonkeyPatch) -> N
         image.bitmaps.disable("coarse")
         image.pwrite(b"x" * 512, 4096)
         assert [part.offset for part in image.bitmaps.dirty_extents("fine 9")] == [0, 4096]
+
+
+def test_what_lies_behind_a_table_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU leaves old bytes behind the entries of a table; a region reaches further than a small disk."""
+    monkeypatch.setattr(tracking, "REGION_BITS", 24)
+    path = tmp_path / "image.qcow2"
+    with jqcow.create(path, 600 << 10, cluster_size=512) as image:
+        image.bitmaps.add("512", 512)
+        image.pwrite(b"old!" * 128, 0)
+        (guest,) = [extent.host_offset for extent in image.extents(512, 0)]
+    content = bytearray(path.read_bytes())
+    area = HeaderArea.parse(bytes(content[:512]))
+    place = bitmaps.place_of(area)
+    assert place is not None
+    table = int.from_bytes(content[place.offset : place.offset + 8], "big")
+    for behind in (guest, 0x1_0000_0003):
+        assert behind is not None
+        content[table + 8 : table + 512] = behind.to_bytes(8, "big") * 63
+        path.write_bytes(content)
+        with jqcow.open(path, "r+") as image:
+            assert dirty(image) == [(0, 512)]
+            image.write_zeroes(1024, 300 << 10)
+            image.pwrite(b"new" * 100, 0)
+            image.pwrite(b"x", (600 << 10) - 1)
+            assert image.pread(301, 0) == b"new" * 100 + b"o"
+            assert dirty(image)[-1] == ((600 << 10) - 512, 600 << 10)
+            assert image.check().ok
+        with jqcow.open(path) as image:
+            assert image.pread(301, 0) == b"new" * 100 + b"o"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from jqcow.errors import CorruptionError
-from jqcow.ondisk import bitmaps, entries
+from jqcow.ondisk import bitmaps, entries, header
 from jqcow.ondisk.bitmaps import AUTO, EXTRA_DATA_COMPATIBLE, IN_USE, BitmapEntry, Place
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.entries import DamagedEntry
@@ -88,6 +88,17 @@ def test_a_directory_too_short_for_its_bitmaps(count: int) -> None:
     area = area.with_extension(found, autoclear_features=AUTOCLEAR_BITMAPS)
     with pytest.raises(CorruptionError):
         bitmaps.read_directory(lambda length, offset: data, area)
+
+
+def test_the_reserved_field_of_the_extension() -> None:
+    """QEMU opens no image where it is set."""
+    area, _ = announced(ENTRY)
+    found = area.find(header.EXTENSION_BITMAPS)
+    assert found is not None
+    data = found.data[:4] + b"\0\0\0\1" + found.data[8:]
+    area = area.with_extension(replace(found, data=data), autoclear_features=AUTOCLEAR_BITMAPS)
+    with pytest.raises(CorruptionError, match="reserved field is 0x1"):
+        bitmaps.place_of(area)
 
 
 def test_without_the_autoclear_bit_nothing_counts() -> None:
