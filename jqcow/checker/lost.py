@@ -22,7 +22,7 @@ from itertools import islice
 
 from jqcow import _native
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, L2Codec
-from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.layout import DATA_FILE, SECTOR_BYTES
 
 MAX_READ = 1 << 16
 """So many leaked clusters are read; where there is a hole all further ones count as lost. It bounds time."""
@@ -103,7 +103,12 @@ class LostData:
         return self._read_count > MAX_READ or not _native.is_zero(self.read(cluster))
 
     def is_table(self, data: bytes) -> bool:
-        """Return True if a cluster's bytes are an L2 table: it maps counted clusters, leaked ones too."""
+        """Return True if a cluster's bytes are an L2 table: it maps counted clusters, leaked ones too.
+
+        One of an image with a data file maps guest clusters in a row to their own places there.
+        """
+        if self.codec.geometry.has_data_file:
+            return self._is_table_of_data_file(data)
         maps_leaked, bits = False, self.cluster_bits
         for _, _, kind, host, _, length, has_reserved, fault in self.codec.found(data):
             last = host + (length if kind == COMPRESSED_CLUSTER else bool(host)) - 1
@@ -114,3 +119,13 @@ class LostData:
                 return False
             maps_leaked = maps_leaked or any(map(self.is_leaked, hosts))
         return maps_leaked
+
+    def _is_table_of_data_file(self, data: bytes) -> bool:
+        starts: set[int] = set()
+        for position, _, kind, host, copied, _, has_reserved, fault in self.codec.found(data):
+            if kind == COMPRESSED_CLUSTER or has_reserved or fault or bool(host) != copied:
+                return False
+            if host:
+                starts.add(host - DATA_FILE - (position << self.cluster_bits))
+        reach = self.codec.per_table << self.cluster_bits
+        return len(starts) == 1 and not any(start < 0 or start % reach for start in starts)

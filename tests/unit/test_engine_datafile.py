@@ -12,6 +12,7 @@ from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.l2 import ZERO
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.beside import CLUSTER_BYTES, DATA, SIZE, image_with_data, with_entry
+from tests.support.patients import Tables
 from tests.support.users import beside, open_simulated
 
 
@@ -140,3 +141,13 @@ def test_devices_of_the_callers_own() -> None:
     plain.reopen()
     with pytest.raises(ValueError, match="no external data file"):
         jqcow.open_device(plain, data_file=SimulatedDevice())
+
+
+def test_a_leaked_table_looks_like_lost_data() -> None:
+    device = image_with_data()
+    tables = Tables(device.content())
+    tables.set_entry(tables.header.l1_table_offset, 0)
+    device.pwrite(bytes(tables.image), 0)
+    with open_simulated(device, "r") as image:
+        report = image.check()
+        assert (report.lost, report.errors) == (1, 1)
