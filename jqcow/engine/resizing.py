@@ -13,6 +13,7 @@ from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk.form import Preallocation
 from jqcow.ondisk.l2 import DATA, L2Entry
 from jqcow.ondisk.layout import HostOffset
+from jqcow.ondisk.preallocated import entries_for
 
 
 class Resizing:
@@ -123,7 +124,7 @@ class Resizing:
         first, end = self.geometry.clusters(old_size), self.geometry.clusters(size_bytes)
         backing = self.zeroing.reads.backing
         codec, is_encrypted = self.tables.mapping.codec, self.zeroing.writes.data.is_encrypted
-        entry_for = codec.new_preallocated(is_encrypted=is_encrypted)
+        entry_for = entries_for(codec, is_encrypted=is_encrypted)
         if backing is not None and backing.size > old_size:
             # What a longer backing file has there was never the guest's.
             as_data = preallocation != "metadata" and not is_encrypted

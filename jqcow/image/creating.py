@@ -63,6 +63,37 @@ def create(
         OSError: the host failed; nothing is left under the name.
     """
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
+    named_below = {"backing_file": backing_file, "backing_format": backing_format}
+    form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
+    target = os.fspath(path)
+    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
+    with closed_on_error(new.file) as device:
+        named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
+        # First: an image whose backing file cannot be read is of no use.
+        following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
+        chain = None if named is None else open_below(named, [device.identity()], following)
+        with closed_on_error(chain):
+            data = create_data_file(form, target, size, host_use, overwrite=overwrite)
+            with closed_on_error(None if data is None else data.file) as data_file:
+                write_blank(new.content, blank, host_use.preallocation)
+                publish(new, data, overwrite=overwrite)
+                key = None if encryption is None else encryption.passphrase
+                return open_blank(device, data_file, chain, journal_size=journal_size, passphrase=key)
+
+
+def plan_image(
+    size: int,
+    options: FileOptions,
+    *,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+    encryption: Encryption | None = None,
+) -> tuple[Form, HostUse, BlankImage]:
+    """Return what a new image is to be, and its bytes.
+
+    Raises:
+        ValueError, TypeError: options that no image can have, or a name that cannot be stored.
+    """
     form, host_use = Form.of(options), HostUse.of(options)
     blank = blank_image(
         size,
@@ -72,26 +103,7 @@ def create(
         preallocated=host_use.preallocation != "off",
         luks=None if encryption is None else new_luks(encryption),
     )
-    target = os.fspath(path)
-    area = HeaderArea.parse(blank.parts[0][1])
-    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
-    with closed_on_error(new.file) as device:
-        named = naming.backing_file_of(area, target)
-        # First: an image whose backing file cannot be read is of no use.
-        following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
-        chain = None if named is None else open_below(named, [device.identity()], following)
-        with closed_on_error(chain):
-            data = create_data_file(form, target, size, host_use, overwrite=overwrite)
-            with closed_on_error(None if data is None else data.file) as data_file:
-                write_blank(new.content, blank, host_use.preallocation)
-                publish(new, data, overwrite=overwrite)
-                return open_blank(
-                    device,
-                    data_file,
-                    chain,
-                    journal_size=journal_size,
-                    passphrase=None if encryption is None else encryption.passphrase,
-                )
+    return form, host_use, blank
 
 
 def create_data_file(
@@ -150,11 +162,10 @@ def create_on_device(
     """
     check_device(device)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    form, preallocation = Form.of(options), HostUse.of(options).preallocation
-    new = None if encryption is None else new_luks(encryption)
+    form, host_use, blank = plan_image(size, options, encryption=encryption)
+    preallocation = host_use.preallocation
     if (data_device is None) != (form.data_file is None):
         raise ValueError("an external data file has a name, data_file, and a device, data_device")
-    blank = blank_image(size, form, preallocated=preallocation != "off", luks=new)
     if has_fixed_size(device):
         content = NewContent(device)
         write_blank(content, blank, preallocation)

@@ -13,13 +13,12 @@ parent's image. See docs/threads-and-locks.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from jqcow.checker.check import CheckReport, check_structure
 from jqcow.checker.warnings import warnings_of
@@ -30,18 +29,11 @@ from jqcow.disks.view import FileView
 from jqcow.engine.engine import Guest, Opened
 from jqcow.engine.mapping import L1Table
 from jqcow.engine.repair import RepairReport
-from jqcow.engine.request import is_mine
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
-from jqcow.errors import (
-    ImageClosedError,
-    ImageInUse,
-    PoisonedError,
-    ReadOnlyError,
-    TransactionError,
-)
 from jqcow.image.arguments import number, optional_number, writable_view
 from jqcow.image.bitmaps import BitmapReader, ImageBitmaps
+from jqcow.image.entering import Entering, Mode
 from jqcow.image.file import ImageFile
 from jqcow.image.reports import ImageInfo, Recovered, image_info
 from jqcow.image.transaction import Transaction
@@ -54,13 +46,11 @@ from jqcow.ondisk.snapshots import Snapshot
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-Mode = Literal["r", "r+"]
-
 UNCHECKED_BYTES_MAX = 1 << 20
 """A buffer of this length is made before the range is known to lie within the disk."""
 
 
-class Image:
+class Image(Entering):
     """An open image. Offsets and lengths are in bytes, of the guest's disk.
 
     As a context manager it closes at the end, also after an exception: what was written before stays.
@@ -82,16 +72,10 @@ class Image:
         repaired: RepairReport | None = None,
     ) -> None:
         """Not for users: see `open` and `create`."""
-        self._engine = opened.engine
-        self._medium = opened.engine.medium
-        self._lock = opened.engine.medium.lock
+        super().__init__(opened.engine, mode)
         self._backing = backing
         self._guest = opened.engine.guest(self._enter, backing, shown=shown)
         self._copy_on_read = copy_on_read and backing is not None
-        self._mode: Mode = mode
-        self._transaction_thread: int | None = None
-        self._owner_pid = os.getpid()
-        self._closed = False
         self.repaired: RepairReport | None = repaired
         self.warnings: tuple[str, ...] = () if mode == "r+" else self._find_warnings()
         self.recovered = None if opened.scan is None else Recovered.from_scan(opened.scan)
@@ -109,16 +93,6 @@ class Image:
     @property
     def _disk_bytes(self) -> int:
         return self._guest.tables.mapping.disk_bytes
-
-    @property
-    def mode(self) -> Mode:
-        """``"r"`` or ``"r+"``, as it was opened."""
-        return self._mode
-
-    @property
-    def closed(self) -> bool:
-        """True after `close`."""
-        return self._closed
 
     @property
     def backing_file(self) -> NamedFile | None:
@@ -587,39 +561,3 @@ class Image:
     def __repr__(self) -> str:
         state = "closed" if self._closed else self._mode
         return f"<jqcow.Image of {self._disk_bytes} bytes, {state}>"
-
-    # Before anything else
-
-    @property
-    def _is_foreign(self) -> bool:
-        return os.getpid() != self._owner_pid
-
-    def _own(self, *, changing: bool = False) -> None:
-        """Refuse a caller who would wait forever, before any lock is taken.
-
-        A forked child has a copy of the locks as they were, and of nothing that could release them.
-        """
-        if self._is_foreign:
-            raise ImageInUse(
-                f"the image belongs to process {self._owner_pid}, which this one was forked from: "
-                "open it anew, once that process has closed it"
-            )
-        if changing and self._transaction_thread == threading.get_ident():
-            raise TransactionError("this thread has a transaction open: use its own methods")
-        if is_mine(self._lock) or is_mine(self._engine.commits.turn.lock):
-            raise RuntimeError("the image is in use by this thread: a finaliser must not come back to it")
-
-    def _enter(self, changing: bool) -> None:
-        """Refuse a call that the image's state does not allow; called with the lock held."""
-        if self._closed:
-            raise ImageClosedError
-        self._medium.require_known()
-        if changing:
-            if self._mode != "r+":
-                raise ReadOnlyError("the image is open for reading only")
-            if self._medium.poisoned:
-                raise PoisonedError("the image is read-only since a barrier failed: reopen it to recover")
-
-    def _require_writable(self) -> None:
-        """As `_enter` for a change."""
-        self._enter(True)

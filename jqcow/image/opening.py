@@ -37,7 +37,8 @@ from jqcow.errors import (
     UnsupportedFeatureError,
 )
 from jqcow.image.arguments import optional_text
-from jqcow.image.image import Image, Mode
+from jqcow.image.entering import Mode
+from jqcow.image.image import Image
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import naming
 from jqcow.ondisk import root as roots
@@ -53,6 +54,7 @@ class JournalLength:
     is_exact: bool = False
 
 
+_Given = TypeVar("_Given", OwnDisk, Device)
 _Closable = TypeVar("_Closable", bound=FileDevice | Chain | None)
 
 
@@ -72,9 +74,8 @@ def open(
 ) -> Image:
     """Open an existing image.
 
-    ``"r"`` never writes a byte: a live journal is replayed in memory. ``"r+"`` first recovers a crashed one,
-    counts the refcounts anew of one with the dirty bit (QEMU's ``lazy_refcounts``), and removes a journal
-    that a crash left on a clean one; any other is changed only by the first write.
+    ``"r"`` writes no byte: a live journal is replayed in memory. ``"r+"`` recovers a crashed one first, mends
+    one with the dirty bit and clears away a journal that a crash left; others change by the first write.
 
     Args:
         path: the image.
@@ -227,25 +228,11 @@ def open_device(
     """
 
     def find_backing(engine: Engine) -> Disk | None:
-        named = naming.backing_file_of(engine.blocks.area, "the image")
-        if named is None:
-            if backing is not None and not callable(backing):
-                raise ValueError("the image has no backing file")
-            return None
-        if backing is None:
-            raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
-        below = backing(named) if callable(backing) else backing
-        return below if isinstance(below, Disk) else Adopted(below)
+        below = _given(naming.backing_file_of(engine.blocks.area, "the image"), backing, "backing file")
+        return below if below is None or isinstance(below, Disk) else Adopted(below)
 
     def find_data(engine: Engine) -> Device | None:
-        named = data_file_named(engine.blocks.area, "the image")
-        if named is None:
-            if data_file is not None and not callable(data_file):
-                raise ValueError("the image has no external data file")
-            return None
-        if data_file is None:
-            raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
-        return data_file(named) if callable(data_file) else data_file
+        return _given(data_file_named(engine.blocks.area, "the image"), data_file, "external data file")
 
     return _open(
         device,
@@ -259,6 +246,26 @@ def open_device(
         find_data=find_data,
         unlock=_unlocking(passphrase),
     )
+
+
+def _given(
+    named: NamedFile | None, given: _Given | Callable[[NamedFile], _Given] | None, what: str
+) -> _Given | None:
+    named: NamedFile | None, given: _Given | Callable[[NamedFile], _Given] | None, what: str
+) -> _Given | None:
+    """Return what a caller gives for a file that an image names, None if it names none.
+
+    Raises:
+        FileAccessDenied: it names one, and nothing is given.
+        ValueError: it names none, and something is given for it.
+    """
+    if named is None:
+        if given is not None and not callable(given):
+            raise ValueError(f"the image has no {what}")
+        return None
+    if given is None:
+        raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
+    return given(named) if callable(given) else given
 
 
 def _unlocking(passphrase: Passphrase | None) -> Callable[[Engine], None]:

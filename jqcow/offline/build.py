@@ -27,7 +27,6 @@ from jqcow.ondisk.encryption import NewLuks
 from jqcow.ondisk.form import Form, Preallocation
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, L2Entry, codec_of
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
-from jqcow.ondisk.naming import name_data_file
 
 
 class ImageBuilder:
@@ -183,9 +182,7 @@ class ImageBuilder:
         luks_offset = self._luks_cluster * cluster_bytes
         for offset, data in () if self._luks is None else self._luks.parts:
             self._device.pwrite(data, luks_offset + offset)
-        area = new_area(header, self._luks, luks_offset)
-        if self._form.data_file is not None:
-            area = name_data_file(area, self._form.data_file)
+        area = new_area(header, self._luks, luks_offset, self._form.data_file)
         self._device.pwrite(area.data, 0)
 
 

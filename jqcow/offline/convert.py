@@ -233,12 +233,10 @@ def convert(
         progress: called with the bytes of the disk that are done, and all of them.
         passphrase: of an encrypted source and of encrypted files below it, as in `jqcow.open`.
         encryption: how to encrypt a qcow2 target; None: not at all.
-        options: what the target is to be, as `FileOptions` says; of a raw one the preallocation (not
-            ``metadata``) and ``nocow``.
+        options: what the target is to be, as `FileOptions` says; a raw one takes preallocation and nocow.
 
     Raises:
-        ValueError: options, compression or bitmaps that the target cannot have, a snapshot of a raw file, or
-            source and target are the same file.
+        ValueError: what the target cannot have, a snapshot of a raw file, or source and target are one file.
         FileExistsError: the target exists.
         FileAccessDenied: the source names a backing file, and that is not allowed.
         JqcowError: the source or a bitmap is damaged, a file in use, or the verification found a difference.

@@ -8,12 +8,11 @@ from typing import Unpack
 
 from jqcow.device.targets import new_target
 from jqcow.errors import printable
-from jqcow.image.creating import create_data_file, publish, write_blank
+from jqcow.image.creating import create_data_file, plan_image, publish, write_blank
 from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
-from jqcow.ondisk.blank import blank_image
-from jqcow.ondisk.encryption import Encryption, new_luks
-from jqcow.ondisk.form import FileOptions, Form, HostUse
+from jqcow.ondisk.encryption import Encryption
+from jqcow.ondisk.form import FileOptions
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, decode_name, named_file, resolve
 
@@ -73,15 +72,8 @@ def create_overlay(
         OSError: the host failed; nothing is left under the name.
     """
     size = layout.disk_size(size)
-    form, host_use = Form.of(options), HostUse.of(options)
-    blank = blank_image(
-        size,
-        form,
-        backing_file=backing_file,
-        backing_format=backing_format,
-        preallocated=host_use.preallocation != "off",
-        luks=None if encryption is None else new_luks(encryption),
-    )
+    named_below = {"backing_file": backing_file, "backing_format": backing_format}
+    form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
     overlay = os.fspath(path)
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.
     if os.path.realpath(resolve(backing_file, overlay)) == os.path.realpath(overlay):

@@ -17,7 +17,7 @@ from jqcow.ondisk.header import CREATED_HEADER_BYTES, V2_BYTES, Header, HeaderAr
 from jqcow.ondisk.l2 import codec_of
 from jqcow.ondisk.layout import Geometry, HostOffset
 from jqcow.ondisk.naming import name_backing_file, name_data_file
-from jqcow.ondisk.preallocated import MappedRow, PreallocatedDisk
+from jqcow.ondisk.preallocated import MappedRow, PreallocatedDisk, entries_for
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ def blank_image(
     geometry = form.geometry
     l1_size = new_l1_size(geometry, size)
     l1_clusters = geometry.clusters(layout.table_bytes(l1_size))
-    _check_data_file(form, has_backing=backing_file is not None, is_encrypted=luks is not None)
     # The tables of a raw data file map all of it: it must show whatever is written there.
     preallocated = preallocated or form.data_file_raw
     l2_tables, disk_clusters = (l1_size, geometry.clusters(size)) if preallocated else (0, 0)
@@ -79,9 +78,7 @@ def blank_image(
     luks_offset = l1_table + l1_clusters * geometry.cluster_bytes
     places = {"l1_table_offset": l1_table, "refcount_table_offset": table}
     header = new_header(form, size, **places, refcount_table_clusters=table_clusters)
-    area = new_area(header, luks, luks_offset)
-    if form.data_file is not None:
-        area = name_data_file(area, form.data_file)
+    area = new_area(header, luks, luks_offset, form.data_file)
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
     used = others + table_clusters + block_count
@@ -92,33 +89,36 @@ def blank_image(
         parts.append((blocks, pack_ones(geometry, used)))
         return BlankImage(tuple(parts), used * geometry.cluster_bytes)
     tables = HostOffset(luks_offset + luks_clusters * geometry.cluster_bytes)
-    codec = codec_of(geometry)
-    host = HostOffset(tables + l2_tables * geometry.cluster_bytes)
-    if geometry.has_data_file:
-        host = HostOffset(layout.DATA_FILE)
-    entry_for = codec.new_preallocated(is_encrypted=luks is not None)
-    if form.data_file_raw:
-        entry_for = partial(codec.preallocated_zeros, as_data=True)
-    row = MappedRow(codec, 0, disk_clusters, host, entry_for)
+    row = _preallocated_row(form, tables, l2_tables, disk_clusters, is_encrypted=luks is not None)
     disk = PreallocatedDisk(row, tables, HostOffset(blocks), used)
     parts.append((l1_table, _pack_l1(geometry, tables, l2_tables)))
     return BlankImage(tuple(parts), used * geometry.cluster_bytes, disk)
 
 
+def _preallocated_row(
+    form: Form, tables: HostOffset, l2_tables: int, disk_clusters: int, *, is_encrypted: bool
+) -> MappedRow:
+    """Return the clusters of a preallocated disk: behind its L2 tables, or in the data file."""
+    codec = codec_of(form.geometry)
+    host = HostOffset(tables + l2_tables * form.geometry.cluster_bytes)
+    if form.data_file is not None:
+        host = HostOffset(layout.DATA_FILE)
+    entry_for = entries_for(codec, is_encrypted=is_encrypted)
+    if form.data_file_raw:
+        entry_for = partial(codec.preallocated_zeros, as_data=True)
+    return MappedRow(codec, 0, disk_clusters, host, entry_for)
+
+
 def _require_zeros(form: Form, *, has_backing: bool, is_encrypted: bool) -> None:
     """Raise ValueError unless what is preallocated, and not written, reads as zeros or as what is below."""
-    if has_backing and not form.has_subclusters:
-        raise ValueError("preallocation over a backing file would hide it, but with extended_l2")
-    if is_encrypted and not form.geometry.has_zero_flag:
-        raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
-
-
-def _check_data_file(form: Form, *, has_backing: bool, is_encrypted: bool) -> None:
-    """Raise ValueError if a raw data file could not show the disk."""
     if form.data_file_raw and has_backing:
         raise ValueError("a raw data file cannot show a backing file: leave data_file_raw out")
     if form.data_file_raw and is_encrypted:
         raise ValueError("an encrypted disk cannot be read in a raw data file: leave data_file_raw out")
+    if has_backing and not form.has_subclusters:
+        raise ValueError("preallocation over a backing file would hide it, but with extended_l2")
+    if is_encrypted and not form.geometry.has_zero_flag:
+        raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
 
 
 def _pack_l1(geometry: Geometry, first_table: int, table_count: int) -> bytes:
@@ -141,13 +141,15 @@ def new_l1_size(geometry: Geometry, size: int) -> int:
     return l1_size
 
 
-def new_area(header: Header, luks: NewLuks | None, luks_offset: int) -> HeaderArea:
-    """Return the header area of a new image, with or without a LUKS header at a host offset."""
-    if luks is None:
-        return HeaderArea(header, (), header.pack())
-    header = replace(header, crypt_method=luks.crypt_method)
-    area = HeaderArea(header, (luks.extension(luks_offset),), header.pack())
-    return area.with_backing_file(None, None)
+def new_area(
+    header: Header, luks: NewLuks | None, luks_offset: int, data_file: str | None = None
+) -> HeaderArea:
+    """Return the header area of a new image, perhaps with a LUKS header at a host offset, or a data file."""
+    area = HeaderArea(header, (), header.pack())
+    if luks is not None:
+        header = replace(header, crypt_method=luks.crypt_method)
+        area = HeaderArea(header, (luks.extension(luks_offset),), header.pack()).with_backing_file(None, None)
+    return area if data_file is None else name_data_file(area, data_file)
 
 
 def new_header(

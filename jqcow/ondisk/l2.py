@@ -33,8 +33,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain, repeat
 from typing import NamedTuple
 
@@ -322,15 +321,6 @@ class L2Codec(ABC):
 
         Without a zero flag it is data in any case.
         """
-
-    def new_preallocated(self, *, is_encrypted: bool) -> Callable[[HostOffset], L2Entry]:
-        """Return what makes the entries of a preallocated disk with nothing below; they read as zeros.
-
-        What was never written to an encrypted image is noise, so there a flag says that it is zeros.
-        """
-        if is_encrypted and self.subclusters == 1:
-            return partial(self.preallocated_zeros, as_data=False)
-        return self.preallocated
 
     def _decode_compressed(self, entry: int) -> L2Entry:
         if self._is_outside:

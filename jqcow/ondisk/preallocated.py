@@ -7,10 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from jqcow import _native
 from jqcow.ondisk.l2 import L2Codec, L2Entry
 from jqcow.ondisk.layout import Geometry, HostOffset
+
+
+def entries_for(codec: L2Codec, *, is_encrypted: bool) -> Callable[[HostOffset], L2Entry]:
+    """Return what makes the entries of a preallocated disk with nothing below; they read as zeros.
+
+    What was never written to an encrypted image is noise, so there a flag says that it is zeros.
+    """
+    if is_encrypted and codec.subclusters == 1:
+        return partial(codec.preallocated_zeros, as_data=False)
+    return codec.preallocated
 
 
 @dataclass(frozen=True)
