@@ -251,8 +251,6 @@ def open_device(
 def _given(
     named: NamedFile | None, given: _Given | Callable[[NamedFile], _Given] | None, what: str
 ) -> _Given | None:
-    named: NamedFile | None, given: _Given | Callable[[NamedFile], _Given] | None, what: str
-) -> _Given | None:
     """Return what a caller gives for a file that an image names, None if it names none.
 
     Raises:
