@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from jqcow.engine.planning import WritePlan
 from jqcow.engine.request import Request
-from jqcow.engine.write import WritePlan, Writes
+from jqcow.engine.write import Writes
 from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import UNALLOCATED
 from jqcow.ondisk.layout import GuestOffset

@@ -372,7 +372,8 @@ class Allocation(Refcounts):
                 continue
             for cluster in clusters:
                 self.check_holds_data(cluster)
-            self._stop_packing_in(run)
+            if run.start <= changes.packed_end // self.geometry.cluster_bytes < run.start + run.count:
+                changes.packed_end = 0
             self.space.free(run.start, run.count)
             changes.freed_data.append(run)
             changes.freed_clusters += run.count
@@ -463,11 +464,6 @@ class Allocation(Refcounts):
         if run is not None:
             self.count_in(run)
         self.view.changes.packed_end = layout.round_up(offset + length, SECTOR_BYTES)
-
-    def _stop_packing_in(self, run: Run) -> None:
-        changes = self.view.changes
-        if run.start <= changes.packed_end // self.geometry.cluster_bytes < run.start + run.count:
-            changes.packed_end = 0
 
     # Free clusters below the end of the file
 

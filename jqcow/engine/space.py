@@ -28,17 +28,16 @@ S4. Clusters of a live journal range are never handed out.
 S5. Clusters of a transaction whose record failed wait for a barrier: the record may come back to life.
 S6. A freed cluster is punched or handed out only after every request has ended that began before the record
     which frees it was durable.
-S7. On a device of fixed size nothing is handed out, or reserved for a new journal, that does not lie on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from jqcow.device.base import no_space
 from jqcow.engine.clusters import ClusterRuns, Run
+from jqcow.engine.frontier import Frontier
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.ondisk import layout
@@ -62,11 +61,10 @@ class InFlight(Protocol):
         ...
 
 
-class Space:
+class Space(Frontier):
     """The pools of free clusters of one image that is open for writing. The lock is held by the caller.
 
     Attributes:
-        frontier: the cluster behind the end of everything.
         reserved: the clusters of journal ranges (S4).
         metadata: the clusters that hold metadata, so that no guest cluster may be written there (G2).
         search_at, search_end: where the refcounts are still to be searched for free clusters.
@@ -75,9 +73,6 @@ class Space:
         lost_table: (host offset, clusters) of a refcount table that no refcount can be read from.
         left_alone: data clusters that lost owners in this session, and have one left (sharing.py, W5).
         sharers: who shares clusters without a snapshot, once that was looked for.
-        readable_bytes: length of the file, as far as it was asked for. What lies further is lost, unless
-            `reaches` says that the file has grown.
-        find_used_end: of a live image, finds the cluster behind the highest one with a refcount.
         sound_bitmaps: what a repair leaves of a damaged bitmap directory, and
         given_up_bitmaps: how many bitmaps it gives up, and
         abandoned: the clusters that these had, as far as that can be told: no data is lost with them.
@@ -85,9 +80,7 @@ class Space:
     """
 
     def __init__(self, medium: Medium, geometry: Geometry, requests: InFlight) -> None:
-        self.medium = medium
-        self.geometry = geometry
-        self.frontier = ClusterIndex(0)
+        super().__init__(medium, geometry)
         self.reserved: list[Run] = []
         self.zero_safe = ClusterRuns()
         self.unknown = ClusterRuns()
@@ -99,8 +92,6 @@ class Space:
         self.lost_table: tuple[int, int] | None = None
         self.left_alone: set[ClusterIndex] = set()
         self.sharers: dict[ClusterIndex, list[GuestCluster]] | None = None
-        self.readable_bytes = 0
-        self.find_used_end: Callable[[], ClusterIndex] | None = None
         self.sound_bitmaps: Directory | None = None
         self.given_up_bitmaps = 0
         self.abandoned: set[ClusterIndex] = set()
@@ -123,19 +114,6 @@ class Space:
             or any(run.start <= cluster < run.start + run.count for run in self.reserved)
             or any(run.start <= cluster < run.start + run.count for runs in waiting for run in runs)
         )
-
-    def reaches(self, end_bytes: int) -> bool:
-        """Return True if the file reaches to host offset ``end_bytes``: what lies behind reads as zeros.
-
-        A checkpoint makes the file of a live image longer, and so does whoever takes clusters at the
-        frontier.
-        """
-        frontier = self.geometry.offset_of(self.frontier)
-        self.readable_bytes = max(self.readable_bytes, self.medium.size(), frontier)
-        if end_bytes > self.readable_bytes and self.find_used_end is not None:
-            used_bytes = self.geometry.offset_of(self.find_used_end())
-            self.readable_bytes = max(self.readable_bytes, used_bytes)
-        return end_bytes <= self.readable_bytes
 
     # Handing out
 
@@ -184,36 +162,9 @@ class Space:
         return None
 
     @property
-    def is_full(self) -> bool:
-        """True if there is no cluster behind the frontier."""
-        return not self._has_room(1)
-
-    @property
     def is_waiting(self) -> bool:
         """True if clusters are on their way back."""
         return bool(self._freed or self._old_metadata or self._retired or self._released)
-
-    def _has_room(self, count: int) -> bool:
-        room = self._room()
-        return room is None or room >= count
-
-    def _room(self) -> int | None:
-        """Return how many clusters there are behind the frontier; None where the device grows."""
-        if not self.medium.has_fixed_size:
-            return None
-        return max(0, self.medium.size() // self.geometry.cluster_bytes - self.frontier)
-
-    def free_bytes(self) -> int | None:
-        """Return how many bytes can be used behind the frontier, None where nobody knows."""
-        room = self._room()
-        return self.medium.free_bytes() if room is None else room * self.geometry.cluster_bytes
-
-    def require_room(self, end: int) -> None:
-        """Raise ``ENOSPC`` unless the clusters up to ``end`` lie within a device of fixed size (S7)."""
-        room = self._room()
-        if room is not None and end > self.frontier + room:
-            needed = end * self.geometry.cluster_bytes
-            raise no_space("the image", needed, None, self.medium.size())
 
     def distrust(self) -> None:
         """A cluster in use has refcount 0, and so may others that look free: none is used or punched (F1)."""
