@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -176,3 +177,33 @@ def test_many_bitmaps_have_smaller_regions(monkeypatch: pytest.MonkeyPatch) -> N
         image.bitmaps.disable("coarse")
         image.pwrite(b"x" * 512, 4096)
         assert [part.offset for part in image.bitmaps.dirty_extents("fine 9")] == [0, 4096]
+
+
+@pytest.mark.parametrize("size", [CLUSTER, MIB])
+def test_the_disk_and_the_bitmaps_may_be_others_when_a_write_has_waited(
+    image: jqcow.Image, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    commits, heat = image._engine.commits, image._engine.commits.heat
+    offset = MIB - 5000
+    image.pwrite(b"x" * 5000, offset)
+    image.flush()
+    with image.transaction():
+        pass
+
+    def meanwhile(*arguments: Any) -> None:
+        monkeypatch.undo()
+        if size < MIB:
+            image.resize(size)
+        else:
+            image.bitmaps.add("coarse", 1 << 20)
+        heat(*arguments)
+
+    monkeypatch.setattr(commits, "heat", meanwhile)
+    try:
+        image.pwrite(b"y" * 512, offset)
+    except ValueError:
+        assert size < MIB
+    assert image.size == size and image.check().ok
+    assert not any(end > size for _, end in dirty(image))
+    if size == MIB:
+        assert [part.length for part in image.bitmaps.dirty_extents("coarse")] == [MIB]
