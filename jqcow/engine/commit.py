@@ -178,7 +178,7 @@ class Commits:
             self.begin_turn()
             with self.medium.lock:
                 admit()
-                self.tracking.warm(cold.first, cold.end)
+                self.tracking.warm_for(cold)
             self.commit(self.public)
 
     def cool(self, admit: Callable[[], None]) -> None:

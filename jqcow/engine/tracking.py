@@ -41,11 +41,14 @@ REGION_MEMORY_MAX = 64 << 20
 
 
 class Cold(Exception):
-    """A write in place has to wait until the regions [first, end) are hot."""
+    """A write in place has to wait until a range of the disk, in bytes, is hot.
 
-    def __init__(self, first: int, end: int) -> None:
-        super().__init__(first, end)
-        self.first = first
+    Not regions: until the caller has the turn, the bitmaps and the disk may be others.
+    """
+
+    def __init__(self, offset: int, end: int) -> None:
+        super().__init__(offset, end)
+        self.offset = offset
         self.end = end
 
 
@@ -130,7 +133,7 @@ class Tracking:
         for index in range(first, last + 1):
             region = regions.get(index)
             if region is None or not region.is_hot:
-                raise Cold(first, last + 1)
+                raise Cold(offset, offset + length)
         self._note(offset, offset + length)
 
     def will_stage(self, offset: int, length: int) -> None:
@@ -190,6 +193,12 @@ class Tracking:
                 # Within the section: what is cut off between the blocks and memory leaves the image in doubt.
                 self._regions.update(fresh)
                 self._warm += fresh.values()
+
+    def warm_for(self, cold: Cold) -> None:
+        """Set all bits of the regions that a write waits for, as far as there is a disk; errors as `warm`."""
+        end = min(cold.end, self.tables.view.header.size)
+        if self._is_on() and cold.offset < end:
+            self.warm(cold.offset >> self._region_bits, (end - 1 >> self._region_bits) + 1)
 
     def cut(self) -> list[Region]:
         """A commit cuts what is staged; return the regions that are hot once its record is durable (B1)."""

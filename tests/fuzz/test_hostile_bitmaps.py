@@ -17,7 +17,7 @@ from jqcow.testing import SimulatedDevice
 CLUSTER = 4096
 SIZE = (1 << 20) + 512
 NUMBERS = (0, 1, 2, 7, 8, 9, 24, 31, 32, 63, 255, 512, 1023, 1024, 4096, 65535, 1 << 31, (1 << 32) - 1)
-SEEDS = 60
+SEEDS = 40
 
 Act = Callable[[jqcow.Image], object]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -208,3 +209,33 @@ def test_what_lies_behind_a_table_is_no_part_of_it(tmp_path: Path, monkeypatch: 
             assert image.check().ok
         with jqcow.open(path) as image:
             assert image.pread(301, 0) == b"new" * 100 + b"o"
+
+
+@pytest.mark.parametrize("size", [CLUSTER, MIB])
+def test_the_disk_and_the_bitmaps_may_be_others_when_a_write_has_waited(
+    image: jqcow.Image, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    commits, heat = image._engine.commits, image._engine.commits.heat
+    offset = MIB - 5000
+    image.pwrite(b"x" * 5000, offset)
+    image.flush()
+    with image.transaction():
+        pass
+
+    def meanwhile(*arguments: Any) -> None:
+        monkeypatch.undo()
+        if size < MIB:
+            image.resize(size)
+        else:
+            image.bitmaps.add("coarse", 1 << 20)
+        heat(*arguments)
+
+    monkeypatch.setattr(commits, "heat", meanwhile)
+    try:
+        image.pwrite(b"y" * 512, offset)
+    except ValueError:
+        assert size < MIB
+    assert image.size == size and image.check().ok
+    assert not any(end > size for _, end in dirty(image))
+    if size == MIB:
+        assert [part.length for part in image.bitmaps.dirty_extents("coarse")] == [MIB]
