@@ -232,7 +232,10 @@ class Mapping:
         """
         codec = self.codec
         for l1_index, table in self.l2_tables(0):
-            for block in range(table, table + self._cluster_bytes, self.geometry.block_bytes):
+            end = table + self._cluster_bytes
+            if self.view.hole_end(table, end) == end:
+                continue
+            for block in range(table, end, self.geometry.block_bytes):
                 first = l1_index * codec.per_table + (block - table) // codec.entry_bytes
                 index = 0
                 while index < codec.per_block:
