@@ -95,8 +95,8 @@ class DataFile:
         with self._size_lock:
             try:
                 if self.device.size() < size_bytes:
-                    # By its last byte, not by its length: another thread may be writing behind that.
-                    self.device.pwrite(b"\0", size_bytes - 1)
+                    # Not by its length, nor by a write: another thread may be writing there.
+                    self.device.allocate(size_bytes - 1, 1)
             finally:
                 self.is_changed = True
 

@@ -309,7 +309,10 @@ def _mapped_elsewhere(mapping: Mapping) -> HostOffset:
     """
     codec, cluster_bytes = mapping.codec, mapping.geometry.cluster_bytes
     for l1_index, table in mapping.l2_tables(0):
-        for block in range(table, table + cluster_bytes, mapping.geometry.block_bytes):
+        end = table + cluster_bytes
+        if mapping.view.hole_end(table, end) == end:
+            continue
+        for block in range(table, end, mapping.geometry.block_bytes):
             first = l1_index * codec.per_table + (block - table) // codec.entry_bytes
             index = 0
             while index < codec.per_block:

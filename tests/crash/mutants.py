@@ -102,7 +102,7 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "checkpoint.homes": ("epochs/4096/0",),
     "move.range": ("move/4096/0",),
     "move.root": tuple(f"barrier-fails-shown/4096/{seed}" for seed in (0, 7)),
-    "open.data": ("data-file-killed/1024/0",),
+    "open.data": ("data-file-killed-in-place/1024/0",),
     "data.first": ("data-file-in-place/1024/0",),
     "open.settle": tuple(f"root:move-killed/8192/{seed}" for seed in range(4)),
     "recover.root": ("root:killed/8192/0",),

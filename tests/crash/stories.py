@@ -45,6 +45,9 @@ EPOCHS = f"open {turns(22, 'change flush')} close"
 KILLED = "open change:5:3 kill open change:3:2 change kill open close"
 """The writer is killed; the next one recovers and goes on; killed once more, before any flush."""
 
+KILLED_IN_PLACE = f"{turns(4, 'open write:w%s:3s write:0:s kill open look write:w:s')} flush close"
+"""The writer of a clean image is killed before any flush; the next one relies on what it reads."""
+
 MIXED = """open write:0:3s flush write:2w:c+s discard:0:2c flush zeroes:w:2c write:w+s:s checkpoint fua:3w:s
     grow:10 flush write:c:c close"""
 """All that has a call to fail: going live, growth, zeroes, reuse, an epoch's end, a move, close."""

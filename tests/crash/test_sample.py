@@ -36,7 +36,7 @@ COVERING = (
     "root-write-fails/8192",
     "move/4096",
     "half-closed/8192",
-    "data-file-killed/1024",
+    "data-file-killed-in-place/1024",
 )
 
 

@@ -301,6 +301,7 @@ _OF_DATA_FILES = tuple(
         ("reuse-dirty", "-unpunchable", stories.REUSE),
         ("epochs", "", stories.EPOCHS),
         ("killed", "", stories.KILLED),
+        ("killed-in-place", "-full", stories.KILLED_IN_PLACE),
         ("move", "", stories.MOVE),
         ("host-fails", "-unpunchable", stories.HOST_FAILS),
         ("barrier-fails", "-full", stories.BARRIER_FAILS),
