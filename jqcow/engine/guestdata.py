@@ -19,7 +19,7 @@ from jqcow.engine.metadata import View
 from jqcow.errors import CorruptionError, PassphraseError
 from jqcow.ondisk import keys, layout, luks
 from jqcow.ondisk.header import CRYPT_NONE
-from jqcow.ondisk.keys import Passphrase, secret_for
+from jqcow.ondisk.keys import Passphrase, Secret, secret_for
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
 from jqcow.ondisk.luks import LuksHeader, Pointer
 from jqcow.ondisk.sectors import SectorCipher
@@ -146,7 +146,7 @@ def read_luks(view: View) -> tuple[Pointer, LuksHeader] | None:
     return pointer, header
 
 
-def unlock(medium: Medium, view: View, passphrase: Passphrase) -> tuple[int, bytes] | None:
+def unlock(medium: Medium, view: View, passphrase: Passphrase) -> tuple[int, Secret] | None:
     """Return the key slot that a passphrase opens, and the master key; None where nothing is encrypted.
 
     Raises:
@@ -175,4 +175,4 @@ def unlocked_data(medium: Medium, view: View, passphrase: Passphrase | None) -> 
     found, opened = read_luks(view), unlock(medium, view, passphrase)
     if found is None or opened is None:
         return data_on(medium, view)
-    return EncryptedData(medium, SectorCipher(keys.form_of(found[1]), opened[1]))
+    return EncryptedData(medium, SectorCipher(keys.form_of(found[1]), opened[1].reveal()))

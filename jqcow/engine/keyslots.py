@@ -47,14 +47,14 @@ class KeySlots:
             raise ValueError("the image is not encrypted")
         return found
 
-    def add(self, key: bytes, secret: Secret, iter_time: int) -> int:
+    def add(self, key: Secret, secret: Secret, iter_time: int) -> int:
         """Give the master key another passphrase, durably; return its slot.
 
         Raises:
             UnsupportedFeatureError: all slots have one.
         """
         number = self._free_slot()
-        iterations = keys.iterations_for(self.header.hash, iter_time)
+        iterations = keys.iterations_for(self.header.hash, iter_time, self.header.key_bytes)
         slot, material = keys.lock(self.header, number, key, secret, iterations)
         changed = self.header.with_slot(number, slot)
         changed.validate(self.pointer.length)

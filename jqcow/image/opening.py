@@ -45,7 +45,7 @@ from jqcow.ondisk.blank import BlankImage, blank_image
 from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.keys import Passphrase
+from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 
@@ -98,6 +98,7 @@ def create(
         ImageInUse: the file to be replaced is in use.
         OSError: the host failed; nothing is left under the name.
     """
+    passphrase = hidden(passphrase)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
     form, host_use = Form.of(options), HostUse.of(options)
     blank = blank_image(
@@ -164,6 +165,7 @@ def open(
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
         JqcowError, OSError: no qcow2 image, damaged, refused by name, in use, no such snapshot; a host error.
     """
+    passphrase = hidden(passphrase)
     _check_mode(mode, journal_size, repair, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share, passphrase=passphrase)
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
@@ -267,6 +269,8 @@ def open_device(
         FileAccessDenied: the image names a backing file, and there is no ``backing``.
         ValueError: there is a disk, and the image names none.
     """
+
+    passphrase = hidden(passphrase)
 
     def find_backing(engine: Engine) -> Disk | None:
         named = naming.backing_file_of(engine.blocks.area, "the image")

@@ -19,7 +19,7 @@ from jqcow.image.opening import open_alone, open_base
 from jqcow.offline.compare import Progress
 from jqcow.offline.losses import refuse_lost_data_in
 from jqcow.offline.rebase import refuse_snapshots
-from jqcow.ondisk.keys import Passphrase
+from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 WINDOW_BYTES = 4 << 20
@@ -76,6 +76,7 @@ def commit(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the overlay reads as before.
     """
+    passphrase = hidden(passphrase)
     # What a hole in a table hides would be the base's from then on.
     refuse_lost_data_in(path)
     following = Following(allow_files, probe, passphrase=passphrase)
