@@ -59,16 +59,24 @@ class FileDevice:
         self._owner_pid = os.getpid()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, writable: bool, share_writers: bool = False) -> FileDevice:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        writable: bool,
+        share_writers: bool = False,
+        real_path: str | None = None,
+    ) -> FileDevice:
         """Open an existing file and lock it.
 
         Args:
             path: the file; symbolic links are followed.
             writable: False makes every changing method raise ReadOnlyError.
             share_writers: read beside a writer. What is read may be inconsistent.
+            real_path: the path, all links resolved, of the file that is meant; None: any.
 
         Raises:
-            ImageInUse: another process holds locks that exclude this use.
+            ImageInUse: another process holds locks that exclude this use, or put another file in its place.
             UnsupportedFeatureError: not a regular file, no locks on this file system, or not Linux.
         """
         _require_linux()
@@ -78,6 +86,8 @@ class FileDevice:
         for _ in range(names.ATTEMPTS):
             descriptor = _open_regular(name, writable=writable)
             try:
+                if real_path is not None and _real_path_of(descriptor, name) != real_path:
+                    raise ImageInUse(f"{name} leads elsewhere than to {real_path}, as it did before")
                 if writable:
                     locks.lock_for_writing(descriptor, name)
                 else:
@@ -349,6 +359,12 @@ def _open_regular(name: str, *, writable: bool) -> int:
             _FILE_KINDS.get(kind, "a special file"), f"{name} is not a regular file"
         )
     return descriptor
+
+
+def _real_path_of(descriptor: int, name: str) -> str:
+    """Return the path of an open file, all links resolved; as ``name`` leads now where there is no /proc."""
+    link = f"/proc/self/fd/{descriptor}"
+    return os.readlink(link) if os.path.exists(link) else os.path.realpath(name)
 
 
 def _open_writable(name: str) -> int:

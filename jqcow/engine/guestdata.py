@@ -16,7 +16,7 @@ from jqcow.device.base import ReadBuffer
 from jqcow.device.file import path_of
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import View
-from jqcow.errors import CorruptionError, PassphraseError
+from jqcow.errors import CorruptionError, PassphraseError, WrongPassphrase
 from jqcow.ondisk import keys, layout, luks
 from jqcow.ondisk.header import CRYPT_NONE
 from jqcow.ondisk.keys import Passphrase, Secret, secret_for
@@ -151,6 +151,7 @@ def unlock(medium: Medium, view: View, passphrase: Passphrase) -> tuple[int, Sec
 
     Raises:
         WrongPassphrase: it opens none.
+        CorruptionError: it opens none, and key material lies past the end of the file.
         JqcowError: as `read_luks`, or cryptography is not installed.
     """
     found = read_luks(view)
@@ -163,7 +164,15 @@ def unlock(medium: Medium, view: View, passphrase: Passphrase) -> tuple[int, Sec
     def read(length: int, offset: int) -> bytes:
         return medium.pread(length, HostOffset(pointer.offset + offset))
 
-    return keys.unlock(header, read, secret_for(passphrase, image), image)
+    try:
+        return keys.unlock(header, read, secret_for(passphrase, image), image)
+    except WrongPassphrase:
+        for number in header.active_slots():
+            _, end = header.place_of(number, pointer.length)
+            if not view.holds(HostOffset(pointer.offset + end - 1)):
+                detail = f"the key material of key slot {number} lies past the end of the file"
+                raise CorruptionError("encryption header", pointer.offset, detail) from None
+        raise
 
 
 def unlocked_data(medium: Medium, view: View, passphrase: Passphrase | None) -> GuestData:

@@ -200,7 +200,8 @@ def open_base(
     Raises:
         JqcowError, OSError: as `open`.
     """
-    with _closed_on_error(FileDevice.open(named.path, writable=True)) as device:
+    opened = FileDevice.open(named.path, writable=True, real_path=named.real_path)
+    with _closed_on_error(opened) as device:
         image = _open(
             device,
             "r+",

@@ -86,7 +86,7 @@ def commit(
         if named is None:
             raise ValueError(f"{os.fspath(path)} has no backing file to commit to")
         refuse_snapshots(overlay, "a commit")
-        require_allowed(named, allow_files)
+        named = require_allowed(named, allow_files)
         with _open_base(named, identity_of(os.fspath(path)), following, journal_size) as base:
             written, zeroed = copy_into(overlay, base, progress)
             base_size = base.size
@@ -103,12 +103,12 @@ def _open_base(
     """Open the backing file for writing; at the end of the block all changes are durable."""
     with naming_the_image(named):
         refuse_loop(named, [overlay])
-        known = stored_format(named, probe=following.probe) or _probe(named.path)
+        known = stored_format(named, probe=following.probe) or _probe(named)
         opened: Image | FileDevice
         if known == "qcow2":
             opened = open_base(named, [overlay], following, journal_size=journal_size)
         else:
-            opened = FileDevice.open(named.path, writable=True)
+            opened = FileDevice.open(named.path, writable=True, real_path=named.real_path)
     if isinstance(opened, Image):
         with opened, opened.transaction() as transaction:
             yield transaction
@@ -117,8 +117,8 @@ def _open_base(
             yield base
 
 
-def _probe(path: str) -> DiskFormat:
-    device, known = open_to_read(path)
+def _probe(named: NamedFile) -> DiskFormat:
+    device, known = open_to_read(named.path, real_path=named.real_path)
     device.close()
     return known
 

@@ -328,8 +328,8 @@ class HeaderArea:
         return HeaderArea(header, extensions, data)
 
     def find(self, extension_type: int) -> Extension | None:
-        """Return the first extension of this type, or None."""
-        return next((found for found in self.extensions if found.type == extension_type), None)
+        """Return the extension of this type, or None; of several, which no image may have, the last, as QEMU."""
+        return next((found for found in reversed(self.extensions) if found.type == extension_type), None)
 
 
 def _parse_extensions(area: bytes, start: int, backing_offset: int) -> tuple[tuple[Extension, ...], int]:
