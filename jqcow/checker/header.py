@@ -47,6 +47,8 @@ def header_faults(area: HeaderArea) -> Iterator[tuple[str, int, str]]:
     position = V2_BYTES if header.version == 2 else header.header_length
     for extension in area.extensions:
         detail = _fault(extension, header)
+        if area.find(extension.type) is not extension:
+            detail = "another one of its type follows, which counts"
         if detail is not None:
             yield f"header extension {extension.type:#010x}", position, detail
         position += EXTENSION_STRUCT.size + layout.round_up(len(extension.data), 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import functools
 import getpass
 import os
 import sys
@@ -65,9 +66,9 @@ def add_objects(parser: argparse.ArgumentParser) -> None:
 
 
 def passphrase_of(arguments: argparse.Namespace, prefix: str = "") -> Passphrase:
-    """Return the passphrase that was given, or what asks for it when an image needs it."""
+    """Return the passphrase that was given, or what asks for it, once, when an image needs it."""
     found = _given(arguments, prefix)
-    return _ask if found is None else found
+    return functools.cache(_ask) if found is None else found
 
 
 def new_passphrase_of(arguments: argparse.Namespace, prefix: str, image: str) -> Secret:
@@ -103,7 +104,12 @@ def _require_terminal(image: str) -> None:
 
 def _ask(image: str) -> Secret:
     _require_terminal(image)
-    return Secret(getpass.getpass(f"Passphrase of {image}: ").encode())
+    return _encoded(getpass.getpass(f"Passphrase of {image}: "))
+
+
+def _encoded(text: str) -> Secret:
+    """Return what was typed, also where it is none of the terminal's characters."""
+    return Secret(text.encode(errors="surrogateescape"))
 
 
 def _ask_new(image: str) -> Secret:
@@ -111,7 +117,7 @@ def _ask_new(image: str) -> Secret:
     first, second = (getpass.getpass(f"{word} passphrase of {image}: ") for word in ("New", "Repeat the new"))
     if first != second:
         raise CommandError("the two passphrases differ")
-    return Secret(first.encode())
+    return _encoded(first)
 
 
 def _named_secrets(objects: list[str]) -> dict[str, Secret]:
@@ -136,7 +142,8 @@ def _decoded(secret: Secret, form: str) -> Secret:
     if form != "base64":
         raise CommandError(f"format of a secret is raw or base64, not '{form}'")
     try:
-        return Secret(base64.b64decode(secret.reveal()))
+        # All else than base64 would be another passphrase, without a word. Lines are as in QEMU.
+        return Secret(base64.b64decode(secret.reveal().replace(b"\n", b""), validate=True))
     except binascii.Error:
         raise CommandError("the secret is not base64") from None
 

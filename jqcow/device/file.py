@@ -62,16 +62,25 @@ class FileDevice:
         self._owner_pid = os.getpid()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, writable: bool, share_writers: bool = False) -> FileDevice:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        writable: bool,
+        share_writers: bool = False,
+        real_path: str | None = None,
+    ) -> FileDevice:
         """Open an existing file or block device, and lock it.
 
         Args:
             path: the file; symbolic links are followed.
             writable: False makes every changing method raise ReadOnlyError.
             share_writers: read beside a writer. What is read may be inconsistent.
+            real_path: the path, all links resolved, of the file that is meant; None: any.
 
         Raises:
-            ImageInUse: another process holds locks that exclude this use, or a block device is mounted.
+            ImageInUse: another process holds locks that exclude this use, another file is in its place, or a
+                block device is mounted.
             UnsupportedFeatureError: another kind of file, no locks on this file system, or not Linux.
         """
         _require_linux()
@@ -81,6 +90,8 @@ class FileDevice:
         for _ in range(names.ATTEMPTS):
             descriptor, kind = open_kind(name, writable=writable)
             try:
+                if real_path is not None and _real_path_of(descriptor, name) != real_path:
+                    raise ImageInUse(f"{name} leads elsewhere than to {real_path}, as it did before")
                 if writable:
                     locks.lock_for_writing(descriptor, name)
                 else:
@@ -384,6 +395,12 @@ def _open_regular(name: str) -> int:
 def identity_in(state: os.stat_result) -> tuple[int, int]:
     """Return what tells a file from all others: device and inode, or the number of a block device."""
     return (-1, state.st_rdev) if stat.S_ISBLK(state.st_mode) else (state.st_dev, state.st_ino)
+
+
+def _real_path_of(descriptor: int, name: str) -> str:
+    """Return the path of an open file, all links resolved; as ``name`` leads now where there is no /proc."""
+    link = f"/proc/self/fd/{descriptor}"
+    return os.readlink(link) if os.path.exists(link) else os.path.realpath(name)
 
 
 def _require_linux() -> None:

@@ -97,12 +97,14 @@ def walk_below(
     while named is not None:
         if len(seen) >= MAX_CHAIN_FILES:
             raise UnsupportedFeatureError(f"a backing chain of more than {MAX_CHAIN_FILES} files")
-        require_allowed(named, following.allow)
+        named = require_allowed(named, following.allow)
         # Before the file is touched: what is refused by name is not opened.
         stored = stored_format(named, probe=following.probe)
         with naming_the_image(named):
             refuse_loop(named, seen)
-            device, known = open_to_read(named.path, stored, share_writers=following.share_writers)
+            device, known = open_to_read(
+                named.path, stored, share_writers=following.share_writers, real_path=named.real_path
+            )
             seen.add(device.identity())
             found, named = _visit(visit, device, known)
         yield found

@@ -32,7 +32,11 @@ def probe_format(reader: Reader) -> DiskFormat:
 
 
 def open_to_read(
-    path: str | os.PathLike[str], disk_format: DiskFormat | None = None, *, share_writers: bool = False
+    path: str | os.PathLike[str],
+    disk_format: DiskFormat | None = None,
+    *,
+    share_writers: bool = False,
+    real_path: str | None = None,
 ) -> tuple[FileDevice, DiskFormat]:
     """Open a file for reading, and tell its format.
 
@@ -40,13 +44,15 @@ def open_to_read(
         path: the file.
         disk_format: None tells it by the magic.
         share_writers: also while another program writes; what is read may then be old, mixed or wrong.
+        real_path: see `FileDevice.open`.
 
     Raises:
         UnsupportedFeatureError: the magic is that of another program's images.
-        ImageInUse: a writer has the file; with ``share_writers``, its journal is live.
+        ImageInUse: a writer has the file, or it is not the one of ``real_path``; with ``share_writers``, its
+            journal is live.
         OSError: the host failed.
     """
-    device = FileDevice.open(path, writable=False, share_writers=share_writers)
+    device = FileDevice.open(path, writable=False, share_writers=share_writers, real_path=real_path)
     try:
         known = disk_format or probe_format(device)
         if share_writers and known == "qcow2":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from jqcow.device.file import FileDevice
+from jqcow.device.file import FileDevice, identity_in
 from jqcow.disks.policy import Following, naming_the_image, require_allowed
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import naming
@@ -55,10 +55,14 @@ def open_data_file(
     named = data_file_named(area, image)
     if named is None:
         return None
-    require_allowed(named, following.allow)
+    named = require_allowed(named, following.allow)
     with naming_the_image(named):
-        state = os.stat(named.path)
         # By name: opened it cannot be, for the image is locked.
-        if (state.st_dev, state.st_ino) in others:
+        if identity_in(os.stat(named.path)) in others:
             raise CorruptionError("data file name", 0, f"{named.path} is the image itself, or above it")
-        return FileDevice.open(named.path, writable=writable, share_writers=following.share_writers)
+        return FileDevice.open(
+            named.path,
+            writable=writable,
+            share_writers=following.share_writers,
+            real_path=named.real_path,
+        )

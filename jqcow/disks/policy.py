@@ -6,9 +6,10 @@ such a name alone: the caller's `FilePolicy` decides on each `NamedFile`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jqcow.errors import FileAccessDenied, JqcowError, UnsupportedFeatureError, printable
 from jqcow.ondisk.keys import Passphrase
@@ -52,11 +53,20 @@ NOT_FOLLOWING = Following()
 """No name is followed: an image that needs another file is refused."""
 
 
-def require_allowed(named: NamedFile, allow: FilePolicy) -> None:
-    """Raise FileAccessDenied unless the caller's policy allows the file."""
-    allowed = allow(named) if callable(allow) else allow
+def require_allowed(named: NamedFile, allow: FilePolicy) -> NamedFile:
+    """Return a file with what the caller's policy was told of it: it is to be opened as that.
+
+    Raises:
+        FileAccessDenied: the policy does not allow it.
+    """
+    if callable(allow):
+        named = replace(named, real_path=os.path.realpath(named.path))
+        allowed = allow(named)
+    else:
+        allowed = allow
     if not allowed:
         raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
+    return named
 
 
 @contextmanager

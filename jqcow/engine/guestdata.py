@@ -17,10 +17,10 @@ from jqcow.device.file import path_of
 from jqcow.engine.datafile import DataFile
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import View
-from jqcow.errors import CorruptionError, PassphraseError, UnsupportedFeatureError
+from jqcow.errors import CorruptionError, PassphraseError, UnsupportedFeatureError, WrongPassphrase
 from jqcow.ondisk import keys, layout, luks
 from jqcow.ondisk.header import CRYPT_NONE
-from jqcow.ondisk.keys import Passphrase, secret_for
+from jqcow.ondisk.keys import Passphrase, Secret, secret_for
 from jqcow.ondisk.layout import DATA_FILE, SECTOR_BYTES, HostOffset
 from jqcow.ondisk.luks import LuksHeader, Pointer
 from jqcow.ondisk.sectors import SectorCipher
@@ -203,11 +203,12 @@ def read_luks(view: View) -> tuple[Pointer, LuksHeader] | None:
     return pointer, header
 
 
-def unlock(medium: Medium, view: View, passphrase: Passphrase) -> tuple[int, bytes] | None:
+def unlock(medium: Medium, view: View, passphrase: Passphrase) -> tuple[int, Secret] | None:
     """Return the key slot that a passphrase opens, and the master key; None where nothing is encrypted.
 
     Raises:
         WrongPassphrase: it opens none.
+        CorruptionError: it opens none, and key material lies past the end of the file.
         JqcowError: as `read_luks`, or cryptography is not installed.
     """
     found = read_luks(view)
@@ -220,7 +221,15 @@ def unlock(medium: Medium, view: View, passphrase: Passphrase) -> tuple[int, byt
     def read(length: int, offset: int) -> bytes:
         return medium.pread(length, HostOffset(pointer.offset + offset))
 
-    return keys.unlock(header, read, secret_for(passphrase, image), image)
+    try:
+        return keys.unlock(header, read, secret_for(passphrase, image), image)
+    except WrongPassphrase:
+        for number in header.active_slots():
+            _, end = header.place_of(number, pointer.length)
+            if not view.holds(HostOffset(pointer.offset + end - 1)):
+                detail = f"the key material of key slot {number} lies past the end of the file"
+                raise CorruptionError("encryption header", pointer.offset, detail) from None
+        raise
 
 
 def unlocked_data(medium: Medium, view: View, passphrase: Passphrase | None) -> GuestData:
@@ -232,4 +241,5 @@ def unlocked_data(medium: Medium, view: View, passphrase: Passphrase | None) -> 
     found, opened = read_luks(view), unlock(medium, view, passphrase)
     if found is None or opened is None:
         return data_on(medium, view)
-    return EncryptedData(_store_of(medium, view), SectorCipher(keys.form_of(found[1]), opened[1]))
+    cipher = SectorCipher(keys.form_of(found[1]), opened[1].reveal())
+    return EncryptedData(_store_of(medium, view), cipher)

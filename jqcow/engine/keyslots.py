@@ -20,7 +20,7 @@ from jqcow.errors import FormatError, UnsupportedFeatureError
 from jqcow.ondisk import keys, layout, luks
 from jqcow.ondisk.keys import Secret
 from jqcow.ondisk.layout import HostOffset
-from jqcow.ondisk.luks import KeySlot, LuksHeader, Pointer
+from jqcow.ondisk.luks import LuksHeader, Pointer
 
 
 class KeySlots:
@@ -47,14 +47,14 @@ class KeySlots:
             raise ValueError("the image is not encrypted")
         return found
 
-    def add(self, key: bytes, secret: Secret, iter_time: int) -> int:
+    def add(self, key: Secret, secret: Secret, iter_time: int) -> int:
         """Give the master key another passphrase, durably; return its slot.
 
         Raises:
             UnsupportedFeatureError: all slots have one.
         """
         number = self._free_slot()
-        iterations = keys.iterations_for(self.header.hash, iter_time)
+        iterations = keys.iterations_for(self.header.hash, iter_time, self.header.key_bytes)
         slot, material = keys.lock(self.header, number, key, secret, iterations)
         changed = self.header.with_slot(number, slot)
         changed.validate(self.pointer.length)
@@ -70,25 +70,27 @@ class KeySlots:
 
         Raises:
             ValueError: it is the last one, or no slot.
+            UnsupportedFeatureError: its key material cannot be overwritten where it lies.
         """
         if number not in range(len(self.header.slots)):
             raise ValueError(f"there is no key slot {number}")
         slot = self.header.slots[number]
         if self.header.active_slots() == (number,):
             raise ValueError("the last passphrase cannot be removed: nobody could read the disk")
+        try:
+            start, end = self.header.place_of(number, self.pointer.length)
+            self._require_apart(number, start, end)
+        except FormatError as error:
+            if slot.is_active:
+                raise UnsupportedFeatureError("removing this passphrase", str(error)) from error
+            # Nobody had key material there.
+            return
         self._lifecycle.go_live(self._medium.require_healthy)
         if slot.is_active:
             self._record(self.header.with_slot(number, keys.emptied(slot)))
-        self._wipe(number, slot)
-
-    def _wipe(self, number: int, slot: KeySlot) -> None:
-        with suppress(FormatError):
-            start, end = self.header.place_of(number, self.pointer.length)
-            self._require_apart(number, start, end)
-            material = secrets.token_bytes(self.header.material_bytes(slot))
-            self._medium.pwrite(material, HostOffset(self.pointer.offset + start))
-            # Durable now: other bytes than the key material. Whoever removed a passphrase relies on it.
-            self._medium.barrier("slots.wiped")
+        self._medium.pwrite(secrets.token_bytes(end - start), HostOffset(self.pointer.offset + start))
+        # Durable now: other bytes than the key material. Whoever removed a passphrase relies on it.
+        self._medium.barrier("slots.wiped")
 
     def _record(self, header: LuksHeader) -> None:
         """Make another header durable, by a record (E4)."""

@@ -20,7 +20,7 @@ from jqcow.ondisk.blank import BlankImage, blank_image
 from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.keys import Passphrase
+from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat
 
 
@@ -62,6 +62,7 @@ def create(
         ImageInUse: the file to be replaced is in use.
         OSError: the host failed; nothing is left under the name.
     """
+    passphrase = hidden(passphrase)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
     named_below = {"backing_file": backing_file, "backing_format": backing_format}
     form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)

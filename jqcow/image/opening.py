@@ -42,7 +42,7 @@ from jqcow.image.image import Image
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import naming
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.keys import Passphrase
+from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 
@@ -99,6 +99,7 @@ def open(
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
         JqcowError, OSError: no qcow2 image, damaged, refused by name, in use, no such snapshot; a host error.
     """
+    passphrase = hidden(passphrase)
     _check_mode(mode, journal_size, repair, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share, passphrase=passphrase)
     with closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
@@ -153,7 +154,8 @@ def open_base(
     Raises:
         JqcowError, OSError: as `open`.
     """
-    with closed_on_error(FileDevice.open(named.path, writable=True)) as device:
+    opened = FileDevice.open(named.path, writable=True, real_path=named.real_path)
+    with closed_on_error(opened) as device:
         image = _open(
             device,
             "r+",
@@ -226,6 +228,8 @@ def open_device(
         FileAccessDenied: the image names a backing file or a data file, and there is none.
         ValueError: there is a disk or a data file, and the image names none.
     """
+
+    passphrase = hidden(passphrase)
 
     def find_backing(engine: Engine) -> Disk | None:
         below = _given(naming.backing_file_of(engine.blocks.area, "the image"), backing, "backing file")

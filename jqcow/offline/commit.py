@@ -19,7 +19,7 @@ from jqcow.image.opening import open_alone, open_base
 from jqcow.offline.compare import Progress
 from jqcow.offline.losses import refuse_lost_data_in
 from jqcow.offline.rebase import refuse_snapshots
-from jqcow.ondisk.keys import Passphrase
+from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 WINDOW_BYTES = 4 << 20
@@ -76,6 +76,7 @@ def commit(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the overlay reads as before.
     """
+    passphrase = hidden(passphrase)
     # What a hole in a table hides would be the base's from then on.
     refuse_lost_data_in(path)
     following = Following(allow_files, probe, passphrase=passphrase)
@@ -87,7 +88,7 @@ def commit(
         if named is None:
             raise ValueError(f"{os.fspath(path)} has no backing file to commit to")
         refuse_snapshots(overlay, "a commit")
-        require_allowed(named, allow_files)
+        named = require_allowed(named, allow_files)
         with _open_base(named, identity_of(os.fspath(path)), following, journal_size) as base:
             written, zeroed = copy_into(overlay, base, progress)
             base_size = base.size
@@ -104,12 +105,12 @@ def _open_base(
     """Open the backing file for writing; at the end of the block all changes are durable."""
     with naming_the_image(named):
         refuse_loop(named, [overlay])
-        known = stored_format(named, probe=following.probe) or _probe(named.path)
+        known = stored_format(named, probe=following.probe) or _probe(named)
         opened: Image | FileDevice
         if known == "qcow2":
             opened = open_base(named, [overlay], following, journal_size=journal_size)
         else:
-            opened = FileDevice.open(named.path, writable=True)
+            opened = FileDevice.open(named.path, writable=True, real_path=named.real_path)
     if isinstance(opened, Image) and opened.data_file is not None:
         # There is no second place for what is overwritten. Closing makes all of it durable.
         with opened:
@@ -122,8 +123,8 @@ def _open_base(
             yield base
 
 
-def _probe(path: str) -> DiskFormat:
-    device, known = open_to_read(path)
+def _probe(named: NamedFile) -> DiskFormat:
+    device, known = open_to_read(named.path, real_path=named.real_path)
     device.close()
     return known
 

@@ -38,7 +38,7 @@ from jqcow.offline.losses import Losses, LostRange, SalvagedDisk, refuse_lost_da
 from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
-from jqcow.ondisk.keys import Passphrase
+from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat, check_format, meaning_of
 
 BUFFER_BYTES = 2 << 20
@@ -242,6 +242,7 @@ def convert(
         JqcowError: the source or a bitmap is damaged, a file in use, or the verification found a difference.
         OSError: the host failed. After this, as after a `JqcowError`, there is no new target.
     """
+    passphrase = hidden(passphrase)
     compression = Compression(options.get("compression_type", "zlib"), compression_level)
     form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, compression, encryption)
     _check_target(source, target, overwrite=overwrite)

@@ -12,7 +12,7 @@ from jqcow.engine.keyslots import KeySlots
 from jqcow.errors import PassphraseError
 from jqcow.image.image import Image
 from jqcow.image.opening import open_alone
-from jqcow.ondisk.keys import Passphrase, Secret, secret_for
+from jqcow.ondisk.keys import Passphrase, Secret, hidden, secret_for
 
 ITER_TIME_MILLISECONDS = 2000
 
@@ -42,9 +42,9 @@ def add_passphrase(
         UnsupportedFeatureError: all eight key slots have a passphrase.
         JqcowError, OSError: as `jqcow.open`.
     """
-    secret = Secret(new)
+    passphrase, new = hidden(passphrase), Secret(new)
     with _key_slots(path, journal_size) as (slots, image):
-        return slots.add(_opened(image, passphrase)[1], secret, iter_time)
+        return slots.add(_opened(image, passphrase)[1], new, iter_time)
 
 
 def remove_passphrase(
@@ -70,6 +70,7 @@ def remove_passphrase(
         WrongPassphrase: it opens no key slot.
         JqcowError, OSError: as `jqcow.open`.
     """
+    passphrase = hidden(passphrase)
     with _key_slots(path, journal_size) as (slots, image):
         found, _ = _opened(image, passphrase)
         if slot is None:
@@ -91,7 +92,7 @@ def _key_slots(path: str | os.PathLike[str], journal_size: int | None) -> Iterat
             yield slots, image
 
 
-def _opened(image: Image, passphrase: Passphrase) -> tuple[int, bytes]:
+def _opened(image: Image, passphrase: Passphrase) -> tuple[int, Secret]:
     """Return the key slot that a passphrase opens, and the master key."""
     medium, secret = image._medium, secret_for(passphrase, path_of(image._medium.device))
     opened = unlock(medium, image._engine.public.view, secret)

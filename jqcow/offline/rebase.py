@@ -18,7 +18,7 @@ from jqcow.image.opening import open_alone, open_backing
 from jqcow.image.transaction import Transaction
 from jqcow.offline.compare import Progress
 from jqcow.offline.losses import refuse_lost_data
-from jqcow.ondisk.keys import Passphrase
+from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat
 
 WINDOW_BYTES = 4 << 20
@@ -66,6 +66,7 @@ def rebase(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the image is as it was.
     """
+    passphrase = hidden(passphrase)
     if unsafe:
         with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:
             transaction.set_backing_file(backing_file, backing_format)

@@ -109,9 +109,9 @@ def new_luks(encryption: Encryption) -> NewLuks:
     """
     require_cryptography()
     form, stripes = encryption.form(), encryption._stripes
-    key = secrets.token_bytes(form.key_bytes)
+    key = Secret(secrets.token_bytes(form.key_bytes))
     starts, length = slot_places(form.key_bytes, stripes)
-    iterations = keys.iterations_for(encryption.hash, encryption.iter_time)
+    iterations = keys.iterations_for(encryption.hash, encryption.iter_time, form.key_bytes)
     digest_iterations = max(keys.ITERATIONS_MIN, iterations // _DIGEST_SHARE)
     salt = secrets.token_bytes(SALT_BYTES)
     header = LuksHeader(
@@ -130,4 +130,4 @@ def new_luks(encryption: Encryption) -> NewLuks:
         raise RuntimeError("a LUKS header has eight slots")
     slot, material = keys.lock(header, 0, key, Secret(encryption.passphrase), iterations)
     parts = ((0, header.with_slot(0, slot).pack()), (slot.material_offset, material))
-    return NewLuks(parts, length, SectorCipher(form, key))
+    return NewLuks(parts, length, SectorCipher(form, key.reveal()))

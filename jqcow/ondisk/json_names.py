@@ -34,8 +34,11 @@ _HARMLESS = {
         "node-name",
         "read-only",
     )
-} | {"file.aio", "file.locking"}
-"""Options that say how a file is opened, not what it shows. jqcow opens it in its own way."""
+} | {"file.aio", "file.locking", "encrypt.format", "encrypt.key-secret"}
+"""Options that say how a file is opened, not what it shows. jqcow opens it in its own way.
+
+Those of encryption say which of QEMU's secrets has the passphrase; jqcow gets it from its caller.
+"""
 
 
 class RefusedName(Exception):

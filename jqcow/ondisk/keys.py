@@ -12,7 +12,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, overload
 
 from jqcow.errors import UnsupportedFeatureError, WrongPassphrase, printable
 from jqcow.ondisk import layout
@@ -20,20 +20,22 @@ from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.luks import (
     ACTIVE,
     DIGEST_BYTES,
+    HASH_BYTES,
     INACTIVE,
     ITERATIONS_MAX,
     SALT_BYTES,
     SLOT_COUNT,
     KeySlot,
     LuksHeader,
+    pieces_of,
 )
-from jqcow.ondisk.sectors import CipherForm, SectorCipher
+from jqcow.ondisk.sectors import CipherForm, SectorCipher, require_cryptography
 
 ITERATIONS_MIN = 1000
 """The fewest that the specification allows a writer."""
 
 PASSPHRASE_BYTES_MAX = 1 << 20
-HASHES = ("sha256", "sha512", "sha384", "sha224", "sha1", "ripemd160")
+HASHES = tuple(HASH_BYTES)
 _TRIAL_ITERATIONS = 1 << 16
 
 ReadMaterial = Callable[[int, int], bytes]
@@ -41,7 +43,7 @@ ReadMaterial = Callable[[int, int], bytes]
 
 
 class Secret:
-    """A passphrase that shows nowhere: not in a repr, a text, a pickle or an error."""
+    """A passphrase or a key that shows nowhere: not in a repr, a text, a pickle or an error."""
 
     __slots__ = ("_passphrase",)
 
@@ -77,12 +79,29 @@ Passphrase = bytes | Secret | Callable[[str], "bytes | Secret"]
 """A passphrase, or what asks for that of the image at a path."""
 
 
+@overload
+def hidden(passphrase: Passphrase) -> Passphrase: ...
+
+
+@overload
+def hidden(passphrase: None) -> None: ...
+
+
+def hidden(passphrase: Passphrase | None) -> Passphrase | None:
+    """Return a passphrase that no traceback shows, even one that has the variables of each function.
+
+    Raises:
+        TypeError, ValueError: as `Secret`.
+    """
+    return passphrase if passphrase is None or callable(passphrase) else Secret(passphrase)
+
+
 def secret_for(passphrase: Passphrase, image: str) -> Secret:
     """Return the passphrase for the image at a path."""
     return Secret(passphrase(image) if callable(passphrase) else passphrase)
 
 
-def pbkdf2(hash_name: str, secret: bytes, salt: bytes, iterations: int, length: int) -> bytes:
+def pbkdf2(hash_name: str, secret: Secret, salt: bytes, iterations: int, length: int) -> bytes:
     """Derive a key.
 
     Raises:
@@ -91,19 +110,19 @@ def pbkdf2(hash_name: str, secret: bytes, salt: bytes, iterations: int, length: 
     try:
         if hash_name not in HASHES:
             raise ValueError
-        return hashlib.pbkdf2_hmac(hash_name, secret, salt, iterations, length)
+        return hashlib.pbkdf2_hmac(hash_name, secret.reveal(), salt, iterations, length)
     except ValueError:
         raise UnsupportedFeatureError(f"the hash {printable(hash_name)} of LUKS") from None
 
 
-def iterations_for(hash_name: str, milliseconds: int) -> int:
-    """Return how many iterations take so long on this machine, within what jqcow reads."""
+def iterations_for(hash_name: str, milliseconds: int, key_bytes: int) -> int:
+    """Return how many iterations take so long on this machine for such a key, within what jqcow reads."""
     # Of this thread: a busy machine must not make passphrases cheaper to guess.
     started = time.thread_time()
-    pbkdf2(hash_name, b"passphrase", bytes(SALT_BYTES), _TRIAL_ITERATIONS, DIGEST_BYTES)
+    pbkdf2(hash_name, Secret(b"passphrase"), bytes(SALT_BYTES), _TRIAL_ITERATIONS, key_bytes)
     elapsed = max(time.thread_time() - started, 1e-6)
     # All slots of an image that is made so can be read again.
-    most = ITERATIONS_MAX // (2 * SLOT_COUNT)
+    most = ITERATIONS_MAX // (2 * SLOT_COUNT * pieces_of(key_bytes, hash_name))
     return max(ITERATIONS_MIN, min(most, int(_TRIAL_ITERATIONS * milliseconds / 1000 / elapsed)))
 
 
@@ -153,11 +172,11 @@ def form_of(header: LuksHeader) -> CipherForm:
         UnsupportedFeatureError: jqcow has no such cipher, or hash.
     """
     form = CipherForm.parse(header.cipher, header.mode, header.key_bytes)
-    pbkdf2(header.hash, b"", bytes(SALT_BYTES), 1, 1)
+    pbkdf2(header.hash, Secret(b""), bytes(SALT_BYTES), 1, 1)
     return form
 
 
-def unlock(header: LuksHeader, read: ReadMaterial, secret: Secret, image: str = "") -> tuple[int, bytes]:
+def unlock(header: LuksHeader, read: ReadMaterial, secret: Secret, image: str = "") -> tuple[int, Secret]:
     """Return the slot that a passphrase opens, and the master key.
 
     Raises:
@@ -166,6 +185,8 @@ def unlock(header: LuksHeader, read: ReadMaterial, secret: Secret, image: str = 
         MissingPackageError: cryptography is not installed.
     """
     form = form_of(header)
+    # Before what takes seconds.
+    require_cryptography()
     for number in header.active_slots():
         key = _key_in(header, header.slots[number], form, read, secret)
         digest = pbkdf2(header.hash, key, header.digest_salt, header.digest_iterations, DIGEST_BYTES)
@@ -174,23 +195,26 @@ def unlock(header: LuksHeader, read: ReadMaterial, secret: Secret, image: str = 
     raise WrongPassphrase("the passphrase opens no key slot", image)
 
 
-def _key_in(header: LuksHeader, slot: KeySlot, form: CipherForm, read: ReadMaterial, secret: Secret) -> bytes:
-    slot_key = pbkdf2(header.hash, secret.reveal(), slot.salt, slot.iterations, header.key_bytes)
+def _key_in(
+    header: LuksHeader, slot: KeySlot, form: CipherForm, read: ReadMaterial, secret: Secret
+) -> Secret:
     material = bytearray(read(header.material_bytes(slot), slot.material_offset))
-    SectorCipher(form, slot_key).decrypt(memoryview(material), 0)
-    return merge(bytes(material[: header.key_bytes * slot.stripes]), header.key_bytes, header.hash)
+    slot_key = Secret(pbkdf2(header.hash, secret, slot.salt, slot.iterations, header.key_bytes))
+    SectorCipher(form, slot_key.reveal()).decrypt(memoryview(material), 0)
+    return Secret(merge(bytes(material[: header.key_bytes * slot.stripes]), header.key_bytes, header.hash))
 
 
 def lock(
-    header: LuksHeader, number: int, key: bytes, secret: Secret, iterations: int
+    header: LuksHeader, number: int, key: Secret, secret: Secret, iterations: int
 ) -> tuple[KeySlot, bytes]:
     """Return a slot that a passphrase opens, in the place of one that is not active, and its key material."""
     old = header.slots[number]
     slot = KeySlot(ACTIVE, iterations, secrets.token_bytes(SALT_BYTES), old.material_sector, old.stripes)
-    slot_key = pbkdf2(header.hash, secret.reveal(), slot.salt, iterations, header.key_bytes)
-    split_key = split(key, slot.stripes, header.hash)
+    slot_key = Secret(pbkdf2(header.hash, secret, slot.salt, iterations, header.key_bytes))
+    cipher = SectorCipher(form_of(header), slot_key.reveal())
+    split_key = split(key.reveal(), slot.stripes, header.hash)
     whole = split_key.ljust(layout.round_up(len(split_key), SECTOR_BYTES), b"\0")
-    return slot, bytes(SectorCipher(form_of(header), slot_key).encrypt(whole, 0))
+    return slot, bytes(cipher.encrypt(whole, 0))
 
 
 def emptied(slot: KeySlot) -> KeySlot:

@@ -62,7 +62,10 @@ STRIPES = 4000
 
 HEADER_BYTES_MAX = 16 << 20
 ITERATIONS_MAX = 1 << 27
-"""Of the digest and all active slots together: about 40 s for a passphrase that is wrong."""
+"""What a passphrase that is wrong costs at most, see `LuksHeader.wrong_passphrase_iterations`: about 40 s."""
+
+HASH_BYTES = {"sha256": 32, "sha512": 64, "sha384": 48, "sha224": 28, "sha1": 20, "ripemd160": 20}
+"""The hashes of PBKDF2, with the length of what they make: a longer key takes all iterations once more."""
 
 MATERIAL_ALIGN_BYTES = 4096
 KEY_BYTES_MAX = 64
@@ -185,22 +188,31 @@ class LuksHeader:
         """
         if self.key_bytes not in range(1, KEY_BYTES_MAX + 1):
             raise FormatError(f"a LUKS master key of {self.key_bytes} bytes")
-        iterations = self.digest_iterations
-        if not iterations:
+        if not self.digest_iterations:
             raise FormatError("a LUKS digest of no iterations")
         places: list[tuple[int, int]] = [(0, HEADER_BYTES)]
         for number, slot in enumerate(self.slots):
             if slot.state not in (ACTIVE, INACTIVE):
                 raise FormatError(f"LUKS key slot {number} is neither active nor not: {slot.state:#010x}")
             if slot.is_active:
-                iterations += slot.iterations
                 places.append(self._material_of(number, length_bytes))
         places.sort()
         if any(end > start for (_, end), (start, _) in pairwise(places)):
             raise FormatError("LUKS key slots overlap")
+        iterations = self.wrong_passphrase_iterations()
         if iterations > ITERATIONS_MAX:
-            detail = f"{iterations} in all active key slots, at most {ITERATIONS_MAX} are counted"
+            detail = f"a wrong passphrase takes {iterations}, at most {ITERATIONS_MAX} are counted"
             raise UnsupportedFeatureError("so many PBKDF2 iterations", detail)
+
+    def wrong_passphrase_iterations(self) -> int:
+        """Return how many iterations a wrong passphrase takes: it is tried in each active slot.
+
+        Each try makes a key, in pieces of what the hash makes, and then the digest of what that decrypts.
+        """
+        active = [slot for slot in self.slots if slot.is_active]
+        pieces = pieces_of(self.key_bytes, self.hash)
+        digests = len(active) * self.digest_iterations * pieces_of(DIGEST_BYTES, self.hash)
+        return digests + pieces * sum(slot.iterations for slot in active)
 
     def _material_of(self, number: int, length_bytes: int) -> tuple[int, int]:
         slot = self.slots[number]
@@ -221,6 +233,11 @@ class LuksHeader:
         if start < HEADER_BYTES or end > length_bytes:
             raise FormatError(f"the key material of LUKS key slot {number} lies outside the header")
         return start, end
+
+
+def pieces_of(length: int, hash_name: str) -> int:
+    """Return how many times PBKDF2 goes through all iterations for a key of this length."""
+    return -(-length // HASH_BYTES.get(hash_name, DIGEST_BYTES))
 
 
 def _text(field: bytes) -> str:

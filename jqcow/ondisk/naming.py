@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from jqcow.errors import FormatError, UnsupportedFeatureError
@@ -49,6 +49,8 @@ class NamedFile:
         format: as stored, or as a ``json:`` name says; None where the image does not say. Not necessarily one
             that jqcow knows.
         purpose: what the image needs the file for.
+        real_path: `path` with all links resolved, when a function was asked whether the file may be opened:
+            what is opened has this path, or nothing is. None before.
     """
 
     image: str
@@ -56,6 +58,7 @@ class NamedFile:
     path: str
     format: str | None
     purpose: Literal["backing", "data"] = "backing"
+    real_path: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,11 @@ class SectorCipher:
         Raises:
             MissingPackageError: cryptography is not installed.
         """
+        # First: a traceback with the variables of a function shows this one, too.
+        self._form = form
         ciphers = require_cryptography()
         self._new_cipher = ciphers.Cipher
         self._modes = ciphers.modes
-        self._form = form
         self._aes = ciphers.algorithms.AES(key[: form.aes_key_bytes])
         self._tweak_aes = ciphers.algorithms.AES(key[form.aes_key_bytes :]) if form.mode == "xts" else None
         self._essiv_aes = None

@@ -110,7 +110,7 @@ def key_slots(drop_barriers: tuple[str, ...]) -> None:
         found = unlock(image._medium, image._engine.public.view, PASSPHRASE)
         require(found is not None, "P1: the passphrase opens its slot")
         device.barrier_listeners.append(judge.cut)
-        slots.add(found[1] if found else b"", Secret(ANOTHER), 1)
+        slots.add(found[1] if found else Secret(b""), Secret(ANOTHER), 1)
         judge.promised = {ANOTHER}
         first = slots.header.slots[0]
         place = slots.pointer.offset + first.material_offset

@@ -180,6 +180,15 @@ def test_commands(secrets: Secrets, tmp_path: Path, capsys: pytest.CaptureFixtur
     secrets.qemu_io(path, "read -P 0x33 0 100000", "read -P 0 100000 900000")
     assert cli.main(["convert", "-q", "--passphrase-file", file, str(path), str(back)]) == 0
     assert back.read_bytes() == raw.read_bytes()
+    for text, is_read in ((b"Y29y\ncmVjdCBob3JzZQ==\n", True), (b"Y29ycmVjdCBob3JzZQ==!", False)):
+        (tmp_path / "b64").write_bytes(text)
+        coded = ["--object", f"secret,id=s0,file={tmp_path / 'b64'},format=base64", "--overwrite"]
+        without = [part for part in arguments if part not in secrets.objects]
+        assert cli.main([*without, *coded, str(raw), str(path)]) == (0 if is_read else 1)
+        timed_options = ["-f", "qcow2", "-o", options, str(tmp_path / "q"), "1M"]
+        assert bool(run("qemu-img", "create", *coded[:2], *timed_options).returncode) != is_read
+        secrets.qemu_io(path, "read -P 0x33 0 100000")
+    capsys.readouterr()
     wrong = str(secrets.files[OTHER])
     assert cli.main(["convert", "-q", "--passphrase-file", wrong, str(path), str(tmp_path / "d")]) == 1
     told = capsys.readouterr()
@@ -187,3 +196,52 @@ def test_commands(secrets: Secrets, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not any(word.decode().split()[0] in told.err + told.out for word in (WORD, OTHER))
     assert cli.main(["create", "--object", "secret,id=x,data=hidden", str(tmp_path / "e"), "1M"]) == 1
     assert "hidden" not in capsys.readouterr().err
+
+
+def test_a_name_that_says_which_secret_opens_the_base(secrets: Secrets, tmp_path: Path) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    created(base, secrets)
+    secrets.qemu_io(base, "write -P 7 0 1M")
+    name = json.dumps(
+        {"driver": "qcow2", "encrypt.key-secret": "s0", "file": {"driver": "file", "filename": str(base)}}
+    )
+    command = [
+        "qemu-img",
+        "create",
+        "-q",
+        *secrets.objects,
+        "-f",
+        "qcow2",
+        "-b",
+        f"json:{name}",
+        "-F",
+        "qcow2",
+    ]
+    done(*command, top)
+    done("qemu-io", *secrets.objects, "-c", "write -P 8 64k 64k", top)
+    with jqcow.open(top, "r+", passphrase=WORD, allow_files=lambda named: named.path == str(base)) as image:
+        assert image.pread(3, 65535) == b"\7\x08\x08"
+        image.pwrite(b"\x09", 0)
+    told = done("qemu-io", *secrets.objects, "-c", "read -P 9 0 1", "-c", "read -P 7 1 65535", top)
+    assert "failed" not in told
+
+
+def test_at_a_terminal_each_passphrase_is_asked_for_once(
+    secrets: Secrets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    words = {str(base): WORD.decode(), str(top): OTHER.decode()}
+    how = {name: jqcow.Encryption(word.encode(), iter_time=1) for name, word in words.items()}
+    jqcow.create(base, MIB, encryption=how[str(base)]).close()
+    below = {"backing_file": "base.qcow2", "backing_format": "qcow2", "passphrase": WORD}
+    jqcow.create(top, MIB, encryption=how[str(top)], **below).close()  # type: ignore[arg-type]
+    asked: list[str] = []
+
+    def typed(prompt: str) -> str:
+        asked.append(prompt.removeprefix("Passphrase of ").removesuffix(": "))
+        return words[asked[-1]]
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", typed)
+    assert cli.main(["rebase", "-b", "", "--allow-files", str(top)]) == 0
+    assert sorted(asked) == sorted(words)

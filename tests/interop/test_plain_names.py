@@ -19,6 +19,7 @@ from jqcow.offline.convert import convert
 from jqcow.offline.info import read_chain
 from jqcow.offline.map import map_file
 from jqcow.offline.rebase import rebase
+from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT, Extension, HeaderArea
 from tests.interop.commands import require_same_map
 from tests.support.qemu import check_clean, compare, done, qemu_io
 
@@ -39,6 +40,24 @@ def as_json(filename: str, driver: str = "qcow2", **more: Any) -> str:
     return "json:" + json.dumps(
         {"driver": driver, "file": {"driver": "file", "filename": filename, **more}}, separators=(",", ":")
     )
+
+
+def test_of_two_formats_the_last_counts_as_in_qemu() -> None:
+    """A reader that takes the other one judges another disk than QEMU opens."""
+    done("qemu-img", "create", "-q", "-f", "qcow2", "-b", "d/base", "-F", "raw", "top", MIB)
+    content = bytearray(Path("top").read_bytes())
+    area = HeaderArea.parse(bytes(content))
+    formats = (Extension(EXTENSION_BACKING_FORMAT, name).pack() for name in (b"raw", b"qcow2"))
+    listed = b"".join(formats) + bytes(8) + b"d/base"
+    start = area.header.header_length
+    content[start : start + len(listed)] = listed
+    content[8:16] = (start + len(listed) - len(b"d/base")).to_bytes(8, "big")
+    Path("top").write_bytes(content)
+    theirs = json.loads(done("qemu-img", "info", "--output=json", "top"))["backing-filename-format"]
+    with jqcow.open("top", allow_files=True) as image:
+        assert image.backing_file is not None and image.backing_file.format == theirs == "qcow2"
+        report = image.check()
+    assert "another one of its type follows" in str(report.findings[0])
 
 
 NAMES = [

@@ -15,7 +15,7 @@ import jqcow
 from jqcow.cli import main
 from jqcow.device.disk import Extent
 from jqcow.disks import chain as chains
-from jqcow.disks.policy import Following
+from jqcow.disks.policy import FilePolicy, Following
 from jqcow.errors import (
     CorruptionError,
     FileAccessDenied,
@@ -23,6 +23,7 @@ from jqcow.errors import (
     ImageInUse,
     UnsupportedFeatureError,
 )
+from jqcow.offline.commit import commit
 from jqcow.offline.info import read_chain
 from jqcow.offline.map import MapLine, map_file
 from jqcow.offline.overlay import base_size, create_overlay
@@ -125,6 +126,39 @@ def test_the_caller_is_asked_for_every_file_before_it_is_opened() -> None:
     assert asked[1].image == "d0/../d1/i"
     assert denied.value.path == asked[2].path
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("links", ["the file", "its directory"])
+@pytest.mark.parametrize("write", [False, True])
+def test_what_was_judged_is_what_is_opened(links: str, write: bool) -> None:
+    jqcow.create("secret", MIB).close()
+    for folder in ("good", "bad"):
+        os.mkdir(folder)
+    jqcow.create("good/base", MIB).close()
+    os.rename("secret", "bad/base")
+    os.symlink("good/base" if links == "the file" else "good", "link")
+    name = "link" if links == "the file" else "link/base"
+    jqcow.create("top", MIB, backing_file=name, backing_format="qcow2").close()
+    told: list[str | None] = []
+
+    def swap(named: NamedFile) -> bool:
+        told.append(named.real_path)
+        os.unlink("link")
+        os.symlink("bad/base" if links == "the file" else "bad", "link")
+        return True
+
+    for call in (commit,) if write else (jqcow.open, read_chain_of):
+        told.clear()
+        with pytest.raises(ImageInUse, match="leads elsewhere"):
+            call("top", allow_files=swap)
+        assert told == [os.path.realpath("good/base")]
+        os.unlink("link")
+        os.symlink("good/base" if links == "the file" else "good", "link")
+    jqcow.open("top", allow_files=lambda named: named.real_path == os.path.realpath("good/base")).close()
+
+
+def read_chain_of(path: str, *, allow_files: FilePolicy) -> None:
+    read_chain(path, following=Following(allow_files))
 
 
 def test_the_format_comes_from_the_header() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 import jqcow
 from jqcow.checker.check import Kind
 from jqcow.cli import main as cli
+from jqcow.device.file import FileDevice
 from jqcow.disks.policy import NOT_FOLLOWING
 from jqcow.errors import (
     CorruptionError,
@@ -24,7 +30,9 @@ from jqcow.offline.commit import commit
 from jqcow.offline.convert import convert
 from jqcow.offline.info import check_file, read_info
 from jqcow.offline.map import map_file
+from jqcow.offline.passphrases import add_passphrase
 from jqcow.offline.recover import recover_image
+from jqcow.ondisk import keys
 from jqcow.ondisk.header import HeaderArea
 
 pytest.importorskip("cryptography")
@@ -84,6 +92,45 @@ def test_a_map_names_no_place_of_encrypted_data(
         assert all(line.zero != line.data and line.extent.host_offset is None for line in lines)
         assert cli.main(["map", str(name)]) == 1
         assert "encrypted clusters have no offset" in capsys.readouterr().err
+
+
+def shown_with_variables(error: BaseException) -> str:
+    """Return a traceback that has the variables of each function of jqcow, bytes of them whole."""
+    parts = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if f"{os.sep}jqcow{os.sep}" in frame.f_code.co_filename:
+            parts += [repr(value) for value in frame.f_locals.values()]
+    return "\n".join([*parts, *traceback.format_exception(error)])
+
+
+def the_host_fails(name: str, count: int) -> Callable[..., object]:
+    """Return a method of `FileDevice` that fails when it is called for the ``count``-th time."""
+    real, calls = getattr(FileDevice, name), itertools.count(1)
+
+    def call(*arguments: object) -> object:
+        if next(calls) == count:
+            raise OSError(errno.EIO, "the host failed")
+        return real(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("failing", [("barrier", count) for count in range(1, 6)] + [("pread", 5)], ids=str)
+def test_no_traceback_shows_a_secret(path: Path, failing: tuple[str, int]) -> None:
+    with patch("jqcow.ondisk.keys.merge", side_effect=keys.merge) as merged:
+        jqcow.open(path, passphrase=WORD).close()
+    key = keys.merge(*merged.call_args.args)
+    calls = [lambda: add_passphrase(path, WORD, OTHER, iter_time=1)]
+    if failing[0] == "pread":
+        calls = [lambda: jqcow.open(path, passphrase=WORD), lambda: convert(path, path, passphrase=WORD)]
+    for call in calls:
+        with (
+            patch.object(FileDevice, failing[0], the_host_fails(*failing)),
+            pytest.raises((OSError, ValueError)) as error,
+        ):
+            call()
+        shown = shown_with_variables(error.value)
+        assert not any(repr(secret)[2:-1] in shown for secret in (WORD, OTHER, key))
 
 
 def test_tables_need_no_passphrase(path: Path) -> None:

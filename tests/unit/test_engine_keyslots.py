@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import jqcow
-from jqcow.errors import PassphraseError, UnsupportedFeatureError, WrongPassphrase
+from jqcow.errors import CorruptionError, PassphraseError, UnsupportedFeatureError, WrongPassphrase
 from jqcow.offline.passphrases import add_passphrase, remove_passphrase
+from jqcow.ondisk import luks
+from jqcow.ondisk.header import HeaderArea
 
 pytest.importorskip("cryptography")
 
@@ -40,6 +42,38 @@ def test_passphrases_come_and_go(path: Path) -> None:
         add_passphrase(path, OTHER, WORD, iter_time=1)
     with jqcow.open(path, passphrase=b"7") as image:
         assert image.pread(7, 5000) == b"a guest" and image.check().ok
+
+
+def header_of(content: bytearray) -> int:
+    """Return where the LUKS header lies."""
+    place = HeaderArea.parse(bytes(content[:4096])).data.index(b"\x05\x37\xbe\x77") + 8
+    return int.from_bytes(content[place : place + 8], "big")
+
+
+def test_a_passphrase_that_cannot_be_wiped_is_not_removed(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    start = header_of(content)
+    slot = start + luks.FIXED_BYTES
+    # Another program may begin the key material right behind the header, in the block that a record has.
+    content[start + 1024 : start + 1088] = content[start + 4096 : start + 4160]
+    content[slot + 40 : slot + 44] = (2).to_bytes(4, "big")
+    path.write_bytes(content)
+    assert add_passphrase(path, WORD, OTHER, iter_time=1) == 1
+    with pytest.raises(UnsupportedFeatureError, match="removing this passphrase"):
+        remove_passphrase(path, WORD)
+    jqcow.open(path, passphrase=WORD).close()
+    assert remove_passphrase(path, OTHER) == 1
+
+
+def test_key_material_behind_the_end_of_the_file_is_damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    start = header_of(content)
+    place = content.index(start.to_bytes(8, "big"))
+    end = len(content)
+    content[place : place + 8] = end.to_bytes(8, "big")
+    path.write_bytes(content + content[start : start + 4096])
+    with pytest.raises(CorruptionError, match="key slot 0 lies past the end"):
+        jqcow.open(path, passphrase=WORD)
 
 
 def test_an_image_that_is_not_encrypted_has_no_passphrases(tmp_path: Path) -> None:

@@ -37,6 +37,16 @@ def announcing(offset: int, length: int, cut: int = 16) -> HeaderArea:
     return replace(PLAIN, header=header, extensions=(Extension(EXTENSION_ENCRYPTION, data),))
 
 
+def with_all_slots(iterations: int) -> LuksHeader:
+    slots = tuple(replace(slot, state=ACTIVE, iterations=iterations) for slot in SLOTS)
+    return replace(HEADER, slots=slots)
+
+
+def test_eight_slots_as_programs_make_them_are_read() -> None:
+    # Two seconds for each slot, and an eighth of that for a digest, at five million a second.
+    replace(with_all_slots(5_000_000), digest_iterations=1_250_000).validate(LENGTH)
+
+
 def test_a_header_is_read_as_it_was_written() -> None:
     packed = HEADER.pack()
     assert len(packed) == luks.HEADER_BYTES == 592
@@ -59,6 +69,13 @@ def test_the_layout_is_that_of_qemu() -> None:
         (replace(HEADER, digest_iterations=ITERATIONS_MAX), UnsupportedFeatureError),
         (
             HEADER.with_slot(3, replace(USED, material_sector=STARTS[3], iterations=1 << 31)),
+            UnsupportedFeatureError,
+        ),
+        # Each slot that is tried costs a digest, and each piece of a long key all iterations once more.
+        (replace(with_all_slots(1000), digest_iterations=ITERATIONS_MAX // 8), UnsupportedFeatureError),
+        (HEADER.with_slot(0, replace(USED, iterations=ITERATIONS_MAX // 2)), UnsupportedFeatureError),
+        (
+            replace(HEADER.with_slot(0, replace(USED, iterations=ITERATIONS_MAX // 4)), hash="sha1"),
             UnsupportedFeatureError,
         ),
         (HEADER.with_slot(1, replace(SLOTS[1], state=7)), FormatError),

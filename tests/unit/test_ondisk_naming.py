@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -94,6 +95,12 @@ PLAIN = [
     (
         'json:{"driver":"qcow2","node-name":"n","cache":{"direct":true},"read-only":true,'
         '"file":{"driver":"file","filename":"b","locking":"off","cache.no-flush":false}}',
+        "b",
+        "qcow2",
+    ),
+    ('json:{"encrypt.key-secret":"s0","driver":"qcow2","file.filename":"b"}', "b", "qcow2"),
+    (
+        'json:{"driver":"qcow2","encrypt":{"format":"luks","key-secret":"s"},"file":{"filename":"b"}}',
         "b",
         "qcow2",
     ),
@@ -237,9 +244,9 @@ def test_the_policy_decides() -> None:
         asked.append(file)
         return file.path == "d/base"
 
-    require_allowed(named, True)
-    require_allowed(named, only_base)
-    assert asked == [named]
+    assert require_allowed(named, True) is named
+    judged = require_allowed(named, only_base)
+    assert asked == [named] and judged.real_path == asked[0].real_path == os.path.realpath("d/base")
     for policy in (False, lambda _: False):
         with pytest.raises(FileAccessDenied) as denied:
             require_allowed(named, policy)
