@@ -31,6 +31,7 @@ from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
 from tests.crash.judge import PromiseBroken, require
+from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.inside import Shown
@@ -878,5 +879,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         transaction_cut_off,
         part_of_a_sector,
         entry_into_luks_header,
+        size_of_an_old_snapshot,
+        growth_behind_a_snapshot_table,
     )
 }
