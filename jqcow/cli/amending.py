@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, cast
 
-from jqcow.cli import common
+from jqcow.cli import common, secrets
 from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.errors import printable
 from jqcow.image.amending import AmendReport
@@ -49,6 +49,7 @@ def add_parsers(commands: Any) -> None:
         "--shrink", action="store_true", help="allow a smaller disk: what lies behind its end is lost"
     )
     common.add_allow_files(parser)
+    secrets.add_passphrase(parser)
     common.add_journal_size(parser)
     add_progress(parser)
     common.add_output(parser)
@@ -70,6 +71,7 @@ def amend_command(arguments: argparse.Namespace) -> int:
             allow_files=arguments.allow_files,
             probe=arguments.probe,
             journal_size=common.journal_size_of(arguments),
+            passphrase=secrets.passphrase_of(arguments),
             progress=progress,
             **options,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from jqcow.engine.guestdata import GuestData
 from jqcow.engine.tables import Tables
 from jqcow.ondisk.header import COMPATIBLE_LAZY_REFCOUNTS
 from jqcow.ondisk.l2 import NO_ENTRY, L2Entry, data_entry
@@ -22,8 +23,9 @@ class Amending:
         converted: how many entries lost their zero flag.
     """
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, data: GuestData) -> None:
         self._tables = tables
+        self._data = data
         self._view = tables.view
         self._mapping = tables.mapping
         self._refcounts = tables.refcounts
@@ -45,6 +47,7 @@ class Amending:
 
         Raises:
             CorruptionError: an entry is damaged.
+            PassphraseError: zeros are to be encrypted, and the image is locked.
             OSError: the host failed.
         """
         for block in range(table, table + self._geometry.cluster_bytes, self._geometry.block_bytes):
@@ -69,7 +72,7 @@ class Amending:
 
     def _new_clusters(self, count: int, owners: int) -> Iterator[L2Entry]:
         """Yield entries of so many clusters of zeros, each counted once for every owner of its table (A4)."""
-        cluster_bytes, medium = self._geometry.cluster_bytes, self._view.blocks.medium
+        cluster_bytes = self._geometry.cluster_bytes
         while count:
             run = self._refcounts.take(count)
             self._refcounts.count_in(run)
@@ -77,9 +80,9 @@ class Amending:
                 self._refcounts.correct(run.start, run.count, 1, owners)
             for cluster in map(ClusterIndex, range(run.start, run.start + run.count)):
                 host = self._geometry.offset_of(cluster)
-                if not run.zero_safe:
+                if self._data.is_encrypted or not run.zero_safe:
                     # A transaction's data is durable before its record (T1).
-                    medium.pwrite(bytes(cluster_bytes), host)
+                    self._data.pwrite(bytes(cluster_bytes), host)
                 yield data_entry(host)._replace(copied=owners == 1)
             count -= run.count
 
@@ -104,7 +107,7 @@ class Amending:
         """
         if version == 3:
             # Version 3 demands of each snapshot what those of version 2 need not have.
-            self._tables.snapshots.write_anew()
+            self._tables.snapshots.keep_sizes()
         self._view.set_area(self._view.area.with_version(version))
 
     def set_lazy_refcounts(self, *, lazy: bool) -> None:

@@ -296,7 +296,14 @@ class Blocks:
     def write_new(self, data: bytes, offset: HostOffset) -> None:
         """Write metadata where none was, and that no durable or staged change is about, to its home."""
         self.medium.pwrite(data, offset)
-        for position in range(offset, offset + len(data), self.geometry.block_bytes):
+        self.forget(offset, len(data))
+
+    def forget(self, offset: HostOffset, length: int) -> None:
+        """Metadata was written where none was: blocks that were read there before do not show it.
+
+        Who reads a table without knowing its end reads blocks behind it.
+        """
+        for position in range(offset, offset + length, self.geometry.block_bytes):
             self._clean.pop(HostOffset(position), None)
 
     def publish(self, durable: ChangeSet) -> None:

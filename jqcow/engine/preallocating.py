@@ -5,7 +5,7 @@ names, made durable, and a record of a few entries then names them (L1 table, re
 alone, in a transaction.
 
 H1. A table that a record names and does not hold lies past the frontier, where no replay writes, and is
-    written whole and durable before that record.
+    written whole and durable before that record. What was read there before is forgotten.
 H2. A preallocated cluster lies past the frontier, so it reads as zeros in every crash state; the space that
     it was promised on the host is durable before the record that maps it.
 """
@@ -156,6 +156,7 @@ class Preallocating:
             self._count_in(plan)
         start = plan.run.start
         data = start + len(plan.new.table_indices) + len(plan.blocks)
+        tables.blocks.forget(self.geometry.offset_of(start), (data - start) * self.geometry.cluster_bytes)
         tables.space.metadata.update(map(ClusterIndex, range(start, data)))
         for at, l1_index in enumerate(plan.new.table_indices):
             place = self.geometry.offset_of(ClusterIndex(start + at))

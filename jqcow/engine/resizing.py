@@ -142,6 +142,7 @@ class Resizing:
                 # The zeros behind the old end must be durable before the record that shows them.
                 tables.changes.ordered = True
             tables.mapping.grow_l1(self.geometry.l1_entries_for(size_bytes))
+            tables.snapshots.keep_sizes()
             tables.bitmaps.resize(size_bytes)
             tables.view.set_header(size=size_bytes)
 

@@ -8,6 +8,8 @@ N1. Everything that an L1 table reaches is counted once for that table, in the r
     the table's place in the image.
 N2. After each of these operations COPIED is set in the active tables exactly where the refcount is 1.
 N3. The clusters of a LUKS header are metadata, with one user.
+N4. A snapshot that does not tell the size of its disk, as version 2 allows, has the disk's. The record that
+    changes that tells the snapshot its own.
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ class NewSnapshot:
     date_nanoseconds: int
 
 
+def _reader(view: View) -> tables.Read:
+    return lambda length, offset: view.read(HostOffset(offset), length)
+
+
 class Snapshots:
     """The snapshots of one image through one view. What changes them is called inside an operation."""
 
@@ -62,12 +68,8 @@ class Snapshots:
         header = self.view.header
         if not header.nb_snapshots:
             return SnapshotTable((), 0)
-        return tables.parse_table(
-            lambda length, offset: self.view.read(HostOffset(offset), length),
-            header.snapshots_offset,
-            header.nb_snapshots,
-            header=header,
-        )
+        read = _reader(self.view)
+        return tables.parse_table(read, header.snapshots_offset, header.nb_snapshots, header=header)
 
     def find(self, id_or_name: str) -> Snapshot:
         """Return the snapshot with this id or, where there is none, the first with this name.
@@ -159,6 +161,7 @@ class Snapshots:
         self._share(taken)
         offset = self.mapping.copy_l1(taken.offset, layout.table_bytes(taken.entry_count), entry_count)
         self._release(active)
+        self.keep_sizes()
         self.view.set_header(l1_table_offset=offset, l1_size=entry_count, size=taken.disk_bytes)
         self.set_copied_flags()
 
@@ -182,10 +185,12 @@ class Snapshots:
         first = self.geometry.cluster_of(l1.offset)
         self.refcounts.release_metadata(first, self.geometry.clusters(layout.table_bytes(l1.entry_count)))
 
-    def write_anew(self) -> None:
-        """Write the snapshot table anew, with all fields of each snapshot."""
-        old = self.read_table()
-        if old.snapshots:
+    def keep_sizes(self) -> None:
+        """Before the disk's size or the version changes: write it to the snapshots that rely on it (N4)."""
+        header, read = self.view.header, _reader(self.view)
+        found = tables.read_entries(read, header.snapshots_offset, header.nb_snapshots, header=header)
+        if any(entry.extra_bytes < tables.REQUIRED_EXTRA_BYTES for entry in found):
+            old = self.read_table()
             self._write_table(old, old.snapshots)
 
     def _write_table(self, old: SnapshotTable, snapshots: tuple[Snapshot, ...]) -> None:

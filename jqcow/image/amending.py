@@ -14,6 +14,7 @@ from jqcow.ondisk import naming
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.amendment import Amendment, AmendOptions
 from jqcow.ondisk.header import EXTENSION_EXTERNAL_DATA, HeaderArea
+from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.layout import HostOffset
 
 Progress = Callable[[int, int], None]
@@ -47,19 +48,24 @@ class AmendReport:
 
 
 def amend_image(
-    image: Image, options: AmendOptions, progress: Progress = lambda done, total: None
+    image: Image,
+    options: AmendOptions,
+    progress: Progress = lambda done, total: None,
+    passphrase: Passphrase | None = None,
 ) -> AmendReport:
     """Give an image that is open for writing, and in nobody else's use, another format; durable on return.
 
-    The caller closes it next: what is open goes on by the old format.
+    The caller closes it next: what is open goes on by the old format. The ``passphrase`` is of an image that
+    is still locked; zeros over a backing file are encrypted with it.
 
     Raises:
+        PassphraseError: it is needed and does not fit; nothing is changed.
         ValueError: what no image can be, or not this one; nothing is changed.
         UnsupportedFeatureError: a refcount does not fit its new width, and the like; nothing is changed.
         CorruptionError: a table is damaged.
         OSError: the host failed. The image has its old format.
     """
-    return _Amended(image, options).amend(progress)
+    return _Amended(image, options).amend(progress, passphrase)
 
 
 def _new_name(area: HeaderArea, name: str | None) -> str | None:
@@ -85,11 +91,13 @@ class _Amended:
         self._data_file = _new_name(self._tables.view.area, options.get("data_file"))
         self._converted = 0
 
-    def amend(self, progress: Progress) -> AmendReport:
+    def amend(self, progress: Progress, passphrase: Passphrase | None) -> AmendReport:
         old, new = self._old, self._new
         if old == new and self._data_file is None:
             return AmendReport()
         self._check()
+        if self._loses_zero_flags and self._image.backing_file is not None and passphrase is not None:
+            self._image._engine.unlock(passphrase)
         self._take_zero_flags(progress)
         with self._image.transaction() as transaction:
             if new.size_bytes != old.size_bytes:
@@ -133,7 +141,7 @@ class _Amended:
         if not self._loses_zero_flags:
             return
         with self._lock:
-            left = Amending(self._tables).l2_tables()
+            left = self._amending(self._tables).l2_tables()
         total = len(left)
         left.reverse()
         while left:
@@ -142,8 +150,11 @@ class _Amended:
                     transaction._operate(lambda tables: self._convert(tables, [left.pop()]))
                     progress(total - len(left), total)
 
+    def _amending(self, tables: Tables) -> Amending:
+        return Amending(tables, self._image._engine.data)
+
     def _convert(self, tables: Tables, l2_tables: list[HostOffset]) -> None:
-        amending = Amending(tables)
+        amending = self._amending(tables)
         for table in l2_tables:
             amending.take_zero_flags(table)
         amending.set_copied_flags()
@@ -152,7 +163,7 @@ class _Amended:
     # The header
 
     def _stage(self, tables: Tables) -> None:
-        old, new, amending = self._old, self._new, Amending(tables)
+        old, new, amending = self._old, self._new, self._amending(tables)
         if self._loses_zero_flags:
             # A resize may have made some.
             self._convert(tables, amending.l2_tables())

@@ -12,6 +12,7 @@ from jqcow.image.opening import open as open_image
 from jqcow.image.opening import open_alone
 from jqcow.offline.compare import Progress
 from jqcow.ondisk.amendment import AmendOptions
+from jqcow.ondisk.keys import Passphrase
 
 
 def amend(
@@ -21,6 +22,7 @@ def amend(
     allow_files: FilePolicy = False,
     probe: bool = False,
     journal_size: int | None = None,
+    passphrase: Passphrase | None = None,
     progress: Progress = lambda done, total: None,
     **options: Unpack[AmendOptions],
 ) -> AmendReport:
@@ -36,6 +38,8 @@ def amend(
             disk adds must hide what they have there. Otherwise none is opened.
         probe: with ``size``, tell formats that are not stored by the magic.
         journal_size: in bytes, as in `jqcow.open`.
+        passphrase: of encrypted images, as in `jqcow.open`: needed with ``size``, and for version 2 over a
+            backing file.
         progress: called with how much of the mapping was looked at for zero flags, and all of it.
         options: see `AmendOptions`; what is not given stays.
 
@@ -46,12 +50,19 @@ def amend(
         OSError: the host failed; the image has its old format.
     """
     if "size" in options:
-        image = open_image(path, "r+", journal_size=journal_size, allow_files=allow_files, probe=probe)
+        image = open_image(
+            path,
+            "r+",
+            journal_size=journal_size,
+            allow_files=allow_files,
+            probe=probe,
+            passphrase=passphrase,
+        )
     else:
         image = open_alone(path, "r+", journal_size=journal_size)
     with image:
         _check_size(image, options, shrink=shrink)
-        return amend_image(image, options, progress)
+        return amend_image(image, options, progress, passphrase)
 
 
 def _check_size(image: Image, options: AmendOptions, *, shrink: bool) -> None:

@@ -425,6 +425,11 @@ OF_MAPPING_AND_SNAPSHOTS = (
         trials=seeds("preallocated/512", 3),
     ),
     Mutant(
+        "H1-old-blocks-kept",
+        skipping(f"{BLOCKS}.forget", during=f"{PREALLOCATING}._stage"),
+        trials=(SCENARIO + "growth-behind-a-snapshot-table",),
+    ),
+    Mutant(
         "H2-old-space",
         replacing(f"{SPACE}.take_at_frontier", take_old_space, during=f"{PREALLOCATING}._plan"),
         trials=seeds("preallocated-old-space/4096", 4),
@@ -457,6 +462,11 @@ OF_MAPPING_AND_SNAPSHOTS = (
         "N2-flags-left-by-delete",
         skipping(f"{SNAPSHOTS}.set_copied_flags", during=f"{SNAPSHOTS}.delete"),
         trials=seeds("snapshots/4096", 2),
+    ),
+    Mutant(
+        "N4-size-left-to-the-header",
+        skipping(f"{SNAPSHOTS}.keep_sizes"),
+        trials=(SCENARIO + "size-of-an-old-snapshot",),
     ),
 )
 

@@ -26,6 +26,7 @@ from jqcow.errors import (
     WrongPassphrase,
 )
 from jqcow.image.opening import open_alone
+from jqcow.offline.amend import amend
 from jqcow.offline.commit import commit
 from jqcow.offline.convert import convert
 from jqcow.offline.info import check_file, read_info
@@ -199,3 +200,32 @@ def test_a_damaged_header_is_an_error_and_no_leak(path: Path) -> None:
     with pytest.raises(CorruptionError):
         jqcow.open(path, passphrase=WORD)
     assert check_file(path).counts[Kind.HEADER] == 1
+
+
+def test_version_2_over_a_backing_file_has_encrypted_zeros(tmp_path: Path) -> None:
+    (tmp_path / "base.raw").write_bytes(b"b" * MIB)
+    path = tmp_path / "i.qcow2"
+    with jqcow.create(
+        path,
+        MIB,
+        backing_file="base.raw",
+        backing_format="raw",
+        allow_files=True,
+        cluster_size=4096,
+        encryption=encryption(),
+    ) as image:
+        image.pwrite(b"x" * 8192, 0)
+        image.write_zeroes(16384, 4096)
+    before = path.read_bytes()
+    with pytest.raises(PassphraseError):
+        amend(path, compat="0.10")
+    with pytest.raises(WrongPassphrase):
+        amend(path, compat="0.10", passphrase=OTHER)
+    assert path.read_bytes()[: len(before)] == before
+    # Neither asks for it.
+    amend(path, compat="1.1", refcount_bits=64)
+    assert amend(path, compat="0.10", refcount_bits=16, passphrase=WORD).zero_clusters == 4
+    with jqcow.open(path, passphrase=WORD, allow_files=True) as image:
+        assert image.pread(24576, 0) == b"x" * 4096 + bytes(16384) + b"b" * 4096
+        assert image.check().ok
+    assert amend(path, size=2 * MIB, passphrase=WORD, allow_files=True).size

@@ -35,7 +35,7 @@ def over_a_file(engine: Engine) -> None:
 
 def convert(engine: Engine) -> int:
     with changing(engine) as tables:
-        amending = Amending(tables)
+        amending = Amending(tables, engine.data)
         for table in amending.l2_tables():
             amending.take_zero_flags(table)
         amending.set_copied_flags()
@@ -135,16 +135,16 @@ def test_a_damaged_entry_is_refused_and_nothing_changes(engine: Engine) -> None:
 def test_a_version_and_back(engine: Engine) -> None:
     convert(engine)
     with changing(engine) as tables:
-        Amending(tables).set_lazy_refcounts(lazy=True)
+        Amending(tables, engine.data).set_lazy_refcounts(lazy=True)
     assert engine.public.view.header.compatible_features == COMPATIBLE_LAZY_REFCOUNTS
     with changing(engine) as tables:
         tables.snapshots.create(SNAPSHOT)
-        Amending(tables).set_version(2)
+        Amending(tables, engine.data).set_version(2)
     header = engine.public.view.header
     assert (header.version, header.compatible_features, header.header_length) == (2, 0, 72)
     place = header.snapshots_offset
     with changing(engine) as tables:
-        Amending(tables).set_version(3)
+        Amending(tables, engine.data).set_version(3)
     header = engine.public.view.header
     assert (header.version, header.header_length) == (3, 112)
     assert header.snapshots_offset != place

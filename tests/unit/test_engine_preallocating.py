@@ -221,3 +221,18 @@ def test_rows_are_what_their_entries_say(extended: bool) -> None:
         assert mapped == [entry_for(HostOffset((1 << 20) + (at << 14))) for at in range(row.count)]
         assert sum(entry.host != 0 for entry in decoded) == row.count
     assert not list(row.behind(row.end).l2_tables())
+
+
+def test_what_was_read_behind_the_end_before_is_not_believed() -> None:
+    """The snapshot table is read in long parts: also where the new tables go."""
+    device = SimulatedDevice()
+    with jqcow.create_on_device(device, MIB, cluster_size=512, journal_size=65536) as image:
+        image.create_snapshot("kept")
+        assert len(image.snapshots()) == 1
+        image.resize(3 * MIB, "metadata")
+        assert image.check().ok
+        image.pwrite(b"y" * 1024, 2 * MIB)
+        assert image.check().ok
+    device.reopen()
+    with jqcow.open_device(device) as image:
+        assert image.check().ok and image.pread(1024, 2 * MIB) == b"y" * 1024
