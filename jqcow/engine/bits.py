@@ -168,6 +168,7 @@ class Bits:
         total = bits + 7 >> 3
         # A byte of the coarser one stands for so many of the finer one: always whole ones.
         step = max(1, STEP_BYTES >> shift) if shift > 0 else max(STEP_BYTES, 1 << -shift)
+        step = layout.round_up(step, self.geometry.cluster_bytes) if shift <= 0 else step
         for start in range(0, total, step):
             length = min(step, total - start)
             added = int.from_bytes(self._scaled(other, start, length, shift), "little")
@@ -175,7 +176,18 @@ class Bits:
             added &= (1 << bits - (start << 3)) - 1
             if added:
                 joined = int.from_bytes(self.read(target, start, length), "little") | added
-                self.write(target, start, joined.to_bytes(length, "little"))
+                self._write_joined(target, start, joined.to_bytes(length, "little"))
+
+    def _write_joined(self, entry: BitmapEntry, start: int, data: bytes) -> None:
+        """Replace bytes of a bitmap from ``start`` on; whole clusters of ones take no space."""
+        position = 0
+        for index, _, count in self._pieces(start, len(data)):
+            part = data[position : position + count]
+            if count == self.geometry.cluster_bytes and part.count(255) == count:
+                self.drop_cluster(entry, index, entries.ALL_ONES)
+            else:
+                self.write(entry, start + position, part)
+            position += count
 
     def _scaled(self, entry: BitmapEntry, start: int, length: int, shift: int) -> bytes:
         """Return bytes of a bitmap as one with a granularity 2**shift times as large would have them."""
