@@ -22,6 +22,7 @@ from jqcow.engine.journal import Contents
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
+from jqcow.engine.walk import mapped_elsewhere
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import AUTOCLEAR_BITMAPS
@@ -77,7 +78,7 @@ class Lifecycle:
             CorruptionError: a table is damaged.
         """
         if not self._has_own_offsets:
-            place = self.public.mapping.mapped_elsewhere()
+            place = mapped_elsewhere(self.public.mapping)
             if place:
                 raise UnsupportedFeatureError(
                     "writing to a data file that is out of order",

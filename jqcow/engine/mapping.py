@@ -224,33 +224,6 @@ class Mapping:
             raise CorruptionError("L2 table", place, f"{told}, which has {data_file.size} bytes")
         return run._replace(subcluster_count=count * subclusters - subcluster)
 
-    def mapped_elsewhere(self) -> HostOffset:
-        """Return the place of an L2 entry that maps a cluster to another offset of the data file; 0 for none.
-
-        Raises:
-            CorruptionError: a table is damaged.
-        """
-        codec = self.codec
-        for l1_index, table in self.l2_tables(0):
-            end = table + self._cluster_bytes
-            if self.view.hole_end(table, end) == end:
-                continue
-            for block in range(table, end, self.geometry.block_bytes):
-                first = l1_index * codec.per_table + (block - table) // codec.entry_bytes
-                index = 0
-                while index < codec.per_block:
-                    place = HostOffset(block + index * codec.entry_bytes)
-                    try:
-                        run = codec.place_run(
-                            self.view.block(HostOffset(block)), index, codec.per_block - index
-                        )
-                    except DamagedEntry as error:
-                        raise CorruptionError("L2 table", place, str(error)) from error
-                    if run.host and run.host != DATA_FILE + (first + index) * self._cluster_bytes:
-                        return place
-                    index += run.entry_count
-        return HostOffset(0)
-
     def _check_readable(self, place: HostOffset, host: HostOffset, count: int) -> int:
         """Return how many of ``count`` host clusters lie within the file, the first of which must (G1)."""
         if count > 1 and host + (count - 1) * self._cluster_bytes >= self.space.readable_bytes:

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from jqcow.engine.clusters import Run
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import EXPECTED
+from jqcow.engine.places import Places
 from jqcow.engine.read import Reads
-from jqcow.engine.request import NotData, Request
+from jqcow.engine.request import Request
 from jqcow.engine.sharing import leave_to_one
-from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, NO_ENTRY, UNALLOCATED, ZERO_CLUSTER, L2Entry
-from jqcow.ondisk.layout import DATA_FILE, SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
 class Piece(NamedTuple):
@@ -84,6 +84,7 @@ class Writes:
         self._cluster_bytes = self.geometry.cluster_bytes
         self._subcluster_bytes = reads.tables.mapping.codec.subcluster_bytes
         self._is_outside = self.geometry.has_data_file
+        self.places = Places(reads.requests)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write the guest's bytes at ``offset``.
@@ -174,7 +175,7 @@ class Writes:
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
         self.requests.require_live()
-        self._require_data(first, end)
+        self.places.require_data(first, end)
         if self._may_overwrite_old(plan):
             self.requests.dirty.will_write(offset, plan.changed[1])
         # Outside the section: a block that is not in memory interrupts the plan, and must leave no doubt.
@@ -268,7 +269,7 @@ class Writes:
         """Return True if a cluster that a guest's entry names may be written in place (W1, W5, G2)."""
         if self._is_outside:
             if not self.tables.changes.may_overwrite(cluster):
-                self._refuse_overwriting()
+                self.places.refuse_overwriting()
             return True
         is_shared = self.tables.refcounts_at_hand.data_refcount(cluster) > 1
         is_own = copied and not is_shared and cluster not in self.tables.space.left_alone
@@ -299,8 +300,8 @@ class Writes:
         cluster = piece.offset // self._cluster_bytes
         end = self.geometry.clusters(piece.offset + piece.length)
         if self._is_outside:
-            run = self._place_outside(cluster, end - cluster)
-            self._require_spare(run, piece)
+            run = self.places.run_of(cluster, end - cluster)
+            self.places.require_spare(run, piece.offset, piece.length)
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
             return
         before = plan.fresh[-1] if plan.fresh else None
@@ -324,66 +325,12 @@ class Writes:
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new))
             cluster += run.count
 
-    # In a data file (datafile.py)
-
-    def _place_outside(self, cluster: int, count: int) -> Run:
-        """Return the place of guest clusters in a row: their own, whatever it holds (X2)."""
-        host = HostOffset(DATA_FILE + cluster * self._cluster_bytes)
-        return Run(self.geometry.cluster_of(host), count, zero_safe=False)
-
     def _may_overwrite_old(self, plan: WritePlan) -> bool:
         """Return True if a write may change bytes that a durable entry shows (tracking.py, B1).
 
         In a data file a new cluster may lie over one whose discard is not durable.
         """
         return self._is_outside or any(piece.in_place for piece in plan.pieces)
-
-    def _require_data(self, first: int, end: int) -> None:
-        """Raise NotData if guest clusters lie in a raw data file: they are not data yet (X3)."""
-        if self.tables.view.header.is_raw_outside:
-            raise NotData(lambda: self._make_data(first, end))
-
-    def _refuse_overwriting(self) -> NoReturn:
-        """There is no other place for what a transaction would overwrite (X4)."""
-        raise UnsupportedFeatureError(
-            "overwriting data in a transaction",
-            "the image has an external data file, so there is no second place for the data",
-        )
-
-    def _require_spare(self, run: Run, piece: Piece) -> None:
-        """Refuse clusters that a transaction must not write to: others see data there, or may again (X4)."""
-        changes = self.tables.changes
-        if not changes.is_private:
-            return
-        places = {ClusterIndex(at) for at in range(run.start, run.start + run.count)}
-        public = self.requests.commits.public.mapping_at_hand
-        is_seen = any(seen.kind == DATA for seen in public.runs(piece.offset, piece.length))
-        if is_seen or not changes.outside.isdisjoint(places - (changes.own or set())):
-            self._refuse_overwriting()
-
-    def _make_data(self, first: int, end: int) -> None:
-        """Make data of all guest clusters in [first, end) of a raw data file, durably (X3)."""
-        requests, tables, data_file = self.requests, self.tables, self.medium.data_file
-        if tables.changes.is_private:
-            self._refuse_overwriting()
-        codec, disk_bytes = tables.mapping.codec, tables.mapping.disk_bytes
-        with requests.commits.turn.lock:
-            requests.commits.begin_turn()
-            with requests.lock:
-                requests.require_admitted()
-                position, stop = first * self._cluster_bytes, end * self._cluster_bytes
-                for run in tables.mapping.runs(GuestOffset(position), stop - position):
-                    inside = min(run.length, disk_bytes - position)
-                    if run.kind != DATA and inside > 0 and data_file is not None:
-                        data_file.zero(HostOffset(DATA_FILE + position), inside)
-                    position += run.length
-                with tables.operation():
-                    for cluster in map(GuestCluster, range(first, end)):
-                        host = HostOffset(DATA_FILE + cluster * self._cluster_bytes)
-                        entry = codec.filled(NO_ENTRY, host, range(codec.subclusters))
-                        self.replace_entries(cluster, None, [entry])
-            # The zeros are durable before the record (X1), and that before any data.
-            requests.commits.commit(tables)
 
     # Run, without the lock
 
