@@ -21,15 +21,14 @@ from dataclasses import replace
 
 from jqcow.engine.commit import Commits
 from jqcow.engine.journal import Contents
-from jqcow.engine.mapping import Mapping
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.root import SECTOR_0
 from jqcow.engine.scan import LiveRoot, Scan
+from jqcow.engine.walk import mapped_elsewhere
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.entries import DamagedEntry
 from jqcow.ondisk.header import AUTOCLEAR_BITMAPS
-from jqcow.ondisk.layout import DATA_FILE, SECTOR_BYTES, ClusterIndex, Geometry, HostOffset
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, Geometry
 from jqcow.ondisk.root import JournalRange
 
 
@@ -84,7 +83,7 @@ class Lifecycle:
             CorruptionError: a table is damaged.
         """
         if not self._has_own_offsets:
-            place = _mapped_elsewhere(self.public.mapping)
+            place = mapped_elsewhere(self.public.mapping)
             if place:
                 raise UnsupportedFeatureError(
                     "writing to a data file that is out of order",
@@ -299,31 +298,3 @@ def _without(extent: JournalRange, geometry: Geometry, start: int, end: int) -> 
     """Return what is left of the clusters in [start, end) where a journal is at one of their ends."""
     first, stop = extent.offset // geometry.cluster_bytes, geometry.clusters(extent.end)
     return stop if first <= start < stop else start, first if first < end <= stop else end
-
-
-def _mapped_elsewhere(mapping: Mapping) -> HostOffset:
-    """Return the place of an L2 entry that maps a cluster to another offset of the data file; 0 for none.
-
-    Raises:
-        CorruptionError: a table is damaged.
-    """
-    codec, cluster_bytes = mapping.codec, mapping.geometry.cluster_bytes
-    for l1_index, table in mapping.l2_tables(0):
-        end = table + cluster_bytes
-        if mapping.view.hole_end(table, end) == end:
-            continue
-        for block in range(table, end, mapping.geometry.block_bytes):
-            first = l1_index * codec.per_table + (block - table) // codec.entry_bytes
-            index = 0
-            while index < codec.per_block:
-                place = HostOffset(block + index * codec.entry_bytes)
-                try:
-                    run = codec.place_run(
-                        mapping.view.block(HostOffset(block)), index, codec.per_block - index
-                    )
-                except DamagedEntry as error:
-                    raise CorruptionError("L2 table", place, str(error)) from error
-                if run.host and run.host != DATA_FILE + (first + index) * cluster_bytes:
-                    return place
-                index += run.entry_count
-    return HostOffset(0)

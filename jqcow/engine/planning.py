@@ -5,20 +5,19 @@ The rules are those of write.py (W1, M5) and, for a data file, of datafile.py.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from jqcow.engine.clusters import Run
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import EXPECTED
+from jqcow.engine.places import Places
 from jqcow.engine.read import Reads
-from jqcow.engine.request import NotData, Request
-from jqcow.errors import UnsupportedFeatureError
+from jqcow.engine.request import Request
 from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER, L2Entry
-from jqcow.ondisk.layout import DATA_FILE, SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
 class Piece(NamedTuple):
@@ -63,7 +62,7 @@ class WritePlan:
     """It makes zeros of what it covers, without any data."""
 
 
-class Planning(ABC):
+class Planning:
     """Plans of a guest's writes, made with the lock held."""
 
     def __init__(self, reads: Reads) -> None:
@@ -77,6 +76,7 @@ class Planning(ABC):
         self._cluster_bytes = self.geometry.cluster_bytes
         self._subcluster_bytes = reads.tables.mapping.codec.subcluster_bytes
         self._is_outside = self.geometry.has_data_file
+        self.places = Places(reads.requests)
 
     def plan(self, request: Request, offset: GuestOffset, length: int, *, copies: bool = False) -> WritePlan:
         """Find what may be written in place, take clusters for the rest, and begin the request.
@@ -100,7 +100,7 @@ class Planning(ABC):
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
         self.guard.require_free(first, end)
         self.requests.require_live()
-        self._require_data(first, end)
+        self.places.require_data(first, end)
         # Outside the section: a block that is not in memory interrupts the plan, and must leave no doubt.
         kept = [self._kept_clusters(piece) for piece in plan.pieces]
         if self._changes_in_place(plan, kept):
@@ -194,7 +194,7 @@ class Planning(ABC):
         """Return True if a cluster that a guest's entry names may be written in place (W1, W5, G2)."""
         if self._is_outside:
             if not self.tables.changes.may_overwrite(cluster):
-                self._refuse_overwriting()
+                self.places.refuse_overwriting()
             return True
         is_shared = self.tables.refcounts_at_hand.data_refcount(cluster) > 1
         is_own = copied and not is_shared and cluster not in self.tables.space.left_alone
@@ -230,8 +230,8 @@ class Planning(ABC):
         cluster = piece.offset // self._cluster_bytes
         end = self.geometry.clusters(piece.offset + piece.length)
         if self._is_outside:
-            run = self._place_outside(cluster, end - cluster)
-            self._require_spare(run, piece)
+            run = self.places.run_of(cluster, end - cluster)
+            self.places.require_spare(run, piece.offset, piece.length)
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
             return
         before = plan.fresh[-1] if plan.fresh else None
@@ -254,37 +254,3 @@ class Planning(ABC):
                 run = Run(self.geometry.cluster_of(kept[cluster]), 1, zero_safe=False)
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new))
             cluster += run.count
-
-    # In a data file (datafile.py)
-
-    def _place_outside(self, cluster: int, count: int) -> Run:
-        """Return the place of guest clusters in a row: their own, whatever it holds (X2)."""
-        host = HostOffset(DATA_FILE + cluster * self._cluster_bytes)
-        return Run(self.geometry.cluster_of(host), count, zero_safe=False)
-
-    def _require_data(self, first: int, end: int) -> None:
-        """Raise NotData if guest clusters lie in a raw data file: they are not data yet (X3)."""
-        if self.tables.view.header.is_raw_outside:
-            raise NotData(lambda: self._make_data(first, end))
-
-    def _refuse_overwriting(self) -> NoReturn:
-        """There is no other place for what a transaction would overwrite (X4)."""
-        raise UnsupportedFeatureError(
-            "overwriting data in a transaction",
-            "the image has an external data file, so there is no second place for the data",
-        )
-
-    def _require_spare(self, run: Run, piece: Piece) -> None:
-        """Refuse clusters that a transaction must not write to: others see data there, or may again (X4)."""
-        changes = self.tables.changes
-        if not changes.is_private:
-            return
-        places = {ClusterIndex(at) for at in range(run.start, run.start + run.count)}
-        public = self.requests.commits.public.mapping_at_hand
-        is_seen = any(seen.kind == DATA for seen in public.runs(piece.offset, piece.length))
-        if is_seen or not changes.outside.isdisjoint(places - (changes.own or set())):
-            self._refuse_overwriting()
-
-    @abstractmethod
-    def _make_data(self, first: int, end: int) -> None:
-        """Make data of all guest clusters in [first, end) of a raw data file, durably (X3)."""

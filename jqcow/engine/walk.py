@@ -9,7 +9,8 @@ from __future__ import annotations
 from jqcow.engine.mapping import Mapping
 from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError
-from jqcow.ondisk.layout import HostOffset, entry_place
+from jqcow.ondisk.entries import DamagedEntry
+from jqcow.ondisk.layout import DATA_FILE, HostOffset, entry_place
 
 
 class Walk:
@@ -48,3 +49,29 @@ class Walk:
                     "L1 table", place, f"the L2 table at {table:#x} is past the end of the file"
                 )
         self._l1_index = l1_index
+
+
+def mapped_elsewhere(mapping: Mapping) -> HostOffset:
+    """Return the place of an L2 entry that maps a cluster to another offset of a data file; 0 for none.
+
+    Raises:
+        CorruptionError: a table is damaged.
+    """
+    codec, view, cluster_bytes = mapping.codec, mapping.view, mapping.geometry.cluster_bytes
+    for l1_index, table in mapping.l2_tables(0):
+        end = table + cluster_bytes
+        if view.hole_end(table, end) == end:
+            continue
+        for block in map(HostOffset, range(table, end, mapping.geometry.block_bytes)):
+            first = l1_index * codec.per_table + (block - table) // codec.entry_bytes
+            index = 0
+            while index < codec.per_block:
+                place = HostOffset(block + index * codec.entry_bytes)
+                try:
+                    run = codec.place_run(view.block(block), index, codec.per_block - index)
+                except DamagedEntry as error:
+                    raise CorruptionError("L2 table", place, str(error)) from error
+                if run.host and run.host != DATA_FILE + (first + index) * cluster_bytes:
+                    return place
+                index += run.entry_count
+    return HostOffset(0)

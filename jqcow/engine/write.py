@@ -20,7 +20,7 @@ from jqcow.engine.request import Request
 from jqcow.engine.sharing import leave_to_one
 from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, NO_ENTRY, UNALLOCATED, ZERO_CLUSTER, L2Entry
-from jqcow.ondisk.layout import DATA_FILE, ClusterIndex, GuestCluster, GuestOffset, HostOffset
+from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
 class Writes(Planning):
@@ -103,32 +103,6 @@ class Writes(Planning):
                 self.guard.end(request)
         if plan.fresh:
             requests.commit_if_large()
-
-    # In a raw data file (datafile.py)
-
-    def _make_data(self, first: int, end: int) -> None:
-        """Make data of all guest clusters in [first, end) of a raw data file, durably (X3)."""
-        requests, tables, data_file = self.requests, self.tables, self.medium.data_file
-        if tables.changes.is_private:
-            self._refuse_overwriting()
-        codec, disk_bytes = tables.mapping.codec, tables.mapping.disk_bytes
-        with requests.commits.turn.lock:
-            requests.commits.begin_turn()
-            with requests.lock:
-                requests.require_admitted()
-                position, stop = first * self._cluster_bytes, end * self._cluster_bytes
-                for run in tables.mapping.runs(GuestOffset(position), stop - position):
-                    inside = min(run.length, disk_bytes - position)
-                    if run.kind != DATA and inside > 0 and data_file is not None:
-                        data_file.zero(HostOffset(DATA_FILE + position), inside)
-                    position += run.length
-                with tables.operation():
-                    for cluster in map(GuestCluster, range(first, end)):
-                        host = HostOffset(DATA_FILE + cluster * self._cluster_bytes)
-                        entry = codec.filled(NO_ENTRY, host, range(codec.subclusters))
-                        self.replace_entries(cluster, None, [entry])
-            # The zeros are durable before the record (X1), and that before any data.
-            requests.commits.commit(tables)
 
     # Run, without the lock
 

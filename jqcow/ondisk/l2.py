@@ -214,13 +214,10 @@ class L2Codec(ABC):
     def _host_of(self, entry: int) -> HostOffset:
         """Return the host offset of a standard cluster, 0 where the entry has none."""
         offset = entry & OFFSET_MASK
-        if self._is_outside and (offset or (entry >= COPIED and not self._has_zero_flag_set(entry))):
+        reads_as_zeros = self.subclusters == 1 and entry & ZERO
+        if self._is_outside and (offset or (entry >= COPIED and not reads_as_zeros)):
             return HostOffset(DATA_FILE + offset)
         return HostOffset(offset)
-
-    def _has_zero_flag_set(self, entry: int) -> bool:
-        """Return True if the flag that an entry has for a whole cluster says that it reads as zeros."""
-        return self.subclusters == 1 and bool(entry & ZERO)
 
     # As they stand in a table
 
@@ -391,8 +388,6 @@ class StandardL2(L2Codec):
         (entry,) = ENTRY.unpack_from(buffer, index * 8)
         if kind == UNALLOCATED:
             part = memoryview(buffer)[index * 8 : (index + count) * 8]
-            if _native.is_zero(part):
-                return kind, 0, count
             if self._host_of(entry):
                 return DATA, self._host_of(entry), 1
             count = next((at for at, (word,) in enumerate(ENTRY.iter_unpack(part)) if at and word), count)
@@ -514,9 +509,8 @@ class ExtendedL2(L2Codec):
         if entry.kind == COMPRESSED_CLUSTER:
             return HostRun(entry.host, 1, entry.copied, entry.length)
         _, host, count = _native.l2_run(buffer, index, limit, self._cluster_bits, 16)
-        if self._is_outside and not host:
-            # One at offset 0 of a data file looks like those that have none.
-            return HostRun(entry.host, 1, entry.copied, 0)
+        # One at offset 0 of a data file looks like those that have none.
+        count = 1 if self._is_outside and not host else count
         return HostRun(entry.host, count, entry.copied, 0)
 
     def found(self, table: bytes) -> Iterator[FoundEntry]:

@@ -56,6 +56,7 @@ from tests.support.mutant import (
     NATIVE,
     OPERATION,
     PACKED,
+    PLACES,
     PREALLOCATING,
     PRIVATE,
     PRIVATE_MARKS,
@@ -794,17 +795,17 @@ OF_DATA_FILES = (
     ),
     Mutant(
         "X2-old-bytes-beside-new-ones",
-        with_result(f"{WRITES}._place_outside", lambda run: replace(run, zero_safe=True)),
+        with_result(f"{PLACES}.run_of", lambda run: replace(run, zero_safe=True)),
         trials=("data-file-reuse-dirty/1024/0",),
     ),
     Mutant(
         "X3-written-before-it-is-data",
-        skipping(f"{WRITES}._require_data"),
+        skipping(f"{PLACES}.require_data"),
         trials=("data-file-raw-zeros/1024/0",),
     ),
     Mutant(
         "X3-data-over-old-bytes",
-        skipping(f"{DATA_FILE}.zero", during=f"{WRITES}._make_data"),
+        skipping(f"{DATA_FILE}.zero", during=f"{PLACES}.make_data"),
         trials=(SCENARIO + "old-bytes-in-a-raw-file",),
     ),
     Mutant(
@@ -814,7 +815,7 @@ OF_DATA_FILES = (
     ),
     Mutant(
         "X4-transaction-overwrites",
-        skipping(f"{WRITES}._refuse_overwriting"),
+        skipping(f"{PLACES}.refuse_overwriting"),
         trials=(SCENARIO + "transaction-over-a-data-file",),
     ),
     Mutant(

@@ -28,7 +28,7 @@ FILE_CALLS = {
     "pwrite", "pwritev", "sync", "sync_file_range", "syncfs", "truncate",
 }  # fmt: skip
 # engine.py puts the parts together: what opening makes of each case is tried there.
-UNIT_FILES = {"engine": "test_recovery_cases.py"}
+UNIT_FILES = {"engine": "test_recovery_cases.py", "places": "test_engine_datafile.py"}
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "sys.argv"}
 
 # What a table entry looks like: its size, and its bits.
