@@ -147,6 +147,6 @@ def _bitmap_bytes(geometry: Geometry, size: int, entries: tuple[BitmapEntry, ...
     """Return what bitmaps take in an image: bits, tables and their directory."""
     clusters = geometry.clusters(sum(len(entry.pack()) for entry in entries))
     for entry in entries:
-        of_bits = geometry.clusters((entry.bits_for(size) + 7) // 8)
+        of_bits = geometry.clusters((entry.bits_for(size) + 7) >> 3)
         clusters += of_bits + geometry.clusters(layout.table_bytes(of_bits))
     return clusters * geometry.cluster_bytes
