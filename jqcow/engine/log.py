@@ -23,6 +23,7 @@ from jqcow.engine.clusters import Run
 from jqcow.engine.journal import HEADER_FRAME_BYTES, Contents, Journal, dead_parts, write_range
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Blocks, ChangeSet
+from jqcow.engine.refcounts import search_on
 from jqcow.engine.root import Root
 from jqcow.engine.space import Space
 from jqcow.engine.tables import Tables
@@ -205,7 +206,7 @@ class Log:
         Raises:
             OSError: the range is given up, and the root copy may be stale.
         """
-        length = affordable_length(length, self.space.free_bytes(), shortest)
+        length = affordable_length(length, self.space.room.free_bytes(self.space.frontier), shortest)
         while True:
             try:
                 return self._lay(length, contents, may_reuse=is_home and length <= shortest)
@@ -217,7 +218,7 @@ class Log:
             length = max(shortest, _rounded_down(length // 2))
 
     def _no_space(self, needed_bytes: int, error: OSError) -> OSError:
-        told = no_space("the journal", needed_bytes, self.space.free_bytes())
+        told = no_space("the journal", needed_bytes, self.space.room.free_bytes(self.space.frontier))
         if error.filename is not None:
             told.filename = error.filename
         return told
@@ -245,7 +246,7 @@ class Log:
             end = max(self.medium.size(), end)
         offset = HostOffset(layout.round_up(end, unit))
         try:
-            self.space.require_room(self.geometry.clusters(offset + length))
+            self.space.room.require(self.geometry.clusters(offset + length))
         except OSError:
             found = self._free_row(self.geometry.clusters(length), unit) if may_reuse else None
             if found is None:
@@ -261,7 +262,7 @@ class Log:
         align_clusters = unit // self.geometry.cluster_bytes
         while True:
             found = self.space.free_row(count, align_clusters)
-            if found is not None or self.in_transaction or not self.public.refcounts.search_on():
+            if found is not None or self.in_transaction or not search_on(self.public.refcounts):
                 return found
 
     def _give_up(self, extent: JournalRange, error: BaseException) -> None:

@@ -475,21 +475,10 @@ class Allocation(Refcounts):
         """When short of clusters that read as zeros, find some that are free and not listed."""
         if not self.space.is_short or self.space.unknown:
             return
-        for _ in itertools.count() if self.space.is_full else range(SCAN_BLOCKS_PER_TAKE):
-            if self.space.unknown or not self.search_on():
+        is_full = not self.space.room.limit(1, self.space.frontier)
+        for _ in itertools.count() if is_full else range(SCAN_BLOCKS_PER_TAKE):
+            if self.space.unknown or not search_on(self):
                 return
-
-    def search_on(self) -> bool:
-        """List what is free in the next block of refcounts; False if all of them were searched."""
-        start, end = self.space.search_at, self.space.search_end
-        if start >= end:
-            return False
-        per_block = self.geometry.refcounts_per_block
-        stop = min(end, start - start % per_block + per_block)
-        for run_start, run_end in self._free_runs(start, stop):
-            self._list_free(run_start, run_end)
-        self.space.search_at = stop
-        return True
 
     def _free_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Yield [start, end) runs of refcount 0 within one metadata block of refcounts."""
@@ -508,3 +497,16 @@ class Allocation(Refcounts):
                 run_start = cluster + 1
         if run_start < end:
             self.space.add_found(ClusterIndex(run_start), end - run_start)
+
+
+def search_on(refcounts: Allocation) -> bool:
+    """List what is free in the next block of refcounts; False if all of them were searched."""
+    space, per_block = refcounts.space, refcounts.geometry.refcounts_per_block
+    start, end = space.search_at, space.search_end
+    if start >= end:
+        return False
+    stop = min(end, start - start % per_block + per_block)
+    for run_start, run_end in refcounts._free_runs(start, stop):
+        refcounts._list_free(run_start, run_end)
+    space.search_at = stop
+    return True

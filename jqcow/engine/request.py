@@ -26,6 +26,7 @@ from jqcow.engine.commit import Commits
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Absent
+from jqcow.engine.space import is_waiting
 from jqcow.engine.tables import Tables
 from jqcow.engine.tracking import Cold, PrivateMarks, Tracking
 from jqcow.ondisk.header import CRYPT_NONE
@@ -241,7 +242,7 @@ class Requests:
             OSError: the host failed.
         """
         is_full = error.errno == errno.ENOSPC and self.medium.has_fixed_size
-        if not is_full or self.alone or not self.tables.space.is_waiting:
+        if not is_full or self.alone or not is_waiting(self.tables.space):
             return False
         self.commits.checkpoint(self._require_admitted)
         return True

@@ -62,10 +62,36 @@ class InFlight(Protocol):
         ...
 
 
+class Room:
+    """How far the device reaches, if it is of fixed size (S7)."""
+
+    def __init__(self, medium: Medium, geometry: Geometry) -> None:
+        self._medium = medium
+        self._cluster_bytes = geometry.cluster_bytes
+
+    def limit(self, count: int, frontier: int) -> int:
+        """Return how many of ``count`` clusters there is room for behind a frontier."""
+        if not self._medium.has_fixed_size:
+            return count
+        return max(0, min(count, self._medium.size() // self._cluster_bytes - frontier))
+
+    def free_bytes(self, frontier: int) -> int | None:
+        """Return how many bytes can be used behind a frontier, None where nobody knows."""
+        if not self._medium.has_fixed_size:
+            return self._medium.free_bytes()
+        return max(0, self._medium.size() - frontier * self._cluster_bytes)
+
+    def require(self, end: int) -> None:
+        """Raise ``ENOSPC`` unless the clusters up to ``end`` lie on the device."""
+        if self.limit(end, 0) < end:
+            raise no_space("the image", end * self._cluster_bytes, None, self._medium.size())
+
+
 class Space:
     """The pools of free clusters of one image that is open for writing. The lock is held by the caller.
 
     Attributes:
+        room: how far the device reaches.
         frontier: the cluster behind the end of everything.
         reserved: the clusters of journal ranges (S4).
         metadata: the clusters that hold metadata, so that no guest cluster may be written there (G2).
@@ -87,6 +113,7 @@ class Space:
     def __init__(self, medium: Medium, geometry: Geometry, requests: InFlight) -> None:
         self.medium = medium
         self.geometry = geometry
+        self.room = Room(medium, geometry)
         self.frontier = ClusterIndex(0)
         self.reserved: list[Run] = []
         self.zero_safe = ClusterRuns()
@@ -151,14 +178,13 @@ class Space:
         elif self.unknown and (ordered or not self.host_punches) and not self.is_distrusted:
             run = self.unknown.take(count)
         else:
-            room = self._room()
-            return self.take_at_frontier(count if room is None else max(1, min(count, room)))
+            return self.take_at_frontier(max(1, self.room.limit(count, self.frontier)))
         self._lent.add(run.start, run.count)
         return run
 
     def take_at_frontier(self, count: int) -> Run:
         """Take exactly ``count`` clusters in a row, past the end of everything (S3)."""
-        self.require_room(self.frontier + count)
+        self.room.require(self.frontier + count)
         run = Run(self.frontier, count, zero_safe=not self.medium.has_fixed_size)
         self.frontier = ClusterIndex(self.frontier + count)
         self._lent.add(run.start, run.count)
@@ -166,7 +192,7 @@ class Space:
 
     def take_row(self, count: int) -> Run:
         """Take exactly ``count`` clusters in a row: at the frontier or, where that ends, between others."""
-        if self._has_room(count) or self.is_distrusted:
+        if self.room.limit(count, self.frontier) == count or self.is_distrusted:
             return self.take_at_frontier(count)
         start = self.free_row(count)
         if start is None:
@@ -182,38 +208,6 @@ class Space:
             if start + count <= run.start + run.count:
                 return ClusterIndex(start)
         return None
-
-    @property
-    def is_full(self) -> bool:
-        """True if there is no cluster behind the frontier."""
-        return not self._has_room(1)
-
-    @property
-    def is_waiting(self) -> bool:
-        """True if clusters are on their way back."""
-        return bool(self._freed or self._old_metadata or self._retired or self._released)
-
-    def _has_room(self, count: int) -> bool:
-        room = self._room()
-        return room is None or room >= count
-
-    def _room(self) -> int | None:
-        """Return how many clusters there are behind the frontier; None where the device grows."""
-        if not self.medium.has_fixed_size:
-            return None
-        return max(0, self.medium.size() // self.geometry.cluster_bytes - self.frontier)
-
-    def free_bytes(self) -> int | None:
-        """Return how many bytes can be used behind the frontier, None where nobody knows."""
-        room = self._room()
-        return self.medium.free_bytes() if room is None else room * self.geometry.cluster_bytes
-
-    def require_room(self, end: int) -> None:
-        """Raise ``ENOSPC`` unless the clusters up to ``end`` lie within a device of fixed size (S7)."""
-        room = self._room()
-        if room is not None and end > self.frontier + room:
-            needed = end * self.geometry.cluster_bytes
-            raise no_space("the image", needed, None, self.medium.size())
 
     def distrust(self) -> None:
         """A cluster in use has refcount 0, and so may others that look free: none is used or punched (F1)."""
@@ -350,3 +344,8 @@ class Space:
 def _before(waiting: _Waiting, number: int) -> list[Run]:
     """Return the runs that wait for less than ``number``."""
     return [run for run, waits_for in waiting.items() if waits_for < number]
+
+
+def is_waiting(space: Space) -> bool:
+    """Return True if clusters are on their way back."""
+    return bool(space._freed or space._old_metadata or space._retired or space._released)

@@ -109,19 +109,18 @@ def create(
         preallocated=host_use.preallocation != "off",
         luks=None if encryption is None else new_luks(encryption),
     )
-    target = os.fspath(path)
     new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
     with _closed_on_error(new.file) as device:
-        named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), target)
+        named = naming.backing_file_of(HeaderArea.parse(blank.parts[0][1]), os.fspath(path))
         # First: an image whose backing file cannot be read is of no use.
-        following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
+        following = Following(allowing_what_it_names(os.fspath(path), allow_files), passphrase=passphrase)
         chain = None if named is None else open_below(named, [device.identity()], following)
         with _closed_on_error(chain):
             write_blank(new.content, blank, host_use.preallocation)
             new.publish(overwrite)
-            length = _journal_length(journal_size)
             unlock = _unlocking(None if encryption is None else encryption.passphrase)
-            return _open(device, "r+", journal=length, find_backing=lambda engine: chain, unlock=unlock)
+            length = _journal_length(journal_size)
+            return _open(device, "r+", journal=length, find_backing=lambda _: chain, unlock=unlock)
 
 
 def open(

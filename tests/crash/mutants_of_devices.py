@@ -12,6 +12,7 @@ from tests.support.mutant import (
     LOG,
     MEDIUM,
     NEW_CONTENT,
+    ROOM,
     SPACE,
     Mutant,
     seeds,
@@ -61,7 +62,7 @@ MUTANTS_OF_DEVICES = (
     ),
     Mutant(
         "S7-past-the-end-of-the-device",
-        skipping(f"{SPACE}.require_room"),
+        skipping(f"{ROOM}.require"),
         trials=(SCENARIO + "used-up-device",),
     ),
     Mutant(
