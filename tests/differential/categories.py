@@ -284,6 +284,11 @@ def _lacks_its_backing_file(difference: Difference) -> bool:
     return checking.their_verdict == "refused" and bool(is_told and difference.tables.fields.backing_offset)
 
 
+def _lacks_its_passphrase(difference: Difference) -> bool:
+    is_told = "key-secret" in difference.checking.theirs.complaint
+    return is_told and difference.tables.fields.crypt_method == 2
+
+
 def _is_counted_by_recovery(difference: Difference) -> bool:
     checking, settled = difference.checking, difference.evidence.settled
     if difference.evidence.recovered is None or settled is None or checking.report is None:
@@ -432,6 +437,8 @@ CATEGORIES = (
     Category(VERDICT, "an image with errors that QEMU does not open",
              "jqcow says what is wrong, and checks the rest", _is_not_opened_by_qemu),
     Category(VERDICT, "a backing file that is not there", "no check needs it", _lacks_its_backing_file),
+    Category(VERDICT, "an encrypted image without its passphrase",
+             "tables are not encrypted, and no check needs it", _lacks_its_passphrase),
     Category(VERDICT, "a length at the end marker of the extensions",
              "nothing follows the marker; jqcow does not look at it", _has_marked_length),
     Category(VERDICT, "compressed data cut off, by less than a cluster",
