@@ -300,6 +300,11 @@ def _lacks_its_backing_file(difference: Difference) -> bool:
     return checking.their_verdict == "refused" and bool(is_told and difference.tables.fields.backing_offset)
 
 
+def _lacks_its_passphrase(difference: Difference) -> bool:
+    is_told = "key-secret" in difference.checking.theirs.complaint
+    return is_told and difference.tables.fields.crypt_method == 2
+
+
 def _is_counted_by_recovery(difference: Difference) -> bool:
     checking, settled = difference.checking, difference.evidence.settled
     if difference.evidence.recovered is None or settled is None or checking.report is None:
@@ -383,6 +388,21 @@ def _tells_unknown_bits(difference: Difference) -> bool:
     return bool(unknown) and re.fullmatch(_UNKNOWN_BITS_ALONE, difference.seen) is not None
 
 
+def _tells_of_snapshots(difference: Difference) -> bool:
+    """Return True if the lists of snapshots alone are told otherwise."""
+    return difference.seen.startswith("snapshots: ") and "; " not in difference.seen
+
+
+def _has_a_name_with_nul(difference: Difference) -> bool:
+    return _tells_of_snapshots(difference) and r"\x00" in difference.seen
+
+
+def _has_a_damaged_snapshot_table(difference: Difference) -> bool:
+    assert difference.reading is not None
+    is_told = "snapshot table" in difference.reading.ours.complaint
+    return is_told and _tells_of_snapshots(difference) and "snapshots: None, QEMU [" in difference.seen
+
+
 _UNKNOWN_BITS_ALONE = r"unknown-features: .*, QEMU None"
 _FOR_WRITING = r"[Rr]eference count table|[Ss]napshot|bitmaps_ext|Bitmap |extra metadata|bitmap directory"
 _HEADER = r"CRYPTO header|data-file-raw|ext_backing_format|ompression type"
@@ -435,6 +455,8 @@ CATEGORIES = (
     Category(VERDICT, "an image with errors that QEMU does not open",
              "jqcow says what is wrong, and checks the rest", _is_not_opened_by_qemu),
     Category(VERDICT, "a backing file that is not there", "no check needs it", _lacks_its_backing_file),
+    Category(VERDICT, "an encrypted image without its passphrase",
+             "tables are not encrypted, and no check needs it", _lacks_its_passphrase),
     Category(VERDICT, "a length at the end marker of the extensions",
              "nothing follows the marker; jqcow does not look at it", _has_marked_length),
     Category(VERDICT, "compressed data cut off, by less than a cluster",
@@ -474,6 +496,10 @@ CATEGORIES = (
     Category(NUMBERS, "a table cut by less than a cluster",
              "an error in jqcow: entries are gone", _is_table_cut),
     Category(INFO, "unknown bits that hinder nobody", "QEMU has no field for them", _tells_unknown_bits),
+    Category(INFO, "a snapshot whose name or id has a NUL", "QEMU shows it up to there",
+             _has_a_name_with_nul),
+    Category(INFO, "a damaged snapshot table", "jqcow warns, and lists none of it",
+             _has_a_damaged_snapshot_table),
 )  # fmt: skip
 """The documents have the same table: `tests/unit` compares them."""
 

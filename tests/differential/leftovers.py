@@ -154,7 +154,9 @@ def _difference_in_info(image: Path, seen: Evidence, tables: Tables) -> Iterator
     told, expected = (_compared(json.loads(text)) for text in (our_facts, printed))
     if told != expected:
         names = sorted(name for name in told.keys() | expected if told.get(name) != expected.get(name))
-        seen_facts = "; ".join(f"{name}: {told.get(name)}, QEMU {expected.get(name)}" for name in names)
+        seen_facts = "; ".join(
+            f"{name}: {told.get(name)!s:.300}, QEMU {expected.get(name)!s:.300}" for name in names
+        )
         yield Difference(INFO, seen_facts, seen, tables, Reading("", ours, theirs))
 
 
