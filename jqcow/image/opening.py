@@ -103,8 +103,6 @@ def open(
     _check_mode(mode, journal_size, repair, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share, passphrase=passphrase)
     with closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
-        if force_share:
-            refuse_live_journal(device)
         length = _prepare(device, journal_size, repair, free_lost=free_lost, following=following)
         image = _open(
             device,
@@ -347,7 +345,12 @@ def _prepare(
     free_lost: bool,
     following: Following | None = None,
 ) -> JournalLength:
-    """Return the length of the next journal, after what a repair needs first, if there is one."""
+    """Return the length of the next journal, after what a repair needs first, if there is one.
+
+    Beside a writer that ``following`` allows nothing can be told of a live journal: it is refused.
+    """
+    if following is not None and following.share_writers:
+        refuse_live_journal(device)
     length = _journal_length(journal_size)
     if repair is None:
         return length

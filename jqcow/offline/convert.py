@@ -245,9 +245,7 @@ def convert(
     passphrase = hidden(passphrase)
     compression = Compression(options.get("compression_type", "zlib"), compression_level)
     form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, compression, encryption)
-    _check_target(source, target, overwrite=overwrite)
-    if form.image.data_file is not None:
-        _check_target(source, meaning_of(form.image.data_file, "").path, overwrite=overwrite)
+    _check_targets(source, target, form, overwrite=overwrite)
     following = Following(allow_files, probe, passphrase=passphrase)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
         losses = Losses()
@@ -297,6 +295,15 @@ def _readable(chain: Chain, losses: Losses, *, salvage: bool) -> Disk:
         return SalvagedDisk(chain, losses.add)
     refuse_lost_data(chain.layers)
     return chain
+
+
+def _check_targets(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], form: _Form, *, overwrite: bool
+) -> None:
+    """As `_check_target`, also of a data file."""
+    _check_target(source, target, overwrite=overwrite)
+    if form.image.data_file is not None:
+        _check_target(source, meaning_of(form.image.data_file, "").path, overwrite=overwrite)
 
 
 def _check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool) -> None:
