@@ -98,9 +98,8 @@ def create(
         ImageInUse: the file to be replaced is in use.
         OSError: the host failed; nothing is left under the name.
     """
-    passphrase = hidden(passphrase)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    form, host_use = Form.of(options), HostUse.of(options)
+    form, host_use, passphrase = Form.of(options), HostUse.of(options), hidden(passphrase)
     blank = blank_image(
         size,
         form,

@@ -328,7 +328,7 @@ class HeaderArea:
         return HeaderArea(header, extensions, data)
 
     def find(self, extension_type: int) -> Extension | None:
-        """Return the extension of this type, or None; of several, which no image may have, the last, as QEMU."""
+        """Return the extension of this type, or None; of several, which is an error, the last, as QEMU."""
         return next((found for found in reversed(self.extensions) if found.type == extension_type), None)
 
 
