@@ -170,11 +170,10 @@ def open(
     with _closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
         if force_share:
             refuse_live_journal(device)
-        length = _prepare(device, journal_size, repair, free_lost=free_lost, following=following)
         image = _open(
             device,
             mode,
-            journal=length,
+            journal=_prepare(device, journal_size, repair, free_lost=free_lost, following=following),
             snapshot=snapshot,
             repair=repair,
             free_lost=free_lost,
