@@ -103,11 +103,10 @@ def open(
     _check_mode(mode, journal_size, repair, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share, passphrase=passphrase)
     with closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
-        length = _prepare(device, journal_size, repair, free_lost=free_lost, following=following)
         image = _open(
             device,
             mode,
-            journal=length,
+            journal=_prepare(device, journal_size, repair, free_lost=free_lost, following=following),
             snapshot=snapshot,
             repair=repair,
             free_lost=free_lost,

@@ -12,7 +12,7 @@ from jqcow.engine.keyslots import KeySlots
 from jqcow.errors import PassphraseError
 from jqcow.image.image import Image
 from jqcow.image.opening import open_alone
-from jqcow.ondisk.keys import Passphrase, Secret, hidden, secret_for
+from jqcow.ondisk.keys import Passphrase, Secret, hidden, new_secret, secret_for
 
 ITER_TIME_MILLISECONDS = 2000
 
@@ -37,12 +37,12 @@ def add_passphrase(
         journal_size: in bytes, as in `jqcow.open`.
 
     Raises:
-        ValueError: the image is not encrypted.
+        ValueError: the image is not encrypted, or the new one is not UTF-8 without NUL bytes, as QEMU wants.
         WrongPassphrase: it opens no key slot.
         UnsupportedFeatureError: all eight key slots have a passphrase.
         JqcowError, OSError: as `jqcow.open`.
     """
-    passphrase, new = hidden(passphrase), Secret(new)
+    passphrase, new = hidden(passphrase), new_secret(new)
     with _key_slots(path, journal_size) as (slots, image):
         return slots.add(_opened(image, passphrase)[1], new, iter_time)
 

@@ -33,7 +33,7 @@ class Encryption:
     """How a new image is to be encrypted, with LUKS; names and defaults are qemu-img's.
 
     Attributes:
-        passphrase: of the first key slot.
+        passphrase: of the first key slot; UTF-8, as QEMU wants it.
         cipher: ``aes-128``, ``aes-192`` or ``aes-256``.
         mode: ``xts``, ``cbc``, ``ctr`` or ``ecb``.
         ivgen: what the IV of a sector is made from: ``plain64``, ``plain`` or ``essiv``.
@@ -52,7 +52,7 @@ class Encryption:
     _stripes: int = field(default=STRIPES, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "passphrase", Secret(self.passphrase))
+        object.__setattr__(self, "passphrase", keys.new_secret(self.passphrase))
         if self.cipher not in CIPHERS:
             raise ValueError(f"cipher is one of {', '.join(CIPHERS)}, not {self.cipher!r}")
         if self.ivgen == "essiv" and self.ivgen_hash is None:

@@ -96,6 +96,27 @@ def hidden(passphrase: Passphrase | None) -> Passphrase | None:
     return passphrase if passphrase is None or callable(passphrase) else Secret(passphrase)
 
 
+def new_secret(passphrase: bytes | Secret) -> Secret:
+    """Return a passphrase that an image is to have.
+
+    Raises:
+        TypeError, ValueError: as `Secret`, or QEMU takes no such passphrase.
+    """
+    secret = Secret(passphrase)
+    if not _is_text(secret):
+        raise ValueError("a new passphrase is UTF-8 without NUL bytes: QEMU takes no other")
+    return secret
+
+
+def _is_text(secret: Secret) -> bool:
+    # A function of its own: the error has the passphrase, and would be the context of what is raised.
+    try:
+        secret.reveal().decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in secret.reveal()
+
+
 def secret_for(passphrase: Passphrase, image: str) -> Secret:
     """Return the passphrase for the image at a path."""
     return Secret(passphrase(image) if callable(passphrase) else passphrase)

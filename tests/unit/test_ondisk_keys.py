@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jqcow.errors import UnsupportedFeatureError, WrongPassphrase
+from jqcow.offline.passphrases import add_passphrase
 from jqcow.ondisk import keys, luks
 from jqcow.ondisk.encryption import Encryption, NewLuks, new_luks
 from jqcow.ondisk.keys import Secret
@@ -36,6 +37,16 @@ def test_a_secret_shows_nowhere() -> None:
     assert WORD.decode() not in str(refused.value)
     with pytest.raises(ValueError):
         Secret(bytes((1 << 20) + 1))
+
+
+@pytest.mark.parametrize("word", [b"hunter\xff-the-secret", b"hunter\0-the-secret", b"\xed\xa0\x80hunter"])
+def test_a_new_passphrase_is_one_that_qemu_takes(word: bytes) -> None:
+    with pytest.raises(ValueError, match="UTF-8") as refused:
+        Encryption(word)
+    assert refused.value.__context__ is None and "hunter" not in str(refused.value)
+    with pytest.raises(ValueError, match="UTF-8"):
+        add_passphrase("no image is opened", WORD, word)
+    assert keys.new_secret("\N{SNOWMAN}".encode()).reveal().decode() == "\N{SNOWMAN}"
 
 
 def test_a_passphrase_may_be_asked_for() -> None:
