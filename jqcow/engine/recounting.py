@@ -63,7 +63,7 @@ class Recounting:
         """Return which of the new blocks will be needed for what is counted now.
 
         Raises:
-            UnsupportedFeatureError: a refcount does not fit the new width.
+            UnsupportedFeatureError: a refcount does not fit the new width, or the new table is too large.
             CorruptionError: a cluster of the old structure has refcount 0.
         """
         per_block, needed = self._new.refcounts_per_cluster, [-1]
@@ -72,8 +72,10 @@ class Recounting:
                 offset = self._old.offset_of(ClusterIndex(start))
                 detail = f"the cluster at host offset {offset:#x} has refcount {refcount}"
                 raise UnsupportedFeatureError(f"a refcount above {self._largest}", detail)
-            first = max(start // per_block, needed[-1] + 1)
-            needed += range(first, (start + count - 1) // per_block + 1)
+            first, last = max(start // per_block, needed[-1] + 1), (start + count - 1) // per_block
+            # Here: narrow refcounts may count more than fits in memory.
+            self._check_table(last + 1)
+            needed += range(first, last + 1)
         return needed[1:]
 
     def stage(self) -> None:
@@ -82,7 +84,7 @@ class Recounting:
         Nothing is counted or freed in the old one from here on.
 
         Raises:
-            UnsupportedFeatureError: as `check`, or the new table would be too large.
+            UnsupportedFeatureError: as `check`, or the file would be too large.
             OSError: the host has no space for it.
         """
         place = self._take(self.check())
@@ -126,6 +128,13 @@ class Recounting:
 
     # Where the new structure goes
 
+    def _check_table(self, entry_count: int) -> int:
+        """Return how many clusters a refcount table takes; UnsupportedFeatureError if that are too many."""
+        clusters = self._new.clusters(layout.table_bytes(entry_count))
+        if clusters * self._new.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:
+            raise UnsupportedFeatureError("a refcount table of more than 8 MiB")
+        return clusters
+
     def _take(self, needed: list[int]) -> _Place:
         """Take clusters for the table and the blocks behind the end of everything (A1)."""
         space, geometry = self._tables.space, self._new
@@ -136,10 +145,8 @@ class Recounting:
             total = count
             own = range(start // per_block, (start + total - 1) // per_block + 1)
             indices = needed + [index for index in own if not needed or index > needed[-1]]
-            table_clusters = geometry.clusters(layout.table_bytes(indices[-1] + 1))
+            table_clusters = self._check_table(indices[-1] + 1)
             count = table_clusters + len(indices)
-        if table_clusters * geometry.cluster_bytes > layout.MAX_REFCOUNT_TABLE_BYTES:
-            raise UnsupportedFeatureError("a refcount table of more than 8 MiB")
         if (start + total) * geometry.cluster_bytes > layout.MAX_HOST_OFFSET:
             raise UnsupportedFeatureError("a file of more than 64 PiB")
         run = space.take_at_frontier(total)

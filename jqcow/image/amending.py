@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from jqcow.engine.amending import Amending
 from jqcow.engine.recounting import Recounting
@@ -146,19 +147,16 @@ class _Amended:
         left.reverse()
         while left:
             with self._image.transaction() as transaction:
+                amending = self._amending(transaction._tables)
                 while left and not transaction._is_large:
-                    transaction._operate(lambda tables: self._convert(tables, [left.pop()]))
+                    transaction._operate(partial(_convert_next, amending, left))
                     progress(total - len(left), total)
+                # Once: it walks all tables.
+                transaction._operate(partial(_finish, amending))
+            self._converted += amending.converted
 
     def _amending(self, tables: Tables) -> Amending:
         return Amending(tables, self._image._engine.data)
-
-    def _convert(self, tables: Tables, l2_tables: list[HostOffset]) -> None:
-        amending = self._amending(tables)
-        for table in l2_tables:
-            amending.take_zero_flags(table)
-        amending.set_copied_flags()
-        self._converted += amending.converted
 
     # The header
 
@@ -166,7 +164,10 @@ class _Amended:
         old, new, amending = self._old, self._new, self._amending(tables)
         if self._loses_zero_flags:
             # A resize may have made some.
-            self._convert(tables, amending.l2_tables())
+            for table in amending.l2_tables():
+                amending.take_zero_flags(table)
+            amending.set_copied_flags()
+            self._converted += amending.converted
         if new.version > old.version:
             amending.set_version(new.version)
         if new.refcount_order != old.refcount_order:
@@ -178,3 +179,11 @@ class _Amended:
             tables.view.set_area(naming.name_data_file(tables.view.area, self._data_file))
         if new.version > 2:
             amending.set_lazy_refcounts(lazy=new.lazy_refcounts)
+
+
+def _convert_next(amending: Amending, left: list[HostOffset], _: Tables) -> None:
+    amending.take_zero_flags(left.pop())
+
+
+def _finish(amending: Amending, _: Tables) -> None:
+    amending.set_copied_flags()

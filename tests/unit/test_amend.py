@@ -14,6 +14,7 @@ from jqcow.cli.main import main
 from jqcow.errors import CorruptionError, FileAccessDenied, UnsupportedFeatureError
 from jqcow.image.amending import AmendReport, amend_image
 from jqcow.offline.amend import amend
+from jqcow.ondisk import layout
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.support.patients import Tables
 
@@ -253,3 +254,18 @@ def test_a_crashed_image_is_recovered_first(tmp_path: Path) -> None:
     with jqcow.open(path) as image:
         assert image.pread(5, CLUSTER * 20) == b"after"
         assert image.check().ok
+
+
+def test_a_table_that_is_too_large_is_refused_before_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "i.qcow2"
+    with jqcow.create(path, 4 * MIB, cluster_size=512, journal_size=65536) as image:
+        image.pwrite(b"x" * 3 * MIB, 0)
+    before = path.read_bytes()
+    # 64 blocks of 64 refcounts count 2 MiB of clusters.
+    monkeypatch.setattr(layout, "MAX_REFCOUNT_TABLE_BYTES", 512)
+    with pytest.raises(UnsupportedFeatureError, match="refcount table"):
+        amend(path, refcount_bits=64)
+    assert path.read_bytes() == before
+    assert amend(path, refcount_bits=32, journal_size=65536).changed

@@ -9,6 +9,7 @@ import pytest
 import jqcow
 from jqcow.image.amending import amend_image
 from jqcow.ondisk.header import Header
+from jqcow.ondisk.snapshots import read_entries
 from jqcow.testing import SimulatedDevice
 from tests.crash.snapshot_tables import DATA, SIZE, image_with_old_snapshots
 
@@ -38,6 +39,16 @@ def test_another_size(change: Callable[[jqcow.Image], object]) -> None:
         image.apply_snapshot("old")
         assert image.pread(image.size, 0) == DATA
         assert image.check().ok
+
+
+def test_version_3_demands_sizes() -> None:
+    device = image_with_old_snapshots()
+    with jqcow.open_device(device, "r+") as image:
+        amend_image(image, {"compat": "1.1"})
+    header = Header.unpack(device.content())
+    device.reopen()
+    found = read_entries(device.pread, header.snapshots_offset, 2, header=header)
+    assert header.version == 3 and all(entry.extra_bytes >= 16 for entry in found)
 
 
 @pytest.mark.parametrize("size", [SIZE // 2, 2 * SIZE])
