@@ -143,7 +143,7 @@ class FileDevice:
         if self._new is None:
             raise ValueError(f"{self._path} is already published")
         with self._naming_errors():
-            self._new.publish(overwrite, _open_regular)
+            self._new.publish(overwrite, lambda name: _open_regular(name, writable=True))
         self._path, self._new = self._new.target, None
         names.sync_directory(os.path.dirname(self._path))
 
@@ -383,9 +383,9 @@ def open_kind(name: str, *, writable: bool) -> tuple[int, int]:
     return descriptor, kind
 
 
-def _open_regular(name: str) -> int:
-    """Open for writing a file that is to be replaced, which a new file can do to regular ones alone."""
-    descriptor, kind = open_kind(name, writable=True)
+def _open_regular(name: str, *, writable: bool) -> int:
+    """Open a file that is to be replaced, which a new file can do to regular ones alone."""
+    descriptor, kind = open_kind(name, writable=writable)
     if kind != stat.S_IFREG:
         os.close(descriptor)
         raise UnsupportedFeatureError("replacing a block device", f"{name} is not a regular file")

@@ -23,7 +23,6 @@ from jqcow.ondisk.header import (
     EXTENSION_BITMAPS,
     EXTENSION_ENCRYPTION,
     INCOMPATIBLE_CORRUPT,
-    INCOMPATIBLE_EXTERNAL_DATA,
     INCOMPATIBLE_JOURNAL,
     Header,
 )
@@ -376,7 +375,7 @@ class TestStricterThanQemu:
 
 
 class TestRefused:
-    @pytest.mark.parametrize("bit", [1 << 20, INCOMPATIBLE_JOURNAL, INCOMPATIBLE_EXTERNAL_DATA])
+    @pytest.mark.parametrize("bit", [1 << 20, INCOMPATIBLE_JOURNAL])
     def test_incompatible_features(self, patient: Patient, bit: int) -> None:
         patient.change_header(72, ">Q", bit)
         with pytest.raises(UnsupportedFeatureError):
