@@ -608,7 +608,7 @@ def on_a_device(prepare: Prepare, room_clusters: int = 0, *, can_punch: bool = T
         start = prepare(cluster_bytes, random)
         room_bytes = JOURNAL_BYTES + room_clusters * cluster_bytes
         if not room_clusters:
-            room_bytes = 6 * JOURNAL_BYTES + 40 * cluster_bytes
+            room_bytes = max(1 << 20, 6 * JOURNAL_BYTES + 40 * cluster_bytes)
         used = start.content + bytes(-len(start.content) % cluster_bytes)
         old = _earlier_life(cluster_bytes)
         old += noise(0, -len(old) % cluster_bytes)
