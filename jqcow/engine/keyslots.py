@@ -20,7 +20,7 @@ from jqcow.errors import FormatError, UnsupportedFeatureError
 from jqcow.ondisk import keys, layout, luks
 from jqcow.ondisk.keys import Secret
 from jqcow.ondisk.layout import HostOffset
-from jqcow.ondisk.luks import LuksHeader, Pointer
+from jqcow.ondisk.luks import KeySlot, LuksHeader, Pointer
 
 
 class KeySlots:
@@ -78,8 +78,7 @@ class KeySlots:
         if self.header.active_slots() == (number,):
             raise ValueError("the last passphrase cannot be removed: nobody could read the disk")
         try:
-            start, end = self.header.place_of(number, self.pointer.length)
-            self._require_apart(number, start, end)
+            self._require_apart(number, *self.header.place_of(number, self.pointer.length))
         except FormatError as error:
             if slot.is_active:
                 raise UnsupportedFeatureError("removing this passphrase", str(error)) from error
@@ -88,7 +87,11 @@ class KeySlots:
         self._lifecycle.go_live(self._medium.require_healthy)
         if slot.is_active:
             self._record(self.header.with_slot(number, keys.emptied(slot)))
-        self._medium.pwrite(secrets.token_bytes(end - start), HostOffset(self.pointer.offset + start))
+        self._wipe(slot)
+
+    def _wipe(self, slot: KeySlot) -> None:
+        material = secrets.token_bytes(self.header.material_bytes(slot))
+        self._medium.pwrite(material, HostOffset(self.pointer.offset + slot.material_offset))
         # Durable now: other bytes than the key material. Whoever removed a passphrase relies on it.
         self._medium.barrier("slots.wiped")
 

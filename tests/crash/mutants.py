@@ -742,7 +742,7 @@ def wipe_first(record: Function, slots: Any, header: Any) -> None:
     """Overwrite the key material of a passphrase before the record that takes it away."""
     for number, slot in enumerate(slots.header.slots):
         if slot.is_active and not header.slots[number].is_active:
-            slots._wipe(number, slot)
+            slots._wipe(slot)
     record(slots, header)
 
 
