@@ -75,6 +75,8 @@ def _new_name(area: HeaderArea, name: str | None) -> str | None:
         return None
     if not area.header.has_data_file:
         raise ValueError("data_file is for an image that has an external data file")
+    # Also of a name that it has already: what cannot be followed is refused.
+    naming.meaning_of(name, "")
     stored = area.find(EXTENSION_EXTERNAL_DATA)
     return None if stored is not None and stored.data == os.fsencode(name) else name
 
