@@ -128,6 +128,7 @@ class Pair:
             journal=JournalLength(JOURNAL_BYTES),
             new_salt=salts,
             find_backing=lambda store: None,
+            unlock=lambda store: None,
         )
         if self.is_raw:
             with raw_base(self.base) as base:
