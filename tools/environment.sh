@@ -6,7 +6,7 @@ system_needs=(
     qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
     mke2fs:e2fsprogs debugfs:e2fsprogs e2fsck:e2fsprogs
     mkfs.fat:dosfstools fsck.fat:dosfstools mcopy:mtools sfdisk:fdisk
-    mount:mount umount:mount strace:strace gcc:gcc
+    mount:mount umount:mount losetup:mount strace:strace gcc:gcc
 )
 
 # Debian keeps mke2fs and its kin where an ordinary user does not look.
