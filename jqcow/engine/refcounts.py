@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 
 from jqcow import _native
 from jqcow.engine.clusters import ClusterRuns, Run
-from jqcow.engine.metadata import View
+from jqcow.engine.metadata import ChangeSet, View
 from jqcow.engine.space import Space
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout
@@ -372,8 +372,7 @@ class Allocation(Refcounts):
                 continue
             for cluster in clusters:
                 self.check_holds_data(cluster)
-            if run.start <= changes.packed_end // self.geometry.cluster_bytes < run.start + run.count:
-                changes.packed_end = 0
+            _stop_packing_in(run, changes, self.geometry)
             self.space.free(run.start, run.count)
             changes.freed_data.append(run)
             changes.freed_clusters += run.count
@@ -504,3 +503,9 @@ class Allocation(Refcounts):
                 run_start = cluster + 1
         if run_start < end:
             self.space.add_found(ClusterIndex(run_start), end - run_start)
+
+
+def _stop_packing_in(run: Run, changes: ChangeSet, geometry: Geometry) -> None:
+    """Nothing is packed behind what was compressed before, if that is free now (R4)."""
+    if run.start <= changes.packed_end // geometry.cluster_bytes < run.start + run.count:
+        changes.packed_end = 0

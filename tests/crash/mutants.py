@@ -57,12 +57,14 @@ from tests.support.mutant import (
     OPERATION,
     PACKED,
     PLACES,
+    PLANNING,
     PREALLOCATING,
     PRIVATE,
     PRIVATE_MARKS,
     READS,
     RECOUNTING,
     REFCOUNTS,
+    REFCOUNTS_MODULE,
     REGION,
     RESIZING,
     ROOT,
@@ -224,7 +226,7 @@ OF_MEDIUM = (
     ),
     Mutant(
         "M5-end-within-a-sector",
-        skipping(f"{WRITES}._fill_last_sector"),
+        skipping(f"{PLANNING}._fill_last_sector"),
         trials=(
             SIMULATION + "512/qemu/0/65536 fua:24576:1 write:27136:651 cut:6:8192 flush write:27136:768",
         ),
@@ -396,7 +398,7 @@ OF_REFCOUNTS = (
     ),
     Mutant(
         "R4-packing-into-what-is-free",
-        skipping(f"{ALLOCATION}._stop_packing_in"),
+        skipping(f"{REFCOUNTS_MODULE}:_stop_packing_in"),
         trials=seeds("compressed/4096", 4),
     ),
 )
@@ -474,17 +476,17 @@ OF_MAPPING_AND_SNAPSHOTS = (
 OF_WRITES = (
     Mutant(
         "W1-in-place-without-the-flag",
-        with_argument(f"{WRITES}.may_overwrite", "copied", lambda _: True),
+        with_argument(f"{PLANNING}.may_overwrite", "copied", lambda _: True),
         trials=(SCENARIO + "two-owners",),
     ),
     Mutant(
         "W1-in-place-where-shared",
-        with_result(f"{REFCOUNTS}.data_refcount", lambda _: 1, during=f"{WRITES}.may_overwrite"),
+        with_result(f"{REFCOUNTS}.data_refcount", lambda _: 1, during=f"{PLANNING}.may_overwrite"),
         trials=(SCENARIO + "stale-copied-flag",),
     ),
     Mutant(
         "W1-in-place-in-a-transaction",
-        holding(f"{WRITES}.may_overwrite", "self.tables.staged.changes.own", None),
+        holding(f"{PLANNING}.may_overwrite", "self.tables.staged.changes.own", None),
         trials=("transactions/4096/0",),
     ),
     Mutant(
@@ -561,7 +563,7 @@ OF_BITMAPS = (
     ),
     Mutant(
         "B1-kept-clusters-are-not-in-place",
-        replacing(f"{WRITES}._changes_in_place", only_in_place),
+        replacing(f"{PLANNING}._changes_in_place", only_in_place),
         trials=seeds("bitmaps-reuse/4096", 4),
     ),
     Mutant(
@@ -601,7 +603,7 @@ OF_SHARING = (
     ),
     Mutant(
         "W5-left-cluster-in-place",
-        holding(f"{WRITES}.may_overwrite", "self.tables.space.left_alone", set()),
+        holding(f"{PLANNING}.may_overwrite", "self.tables.space.left_alone", set()),
         trials=(SCENARIO + "two-owners-without-a-snapshot",),
     ),
 )
@@ -830,7 +832,7 @@ OF_DATA_FILES = (
     ),
     Mutant(
         "B1-new-cluster-over-an-old-one",
-        replacing(f"{WRITES}._changes_in_place", only_in_place),
+        replacing(f"{PLANNING}._changes_in_place", only_in_place),
         trials=seeds("data-file-bitmaps-reuse/1024", 3),
     ),
 )

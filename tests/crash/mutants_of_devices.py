@@ -8,6 +8,7 @@ from typing import Any
 from jqcow.engine.clusters import Run
 from tests.crash.trials import SCENARIO
 from tests.support.mutant import (
+    FRONTIER,
     LIFECYCLE,
     LOG,
     MEDIUM,
@@ -61,7 +62,7 @@ MUTANTS_OF_DEVICES = (
     ),
     Mutant(
         "S7-past-the-end-of-the-device",
-        skipping(f"{SPACE}.require_room"),
+        skipping(f"{FRONTIER}.require_room"),
         trials=(SCENARIO + "used-up-device",),
     ),
     Mutant(

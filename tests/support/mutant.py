@@ -32,6 +32,7 @@ PRIVATE = "jqcow.engine.transaction:PrivateChanges"
 RECOUNTING = "jqcow.engine.recounting:Recounting"
 REFCOUNTS = "jqcow.engine.refcounts:Refcounts"
 ALLOCATION = "jqcow.engine.refcounts:Allocation"
+REFCOUNTS_MODULE = "jqcow.engine.refcounts"
 READS = "jqcow.engine.read:Reads"
 ROOT = "jqcow.engine.root:Root"
 SNAPSHOTS = "jqcow.engine.snapshots:Snapshots"
@@ -49,6 +50,8 @@ PLACES = "jqcow.engine.places:Places"
 DATA_FILE = "jqcow.engine.datafile:DataFile"
 RESIZING = "jqcow.engine.resizing:Resizing"
 WRITES = "jqcow.engine.write:Writes"
+PLANNING = "jqcow.engine.planning:Planning"
+FRONTIER = "jqcow.engine.frontier:Frontier"
 
 
 class Mutant:
