@@ -162,7 +162,7 @@ def test_a_read_that_copies_does_not_wait_for_a_transaction(monkeypatch: pytest.
         content = b"B" * (4 * CLUSTER)
         show_through(image, Below(Windows(1, len(content), MIB), content, MIB))
         copy_on_read(image)
-        with Stop(monkeypatch, Copying, "_copy_up_cluster") as others:
+        with Stop(monkeypatch, Copying, "_copy_up") as others:
             reading = others.start(lambda: image.pread(CLUSTER, 0))
             others.reach()
             with image.transaction():
