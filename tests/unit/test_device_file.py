@@ -396,9 +396,9 @@ class TestPublishing:
     ) -> None:
         opened = file_module._open_regular
 
-        def remove_it(name: str) -> int:
+        def remove_it(name: str, *, writable: bool) -> int:
             os.unlink(name)
-            return opened(name)
+            return opened(name, writable=writable)
 
         device = FileDevice.create_temporary(path)
         device.pwrite(b"content", 0)
