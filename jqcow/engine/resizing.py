@@ -48,10 +48,10 @@ class Resizing:
         if preallocation != "off":
             self._grow_preallocated(old_size, size_bytes, preallocation)
             return
-        # Growing: whoever made the image may have left mapped what lies past its end.
         if self._is_outside:
             self._resize_outside(old_size, size_bytes, "off")
             return
+        # Growing: whoever made the image may have left mapped what lies past its end.
         self._free_past(min(old_size, size_bytes))
         # What lies behind the old end in its last cluster was never the guest's. Shrinking: whoever makes
         # the disk larger again, with whatever program, must not find the old bytes.
@@ -112,19 +112,17 @@ class Resizing:
         """As `resize`, to a larger disk whose new clusters all have a place in the file."""
         if size_bytes <= old_size:
             raise ValueError("preallocation is of what a disk grows by")
-        if self.zeroing.writes.data.is_encrypted and not self.geometry.has_zero_flag:
-            raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
         if self._is_outside:
             self._resize_outside(old_size, size_bytes, preallocation)
             return
+        codec, is_encrypted = self.tables.mapping.codec, self.zeroing.writes.data.is_encrypted
+        entry_for = entries_for(codec, is_encrypted=is_encrypted)
         self._free_past(old_size)
         within = old_size % self._cluster_bytes
         if within:
             self.zeroing.write_over(old_size, self._cluster_bytes - within)
         first, end = self.geometry.clusters(old_size), self.geometry.clusters(size_bytes)
         backing = self.zeroing.reads.backing
-        codec, is_encrypted = self.tables.mapping.codec, self.zeroing.writes.data.is_encrypted
-        entry_for = entries_for(codec, is_encrypted=is_encrypted)
         if backing is not None and backing.size > old_size:
             # What a longer backing file has there was never the guest's.
             as_data = preallocation != "metadata" and not is_encrypted

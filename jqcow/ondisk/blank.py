@@ -117,8 +117,6 @@ def _require_zeros(form: Form, *, has_backing: bool, is_encrypted: bool) -> None
         raise ValueError("an encrypted disk cannot be read in a raw data file: leave data_file_raw out")
     if has_backing and not form.has_subclusters:
         raise ValueError("preallocation over a backing file would hide it, but with extended_l2")
-    if is_encrypted and not form.geometry.has_zero_flag:
-        raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
 
 
 def _pack_l1(geometry: Geometry, first_table: int, table_count: int) -> bytes:

@@ -18,7 +18,12 @@ def entries_for(codec: L2Codec, *, is_encrypted: bool) -> Callable[[HostOffset],
     """Return what makes the entries of a preallocated disk with nothing below; they read as zeros.
 
     What was never written to an encrypted image is noise, so there a flag says that it is zeros.
+
+    Raises:
+        ValueError: the image is encrypted, and its version has no such flag.
     """
+    if is_encrypted and not codec.geometry.has_zero_flag:
+        raise ValueError("preallocation of an encrypted disk needs compat=1.1: else it reads as noise")
     if is_encrypted and codec.subclusters == 1:
         return partial(codec.preallocated_zeros, as_data=False)
     return codec.preallocated

@@ -93,30 +93,29 @@ def _is_of_another_size(difference: Difference) -> bool:
     )
 
 
-def _is_freed_by_a_record(difference: Difference) -> bool:
+def _clusters_that_recovery_changed(difference: Difference) -> list[int | None]:
+    """Return the host clusters of the sectors that differ, None for what has none; only of a live image."""
     reading, tables = difference.reading, difference.tables
     assert reading is not None
     if difference.evidence.recovered is None or reading.our_bytes != reading.their_bytes:
-        return False
+        return [None]
+    hosts = (tables.host_of(guest, difference.l1) for guest in reading.differing)
+    return [None if host is None else host // tables.cluster_bytes for host in hosts]
+
+
+def _is_freed_by_a_record(difference: Difference) -> bool:
     is_forged = any(part.startswith("frame_operations") for part in difference.evidence.case.story)
-    hosts = [tables.host_of(guest, difference.l1) for guest in reading.differing]
-    checking = difference.checking
+    complaint = difference.checking.theirs.complaint
     return is_forged and all(
-        host is not None
-        and f"cluster {host // tables.cluster_bytes} refcount=0 reference=" in checking.theirs.complaint
-        for host in hosts
+        cluster is not None and f"cluster {cluster} refcount=0 reference=" in complaint
+        for cluster in _clusters_that_recovery_changed(difference)
     )
 
 
 def _is_metadata_of_a_live_image(difference: Difference) -> bool:
-    reading = difference.reading
-    assert reading is not None
-    if difference.evidence.recovered is None or reading.our_bytes != reading.their_bytes:
-        return False
-    metadata, size = difference.tables.metadata(), difference.tables.cluster_bytes
-    hosts = [difference.tables.host_of(guest, difference.l1) for guest in reading.differing]
+    metadata = difference.tables.metadata()
     return Kind.OVERLAP in difference.checking.counts and all(
-        host is not None and host // size in metadata for host in hosts
+        cluster in metadata for cluster in _clusters_that_recovery_changed(difference)
     )
 
 
