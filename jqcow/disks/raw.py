@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jqcow.device.base import Device, ReadBuffer
+from jqcow.device.base import Device, ReadBuffer, write_zeros
 from jqcow.device.disk import Disk, Extent, WritableDisk
 from jqcow.device.file import FileDevice, path_of
 from jqcow.ondisk import layout
 from jqcow.ondisk.naming import DiskFormat
-
-ZERO_CHUNK_BYTES = 4 << 20
 
 
 class RawDisk(Disk, WritableDisk):
@@ -62,8 +60,7 @@ class RawDisk(Disk, WritableDisk):
     def write_zeroes(self, length: int, offset: int) -> None:
         """Punch a hole, or write zeros where the host cannot."""
         if not self.device.punch(offset, length):
-            for start in range(offset, offset + length, ZERO_CHUNK_BYTES):
-                self.device.pwrite(bytes(min(ZERO_CHUNK_BYTES, offset + length - start)), start)
+            write_zeros(self.device, offset, length)
 
     def close(self) -> None:
         """Close the device."""

@@ -20,12 +20,10 @@ from __future__ import annotations
 import threading
 
 from jqcow.device import filling
-from jqcow.device.base import Caching, Device, ReadBuffer
+from jqcow.device.base import Caching, Device, ReadBuffer, write_zeros
 from jqcow.device.file import path_of
 from jqcow.ondisk.form import Preallocation
 from jqcow.ondisk.layout import DATA_FILE, HostOffset
-
-ZEROS_AT_ONCE = 1 << 20
 
 
 class DataFile:
@@ -85,8 +83,7 @@ class DataFile:
         try:
             self.grow(offset + length)
             if not self.device.punch(offset, length):
-                for start in range(offset, offset + length, ZEROS_AT_ONCE):
-                    self.device.pwrite(bytes(min(ZEROS_AT_ONCE, offset + length - start)), start)
+                write_zeros(self.device, offset, length)
         finally:
             self.is_changed = True
 
