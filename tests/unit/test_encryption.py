@@ -98,8 +98,9 @@ def test_a_map_names_no_place_of_encrypted_data(
 def shown_with_variables(error: BaseException) -> str:
     """Return a traceback that has the variables of each function of jqcow, bytes of them whole."""
     parts = []
+    package = str(Path(jqcow.__file__).parent)
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if f"{os.sep}jqcow{os.sep}" in frame.f_code.co_filename:
+        if frame.f_code.co_filename.startswith(package):
             parts += [repr(value) for value in frame.f_locals.values()]
     return "\n".join([*parts, *traceback.format_exception(error)])
 
