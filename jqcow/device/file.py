@@ -348,6 +348,29 @@ def remove_file(device: FileDevice) -> None:
         names.sync_directory(os.path.dirname(os.path.realpath(device.path)))
 
 
+def is_new(device: FileDevice) -> bool:
+    """Return True for a file that is not published yet."""
+    return device._new is not None
+
+
+def give_up_old(device: FileDevice) -> None:
+    """Before publishing: take the name from the file that has it, durably; see `NewFile.move_aside`.
+
+    Raises:
+        ImageInUse: another process uses that file.
+    """
+    if device._new is not None:
+        with device._naming_errors():
+            device._new.move_aside(lambda name: _open_regular(name, writable=True))
+
+
+def keep_old(device: FileDevice) -> None:
+    """Have the file that was given up under its name again."""
+    if device._new is not None:
+        with device._naming_errors():
+            device._new.put_back()
+
+
 def path_of(device: Device) -> str:
     """Return the path of a device that is a file; of one of the caller's own, nothing."""
     return device.path if isinstance(device, FileDevice) else ""

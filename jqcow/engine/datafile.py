@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 
 from jqcow.device import filling
-from jqcow.device.base import Caching, Device, ReadBuffer, write_zeros
+from jqcow.device.base import Caching, Device, ReadBuffer, has_fixed_size, write_zeros
 from jqcow.device.file import path_of
 from jqcow.ondisk.form import Preallocation
 from jqcow.ondisk.layout import DATA_FILE, HostOffset
@@ -82,7 +82,8 @@ class DataFile:
         offset = host - DATA_FILE
         try:
             self.grow(offset + length)
-            if not self.device.punch(offset, length):
+            # A device of fixed size shows anything where it was told to discard, until the zeros are there.
+            if has_fixed_size(self.device) or not self.device.punch(offset, length):
                 write_zeros(self.device, offset, length)
         finally:
             self.is_changed = True
@@ -103,6 +104,15 @@ class DataFile:
         try:
             if self.device.size() > size_bytes:
                 self.device.truncate(size_bytes)
+        finally:
+            self.is_changed = True
+
+    def clear(self, start: int, end: int) -> None:
+        """Have a range of the file read as zeros that was cut off and added; nobody uses it."""
+        try:
+            if has_fixed_size(self.device) and start < end:
+                # Such a device is never cut.
+                write_zeros(self.device, start, end - start)
         finally:
             self.is_changed = True
 

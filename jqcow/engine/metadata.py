@@ -89,6 +89,7 @@ class ChangeSet:
         packed_end: where compressed data was packed last, 0: nowhere (refcounts.py, R4).
         own: in a transaction, the data clusters taken since its start or last savepoint; None outside.
         outside: in a transaction, all clusters that it wrote to in a data file (datafile.py, X4).
+        reach_bytes: in a transaction, the largest size that the disk had, in it or before it.
     """
 
     def __init__(self, geometry: Geometry, *, private: bool = False, packed_end: int = 0) -> None:
@@ -104,6 +105,7 @@ class ChangeSet:
         self.packed_end = packed_end
         self.own: set[ClusterIndex] | None = set() if private else None
         self.outside: set[ClusterIndex] = set()
+        self.reach_bytes = 0
         self._zeroed: dict[HostOffset, None] = {}
         self._marks: list[Mark] = []
         self._zero_block = _zero_block(geometry.block_bytes)

@@ -33,6 +33,7 @@ class PrivateChanges:
             public.changes.packed_end = 0
             self._old_size = public.view.header.size
             changes = ChangeSet(public.geometry, private=True)
+            changes.reach_bytes = self._old_size
             self.tables = Tables(public.blocks, public.space, changes)
             self.log.in_transaction = True
         self._is_halfway = False

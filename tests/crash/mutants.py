@@ -816,6 +816,16 @@ OF_DATA_FILES = (
         trials=("data-file-raw-reopened/1024/0",),
     ),
     Mutant(
+        "X3-discarded-before-it-is-zeros",
+        returning("jqcow.engine.datafile:has_fixed_size", False, during=f"{DATA_FILE}.zero"),
+        trials=seeds("data-file-raw-device/512", 3),
+    ),
+    Mutant(
+        "X3-old-bytes-behind-the-end",
+        skipping(f"{DATA_FILE}.clear"),
+        trials=seeds("data-file-raw-device-resizes/512", 3),
+    ),
+    Mutant(
         "X4-transaction-overwrites",
         skipping(f"{PLACES}.refuse_overwriting"),
         trials=(SCENARIO + "transaction-over-a-data-file",),

@@ -27,7 +27,7 @@ def call_zero_safe(original: Function, space: Any, count: int) -> Run:
 
 def begin_with_sector_0(original: Function, content: Any) -> None:
     """Write sector 0 before all else."""
-    content._begin()
+    content.begin()
     content.below.pwrite(content._sector, 0)
     original(content)
 
@@ -87,7 +87,7 @@ MUTANTS_OF_DEVICES = (
     ),
     Mutant(
         "V1-old-header-over-new-content",
-        replacing(f"{NEW_CONTENT}._begin", give_up_nothing),
+        replacing(f"{NEW_CONTENT}.begin", give_up_nothing),
         trials=("dropping:written-anew",),
     ),
     Mutant(
@@ -99,5 +99,15 @@ MUTANTS_OF_DEVICES = (
         "V3-old-bytes-for-zeros",
         skipping(f"{NEW_CONTENT}._fill"),
         trials=(SCENARIO + "zeros-of-a-raw-disk",),
+    ),
+    Mutant(
+        "V4-old-image-over-new-data",
+        skipping("jqcow.device.targets:_NewFile.give_up_old"),
+        trials=(SCENARIO + "replaced-with-its-data-file",),
+    ),
+    Mutant(
+        "V4-old-image-over-data-in-place",
+        skipping("jqcow.image.creating:give_up_before"),
+        trials=(SCENARIO + "replaced-with-its-data-file",),
     ),
 )

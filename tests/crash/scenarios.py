@@ -43,6 +43,7 @@ from tests.crash.devices import (
 )
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
 from tests.crash.judge import PromiseBroken, require
+from tests.crash.replaced import replaced_with_its_data_file
 from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
@@ -899,6 +900,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         uncounted_data_on_a_device,
         used_up_device,
         recovery_on_a_used_up_device,
+        replaced_with_its_data_file,
         size_of_an_old_snapshot,
         growth_behind_a_snapshot_table,
     )
