@@ -62,6 +62,12 @@ class ClusterRuns:
             past += 1
         runs[first:past] = [(start, end)]
 
+    def update(self, runs: Iterable[Run]) -> None:
+        """Add runs, of which the set may hold some already."""
+        for run in runs:
+            self.discard(run.start, run.count)
+            self.add(run.start, run.count)
+
     def discard(self, start: int, count: int) -> None:
         """Remove what the set holds of a run."""
         runs, end = self._runs, start + count

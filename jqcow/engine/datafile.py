@@ -13,6 +13,8 @@ X4. A transaction overwrites no data in a data file: there is no other place to 
 X5. An image whose tables map a guest cluster elsewhere than to its own offset is not changed: two could be
     one.
 X6. What a smaller disk loses stays in the data file until the record of the size is durable.
+X7. What the tables give up in a data file that is not raw is punched once the record is durable and no
+    request uses it any more, and only where nobody has planned to write since; who comes to write waits.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class DataFile:
         self.is_changed = True
         self._size_lock = threading.Lock()
         self._reached_bytes = 0
+        self._punches = True
 
     @property
     def path(self) -> str:
@@ -87,6 +90,14 @@ class DataFile:
                 write_zeros(self.device, offset, length)
         finally:
             self.is_changed = True
+
+    def punch(self, host: HostOffset, length: int) -> None:
+        """Give a range that nobody maps back to the host; it may hold anything. Not durable for anybody."""
+        offset = host - DATA_FILE
+        end = min(offset + length, self.device.size())
+        if self._punches and offset < end:
+            # A device of fixed size takes it, and says that it shows no zeros.
+            self._punches = self.device.punch(offset, end - offset) or has_fixed_size(self.device)
 
     def grow(self, size_bytes: int) -> None:
         """Set the length to at least ``size_bytes``."""

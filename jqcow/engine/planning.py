@@ -232,6 +232,7 @@ class Planning:
         if self._is_outside:
             run = self.places.run_of(cluster, end - cluster)
             self.places.require_spare(run, piece.offset, piece.length)
+            self.places.occupy(run)
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
             return
         before = plan.fresh[-1] if plan.fresh else None

@@ -86,6 +86,8 @@ class Resizing:
                 data_file.clear(old_size, size_bytes)
             first, end = self.geometry.clusters(old_size), self.geometry.clusters(size_bytes)
             if is_raw or preallocation != "off":
+                places = self.zeroing.writes.places
+                self.requests.planned(lambda: places.occupy(places.run_of(first, end - first)))
                 self.preallocating.map_row(first, end, preallocation, self._entry_outside(old_size))
         self.requests.planned(lambda: self._stage_size(size_bytes, ordered=False))
         if preallocation == "off":
@@ -192,4 +194,7 @@ class Resizing:
         self.requests.dirty.will_stage(found[0] * table_bytes, table_bytes)
         with tables.operation():
             leave_to_one(tables, tables.mapping.drop_l2_table(found[0]))
+            if self._is_outside:
+                per_table = tables.mapping.codec.per_table
+                self.zeroing.writes.places.vacate(found[0] * per_table, per_table)
         return found[0]

@@ -61,6 +61,22 @@ class InFlight(Protocol):
         ...
 
 
+class Vacated(Protocol):
+    """The places of a data file that go back to the host (vacated.py). Called with the lock held."""
+
+    def publish(self, places: ClusterRuns) -> None:
+        """A durable record gives them up."""
+        ...
+
+    def withdraw(self, run: Run) -> None:
+        """Somebody will write there."""
+        ...
+
+    def give_back(self) -> None:
+        """Punch what no request uses any more. The lock is free."""
+        ...
+
+
 class Space(Frontier):
     """The pools of free clusters of one image that is open for writing. The lock is held by the caller.
 
@@ -76,6 +92,7 @@ class Space(Frontier):
         sound_bitmaps: what a repair leaves of a damaged bitmap directory, and
         given_up_bitmaps: how many bitmaps it gives up, and
         abandoned: the clusters that these had, as far as that can be told: no data is lost with them.
+        vacated: of an image with a data file, what goes back to the host.
         is_distrusted: a refcount turned out to be too low; see `distrust`.
     """
 
@@ -95,6 +112,7 @@ class Space(Frontier):
         self.sound_bitmaps: Directory | None = None
         self.given_up_bitmaps = 0
         self.abandoned: set[ClusterIndex] = set()
+        self.vacated: Vacated | None = None
         self.is_distrusted = False
         self._requests = requests
         self._lent = ClusterRuns()
@@ -239,6 +257,8 @@ class Space(Frontier):
             del self._old_metadata[run]
         self._released |= dict.fromkeys(home, newest)
         self._old_metadata |= dict.fromkeys(ClusterRuns(durable.freed_metadata), epoch)
+        if self.vacated is not None:
+            self.vacated.publish(durable.vacated)
 
     def journal_is_gone(self) -> None:
         """The image is clean: nothing will be replayed any more (S2)."""

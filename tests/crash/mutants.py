@@ -43,6 +43,7 @@ from tests.support.mutant import (
     DATA_FILE,
     ENCRYPTED_DATA,
     FRAME,
+    GUARD,
     JOURNAL,
     JOURNAL_MODULE,
     KEY_SLOTS,
@@ -75,6 +76,7 @@ from tests.support.mutant import (
     TRACKING_MODULE,
     UNDO_HEADER,
     UNDO_MODULE,
+    VACATED,
     WRITES,
     Mutant,
     seeds,
@@ -777,6 +779,13 @@ OF_ENCRYPTION = (
 )
 
 
+def punch_at_once(_: Any, places: Any, cluster: int, count: int) -> None:
+    """Punch what was given up before anything is durable."""
+    run = places.run_of(cluster, count)
+    data_file, geometry = places.requests.medium.data_file, places.geometry
+    data_file.punch(geometry.offset_of(run.start), count * geometry.cluster_bytes)
+
+
 def cut_early(resizing: Resizing, old_size: int, size_bytes: int, preallocation: str) -> None:
     """Cut the data file before the record of the size is durable."""
     data_file = resizing.requests.medium.data_file
@@ -831,6 +840,11 @@ OF_DATA_FILES = (
         trials=(SCENARIO + "transaction-over-a-data-file",),
     ),
     Mutant(
+        "X4-larger-again-over-data",
+        holding(f"{RESIZING}._clear_behind", "self.tables.changes.reach_bytes", 0),
+        trials=(SCENARIO + "transaction-over-a-data-file",),
+    ),
+    Mutant(
         "X5-two-clusters-in-one-place",
         skipping(f"{LIFECYCLE}.require_own_offsets"),
         trials=(SCENARIO + "data-file-out-of-order",),
@@ -839,6 +853,26 @@ OF_DATA_FILES = (
         "X6-cut-before-the-record",
         before(f"{RESIZING}._resize_outside", cut_early),
         trials=seeds("data-file-resizes/1024", 3),
+    ),
+    Mutant(
+        "X7-before-the-record",
+        after(f"{PLACES}.vacate", punch_at_once),
+        trials=(SCENARIO + "transaction-over-a-data-file",),
+    ),
+    Mutant(
+        "X7-over-new-data",
+        skipping(f"{PLACES}.occupy"),
+        trials=(SCENARIO + "written-where-a-discard-was", "data-file-reuse/1024/0"),
+    ),
+    Mutant(
+        "X7-under-a-reader",
+        with_result(f"{GUARD}.oldest", lambda number: number + 100, during=f"{VACATED}._begin"),
+        trials=(SCENARIO + "read-beside-a-commit",),
+    ),
+    Mutant(
+        "X7-beside-a-writer",
+        skipping(f"{GUARD}.begin", during=f"{VACATED}._begin"),
+        trials=(SCENARIO + "written-while-it-is-punched",),
     ),
     Mutant(
         "B1-new-cluster-over-an-old-one",

@@ -32,7 +32,10 @@ from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumera
 from tests.crash.beside import (
     data_file_out_of_order,
     old_bytes_in_a_raw_file,
+    read_beside_a_commit,
     transaction_over_a_data_file,
+    written_where_a_discard_was,
+    written_while_it_is_punched,
 )
 from tests.crash.devices import (
     recovery_on_a_used_up_device,
@@ -895,6 +898,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         entry_into_luks_header,
         old_bytes_in_a_raw_file,
         transaction_over_a_data_file,
+        written_where_a_discard_was,
+        written_while_it_is_punched,
+        read_beside_a_commit,
         data_file_out_of_order,
         zeros_of_a_raw_disk,
         uncounted_data_on_a_device,
