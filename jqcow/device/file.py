@@ -6,6 +6,9 @@ locks (:mod:`jqcow.device.locks`) are taken before the first byte is read, and l
 A new file starts without a name, or under a temporary one, in its final directory, and gets its final name at
 once and whole by ``publish`` (:mod:`jqcow.device.names`). So no reader ever finds half an image under it.
 
+K1. What is opened for the sake of a name in an image is the file that whoever allowed it was told of, all
+    links resolved.
+
 Threads may read and write at the same time. ``truncate`` must not run beside other changes, nor
 ``allocate`` beside a write into the range that it allocates.
 """

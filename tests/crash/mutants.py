@@ -779,6 +779,12 @@ OF_ENCRYPTION = (
 )
 
 
+def unbounded_place(original: Function, tracking: Any, entry: Any, index: int) -> tuple[int, int, int]:
+    """Let a region have bits that the table of a bitmap does not map."""
+    start, _, count = original(tracking, entry, index)
+    return start, max(1, count >> 3), count
+
+
 def punch_at_once(_: Any, places: Any, cluster: int, count: int) -> None:
     """Punch what was given up before anything is durable."""
     run = places.run_of(cluster, count)
@@ -794,6 +800,11 @@ def cut_early(resizing: Resizing, old_size: int, size_bytes: int, preallocation:
 
 
 OF_DATA_FILES = (
+    Mutant(
+        "B6-bits-behind-a-table",
+        replacing(f"{TRACKING}._place", unbounded_place),
+        trials=(SCENARIO + "bytes-behind-a-bitmap-table",),
+    ),
     Mutant(
         "X1-record-before-its-data",
         skipping(f"{MEDIUM}.data_barrier"),

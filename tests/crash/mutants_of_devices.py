@@ -54,6 +54,11 @@ def as_asked_for(original: Function, medium: Any, offset: int, length: int, prea
         original(medium, offset, length, preallocation)
 
 
+def find_the_first(_: Function, area: Any, extension_type: int) -> Any:
+    """Take the first extension of a type, where QEMU takes the last."""
+    return next((found for found in area.extensions if found.type == extension_type), None)
+
+
 MUTANTS_OF_DEVICES = (
     Mutant(
         "S3-old-bytes-for-zeros",
@@ -99,6 +104,16 @@ MUTANTS_OF_DEVICES = (
         "V3-old-bytes-for-zeros",
         skipping(f"{NEW_CONTENT}._fill"),
         trials=(SCENARIO + "zeros-of-a-raw-disk",),
+    ),
+    Mutant(
+        "K1-another-file-than-was-allowed",
+        with_argument("jqcow.device.file:FileDevice.open", "real_path", lambda _: None),
+        trials=(SCENARIO + "link-that-leads-elsewhere",),
+    ),
+    Mutant(
+        "K2-the-first-of-two-extensions",
+        replacing("jqcow.ondisk.header:HeaderArea.find", find_the_first),
+        trials=(SCENARIO + "two-formats-of-one-file",),
     ),
     Mutant(
         "V4-old-image-over-new-data",

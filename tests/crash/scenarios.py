@@ -45,6 +45,11 @@ from tests.crash.devices import (
     zeros_of_a_raw_disk,
 )
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
+from tests.crash.foreign import (
+    bytes_behind_a_bitmap_table,
+    link_that_leads_elsewhere,
+    two_formats_of_one_file,
+)
 from tests.crash.judge import PromiseBroken, require
 from tests.crash.replaced import replaced_with_its_data_file
 from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
@@ -907,6 +912,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         used_up_device,
         recovery_on_a_used_up_device,
         replaced_with_its_data_file,
+        link_that_leads_elsewhere,
+        two_formats_of_one_file,
+        bytes_behind_a_bitmap_table,
         size_of_an_old_snapshot,
         growth_behind_a_snapshot_table,
     )

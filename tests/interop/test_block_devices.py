@@ -19,7 +19,9 @@ from jqcow.cli import main, recover
 from jqcow.errors import ImageInUse
 from jqcow.offline.convert import convert
 from jqcow.offline.measure import measure, measure_size
+from jqcow.ondisk.entries import OFFSET_MASK
 from tests.support.loops import SECTOR_SIZES, loop_device, mapped_device
+from tests.support.patients import Tables
 from tests.support.qemu import done, qemu_io, run
 
 MIB = 1 << 20
@@ -327,3 +329,22 @@ def test_image_and_data_on_two_devices(device: str, tmp_path: Path) -> None:
             done("qemu-img", "check", "-q", other)
         with pytest.raises((ValueError, ImageInUse)):
             convert("source.raw", other, **{**convert_options, "data_file": other})  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_repair_tells_that_nothing_takes_it_back(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    jqcow.create(device, DISK_BYTES, overwrite=True).close()
+    qemu_io(Path(device), "write -P 1 0 1M")
+    assert main.main(["check", "-q", "-r", "all", device]) == 0
+    # Nothing was wrong.
+    assert "undo" not in capsys.readouterr().err
+    with open(device, "r+b") as file:
+        tables = Tables(file.read(DISK_BYTES))
+        tables.set_refcount(tables.entry(tables.l2) & OFFSET_MASK, 0)
+        file.seek(0)
+        file.write(tables.image)
+    assert main.main(["check", "-q", "-r", "all", device]) == 0
+    assert f"{device} is a block device: its repair writes no undo file" in capsys.readouterr().err
+    check_by_both(device)
+    assert main.main(["undo", device]) == 63
+    assert "undo on a block device" in capsys.readouterr().err
