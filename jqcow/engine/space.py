@@ -22,8 +22,9 @@ S1. A freed data cluster is handed out only after the record that frees it is du
 S2. A freed metadata cluster is handed out only after a durable frame declares the epoch that frees it
     checkpointed, or the journal is gone: until then replay may write its old blocks.
 S3. A cluster is zero-safe only if it lies past the frontier, which never goes back, or this process punched
-    it under a completed barrier. Clusters of a failed operation are unknown. On a device of fixed size, which
-    shows old bytes everywhere, none is zero-safe.
+    it under a completed barrier; so is, later, what of it no request has planned to write. Clusters of a
+    failed operation are unknown. On a device of fixed size, which shows old bytes everywhere, none is
+    zero-safe.
 S4. Clusters of a live journal range are never handed out.
 S5. Clusters of a transaction whose record failed wait for a barrier: the record may come back to life.
 S6. A freed cluster is punched or handed out only after every request has ended that began before the record
@@ -44,6 +45,8 @@ from jqcow.ondisk import layout
 from jqcow.ondisk.bitmaps import Directory
 from jqcow.ondisk.layout import ClusterIndex, Geometry, GuestCluster, HostOffset
 
+UNWRITTEN_MAX = 1 << 16
+"""So many clusters are remembered that were written in part: it bounds memory."""
 RECYCLE_CLUSTERS = 8
 """Unknown clusters given back to the host ahead of need: hardly more old bytes go than are written over."""
 
@@ -92,6 +95,7 @@ class Space(Frontier):
         sound_bitmaps: what a repair leaves of a damaged bitmap directory, and
         given_up_bitmaps: how many bitmaps it gives up, and
         abandoned: the clusters that these had, as far as that can be told: no data is lost with them.
+        unwritten: of clusters that were taken zero-safe for subclusters, a bit for each that still is (S3).
         vacated: of an image with a data file, what goes back to the host.
         is_distrusted: a refcount turned out to be too low; see `distrust`.
     """
@@ -113,6 +117,7 @@ class Space(Frontier):
         self.given_up_bitmaps = 0
         self.abandoned: set[ClusterIndex] = set()
         self.vacated: Vacated | None = None
+        self.unwritten: dict[ClusterIndex, int] = {}
         self.is_distrusted = False
         self._requests = requests
         self._lent = ClusterRuns()
@@ -151,6 +156,21 @@ class Space(Frontier):
             return self.take_at_frontier(count if room is None else max(1, min(count, room)))
         self._lent.add(run.start, run.count)
         return run
+
+    def taken_for(self, cluster: ClusterIndex, subclusters: int, *, zero_safe: bool) -> None:
+        """A cluster was taken for a guest cluster with so many subclusters."""
+        self.unwritten.pop(cluster, None)
+        if zero_safe:
+            if len(self.unwritten) >= UNWRITTEN_MAX:
+                del self.unwritten[next(iter(self.unwritten))]
+            self.unwritten[cluster] = (1 << subclusters) - 1
+
+    def plan_to_write(self, cluster: ClusterIndex, part: range) -> bool:
+        """Subclusters of a cluster will be written; return True if they were zero-safe (S3)."""
+        left, mask = self.unwritten.pop(cluster, 0), (1 << part.stop) - (1 << part.start)
+        if left & ~mask:
+            self.unwritten[cluster] = left & ~mask
+        return left & mask == mask
 
     def take_at_frontier(self, count: int) -> Run:
         """Take exactly ``count`` clusters in a row, past the end of everything (S3)."""

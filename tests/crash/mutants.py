@@ -779,6 +779,15 @@ OF_ENCRYPTION = (
 )
 
 
+def forget_no_plan(original: Function, space: Any, cluster: int, part: range) -> Any:
+    """Take for unwritten what was written, and given up, since the cluster was taken."""
+    before = space.unwritten.get(cluster, 0)
+    is_safe = original(space, cluster, part)
+    if before:
+        space.unwritten[cluster] = before
+    return is_safe
+
+
 def unbounded_place(original: Function, tracking: Any, entry: Any, index: int) -> tuple[int, int, int]:
     """Let a region have bits that the table of a bitmap does not map."""
     start, _, count = original(tracking, entry, index)
@@ -800,6 +809,11 @@ def cut_early(resizing: Resizing, old_size: int, size_bytes: int, preallocation:
 
 
 OF_DATA_FILES = (
+    Mutant(
+        "S3-filled-over-old-bytes",
+        replacing(f"{SPACE}.plan_to_write", forget_no_plan),
+        trials=(*seeds("subclusters-filled/16384", 4),),
+    ),
     Mutant(
         "B6-bits-behind-a-table",
         replacing(f"{TRACKING}._place", unbounded_place),

@@ -34,8 +34,9 @@ def _is_cut_off(step: int, *, in_place: bool) -> bool:
     """Replace an image, and end the process before a step; return False if it had fewer."""
     with TemporaryDirectory() as folder:
         image, data = Path(folder, "image"), Path(folder, "data")
-        with jqcow.create(image, SIZE, data_file=str(data)) as opened:
-            opened.pwrite(OLD, 0)
+        for is_first in (True, False):
+            with jqcow.create(image, SIZE, data_file=str(data), overwrite=not is_first) as opened:
+                opened.pwrite(OLD, 0)
         child = os.fork()
         if not child:
             _replace(image, data, step, in_place=in_place)

@@ -186,6 +186,7 @@ _OF_FEATURES = (
             ("reopened", "", stories.REOPENED),
             ("in-place", "-full", stories.IN_PLACE),
             ("reuse", "-full", stories.REUSE),
+            ("filled", "", stories.FILLED),
             ("reuse-dirty", "-unpunchable", stories.REUSE),
             ("epochs", "", stories.EPOCHS),
             ("killed", "", stories.KILLED),
