@@ -264,10 +264,10 @@ class Planning:
         if subclusters > 1:
             for at in range(run.count):
                 place = ClusterIndex(run.start + at)
-                self.tables.space.taken_for(place, subclusters, zero_safe=run.zero_safe)
+                self.tables.space.unwritten.taken(place, subclusters, zero_safe=run.zero_safe)
                 self._plan_part(place, cluster + at, piece)
 
     def _plan_part(self, place: ClusterIndex, cluster: int, piece: Piece) -> bool:
         """A piece will be written in a guest cluster at a place; return True if it is zero-safe there."""
         part = self.tables.mapping.codec.part(cluster, piece.offset, piece.offset + piece.length)
-        return self.tables.space.plan_to_write(place, part)
+        return self.tables.space.unwritten.plan_to_write(place, part)

@@ -37,7 +37,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from jqcow.engine.clusters import ClusterRuns, Run
+from jqcow.engine.clusters import ClusterRuns, Run, UnwrittenParts
 from jqcow.engine.frontier import Frontier
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
@@ -45,8 +45,6 @@ from jqcow.ondisk import layout
 from jqcow.ondisk.bitmaps import Directory
 from jqcow.ondisk.layout import ClusterIndex, Geometry, GuestCluster, HostOffset
 
-UNWRITTEN_MAX = 1 << 16
-"""So many clusters are remembered that were written in part: it bounds memory."""
 RECYCLE_CLUSTERS = 8
 """Unknown clusters given back to the host ahead of need: hardly more old bytes go than are written over."""
 
@@ -95,7 +93,7 @@ class Space(Frontier):
         sound_bitmaps: what a repair leaves of a damaged bitmap directory, and
         given_up_bitmaps: how many bitmaps it gives up, and
         abandoned: the clusters that these had, as far as that can be told: no data is lost with them.
-        unwritten: of clusters that were taken zero-safe for subclusters, a bit for each that still is (S3).
+        unwritten: the subclusters that still are as zero-safe as their cluster when it was taken (S3).
         vacated: of an image with a data file, what goes back to the host.
         is_distrusted: a refcount turned out to be too low; see `distrust`.
     """
@@ -117,7 +115,7 @@ class Space(Frontier):
         self.given_up_bitmaps = 0
         self.abandoned: set[ClusterIndex] = set()
         self.vacated: Vacated | None = None
-        self.unwritten: dict[ClusterIndex, int] = {}
+        self.unwritten = UnwrittenParts()
         self.is_distrusted = False
         self._requests = requests
         self._lent = ClusterRuns()
@@ -156,21 +154,6 @@ class Space(Frontier):
             return self.take_at_frontier(count if room is None else max(1, min(count, room)))
         self._lent.add(run.start, run.count)
         return run
-
-    def taken_for(self, cluster: ClusterIndex, subclusters: int, *, zero_safe: bool) -> None:
-        """A cluster was taken for a guest cluster with so many subclusters."""
-        self.unwritten.pop(cluster, None)
-        if zero_safe:
-            if len(self.unwritten) >= UNWRITTEN_MAX:
-                del self.unwritten[next(iter(self.unwritten))]
-            self.unwritten[cluster] = (1 << subclusters) - 1
-
-    def plan_to_write(self, cluster: ClusterIndex, part: range) -> bool:
-        """Subclusters of a cluster will be written; return True if they were zero-safe (S3)."""
-        left, mask = self.unwritten.pop(cluster, 0), (1 << part.stop) - (1 << part.start)
-        if left & ~mask:
-            self.unwritten[cluster] = left & ~mask
-        return left & mask == mask
 
     def take_at_frontier(self, count: int) -> Run:
         """Take exactly ``count`` clusters in a row, past the end of everything (S3)."""

@@ -779,12 +779,12 @@ OF_ENCRYPTION = (
 )
 
 
-def forget_no_plan(original: Function, space: Any, cluster: int, part: range) -> Any:
+def forget_no_plan(original: Function, unwritten: Any, cluster: int, part: range) -> Any:
     """Take for unwritten what was written, and given up, since the cluster was taken."""
-    before = space.unwritten.get(cluster, 0)
-    is_safe = original(space, cluster, part)
+    before = unwritten._left.get(cluster, 0)
+    is_safe = original(unwritten, cluster, part)
     if before:
-        space.unwritten[cluster] = before
+        unwritten._left[cluster] = before
     return is_safe
 
 
@@ -811,7 +811,7 @@ def cut_early(resizing: Resizing, old_size: int, size_bytes: int, preallocation:
 OF_DATA_FILES = (
     Mutant(
         "S3-filled-over-old-bytes",
-        replacing(f"{SPACE}.plan_to_write", forget_no_plan),
+        replacing("jqcow.engine.clusters:UnwrittenParts.plan_to_write", forget_no_plan),
         trials=(*seeds("subclusters-filled/16384", 4),),
     ),
     Mutant(

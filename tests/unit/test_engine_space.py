@@ -256,24 +256,3 @@ class TestRecycling:
         pools.barrier()
         pools.space.add_found(ClusterIndex(3), 4)
         assert list(pools.space.unknown) == [run(3, 4)] and not pools.space.zero_safe
-
-
-def test_a_part_stays_zero_safe_until_somebody_plans_to_write_it() -> None:
-    space = Pools(1).space
-    space.taken_for(ClusterIndex(9), 32, zero_safe=True)
-    assert space.plan_to_write(ClusterIndex(9), range(3, 5))
-    assert not space.plan_to_write(ClusterIndex(9), range(4, 6))
-    assert not space.plan_to_write(ClusterIndex(9), range(5, 6))
-    assert space.plan_to_write(ClusterIndex(9), range(6, 32))
-    assert space.plan_to_write(ClusterIndex(9), range(3)) and not space.unwritten
-    space.taken_for(ClusterIndex(9), 32, zero_safe=True)
-    space.taken_for(ClusterIndex(9), 32, zero_safe=False)
-    assert not space.plan_to_write(ClusterIndex(9), range(1))
-
-
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jqcow.engine.space.UNWRITTEN_MAX", 4)
-    space = Pools(1).space
-    for cluster in range(10):
-        space.taken_for(ClusterIndex(cluster), 32, zero_safe=True)
-    assert list(space.unwritten) == [6, 7, 8, 9]
