@@ -15,6 +15,8 @@ X5. An image whose tables map a guest cluster elsewhere than to its own offset i
 X6. What a smaller disk loses stays in the data file until the record of the size is durable.
 X7. What the tables give up in a data file that is not raw is punched once the record is durable and no
     request uses it any more, and only where nobody has planned to write since; who comes to write waits.
+X8. A raw file that a transaction lengthened is cut back when that is given up; never below the size in a
+    record that may come back to life.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class DataFile:
         self.device = device
         # What an earlier process left in the page cache may be acknowledged by the next flush.
         self.is_changed = True
+        self.promised_bytes = 0
+        """The disk's size in a record that may be durable, though its barrier failed (X8)."""
         self._size_lock = threading.Lock()
         self._reached_bytes = 0
         self._punches = True

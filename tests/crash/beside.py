@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
+from itertools import product
 
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.l2 import ZERO
-from jqcow.testing import SimulatedDevice
+from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.judge import require
 from tests.support.beside import HeldUp
 from tests.support.patients import Tables
@@ -61,6 +63,60 @@ def transaction_over_a_data_file() -> None:
                 transaction.pwrite(b"new", 0)
                 transaction.rollback()
             require(image.pread(CLUSTER_BYTES, 0) == DATA, "P3: a transaction was given up", step)
+
+
+def grown_again_in_a_transaction() -> None:
+    """P3: a disk that shrinks and grows in a transaction that is given up has lost nothing."""
+    last = SIZE - CLUSTER_BYTES
+    for raw, within in product((False, True), (0, 512)):
+        case = f"raw {raw}, within a cluster {within}"
+        device = image_with_data(raw=raw)
+        with open_simulated(device) as image:
+            image.pwrite(DATA, last)
+            with suppress(UnsupportedFeatureError), image.transaction() as transaction:
+                transaction.resize(last + within)
+                transaction.resize(SIZE + CLUSTER_BYTES)
+                transaction.rollback()
+            require(image.pread(CLUSTER_BYTES, last) == DATA, "P3: a transaction was given up", case)
+            with suppress(UnsupportedFeatureError), image.transaction() as transaction:
+                transaction.resize(SIZE + CLUSTER_BYTES)
+                transaction.pwrite(DATA, SIZE)
+                savepoint = transaction.savepoint()
+                try:
+                    transaction.resize(SIZE)
+                    transaction.resize(SIZE + CLUSTER_BYTES)
+                finally:
+                    savepoint.rollback()
+                    found = transaction.pread(CLUSTER_BYTES, SIZE)
+                    require(found == DATA, "P3: a savepoint keeps what was written", case)
+
+
+def raw_file_of_a_size_given_up() -> None:
+    """P3: a raw file is as long as its disk, and long enough for a record that comes back to life."""
+    device = image_with_data(raw=True)
+    image = open_simulated(device)
+    with image.transaction() as transaction:
+        transaction.resize(2 * SIZE)
+        transaction.rollback()
+    require(beside(device).size() == SIZE, "P3: a growth that was given up is over in a raw file too")
+    with image.transaction() as transaction:
+        savepoint = transaction.savepoint()
+        transaction.resize(2 * SIZE)
+        savepoint.rollback()
+        transaction.bitmaps.add("one", 4096)
+    require(beside(device).size() == SIZE, "P3: a savepoint's growth is over in a raw file too")
+    device.faults = FaultPlan(
+        Fault(errno.EIO, call="barrier", barrier_name="flush.record", applied_bytes=EVERYTHING)
+    )
+    with suppress(OSError), image.transaction() as transaction:
+        transaction.resize(2 * SIZE)
+    with suppress(OSError), image.transaction() as transaction:
+        transaction.resize(3 * SIZE)
+        transaction.rollback()
+    for state in enumerate_states(device, budget=64):
+        found = open_simulated(device.crash(state))
+        content = found.pread(found.size, 0)
+        require(content.rstrip(b"\0") == DATA, "P1: a larger disk is there whole")
 
 
 def data_file_out_of_order() -> None:

@@ -18,12 +18,14 @@ from dataclasses import replace
 from typing import Any
 
 from jqcow.engine.clusters import Run
+from jqcow.engine.datafile import DataFile
 from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.engine.preallocating import Preallocating
 from jqcow.engine.resizing import Resizing
 from jqcow.engine.space import Space
+from jqcow.engine.transaction import PrivateChanges
 from jqcow.engine.write import WritePlan, Writes
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
@@ -808,6 +810,11 @@ def cut_early(resizing: Resizing, old_size: int, size_bytes: int, preallocation:
         data_file.cut(size_bytes)
 
 
+def forget_promise(_: PrivateChanges, data_file: DataFile) -> None:
+    """Believe that a record whose barrier failed is gone."""
+    data_file.promised_bytes = 0
+
+
 OF_DATA_FILES = (
     Mutant(
         "S3-filled-over-old-bytes",
@@ -868,6 +875,16 @@ OF_DATA_FILES = (
         "X4-larger-again-over-data",
         holding(f"{RESIZING}._clear_behind", "self.tables.changes.reach_bytes", 0),
         trials=(SCENARIO + "transaction-over-a-data-file",),
+    ),
+    Mutant(
+        "X8-left-long",
+        skipping(f"{DATA_FILE}.cut", during=f"{PRIVATE}.give_up"),
+        trials=(SCENARIO + "raw-file-of-a-size-given-up",),
+    ),
+    Mutant(
+        "X8-cut-below-a-promise",
+        before(f"{PRIVATE}._cut_data_file", forget_promise),
+        trials=(SCENARIO + "raw-file-of-a-size-given-up",),
     ),
     Mutant(
         "X5-two-clusters-in-one-place",

@@ -31,8 +31,10 @@ from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.beside import (
     data_file_out_of_order,
+    grown_again_in_a_transaction,
     old_bytes_in_a_raw_file,
     read_beside_a_commit,
+    raw_file_of_a_size_given_up,
     transaction_over_a_data_file,
     written_where_a_discard_was,
     written_while_it_is_punched,
@@ -906,6 +908,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         written_where_a_discard_was,
         written_while_it_is_punched,
         read_beside_a_commit,
+        grown_again_in_a_transaction,
+        raw_file_of_a_size_given_up,
         data_file_out_of_order,
         zeros_of_a_raw_disk,
         uncounted_data_on_a_device,

@@ -21,7 +21,8 @@ from jqcow.offline.convert import convert
 from jqcow.offline.rebase import rebase
 from jqcow.offline.undo import undo_repair
 from jqcow.ondisk.encryption import Encryption
-from tests.support.qemu import check_clean, compare, complaint, done, holding, qemu_io
+from tests.interop.commands import require_same_info, require_same_map
+from tests.support.qemu import check_clean, compare, complaint, done, done_in_spite_of_load, holding, qemu_io
 
 SIZE = 1 << 20
 CLUSTER = 65536
@@ -173,6 +174,17 @@ def test_data_moves_in_and_out() -> None:
         convert("raw", "other", data_file="more", target_format="raw")
     assert not os.path.exists("other")
     assert not os.path.exists("more")
+
+
+def test_a_sparse_file_is_told_of_as_by_qemu(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ("preallocation=metadata", "data_file_raw=on"):
+        qemu_io(by_qemu(options), "write 300k 8k")
+        require_same_map(capsys, "image")
+    Path("key").write_text("secret")
+    secret = ("--object", "secret,id=key,file=key")
+    luks = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,data_file=data"
+    done_in_spite_of_load("qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", luks, "image", SIZE)
+    require_same_info(capsys, "image")
 
 
 def test_what_cannot_be() -> None:
