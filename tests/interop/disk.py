@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jqcow
@@ -48,6 +48,13 @@ class Content:
     disk: bytearray = field(default_factory=bytearray)
     snapshots: dict[str, bytes] = field(default_factory=dict)
     bitmaps: dict[str, Noted] = field(default_factory=dict)
+
+    def copied(self) -> Content:
+        bitmaps = {
+            name: replace(noted, must=set(noted.must), may=set(noted.may))
+            for name, noted in self.bitmaps.items()
+        }
+        return Content(bytearray(self.disk), dict(self.snapshots), bitmaps)
 
 
 @dataclass

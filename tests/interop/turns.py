@@ -8,7 +8,6 @@ import subprocess
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 
 import jqcow
@@ -168,28 +167,27 @@ def jqcow_changes(disk: Disk, image: jqcow.Image, steps: int) -> None:
             case 1:
                 image.checkpoint()
             case 2 | 3:
-                before = deepcopy(disk.model)
-                try:
-                    with transaction(disk, image) as opened:
-                        for _ in range(disk.chance.randrange(1, 5)):
-                            change(disk, opened)
-                except jqcow.UnsupportedFeatureError as error:
-                    # What it overwrites there has no second place.
-                    assert disk.row["data"] != "inside" and "in a transaction" in str(error), error
-                    disk.model = before
+                with transaction(disk, image) as open_transaction:
+                    for _ in range(disk.chance.randrange(1, 5)):
+                        change(disk, open_transaction)
             case _:
                 change(disk, image)
 
 
 @contextmanager
 def transaction(disk: Disk, image: jqcow.Image) -> Iterator[Transaction]:
-    """A transaction, of which one in four is rolled back."""
-    before = deepcopy(disk.model)
-    with image.transaction() as opened:
-        yield opened
-        if disk.chance.random() < 0.25:
-            opened.rollback()
-            disk.model = before
+    """A transaction, of which one in four is rolled back, and that may be refused."""
+    before = disk.model.copied()
+    try:
+        with image.transaction() as opened:
+            yield opened
+            if disk.chance.random() < 0.25:
+                opened.rollback()
+                disk.model = before
+    except jqcow.UnsupportedFeatureError as error:
+        # What it overwrites there has no second place.
+        assert disk.row["data"] != "inside" and "in a transaction" in str(error), error
+        disk.model = before
 
 
 def change(disk: Disk, image: jqcow.Image | Transaction) -> None:
