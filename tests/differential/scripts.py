@@ -84,7 +84,10 @@ def scripts_in(folder: Path) -> list[Path]:
 
 
 def run(script: Script, folder: Path, work: Path, seconds: float) -> tuple[str, list[State]]:
-    """Run a script in a working folder; return how it ended and the states that it left, each once."""
+    """Run a script in a working folder; return how it ended and the states that it left, each once.
+
+    One that does not run says why.
+    """
     scratch, sockets, programs, store = (work / name for name in ("scratch", "s", "bin", "store"))
     for path in (scratch, sockets, programs, store):
         path.mkdir(parents=True)
@@ -97,8 +100,9 @@ def run(script: Script, folder: Path, work: Path, seconds: float) -> tuple[str, 
         command.insert(0, sys.executable)
     ended = _run_to_its_end(command, script.path.parent, environment, seconds)
     subprocess.run([sys.executable, str(CAPTURE), str(scratch), str(store)], check=False)
-    if (scratch / f"{script.path.name}.notrun").exists():
-        ended = "not run"
+    reason = scratch / f"{script.path.name}.notrun"
+    if reason.exists():
+        ended = f"not run: {reason.read_text(errors='replace').strip()}"
     return ended, list(_states(store))
 
 

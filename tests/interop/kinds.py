@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from tests.interop.pairwise import CoveringArray, Row
 
 SECTOR_BYTES = 512
@@ -79,6 +81,7 @@ def allowed(row: Row) -> bool:
     return not any(forbidden)
 
 
+@cache
 def array_of(seed: int) -> CoveringArray:
     """Return a covering array; another one for each seed."""
     return CoveringArray(FACTORS, allowed, seed)
