@@ -299,6 +299,18 @@ def _lacks_its_backing_file(difference: Difference) -> bool:
     return checking.their_verdict == "refused" and bool(is_told and difference.tables.fields.backing_offset)
 
 
+def _lacks_its_data_file(difference: Difference) -> bool:
+    checking = difference.checking
+    is_told = re.search(r"'data-file' is required|No such file", checking.theirs.complaint)
+    return checking.their_verdict == "refused" and bool(is_told) and difference.tables.has_data_file
+
+
+def _has_a_name_in_an_extension(difference: Difference) -> bool:
+    fields = difference.tables.fields
+    is_told = "Header extension too large" in difference.checking.theirs.complaint
+    return is_told and fields.header_bytes < fields.backing_offset < fields.header_bytes + 8
+
+
 def _lacks_its_passphrase(difference: Difference) -> bool:
     is_told = "key-secret" in difference.checking.theirs.complaint
     return is_told and difference.tables.fields.crypt_method == 2
@@ -454,6 +466,9 @@ CATEGORIES = (
     Category(VERDICT, "an image with errors that QEMU does not open",
              "jqcow says what is wrong, and checks the rest", _is_not_opened_by_qemu),
     Category(VERDICT, "a backing file that is not there", "no check needs it", _lacks_its_backing_file),
+    Category(VERDICT, "a data file that is not there", "no check needs it", _lacks_its_data_file),
+    Category(VERDICT, "a backing file name in the head of the first extension",
+             "jqcow finds no extension before it", _has_a_name_in_an_extension),
     Category(VERDICT, "an encrypted image without its passphrase",
              "tables are not encrypted, and no check needs it", _lacks_its_passphrase),
     Category(VERDICT, "a length at the end marker of the extensions",

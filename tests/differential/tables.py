@@ -72,6 +72,7 @@ class Tables:
         # Neither program opens an image with clusters of another size.
         self.cluster_bytes = 1 << min(max(self.fields.cluster_bits, 9), 21)
         self.is_extended = bool(self.fields.incompatible & 1 << 4)
+        self.has_data_file = bool(self.fields.incompatible & 1 << 2)
         self.entry_bytes = 16 if self.is_extended else 8
         self.per_table = self.cluster_bytes // self.entry_bytes
 
@@ -140,7 +141,9 @@ class Tables:
         return faults
 
     def faults_of_host(self, host: int) -> set[str]:
-        """Return what is wrong with a host offset that an entry names."""
+        """Return what is wrong with a host offset that an entry names, in this file."""
+        if self.has_data_file:
+            return set()
         faults = {"gone"} if host >= len(self.content) else set()
         return faults | ({"header"} if host < self.cluster_bytes else set())
 
@@ -224,7 +227,7 @@ class Tables:
 
     def _clusters_of(self, entry: int) -> range:
         """Return the host clusters that an L2 entry names, none where it has a fault."""
-        if self.faults_of(entry):
+        if self.faults_of(entry) or self.has_data_file:
             return range(0)
         width = 62 - (self.fields.cluster_bits - 8)
         host = entry & OFFSET
