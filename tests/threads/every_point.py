@@ -1,4 +1,4 @@
-"""Interrupt scenarios at every nth point, 1 unless told: ``python -m tests.threads.every_point [n [scenario ...]]``.
+"""Interrupt scenarios at every nth point, 1 by default: ``python -m tests.threads.every_point [n [name]]``.
 
 Prints, for each scenario, how many points there are and how many were tried. The first finding is raised.
 """
