@@ -305,6 +305,12 @@ def _lacks_its_data_file(difference: Difference) -> bool:
     return checking.their_verdict == "refused" and bool(is_told) and difference.tables.has_data_file
 
 
+def _has_a_bitmap_with_extra_data(difference: Difference) -> bool:
+    told = difference.reading.theirs if difference.reading is not None else difference.checking.theirs
+    has_it = any(flags & 4 or extra_bytes for flags, extra_bytes in difference.tables.bitmaps())
+    return has_it and "satisfy the constraints" in told.complaint
+
+
 def _has_a_name_in_an_extension(difference: Difference) -> bool:
     fields = difference.tables.fields
     is_told = "Header extension too large" in difference.checking.theirs.complaint
@@ -456,6 +462,8 @@ CATEGORIES = (
              "the disk does not depend on it; the check finds an error", _qemu_refuses(_HEADER)),
     Category(ONLY_JQCOW, "a length at the end marker of the extensions",
              "nothing follows the marker; jqcow does not look at it", _has_marked_length),
+    Category(ONLY_JQCOW, "a bitmap with extra data, or the flag for it",
+             "the specification has them", _has_a_bitmap_with_extra_data),
     Category(ONLY_JQCOW, "an opening of QEMU's without end", "jqcow bounds its walks", _has_no_end_in_qemu),
     Category(VERDICT, "what jqcow refuses by name", "it cannot follow the tables", _is_refused_for_a_feature),
     Category(VERDICT, "a header that the specification does not allow, or a bad backing file name",
@@ -466,6 +474,8 @@ CATEGORIES = (
     Category(VERDICT, "an image with errors that QEMU does not open",
              "jqcow says what is wrong, and checks the rest", _is_not_opened_by_qemu),
     Category(VERDICT, "a backing file that is not there", "no check needs it", _lacks_its_backing_file),
+    Category(VERDICT, "a bitmap with extra data, or the flag for it",
+             "the specification has them", _has_a_bitmap_with_extra_data),
     Category(VERDICT, "a data file that is not there", "no check needs it", _lacks_its_data_file),
     Category(VERDICT, "a backing file name in the head of the first extension",
              "jqcow finds no extension before it", _has_a_name_in_an_extension),

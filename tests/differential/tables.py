@@ -54,6 +54,9 @@ class Fields:
         return cls(version, *fields, incompatible, compatible, autoclear, order, length, kind)
 
 
+_BITMAPS = 0x23852875
+
+
 @dataclass(frozen=True)
 class L1:
     """An L1 table: where, how many entries, and the size of its disk."""
@@ -277,3 +280,11 @@ class Tables:
             if not kind or length > end - place:
                 return
             place += 8 + -(-length // 8) * 8
+
+    def bitmaps(self) -> Iterator[tuple[int, int]]:
+        """Yield (flags, bytes of extra data) of the first bitmap of each directory."""
+        for place, kind, length in self.extensions():
+            directory = self.word(place + 24) if kind == _BITMAPS and length >= 24 else None
+            if directory is not None and directory + 24 <= len(self.content):
+                flags, extra_bytes = struct.unpack_from(">12xI4xI", self.content, directory)
+                yield flags, extra_bytes
