@@ -196,6 +196,16 @@ def _is_bad_header(difference: Difference) -> bool:
     return bool(is_told) and _has_bad_header(difference.tables)
 
 
+def _is_lost_data_below(difference: Difference) -> bool:
+    assert difference.reading is not None
+    found = re.search(r"cluster at host offset (0x[0-9a-f]+): it holds data", difference.reading.ours.reason)
+    return found is not None and any(
+        int(found[1], 16) // below.cluster_bytes not in below.referenced() | below.metadata()
+        and any(below.content[int(found[1], 16) :][: below.cluster_bytes])
+        for below in difference.tables.below()
+    )
+
+
 def _is_refused_by_name(difference: Difference) -> bool:
     assert difference.reading is not None
     return difference.reading.ours.status == EXIT_UNSUPPORTED
@@ -446,6 +456,7 @@ CATEGORIES = (
              "a disk could repeat without end; both guest ranges are named", _is_shared_table),
     Category(ONLY_QEMU, "lost data beside an empty or a lost table",
              "zeros would be wrong where a table was overwritten with zeros", _is_lost_data),
+    Category(ONLY_QEMU, "the same in a backing file", "an overlay shows it", _is_lost_data_below),
     Category(ONLY_QEMU, "a backing file name that is empty, has a NUL, or lies in the header",
              "QEMU reads another file or none: other data", _is_bad_name),
     Category(ONLY_QEMU, "a header that the specification does not allow, or one cut off",

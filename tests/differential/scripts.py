@@ -99,6 +99,7 @@ def run(script: Script, folder: Path, work: Path, seconds: float) -> tuple[str, 
     if b"python" in script.path.read_bytes().partition(b"\n")[0]:
         command.insert(0, sys.executable)
     ended = _run_to_its_end(command, script.path.parent, environment, seconds)
+    _unmount(scratch)
     subprocess.run([sys.executable, str(CAPTURE), str(scratch), str(store)], check=False)
     reason = scratch / f"{script.path.name}.notrun"
     if reason.exists():
@@ -154,6 +155,14 @@ def _run_to_its_end(command: list[str], folder: Path, environment: dict[str, str
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return "ended" if status == 0 else "failed"
+
+
+def _unmount(scratch: Path) -> None:
+    """End what a script's server exported as a file: with the server gone, nobody can look at it."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        place = Path(line.split(" ")[1])
+        if scratch in place.parents:
+            subprocess.run(["umount", "-l", str(place)], check=False)
 
 
 def _states(store: Path) -> Iterator[State]:

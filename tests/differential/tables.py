@@ -9,6 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 COPIED = 1 << 63
@@ -78,6 +79,16 @@ class Tables:
         self.has_data_file = bool(self.fields.incompatible & 1 << 2)
         self.entry_bytes = 16 if self.is_extended else 8
         self.per_table = self.cluster_bytes // self.entry_bytes
+
+    def below(self) -> Iterator[Tables]:
+        """Yield the tables of the images below, of those that are named by a path from the root."""
+        start = self.fields.backing_offset
+        name = bytes(self.content[start : start + min(self.fields.backing_bytes, 1023)])
+        path = Path(name.replace(b"\0", b"").decode("utf-8", "surrogateescape"))
+        if path.is_absolute() and path.is_file():
+            image = Tables(path.read_bytes())
+            yield image
+            yield from image.below()
 
     def word(self, place: int) -> int | None:
         """Return the 8 bytes at a host offset as a number."""
