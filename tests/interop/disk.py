@@ -256,9 +256,13 @@ class Disk:
         self._take_noise()
 
     def _take_noise(self) -> None:
-        """What was never written is decrypted all the same, in clusters that were preallocated."""
+        """What was never written is decrypted all the same, in clusters that were preallocated.
+
+        On a device QEMU preallocates clusters of whatever it holds.
+        """
         is_mapped = self.row["preallocation"] != "off" or self.row["data"] == "raw file"
-        if self.is_encrypted and is_mapped:
+        holds_anything = self.row["place"] != "file" and self.row["data"] == "inside"
+        if is_mapped and (self.is_encrypted or holds_anything):
             self.model.disk = bytearray(self.read_by_qemu())
 
     def read_by_qemu(self, *options: str) -> bytes:
