@@ -394,8 +394,15 @@ def _names_cluster_0(difference: Difference) -> bool:
     return any(not entry & OFFSET for l1 in every for entry in tables.l1_entries(l1))
 
 
-def _has_the_zero_flag_in_version_2(difference: Difference) -> bool:
-    return difference.tables.fields.version < 3 and Kind.RESERVED_BITS in difference.checking.counts
+def _has_the_zero_flag_for_none(difference: Difference) -> bool:
+    tables = difference.tables
+    has_none = tables.fields.version < 3 or tables.is_extended
+    return has_none and Kind.RESERVED_BITS in difference.checking.counts
+
+
+def _has_subclusters_of_compressed_data(difference: Difference) -> bool:
+    told = _qemu_told(difference, r"^ERROR compressed cluster \d+ with non-zero subcluster allocation bitmap")
+    return bool(told) and Kind.SUBCLUSTERS in difference.checking.counts
 
 
 def _is_table_cut(difference: Difference) -> bool:
@@ -447,7 +454,7 @@ CATEGORIES = (
              "QEMU makes zeros of what is gone", _entry_is("lies past the end", "gone")),
     Category(ONLY_QEMU, "reserved bits in an entry",
              "the entry is noise, and so may be what it names",
-             _entry_is("reserved bits|is not valid|zero flag", "invalid")),
+             _entry_is("reserved bits|is not valid|zero flag|has subclusters", "invalid")),
     Category(ONLY_QEMU, "a compressed cluster with the COPIED flag",
              "no program writes that: a flag is wrong", _entry_is("compressed and COPIED", "copied")),
     Category(ONLY_QEMU, "an entry that names the header",
@@ -510,8 +517,8 @@ CATEGORIES = (
              "space that nothing uses: a leak", _only(Kind.LEAK_PAST_END, "clean")),
     Category(NUMBERS, "data behind the last counted cluster, in a live image",
              "an error in its journal; recovery counts such data", _is_counted_by_recovery),
-    Category(VERDICT, "the zero flag in version 2",
-             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_in_version_2),
+    Category(VERDICT, "the zero flag in version 2, or with subclusters",
+             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_for_none),
     Category(NUMBERS, "a refcount block that shares its cluster",
              "one more error in QEMU", _is_shared_refcount_block),
     Category(NUMBERS, "a refcount block that QEMU cannot read",
@@ -524,8 +531,10 @@ CATEGORIES = (
              "one more error in jqcow", _is_refcount_table_gone),
     Category(NUMBERS, "an L1 entry that names the header",
              "one error; QEMU takes the header for an L2 table", _names_cluster_0),
-    Category(NUMBERS, "the zero flag in version 2",
-             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_in_version_2),
+    Category(NUMBERS, "the zero flag in version 2, or with subclusters",
+             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_for_none),
+    Category(NUMBERS, "subclusters of compressed data",
+             "one error; QEMU calls the data a leak", _has_subclusters_of_compressed_data),
     Category(NUMBERS, "compressed data cut off, by less than a cluster",
              "it cannot be read, by QEMU neither", _is_data_cut_off),
     Category(NUMBERS, "a table cut by less than a cluster",

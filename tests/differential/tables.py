@@ -135,7 +135,11 @@ class Tables:
             faults.add("gone")
         if not table or faults:
             return faults
-        return self.faults_of(self.word(table + self.entry_bytes * l2_index) or 0)
+        place = table + self.entry_bytes * l2_index
+        entry = self.word(place) or 0
+        if self.is_extended and entry & COMPRESSED and self.word(place + 8):
+            faults.add("invalid")
+        return faults | self.faults_of(entry)
 
     def faults_of(self, entry: int) -> set[str]:
         """Return what is wrong with an L2 entry."""
