@@ -1,0 +1,148 @@
+"""Disks that a real kernel wrote through QEMU: clusters lie in the file in the order of a guest's writes.
+
+A qcow2 image is exported by qemu-storage-daemon as a file (FUSE), a loop device is put on it, a file system
+is made and mounted, and files are written, grown, rewritten and deleted in a seeded order.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+MAKERS = {
+    "ext4": ["mkfs.ext4", "-q", "-F"],
+    "xfs": ["mkfs.xfs", "-q", "-f"],
+    "btrfs": ["mkfs.btrfs", "-q", "-f"],
+    "ntfs": ["mkntfs", "-q", "-Q", "-F"],
+}
+WORDS = (b"the", b"quick", b"brown", b"fox", b"jumps", b"over", b"a", b"lazy", b"dog", b"and", b"sleeps")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is done to the mounted file system.
+
+    Attributes:
+        files: how many are written.
+        bytes_max: length of the longest; short ones are more frequent.
+        deleted: share of files that are deleted again on the way.
+        appended: share of writes that grow a file that is there already.
+    """
+
+    files: int = 200
+    bytes_max: int = 4 << 20
+    deleted: float = 0.25
+    appended: float = 0.15
+
+
+def run(*words: object) -> str:
+    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout
+
+
+@contextmanager
+def exported(image: Path, folder: Path) -> Iterator[Path]:
+    """Show a qcow2 image as a file of the disk's bytes, written through QEMU."""
+    shown = folder / "exported"
+    shown.touch()
+    daemon = subprocess.Popen(
+        [
+            "qemu-storage-daemon",
+            *("--blockdev", f"driver=file,node-name=file,filename={image}"),
+            *("--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap"),
+            *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={shown},writable=on,growable=off"),
+        ]
+    )
+    try:
+        for _ in range(200):
+            if shown.stat().st_size:
+                break
+            time.sleep(0.05)
+        else:
+            raise TimeoutError("the disk is not exported")
+        yield shown
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+@contextmanager
+def mounted(disk: Path, kind: str, folder: Path) -> Iterator[Path]:
+    """Mount a file system that fills a disk."""
+    point = folder / "mounted"
+    point.mkdir(exist_ok=True)
+    device = run("losetup", "--find", "--show", disk).strip()
+    try:
+        if kind == "ntfs":
+            run("ntfs-3g", device, point)
+        else:
+            run("mount", "-t", kind, device, point)
+        try:
+            yield point
+        finally:
+            run("umount", point)
+    finally:
+        run("losetup", "--detach", device)
+
+
+def content(chance: random.Random, length: int) -> bytes:
+    """Return what a file may hold: noise, text, or text with long runs of zeros."""
+    kind = chance.choice(("noise", "text", "holes"))
+    if kind == "noise":
+        return chance.randbytes(length)
+    text = b" ".join(chance.choices(WORDS, k=min(length // 4 + 1, 20_000)))
+    text = (text * (length // len(text) + 1))[:length]
+    if kind == "holes" and length > 65_536:
+        start = chance.randrange(length // 2)
+        text = text[:start] + bytes(length // 4) + text[start + length // 4 :]
+    return text[:length]
+
+
+def work(point: Path, chance: random.Random, load: Workload) -> None:
+    """Write, grow, rewrite and delete files, now and then with a sync between."""
+    names: list[Path] = []
+    for number in range(load.files):
+        folder = point / f"d{chance.randrange(12)}"
+        folder.mkdir(exist_ok=True)
+        length = min(load.bytes_max, int(chance.paretovariate(0.5) * 2_000))
+        draw = chance.random()
+        if names and draw < load.appended:
+            with chance.choice(names).open("ab") as file:
+                file.write(content(chance, length))
+        else:
+            name = folder / f"file{number}"
+            name.write_bytes(content(chance, length))
+            names.append(name)
+        if names and chance.random() < load.deleted:
+            names.pop(chance.randrange(len(names))).unlink()
+        if chance.random() < 0.05:
+            run("sync", "-f", point)
+
+
+def make(
+    image: Path, kind: str, size: int, seed: int, *, options: str = "", load: Workload | None = None
+) -> None:
+    """Make a qcow2 image with a file system that was used for a while.
+
+    Args:
+        image: to make; its folder is used for mounting.
+        kind: one of MAKERS.
+        size: of the disk in bytes.
+        seed: of all that is written.
+        options: for ``qemu-img create -o``.
+        load: what is done.
+    """
+    folder = image.parent
+    run("qemu-img", "create", "-q", "-f", "qcow2", *(["-o", options] if options else []), image, size)
+    with exported(image, folder) as disk:
+        device = run("losetup", "--find", "--show", disk).strip()
+        try:
+            run(*MAKERS[kind], device)
+        finally:
+            run("losetup", "--detach", device)
+        with mounted(disk, kind, folder) as point:
+            work(point, random.Random(seed), load or Workload())
