@@ -102,6 +102,35 @@ def subcluster_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> 
     return packed & 3, packed >> 2
 
 
+def l2_judge(
+    table: Buffer,
+    entry_bytes: int,
+    cluster_bits: int,
+    reserved: int,
+    host_bytes: int,
+    marks: WritableBuffer | None = None,
+) -> tuple[int, ...]:
+    """See :func:`jqcow._native.twins.l2_judge`."""
+    view = _from_buffer(table)
+    twins.check_judged(cluster_bits, host_bytes, marks)
+    counts = ffi.new("uint64_t[]", twins.JUDGED)
+    marked = ffi.NULL if marks is None else _from_buffer(marks, require_writable=True)
+    lib.jqcow_l2_judge(
+        view, len(view) // entry_bytes, entry_bytes, cluster_bits, reserved, host_bytes, marked, counts
+    )
+    return tuple(counts)
+
+
+def find_unmarked(
+    block: Buffer, order: int, start: int, stop: int, marks: Buffer, first_cluster: int, bits: WritableBuffer
+) -> int:
+    """See :func:`jqcow._native.twins.find_unmarked`."""
+    view, marked, found = _from_buffer(block), _from_buffer(marks), _from_buffer(bits, require_writable=True)
+    twins.check_refcount_range(len(view), order, start, stop)
+    twins.check_marks(first_cluster, stop - start, len(marked), len(found))
+    return lib.jqcow_find_unmarked(view, order, start, stop, marked, first_cluster, found)  # type: ignore[no-any-return]
+
+
 def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:
     """See :func:`jqcow._native.twins.set_copied`."""
     view = _from_buffer(table, require_writable=True)

@@ -354,6 +354,109 @@ uint64_t jqcow_subcluster_run(const void *table, size_t index, size_t limit, int
     return (count << 2) | kind;
 }
 
+/* What salvage asks of tables */
+
+#define MARK_MANY 2
+#define MARK_STRUCTURE 3
+
+enum judged {
+    JUDGED_UNALLOCATED,
+    JUDGED_ZERO,
+    JUDGED_DATA,
+    JUDGED_COMPRESSED,
+    JUDGED_INVALID,
+    JUDGED_DOUBLED,
+    JUDGED_STRUCTURE
+};
+
+static inline unsigned mark_get(const uint8_t *marks, uint64_t cluster)
+{
+    return marks[cluster >> 2] >> ((cluster & 3) * 2) & 3;
+}
+
+/* Marks a cluster once more, and returns how it was marked. */
+static inline unsigned mark_again(uint8_t *marks, uint64_t cluster)
+{
+    unsigned mark = mark_get(marks, cluster);
+    if (mark < MARK_MANY)
+        marks[cluster >> 2] = (uint8_t)(marks[cluster >> 2] + (1u << ((cluster & 3) * 2)));
+    return mark;
+}
+
+static inline enum judged judge_entry(uint64_t entry, uint64_t bitmap, bool extended, int cluster_bits,
+                                      uint64_t reserved, uint64_t host_bytes, uint64_t *first,
+                                      uint64_t *last)
+{
+    uint64_t offset = entry & ENTRY_OFFSET;
+
+    if (entry & ENTRY_COMPRESSED) {
+        int offset_bits = 62 - (cluster_bits - 8);
+        uint64_t descriptor = entry & (ENTRY_COMPRESSED - 1);
+        uint64_t start = descriptor & (((uint64_t)1 << offset_bits) - 1);
+        uint64_t end = (start / 512 + (descriptor >> offset_bits) + 1) * 512;
+        if (entry >> 63 || bitmap || start == 0 || start >= host_bytes || start >= (uint64_t)1 << 56)
+            return JUDGED_INVALID;
+        if (end > host_bytes)
+            end = host_bytes;
+        *first = start >> cluster_bits;
+        *last = (end - 1) >> cluster_bits;
+        return JUDGED_COMPRESSED;
+    }
+    if (entry & reserved || offset & (((uint64_t)1 << cluster_bits) - 1) || offset >= host_bytes)
+        return JUDGED_INVALID;
+    if (!offset && entry >> 63)
+        return JUDGED_INVALID;
+    if (extended && ((bitmap & bitmap >> 32 & 0xffffffff) || (!offset && bitmap & 0xffffffff)))
+        return JUDGED_INVALID;
+    if (offset) {
+        *first = *last = offset >> cluster_bits;
+        return JUDGED_DATA;
+    }
+    return (extended ? bitmap >> 32 : entry & ENTRY_ZERO) ? JUDGED_ZERO : JUDGED_UNALLOCATED;
+}
+
+void jqcow_l2_judge(const void *table, size_t entry_count, size_t entry_bytes, int cluster_bits,
+                    uint64_t reserved, uint64_t host_bytes, void *marks, uint64_t *counts)
+{
+    const uint8_t *bytes = table;
+    bool extended = entry_bytes == 16;
+
+    for (size_t index = 0; index < entry_count; index++, bytes += entry_bytes) {
+        uint64_t first = 0, last = 0;
+        uint64_t entry = load_big64(bytes);
+        uint64_t bitmap = extended ? load_big64(bytes + 8) : 0;
+        enum judged kind =
+            judge_entry(entry, bitmap, extended, cluster_bits, reserved, host_bytes, &first, &last);
+
+        counts[kind]++;
+        if (!marks || (kind != JUDGED_DATA && kind != JUDGED_COMPRESSED))
+            continue;
+        for (uint64_t cluster = first; cluster <= last; cluster++) {
+            unsigned mark = mark_again(marks, cluster);
+            if (mark == MARK_STRUCTURE)
+                counts[JUDGED_STRUCTURE]++;
+            else if (mark && kind == JUDGED_DATA)
+                counts[JUDGED_DOUBLED]++;
+        }
+    }
+}
+
+uint64_t jqcow_find_unmarked(const void *block, int order, size_t start, size_t stop, const void *marks,
+                             uint64_t first_cluster, void *bits)
+{
+    uint8_t *found = bits;
+    uint64_t count = 0;
+
+    for (size_t index = start; index < stop; index++) {
+        uint64_t cluster = first_cluster + (index - start);
+        if (mark_get(marks, cluster) || !jqcow_refcount_get(block, index, order))
+            continue;
+        found[cluster >> 3] = (uint8_t)(found[cluster >> 3] | 1u << (cluster & 7));
+        count++;
+    }
+    return count;
+}
+
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes)
 {
     uint8_t *bytes = table;

@@ -1,0 +1,233 @@
+"""What a guest's disk consists of: what its tables say, and what evidence puts where they are lost.
+
+G1. Where a table is whole, nothing else is believed. Evidence fills what is lost, and nothing more.
+G2. A host cluster that several guest ranges of the disk name, or in which a structure lies, is right for one
+    of them at most: none of them is certain.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from jqcow import _native
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, ZERO_CLUSTER
+from jqcow.salvage.evidence import Certainty, Placement
+from jqcow.salvage.marks import MANY, STRUCTURE, Marks
+from jqcow.salvage.tables import DiskTables, Fate
+
+Kind = Literal["data", "compressed", "zero", "below", "lost"]
+
+TABLE = "L2 table"
+"""The witness of what a table says."""
+
+
+class Piece(NamedTuple):
+    """A guest range that has one story.
+
+    Attributes:
+        guest_offset: of the range on the disk, in bytes.
+        length: of the range in bytes.
+        kind: ``data``: the bytes lie in the file; ``compressed``: a cluster of them does; ``zero``;
+            ``below``: the backing disk's, zeros without one; ``lost``: nobody knows.
+        host_offset: of the bytes in the file; of compressed data its first byte.
+        stored_bytes: of a compressed cluster, how far its data may reach; else 0.
+        certainty: how surely; of what is lost GUESS.
+        witness: who says so.
+    """
+
+    guest_offset: int
+    length: int
+    kind: Kind
+    host_offset: int
+    stored_bytes: int
+    certainty: Certainty
+    witness: str
+
+    @property
+    def end(self) -> int:
+        """The guest offset behind the range."""
+        return self.guest_offset + self.length
+
+
+@dataclass
+class PlacedEntries:
+    """What evidence says of the entries of an L2 table that is lost, wholly or in part.
+
+    Attributes:
+        hosts: the host offset of each guest cluster's data; 0 where nothing is placed.
+        stored: how far compressed data may reach that starts there; 0 where it is not compressed.
+        certainties: a `Certainty` for each; 0 where nothing is placed.
+        witnesses: an index into the map's witnesses for each.
+    """
+
+    hosts: array[int]
+    stored: array[int]
+    certainties: bytearray
+    witnesses: bytearray
+
+    @classmethod
+    def none(cls, count: int) -> PlacedEntries:
+        """Return ``count`` entries of which nothing is known."""
+        return cls(
+            array("Q", bytes(8 * count)), array("I", bytes(4 * count)), bytearray(count), bytearray(count)
+        )
+
+
+@dataclass
+class GuestMap:
+    """The map of one disk.
+
+    Attributes:
+        tables: what the file has.
+        marks: what names each cluster.
+        placed: what evidence says, by L1 index.
+    """
+
+    tables: DiskTables
+    marks: Marks
+    placed: dict[int, PlacedEntries] = field(default_factory=dict)
+    _witnesses: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Size of the disk in bytes."""
+        return self.tables.disk_bytes
+
+    def is_open(self, guest_offset: int) -> bool:
+        """Return True if what lies at a guest offset is lost, and may be placed."""
+        index, entry = self._entry_of(guest_offset)
+        if index >= len(self.tables.fates):
+            return False
+        if self.tables.fates[index] == Fate.EMPTY:
+            return True
+        return any(first <= entry < first + count for first, count in self.tables.lost_entries(index))
+
+    def is_placed(self, guest_offset: int) -> bool:
+        """Return True if evidence has placed what lies at a guest offset."""
+        index, entry = self._entry_of(guest_offset)
+        placed = self.placed.get(index)
+        return placed is not None and placed.certainties[entry] != 0
+
+    def place(self, placement: Placement, stored_bytes: int = 0) -> bool:
+        """Take over where a whole cluster belongs; return False if something surer is there, or a table.
+
+        Args:
+            placement: of one guest cluster; its guest offset is a multiple of the cluster's length.
+            stored_bytes: of compressed data, how far it may reach.
+        """
+        if not self.is_open(placement.guest_offset):
+            return False
+        index, entry = self._entry_of(placement.guest_offset)
+        placed = self.placed.get(index)
+        if placed is None:
+            placed = self.placed[index] = PlacedEntries.none(self.tables.shape.geometry.l2_entries)
+        if placed.certainties[entry] >= placement.certainty:
+            return False
+        if placement.witness not in self._witnesses:
+            self._witnesses.append(placement.witness)
+        placed.hosts[entry], placed.stored[entry] = placement.host_offset, stored_bytes
+        placed.certainties[entry] = placement.certainty
+        placed.witnesses[entry] = min(255, self._witnesses.index(placement.witness))
+        return True
+
+    def _entry_of(self, guest_offset: int) -> tuple[int, int]:
+        geometry = self.tables.shape.geometry
+        return divmod(guest_offset // geometry.cluster_bytes, geometry.l2_entries)
+
+    def pieces(self, offset: int, length: int) -> Iterator[Piece]:
+        """Yield what a guest range consists of, in order, without gaps."""
+        end = min(offset + length, self.size)
+        while offset < end:
+            index = offset // self.tables.table_covers
+            stop = min(end, (index + 1) * self.tables.table_covers)
+            yield from self._of_table(index, offset, stop)
+            offset = stop
+
+    def _of_table(self, index: int, start: int, end: int) -> Iterator[Piece]:
+        fate = self.tables.fates[index] if index < len(self.tables.fates) else Fate.ABSENT
+        if fate == Fate.ABSENT:
+            yield Piece(start, end - start, "below", 0, 0, Certainty.CERTAIN, "L1 table")
+            return
+        first_offset = index * self.tables.table_covers
+        cluster_bytes = self.tables.shape.geometry.cluster_bytes
+        lost = self.tables.lost_entries(index)
+        if fate == Fate.EMPTY and index in self.placed:
+            lost = [(0, self.tables.shape.geometry.l2_entries)]
+        table = b"" if fate == Fate.LOST else self.tables.read(index)
+        position = start
+        for first, count in lost:
+            lost_start = max(start, first_offset + first * cluster_bytes)
+            lost_end = min(end, first_offset + (first + count) * cluster_bytes)
+            if lost_start >= lost_end:
+                continue
+            if position < lost_start:
+                yield from self._as_table_says(table, first_offset, position, lost_start)
+            yield from self._as_placed(index, first_offset, lost_start, lost_end, is_known=fate == Fate.EMPTY)
+            position = lost_end
+        if position < end:
+            yield from self._as_table_says(table, first_offset, position, end)
+
+    def _as_table_says(self, table: bytes, first_offset: int, start: int, end: int) -> Iterator[Piece]:
+        """Yield the pieces of [start, end) by a table that maps the disk from ``first_offset`` on."""
+        codec = self.tables.shape.codec
+        unit = codec.subcluster_bytes
+        while start < end:
+            position, skipped = divmod(start - first_offset, unit)
+            limit = -(-(end - first_offset) // unit) - position
+            run = codec.run(table, position, limit)
+            length = min(end - start, run.subcluster_count * unit - skipped)
+            if run.kind == DATA:
+                yield from self._data(start, length, run.host + skipped)
+            elif run.kind == COMPRESSED_CLUSTER:
+                yield Piece(start, length, "compressed", run.host, run.length, Certainty.CERTAIN, TABLE)
+            elif run.kind == ZERO_CLUSTER:
+                yield Piece(start, length, "zero", 0, 0, Certainty.CERTAIN, TABLE)
+            else:
+                yield Piece(start, length, "below", 0, 0, Certainty.CERTAIN, TABLE)
+            start += length
+
+    def _data(self, guest_offset: int, length: int, host_offset: int) -> Iterator[Piece]:
+        """Yield a run of data, parted where its clusters are marked otherwise."""
+        bits, marks = self.marks.cluster_bits, self.marks
+        end = guest_offset + length
+        while guest_offset < end:
+            cluster = host_offset >> bits
+            stop = ((host_offset + end - guest_offset - 1) >> bits) + 1
+            mark, count = _native.refcount_run(marks.data, _native.MARK_ORDER, cluster, stop)
+            taken = min(end - guest_offset, (cluster + count << bits) - host_offset)
+            certainty, witness = Certainty.CERTAIN, TABLE
+            if mark in (MANY, STRUCTURE):
+                certainty = Certainty.LIKELY if mark == MANY else Certainty.GUESS
+                witness = f"{TABLE}, for a cluster that has another use, too"
+            yield Piece(guest_offset, taken, "data", host_offset, 0, certainty, witness)
+            guest_offset += taken
+            host_offset += taken
+
+    def _as_placed(
+        self, index: int, first_offset: int, start: int, end: int, *, is_known: bool
+    ) -> Iterator[Piece]:
+        """Yield what evidence says of [start, end); ``is_known``: an empty table says that it is nothing."""
+        placed = self.placed.get(index)
+        cluster_bytes = self.tables.shape.geometry.cluster_bytes
+        while start < end:
+            entry, skipped = divmod(start - first_offset, cluster_bytes)
+            length = min(end - start, cluster_bytes - skipped)
+            if placed is None or not placed.certainties[entry]:
+                # Neighbours of which nothing is known are one piece.
+                while start + length < end and (placed is None or not placed.certainties[entry + 1]):
+                    entry += 1
+                    length = min(end - start, length + cluster_bytes)
+                kind: Kind = "below" if is_known else "lost"
+                yield Piece(start, length, kind, 0, 0, Certainty.GUESS, "nobody")
+            else:
+                certainty = Certainty(placed.certainties[entry])
+                witness = self._witnesses[placed.witnesses[entry]]
+                host, stored = placed.hosts[entry], placed.stored[entry]
+                if stored:
+                    yield Piece(start, length, "compressed", host, stored, certainty, witness)
+                else:
+                    yield Piece(start, length, "data", host + skipped, 0, certainty, witness)
+            start += length

@@ -1,0 +1,72 @@
+"""One place for each orphan of a disk: first what tells by itself, then what is expected, then what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jqcow.salvage.anchoring import Find, anchor
+from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, Placement
+from jqcow.salvage.expecting import Expectations
+from jqcow.salvage.filling import Filling
+from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.reading import MappedDisk, PieceReader
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What became of the orphans of a disk.
+
+    Attributes:
+        structures: what of the guest was recognised, for people.
+        anchored: how many clusters told by themselves where they belong.
+        orphans: how many there were.
+    """
+
+    structures: tuple[str, ...] = ()
+    anchored: int = 0
+    orphans: int = 0
+
+
+def place_orphans(guest_map: GuestMap, reader: PieceReader, orphans: Orphans, find: Find) -> Placed:
+    """Place the orphans in what a disk has lost.
+
+    Args:
+        guest_map: of the disk; the placements are put into it.
+        reader: of its pieces.
+        orphans: what is to be placed.
+        find: finds the structures of the guest.
+    """
+    disk = MappedDisk(guest_map, reader)
+    anchors, structures = anchor(guest_map, disk, orphans, find)
+    expectations = Expectations(guest_map, orphans.cluster_bytes)
+    expectations.take(structures, disk)
+    filling = Filling(guest_map, orphans, expectations, anchors.placed)
+    filling.fill()
+    if not expectations.clusters and not anchors.placed:
+        _place_in_order(guest_map, orphans)
+    return Placed(_names(structures), len(anchors.placed), len(orphans))
+
+
+def _place_in_order(guest_map: GuestMap, orphans: Orphans) -> None:
+    """Put the orphans where something is lost, in the order of the file: nothing is known but that order."""
+    places = _open_places(guest_map, orphans.cluster_bytes)
+    for host, _ in orphans:
+        guest = next(places, None)
+        if guest is None:
+            return
+        guest_map.place(
+            Placement(guest, host, orphans.cluster_bytes, Certainty.GUESS, "the order of the file")
+        )
+
+
+def _open_places(guest_map: GuestMap, cluster_bytes: int) -> Iterator[int]:
+    for index in range(len(guest_map.tables.fates)):
+        start, length = guest_map.tables.guest_range(index)
+        for guest in range(start, start + length, cluster_bytes):
+            if guest_map.is_open(guest):
+                yield guest
+
+
+def _names(structures: list[GuestStructure]) -> tuple[str, ...]:
+    return tuple(structure.name for structure in structures)

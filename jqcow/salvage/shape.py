@@ -1,0 +1,65 @@
+"""What a file must be read as: the numbers of its header, read or inferred.
+
+S4. A number that the header has and that cannot be is no number: it is a damage, and what can be inferred
+    takes its place. Which numbers were inferred is kept, and nothing that rests on them alone is certain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jqcow.ondisk.header import HeaderArea
+from jqcow.ondisk.l2 import EXTENDED_RESERVED, L2_RESERVED, ZERO, L2Codec, codec_of
+from jqcow.ondisk.layout import Geometry
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something of the file that is not as it must be.
+
+    Attributes:
+        structure: such as "L2 table".
+        host_offset: where it lies in the file, in bytes; None where that is not known.
+        meaning: what is wrong, and what it was for, in words.
+        guest_offset: of what it maps of the disk, in bytes; None where it maps nothing, or nobody knows.
+        guest_length: of that in bytes.
+    """
+
+    structure: str
+    host_offset: int | None
+    meaning: str
+    guest_offset: int | None = None
+    guest_length: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers by which a file is read.
+
+    Attributes:
+        area: the header, with inferred numbers in the place of lost ones.
+        inferred: the names of those numbers, in the specification's words.
+        damages: what is wrong with the header.
+    """
+
+    area: HeaderArea
+    inferred: frozenset[str] = frozenset()
+    damages: tuple[Damage, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes that follow from the header."""
+        return self.area.header.geometry
+
+    @property
+    def codec(self) -> L2Codec:
+        """How L2 tables are read."""
+        return codec_of(self.geometry)
+
+    @property
+    def reserved(self) -> int:
+        """Bits that no standard L2 entry, or first word of an extended one, has set."""
+        geometry = self.geometry
+        if geometry.has_subclusters:
+            return EXTENDED_RESERVED
+        return L2_RESERVED if geometry.has_zero_flag else L2_RESERVED | ZERO

@@ -1,0 +1,232 @@
+"""The L1 table of a disk and its L2 tables, as far as the file still has them.
+
+T1. A table is *whole* if each of its entries is one that an image can have. What a whole table says is taken
+    as it stands, also that nothing is allocated.
+T2. Of a *torn* table a sector counts if most of it can be: noise can not, a flipped bit costs one entry.
+T3. What the tables name is marked once for each entry that names it, and the tables themselves as structures.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from jqcow import _native
+from jqcow.ondisk import entries
+from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset, entry_place, table_bytes
+from jqcow.salvage.marks import Marks
+from jqcow.salvage.shape import Damage, Shape
+from jqcow.salvage.source import Source
+
+INVALID = 4
+"""The place in what `l2_judge` counts of entries that cannot be."""
+
+
+class Fate(IntEnum):
+    """What became of an L2 table."""
+
+    ABSENT = 0
+    """The L1 table has none there."""
+    WHOLE = 1
+    EMPTY = 2
+    """It is whole, and all zeros: it may have been emptied by what damaged the file."""
+    TORN = 3
+    """Some of its entries are lost."""
+    LOST = 4
+
+
+@dataclass
+class DiskTables:
+    """The tables of one disk: the active one, or a snapshot's.
+
+    Attributes:
+        name: of the disk, for people.
+        disk_bytes: its size.
+        offsets: of the L2 table of each L1 entry; 0 where there is none, or where it is lost.
+        fates: a `Fate` for each L1 entry.
+        lost: of torn tables the (first entry, count) that are lost, by L1 index.
+        damages: what is wrong, in the order of the L1 table.
+    """
+
+    name: str
+    disk_bytes: int
+    source: Source
+    shape: Shape
+    offsets: array[int] = field(default_factory=lambda: array("Q"))
+    fates: bytearray = field(default_factory=bytearray)
+    lost: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    damages: list[Damage] = field(default_factory=list)
+
+    @property
+    def table_covers(self) -> int:
+        """How much of the disk an L2 table maps, in bytes."""
+        geometry = self.shape.geometry
+        return geometry.l2_entries * geometry.cluster_bytes
+
+    def read(self, index: int) -> bytes:
+        """Return an L2 table with entries that an image can have; one that is lost is zeros."""
+        length = self.shape.geometry.cluster_bytes
+        if not self.offsets[index]:
+            return bytes(length)
+        table = self.source.pread(length, self.offsets[index])
+        if self.fates[index] != Fate.TORN:
+            return table
+        mended, entry_bytes = bytearray(table), self.shape.codec.entry_bytes
+        for first, count in self.lost[index]:
+            mended[first * entry_bytes : (first + count) * entry_bytes] = bytes(count * entry_bytes)
+        return bytes(mended)
+
+    def lost_entries(self, index: int) -> list[tuple[int, int]]:
+        """Return the (first entry, count) of a table that nobody knows."""
+        match self.fates[index]:
+            case Fate.TORN:
+                return self.lost[index]
+            case Fate.LOST:
+                return [(0, self.shape.geometry.l2_entries)]
+        return []
+
+    def guest_range(self, index: int) -> tuple[int, int]:
+        """Return (offset, length) in bytes of what of the disk an L1 entry maps."""
+        start = index * self.table_covers
+        return start, max(0, min(self.disk_bytes - start, self.table_covers))
+
+
+def read_tables(source: Source, shape: Shape, marks: Marks) -> DiskTables:
+    """Judge the tables of the active disk, and mark what they name.
+
+    Raises:
+        OSError: the host failed, other than by what it cannot read.
+    """
+    header = shape.area.header
+    tables = DiskTables("disk", header.size, source, shape)
+    _judge_all(tables, header.l1_table_offset, header.l1_size, marks)
+    return tables
+
+
+def _judge_all(tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks) -> None:
+    """Judge the L2 tables of an L1 table, and then mark what they name; T3 needs the structures first."""
+    needed = tables.shape.geometry.l1_entries_for(tables.disk_bytes)
+    length = table_bytes(max(l1_entries, needed))
+    l1_table = tables.source.pread(table_bytes(l1_entries), l1_offset).ljust(length, b"\0")
+    marks.set_structure(l1_offset, table_bytes(l1_entries))
+    tables.offsets, tables.fates = array("Q", bytes(length)), bytearray(length // table_bytes(1))
+    bad = {
+        (place - l1_offset) // table_bytes(1)
+        for start, count in tables.source.bad.within(l1_offset, table_bytes(l1_entries))
+        for place in range(start, start + count, table_bytes(1))
+    }
+    for index in sorted(bad):
+        _lose(tables, index, entry_place(HostOffset(l1_offset), index), "the host cannot read the L1 entry")
+    for index, entry in entries.nonzero_entries(l1_table):
+        _place_table(tables, index, entry, entry_place(HostOffset(l1_offset), index), marks)
+    for index, fate in enumerate(tables.fates):
+        if fate == Fate.WHOLE:
+            _judge_table(tables, index, marks)
+
+
+def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: Marks) -> None:
+    """Take what an L1 entry says of its L2 table, if that can be."""
+    offset, _, has_reserved = entries.split_l1(entry)
+    cluster_bytes = tables.shape.geometry.cluster_bytes
+    if has_reserved or offset % cluster_bytes or not offset:
+        _lose(tables, index, place, f"its L1 entry {entry:#x} is none that an image can have")
+    elif offset >= tables.source.size():
+        _lose(tables, index, offset, "the file ends before it")
+    else:
+        tables.offsets[index] = offset
+        tables.fates[index] = Fate.WHOLE
+        if not marks.set_structure(offset, cluster_bytes):
+            tables.damages.append(
+                Damage("L2 table", offset, "something else lies there, too", *tables.guest_range(index))
+            )
+
+
+def _judge_table(tables: DiskTables, index: int, marks: Marks) -> None:
+    """Judge a table, and mark what it names."""
+    shape, offset = tables.shape, tables.offsets[index]
+    length = shape.geometry.cluster_bytes
+    table = tables.source.pread(length, offset)
+    unreadable = list(tables.source.bad.within(offset, length))
+    if not unreadable and _native.is_zero(table):
+        tables.fates[index] = Fate.EMPTY
+        return
+    if not unreadable and not _judge(tables, table)[INVALID]:
+        _judge(tables, table, marks)
+        return
+    entry_bytes = shape.codec.entry_bytes
+    lost = list(_lost_entries(tables, table, [(start - offset, count) for start, count in unreadable]))
+    lost_count = sum(count for _, count in lost)
+    start, covered = tables.guest_range(index)
+    if lost_count * 2 > shape.geometry.l2_entries:
+        _lose(tables, index, offset, "most of it is no L2 table")
+        return
+    tables.fates[index], tables.lost[index] = Fate.TORN, lost
+    for first, count in lost:
+        guest_offset = start + first * length
+        tables.damages.append(
+            Damage(
+                "L2 table",
+                offset + first * entry_bytes,
+                f"{count} of its entries cannot be",
+                guest_offset,
+                max(0, min(count * length, start + covered - guest_offset)),
+            )
+        )
+    _judge(tables, tables.read(index), marks)
+
+
+def _lost_entries(
+    tables: DiskTables, table: bytes, unreadable: list[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Yield (first entry, count) of what of a table nobody knows, neighbours as one."""
+    pending: tuple[int, int] | None = None
+    for first, count in _lost_by_sector(tables, table, unreadable):
+        if pending is not None and pending[0] + pending[1] == first:
+            pending = pending[0], pending[1] + count
+            continue
+        if pending is not None:
+            yield pending
+        pending = first, count
+    if pending is not None:
+        yield pending
+
+
+def _lost_by_sector(
+    tables: DiskTables, table: bytes, unreadable: list[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    entry_bytes = tables.shape.codec.entry_bytes
+    for start in range(0, len(table), SECTOR_BYTES):
+        sector = table[start : start + SECTOR_BYTES]
+        first, count = start // entry_bytes, len(sector) // entry_bytes
+        if any(place < start + SECTOR_BYTES and start < place + length for place, length in unreadable):
+            yield first, count
+            continue
+        invalid = _judge(tables, sector)[INVALID]
+        if not invalid:
+            continue
+        if invalid * 2 > count:
+            yield first, count
+            continue
+        for index in range(count):
+            if _judge(tables, sector[index * entry_bytes : (index + 1) * entry_bytes])[INVALID]:
+                yield first + index, 1
+
+
+def _judge(tables: DiskTables, table: bytes, marks: Marks | None = None) -> tuple[int, ...]:
+    shape = tables.shape
+    return _native.l2_judge(
+        table,
+        shape.codec.entry_bytes,
+        shape.geometry.cluster_bits,
+        shape.reserved,
+        tables.source.size(),
+        None if marks is None else marks.data,
+    )
+
+
+def _lose(tables: DiskTables, index: int, host_offset: int, reason: str) -> None:
+    tables.fates[index] = Fate.LOST
+    tables.offsets[index] = 0
+    tables.damages.append(Damage("L2 table", host_offset, reason, *tables.guest_range(index)))
