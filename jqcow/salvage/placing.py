@@ -1,4 +1,4 @@
-"""One place for each orphan of a disk: first what tells by itself, then what is expected, then what is left."""
+"""One place for each orphan of a disk: by what tells its place itself, by what is expected, by order."""
 
 from __future__ import annotations
 
