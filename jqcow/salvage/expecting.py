@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import log
 
 from jqcow.salvage.evidence import FilePiece, GuestStructure, PlacedDisk
 from jqcow.salvage.guestmap import GuestMap
@@ -24,13 +25,15 @@ class Expected:
     Attributes:
         guest: its offset on the disk in bytes.
         written: when the first of its pieces was written: see `FilePiece`.
-        data: a bit for each of its blocks that a file, or the file system itself, uses.
+        has_files: a file's data is in it.
+        data: a bit for each of its blocks that a file uses.
         free: a bit for each that is free.
         tails: for each block in which a file ends, how many of its bytes are the file's.
     """
 
     guest: int
     written: Order | None = None
+    has_files: bool = False
     data: int = 0
     free: int = 0
     tails: dict[int, int] = field(default_factory=dict)
@@ -65,10 +68,12 @@ class Expectations:
                 if not self._map.is_open(guest) or self._map.is_placed(guest):
                     continue
                 expected = self.clusters[guest] = Expected(guest)
-            expected.data |= ((1 << stop - first) - 1) << first
+            if piece.is_data:
+                expected.has_files = True
+                expected.data |= ((1 << stop - first) - 1) << first
             position = guest - piece.guest_offset
             written = (*piece.written[:2], piece.written[2] + max(0, position))
-            if expected.written is None or written < expected.written:
+            if piece.is_data and (expected.written is None or written < expected.written):
                 expected.written = written
             tail_block = (end_of_data - guest) // self.block_bytes
             tail_bytes = (end_of_data - guest) % self.block_bytes
@@ -95,44 +100,94 @@ class Expectations:
             guest += self._cluster_bytes
 
     def by_writing(self) -> list[Expected]:
-        """Return what is expected in the order in which it was written."""
-        return sorted(self.clusters.values(), key=lambda found: (found.written or (0, 0, 0), found.guest))
+        """Return the clusters of files in the order in which they were written."""
+        files = (found for found in self.clusters.values() if found.has_files)
+        return sorted(files, key=lambda found: (found.written or (0, 0, 0), found.guest))
 
     def by_place(self) -> list[Expected]:
-        """Return what is expected in the order of the disk."""
+        """Return all clusters in use in the order of the disk, those of the file system itself too."""
         return sorted(self.clusters.values(), key=lambda found: found.guest)
 
 
-def fingerprint(content: bytes, block_bytes: int) -> tuple[int, ...]:
-    """Return for each block of a cluster how many of its bytes come before the zeros at its end."""
-    return tuple(
-        len(content[start : start + block_bytes].rstrip(b"\0"))
-        for start in range(0, len(content), block_bytes)
-    )
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a cluster looks like.
 
-
-def score(expected: Expected, lengths: tuple[int, ...], block_bytes: int) -> float:
-    """Return how well a cluster with a fingerprint meets what is expected; IMPOSSIBLE where it cannot be it.
-
-    The numbers are about logarithms of odds: a tail of the right length is one in thousands.
+    Attributes:
+        lengths: for each block, how many of its bytes come before the zeros at its end.
+        texture: what kind of bytes it has: see `texture_of`.
     """
-    total = 0.0
-    for block, valid in expected.tails.items():
-        length = lengths[block]
-        if length > valid:
-            return IMPOSSIBLE
-        if length == valid:
-            total += 8.0
-        elif valid - length < 16:
-            total += 3.0
-        else:
-            total -= 2.0
-    for block, length in enumerate(lengths):
-        bit = 1 << block
-        if block in expected.tails:
-            continue
-        if expected.data & bit:
-            total += 0.3 if length == block_bytes else -0.3 if length else -0.7
-        elif expected.free & bit:
-            total += 0.3 if not length else -0.7
-    return total
+
+    lengths: tuple[int, ...]
+    texture: int
+
+
+def fingerprint(content: bytes, block_bytes: int) -> Fingerprint:
+    """Return what a cluster looks like."""
+    starts = range(0, len(content), block_bytes)
+    lengths = tuple(len(content[start : start + block_bytes].rstrip(b"\0")) for start in starts)
+    return Fingerprint(lengths, texture_of(content))
+
+
+_TEXT = bytes(range(32, 127)) + b"\t\n\r"
+_SAMPLE_BYTES = 1024
+
+
+def texture_of(content: bytes) -> int:
+    """Return what kind of bytes a cluster has: 0 zeros, 1 text, 2 noise, as packed data is, 3 others."""
+    sample = b"".join(
+        content[start : start + 64] for start in range(0, len(content), max(64, len(content) // 16))
+    )
+    sample = sample[:_SAMPLE_BYTES].replace(b"\0", b"") if sample.count(0) * 8 > len(sample) * 7 else sample
+    if not sample:
+        return 0
+    if len(sample.translate(None, _TEXT)) * 20 < len(sample):
+        return 1
+    return 2 if len(set(sample)) * 4 > min(len(sample), 256) * 3 else 3
+
+
+class Odds:
+    """How much it tells that a cluster looks as it does, as logarithms of odds.
+
+    What most orphans look like tells nothing; a file's end where one is expected is one in thousands.
+    """
+
+    TAIL_RIGHT, TAIL_NEAR, TAIL_SHORT = 8.0, 3.0, -2.0
+    NEAR_BYTES = 16
+    """A file may end with some zeros of its own."""
+    _OF_DATA = (0.08, 0.04, 0.88)
+    _OF_FREE = (0.60, 0.06, 0.34)
+
+    def __init__(self, fingerprints: Iterable[Fingerprint], block_bytes: int) -> None:
+        """Take what the orphans look like."""
+        self._block_bytes = block_bytes
+        counts = [2, 2, 2]
+        for found in fingerprints:
+            for length in found.lengths:
+                counts[self._class_of(length)] += 1
+        shares = [count / sum(counts) for count in counts]
+        self._data = [log(odds / share) for odds, share in zip(self._OF_DATA, shares, strict=True)]
+        self._free = [log(odds / share) for odds, share in zip(self._OF_FREE, shares, strict=True)]
+
+    def _class_of(self, length: int) -> int:
+        return 0 if not length else 2 if length == self._block_bytes else 1
+
+    def score(self, expected: Expected, found: Fingerprint) -> float:
+        """Return how well a cluster meets what is expected; IMPOSSIBLE where it cannot be it."""
+        total = 0.0
+        for block, valid in expected.tails.items():
+            length = found.lengths[block]
+            if length > valid:
+                return IMPOSSIBLE
+            if length == valid:
+                total += self.TAIL_RIGHT
+            else:
+                total += self.TAIL_NEAR if valid - length < self.NEAR_BYTES else self.TAIL_SHORT
+        for block, length in enumerate(found.lengths):
+            if block in expected.tails:
+                continue
+            if expected.data >> block & 1:
+                total += self._data[self._class_of(length)]
+            elif expected.free >> block & 1:
+                total += self._free[self._class_of(length)]
+        return total

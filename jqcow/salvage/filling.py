@@ -14,19 +14,26 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 from jqcow.salvage.evidence import Certainty, Orphans, Placement
-from jqcow.salvage.expecting import IMPOSSIBLE, Expectations, Expected, fingerprint, score
+from jqcow.salvage.expecting import IMPOSSIBLE, Expectations, Expected, Fingerprint, Odds, fingerprint
 from jqcow.salvage.guestmap import GuestMap
 
 SEEDS_PER_CLUSTER = 8
 """An expectation that more orphans meet says nothing."""
+TELLING = 2.0
+"""Runs end, as long as there are better ones, with a cluster that tells so much by itself."""
 DROP = 6.0
 """A run ends where its score falls by so much from its best."""
 LIKELY_SCORE = 8.0
 """A run of a lower score is a guess."""
+NEAR, APART = 0.02, 0.3
+"""What it tells that neighbours are as far from each other on the disk as in the file, or are not."""
+ALIKE, UNLIKE = 0.3, 2.0
+"""What it tells that two clusters of a file have the same kind of bytes, or have not."""
 RUN_MAX = 4096
 """So many clusters a run is extended at most to each side; the next seed goes on from there."""
 
@@ -46,17 +53,27 @@ class Filling:
     """Places orphans of one disk by expectations."""
 
     def __init__(
-        self, guest_map: GuestMap, orphans: Orphans, expectations: Expectations, anchored: dict[int, int]
+        self,
+        guest_map: GuestMap,
+        orphans: Orphans,
+        zeros: Iterable[int],
+        expectations: Expectations,
+        anchored: dict[int, int],
     ) -> None:
-        """Begin with all orphans, of which ``anchored`` ones are placed: guest offset by host offset."""
+        """Begin with all orphans, of which ``anchored`` ones are placed: guest offset by host offset.
+
+        ``zeros``: host offsets of clusters of zeros that nothing names. They take places in the runs.
+        """
         self._map, self._cluster_bytes = guest_map, orphans.cluster_bytes
         self._block_bytes = expectations.block_bytes
         self._hosts: list[int] = []
-        self._lengths: list[tuple[int, ...]] = []
+        self._looks: list[Fingerprint] = []
         for host, content in orphans:
             if host not in anchored:
                 self._hosts.append(host)
-                self._lengths.append(fingerprint(content, self._block_bytes))
+                self._looks.append(fingerprint(content, self._block_bytes))
+        self._add_zeros(zeros)
+        self._odds = Odds(self._looks, self._block_bytes)
         self._orders: list[list[Expected]] = [expectations.by_writing(), expectations.by_place()]
         self._positions = [
             {expected.guest: position for position, expected in enumerate(order)} for order in self._orders
@@ -64,27 +81,40 @@ class Filling:
         self._anchored = anchored
         self._taken_hosts = bytearray(len(self._hosts))
         self._taken_guests: dict[int, int] = {}
+        self._is_strict = True
 
     def fill(self) -> None:
         """Place what runs place, then what is left over."""
         self._take_best(list(self._seeds()))
-        self._join_gaps()
+        self._close_gaps()
+        self._is_strict = False
+        self._take_best(list(self._ends()))
+        self._close_gaps()
         self._take_rest()
+
+    def _add_zeros(self, zeros: Iterable[int]) -> None:
+        """Put clusters of zeros between the orphans, in the order of the file."""
+        look = fingerprint(bytes(self._cluster_bytes), self._block_bytes)
+        found = heapq.merge(
+            zip(self._hosts, self._looks, strict=True), ((host, look) for host in zeros), key=itemgetter(0)
+        )
+        pairs = list(found)
+        self._hosts, self._looks = [host for host, _ in pairs], [look for _, look in pairs]
 
     # Runs
 
     def _seeds(self) -> Iterator[tuple[int, int]]:
-        """Yield (position in the order of writing, index of an orphan) of pairs to extend from."""
+        """Yield (guest offset, index of an orphan) of pairs to extend from."""
         by_tail: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, lengths in enumerate(self._lengths):
-            for block, length in enumerate(lengths):
+        for index, look in enumerate(self._looks):
+            for block, length in enumerate(look.lengths):
                 if 0 < length < self._block_bytes:
                     by_tail[block, length].append(index)
-        for position, expected in enumerate(self._orders[0]):
+        for expected in self._orders[0]:
             for block, valid in expected.tails.items():
                 found = by_tail.get((block, valid), ())
                 if len(found) <= SEEDS_PER_CLUSTER:
-                    yield from ((position, index) for index in found)
+                    yield from ((expected.guest, index) for index in found)
         yield from self._beside_anchors()
 
     def _beside_anchors(self) -> Iterator[tuple[int, int]]:
@@ -92,41 +122,43 @@ class Filling:
         for host, guest in self._anchored.items():
             index = bisect_left(self._hosts, host)
             for step, beside in ((1, index), (-1, index - 1)):
-                position = self._positions[0].get(guest + step * self._cluster_bytes)
+                neighbour = guest + step * self._cluster_bytes
                 is_beside = 0 <= beside < len(self._hosts) and (
                     self._hosts[beside] == host + step * self._cluster_bytes
                 )
-                if position is not None and is_beside:
-                    yield position, beside
+                if neighbour in self._positions[1] and is_beside:
+                    yield neighbour, beside
 
     def _take_best(self, seeds: list[tuple[int, int]]) -> None:
         """Extend all seeds, and take the runs from the best on; one that lost a part is extended anew."""
         queue: list[tuple[float, int, int]] = []
-        for position, index in dict.fromkeys(seeds):
-            run = self._best_run(position, index)
+        for guest, index in dict.fromkeys(seeds):
+            run = self._best_run(guest, index)
             if run is not None:
-                heapq.heappush(queue, (-run.total, position, index))
+                heapq.heappush(queue, (-run.total, guest, index))
         while queue:
-            total, position, index = heapq.heappop(queue)
-            run = self._best_run(position, index)
+            total, guest, index = heapq.heappop(queue)
+            run = self._best_run(guest, index)
             if run is None:
                 continue
             if run.total < -total - 0.001:
-                heapq.heappush(queue, (-run.total, position, index))
+                heapq.heappush(queue, (-run.total, guest, index))
                 continue
             self._take(run)
 
-    def _best_run(self, position: int, index: int) -> _Run | None:
+    def _best_run(self, guest: int, index: int) -> _Run | None:
         """Return the better run from a seed: in the order of writing, or in that of the disk."""
-        expected = self._orders[0][position]
-        if self._taken_hosts[index] or expected.guest in self._taken_guests:
+        expected = self._orders[1][self._positions[1][guest]]
+        if self._taken_hosts[index] or guest in self._taken_guests:
             return None
-        own = score(expected, self._lengths[index], self._block_bytes)
+        own = self._odds.score(expected, self._looks[index])
         if own == IMPOSSIBLE:
             return None
         best: _Run | None = None
         for order, positions in enumerate(self._positions):
-            place = positions[expected.guest]
+            if guest not in positions:
+                continue
+            place = positions[guest]
             ahead, gained = self._extend(order, place, index, 1)
             behind, before = self._extend(order, place, index, -1)
             run = _Run(order, place - behind, index - behind, behind + 1 + ahead, own + gained + before)
@@ -145,12 +177,12 @@ class Filling:
                 break
             if self._taken_hosts[index] or clusters[place].guest in self._taken_guests:
                 break
-            gain = score(clusters[place], self._lengths[index], self._block_bytes)
+            gain = self._odds.score(clusters[place], self._looks[index])
             if gain == IMPOSSIBLE:
                 break
             count += 1
             total += gain + self._nearness(order, place, index, step)
-            if total >= best:
+            if total >= best and (gain >= TELLING or not self._is_strict):
                 best_count, best = count, total
         return best_count, best
 
@@ -159,7 +191,18 @@ class Filling:
         clusters = self._orders[order]
         guest_step = clusters[place].guest - clusters[place - step].guest
         host_step = self._hosts[index] - self._hosts[index - step]
-        return 0.2 if guest_step == host_step else -0.2
+        total = NEAR if guest_step == host_step else -APART
+        if self._is_one_file(clusters[place], clusters[place - step]):
+            textures = {self._looks[index].texture, self._looks[index - step].texture}
+            if 0 not in textures:
+                total += ALIKE if len(textures) == 1 else -UNLIKE
+        return total
+
+    def _is_one_file(self, one: Expected, other: Expected) -> bool:
+        """Return True if two clusters hold one file and nothing else."""
+        if one.written is None or other.written is None or one.written[1] != other.written[1]:
+            return False
+        return abs(one.written[2] - other.written[2]) == self._cluster_bytes
 
     def _take(self, run: _Run) -> None:
         certainty = Certainty.LIKELY if run.total >= LIKELY_SCORE else Certainty.GUESS
@@ -174,30 +217,42 @@ class Filling:
 
     # What is left
 
-    def _join_gaps(self) -> None:
-        """Fill between two runs that follow each other: what is left there of both sides, in order."""
-        order = self._orders[0]
-        previous: int | None = None
-        for position, expected in enumerate(order):
-            index = self._taken_guests.get(expected.guest)
-            if index is None:
-                continue
-            if previous is not None and position - previous > 1:
-                self._join(previous, position)
-            previous = position
+    def _ends(self) -> Iterator[tuple[int, int]]:
+        """Yield pairs that lie beside what is placed, in one of the orders."""
+        yield from self._beside_anchors()
+        for order, positions in zip(self._orders, self._positions, strict=True):
+            taken = [pair for pair in self._taken_guests.items() if pair[0] in positions]
+            for guest, index in taken:
+                for step in (1, -1):
+                    place, beside = positions[guest] + step, index + step
+                    if 0 <= place < len(order) and 0 <= beside < len(self._hosts):
+                        yield order[place].guest, beside
 
-    def _join(self, first: int, last: int) -> None:
-        """Fill the guest clusters between two positions in the order of writing, if as many orphans are."""
-        order = self._orders[0]
-        start, stop = self._taken_guests[order[first].guest], self._taken_guests[order[last].guest]
-        gap = range(start + 1, stop)
-        if len(gap) != last - first - 1 or any(self._taken_hosts[index] for index in gap):
+    def _close_gaps(self) -> None:
+        """Fill between two clusters that follow each other in an order: what is left there of both sides."""
+        for order in self._orders:
+            previous: int | None = None
+            for position, expected in enumerate(order):
+                if expected.guest not in self._taken_guests:
+                    continue
+                if previous is not None and position - previous > 1:
+                    self._close(order[previous : position + 1])
+                previous = position
+
+    def _close(self, clusters: list[Expected]) -> None:
+        """Fill between the first and the last of guest clusters, if as many orphans are left there."""
+        start, stop = self._taken_guests[clusters[0].guest], self._taken_guests[clusters[-1].guest]
+        if stop - start > 2 * RUN_MAX:
             return
-        for offset, index in enumerate(gap, first + 1):
-            if score(order[offset], self._lengths[index], self._block_bytes) == IMPOSSIBLE:
-                return
-        for offset, index in enumerate(gap, first + 1):
-            self._put(order[offset].guest, index, Certainty.LIKELY, "the order of writing")
+        gap = [index for index in range(start + 1, stop) if not self._taken_hosts[index]]
+        between = clusters[1:-1]
+        if len(gap) != len(between):
+            return
+        pairs = list(zip(between, gap, strict=True))
+        if any(self._odds.score(expected, self._looks[index]) == IMPOSSIBLE for expected, index in pairs):
+            return
+        for expected, index in pairs:
+            self._put(expected.guest, index, Certainty.LIKELY, "the order of writing")
 
     def _take_rest(self) -> None:
         """Give what is left in the order of the file to what is expected still, in the order of writing."""
@@ -206,7 +261,7 @@ class Filling:
         position = 0
         for index in left:
             for ahead in range(position, min(position + 64, len(waiting))):
-                if score(waiting[ahead], self._lengths[index], self._block_bytes) != IMPOSSIBLE:
+                if self._odds.score(waiting[ahead], self._looks[index]) != IMPOSSIBLE:
                     self._put(waiting[ahead].guest, index, Certainty.GUESS, "what was left over, in order")
                     position = ahead + 1
                     break

@@ -83,11 +83,13 @@ class GuestMap:
     Attributes:
         tables: what the file has.
         marks: what names each cluster.
+        doubts_empty: there are orphans, so that a table of zeros may have been emptied.
         placed: what evidence says, by L1 index.
     """
 
     tables: DiskTables
     marks: Marks
+    doubts_empty: bool = False
     placed: dict[int, PlacedEntries] = field(default_factory=dict)
     _witnesses: list[str] = field(default_factory=list)
 
@@ -102,7 +104,7 @@ class GuestMap:
         if index >= len(self.tables.fates):
             return False
         if self.tables.fates[index] == Fate.EMPTY:
-            return True
+            return self.doubts_empty
         return any(first <= entry < first + count for first, count in self.tables.lost_entries(index))
 
     def is_placed(self, guest_offset: int) -> bool:
@@ -154,7 +156,7 @@ class GuestMap:
         first_offset = index * self.tables.table_covers
         cluster_bytes = self.tables.shape.geometry.cluster_bytes
         lost = self.tables.lost_entries(index)
-        if fate == Fate.EMPTY and index in self.placed:
+        if fate == Fate.EMPTY and self.doubts_empty:
             lost = [(0, self.tables.shape.geometry.l2_entries)]
         table = b"" if fate == Fate.LOST else self.tables.read(index)
         position = start

@@ -106,12 +106,14 @@ class OrphanClusters:
 
     Attributes:
         bits: which clusters are orphans. One that was placed may be taken out.
+        zeros: those that turned out to hold zeros: they need no place, but others lie before and behind them.
     """
 
     def __init__(self, source: Source, cluster_bits: int, bits: Bits) -> None:
         """Take the clusters in ``bits``; those without content are taken out as they are met."""
         self._source, self._cluster_bits = source, cluster_bits
         self.bits = bits
+        self.zeros = Bits(bits.cluster_count)
         self._cache: OrderedDict[int, bytes] = OrderedDict()
 
     @property
@@ -149,7 +151,9 @@ class OrphanClusters:
 
     def _discard(self, start: int, end: int) -> None:
         for cluster in range(start >> self._cluster_bits, -(-end >> self._cluster_bits)):
-            self.bits.discard(cluster)
+            if cluster in self.bits:
+                self.bits.discard(cluster)
+                self.zeros.add(cluster)
 
     def read(self, host_offset: int) -> bytes:
         """Return the content of a cluster."""

@@ -10,7 +10,11 @@ from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, Placement
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.filling import Filling
 from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.orphans import OrphanClusters
 from jqcow.salvage.reading import MappedDisk, PieceReader
+
+ZEROS_MAX = 256
+"""So many clusters of zeros in a row may have been written."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Placed:
     orphans: int = 0
 
 
-def place_orphans(guest_map: GuestMap, reader: PieceReader, orphans: Orphans, find: Find) -> Placed:
+def place_orphans(guest_map: GuestMap, reader: PieceReader, orphans: OrphanClusters, find: Find) -> Placed:
     """Place the orphans in what a disk has lost.
 
     Args:
@@ -37,15 +41,25 @@ def place_orphans(guest_map: GuestMap, reader: PieceReader, orphans: Orphans, fi
         orphans: what is to be placed.
         find: finds the structures of the guest.
     """
+    guest_map.doubts_empty = len(orphans) > 0
     disk = MappedDisk(guest_map, reader)
     anchors, structures = anchor(guest_map, disk, orphans, find)
     expectations = Expectations(guest_map, orphans.cluster_bytes)
     expectations.take(structures, disk)
-    filling = Filling(guest_map, orphans, expectations, anchors.placed)
+    filling = Filling(guest_map, orphans, _short_zeros(orphans), expectations, anchors.placed)
     filling.fill()
     if not expectations.clusters and not anchors.placed:
         _place_in_order(guest_map, orphans)
     return Placed(_names(structures), len(anchors.placed), len(orphans))
+
+
+def _short_zeros(orphans: OrphanClusters) -> Iterator[int]:
+    """Yield the host offsets of zeros among the orphans; long runs are what was never written to."""
+    for first, count in orphans.zeros.runs():
+        if count <= ZEROS_MAX:
+            yield from range(
+                first * orphans.cluster_bytes, (first + count) * orphans.cluster_bytes, orphans.cluster_bytes
+            )
 
 
 def _place_in_order(guest_map: GuestMap, orphans: Orphans) -> None:
