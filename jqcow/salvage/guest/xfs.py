@@ -1,0 +1,462 @@
+"""XFS version 5: nearly every block of metadata names its address, its file system, and has a CRC-32C.
+
+X1. A block is believed only with the file system's UUID, a right checksum and an address inside the file
+    system; a tree's block only where it was looked for.
+X2. Where the file system starts is certain only if the disk itself shows it: a superblock or a group's
+    header in its place, or no second place that it fits into.
+
+Stale blocks in freed space name their own place as rightly as live ones. Copies in the log never pass for
+blocks (see `xfs_log`); a copy of the file system in one of its own files does, but then two clusters claim
+one place and neither is certain (see `claims`).
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jqcow.salvage.evidence import (
+    BlockSum,
+    Certainty,
+    FilePiece,
+    Orphans,
+    PlacedDisk,
+    Placement,
+    Volume,
+)
+from jqcow.salvage.guest.claims import Claims, Window, Word, windows
+from jqcow.salvage.guest.xfs_log import RECORD_BYTES_MAX, named_in_log
+from jqcow.salvage.guest.xfs_ondisk import (
+    HEADERS,
+    Chunk,
+    Extent,
+    Fork,
+    GroupInodes,
+    GroupSpace,
+    Inode,
+    Superblock,
+    named_in_block,
+    sum_is_right,
+)
+
+_SECTOR_BYTES_MAX = 32768
+_GROUPS_TRIED = 4096
+_PARTITION_START = 1 << 20
+_LEVELS_MAX = 12
+
+
+class _Trees:
+    """Trees of blocks as the placed disk has them."""
+
+    def __init__(self, disk: PlacedDisk, start: int, superblock: Superblock) -> None:
+        self._disk = disk
+        self._start = start
+        self._superblock = superblock
+        self.blocks: list[int] = []
+        """Offsets in the file system of the blocks that were read."""
+        self.is_whole = True
+        """False once a block could not be read."""
+
+    def block(self, magic: bytes, offset: int | None) -> bytes | None:
+        """Return a block of a kind, if it is placed and is what was looked for."""
+        data = None
+        if offset is not None:
+            data = self._disk.read(self._start + offset, self._superblock.block_bytes)
+        header = HEADERS[magic]
+        if (
+            data is None
+            or data[:4] != magic
+            or data[header.uuid_at : header.uuid_at + 16] != self._superblock.uuid
+            or int.from_bytes(data[header.address_at : header.address_at + 8]) * 512 != offset
+            or not sum_is_right(data, header.crc_at)
+        ):
+            self.is_whole = False
+            return None
+        self.blocks.append(offset)
+        return data
+
+    def group_leaves(self, magic: bytes, group: int, root: int, levels: int) -> Iterator[bytes]:
+        """Yield the records of the leaves of a tree whose pointers are blocks of its group.
+
+        The number of levels is the header's.
+        """
+        key_bytes = {b"AB3B": 8, b"AB3C": 8, b"R3FC": 4, b"RMB3": 40}.get(magic, 4)
+        record_bytes = {b"AB3B": 8, b"AB3C": 8, b"R3FC": 12, b"RMB3": 24}.get(magic, 16)
+        base = self._superblock.group_offset(group)
+        yield from self._leaves(magic, [root], levels - 1, 56, (key_bytes, 4, record_bytes), base)
+
+    def extent_leaves(self, pointers: list[int], level: int) -> Iterator[bytes]:
+        """Yield the records of the leaves below pointers of a tree of extents."""
+        yield from self._leaves(b"BMA3", pointers, level, 72, (8, 8, 16), None)
+
+    def _leaves(
+        self,
+        magic: bytes,
+        pointers: list[int],
+        level: int,
+        header_bytes: int,
+        sizes: tuple[int, int, int],
+        base: int | None,
+    ) -> Iterator[bytes]:
+        """Walk level by level; a block is read once, so that a loop of pointers ends."""
+        key_bytes, pointer_bytes, record_bytes = sizes
+        room = self._superblock.block_bytes - header_bytes
+        seen: set[int] = set()
+        while pointers and 0 <= level < _LEVELS_MAX:
+            below: list[int] = []
+            for pointer in pointers:
+                if pointer in seen:
+                    continue
+                seen.add(pointer)
+                block = self.block(magic, self._offset(pointer, base))
+                if block is None or int.from_bytes(block[4:6]) != level:
+                    self.is_whole = False
+                    continue
+                count = int.from_bytes(block[6:8])
+                if level == 0:
+                    yield block[header_bytes : header_bytes + min(count, room // record_bytes) * record_bytes]
+                    continue
+                fanout = room // (key_bytes + pointer_bytes)
+                at = header_bytes + fanout * key_bytes
+                raw = block[at : at + min(count, fanout) * pointer_bytes]
+                below += [
+                    int.from_bytes(raw[i : i + pointer_bytes]) for i in range(0, len(raw), pointer_bytes)
+                ]
+            pointers, level = below, level - 1
+
+    def _offset(self, pointer: int, base: int | None) -> int | None:
+        if base is None:
+            return self._superblock.block_offset(pointer)
+        offset = base + pointer * self._superblock.block_bytes
+        return offset if pointer < self._superblock.group_blocks else None
+
+
+class Xfs:
+    """An XFS file system on the guest's disk."""
+
+    def __init__(self, start: int, superblock: Superblock, certainty: Certainty, place: str) -> None:
+        self._start = start
+        self._superblock = superblock
+        self._certainty = certainty
+        self._place = place
+        self._claims: Claims | None = None
+        self._inode_blocks: set[int] = set()
+
+    @property
+    def name(self) -> str:
+        """Return what it is and where."""
+        return f"XFS in {self._place}"
+
+    @property
+    def start(self) -> int:
+        """Return where it starts on the guest's disk, in bytes."""
+        return self._start
+
+    @property
+    def length(self) -> int:
+        """Return its length in bytes."""
+        return self._superblock.length
+
+    def place(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
+        """Yield the orphans that name their place; they are looked through once."""
+        if self._claims is None:
+            self._claims = self._gathered(orphans)
+        yield from self._claims.placements(disk, self._certainty)
+
+    def _gathered(self, orphans: Orphans) -> Claims:
+        claims = Claims(orphans.cluster_bytes)
+        superblock = self._superblock
+        step = superblock.block_bytes
+        for window in windows(orphans, max(step, superblock.directory_bytes, RECORD_BYTES_MAX * 5 // 4)):
+            if superblock.uuid not in window.content:
+                continue
+            first = self._start % step if len(window.content) > step else 0
+            for at in range(first, len(window.content), step):
+                for named in named_in_block(window.read, at, superblock):
+                    word = Word(Certainty.CERTAIN, named.witness, named.lsn)
+                    self._say(claims, window, named.start, named.address, named.length, word)
+                    if named.witness == "XFS inodes":
+                        self._inode_blocks.add(named.address // step)
+            for named, is_proved in named_in_log(window.content, window.read, superblock):
+                word = Word(Certainty.CERTAIN if is_proved else Certainty.LIKELY, named.witness)
+                self._say(claims, window, named.start, named.address, named.length, word)
+        return claims
+
+    def _say(self, claims: Claims, window: Window, start: int, address: int, length: int, word: Word) -> None:
+        claims.say(window.host_offset + start, self._start + address, length, word)
+
+    def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield extents that were written, of all inodes that can be read, and what metadata occupies.
+
+        A range that files share comes once for each of them.
+        """
+        superblock = self._superblock
+        made = self._made(disk)
+        if superblock.log_block and (log := superblock.block_offset(superblock.log_block)) is not None:
+            yield self._metadata(log, superblock.log_blocks * superblock.block_bytes, (made, 0, log))
+        for group in range(superblock.group_count):
+            trees = _Trees(disk, self._start, superblock)
+            base = superblock.group_offset(group)
+            yield self._metadata(base, superblock.block_bytes, (made, 0, base))
+            yield from self._of_inodes(disk, trees, group)
+            if (space := self._space(disk, group)) is not None:
+                for magic, root, levels in space.roots:
+                    for _ in trees.group_leaves(magic, group, root, levels):
+                        pass
+            for offset in trees.blocks:
+                yield self._metadata(offset, superblock.block_bytes, (made, 0, offset))
+
+    def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
+        """Yield what the trees of free space say, as far as they are placed."""
+        superblock = self._superblock
+        for group in range(superblock.group_count):
+            if (space := self._space(disk, group)) is None:
+                continue
+            magic, root, levels = space.roots[0]
+            base = self._start + superblock.group_offset(group)
+            trees = _Trees(disk, self._start, superblock)
+            for records in trees.group_leaves(magic, group, root, levels):
+                for at in range(0, len(records), 8):
+                    block, count = (int.from_bytes(records[i : i + 4]) for i in (at, at + 4))
+                    if block + count <= superblock.group_blocks and count:
+                        yield base + block * superblock.block_bytes, count * superblock.block_bytes
+
+    def sums(self, disk: PlacedDisk) -> Iterator[BlockSum]:
+        """Yield nothing: XFS keeps no checksums of data."""
+        return iter(())
+
+    def _metadata(self, offset: int, length: int, written: tuple[int, int, int]) -> FilePiece:
+        return FilePiece(self._start + offset, length, length, written, is_data=False)
+
+    def _space(self, disk: PlacedDisk, group: int) -> GroupSpace | None:
+        sector_bytes = self._superblock.sector_bytes
+        offset = self._start + self._superblock.group_offset(group) + sector_bytes
+        sector = disk.read(offset, sector_bytes)
+        found = GroupSpace.unpack(sector, self._superblock) if sector else None
+        return found if found and found.group == group else None
+
+    def _inode(self, disk: PlacedDisk, number: int) -> Inode | None:
+        offset = self._superblock.inode_offset(number)
+        if offset is None:
+            return None
+        data = disk.read(self._start + offset, self._superblock.inode_bytes)
+        inode = Inode.unpack(data, self._superblock) if data else None
+        return inode if inode and inode.number == number else None
+
+    def _made(self, disk: PlacedDisk) -> int:
+        root = self._inode(disk, self._superblock.root_inode)
+        return root.made_ns if root else 0
+
+    def _chunks(self, disk: PlacedDisk, group: int, trees: _Trees) -> Iterator[Chunk]:
+        """Yield the inodes that a group has.
+
+        Where the tree of inodes is not whole, the blocks of inodes that were seen have to do: among them
+        may be some of inodes deleted long ago.
+        """
+        superblock = self._superblock
+        sector_bytes, per_block = superblock.sector_bytes, 1 << superblock.inode_bits
+        offset = self._start + superblock.group_offset(group) + 2 * sector_bytes
+        sector = disk.read(offset, sector_bytes)
+        header = GroupInodes.unpack(sector, superblock) if sector else None
+        seen: set[int] = set()
+        if header is not None and header.group == group:
+            for magic, root, levels in header.roots:
+                for records in trees.group_leaves(magic, group, root, levels):
+                    for chunk in Chunk.unpack_all(records, superblock) if magic == b"IAB3" else ():
+                        yield chunk
+                        seen.update(range(chunk.first, chunk.first + Chunk.INODES, per_block))
+            if trees.is_whole:
+                return
+        first_block = group * superblock.group_blocks
+        for block in sorted(self._inode_blocks):
+            first = (block - first_block) << superblock.inode_bits
+            if 0 <= block - first_block < superblock.group_blocks and first not in seen:
+                yield Chunk(first, 0, -1 << per_block)
+
+    def _of_inodes(self, disk: PlacedDisk, trees: _Trees, group: int) -> Iterator[FilePiece]:
+        superblock = self._superblock
+        base = group << (superblock.group_bits + superblock.inode_bits)
+        for chunk in self._chunks(disk, group, trees):
+            block = -1
+            for index in range(Chunk.INODES):
+                number = base + chunk.first + index
+                is_known = block == number >> superblock.inode_bits
+                if chunk.missing >> index & 1 or (is_known and chunk.free >> index & 1):
+                    continue
+                inode = self._inode(disk, number)
+                if inode is None:
+                    continue
+                block = number >> superblock.inode_bits
+                if not is_known and (offset := superblock.block_offset(block)) is not None:
+                    yield self._metadata(offset, superblock.block_bytes, (inode.made_ns, 0, offset))
+                if not chunk.free >> index & 1 and inode.mode and inode.links:
+                    yield from self._of_inode(trees, inode)
+
+    def _of_inode(self, trees: _Trees, inode: Inode) -> Iterator[FilePiece]:
+        superblock = self._superblock
+        is_data = stat.S_ISREG(inode.mode) and inode.number not in superblock.system_inodes
+        forks = [] if inode.is_realtime else [(inode.data_fork, is_data)]
+        if inode.attribute_fork is not None:
+            forks.append((inode.attribute_fork, False))
+        for fork, fork_is_data in forks:
+            for extent in _extents(trees, fork):
+                offset = superblock.block_offset(extent.block)
+                if extent.unwritten or offset is None or not extent.block_count:
+                    continue
+                length = extent.block_count * superblock.block_bytes
+                if offset + length > superblock.length:
+                    continue
+                at = extent.file_block * superblock.block_bytes
+                written = (inode.changed_ns, inode.number, at)
+                if not fork_is_data:
+                    yield self._metadata(offset, length, written)
+                elif (valid := min(length, inode.size - at)) > 0:
+                    length = -(-valid // superblock.block_bytes) * superblock.block_bytes
+                    yield FilePiece(self._start + offset, length, valid, written)
+
+
+def _extents(trees: _Trees, fork: Fork) -> Iterator[Extent]:
+    if fork.kind == 2:
+        yield from Extent.unpack_all(fork.data[: min(fork.extent_count * 16, len(fork.data))])
+    elif fork.kind == 3 and len(fork.data) >= 4:
+        level, count = int.from_bytes(fork.data[:2]), int.from_bytes(fork.data[2:4])
+        fanout = (len(fork.data) - 4) // 16
+        at = 4 + fanout * 8
+        pointers = [int.from_bytes(fork.data[i : i + 8]) for i in range(at, at + min(count, fanout) * 8, 8)]
+        for records in trees.extent_leaves(pointers, level - 1):
+            yield from Extent.unpack_all(records)
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """A superblock in an orphan.
+
+    Attributes:
+        inside: its offset in the cluster.
+        group: which group's it is, where the header behind it tells.
+    """
+
+    superblock: Superblock
+    inside: int
+    group: int | None
+
+
+def _sights(orphans: Orphans) -> Iterator[_Sight]:
+    for window in windows(orphans, _SECTOR_BYTES_MAX * 2):
+        at = window.content.find(Superblock.MAGIC)
+        while at >= 0:
+            data = window.read(at, 512) or b""
+            superblock = None
+            if at % 512 == 0 and len(data) == 512:
+                sector_bytes = int.from_bytes(data[102:104])
+                sector = window.read(at, sector_bytes) if sector_bytes <= _SECTOR_BYTES_MAX else None
+                superblock = Superblock.unpack(sector) if sector else None
+            if superblock is not None:
+                behind = window.read(at + superblock.sector_bytes, superblock.sector_bytes)
+                space = GroupSpace.unpack(behind, superblock) if behind else None
+                yield _Sight(superblock, at, space.group if space else None)
+            at = window.content.find(Superblock.MAGIC, at + 4)
+
+
+def find(volumes: Sequence[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[Xfs]:
+    """Yield the XFS file systems that volumes hold, from the placed disk and from superblocks in orphans.
+
+    Args:
+        volumes: where file systems may lie; the whole disk where none is known.
+        disk: as far as it is placed.
+        orphans: looked through once.
+    """
+    volumes = volumes or [Volume(0, disk.size, "the disk")]
+    done: set[bytes] = set()
+    for volume in volumes:
+        superblock = _superblock_at(disk, volume.offset)
+        if superblock and superblock.uuid not in done and superblock.length <= _room(volume, disk):
+            done.add(superblock.uuid)
+            yield Xfs(volume.offset, superblock, Certainty.CERTAIN, volume.name)
+    sights: dict[bytes, list[_Sight]] = {}
+    for sight in _sights(orphans):
+        if sight.superblock.uuid not in done:
+            sights.setdefault(sight.superblock.uuid, []).append(sight)
+    found = [
+        (start, max((sight.superblock for sight in seen), key=lambda one: one.block_count))
+        for seen in sights.values()
+        if (start := _start(seen, volumes, disk, orphans.cluster_bytes)) is not None
+    ]
+    for start, superblock in found:
+        is_alone = [other.offset for other, _ in found].count(start.offset) == 1
+        yield Xfs(start.offset, superblock, start.certainty if is_alone else Certainty.LIKELY, start.name)
+
+
+def _superblock_at(disk: PlacedDisk, offset: int) -> Superblock | None:
+    head = disk.read(offset, 512)
+    if head is None or head[:4] != Superblock.MAGIC:
+        return None
+    sector_bytes = int.from_bytes(head[102:104])
+    sector = disk.read(offset, sector_bytes) if 512 <= sector_bytes <= _SECTOR_BYTES_MAX else None
+    return Superblock.unpack(sector) if sector else None
+
+
+def _room(volume: Volume, disk: PlacedDisk) -> int:
+    return min(volume.length or disk.size, disk.size - volume.offset)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a file system may start, and how surely."""
+
+    offset: int
+    certainty: Certainty
+    name: str
+
+
+def _start(
+    seen: list[_Sight], volumes: Sequence[Volume], disk: PlacedDisk, cluster_bytes: int
+) -> _Start | None:
+    """Return the best start for a file system whose superblocks were seen.
+
+    It fills its volume as a rule: where what is left over is less than a cluster, no other start in the
+    volume gives the superblocks the offsets in their clusters that they have.
+    """
+    superblock = max((sight.superblock for sight in seen), key=lambda one: one.block_count)
+    starts: list[_Start] = []
+    for volume in volumes:
+        slack = _room(volume, disk) - superblock.length
+        if slack < 0 or not _agree(seen, superblock, volume.offset, cluster_bytes):
+            continue
+        if _is_confirmed(superblock, volume.offset, disk):
+            return _Start(volume.offset, Certainty.CERTAIN, volume.name)
+        if disk.read(volume.offset, superblock.sector_bytes) is None:
+            is_tight = slack < max(superblock.block_bytes, cluster_bytes)
+            starts.append(
+                _Start(volume.offset, Certainty.CERTAIN if is_tight else Certainty.LIKELY, volume.name)
+            )
+    sure = [start for start in starts if start.certainty is Certainty.CERTAIN]
+    if len(sure) == 1:
+        return sure[0]
+    if not sure and all(volume.offset == 0 for volume in volumes):
+        slack = disk.size - superblock.length - _PARTITION_START
+        if 0 <= slack <= 2 * _PARTITION_START and _agree(seen, superblock, _PARTITION_START, cluster_bytes):
+            return _Start(_PARTITION_START, Certainty.LIKELY, "a partition whose table is lost")
+    starts.sort(key=lambda start: start.offset == 0)
+    return _Start(starts[0].offset, Certainty.LIKELY, starts[0].name) if starts else None
+
+
+def _agree(seen: list[_Sight], superblock: Superblock, start: int, cluster_bytes: int) -> bool:
+    """Return whether the superblocks lie in their clusters as they must if the file system starts there."""
+    return all(
+        (start + superblock.group_offset(sight.group) - sight.inside) % cluster_bytes == 0
+        for sight in seen
+        if sight.group is not None
+    )
+
+
+def _is_confirmed(superblock: Superblock, start: int, disk: PlacedDisk) -> bool:
+    """Return whether the placed disk has the header of a group where it must be for that start."""
+    sector_bytes = superblock.sector_bytes
+    for group in range(min(superblock.group_count, _GROUPS_TRIED)):
+        sector = disk.read(start + superblock.group_offset(group) + sector_bytes, sector_bytes)
+        space = GroupSpace.unpack(sector, superblock) if sector else None
+        if space is not None and space.group == group:
+            return True
+    return False
