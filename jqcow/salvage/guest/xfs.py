@@ -13,7 +13,7 @@ one place and neither is certain (see `claims`).
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jqcow.salvage.evidence import (
@@ -29,12 +29,14 @@ from jqcow.salvage.guest.claims import Claims, Window, Word, windows
 from jqcow.salvage.guest.xfs_log import RECORD_BYTES_MAX, named_in_log
 from jqcow.salvage.guest.xfs_ondisk import (
     HEADERS,
+    INODES,
     Chunk,
     Extent,
     Fork,
     GroupInodes,
     GroupSpace,
     Inode,
+    Named,
     Superblock,
     named_in_block,
     sum_is_right,
@@ -168,23 +170,32 @@ class Xfs:
         claims = Claims(orphans.cluster_bytes)
         superblock = self._superblock
         step = superblock.block_bytes
+        lone: list[tuple[int, int]] = []
         for window in windows(orphans, max(step, superblock.directory_bytes, RECORD_BYTES_MAX * 5 // 4)):
             if superblock.uuid not in window.content:
                 continue
             first = self._start % step if len(window.content) > step else 0
             for at in range(first, len(window.content), step):
-                for named in named_in_block(window.read, at, superblock):
-                    word = Word(Certainty.CERTAIN, named.witness, named.lsn)
-                    self._say(claims, window, named.start, named.address, named.length, word)
-                    if named.witness == "XFS inodes":
-                        self._inode_blocks.add(named.address // step)
-            for named, is_proved in named_in_log(window.content, window.read, superblock):
-                word = Word(Certainty.CERTAIN if is_proved else Certainty.LIKELY, named.witness)
-                self._say(claims, window, named.start, named.address, named.length, word)
+                named = list(named_in_block(window.read, at, superblock))
+                self._take(claims, window, named)
+                if not named and window.content[at : at + 4] == Superblock.MAGIC:
+                    copy = Superblock.unpack(window.read(at, superblock.sector_bytes) or b"")
+                    if copy is not None and copy.uuid == superblock.uuid:
+                        lone.append((copy.lsn, window.host_offset + at))
+            self._take(claims, window, named_in_log(window.content, window.read, superblock))
+        lone.sort()
+        if lone and (len(lone) == 1 or lone[-1][0] > lone[-2][0]):
+            # Of superblocks with nothing beside them that tells of which group, the first is the one in use.
+            word = Word(Certainty.LIKELY, "XFS superblock", lone[-1][0])
+            claims.say(lone[-1][1], self._start, superblock.sector_bytes, word)
         return claims
 
-    def _say(self, claims: Claims, window: Window, start: int, address: int, length: int, word: Word) -> None:
-        claims.say(window.host_offset + start, self._start + address, length, word)
+    def _take(self, claims: Claims, window: Window, named: Iterable[Named]) -> None:
+        for one in named:
+            word = Word(Certainty.CERTAIN if one.is_proved else Certainty.LIKELY, one.witness, one.lsn)
+            claims.say(window.host_offset + one.start, self._start + one.address, one.length, word)
+            if one.witness == INODES:
+                self._inode_blocks.add(one.address // self._superblock.block_bytes)
 
     def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         """Yield extents that were written, of all inodes that can be read, and what metadata occupies.

@@ -66,8 +66,8 @@ class Record:
         return _native.crc32c(data[body : body + self.length], crc) == self.crc
 
 
-def named_in_log(content: bytes, read: Read, superblock: Superblock) -> Iterator[tuple[Named, bool]]:
-    """Yield the records that start in a cluster, and whether a checksum or a stamped block proves them."""
+def named_in_log(content: bytes, read: Read, superblock: Superblock) -> Iterator[Named]:
+    """Yield the records that start in a cluster; a checksum proves them, or a block of stamps that agree."""
     log = superblock.block_offset(superblock.log_block) if superblock.log_block else None
     if log is None:
         return
@@ -82,9 +82,9 @@ def named_in_log(content: bytes, read: Read, superblock: Superblock) -> Iterator
         address = log + record.block * BASIC_BYTES
         data = read(at, length) if record.crc else None
         if data is not None and record.sum_is_right(data):
-            yield Named(at, length, address, 0, "XFS log"), True
+            yield Named(at, length, address, 0, "XFS log")
         else:
             stamped[address - at] = stamped.get(address - at, 0) + 1
             is_proved = stamped[address - at] >= superblock.block_bytes // BASIC_BYTES
-            yield Named(at, BASIC_BYTES, address, 0, "XFS log"), is_proved
+            yield Named(at, BASIC_BYTES, address, 0, "XFS log", is_proved)
         at = content.find(Record.MAGIC, at + BASIC_BYTES)

@@ -16,6 +16,8 @@ from jqcow import _native
 BASIC_BYTES = 512
 GROUP_BYTES_MIN = 16 << 20
 GROUPS_MAX = 1 << 20
+_LINK_BYTES_MAX = 1024
+INODES = "XFS inodes"
 NULL_LSN = 0xFFFF_FFFF_FFFF_FFFF
 
 _FEATURE_SPARSE_INODES = 1 << 1
@@ -76,8 +78,9 @@ class Superblock:
     directory_bytes: int
     has_realtime: bool
     has_sparse_inodes: bool
+    lsn: int
 
-    STRUCT = struct.Struct(">4sIQQ8x16sQQQQ4xII4xIHHHH12xBBBBBxBx32xQQ16xB23xI4xI4xQ8x16s")
+    STRUCT = struct.Struct(">4sIQQ8x16sQQQQ4xII4xIHHHH12xBBBBBxBx32xQQ16xB23xI4xI4xQQ16s")
     MAGIC = b"XFSB"
 
     @classmethod
@@ -88,7 +91,7 @@ class Superblock:
         (_, block_bytes, block_count, realtime_blocks, uuid, log_block, root, bitmap, summary, group_blocks,
          group_count, log_blocks, version, sector_bytes, inode_bytes, per_block, block_log, _, _, inode_bits,
          group_bits, in_progress, user_quota, group_quota, directory_log, features, _, project_quota,
-         meta_uuid) = cls.STRUCT.unpack_from(data)  # fmt: skip
+         lsn, meta_uuid) = cls.STRUCT.unpack_from(data)  # fmt: skip
         if version & 0xF != 5 or in_progress or features & ~_FEATURES_KNOWN:
             return None
         if sector_bytes not in (512, 1024, 2048, 4096, 8192, 16384, 32768) or len(data) < sector_bytes:
@@ -111,7 +114,7 @@ class Superblock:
             block_bytes, block_count, meta_uuid if features & _FEATURE_META_UUID else uuid, log_block,
             (bitmap, summary, user_quota, group_quota, project_quota), root, group_blocks, group_count,
             log_blocks, sector_bytes, inode_bytes, inode_bits, group_bits, block_bytes << directory_log,
-            realtime_blocks > 0, bool(features & _FEATURE_SPARSE_INODES),
+            realtime_blocks > 0, bool(features & _FEATURE_SPARSE_INODES), lsn,
         )  # fmt: skip
 
     @property
@@ -358,6 +361,7 @@ class Header:
         uuid_at: of the UUID.
         crc_at: of the CRC-32C.
         is_directory: blocks of this kind may be as long as directory blocks.
+        is_link: they are as long as what bytes 8 to 11 say of what follows the header of 56 bytes.
     """
 
     witness: str
@@ -366,6 +370,7 @@ class Header:
     uuid_at: int
     crc_at: int
     is_directory: bool = False
+    is_link: bool = False
 
 
 def _group_tree(witness: str) -> Header:
@@ -392,7 +397,7 @@ HEADERS = {
     b"XDD3": _directory("data"),
     b"XDF3": _directory("free index"),
     b"XARM": Header("XFS attribute value", 40, 48, 16, 12),
-    b"XSLM": Header("XFS symbolic link", 40, 48, 16, 12),
+    b"XSLM": Header("XFS symbolic link", 40, 48, 16, 12, is_link=True),
 }
 """Kinds of block by the magic in their first four bytes."""
 
@@ -415,6 +420,7 @@ class Named:
         address: in bytes from the start of the file system.
         lsn: its sequence number in the log; 0 if it has none.
         witness: its kind.
+        is_proved: whether a checksum covers all of it.
     """
 
     start: int
@@ -422,6 +428,7 @@ class Named:
     address: int
     lsn: int
     witness: str
+    is_proved: bool = True
 
 
 Read = Callable[[int, int], bytes | None]
@@ -429,7 +436,11 @@ Read = Callable[[int, int], bytes | None]
 
 
 def named_in_block(read: Read, start: int, superblock: Superblock) -> Iterator[Named]:
-    """Yield what in one block of a file system names its address; the checksums are checked."""
+    """Yield what in one block of a file system names its address.
+
+    The checksums are checked; of a structure longer than a block that cannot be read whole, the first block
+    is yielded without proof.
+    """
     head = read(start, 64)
     if head is None:
         return
@@ -438,26 +449,35 @@ def named_in_block(read: Read, start: int, superblock: Superblock) -> Iterator[N
     elif head[:2] == Inode.MAGIC:
         yield from _named_inodes(read, start, superblock)
     elif header := HEADERS.get(head[:4]) or HASHED_HEADERS.get(head[8:10]):
-        lengths = {superblock.block_bytes}
-        if header.is_directory:
-            lengths.add(superblock.directory_bytes)
+        lengths = _lengths(head, header, superblock)
         for length in lengths:
             data = read(start, length)
-            if data is not None and (named := _named_by_header(data, start, header, superblock)):
-                yield named
+            if data is not None and sum_is_right(data, header.crc_at):
+                yield from _named_by_header(data, start, header, superblock, is_proved=True)
                 return
+        if max(lengths) > superblock.block_bytes and (data := read(start, superblock.block_bytes)):
+            yield from _named_by_header(data, start, header, superblock, is_proved=False)
 
 
-def _named_by_header(data: bytes, start: int, header: Header, superblock: Superblock) -> Named | None:
+def _lengths(head: bytes, header: Header, superblock: Superblock) -> set[int]:
+    lengths = {superblock.block_bytes}
+    if header.is_directory:
+        lengths.add(superblock.directory_bytes)
+    elif header.is_link and (target_bytes := int.from_bytes(head[8:12])) <= _LINK_BYTES_MAX:
+        lengths.add(-(-(56 + target_bytes) // superblock.block_bytes) * superblock.block_bytes)
+    return lengths
+
+
+def _named_by_header(
+    data: bytes, start: int, header: Header, superblock: Superblock, *, is_proved: bool
+) -> Iterator[Named]:
     if data[header.uuid_at : header.uuid_at + 16] != superblock.uuid:
-        return None
+        return
     address = int.from_bytes(data[header.address_at : header.address_at + 8]) * BASIC_BYTES
     if address % superblock.block_bytes or address + len(data) > superblock.length:
-        return None
-    if not sum_is_right(data, header.crc_at):
-        return None
+        return
     lsn = int.from_bytes(data[header.lsn_at : header.lsn_at + 8])
-    return Named(start, len(data), address, 0 if lsn == NULL_LSN else lsn, header.witness)
+    yield Named(start, len(data), address, 0 if lsn == NULL_LSN else lsn, header.witness, is_proved)
 
 
 def _named_sectors(read: Read, start: int, superblock: Superblock) -> Iterator[Named]:
@@ -486,4 +506,4 @@ def _named_inodes(read: Read, start: int, superblock: Superblock) -> Iterator[Na
         inode = Inode.unpack(data, superblock) if data is not None else None
         address = superblock.inode_offset(inode.number) if inode else None
         if inode and address is not None:
-            yield Named(at, superblock.inode_bytes, address, inode.lsn, "XFS inodes")
+            yield Named(at, superblock.inode_bytes, address, inode.lsn, INODES)
