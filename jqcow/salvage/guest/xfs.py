@@ -26,6 +26,7 @@ from jqcow.salvage.evidence import (
     Volume,
 )
 from jqcow.salvage.guest.claims import Claims, Window, Word, windows
+from jqcow.salvage.guest.starts import Seen, Start, room, start_of
 from jqcow.salvage.guest.xfs_log import RECORD_BYTES_MAX, named_in_log
 from jqcow.salvage.guest.xfs_ondisk import (
     HEADERS,
@@ -44,7 +45,6 @@ from jqcow.salvage.guest.xfs_ondisk import (
 
 _SECTOR_BYTES_MAX = 32768
 _GROUPS_TRIED = 4096
-_PARTITION_START = 1 << 20
 _LEVELS_MAX = 12
 
 
@@ -382,7 +382,7 @@ def find(volumes: Sequence[Volume], disk: PlacedDisk, orphans: Orphans) -> Itera
     done: set[bytes] = set()
     for volume in volumes:
         superblock = _superblock_at(disk, volume.offset)
-        if superblock and superblock.uuid not in done and superblock.length <= _room(volume, disk):
+        if superblock and superblock.uuid not in done and superblock.length <= room(volume, disk):
             done.add(superblock.uuid)
             yield Xfs(volume.offset, superblock, Certainty.CERTAIN, volume.name)
     sights: dict[bytes, list[_Sight]] = {}
@@ -408,49 +408,17 @@ def _superblock_at(disk: PlacedDisk, offset: int) -> Superblock | None:
     return Superblock.unpack(sector) if sector else None
 
 
-def _room(volume: Volume, disk: PlacedDisk) -> int:
-    return min(volume.length or disk.size, disk.size - volume.offset)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where a file system may start, and how surely."""
-
-    offset: int
-    certainty: Certainty
-    name: str
-
-
 def _start(
     seen: list[_Sight], volumes: Sequence[Volume], disk: PlacedDisk, cluster_bytes: int
-) -> _Start | None:
-    """Return the best start for a file system whose superblocks were seen.
-
-    It fills its volume as a rule: where what is left over is less than a cluster, no other start in the
-    volume gives the superblocks the offsets in their clusters that they have.
-    """
+) -> Start | None:
     superblock = max((sight.superblock for sight in seen), key=lambda one: one.block_count)
-    starts: list[_Start] = []
-    for volume in volumes:
-        slack = _room(volume, disk) - superblock.length
-        if slack < 0 or not _agree(seen, superblock, volume.offset, cluster_bytes):
-            continue
-        if _is_confirmed(superblock, volume.offset, disk):
-            return _Start(volume.offset, Certainty.CERTAIN, volume.name)
-        if disk.read(volume.offset, superblock.sector_bytes) is None:
-            is_tight = slack < max(superblock.block_bytes, cluster_bytes)
-            starts.append(
-                _Start(volume.offset, Certainty.CERTAIN if is_tight else Certainty.LIKELY, volume.name)
-            )
-    sure = [start for start in starts if start.certainty is Certainty.CERTAIN]
-    if len(sure) == 1:
-        return sure[0]
-    if not sure and all(volume.offset == 0 for volume in volumes):
-        slack = disk.size - superblock.length - _PARTITION_START
-        if 0 <= slack <= 2 * _PARTITION_START and _agree(seen, superblock, _PARTITION_START, cluster_bytes):
-            return _Start(_PARTITION_START, Certainty.LIKELY, "a partition whose table is lost")
-    starts.sort(key=lambda start: start.offset == 0)
-    return _Start(starts[0].offset, Certainty.LIKELY, starts[0].name) if starts else None
+    facts = Seen(
+        superblock.length,
+        superblock.block_bytes,
+        lambda start: _agree(seen, superblock, start, cluster_bytes),
+        lambda start: _is_confirmed(superblock, start, disk),
+    )
+    return start_of(facts, volumes, disk, cluster_bytes)
 
 
 def _agree(seen: list[_Sight], superblock: Superblock, start: int, cluster_bytes: int) -> bool:
