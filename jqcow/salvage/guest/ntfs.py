@@ -199,7 +199,7 @@ class Ntfs:
                     yield from self._of_stream(record.number, changed_ns, stream)
 
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
-        """Yield what the bitmap says is free; where it is not placed, what no record has, if all records are."""
+        """Yield what the bitmap says is free; where it is not placed, what no record has, if all are."""
         mft = self._placed_mft(disk)
         record = mft.record(_BITMAP) if mft else None
         if mft is None or record is None:
