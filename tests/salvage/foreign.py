@@ -91,9 +91,18 @@ def mounted(disk: Path, kind: str, folder: Path) -> Iterator[Path]:
         try:
             yield point
         finally:
-            run("umount", point)
+            unmount(point)
     finally:
         run("losetup", "--detach", device)
+
+
+def unmount(point: Path) -> None:
+    """Unmount; what a process of the file system still closes keeps it busy for a moment."""
+    for _ in range(50):
+        if subprocess.run(["umount", point], capture_output=True).returncode == 0:
+            return
+        time.sleep(0.1)
+    run("umount", point)
 
 
 def content(chance: random.Random, length: int) -> bytes:

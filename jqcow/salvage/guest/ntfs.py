@@ -1,9 +1,9 @@
 """NTFS: records of the MFT say their number, the MFT's runs say where each number lies.
 
 N1. No checksum covers anything: a cluster is certain only by several facts that agree. For records: two or
-    more in the cluster, with the numbers that the MFT's runs give their places, and nobody else who claims
-    the place. For a directory's buffer: all its entries name one directory, whose placed record has that
-    buffer in its runs, and the placed record of every entry names the directory.
+    more in the cluster, or one that fills it, with the numbers that the MFT's runs give their places, and
+    nobody else who claims the place. For a directory's buffer: all its entries name one directory, whose
+    placed record has that buffer in its runs, and the placed record of every entry names the directory.
 N2. Where the orphans show copies of records, by a store of volume snapshots, a second volume or a second
     layout of the MFT, records are at most likely.
 N3. Where the volume starts is certain only as `starts` says.
@@ -94,6 +94,11 @@ class _Mft:
             offset, length = offset + len(part), length - len(part)
         return b"".join(parts)
 
+    def has(self, runs: Runs, length: int) -> bool:
+        """Return whether so many bytes of an attribute can all be read."""
+        steps = range(0, length, self._boot.cluster_bytes)
+        return all(self.read(runs, offset, min(512, length - offset)) is not None for offset in steps)
+
     def record(self, number: int) -> Record | None:
         """Return a record that is in its place."""
         if number not in self._cache:
@@ -104,6 +109,11 @@ class _Mft:
             record = Record.unpack(data, self._boot) if data else None
             self._cache[number] = record if record and record.number == number else None
         return self._cache[number]
+
+    def is_empty(self, number: int) -> bool:
+        """Return whether a record's place was never used."""
+        head = self.read(self.runs, number * self._boot.record_bytes, 4)
+        return head is not None and head not in (Record.MAGIC, b"BAAD")
 
     def referred(self, reference: int) -> Record | None:
         """Return the record that a reference names, if it is still used as it was then."""
@@ -204,15 +214,18 @@ class Ntfs:
         record = mft.record(_BITMAP) if mft else None
         if mft is None or record is None:
             return
-        bitmap = [stream for stream in mft.streams(record) if stream.type == ATTRIBUTE_DATA]
-        if bitmap and mft.read(bitmap[0].runs, 0, 1) is not None:
-            yield from self._clear(mft, bitmap[0].runs)
+        bitmap = [stream.runs for stream in mft.streams(record) if stream.type == ATTRIBUTE_DATA]
+        bitmap_bytes = -(-self._boot.cluster_count // 8)
+        if bitmap and mft.has(bitmap[0], bitmap_bytes):
+            yield from self._clear(mft, bitmap[0], bitmap_bytes)
         elif (used := self._used(mft)) is not None:
             yield from self._between(used)
+        elif bitmap:
+            yield from self._clear(mft, bitmap[0], bitmap_bytes)
 
-    def _clear(self, mft: _Mft, runs: Runs) -> Iterator[tuple[int, int]]:
+    def _clear(self, mft: _Mft, runs: Runs, bitmap_bytes: int) -> Iterator[tuple[int, int]]:
         missing = 0
-        for offset in range(0, -(-self._boot.cluster_count // 8), self._boot.cluster_bytes):
+        for offset in range(0, bitmap_bytes, self._boot.cluster_bytes):
             bits = mft.read(runs, offset, self._boot.cluster_bytes)
             missing = 0 if bits else missing + 1
             if missing > _MISSING_MAX:
@@ -224,7 +237,7 @@ class Ntfs:
         used: list[tuple[int, int]] = []
         for number in range(mft.record_count):
             record = mft.record(number)
-            if record is None and number not in _SPARE_RECORDS:
+            if record is None and not mft.is_empty(number) and number not in _SPARE_RECORDS:
                 return None
             if record and record.flags & RECORD_IN_USE and not record.base:
                 runs = [run for stream in mft.streams(record) for run in stream.runs.runs]
@@ -389,7 +402,7 @@ class _Evidence:
         copies: dict[int, list[_Copy]] = {}
         for segment in self._scan.segments:
             if segment.number + segment.count <= mirrored:
-                word = _word_of(segment.count, segment.lsn)
+                word = self._word_of(segment.count, segment.lsn)
                 copies.setdefault(segment.number, []).append(
                     _Copy(segment.host_offset, segment.count * record_bytes, word)
                 )
@@ -397,7 +410,7 @@ class _Evidence:
             at, end = 0, segment.count * record_bytes
             while at < end and (found := runs.locate(segment.number * record_bytes + at)):
                 where, length = found[0], min(found[1], end - at)
-                word = _word_of(length // record_bytes, segment.lsn)
+                word = self._word_of(length // record_bytes, segment.lsn)
                 self.claims.say(segment.host_offset + at, self._start + where, length, word)
                 at += length
         for number, sights in copies.items():
@@ -406,6 +419,10 @@ class _Evidence:
                 for cluster in (self._boot.mft_cluster, self._boot.mirror_cluster)
             ]
             self._claim_copies(sights, places)
+
+    def _word_of(self, count: int, lsn: int) -> Word:
+        is_enough = count >= 2 or count * self._boot.record_bytes >= self._orphans.cluster_bytes
+        return Word(Certainty.CERTAIN if is_enough else Certainty.LIKELY, "NTFS records", lsn)
 
     def _claim_copies(self, copies: list[_Copy], places: list[int]) -> None:
         """Claim two places for what both have; where in its cluster it is mostly tells which is which."""
@@ -455,10 +472,6 @@ class _Copy:
     host_offset: int
     length: int
     word: Word
-
-
-def _word_of(record_count: int, lsn: int) -> Word:
-    return Word(Certainty.CERTAIN if record_count >= 2 else Certainty.LIKELY, "NTFS records", lsn)
 
 
 def find(volumes: Sequence[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[Ntfs]:
