@@ -99,7 +99,7 @@ def mounted(disk: Path, kind: str, folder: Path) -> Iterator[Path]:
 def unmount(point: Path) -> None:
     """Unmount; what a process of the file system still closes keeps it busy for a moment."""
     for _ in range(50):
-        if subprocess.run(["umount", point], capture_output=True).returncode == 0:
+        if subprocess.run(["umount", point], check=False, capture_output=True).returncode == 0:
             return
         time.sleep(0.1)
     run("umount", point)

@@ -22,17 +22,17 @@ class Window:
         self._behind = behind
 
     def read(self, start: int, length: int) -> bytes | None:
-        """Return bytes that start in the orphan; None where the file does not go on with orphans."""
+        """Return bytes from an offset in the orphan on; None where the file does not go on with orphans."""
         if start + length <= len(self.content):
             return self.content[start : start + length]
-        parts, got, expected = [self.content[start:]], len(self.content) - start, self.host_offset
+        parts, got, expected = [self.content], len(self.content), self.host_offset
         for host_offset, content in self._behind:
             expected += len(self.content)
-            if host_offset != expected or got >= length:
+            if host_offset != expected or got >= start + length:
                 break
             parts.append(content)
             got += len(content)
-        return b"".join(parts)[:length] if got >= length else None
+        return b"".join(parts)[start : start + length] if got >= start + length else None
 
 
 def windows(orphans: Orphans, ahead_bytes: int) -> Iterator[Window]:

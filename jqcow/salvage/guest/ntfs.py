@@ -1,9 +1,10 @@
 """NTFS: records of the MFT say their number, the MFT's runs say where each number lies.
 
-N1. No checksum covers anything: a cluster is certain only by several facts that agree. For records: two or
-    more in the cluster, or one that fills it, with the numbers that the MFT's runs give their places, and
-    nobody else who claims the place. For a directory's buffer: all its entries name one directory, whose
-    placed record has that buffer in its runs, and the placed record of every entry names the directory.
+N1. No checksum covers anything: a cluster is certain only by several facts that agree. For records: the numbers
+    that the MFT's runs give their places, and nobody else who claims the place; and two or more of them in the
+    cluster, or one that fills it, or one whose directories are placed and used as it says. For a directory's
+    buffer: all its entries name one directory, whose placed record has that buffer in its runs, and the placed
+    record of every entry names the directory.
 N2. Where the orphans show copies of records, by a store of volume snapshots, a second volume or a second
     layout of the MFT, records are at most likely.
 N3. Where the volume starts is certain only as `starts` says.
@@ -41,7 +42,7 @@ from jqcow.salvage.guest.ntfs_ondisk import (
     Runs,
     listed_records,
 )
-from jqcow.salvage.guest.ntfs_scan import Scan, boots_in, scanned
+from jqcow.salvage.guest.ntfs_scan import Scan, Segment, boots_in, scanned
 from jqcow.salvage.guest.starts import Seen, Start, room, start_of
 
 _NUMBER_MASK = (1 << 48) - 1
@@ -398,19 +399,19 @@ class _Evidence:
         """Claim clusters with records; the first of the MFT have a copy of their own."""
         record_bytes, cluster_bytes = self._boot.record_bytes, self._boot.cluster_bytes
         mirrored = max(4, cluster_bytes // record_bytes)
-        runs = Runs(list(layout.runs), cluster_bytes)
+        mft = _Mft(self._disk, self._start, self._boot, layout)
         copies: dict[int, list[_Copy]] = {}
         for segment in self._scan.segments:
             if segment.number + segment.count <= mirrored:
-                word = self._word_of(segment.count, segment.lsn)
+                word = self._word_of(segment, segment.count, mft)
                 copies.setdefault(segment.number, []).append(
                     _Copy(segment.host_offset, segment.count * record_bytes, word)
                 )
                 continue
             at, end = 0, segment.count * record_bytes
-            while at < end and (found := runs.locate(segment.number * record_bytes + at)):
+            while at < end and (found := mft.runs.locate(segment.number * record_bytes + at)):
                 where, length = found[0], min(found[1], end - at)
-                word = self._word_of(length // record_bytes, segment.lsn)
+                word = self._word_of(segment, length // record_bytes, mft)
                 self.claims.say(segment.host_offset + at, self._start + where, length, word)
                 at += length
         for number, sights in copies.items():
@@ -420,9 +421,14 @@ class _Evidence:
             ]
             self._claim_copies(sights, places)
 
-    def _word_of(self, count: int, lsn: int) -> Word:
-        is_enough = count >= 2 or count * self._boot.record_bytes >= self._orphans.cluster_bytes
-        return Word(Certainty.CERTAIN if is_enough else Certainty.LIKELY, "NTFS records", lsn)
+    def _word_of(self, segment: Segment, count: int, mft: _Mft) -> Word:
+        known = [mft.referred(reference) for reference in segment.relatives]
+        is_enough = (
+            count >= 2
+            or count * self._boot.record_bytes >= self._orphans.cluster_bytes
+            or (bool(known) and all(known))
+        )
+        return Word(Certainty.CERTAIN if is_enough else Certainty.LIKELY, "NTFS records", segment.lsn)
 
     def _claim_copies(self, copies: list[_Copy], places: list[int]) -> None:
         """Claim two places for what both have; where in its cluster it is mostly tells which is which."""

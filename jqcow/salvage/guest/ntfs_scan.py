@@ -22,12 +22,14 @@ class Segment:
         number: of the first.
         count: of records.
         lsn: the highest of them.
+        relatives: of one alone, the references of its directories, or of the record that it belongs to.
     """
 
     host_offset: int
     number: int
     count: int
     lsn: int
+    relatives: frozenset[int]
 
 
 @dataclass
@@ -110,10 +112,11 @@ def _segments(window: Window, start: int, boot: Boot) -> list[Segment]:
             and last.number + last.count == record.number
             and last.host_offset + last.count * boot.record_bytes == host_offset
         ):
-            longer = Segment(last.host_offset, last.number, last.count + 1, max(last.lsn, record.lsn))
-            segments[-1] = longer
+            lsn = max(last.lsn, record.lsn)
+            segments[-1] = Segment(last.host_offset, last.number, last.count + 1, lsn, frozenset())
         else:
-            segments.append(Segment(host_offset, record.number, 1, record.lsn))
+            relatives = frozenset({record.base} if record.base else record.parents)
+            segments.append(Segment(host_offset, record.number, 1, record.lsn, relatives))
     return segments
 
 

@@ -80,7 +80,7 @@ class Superblock:
     has_sparse_inodes: bool
     lsn: int
 
-    STRUCT = struct.Struct(">4sIQQ8x16sQQQQ4xII4xIHHHH12xBBBBBxBx32xQQ16xB23xI4xI4xQQ16s")
+    STRUCT = struct.Struct(">4sIQQ8x16sQQQQ4xII4xIHHHH12xBBBBB35xQQ16xB23xI4xI4xQQ16s")
     MAGIC = b"XFSB"
 
     @classmethod
@@ -90,9 +90,9 @@ class Superblock:
             return None
         (_, block_bytes, block_count, realtime_blocks, uuid, log_block, root, bitmap, summary, group_blocks,
          group_count, log_blocks, version, sector_bytes, inode_bytes, per_block, block_log, _, _, inode_bits,
-         group_bits, in_progress, user_quota, group_quota, directory_log, features, _, project_quota,
+         group_bits, user_quota, group_quota, directory_log, features, _, project_quota,
          lsn, meta_uuid) = cls.STRUCT.unpack_from(data)  # fmt: skip
-        if version & 0xF != 5 or in_progress or features & ~_FEATURES_KNOWN:
+        if version & 0xF != 5 or features & ~_FEATURES_KNOWN:
             return None
         if sector_bytes not in (512, 1024, 2048, 4096, 8192, 16384, 32768) or len(data) < sector_bytes:
             return None
