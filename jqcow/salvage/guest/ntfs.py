@@ -1,10 +1,10 @@
 """NTFS: records of the MFT say their number, the MFT's runs say where each number lies.
 
-N1. No checksum covers anything: a cluster is certain only by several facts that agree. For records: the numbers
-    that the MFT's runs give their places, and nobody else who claims the place; and two or more of them in the
-    cluster, or one that fills it, or one whose directories are placed and used as it says. For a directory's
-    buffer: all its entries name one directory, whose placed record has that buffer in its runs, and the placed
-    record of every entry names the directory.
+N1. No checksum covers anything: a cluster is certain only by several facts that agree. For records: numbers
+    that the MFT's runs give their places, and nobody else who claims the place; and two or more of them in
+    the cluster, or one that fills it, or one whose directories are placed and used as it says. For a
+    directory's buffer: all its entries name one directory, whose placed record has that buffer in its runs,
+    and the placed record of every entry names the directory.
 N2. Where the orphans show copies of records, by a store of volume snapshots, a second volume or a second
     layout of the MFT, records are at most likely.
 N3. Where the volume starts is certain only as `starts` says.
@@ -205,9 +205,8 @@ class Ntfs:
             return
         for record in self._records(mft):
             if record.flags & RECORD_IN_USE and not record.base:
-                changed_ns = record.changed_ns
                 for stream in mft.streams(record):
-                    yield from self._of_stream(record.number, changed_ns, stream)
+                    yield from self._of_stream(record, stream)
 
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield what the bitmap says is free; where it is not placed, what no record has, if all are."""
@@ -290,8 +289,10 @@ class Ntfs:
             if record:
                 yield record
 
-    def _of_stream(self, number: int, changed_ns: int, stream: _Stream) -> Iterator[FilePiece]:
-        cluster_bytes = self._boot.cluster_bytes
+    def _of_stream(self, record: Record, stream: _Stream) -> Iterator[FilePiece]:
+        """Yield pieces; the first was written when the file was made, what was appended when it changed."""
+        cluster_bytes, number = self._boot.cluster_bytes, record.number
+        made_ns, changed_ns = record.times_ns
         is_data = stream.type == ATTRIBUTE_DATA and number >= _USER_RECORDS
         written_bytes = min(stream.size, stream.initialized_size)
         for run in stream.runs.runs:
@@ -302,7 +303,8 @@ class Ntfs:
             if valid > 0:
                 length = -(-valid // cluster_bytes) * cluster_bytes
                 offset = self._start + run.cluster * cluster_bytes
-                yield FilePiece(offset, length, valid, (changed_ns, number, at), is_data)
+                written_ns = changed_ns if at else made_ns
+                yield FilePiece(offset, length, valid, (written_ns, number, at), is_data)
 
 
 def _placed_first(disk: PlacedDisk, start: int, boot: Boot) -> Record | None:

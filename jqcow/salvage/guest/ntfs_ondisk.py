@@ -304,12 +304,13 @@ class Record:
         return found
 
     @property
-    def changed_ns(self) -> int:
-        """Return when the file's data changed, in nanoseconds since 1970; 0 if it does not tell."""
+    def times_ns(self) -> tuple[int, int]:
+        """Return when the file was made and when its data changed, in nanoseconds since 1970; 0 if unknown."""
         for attribute in self.attributes:
             if attribute.type == ATTRIBUTE_STANDARD and attribute.value and len(attribute.value) >= 16:
-                return (int.from_bytes(attribute.value[8:16], "little") - _UNIX_EPOCH) * 100
-        return 0
+                made, changed = struct.unpack_from("<QQ", attribute.value)
+                return (made - _UNIX_EPOCH) * 100, (changed - _UNIX_EPOCH) * 100
+        return 0, 0
 
     @property
     def parents(self) -> set[int]:

@@ -305,6 +305,7 @@ class Xfs:
                     yield from self._of_inode(trees, inode)
 
     def _of_inode(self, trees: _Trees, inode: Inode) -> Iterator[FilePiece]:
+        """Yield pieces; the first was written when the file was made, what was appended when it changed."""
         superblock = self._superblock
         is_data = stat.S_ISREG(inode.mode) and inode.number not in superblock.system_inodes
         forks = [] if inode.is_realtime else [(inode.data_fork, is_data)]
@@ -319,7 +320,7 @@ class Xfs:
                 if offset + length > superblock.length:
                     continue
                 at = extent.file_block * superblock.block_bytes
-                written = (inode.changed_ns, inode.number, at)
+                written = (inode.changed_ns if at else inode.made_ns, inode.number, at)
                 if not fork_is_data:
                     yield self._metadata(offset, length, written)
                 elif (valid := min(length, inode.size - at)) > 0:
