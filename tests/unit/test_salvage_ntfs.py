@@ -30,14 +30,14 @@ def run(*words: object) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def make(folder: Path, *options: str, seed: int = 1) -> Path:
+def make(folder: Path, *options: str, seed: int = 1, size: int = SIZE, files: int = 80) -> Path:
     """Make a volume with files, more than its root keeps in its record."""
     chance = random.Random(seed)
     disk = folder / "disk"
     with disk.open("wb") as file:
-        file.truncate(SIZE)
+        file.truncate(size)
     run("mkntfs", "-q", "-Q", "-F", *options, disk)
-    for number in range(80):
+    for number in range(files):
         source = folder / f"file{number}"
         source.write_bytes(chance.randbytes(chance.choice((10, 3_000, 9_999, 300_000 if number < 9 else 5))))
         run("ntfscp", "-q", "-f", disk, source, f"{'name' * 12}{number}")
@@ -139,6 +139,19 @@ def test_where_copies_are_known_records_are_in_doubt(disk: Path, tmp_path: Path,
     for structure in found:
         assert not certain(settle(structure, Placed(SIZE, orphans), orphans), "records")
     assert found
+
+
+@pytest.mark.parametrize("cluster_bytes", [4096, 65536])
+def test_a_smaller_volume_takes_only_what_both_can_have(
+    disk: Path, tmp_path: Path, cluster_bytes: int
+) -> None:
+    other = make(tmp_path, seed=2, size=SIZE // 2, files=20)
+    orphans = Scattered.of(disk, cluster_bytes, chance=random.Random(1))
+    for _, content in Scattered.of(other, cluster_bytes, chance=random.Random(1)):
+        orphans.add(content)
+    (structure,) = ntfs.find([], Placed(SIZE, orphans), orphans)
+    placements = settle(structure, Placed(SIZE, orphans), orphans)
+    assert certain(placements, "records") and not wrong(placements, orphans)
 
 
 @pytest.mark.parametrize("is_child", [True, False])

@@ -5,8 +5,10 @@ N1. No checksum covers anything: a cluster is certain only by several facts that
     the cluster, or one that fills it, or one whose directories are placed and used as it says. For a
     directory's buffer: all its entries name one directory, whose placed record has that buffer in its runs,
     and the placed record of every entry names the directory.
-N2. Where the orphans show copies of records, by a store of volume snapshots, a second volume or a second
-    layout of the MFT, records are at most likely.
+N2. Where the orphans show copies of records, by a store of volume snapshots or a second layout of the MFT,
+    records are at most likely. Where they show a second volume, or an image of one in a file, only those are
+    certain that it cannot have: with a number past its MFT, or beside a record that tells of its volume what
+    is not so of the other.
 N3. Where the volume starts is certain only as `starts` says.
 
 The log tells nothing here: records of other structures lie in it without their own head, and not where a
@@ -18,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from jqcow.salvage.evidence import (
     BlockSum,
@@ -37,13 +40,14 @@ from jqcow.salvage.guest.ntfs_ondisk import (
     RECORD_IS_DIRECTORY,
     Attribute,
     Boot,
+    IndexBuffer,
     Record,
     Run,
     Runs,
     listed_records,
 )
 from jqcow.salvage.guest.ntfs_scan import Scan, Segment, boots_in, scanned
-from jqcow.salvage.guest.starts import Seen, Start, room, start_of
+from jqcow.salvage.guest.starts import Found, Seen, Start, compatible, room, start_of
 
 _NUMBER_MASK = (1 << 48) - 1
 _MFT, _BITMAP = 0, 6
@@ -192,7 +196,7 @@ class Ntfs:
         if layouts:
             evidence.claim_records(layouts[0])
             evidence.claim_buffers(layouts[0])
-        is_single = len(layouts) == 1 and not self._scan.has_snapshots and len(self._scan.boots) <= 1
+        is_single = len(layouts) == 1 and not self._scan.has_snapshots
         at_most = Certainty.CERTAIN if is_single else Certainty.LIKELY
         yield from evidence.claims.placements(disk, min(at_most, self._certainty))
 
@@ -348,12 +352,15 @@ class _Evidence:
         self._start = start
         self._boot = boot
         self._scan = scan
+        self._rivals = [
+            other for other in scan.boots if other != boot and other.record_bytes == boot.record_bytes
+        ]
         self.claims = Claims(orphans.cluster_bytes)
 
     def layouts(self) -> list[_Layout]:
         """Return where the MFT may be, the newest first: what is placed decides alone."""
         placed = _placed_first(self._disk, self._start, self._boot)
-        firsts = [placed] if placed else self._sighted(_MFT)
+        firsts = [placed] if placed else self._sighted(_MFT, self._boot)
         firsts.sort(key=lambda record: record.lsn, reverse=True)
         found: list[_Layout] = []
         for first in firsts:
@@ -362,17 +369,41 @@ class _Evidence:
                 found.append(layout)
         return found
 
-    def _sighted(self, number: int) -> list[Record]:
-        """Return the records of a number that orphans hold."""
-        record_bytes, cluster_bytes = self._boot.record_bytes, self._orphans.cluster_bytes
+    def _sighted(self, number: int, boot: Boot) -> list[Record]:
+        """Return the records of a number that orphans hold, read as those of a volume."""
+        record_bytes, cluster_bytes = boot.record_bytes, self._orphans.cluster_bytes
         found: list[Record] = []
-        for host_offset in self._scan.hosts_of(number, record_bytes):
+        for host_offset in self._scan.hosts_of(number, boot):
             inside = host_offset % cluster_bytes
             clusters = range(host_offset - inside, host_offset + record_bytes, cluster_bytes)
             data = b"".join(map(self._orphans.read, clusters))[inside : inside + record_bytes]
-            if record := Record.unpack(data, self._boot):
+            if record := Record.unpack(data, boot):
                 found.append(record)
         return found
+
+    @cached_property
+    def _rival_records(self) -> int | None:
+        """How many records another volume has at most; None if that of one is not known."""
+        most = 0
+        for rival in self._rivals:
+            layouts = [_layout(first, []) for first in self._sighted(_MFT, rival)]
+            sizes = [
+                layout.initialized_size
+                for layout in layouts
+                if layout and layout.runs[0].cluster == rival.mft_cluster
+            ]
+            if not sizes:
+                return None
+            most = max(most, max(sizes) // rival.record_bytes)
+        return most
+
+    def _is_own(self, segment: Segment) -> bool:
+        """Return whether no other volume can have the records."""
+        if not self._rivals:
+            return True
+        if segment.facts and segment.fits(self._boot):
+            return not any(segment.fits(rival) for rival in self._rivals)
+        return self._rival_records is not None and segment.number >= self._rival_records
 
     def _extensions(self, first: Record) -> list[Record]:
         """Return the other records of the MFT's own record; the newest of each number."""
@@ -384,12 +415,21 @@ class _Evidence:
         } - {_MFT}
         found: list[Record] = []
         for number in numbers:
-            sighted = [record for record in self._sighted(number) if record.base == first.reference]
+            sighted = [
+                record for record in self._sighted(number, self._boot) if record.base == first.reference
+            ]
             if sighted:
                 found.append(max(sighted, key=lambda record: record.lsn))
         if (layout := _layout(first, [])) and numbers:
             found += _Mft(self._disk, self._start, self._boot, layout).extensions(first)
         return found
+
+    def _may_own(self, buffer: IndexBuffer) -> bool:
+        """Return whether a buffer names a file that no other volume can have; roots are all alike."""
+        most = self._rival_records
+        return most is not None and (
+            not self._rivals or any(file & _NUMBER_MASK >= most for file in buffer.files)
+        )
 
     def claim_boots(self) -> None:
         """Claim the first and the last sector of the volume."""
@@ -404,6 +444,8 @@ class _Evidence:
         mft = _Mft(self._disk, self._start, self._boot, layout)
         copies: dict[int, list[_Copy]] = {}
         for segment in self._scan.segments:
+            if not segment.fits(self._boot) and any(segment.fits(rival) for rival in self._rivals):
+                continue
             if segment.number + segment.count <= mirrored:
                 word = self._word_of(segment, segment.count, mft)
                 copies.setdefault(segment.number, []).append(
@@ -425,7 +467,7 @@ class _Evidence:
 
     def _word_of(self, segment: Segment, count: int, mft: _Mft) -> Word:
         known = [mft.referred(reference) for reference in segment.relatives]
-        is_enough = (
+        is_enough = self._is_own(segment) and (
             count >= 2
             or count * self._boot.record_bytes >= self._orphans.cluster_bytes
             or (bool(known) and all(known))
@@ -463,7 +505,9 @@ class _Evidence:
             if directory is None or not directory.flags & RECORD_IS_DIRECTORY:
                 continue
             files = [mft.referred(file) for file in buffer.files]
-            agree = all(file is not None and directory.reference in file.parents for file in files)
+            agree = self._may_own(buffer) and all(
+                file is not None and directory.reference in file.parents for file in files
+            )
             word = Word(Certainty.CERTAIN if agree else Certainty.LIKELY, "NTFS directory", buffer.lsn)
             for stream in mft.streams(directory):
                 if stream.type != ATTRIBUTE_INDEX or stream.name != _DIRECTORY_INDEX:
@@ -491,26 +535,22 @@ def find(volumes: Sequence[Volume], disk: PlacedDisk, orphans: Orphans) -> Itera
         orphans: looked through once.
     """
     volumes = volumes or [Volume(0, disk.size, "the disk")]
-    done: set[Boot] = set()
+    found: list[Found[Boot]] = []
     for volume in volumes:
-        boot = _placed_boot(disk, volume)
-        if boot is not None and boot not in done:
-            done.add(boot)
-            yield Ntfs(volume.offset, boot, Certainty.CERTAIN, volume.name)
+        if boot := _placed_boot(disk, volume):
+            start = Start(volume.offset, Certainty.CERTAIN, volume.name)
+            found.append(Found(boot, boot.length, start))
+    done = {one.geometry for one in found}
     sights: dict[Boot, set[int]] = {}
     for _, content in orphans:
         for at, boot in boots_in(content):
             if boot not in done:
                 sights.setdefault(boot, set()).add(at)
-    found = [
-        (boot, start)
-        for boot, insides in sights.items()
-        if (start := _start(boot, insides, volumes, disk, orphans.cluster_bytes))
-    ]
-    for boot, start in found:
-        is_alone = [other.offset for _, other in found].count(start.offset) == 1
-        certainty = start.certainty if is_alone else Certainty.LIKELY
-        yield Ntfs(start.offset, boot, certainty, start.name)
+    for boot, insides in sights.items():
+        if best := _start(boot, insides, volumes, disk, orphans.cluster_bytes):
+            found.append(Found(boot, boot.length, best))
+    for one in compatible(found):
+        yield Ntfs(one.start.offset, one.geometry, one.start.certainty, one.start.name)
 
 
 def _placed_boot(disk: PlacedDisk, volume: Volume) -> Boot | None:
@@ -529,7 +569,7 @@ def _start(
 ) -> Start | None:
     def agrees(start: int) -> bool:
         places = {start % cluster_bytes, (start + boot.copy_offset) % cluster_bytes}
-        return insides <= places and boot.sectors_before in (0, start // boot.sector_bytes)
+        return bool(insides & places) and boot.sectors_before in (0, start // boot.sector_bytes)
 
     def is_confirmed(start: int) -> bool:
         first = _placed_first(disk, start, boot)

@@ -106,6 +106,16 @@ class Boot:
         return self.sector_count * self.sector_bytes // self.cluster_bytes
 
     @property
+    def facts(self) -> dict[int, int]:
+        """Return what some records say of their volume, by their numbers.
+
+        The MFT and its mirror where they start, the bitmap and the list of bad clusters how long they are.
+        """
+        bitmap_bytes = -(-self.cluster_count // 64) * 8
+        bad_bytes = self.cluster_count * self.cluster_bytes
+        return {0: self.mft_cluster, 1: self.mirror_cluster, 6: bitmap_bytes, 8: bad_bytes}
+
+    @property
     def copy_offset(self) -> int:
         """Return where in the volume the copy of the boot sector is."""
         return self.sector_count * self.sector_bytes
@@ -305,12 +315,24 @@ class Record:
 
     @property
     def times_ns(self) -> tuple[int, int]:
-        """Return when the file was made and when its data changed, in nanoseconds since 1970; 0 if unknown."""
+        """Return when the file was made and when its data changed, in nanoseconds since 1970, or 0."""
         for attribute in self.attributes:
             if attribute.type == ATTRIBUTE_STANDARD and attribute.value and len(attribute.value) >= 16:
                 made, changed = struct.unpack_from("<QQ", attribute.value)
                 return (made - _UNIX_EPOCH) * 100, (changed - _UNIX_EPOCH) * 100
         return 0, 0
+
+    @property
+    def fact(self) -> int | None:
+        """Return what `Boot.facts` has for it, if it is one of those records."""
+        for attribute in self.attributes:
+            if attribute.type != ATTRIBUTE_DATA or not attribute.runs or attribute.first:
+                continue
+            if self.number in (0, 1) and not attribute.name:
+                return attribute.runs[0].cluster
+            if (self.number, attribute.name) in ((6, b""), (8, "$Bad".encode("utf-16-le"))):
+                return attribute.size
+        return None
 
     @property
     def parents(self) -> set[int]:

@@ -22,6 +22,7 @@ class Segment:
         number: of the first.
         count: of records.
         lsn: the highest of them.
+        facts: what they say of their volume, see `Boot.facts`.
         relatives: of one alone, the references of its directories, or of the record that it belongs to.
     """
 
@@ -30,6 +31,11 @@ class Segment:
     count: int
     lsn: int
     relatives: frozenset[int]
+    facts: frozenset[tuple[int, int]]
+
+    def fits(self, boot: Boot) -> bool:
+        """Return whether its records say of their volume what is so of that one."""
+        return all(boot.facts[number] == value for number, value in self.facts)
 
 
 @dataclass
@@ -50,12 +56,12 @@ class Scan:
     boots: set[Boot] = field(default_factory=set)
     has_snapshots: bool = False
 
-    def hosts_of(self, number: int, record_bytes: int) -> list[int]:
-        """Return the offsets in the file of the records of a number."""
+    def hosts_of(self, number: int, boot: Boot) -> list[int]:
+        """Return the offsets in the file of the records of a number that may be a volume's."""
         return [
-            segment.host_offset + (number - segment.number) * record_bytes
+            segment.host_offset + (number - segment.number) * boot.record_bytes
             for segment in self.segments
-            if segment.number <= number < segment.number + segment.count
+            if segment.number <= number < segment.number + segment.count and segment.fits(boot)
         ]
 
 
@@ -106,17 +112,20 @@ def _segments(window: Window, start: int, boot: Boot) -> list[Segment]:
         if record is None or not _knows_its_number(record):
             continue
         host_offset = window.host_offset + at
+        facts = frozenset() if (fact := record.fact) is None else frozenset({(record.number, fact)})
         last = segments[-1] if segments else None
         if (
             last is not None
             and last.number + last.count == record.number
             and last.host_offset + last.count * boot.record_bytes == host_offset
         ):
-            lsn = max(last.lsn, record.lsn)
-            segments[-1] = Segment(last.host_offset, last.number, last.count + 1, lsn, frozenset())
+            segments[-1] = Segment(
+                last.host_offset, last.number, last.count + 1, max(last.lsn, record.lsn), frozenset(),
+                last.facts | facts,
+            )  # fmt: skip
         else:
             relatives = frozenset({record.base} if record.base else record.parents)
-            segments.append(Segment(host_offset, record.number, 1, record.lsn, relatives))
+            segments.append(Segment(host_offset, record.number, 1, record.lsn, relatives, facts))
     return segments
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from jqcow.salvage.evidence import Certainty, PlacedDisk, Volume
 
 _PARTITION_START = 1 << 20
+Geometry = TypeVar("Geometry")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,38 @@ class Start:
     offset: int
     certainty: Certainty
     name: str
+
+
+@dataclass(frozen=True)
+class Found(Generic[Geometry]):
+    """A file system, by whatever tells its geometry, and its start."""
+
+    geometry: Geometry
+    length: int
+    start: Start
+
+
+def compatible(found: Sequence[Found[Geometry]]) -> list[Found[Geometry]]:
+    """Return what can be there together: an image in a file looks like a file system of the disk.
+
+    Of those that overlap, those that are not certain give way; where several are certain, none is.
+    """
+    kept: list[Found[Geometry]] = []
+    for one in found:
+        rivals = [
+            other
+            for other in found
+            if other is not one
+            and other.start.offset < one.start.offset + one.length
+            and one.start.offset < other.start.offset + other.length
+            and other.start.certainty is Certainty.CERTAIN
+        ]
+        if rivals and one.start.certainty is Certainty.CERTAIN:
+            doubted = Start(one.start.offset, Certainty.LIKELY, one.start.name)
+            kept.append(Found(one.geometry, one.length, doubted))
+        elif not rivals:
+            kept.append(one)
+    return kept
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from jqcow.salvage.evidence import (
     Volume,
 )
 from jqcow.salvage.guest.claims import Claims, Window, Word, windows
-from jqcow.salvage.guest.starts import Seen, Start, room, start_of
+from jqcow.salvage.guest.starts import Found, Seen, Start, compatible, room, start_of
 from jqcow.salvage.guest.xfs_log import RECORD_BYTES_MAX, named_in_log
 from jqcow.salvage.guest.xfs_ondisk import (
     HEADERS,
@@ -380,24 +380,24 @@ def find(volumes: Sequence[Volume], disk: PlacedDisk, orphans: Orphans) -> Itera
         orphans: looked through once.
     """
     volumes = volumes or [Volume(0, disk.size, "the disk")]
-    done: set[bytes] = set()
+    found: list[Found[Superblock]] = []
     for volume in volumes:
         superblock = _superblock_at(disk, volume.offset)
-        if superblock and superblock.uuid not in done and superblock.length <= room(volume, disk):
-            done.add(superblock.uuid)
-            yield Xfs(volume.offset, superblock, Certainty.CERTAIN, volume.name)
+        if superblock and superblock.length <= room(volume, disk):
+            start = Start(volume.offset, Certainty.CERTAIN, volume.name)
+            found.append(Found(superblock, superblock.length, start))
+    done = {one.geometry.uuid for one in found}
     sights: dict[bytes, list[_Sight]] = {}
     for sight in _sights(orphans):
         if sight.superblock.uuid not in done:
             sights.setdefault(sight.superblock.uuid, []).append(sight)
-    found = [
-        (start, max((sight.superblock for sight in seen), key=lambda one: one.block_count))
-        for seen in sights.values()
-        if (start := _start(seen, volumes, disk, orphans.cluster_bytes)) is not None
-    ]
-    for start, superblock in found:
-        is_alone = [other.offset for other, _ in found].count(start.offset) == 1
-        yield Xfs(start.offset, superblock, start.certainty if is_alone else Certainty.LIKELY, start.name)
+    for seen in sights.values():
+        superblock = max((sight.superblock for sight in seen), key=lambda one: one.block_count)
+        best = _start(superblock, seen, volumes, disk, orphans.cluster_bytes)
+        if best is not None:
+            found.append(Found(superblock, superblock.length, best))
+    for one in compatible(found):
+        yield Xfs(one.start.offset, one.geometry, one.start.certainty, one.start.name)
 
 
 def _superblock_at(disk: PlacedDisk, offset: int) -> Superblock | None:
@@ -410,9 +410,12 @@ def _superblock_at(disk: PlacedDisk, offset: int) -> Superblock | None:
 
 
 def _start(
-    seen: list[_Sight], volumes: Sequence[Volume], disk: PlacedDisk, cluster_bytes: int
+    superblock: Superblock,
+    seen: list[_Sight],
+    volumes: Sequence[Volume],
+    disk: PlacedDisk,
+    cluster_bytes: int,
 ) -> Start | None:
-    superblock = max((sight.superblock for sight in seen), key=lambda one: one.block_count)
     facts = Seen(
         superblock.length,
         superblock.block_bytes,
@@ -423,12 +426,15 @@ def _start(
 
 
 def _agree(seen: list[_Sight], superblock: Superblock, start: int, cluster_bytes: int) -> bool:
-    """Return whether the superblocks lie in their clusters as they must if the file system starts there."""
-    return all(
+    """Return whether a superblock lies in its cluster as it must if the file system starts there.
+
+    Others may lie otherwise: copies in files.
+    """
+    return any(
         (start + superblock.group_offset(sight.group) - sight.inside) % cluster_bytes == 0
         for sight in seen
         if sight.group is not None
-    )
+    ) or all(sight.group is None for sight in seen)
 
 
 def _is_confirmed(superblock: Superblock, start: int, disk: PlacedDisk) -> bool:
