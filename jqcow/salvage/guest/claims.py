@@ -105,7 +105,7 @@ class Claims:
                 places.setdefault(guest, []).append((word.age, host, word))
         for guest, said in places.items():
             length = min(self._cluster_bytes, disk.size - guest)
-            if length <= 0 or disk.read(guest, length) is not None:
+            if length <= 0 or disk.read(guest, min(length, 512)) is not None:
                 continue
             _, host, word = max(said, key=lambda one: one[:2])
             alone = Certainty.CERTAIN if len(said) == 1 else Certainty.LIKELY

@@ -20,6 +20,8 @@ from jqcow.salvage.guest.ntfs_ondisk import (
 MFT_NUMBER = 0
 NUMBER_MASK = (1 << 48) - 1
 _LIST_BYTES_MAX = 256 << 10
+_LISTS_BYTES_MAX = 64 << 20
+"""Of all attribute lists together: many records may name one long list."""
 _CACHED_MAX = 1 << 16
 
 
@@ -75,6 +77,7 @@ class Mft:
         self._start = start
         self._boot = boot
         self._cache: dict[int, Record | None] = {}
+        self._list_bytes_left = _LISTS_BYTES_MAX
         self.runs = Runs(list(layout.runs), boot.cluster_bytes)
         self.record_count = layout.initialized_size // boot.record_bytes
 
@@ -134,7 +137,12 @@ class Mft:
             if attribute.type != ATTRIBUTE_LIST:
                 continue
             value = attribute.value
-            if value is None and attribute.runs and attribute.size <= _LIST_BYTES_MAX:
+            if (
+                value is None
+                and attribute.runs
+                and attribute.size <= min(_LIST_BYTES_MAX, self._list_bytes_left)
+            ):
+                self._list_bytes_left -= attribute.size
                 value = self.read(Runs(attribute.runs, self._boot.cluster_bytes), 0, attribute.size)
             for reference in listed_records(value or b""):
                 record = self.referred(reference)

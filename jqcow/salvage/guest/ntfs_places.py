@@ -19,6 +19,7 @@ from jqcow.salvage.guest.ntfs_ondisk import (
 )
 from jqcow.salvage.guest.ntfs_scan import Scan, Segment
 
+_RIVALS_MAX = 64
 _DIRECTORY_INDEX = "$I30".encode("utf-16-le")
 
 
@@ -73,6 +74,8 @@ class Evidence:
     def _rival_records(self) -> int | None:
         """How many records another volume has at most; None if that of one is not known."""
         most = 0
+        if len(self._rivals) > _RIVALS_MAX:
+            return None
         for rival in self._rivals:
             layouts = [layout_of(first, []) for first in self._sighted(MFT_NUMBER, rival)]
             sizes = [
@@ -89,6 +92,8 @@ class Evidence:
         """Return whether no other volume can have the records."""
         if not self._rivals:
             return True
+        if len(self._rivals) > _RIVALS_MAX:
+            return False
         if segment.facts and segment.fits(self._boot):
             return not any(segment.fits(rival) for rival in self._rivals)
         return self._rival_records is not None and segment.number >= self._rival_records
@@ -132,7 +137,8 @@ class Evidence:
         mft = Mft(self._disk, self._start, self._boot, layout)
         copies: dict[int, list[_Copy]] = {}
         for segment in self._scan.segments:
-            if not segment.fits(self._boot) and any(segment.fits(rival) for rival in self._rivals):
+            rivals = self._rivals[:_RIVALS_MAX]
+            if not segment.fits(self._boot) and any(segment.fits(rival) for rival in rivals):
                 continue
             if segment.number + segment.count <= mirrored:
                 word = self._word_of(segment, segment.count, mft)

@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 from jqcow.salvage.evidence import Certainty, PlacedDisk, Volume
 
 _PARTITION_START = 1 << 20
+_FOUND_MAX = 32
+"""Each costs passes over the orphans."""
 Geometry = TypeVar("Geometry")
 
 
@@ -36,6 +38,7 @@ def compatible(found: Sequence[Found[Geometry]]) -> list[Found[Geometry]]:
     Of those that overlap, those that are not certain give way; where several are certain, none is.
     """
     kept: list[Found[Geometry]] = []
+    found = sorted(found, key=lambda one: -one.start.certainty)[:_FOUND_MAX]
     for one in found:
         rivals = [
             other

@@ -13,6 +13,7 @@ one place and neither is certain (see `claims`).
 from __future__ import annotations
 
 import stat
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,25 @@ _GROUPS_TRIED = 4096
 _LEVELS_MAX = 12
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What blocks of a tree look like."""
+
+    magic: bytes
+    owner: bytes
+    header_bytes: int
+    key_bytes: int
+    pointer_bytes: int
+    record_bytes: int
+
+    def pointers(self, block: bytes, count: int) -> Iterator[int]:
+        """Yield the pointers of a block above the leaves: they stand behind the room for all keys."""
+        fanout = (len(block) - self.header_bytes) // (self.key_bytes + self.pointer_bytes)
+        at = self.header_bytes + fanout * self.key_bytes
+        for start in range(at, at + min(count, fanout) * self.pointer_bytes, self.pointer_bytes):
+            yield int.from_bytes(block[start : start + self.pointer_bytes])
+
+
 class _Trees:
     """Trees of blocks as the placed disk has them."""
 
@@ -60,8 +80,8 @@ class _Trees:
         self.is_whole = True
         """False once a block could not be read."""
 
-    def block(self, magic: bytes, offset: int | None) -> bytes | None:
-        """Return a block of a kind, if it is placed and is what was looked for."""
+    def block(self, magic: bytes, offset: int | None, owner: bytes) -> bytes | None:
+        """Return a block of a kind, if it is placed and is what was looked for: one owner alone has it."""
         data = None
         if offset is not None:
             data = self._disk.read(self._start + offset, self._superblock.block_bytes)
@@ -69,7 +89,7 @@ class _Trees:
         if (
             data is None
             or data[:4] != magic
-            or data[header.uuid_at : header.uuid_at + 16] != self._superblock.uuid
+            or data[header.uuid_at : header.uuid_at + 16 + len(owner)] != self._superblock.uuid + owner
             or int.from_bytes(data[header.address_at : header.address_at + 8]) * 512 != offset
             or not sum_is_right(data, header.crc_at)
         ):
@@ -86,24 +106,16 @@ class _Trees:
         key_bytes = {b"AB3B": 8, b"AB3C": 8, b"R3FC": 4, b"RMB3": 40}.get(magic, 4)
         record_bytes = {b"AB3B": 8, b"AB3C": 8, b"R3FC": 12, b"RMB3": 24}.get(magic, 16)
         base = self._superblock.group_offset(group)
-        yield from self._leaves(magic, [root], levels - 1, 56, (key_bytes, 4, record_bytes), base)
+        shape = _Shape(magic, group.to_bytes(4), 56, key_bytes, 4, record_bytes)
+        yield from self._leaves(shape, [root], levels - 1, base)
 
-    def extent_leaves(self, pointers: list[int], level: int) -> Iterator[bytes]:
-        """Yield the records of the leaves below pointers of a tree of extents."""
-        yield from self._leaves(b"BMA3", pointers, level, 72, (8, 8, 16), None)
+    def extent_leaves(self, inode: int, pointers: list[int], level: int) -> Iterator[bytes]:
+        """Yield the records of the leaves below pointers of an inode's tree of extents."""
+        yield from self._leaves(_Shape(b"BMA3", inode.to_bytes(8), 72, 8, 8, 16), pointers, level, None)
 
-    def _leaves(
-        self,
-        magic: bytes,
-        pointers: list[int],
-        level: int,
-        header_bytes: int,
-        sizes: tuple[int, int, int],
-        base: int | None,
-    ) -> Iterator[bytes]:
+    def _leaves(self, shape: _Shape, pointers: list[int], level: int, base: int | None) -> Iterator[bytes]:
         """Walk level by level; a block is read once, so that a loop of pointers ends."""
-        key_bytes, pointer_bytes, record_bytes = sizes
-        room = self._superblock.block_bytes - header_bytes
+        room_bytes = self._superblock.block_bytes - shape.header_bytes
         seen: set[int] = set()
         while pointers and 0 <= level < _LEVELS_MAX:
             below: list[int] = []
@@ -111,20 +123,16 @@ class _Trees:
                 if pointer in seen:
                     continue
                 seen.add(pointer)
-                block = self.block(magic, self._offset(pointer, base))
+                block = self.block(shape.magic, self._offset(pointer, base), shape.owner)
                 if block is None or int.from_bytes(block[4:6]) != level:
                     self.is_whole = False
                     continue
                 count = int.from_bytes(block[6:8])
                 if level == 0:
-                    yield block[header_bytes : header_bytes + min(count, room // record_bytes) * record_bytes]
-                    continue
-                fanout = room // (key_bytes + pointer_bytes)
-                at = header_bytes + fanout * key_bytes
-                raw = block[at : at + min(count, fanout) * pointer_bytes]
-                below += [
-                    int.from_bytes(raw[i : i + pointer_bytes]) for i in range(0, len(raw), pointer_bytes)
-                ]
+                    count = min(count, room_bytes // shape.record_bytes)
+                    yield block[shape.header_bytes : shape.header_bytes + count * shape.record_bytes]
+                else:
+                    below += shape.pointers(block, count)
             pointers, level = below, level - 1
 
     def _offset(self, pointer: int, base: int | None) -> int | None:
@@ -144,6 +152,7 @@ class Xfs:
         self._place = place
         self._claims: Claims | None = None
         self._inode_blocks: set[int] = set()
+        self._sorted_blocks: list[int] | None = None
 
     @property
     def name(self) -> str:
@@ -280,9 +289,13 @@ class Xfs:
             if trees.is_whole:
                 return
         first_block = group * superblock.group_blocks
-        for block in sorted(self._inode_blocks):
+        if self._sorted_blocks is None:
+            self._sorted_blocks = sorted(self._inode_blocks)
+        begin = bisect_left(self._sorted_blocks, first_block)
+        end = bisect_left(self._sorted_blocks, first_block + superblock.group_blocks)
+        for block in self._sorted_blocks[begin:end]:
             first = (block - first_block) << superblock.inode_bits
-            if 0 <= block - first_block < superblock.group_blocks and first not in seen:
+            if first not in seen:
                 yield Chunk(first, 0, -1 << per_block)
 
     def _of_inodes(self, disk: PlacedDisk, trees: _Trees, group: int) -> Iterator[FilePiece]:
@@ -312,7 +325,7 @@ class Xfs:
         if inode.attribute_fork is not None:
             forks.append((inode.attribute_fork, False))
         for fork, fork_is_data in forks:
-            for extent in _extents(trees, fork):
+            for extent in _extents(trees, inode.number, fork):
                 offset = superblock.block_offset(extent.block)
                 if extent.unwritten or offset is None or not extent.block_count:
                     continue
@@ -328,7 +341,7 @@ class Xfs:
                     yield FilePiece(self._start + offset, length, valid, written)
 
 
-def _extents(trees: _Trees, fork: Fork) -> Iterator[Extent]:
+def _extents(trees: _Trees, inode: int, fork: Fork) -> Iterator[Extent]:
     if fork.kind == 2:
         yield from Extent.unpack_all(fork.data[: min(fork.extent_count * 16, len(fork.data))])
     elif fork.kind == 3 and len(fork.data) >= 4:
@@ -336,7 +349,7 @@ def _extents(trees: _Trees, fork: Fork) -> Iterator[Extent]:
         fanout = (len(fork.data) - 4) // 16
         at = 4 + fanout * 8
         pointers = [int.from_bytes(fork.data[i : i + 8]) for i in range(at, at + min(count, fanout) * 8, 8)]
-        for records in trees.extent_leaves(pointers, level - 1):
+        for records in trees.extent_leaves(inode, pointers, level - 1):
             yield from Extent.unpack_all(records)
 
 
