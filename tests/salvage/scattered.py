@@ -10,20 +10,18 @@ from pathlib import Path
 from jqcow.salvage.evidence import Certainty, GuestStructure, Placement
 
 
-def _written(descriptor: int, cluster_bytes: int) -> Iterator[int]:
-    """Yield the offsets of clusters that are not holes of a sparse file."""
-    size = os.fstat(descriptor).st_size
-    offset = 0
+def _written(descriptor: int, start: int, cluster_bytes: int) -> list[int]:
+    """Return the guest's clusters that are not holes of a sparse file, which starts at a guest offset."""
+    found: set[int] = set()
+    offset, size = 0, os.fstat(descriptor).st_size
     while offset < size:
         try:
             data = os.lseek(descriptor, offset, os.SEEK_DATA)
         except OSError:  # no data up to the end
-            return
-        offset = max(offset, data // cluster_bytes * cluster_bytes)
-        end = os.lseek(descriptor, data, os.SEEK_HOLE)
-        while offset < end:
-            yield offset
-            offset += cluster_bytes
+            break
+        offset = os.lseek(descriptor, data, os.SEEK_HOLE)
+        found.update(range((start + data) // cluster_bytes, -(-(start + offset) // cluster_bytes)))
+    return sorted(found)
 
 
 class Scattered:
@@ -44,18 +42,20 @@ class Scattered:
         orphans = cls(cluster_bytes)
         runs: list[list[tuple[int, bytes]]] = []
         with disk.open("rb") as file:
-            left = 0
-            for offset in _written(file.fileno(), cluster_bytes):
-                file.seek(offset)
-                content = file.read(cluster_bytes)
-                left -= 1
+            left, last = 0, -1
+            for number in _written(file.fileno(), start, cluster_bytes):
+                guest_offset = number * cluster_bytes
+                before = max(0, start - guest_offset)
+                file.seek(guest_offset + before - start)
+                content = (bytes(before) + file.read(cluster_bytes - before)).ljust(cluster_bytes, b"\0")
                 if not content.strip(b"\0"):
-                    left = 0
                     continue
-                if left <= 0:
+                left -= 1
+                if left <= 0 or number != last + 1:
                     runs.append([])
                     left = chance.randrange(1, 10)
-                runs[-1].append((start + offset, content.ljust(cluster_bytes, b"\0")))
+                runs[-1].append((guest_offset, content))
+                last = number
         chance.shuffle(runs)
         for run in runs:
             for guest_offset, content in run:

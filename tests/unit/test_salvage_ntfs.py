@@ -187,12 +187,13 @@ def test_an_old_buffer_is_not_certain(disk: Path) -> None:
     assert [one.certainty for one in placements if one.host_offset == host] == [Certainty.LIKELY]
 
 
-def test_a_partition_is_filled(disk: Path) -> None:
-    orphans = Scattered.of(disk, 65536, chance=random.Random(4), start=START)
-    size = 2 * START + SIZE
-    structure = found_in(orphans, size, [Volume(0, size, "disk"), Volume(START, SIZE, "partition 1")])
+@pytest.mark.parametrize("start", [START, 63 * 512])
+def test_a_partition_is_filled(disk: Path, start: int) -> None:
+    orphans = Scattered.of(disk, 65536, chance=random.Random(4), start=start)
+    size = start + SIZE + START
+    structure = found_in(orphans, size, [Volume(0, size, "disk"), Volume(start, SIZE, "partition 1")])
     placements = settle(structure, Placed(size, orphans), orphans)
-    assert structure.start == START and certain(placements, "records") and not wrong(placements, orphans)
+    assert structure.start == start and certain(placements, "records") and not wrong(placements, orphans)
 
 
 def test_the_copy_of_the_boot_sector_is_enough(disk: Path) -> None:
@@ -228,7 +229,7 @@ def test_boot_sectors_of_chance(data: bytes) -> None:
     assert boot is None or boot.mft_cluster < boot.cluster_count
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_damaged_clusters_never_raise(disk: Path, seed: int) -> None:
     chance = random.Random(seed)
