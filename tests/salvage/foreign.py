@@ -6,10 +6,11 @@ is made and mounted, and files are written, grown, rewritten and deleted in a se
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,18 @@ class Workload:
         bytes_max: length of the longest; short ones are more frequent.
         deleted: share of files that are deleted again on the way.
         appended: share of writes that grow a file that is there already.
+        mounts: how often all of it is done, each time after mounting again.
+        crumbs: how many short files, links and long names are made each time; half of them are deleted again.
+        tangled: how many pairs of files grow in turns with a sync between, so that they lie in fragments.
     """
 
     files: int = 200
     bytes_max: int = 4 << 20
     deleted: float = 0.25
     appended: float = 0.15
+    mounts: int = 1
+    crumbs: int = 0
+    tangled: int = 0
 
 
 def run(*words: object) -> str:
@@ -84,9 +91,18 @@ def mounted(disk: Path, kind: str, folder: Path) -> Iterator[Path]:
         try:
             yield point
         finally:
-            run("umount", point)
+            unmount(point)
     finally:
         run("losetup", "--detach", device)
+
+
+def unmount(point: Path) -> None:
+    """Unmount; what a process of the file system still closes keeps it busy for a moment."""
+    for _ in range(50):
+        if subprocess.run(["umount", point], check=False, capture_output=True).returncode == 0:
+            return
+        time.sleep(0.1)
+    run("umount", point)
 
 
 def content(chance: random.Random, length: int) -> bytes:
@@ -121,10 +137,47 @@ def work(point: Path, chance: random.Random, load: Workload) -> None:
             names.pop(chance.randrange(len(names))).unlink()
         if chance.random() < 0.05:
             run("sync", "-f", point)
+    crumble(point, chance, load.crumbs)
+    for number in range(load.tangled):
+        tangle(point, chance, number)
+
+
+def crumble(point: Path, chance: random.Random, crumbs: int) -> None:
+    """Make directories of several blocks, and inodes that come and go."""
+    names: list[Path] = []
+    for number in range(crumbs):
+        folder = point / f"crumbs{chance.randrange(3)}"
+        folder.mkdir(exist_ok=True)
+        name = folder / f"{number}-{chance.randrange(1 << 60):x}{'n' * chance.randrange(150)}"
+        name.unlink(missing_ok=True)
+        if chance.random() < 0.1:
+            name.symlink_to("t" * chance.choice((20, 100, 1000)))
+        else:
+            name.write_bytes(content(chance, chance.choice((0, 10, 300, 5000))))
+        names.append(name)
+    for name in chance.sample(names, len(names) // 2):
+        name.unlink()
+
+
+def tangle(point: Path, chance: random.Random, number: int) -> None:
+    """Grow two files in turns."""
+    with (point / f"left{number}").open("ab") as left, (point / f"right{number}").open("ab") as right:
+        for _ in range(chance.randrange(10, 80)):
+            for file in (left, right):
+                file.write(chance.randbytes(chance.randrange(1, 5) * 4096))
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def make(
-    image: Path, kind: str, size: int, seed: int, *, options: str = "", load: Workload | None = None
+    image: Path,
+    kind: str,
+    size: int,
+    seed: int,
+    *,
+    options: str = "",
+    making: Sequence[str] = (),
+    load: Workload | None = None,
 ) -> None:
     """Make a qcow2 image with a file system that was used for a while.
 
@@ -134,6 +187,7 @@ def make(
         size: of the disk in bytes.
         seed: of all that is written.
         options: for ``qemu-img create -o``.
+        making: more words for the program that makes the file system.
         load: what is done.
     """
     folder = image.parent
@@ -141,8 +195,10 @@ def make(
     with exported(image, folder) as disk:
         device = run("losetup", "--find", "--show", disk).strip()
         try:
-            run(*MAKERS[kind], device)
+            run(*MAKERS[kind], *making, device)
         finally:
             run("losetup", "--detach", device)
-        with mounted(disk, kind, folder) as point:
-            work(point, random.Random(seed), load or Workload())
+        load, chance = load or Workload(), random.Random(seed)
+        for _ in range(load.mounts):
+            with mounted(disk, kind, folder) as point:
+                work(point, chance, load)
