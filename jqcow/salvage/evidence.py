@@ -127,11 +127,13 @@ class Volume:
         offset: of the range on the guest's disk, in bytes.
         length: of the range in bytes; 0 where it is not known.
         name: such as "partition 2", for people.
+        certainty: how surely there is such a volume: nothing in it is placed more surely.
     """
 
     offset: int
     length: int
     name: str
+    certainty: Certainty = Certainty.CERTAIN
 
 
 class GuestStructure(Protocol):

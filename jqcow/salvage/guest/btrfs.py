@@ -1,0 +1,295 @@
+"""btrfs: every node of its trees says where it belongs, and file data has checksums.
+
+It is read as one device writes it, with data and metadata single or DUP; a file system of several devices,
+with zones or with other checksums than CRC-32C is not recognised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from jqcow.salvage.evidence import (
+    BlockSum,
+    Certainty,
+    FilePiece,
+    GuestStructure,
+    Orphans,
+    PlacedDisk,
+    Placement,
+    Volume,
+)
+from jqcow.salvage.guest.btrfs_chunks import ChunkMap, gaps
+from jqcow.salvage.guest.btrfs_files import Clock, FileWalk
+from jqcow.salvage.guest.btrfs_layout import (
+    CHECKSUM_TREE,
+    CHECKSUMS,
+    CRC_STRUCT,
+    EXTENT_CHECKSUM,
+    EXTENT_ITEM,
+    EXTENT_OF_TREE,
+    EXTENT_STRUCT,
+    EXTENT_TREE,
+    LOG_TREE,
+    MAGIC,
+    MAGIC_OFFSET,
+    METADATA_ITEM,
+    SUPERBLOCK_BYTES,
+    SUPERBLOCK_PLACES,
+    Superblock,
+)
+from jqcow.salvage.guest.btrfs_nodes import FoundNodes
+from jqcow.salvage.guest.btrfs_places import claims, settle
+from jqcow.salvage.guest.btrfs_trees import LiveNodes, Reader, Trees
+from jqcow.salvage.guest.signs import Sighting, Sign, sightings
+
+SUPERBLOCK_SIGN = Sign(MAGIC, MAGIC_OFFSET, SUPERBLOCK_BYTES)
+SUPERBLOCK_WITNESS = "btrfs superblock"
+
+
+@dataclass(frozen=True)
+class FoundSuperblock:
+    """A superblock among the orphans."""
+
+    superblock: Superblock
+    sighting: Sighting
+
+
+@dataclass(frozen=True)
+class Extent:
+    """An extent of a file or a node, as the extent tree has it."""
+
+    bytenr: int
+    length: int
+    generation: int
+    is_node: bool
+
+
+@dataclass
+class _Known:
+    """What the orphans said when they were read."""
+
+    found: FoundNodes
+    live: LiveNodes
+    placements: list[Placement] = field(default_factory=list)
+
+
+class Btrfs:
+    """A btrfs in a volume."""
+
+    def __init__(
+        self, volume: Volume, superblock: Superblock, copies: list[FoundSuperblock], certainty: Certainty
+    ) -> None:
+        self._volume = volume
+        self._superblock = superblock
+        self._copies = copies
+        self._certainty = certainty
+        self._reader = Reader(superblock, volume.offset)
+        self._known: _Known | None = None
+
+    @property
+    def name(self) -> str:
+        """Return what it is and where."""
+        return f"btrfs in {self._volume.name}"
+
+    def place(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
+        """Yield the orphans that hold a superblock or nodes, as far as these say where they belong."""
+        if self._known is None:
+            found = FoundNodes(self._superblock)
+            found.scan(orphans, self._volume.offset)
+            self._known = self._learn(disk, orphans, found)
+        elif self._known.live.missing:
+            self._known = self._learn(disk, orphans, self._known.found)
+        yield from self._known.placements
+
+    def _learn(self, disk: PlacedDisk, orphans: Orphans, found: FoundNodes) -> _Known:
+        live = LiveNodes(self._superblock, self._reader, found)
+        live.follow(disk)
+        cluster_bytes = orphans.cluster_bytes
+        claimed = claims(found, live, self._superblock, self._volume.offset, cluster_bytes)
+        placements = [] if self._known is None else self._known.placements
+        taken = {placement.guest_offset for placement in placements}
+        hosts = {placement.host_offset for placement in placements}
+        fresh = [
+            *self._place_superblocks(disk, orphans),
+            *settle(claimed, found, disk, cluster_bytes, self._certainty),
+        ]
+        placements += [new for new in fresh if new.guest_offset not in taken and new.host_offset not in hosts]
+        return _Known(found, live, placements)
+
+    def _place_superblocks(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
+        cluster_bytes = orphans.cluster_bytes
+        newest: dict[int, FoundSuperblock] = {}
+        for copy in self._copies:
+            bytenr = copy.superblock.bytenr
+            if bytenr not in newest or newest[bytenr].superblock.generation < copy.superblock.generation:
+                newest[bytenr] = copy
+        for bytenr, copy in newest.items():
+            first = self._volume.offset + bytenr - copy.sighting.start
+            count = -(-(copy.sighting.start + SUPERBLOCK_BYTES) // cluster_bytes)
+            if first < 0 or first % cluster_bytes:
+                continue
+            for index, host in enumerate(copy.sighting.clusters[:count]):
+                place = first + index * cluster_bytes
+                if disk.read(place, 1) is None:
+                    yield Placement(place, host, cluster_bytes, self._certainty, SUPERBLOCK_WITNESS)
+
+    def _trees(self, disk: PlacedDisk) -> tuple[Trees, LiveNodes]:
+        if self._known is None:
+            live = LiveNodes(self._superblock, self._reader, FoundNodes(self._superblock))
+            live.follow(disk)
+        else:
+            live = self._known.live
+        return Trees(self._superblock, self._reader, live.chunks, disk), live
+
+    def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield what files have; then the rest of extents that files have in part; then nodes."""
+        trees, live = self._trees(disk)
+        clock = Clock(live.clock)
+        walk = FileWalk(self._superblock, trees)
+        for part in walk.ranges():
+            written = (clock.time_ns(part.generation), part.number, part.offset)
+            for place in self._guest_places(live.chunks, part.bytenr, part.length):
+                yield FilePiece(place, part.length, part.valid_bytes, written, part.is_data)
+        nodes = dict(live.generations)
+        for extent in self._extents(trees):
+            if extent is None:
+                continue
+            if extent.is_node:
+                nodes[extent.bytenr] = extent.generation
+                continue
+            written = (clock.time_ns(extent.generation), 0, extent.bytenr)
+            for bytenr, length in walk.rest(extent.bytenr, extent.length):
+                for place in self._guest_places(live.chunks, bytenr, length):
+                    yield FilePiece(place, length, length, written, False)
+        node_bytes = self._superblock.node_bytes
+        for bytenr, generation in nodes.items():
+            written = (clock.time_ns(generation), 0, bytenr)
+            for place in self._guest_places(live.chunks, bytenr, node_bytes):
+                yield FilePiece(place, node_bytes, node_bytes, written, False)
+        latest_ns = clock.time_ns(self._superblock.generation)
+        for place in SUPERBLOCK_PLACES:
+            if place + SUPERBLOCK_BYTES <= self._superblock.device_bytes:
+                start = self._volume.offset + place
+                yield FilePiece(start, SUPERBLOCK_BYTES, SUPERBLOCK_BYTES, (latest_ns, 0, place), False)
+
+    def _guest_places(self, chunks: ChunkMap, bytenr: int, length: int) -> list[int]:
+        return [self._volume.offset + place for place in chunks.places(bytenr, length)]
+
+    def _extents(self, trees: Trees) -> Iterator[Extent | None]:
+        """Yield what is allocated, in ascending order; None where a part of the extent tree is not placed."""
+        top = next((root for key, root in trees.roots() if key.objectid == EXTENT_TREE), None)
+        if top is None:
+            yield None
+            return
+        for leaf in trees.leaves(top.bytenr, top.generation):
+            if leaf is None:
+                yield None
+                continue
+            for key, data in leaf.items(EXTENT_ITEM, METADATA_ITEM):
+                if len(data) < EXTENT_STRUCT.size:
+                    continue
+                generation, flags = EXTENT_STRUCT.unpack_from(data)
+                is_small = key.type == METADATA_ITEM
+                length = self._superblock.node_bytes if is_small else key.offset
+                yield Extent(key.objectid, length, generation, is_small or bool(flags & EXTENT_OF_TREE))
+
+    def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
+        """Yield what is in no chunk, and what the extent tree has free between two extents."""
+        trees, live = self._trees(disk)
+        if not live.sure_chunks:
+            return
+        for start, length in live.chunks.outside(self._superblock.device_bytes):
+            yield self._volume.offset + start, length
+        end: int | None = 0
+        for extent in self._extents(trees):
+            if extent is None:
+                end = None
+                continue
+            if end is not None and end < extent.bytenr:
+                yield from self._free_in_chunks(live.chunks, end, extent.bytenr)
+            end = max(end or 0, extent.bytenr + extent.length)
+        if end is not None:
+            yield from self._free_in_chunks(live.chunks, end, 1 << 64)
+
+    def _free_in_chunks(self, chunks: ChunkMap, start: int, end: int) -> Iterator[tuple[int, int]]:
+        kept = [(place, SUPERBLOCK_BYTES) for place in SUPERBLOCK_PLACES]
+        for chunk in chunks.between(start, end):
+            first = max(start, chunk.logical)
+            length = min(end, chunk.logical + chunk.length) - first
+            for place in chunks.places(first, length):
+                for offset, rest in gaps(kept, place, place + length):
+                    yield self._volume.offset + offset, rest
+
+    def sums(self, disk: PlacedDisk) -> Iterator[BlockSum]:
+        """Yield the checksums of file data; none of what is not placed, or no more in use."""
+        trees, live = self._trees(disk)
+        if not live.sure_chunks:
+            return
+        sector_bytes = self._superblock.sector_bytes
+        for key, root in trees.roots():
+            if key.objectid not in (CHECKSUM_TREE, LOG_TREE):
+                continue
+            for leaf in trees.leaves(root.bytenr, root.generation):
+                if leaf is None:
+                    continue
+                for item, data in leaf.items(EXTENT_CHECKSUM):
+                    if item.objectid != CHECKSUMS:
+                        continue
+                    whole = len(data) - len(data) % CRC_STRUCT.size
+                    for index, (crc,) in enumerate(CRC_STRUCT.iter_unpack(data[:whole])):
+                        bytenr = item.offset + index * sector_bytes
+                        for place in self._guest_places(live.chunks, bytenr, sector_bytes):
+                            yield BlockSum(place, sector_bytes, crc)
+
+
+def find(volumes: list[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[GuestStructure]:
+    """Yield every btrfs of which a superblock is in a volume, or among the orphans."""
+    copies: dict[bytes, list[FoundSuperblock]] = {}
+    for sighting in sightings(orphans, SUPERBLOCK_SIGN):
+        superblock = Superblock.unpack(sighting.read(orphans, 0, SUPERBLOCK_BYTES))
+        if superblock is not None:
+            copies.setdefault(superblock.fsid, []).append(FoundSuperblock(superblock, sighting))
+    for volume in volumes:
+        placed = _on_disk(volume, disk)
+        if placed is not None:
+            own = copies.get(placed.fsid, [])
+            yield Btrfs(volume, _newest([placed, *(copy.superblock for copy in own)]), own, volume.certainty)
+            continue
+        fitting = [own for own in copies.values() if _fits(own, volume)]
+        for own in fitting:
+            newest = _newest([copy.superblock for copy in own])
+            yield Btrfs(volume, newest, own, _certainty(volume, newest, volumes, len(fitting)))
+
+
+def _on_disk(volume: Volume, disk: PlacedDisk) -> Superblock | None:
+    found = []
+    for place in SUPERBLOCK_PLACES:
+        data = disk.read(volume.offset + place, SUPERBLOCK_BYTES)
+        superblock = None if data is None else Superblock.unpack(data)
+        if superblock is not None and superblock.bytenr == place:
+            found.append(superblock)
+    return _newest(found) if found else None
+
+
+def _newest(superblocks: list[Superblock]) -> Superblock:
+    return max(superblocks, key=lambda superblock: superblock.generation)
+
+
+def _fits(copies: list[FoundSuperblock], volume: Volume) -> bool:
+    device_bytes = _newest([copy.superblock for copy in copies]).device_bytes
+    return not volume.length or device_bytes <= volume.length
+
+
+def _certainty(volume: Volume, superblock: Superblock, volumes: list[Volume], rivals: int) -> Certainty:
+    """Return how surely a superblock among the orphans belongs to a volume: for sure only by its length.
+
+    A file of the guest may hold the image of another disk; but that is shorter than the disk itself.
+    """
+
+    def is_filled(other: Volume) -> bool:
+        return 0 <= other.length - superblock.device_bytes < superblock.sector_bytes
+
+    if rivals > 1 or sum(map(is_filled, volumes)) > 1:
+        return Certainty.GUESS
+    return min(volume.certainty, Certainty.CERTAIN if is_filled(volume) else Certainty.LIKELY)

@@ -1,0 +1,149 @@
+"""Which orphans belong where, by the nodes of btrfs that they hold.
+
+C1. A place is certain where a node says so that the trees lead to now. A node that they do not lead to any
+    more says where it lay by the chunks of its time: its place is certain only if it is not older than a node
+    of the same chunk that the trees do lead to. That one was never moved, so the chunk was there since then.
+C2. Nodes in one orphan that are both sure and contradict each other make nothing certain.
+C3. Several orphans for one place are certain where their content is the same, or where one has newer nodes
+    than all others: what was copied on write has all that the older copy has, and more.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jqcow.salvage.evidence import Certainty, PlacedDisk, Placement
+from jqcow.salvage.guest.btrfs_layout import Superblock
+from jqcow.salvage.guest.btrfs_nodes import FoundNode, FoundNodes
+from jqcow.salvage.guest.btrfs_trees import LiveNodes
+
+STALE, KNOWN, LIVE = 1, 2, 3
+"""What a node says: where it once was; where it was, in a chunk that is still there; where it is."""
+
+WITNESS = "btrfs tree node"
+PROBE_BYTES = 512
+
+
+@dataclass
+class Claim:
+    """Where one orphan belongs, as its nodes say.
+
+    Attributes:
+        rank: of the surest of its nodes.
+        places: guest offsets that all nodes of this rank agree on: two, where nodes are kept twice.
+        generation: of the newest node that is at least KNOWN.
+    """
+
+    rank: int
+    places: tuple[int, ...]
+    generation: int
+
+    def add(self, rank: int, places: tuple[int, ...], generation: int) -> None:
+        """Take what another node says."""
+        if rank > self.rank:
+            self.rank, self.places = rank, places
+        elif rank == self.rank:
+            self.places = tuple(place for place in self.places if place in places)
+        if rank >= KNOWN:
+            self.generation = max(self.generation, generation)
+
+
+def claims(
+    found: FoundNodes, live: LiveNodes, superblock: Superblock, volume_offset: int, cluster_bytes: int
+) -> dict[int, Claim]:
+    """Return what the nodes say of each orphan that holds any."""
+    since = _since(live)
+    result: dict[int, Claim] = {}
+    for bytenr, nodes in found.by_address.items():
+        chunk = live.chunks.find(bytenr, superblock.node_bytes)
+        if chunk is None:
+            continue
+        physical = live.chunks.places(bytenr, superblock.node_bytes)
+        for node in nodes:
+            rank = _rank(node, live.generations.get(bytenr), since.get(chunk.logical))
+            if not live.sure_chunks:
+                rank = STALE
+            starts = [volume_offset + place - node.start for place in physical]
+            firsts = tuple(start for start in starts if start >= 0 and start % cluster_bytes == 0)
+            if not firsts:
+                continue
+            for index, host in enumerate(node.clusters):
+                places = tuple(first + index * cluster_bytes for first in firsts)
+                generation = node.generation if rank >= KNOWN else 0
+                if host in result:
+                    result[host].add(rank, places, generation)
+                else:
+                    result[host] = Claim(rank, places, generation)
+    return result
+
+
+def _since(live: LiveNodes) -> dict[int, int]:
+    """Return of which generation the oldest live node of each chunk is."""
+    since: dict[int, int] = {}
+    for bytenr, generation in live.generations.items():
+        chunk = live.chunks.find(bytenr)
+        if chunk is not None:
+            since[chunk.logical] = min(generation, since.get(chunk.logical, generation))
+    return since
+
+
+def _rank(node: FoundNode, live_generation: int | None, since: int | None) -> int:
+    if node.generation == live_generation:
+        return LIVE
+    return KNOWN if since is not None and node.generation >= since else STALE
+
+
+def settle(
+    claimed: dict[int, Claim], found: FoundNodes, disk: PlacedDisk, cluster_bytes: int, limit: Certainty
+) -> Iterator[Placement]:
+    """Yield who gets which place.
+
+    Args:
+        claimed: by host offset.
+        found: for the content of orphans.
+        disk: where places may be taken already.
+        cluster_bytes: of host and guest.
+        limit: nothing is surer.
+    """
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for host in sorted(claimed):
+        places = claimed[host].places
+        if places:
+            groups[places].append(host)
+    taken: set[int] = set()
+    for places in sorted(groups, key=len):
+        free = [place for place in places if place not in taken and _is_open(disk, place)]
+        if not free:
+            continue
+        for place, host, certainty in _share_out(groups[places], free, claimed, found, cluster_bytes):
+            taken.add(place)
+            yield Placement(place, host, cluster_bytes, min(certainty, limit), WITNESS)
+
+
+def _is_open(disk: PlacedDisk, place: int) -> bool:
+    return disk.read(place, PROBE_BYTES) is None
+
+
+def _share_out(
+    hosts: list[int], free: list[int], claimed: dict[int, Claim], found: FoundNodes, cluster_bytes: int
+) -> Iterator[tuple[int, int, Certainty]]:
+    """Yield (place, host offset, certainty) for orphans that all claim the same places (C3)."""
+
+    def newest(host: int) -> tuple[int, int]:
+        return claimed[host].rank, claimed[host].generation
+
+    best = max(map(newest, hosts))
+    first = next(host for host in hosts if newest(host) == best)
+    equal = [host for host in hosts if newest(host) == best]
+    same = [host for host in hosts if found.digests[host] == found.digests[first]]
+    agree = all(found.digests[host] == found.digests[first] for host in equal)
+    whole = found.covered_bytes[first] >= cluster_bytes
+    if agree:
+        sure = claimed[first].rank >= KNOWN and (len(same) >= len(free) or whole)
+        for place, host in zip(free, same, strict=False):
+            yield place, host, Certainty.CERTAIN if sure else Certainty.LIKELY
+    else:
+        for place, host in zip(free, equal, strict=False):
+            yield place, host, Certainty.LIKELY
