@@ -7,7 +7,7 @@ with zones or with other checksums than CRC-32C is not recognised.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jqcow.salvage.evidence import (
     BlockSum,
@@ -39,7 +39,7 @@ from jqcow.salvage.guest.btrfs_layout import (
     Superblock,
 )
 from jqcow.salvage.guest.btrfs_nodes import FoundNodes
-from jqcow.salvage.guest.btrfs_places import claims, settle
+from jqcow.salvage.guest.btrfs_places import settle
 from jqcow.salvage.guest.btrfs_trees import LiveNodes, Reader, Trees
 from jqcow.salvage.guest.signs import Sighting, Sign, sightings
 
@@ -77,13 +77,10 @@ class _Known:
 class Btrfs:
     """A btrfs in a volume."""
 
-    def __init__(
-        self, volume: Volume, superblock: Superblock, copies: list[FoundSuperblock], certainty: Certainty
-    ) -> None:
+    def __init__(self, volume: Volume, superblock: Superblock, copies: list[FoundSuperblock]) -> None:
         self._volume = volume
         self._superblock = superblock
         self._copies = copies
-        self._certainty = certainty
         self._reader = Reader(superblock, volume.offset)
         self._known: _Known | None = None
 
@@ -106,13 +103,12 @@ class Btrfs:
         live = LiveNodes(self._superblock, self._reader, found)
         live.follow(disk)
         cluster_bytes = orphans.cluster_bytes
-        claimed = claims(found, live, self._superblock, self._volume.offset, cluster_bytes)
         placements = [] if self._known is None else self._known.placements
         taken = {placement.guest_offset for placement in placements}
         hosts = {placement.host_offset for placement in placements}
         fresh = [
             *self._place_superblocks(disk, orphans),
-            *settle(claimed, found, disk, cluster_bytes, self._certainty),
+            *settle(found, live, self._superblock, self._volume, disk, cluster_bytes),
         ]
         placements += [new for new in fresh if new.guest_offset not in taken and new.host_offset not in hosts]
         return _Known(found, live, placements)
@@ -132,7 +128,7 @@ class Btrfs:
             for index, host in enumerate(copy.sighting.clusters[:count]):
                 place = first + index * cluster_bytes
                 if disk.read(place, 1) is None:
-                    yield Placement(place, host, cluster_bytes, self._certainty, SUPERBLOCK_WITNESS)
+                    yield Placement(place, host, cluster_bytes, self._volume.certainty, SUPERBLOCK_WITNESS)
 
     def _trees(self, disk: PlacedDisk) -> tuple[Trees, LiveNodes]:
         if self._known is None:
@@ -254,12 +250,13 @@ def find(volumes: list[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[
         placed = _on_disk(volume, disk)
         if placed is not None:
             own = copies.get(placed.fsid, [])
-            yield Btrfs(volume, _newest([placed, *(copy.superblock for copy in own)]), own, volume.certainty)
+            yield Btrfs(volume, _newest([placed, *(copy.superblock for copy in own)]), own)
             continue
         fitting = [own for own in copies.values() if _fits(own, volume)]
         for own in fitting:
             newest = _newest([copy.superblock for copy in own])
-            yield Btrfs(volume, newest, own, _certainty(volume, newest, volumes, len(fitting)))
+            certainty = _certainty(volume, newest, volumes, len(fitting))
+            yield Btrfs(replace(volume, certainty=certainty), newest, own)
 
 
 def _on_disk(volume: Volume, disk: PlacedDisk) -> Superblock | None:

@@ -6,6 +6,8 @@ C1. A place is certain where a node says so that the trees lead to now. A node t
 C2. Nodes in one orphan that are both sure and contradict each other make nothing certain.
 C3. Several orphans for one place are certain where their content is the same, or where one has newer nodes
     than all others: what was copied on write has all that the older copy has, and more.
+C4. Where nodes are kept twice, two orphans may have the same nodes and differ in the rest. Then it is not
+    known which is which, but a live node is right in either place.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jqcow.salvage.evidence import Certainty, PlacedDisk, Placement
+from jqcow.salvage.evidence import Certainty, PlacedDisk, Placement, Volume
 from jqcow.salvage.guest.btrfs_layout import Superblock
 from jqcow.salvage.guest.btrfs_nodes import FoundNode, FoundNodes
 from jqcow.salvage.guest.btrfs_trees import LiveNodes
@@ -96,23 +98,32 @@ def _rank(node: FoundNode, live_generation: int | None, since: int | None) -> in
 
 
 def settle(
-    claimed: dict[int, Claim], found: FoundNodes, disk: PlacedDisk, cluster_bytes: int, limit: Certainty
+    found: FoundNodes,
+    live: LiveNodes,
+    superblock: Superblock,
+    volume: Volume,
+    disk: PlacedDisk,
+    cluster_bytes: int,
 ) -> Iterator[Placement]:
     """Yield who gets which place.
 
     Args:
-        claimed: by host offset.
-        found: for the content of orphans.
+        found: the nodes among the orphans.
+        live: those that the trees lead to.
+        superblock: of the file system.
+        volume: that the file system is in; nothing is surer than that.
         disk: where places may be taken already.
         cluster_bytes: of host and guest.
-        limit: nothing is surer.
     """
+    claimed = claims(found, live, superblock, volume.offset, cluster_bytes)
+    limit = volume.certainty
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for host in sorted(claimed):
         places = claimed[host].places
         if places:
             groups[places].append(host)
     taken: set[int] = set()
+    unsure: dict[int, int] = {}
     for places in sorted(groups, key=len):
         free = [place for place in places if place not in taken and _is_open(disk, place)]
         if not free:
@@ -120,6 +131,11 @@ def settle(
         for place, host, certainty in _share_out(groups[places], free, claimed, found, cluster_bytes):
             taken.add(place)
             yield Placement(place, host, cluster_bytes, min(certainty, limit), WITNESS)
+            if certainty < Certainty.CERTAIN and len(places) > 1 and claimed[host].rank == LIVE:
+                unsure[host] = place
+    node_bytes = superblock.node_bytes
+    for place, host in _nodes_alone(unsure, found, live, node_bytes):
+        yield Placement(place, host, node_bytes, limit, WITNESS)
 
 
 def _is_open(disk: PlacedDisk, place: int) -> bool:
@@ -135,15 +151,25 @@ def _share_out(
         return claimed[host].rank, claimed[host].generation
 
     best = max(map(newest, hosts))
-    first = next(host for host in hosts if newest(host) == best)
     equal = [host for host in hosts if newest(host) == best]
-    same = [host for host in hosts if found.digests[host] == found.digests[first]]
-    agree = all(found.digests[host] == found.digests[first] for host in equal)
-    whole = found.covered_bytes[first] >= cluster_bytes
-    if agree:
-        sure = claimed[first].rank >= KNOWN and (len(same) >= len(free) or whole)
-        for place, host in zip(free, same, strict=False):
-            yield place, host, Certainty.CERTAIN if sure else Certainty.LIKELY
-    else:
+    first = equal[0]
+    if any(found.digests[host] != found.digests[first] for host in equal):
         for place, host in zip(free, equal, strict=False):
             yield place, host, Certainty.LIKELY
+        return
+    same = [host for host in hosts if found.digests[host] == found.digests[first]]
+    whole = found.covered_bytes[first] >= cluster_bytes
+    sure = claimed[first].rank >= KNOWN and (len(same) >= len(free) or whole)
+    for place, host in zip(free, same, strict=False):
+        yield place, host, Certainty.CERTAIN if sure else Certainty.LIKELY
+
+
+def _nodes_alone(
+    unsure: dict[int, int], found: FoundNodes, live: LiveNodes, node_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """Yield (guest offset, host offset) of live nodes in orphans that are unsure (C4)."""
+    for bytenr, generation in live.generations.items() if unsure else ():
+        for node in found.by_address.get(bytenr, ()):
+            place = unsure.get(node.clusters[0])
+            if place is not None and node.generation == generation and len(node.clusters) == 1:
+                yield place + node.start, node.clusters[0] + node.start

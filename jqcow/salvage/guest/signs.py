@@ -57,6 +57,10 @@ class Sighting:
         position -= first * cluster_bytes
         return data[position : position + length]
 
+    def moved(self, distance: int) -> Sighting:
+        """Return the same with another begin, so far from it; it may be before the first orphan."""
+        return Sighting(self.clusters, self.start + distance)
+
 
 def windows(orphans: Orphans, reach_bytes: int) -> Iterator[tuple[tuple[int, ...], list[bytes]]]:
     """Yield the offset and the content of every orphan, with those that follow it.
