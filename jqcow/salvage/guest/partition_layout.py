@@ -9,7 +9,7 @@ An entry, all zeros where it is not used::
 
     Byte        0:   status: 0x80 is bootable, else 0
                 4:   type: 0x05, 0x0f and 0x85 are extended partitions, 0xee protects a GPT
-           8 - 11:   start, in sectors; in an EBR from the EBR or, of the next EBR, from the extended partition
+           8 - 11:   start, in sectors; in an EBR from there or, of the next EBR, from the extended partition
           12 - 15:   length in sectors
 
 A GPT header, at the begin of its sector (UEFI specification)::

@@ -32,8 +32,8 @@ def length_bytes(page: bytes) -> int:
         return 0
     for header in HEADER_STRUCTS:
         version, last_page, bad_pages = header.unpack_from(page, HEADER_OFFSET)
-        if version == VERSION and 0 < last_page and bad_pages <= last_page:
-            return (last_page + 1) * len(page)
+        if version == VERSION and last_page > 0 and bad_pages <= last_page:
+            return (int(last_page) + 1) * len(page)
     return 0
 
 
