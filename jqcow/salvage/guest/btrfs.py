@@ -240,23 +240,25 @@ class Btrfs:
 
 
 def find(volumes: list[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[GuestStructure]:
-    """Yield every btrfs of which a superblock is in a volume, or among the orphans."""
+    """Yield every btrfs of which a superblock is in a volume, or among the orphans.
+
+    A superblock does not say where its volume begins, only how long it is: see `_assign`.
+    """
     copies: dict[bytes, list[FoundSuperblock]] = {}
     for sighting in sightings(orphans, SUPERBLOCK_SIGN):
         superblock = Superblock.unpack(sighting.read(orphans, 0, SUPERBLOCK_BYTES))
         if superblock is not None:
             copies.setdefault(superblock.fsid, []).append(FoundSuperblock(superblock, sighting))
+    open_volumes = []
     for volume in volumes:
         placed = _on_disk(volume, disk)
-        if placed is not None:
-            own = copies.get(placed.fsid, [])
+        if placed is None:
+            open_volumes.append(volume)
+        else:
+            own = copies.pop(placed.fsid, [])
             yield Btrfs(volume, _newest([placed, *(copy.superblock for copy in own)]), own)
-            continue
-        fitting = [own for own in copies.values() if _fits(own, volume)]
-        for own in fitting:
-            newest = _newest([copy.superblock for copy in own])
-            certainty = _certainty(volume, newest, volumes, len(fitting))
-            yield Btrfs(replace(volume, certainty=certainty), newest, own)
+    for volume, own in _assign(open_volumes, list(copies.values()), orphans.cluster_bytes):
+        yield Btrfs(volume, _newest([copy.superblock for copy in own]), own)
 
 
 def _on_disk(volume: Volume, disk: PlacedDisk) -> Superblock | None:
@@ -273,20 +275,37 @@ def _newest(superblocks: list[Superblock]) -> Superblock:
     return max(superblocks, key=lambda superblock: superblock.generation)
 
 
-def _fits(copies: list[FoundSuperblock], volume: Volume) -> bool:
-    device_bytes = _newest([copy.superblock for copy in copies]).device_bytes
-    return not volume.length or device_bytes <= volume.length
+def _assign(
+    volumes: list[Volume], systems: list[list[FoundSuperblock]], cluster_bytes: int
+) -> Iterator[tuple[Volume, list[FoundSuperblock]]]:
+    """Yield which of the superblocks among the orphans belong to which volume, and how surely.
 
-
-def _certainty(volume: Volume, superblock: Superblock, volumes: list[Volume], rivals: int) -> Certainty:
-    """Return how surely a superblock among the orphans belongs to a volume: for sure only by its length.
-
-    A file of the guest may hold the image of another disk; but that is shorter than the disk itself.
+    For sure only those that fill a volume, if no others do and they fill no other: a file of the guest may
+    hold the image of another disk, but that is shorter than the disk itself. Several that fill volumes of
+    one length are taken in the order of the file; a single one that is left goes to a volume that is left.
     """
+    filled = [[volume for volume in volumes if _fits(own, volume, cluster_bytes, True)] for own in systems]
+    taken: set[Volume] = set()
+    rest = []
+    for own, mine in zip(systems, filled, strict=True):
+        rivals = [other for other in filled if set(other) & set(mine)]
+        free = [volume for volume in mine if volume not in taken]
+        if free:
+            sure = len(rivals) == 1 and len(mine) == 1
+            taken.add(free[0])
+            yield (free[0] if sure else replace(free[0], certainty=Certainty.GUESS)), own
+        elif not mine:
+            rest.append(own)
+    left = [volume for volume in volumes if volume not in taken]
+    if len(rest) == 1 and len(left) == 1 and _fits(rest[0], left[0], cluster_bytes, False):
+        yield replace(left[0], certainty=min(left[0].certainty, Certainty.LIKELY)), rest[0]
 
-    def is_filled(other: Volume) -> bool:
-        return 0 <= other.length - superblock.device_bytes < superblock.sector_bytes
 
-    if rivals > 1 or sum(map(is_filled, volumes)) > 1:
-        return Certainty.GUESS
-    return min(volume.certainty, Certainty.CERTAIN if is_filled(volume) else Certainty.LIKELY)
+def _fits(own: list[FoundSuperblock], volume: Volume, cluster_bytes: int, fills: bool) -> bool:
+    """Return True if a file system may be in a volume, and also fills it if that is asked."""
+    newest = _newest([copy.superblock for copy in own])
+    starts = (volume.offset + copy.superblock.bytenr - copy.sighting.start for copy in own)
+    if not any(start >= 0 and start % cluster_bytes == 0 for start in starts):
+        return False
+    rest_bytes = volume.length - newest.device_bytes
+    return 0 <= rest_bytes < newest.sector_bytes if fills else rest_bytes >= 0 or not volume.length

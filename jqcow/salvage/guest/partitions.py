@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jqcow.salvage.evidence import Certainty, Orphans, PlacedDisk, Volume
 from jqcow.salvage.guest.opaque import Opaque, Part
@@ -86,8 +86,7 @@ def _gpt_on_disk(disk: PlacedDisk, orphans: Orphans) -> PartitionTable | None:
             header = None if data is None else GptHeader.unpack(data)
             if header is None or header.lba * sector_bytes != place:
                 continue
-            entries = disk.read(header.entries_lba * sector_bytes, header.entries_length)
-            seen = _SeenHeader(header, sector_bytes, entries or b"", None)
+            seen = _SeenHeader(header, sector_bytes, _entries_on_disk(header, sector_bytes, disk), None)
             others = [
                 other
                 for other in _seen_headers(orphans)
@@ -95,6 +94,14 @@ def _gpt_on_disk(disk: PlacedDisk, orphans: Orphans) -> PartitionTable | None:
             ]
             return _gpt([seen, *others], Certainty.CERTAIN)
     return None
+
+
+def _entries_on_disk(header: GptHeader, sector_bytes: int, disk: PlacedDisk) -> bytes:
+    """Return the entries; zeros where they are not placed, as most are: their checksum tells."""
+    start = header.entries_lba * sector_bytes
+    places = range(start, start + header.entries_length, SECTOR_BYTES)
+    sectors = (disk.read(place, SECTOR_BYTES) or bytes(SECTOR_BYTES) for place in places)
+    return b"".join(sectors)[: header.entries_length]
 
 
 def _gpt_among(disk: PlacedDisk, orphans: Orphans) -> PartitionTable | None:
@@ -203,42 +210,63 @@ def _volume(start_sector: int, sector_count: int, name: str, certainty: Certaint
 def _logical_partitions(
     disk: PlacedDisk, orphans: Orphans, extended: BootEntry, certainty: Certainty
 ) -> tuple[list[Volume], list[Part]]:
-    """Follow the chain of boot records in an extended partition, as far as it can be told."""
+    """Follow the chain of boot records in an extended partition, as far as it can be told.
+
+    Records among the orphans are sure where the chain goes through to the extended partition's end: each
+    record then agrees with the place of the next one, and the last with the end (G1).
+    """
     volumes: list[Volume] = []
     parts: list[Part] = []
     sector = extended.start_sector
+    is_tight = True
     for number in range(5, 5 + LOGICAL_MAX):
-        entries, part = _logical_record(disk, orphans, sector, extended, certainty)
+        entries, part = _logical_record(disk, orphans, sector, extended)
         if part is None:
+            is_tight = False
             break
         parts.append(part)
-        certainty = min(certainty, part.certainty)
-        own = [entry for entry in entries if not entry.is_extended]
+        is_tight = is_tight and _gap_bytes(entries, sector, extended) <= END_SLACK_BYTES
+        for entry in entries:
+            if not entry.is_extended:
+                start = sector + entry.start_sector
+                volumes.append(_volume(start, entry.sector_count, f"partition {number}", Certainty.CERTAIN))
         after = [entry for entry in entries if entry.is_extended]
-        if own:
-            start = sector + own[0].start_sector
-            volumes.append(_volume(start, own[0].sector_count, f"partition {number}", certainty))
-        if not after or extended.start_sector + after[0].start_sector <= sector:
+        if not after:
             break
         sector = extended.start_sector + after[0].start_sector
-    return volumes, parts
+    if not is_tight and any(part.sighting is not None for part in parts):
+        certainty = min(certainty, Certainty.LIKELY)
+    return (
+        [replace(volume, certainty=certainty) for volume in volumes],
+        [replace(part, certainty=certainty) for part in parts],
+    )
 
 
 def _logical_record(
-    disk: PlacedDisk, orphans: Orphans, sector: int, extended: BootEntry, certainty: Certainty
+    disk: PlacedDisk, orphans: Orphans, sector: int, extended: BootEntry
 ) -> tuple[tuple[BootEntry, ...], Part | None]:
     place = sector * SECTOR_BYTES
+    part = Part(place, SECTOR_BYTES, None, Certainty.CERTAIN)
     data = disk.read(place, SECTOR_BYTES)
     if data is not None:
         entries = _logical_entries(data, sector, extended)
-        return entries, Part(place, SECTOR_BYTES, None, certainty) if entries else None
+        return entries, part if entries else None
     found = []
     for sighting in sightings(orphans, BOOT_SIGN):
         if (place - sighting.start) % orphans.cluster_bytes == 0 and sighting.start <= place:
             entries = _logical_entries(sighting.read(orphans, 0, SECTOR_BYTES), sector, extended)
             if entries:
-                found.append((entries, Part(place, SECTOR_BYTES, sighting, Certainty.LIKELY)))
-    return found[0] if len(found) == 1 else ((), None)
+                found.append((entries, replace(part, sighting=sighting)))
+    tight = [fit for fit in found if _gap_bytes(fit[0], sector, extended) <= END_SLACK_BYTES]
+    fitting = found if len(found) == 1 else tight
+    return fitting[0] if len(fitting) == 1 else ((), None)
+
+
+def _gap_bytes(entries: tuple[BootEntry, ...], sector: int, extended: BootEntry) -> int:
+    """Return what lies between a logical partition and the next record, or the end of all."""
+    ends = [sector + entry.end_sector for entry in entries if not entry.is_extended]
+    nexts = [extended.start_sector + entry.start_sector for entry in entries if entry.is_extended]
+    return ([*nexts, extended.end_sector][0] - max(ends, default=sector)) * SECTOR_BYTES
 
 
 def _logical_entries(data: bytes, sector: int, extended: BootEntry) -> tuple[BootEntry, ...]:
