@@ -121,6 +121,8 @@ class Btrfs:
             if bytenr not in newest or newest[bytenr].superblock.generation < copy.superblock.generation:
                 newest[bytenr] = copy
         for bytenr, copy in newest.items():
+            is_newest = copy.superblock.generation == self._superblock.generation
+            certainty = self._volume.certainty if is_newest else Certainty.GUESS
             first = self._volume.offset + bytenr - copy.sighting.start
             count = -(-(copy.sighting.start + SUPERBLOCK_BYTES) // cluster_bytes)
             if first < 0 or first % cluster_bytes:
@@ -128,7 +130,7 @@ class Btrfs:
             for index, host in enumerate(copy.sighting.clusters[:count]):
                 place = first + index * cluster_bytes
                 if disk.read(place, 1) is None:
-                    yield Placement(place, host, cluster_bytes, self._volume.certainty, SUPERBLOCK_WITNESS)
+                    yield Placement(place, host, cluster_bytes, certainty, SUPERBLOCK_WITNESS)
 
     def _trees(self, disk: PlacedDisk) -> tuple[Trees, LiveNodes]:
         if self._known is None:
@@ -191,12 +193,17 @@ class Btrfs:
                 yield Extent(key.objectid, length, generation, is_small or bool(flags & EXTENT_OF_TREE))
 
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
-        """Yield what is in no chunk, and what the extent tree has free between two extents."""
+        """Yield what is in no chunk, and what the extent tree has free between two extents.
+
+        After a crash what the tree of logs has is not in the extent tree yet: then the latter tells nothing.
+        """
         trees, live = self._trees(disk)
         if not live.sure_chunks:
             return
         for start, length in live.chunks.outside(self._superblock.device_bytes):
             yield self._volume.offset + start, length
+        if self._superblock.log_root:
+            return
         end: int | None = 0
         for extent in self._extents(trees):
             if extent is None:

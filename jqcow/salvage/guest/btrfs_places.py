@@ -1,13 +1,14 @@
 """Which orphans belong where, by the nodes of btrfs that they hold.
 
-C1. A place is certain where a node says so that the trees lead to now. A node that they do not lead to any
-    more says where it lay by the chunks of its time: its place is certain only if it is not older than a node
-    of the same chunk that the trees do lead to. That one was never moved, so the chunk was there since then.
-C2. Nodes in one orphan that are both sure and contradict each other make nothing certain.
+C1. A place is certain where a node says so that the trees lead to now, and where the orphan has all such
+    nodes that are to be there. A node that the trees do not lead to any more says where it lay by the chunks
+    of its time: its place is likely, also because the guest may have discarded it since. It is likelier if it
+    is not older than a live node of the same chunk: that was never moved, so the chunk was there since then.
+C2. Nodes in one orphan that are both live and contradict each other make nothing certain.
 C3. Several orphans for one place are certain where their content is the same, or where one has newer nodes
     than all others: what was copied on write has all that the older copy has, and more.
 C4. Where nodes are kept twice, two orphans may have the same nodes and differ in the rest. Then it is not
-    known which is which, but a live node is right in either place.
+    known which is which, but a live node is right in either place; so it is in an orphan that lacks others.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class Claim:
         rank: of the surest of its nodes.
         places: guest offsets that all nodes of this rank agree on: two, where nodes are kept twice.
         generation: of the newest node that is at least KNOWN.
+        live_count: how many of its nodes are LIVE.
     """
 
     rank: int
     places: tuple[int, ...]
     generation: int
+    live_count: int
 
     def add(self, rank: int, places: tuple[int, ...], generation: int) -> None:
         """Take what another node says."""
@@ -50,6 +53,7 @@ class Claim:
             self.places = tuple(place for place in self.places if place in places)
         if rank >= KNOWN:
             self.generation = max(self.generation, generation)
+        self.live_count += rank == LIVE
 
 
 def claims(
@@ -77,7 +81,7 @@ def claims(
                 if host in result:
                     result[host].add(rank, places, generation)
                 else:
-                    result[host] = Claim(rank, places, generation)
+                    result[host] = Claim(rank, places, generation, int(rank == LIVE))
     return result
 
 
@@ -122,20 +126,38 @@ def settle(
         places = claimed[host].places
         if places:
             groups[places].append(host)
+    expected = _live_counts(live, superblock, volume.offset, cluster_bytes)
     taken: set[int] = set()
     unsure: dict[int, int] = {}
     for places in sorted(groups, key=len):
         free = [place for place in places if place not in taken and _is_open(disk, place)]
         if not free:
             continue
-        for place, host, certainty in _share_out(groups[places], free, claimed, found, cluster_bytes):
+        for place, host, agreed in _share_out(groups[places], free, claimed, found, cluster_bytes):
+            claim = claimed[host]
+            complete = claim.rank == LIVE and claim.live_count >= expected.get(place, 0)
+            certainty = agreed if complete else min(agreed, Certainty.LIKELY)
             taken.add(place)
             yield Placement(place, host, cluster_bytes, min(certainty, limit), WITNESS)
-            if certainty < Certainty.CERTAIN and len(places) > 1 and claimed[host].rank == LIVE:
+            if certainty < Certainty.CERTAIN and claim.rank == LIVE:
                 unsure[host] = place
     node_bytes = superblock.node_bytes
     for place, host in _nodes_alone(unsure, found, live, node_bytes):
         yield Placement(place, host, node_bytes, limit, WITNESS)
+
+
+def _live_counts(
+    live: LiveNodes, superblock: Superblock, volume_offset: int, cluster_bytes: int
+) -> dict[int, int]:
+    """Return how many live nodes each guest cluster has a part of."""
+    counts: dict[int, int] = defaultdict(int)
+    for bytenr in live.generations:
+        for place in live.chunks.places(bytenr, superblock.node_bytes):
+            first = volume_offset + place
+            first -= first % cluster_bytes
+            for cluster in range(first, volume_offset + place + superblock.node_bytes, cluster_bytes):
+                counts[cluster] += 1
+    return counts
 
 
 def _is_open(disk: PlacedDisk, place: int) -> bool:
@@ -154,12 +176,13 @@ def _share_out(
     equal = [host for host in hosts if newest(host) == best]
     first = equal[0]
     if any(found.digests[host] != found.digests[first] for host in equal):
-        for place, host in zip(free, equal, strict=False):
+        for place, host in zip(free, equal[-len(free) :], strict=False):
             yield place, host, Certainty.LIKELY
         return
     same = [host for host in hosts if found.digests[host] == found.digests[first]]
+    same.sort(key=newest, reverse=True)
     whole = found.covered_bytes[first] >= cluster_bytes
-    sure = claimed[first].rank >= KNOWN and (len(same) >= len(free) or whole)
+    sure = len(same) >= len(free) or whole
     for place, host in zip(free, same, strict=False):
         yield place, host, Certainty.CERTAIN if sure else Certainty.LIKELY
 

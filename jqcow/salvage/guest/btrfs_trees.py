@@ -11,7 +11,16 @@ from collections.abc import Iterator
 
 from jqcow.salvage.evidence import PlacedDisk
 from jqcow.salvage.guest.btrfs_chunks import ChunkMap, system_chunks
-from jqcow.salvage.guest.btrfs_layout import LEVEL_MAX, ROOT_ITEM, Chunk, Key, Node, Root, Superblock
+from jqcow.salvage.guest.btrfs_layout import (
+    LEVEL_MAX,
+    LOG_TREE,
+    ROOT_ITEM,
+    Chunk,
+    Key,
+    Node,
+    Root,
+    Superblock,
+)
 from jqcow.salvage.guest.btrfs_nodes import FoundNodes, Said, read_out
 
 
@@ -166,5 +175,5 @@ class Trees:
                 if leaf is not None:
                     for key, data in leaf.items(ROOT_ITEM):
                         root = Root.unpack(data)
-                        if root is not None and root.reference_count:
+                        if root is not None and (root.reference_count or key.objectid == LOG_TREE):
                             yield key, root
