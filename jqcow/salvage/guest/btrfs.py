@@ -138,7 +138,7 @@ class Btrfs:
             live.follow(disk)
         else:
             live = self._known.live
-        return Trees(self._superblock, self._reader, live.chunks, disk), live
+        return Trees(self._superblock, self._reader, live, disk), live
 
     def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         """Yield what files have; then the rest of extents that files have in part; then nodes."""
@@ -176,11 +176,14 @@ class Btrfs:
 
     def _extents(self, trees: Trees) -> Iterator[Extent | None]:
         """Yield what is allocated, in ascending order; None where a part of the extent tree is not placed."""
-        top = next((root for key, root in trees.roots() if key.objectid == EXTENT_TREE), None)
-        if top is None:
-            yield None
-            return
-        for leaf in trees.leaves(top.bytenr, top.generation):
+        seen: set[int] = set()
+        for index, top in enumerate(trees.tops(lambda tree: tree == EXTENT_TREE)):
+            if index:
+                yield None
+            yield from self._extents_below(trees, top, seen)
+
+    def _extents_below(self, trees: Trees, top: tuple[int, int], seen: set[int]) -> Iterator[Extent | None]:
+        for leaf in trees.leaves(*top, seen):
             if leaf is None:
                 yield None
                 continue
@@ -204,7 +207,7 @@ class Btrfs:
             yield self._volume.offset + start, length
         if self._superblock.log_root:
             return
-        end: int | None = 0
+        end: int | None = None if live.missing else 0
         for extent in self._extents(trees):
             if extent is None:
                 end = None
@@ -212,7 +215,7 @@ class Btrfs:
             if end is not None and end < extent.bytenr:
                 yield from self._free_in_chunks(live.chunks, end, extent.bytenr)
             end = max(end or 0, extent.bytenr + extent.length)
-        if end is not None:
+        if end and not live.missing:
             yield from self._free_in_chunks(live.chunks, end, 1 << 64)
 
     def _free_in_chunks(self, chunks: ChunkMap, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -230,10 +233,9 @@ class Btrfs:
         if not live.sure_chunks:
             return
         sector_bytes = self._superblock.sector_bytes
-        for key, root in trees.roots():
-            if key.objectid not in (CHECKSUM_TREE, LOG_TREE):
-                continue
-            for leaf in trees.leaves(root.bytenr, root.generation):
+        seen: set[int] = set()
+        for top in trees.tops(lambda tree: tree in (CHECKSUM_TREE, LOG_TREE)):
+            for leaf in trees.leaves(*top, seen):
                 if leaf is None:
                     continue
                 for item, data in leaf.items(EXTENT_CHECKSUM):

@@ -94,9 +94,8 @@ class FileWalk:
 
     def _tops(self) -> Iterator[tuple[tuple[int, int], bool]]:
         yield (self._superblock.root, self._superblock.generation), False
-        for key, root in self._trees.roots():
-            if key.objectid in (FS_TREE, LOG_TREE) or key.objectid in SUBVOLUMES:
-                yield (root.bytenr, root.generation), True
+        for top in self._trees.tops(_has_files):
+            yield top, True
 
     def _of_leaf(self, leaf: Node, top: tuple[int, int], is_data: bool) -> Iterator[FileRange]:
         for key, data in leaf.items(INODE_ITEM, EXTENT_DATA):
@@ -122,3 +121,7 @@ class FileWalk:
             data = self._trees.item(*top, Key(number, INODE_ITEM, 0))
             self._number, self._inode = number, None if data is None else Inode.unpack(data)
         return 1 << 64 if self._inode is None else self._inode.length
+
+
+def _has_files(tree: int) -> bool:
+    return tree in (FS_TREE, LOG_TREE) or tree in SUBVOLUMES

@@ -20,6 +20,10 @@ The superblock, 4096 bytes, at 64 KiB, 64 MiB and 256 GiB of the device::
          201 - 298:   the device: devid (8 bytes), total_bytes (8 bytes), ...
          571 - 586:   metadata_uuid: takes the place of fsid in nodes, where incompat bit 10 is set
          811 - 2858:  array of system chunks: pairs of a key and a chunk
+        2859 - 3530:  four backups of roots, of the last four transactions
+
+A backup of roots has 168 bytes, first of all pairs of logical address and generation (8 bytes each): of the
+tree of roots, the chunk tree, the extent tree, the main file tree, the device tree, the checksum tree.
 
 A node of a tree begins with a header::
 
@@ -54,6 +58,11 @@ CHECKSUM_BYTES = 32
 
 SUPERBLOCK_STRUCT = struct.Struct("<16sQ8x8sQQQQ32xQIIIIIQ16xQH3xQQ")
 """From the fsid to the device's total_bytes."""
+
+BACKUPS_OFFSET = 2859
+BACKUP_COUNT = 4
+BACKUP_BYTES = 168
+BACKUP_STRUCT = struct.Struct("<QQ16xQQQQ16xQQ")
 
 UUID_BYTES = 16
 METADATA_UUID_OFFSET = 571
@@ -117,7 +126,10 @@ def _crc_is_right(data: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Superblock:
-    """A superblock whose checksum is right; see the module's text."""
+    """A superblock whose checksum is right; see the module's text.
+
+    ``other_roots`` are the extent tree, the main file tree and the checksum tree: address and generation.
+    """
 
     fsid: bytes
     bytenr: int
@@ -132,6 +144,7 @@ class Superblock:
     device_bytes: int
     node_uuid: bytes
     system_chunks: bytes
+    other_roots: tuple[tuple[int, int], ...]
 
     @classmethod
     def unpack(cls, data: bytes) -> Superblock | None:
@@ -153,8 +166,17 @@ class Superblock:
         chunks = data[SYSTEM_CHUNKS_OFFSET : SYSTEM_CHUNKS_OFFSET + system_bytes]
         return cls(
             fsid, bytenr, generation, root, chunk_root, log_root, sector, node, chunk_generation,
-            devid, device_bytes, node_uuid, chunks,
+            devid, device_bytes, node_uuid, chunks, _other_roots(data, root, generation),
         )  # fmt: skip
+
+
+def _other_roots(data: bytes, root: int, generation: int) -> tuple[tuple[int, int], ...]:
+    """Return address and generation of the trees that a backup names beside this tree of roots."""
+    for index in range(BACKUP_COUNT):
+        fields = BACKUP_STRUCT.unpack_from(data, BACKUPS_OFFSET + index * BACKUP_BYTES)
+        if fields[:2] == (root, generation):
+            return tuple(zip(fields[2::2], fields[3::2], strict=True))
+    return ()
 
 
 class Key(NamedTuple):

@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from itertools import islice, product
 from typing import NamedTuple
 
 from jqcow.salvage.evidence import Orphans
 from jqcow.salvage.guest.btrfs_layout import (
     CHUNK_ITEM,
     CHUNK_TREE,
+    EXTENT_ITEM,
+    EXTENT_OF_TREE,
+    EXTENT_STRUCT,
+    EXTENT_TREE,
     FS_TREE,
     HEADER_STRUCT,
     INODE_ITEM,
     LOG_TREE,
+    METADATA_ITEM,
     ROOT_ITEM,
     ROOT_TREE,
     SIZES,
@@ -34,6 +40,9 @@ from jqcow.salvage.guest.signs import windows
 UUID_OFFSET = 32
 HEADER_END = UUID_OFFSET + HEADER_STRUCT.size
 STEP_BYTES = SIZES[0]
+TORN_MAX = 1 << 16
+COPIES_MAX = 2
+CHOICES_MAX = 32
 NO_LINKS = array("Q")
 
 
@@ -43,11 +52,13 @@ class Said(NamedTuple):
     Attributes:
         links: address and generation of each node that it names, one after the other.
         chunks: what a leaf of the chunk tree has.
+        blocks: address and generation of each node that a leaf of the extent tree has, as in links.
         changed: transaction and time (nanoseconds since 1970) of an inode's last change, if it has inodes.
     """
 
     links: array[int]
     chunks: tuple[Chunk, ...] = ()
+    blocks: array[int] = NO_LINKS
     changed: tuple[int, int] | None = None
 
 
@@ -85,6 +96,7 @@ class FoundNodes:
         self.digests: dict[int, int] = {}
         self.covered_bytes: dict[int, int] = {}
         self._superblock = superblock
+        self._torn: dict[tuple[int, int], list[tuple[int, tuple[int | None, ...]]]] = {}
 
     def scan(self, orphans: Orphans, volume_offset: int) -> None:
         """Find the nodes.
@@ -105,6 +117,34 @@ class FoundNodes:
                 node = Node.unpack(data, self._superblock.node_uuid)
                 if node is not None:
                     self._add(node, start, clusters[:count], contents)
+                elif count > 1:
+                    self._keep_torn(data, start, clusters, cluster_bytes)
+        self._join_torn(orphans)
+
+    def _keep_torn(self, data: bytes, start: int, clusters: tuple[int, ...], cluster_bytes: int) -> None:
+        """Remember where parts of a node may be that is not in orphans that follow each other."""
+        address = HEADER_STRUCT.unpack_from(data, UUID_OFFSET)[1:3]
+        copies = self._torn.setdefault(address, []) if len(self._torn) < TORN_MAX else []
+        if len(copies) < COPIES_MAX:
+            count = -(-(start + self._superblock.node_bytes) // cluster_bytes)
+            places = (clusters[0] + index * cluster_bytes for index in range(count))
+            copies.append((start, tuple(place if place in clusters else None for place in places)))
+
+    def _join_torn(self, orphans: Orphans) -> None:
+        """Join nodes from parts of their copies, by host offsets; their checksum says what is right."""
+        node_bytes = self._superblock.node_bytes
+        for (bytenr, generation), copies in self._torn.items():
+            start = copies[0][0]
+            if self.find(bytenr, generation) is not None:
+                continue
+            parts = zip(*(clusters for first, clusters in copies if first == start), strict=True)
+            choices = [[part for part in one if part is not None] for one in parts]
+            for clusters in islice(product(*choices), CHOICES_MAX):
+                contents = [orphans.read(host) for host in clusters]
+                node = Node.unpack(b"".join(contents)[start : start + node_bytes], self._superblock.node_uuid)
+                if node is not None:
+                    self._add(node, start, clusters, contents)
+                    break
 
     def _starts(self, contents: list[bytes], first: int) -> Iterator[int]:
         """Yield where in the first of some orphans a node may begin."""
@@ -152,9 +192,21 @@ def read_out(node: Node, devid: int) -> Said:
     if node.owner == CHUNK_TREE:
         items = (Chunk.unpack(key.offset, data, devid) for key, data in node.items(CHUNK_ITEM))
         return Said(links or NO_LINKS, tuple(chunk for chunk, _ in items if chunk is not None))
+    if node.owner == EXTENT_TREE:
+        return Said(links or NO_LINKS, blocks=_blocks(node) or NO_LINKS)
     if node.owner == FS_TREE or node.owner in SUBVOLUMES:
         for _, data in node.items(INODE_ITEM):
             inode = Inode.unpack(data)
             if inode is not None:
-                return Said(links or NO_LINKS, (), (inode.generation, inode.changed_ns))
+                return Said(links or NO_LINKS, changed=(inode.generation, inode.changed_ns))
     return Said(links or NO_LINKS)
+
+
+def _blocks(leaf: Node) -> array[int]:
+    blocks = array("Q")
+    for key, data in leaf.items(EXTENT_ITEM, METADATA_ITEM):
+        if len(data) >= EXTENT_STRUCT.size:
+            generation, flags = EXTENT_STRUCT.unpack_from(data)
+            if key.type == METADATA_ITEM or flags & EXTENT_OF_TREE:
+                blocks.extend((key.objectid, generation))
+    return blocks

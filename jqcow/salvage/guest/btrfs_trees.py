@@ -7,7 +7,8 @@ T1. A node is followed only where its address and its generation are what the no
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from jqcow.salvage.evidence import PlacedDisk
 from jqcow.salvage.guest.btrfs_chunks import ChunkMap, system_chunks
@@ -15,6 +16,7 @@ from jqcow.salvage.guest.btrfs_layout import (
     LEVEL_MAX,
     LOG_TREE,
     ROOT_ITEM,
+    ROOT_TREE,
     Chunk,
     Key,
     Node,
@@ -42,6 +44,15 @@ class Reader:
         return None
 
 
+class Subtree(NamedTuple):
+    """The topmost node that was found of a part of a tree."""
+
+    level: int
+    owner: int
+    bytenr: int
+    generation: int
+
+
 class LiveNodes:
     """The nodes that the newest superblock leads to, found on the disk and among the orphans.
 
@@ -51,6 +62,7 @@ class LiveNodes:
         chunks: where addresses lie.
         sure_chunks: False if a part of the chunk tree was not found, and older ones had to serve.
         clock: when transactions were, as far as inodes tell.
+        loose: parts of trees that are live, though what leads to them was not found; the largest first.
     """
 
     def __init__(self, superblock: Superblock, reader: Reader, found: FoundNodes) -> None:
@@ -58,10 +70,12 @@ class LiveNodes:
         self.missing = 0
         self.sure_chunks = True
         self.clock: dict[int, int] = {}
+        self.loose: list[Subtree] = []
         self._superblock = superblock
         self._reader = reader
         self._found = found
         self._own_chunks: list[Chunk] = []
+        self._allocated: dict[int, int] = {}
         self.chunks = ChunkMap(system_chunks(superblock), superblock.device_bytes)
 
     def follow(self, disk: PlacedDisk) -> None:
@@ -75,6 +89,20 @@ class LiveNodes:
         self._follow(disk, superblock.root, superblock.generation)
         if superblock.log_root:
             self._follow(disk, superblock.log_root, superblock.generation + 1)
+        if self.missing:
+            self._follow_loose(disk)
+
+    def _follow_loose(self, disk: PlacedDisk) -> None:
+        """Follow what the superblock names beside the tree of roots, and what the extent tree has."""
+        ahead = dict(self._superblock.other_roots)
+        while ahead:
+            for bytenr, generation in ahead.items():
+                if bytenr not in self.generations:
+                    top = self._follow(disk, bytenr, generation)
+                    if top is not None:
+                        self.loose.append(top)
+            ahead = {bytenr: at for bytenr, at in self._allocated.items() if bytenr not in self.generations}
+        self.loose.sort(reverse=True)
 
     def _take_older_chunks(self) -> None:
         """Take chunks from all leaves that were found, the newest first, where the tree has none."""
@@ -87,43 +115,50 @@ class LiveNodes:
             taken.update(chunk.logical for chunk in fresh)
             self._own_chunks += fresh
 
-    def _follow(self, disk: PlacedDisk, bytenr: int, generation: int) -> None:
+    def _follow(self, disk: PlacedDisk, bytenr: int, generation: int) -> Subtree | None:
+        """Follow all that a node leads to; return the node, None if it was not found."""
         ahead = array("Q", (bytenr, generation))
+        top = None
         while ahead:
-            generation, bytenr = ahead.pop(), ahead.pop()
-            if not bytenr or bytenr in self.generations:
+            at, place = ahead.pop(), ahead.pop()
+            if not place or place in self.generations:
                 continue
-            self.generations[bytenr] = generation
-            said = self._said(disk, bytenr, generation)
-            if said is None:
+            self.generations[place] = at
+            level_owner_said = self._said(disk, place, at)
+            if level_owner_said is None:
                 self.missing += 1
                 continue
+            level, owner, said = level_owner_said
+            if place == bytenr:
+                top = Subtree(level, owner, bytenr, generation)
             ahead.extend(said.links)
             self._own_chunks += said.chunks
+            self._allocated.update(zip(said.blocks[::2], said.blocks[1::2], strict=True))
             if said.changed is not None:
                 changed, time_ns = said.changed
                 self.clock[changed] = max(self.clock.get(changed, 0), time_ns)
+        return top
 
-    def _said(self, disk: PlacedDisk, bytenr: int, generation: int) -> Said | None:
+    def _said(self, disk: PlacedDisk, bytenr: int, generation: int) -> tuple[int, int, Said] | None:
         found = self._found.find(bytenr, generation)
         if found is not None:
-            return found.says
+            return found.level, found.owner, found.says
         node = self._reader.read(disk, self.chunks, bytenr, generation)
-        return None if node is None else read_out(node, self._superblock.devid)
+        return None if node is None else (node.level, node.owner, read_out(node, self._superblock.devid))
 
 
 class Trees:
     """The trees on the disk, as far as they are placed."""
 
-    def __init__(self, superblock: Superblock, reader: Reader, chunks: ChunkMap, disk: PlacedDisk) -> None:
+    def __init__(self, superblock: Superblock, reader: Reader, live: LiveNodes, disk: PlacedDisk) -> None:
         self._superblock = superblock
         self._reader = reader
-        self._chunks = chunks
+        self._live = live
         self._disk = disk
 
     def read(self, bytenr: int, generation: int) -> Node | None:
         """Return a node; None if it is not placed."""
-        return self._reader.read(self._disk, self._chunks, bytenr, generation)
+        return self._reader.read(self._disk, self._live.chunks, bytenr, generation)
 
     def leaves(self, bytenr: int, generation: int, seen: set[int] | None = None) -> Iterator[Node | None]:
         """Yield the leaves of a tree in the order of their keys, and None for each gap.
@@ -164,16 +199,25 @@ class Trees:
             bytenr, generation = below[-1]
         return None
 
-    def roots(self) -> Iterator[tuple[Key, Root]]:
-        """Yield the trees that the tree of roots names, and those of the tree of logs."""
+    def tops(self, is_meant: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+        """Yield address and generation of the roots of some trees, then of loose parts of these.
+
+        Args:
+            is_meant: says of the number of a tree if it is one of them.
+        """
         superblock = self._superblock
         tops = [(superblock.root, superblock.generation)]
         if superblock.log_root:
             tops.append((superblock.log_root, superblock.generation + 1))
+        tops += [(part.bytenr, part.generation) for part in self._live.loose if part.owner == ROOT_TREE]
+        seen: set[int] = set()
         for top in tops:
-            for leaf in self.leaves(*top):
-                if leaf is not None:
-                    for key, data in leaf.items(ROOT_ITEM):
-                        root = Root.unpack(data)
-                        if root is not None and (root.reference_count or key.objectid == LOG_TREE):
-                            yield key, root
+            for leaf in self.leaves(*top, seen):
+                for key, data in leaf.items(ROOT_ITEM) if leaf is not None else ():
+                    root = Root.unpack(data)
+                    is_alive = root is not None and (root.reference_count or key.objectid == LOG_TREE)
+                    if root is not None and is_alive and is_meant(key.objectid):
+                        yield root.bytenr, root.generation
+        for part in self._live.loose:
+            if is_meant(part.owner):
+                yield part.bytenr, part.generation
