@@ -108,10 +108,15 @@ class Btrfs:
         hosts = {placement.host_offset for placement in placements}
         fresh = [
             *self._place_superblocks(disk, orphans),
-            *settle(found, live, self._superblock, self._volume, disk, cluster_bytes),
+            *settle(found, live, self._superblock, self._volume, disk, cluster_bytes, self._is_layered()),
         ]
         placements += [new for new in fresh if new.guest_offset not in taken and new.host_offset not in hosts]
         return _Known(found, live, placements)
+
+    def _is_layered(self) -> bool:
+        """Return True if one place of a superblock has several that differ."""
+        copies = {(copy.superblock.bytenr, copy.superblock.generation) for copy in self._copies}
+        return len(copies) > len({bytenr for bytenr, _ in copies})
 
     def _place_superblocks(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
         cluster_bytes = orphans.cluster_bytes

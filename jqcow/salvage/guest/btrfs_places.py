@@ -4,6 +4,8 @@ C1. A place is certain where a node says so that the trees lead to now, and wher
     nodes that are to be there. A node that the trees do not lead to any more says where it lay by the chunks
     of its time: its place is likely, also because the guest may have discarded it since. It is likelier if it
     is not older than a live node of the same chunk: that was never moved, so the chunk was there since then.
+    Where the file has older copies of clusters, as with snapshots, the orphan must hold nothing but live
+    nodes: the rest of it may be older than what was lost.
 C2. Nodes in one orphan that are both live and contradict each other make nothing certain.
 C3. Several orphans for one place are certain where their content is the same, or where one has newer nodes
     than all others: what was copied on write has all that the older copy has, and more.
@@ -38,14 +40,16 @@ class Claim:
         places: guest offsets that all nodes of this rank agree on: two, where nodes are kept twice.
         generation: of the newest node that is at least KNOWN.
         live_count: how many of its nodes are LIVE.
+        live_bytes: how much of it they are.
     """
 
     rank: int
     places: tuple[int, ...]
     generation: int
-    live_count: int
+    live_count: int = 0
+    live_bytes: int = 0
 
-    def add(self, rank: int, places: tuple[int, ...], generation: int) -> None:
+    def add(self, rank: int, places: tuple[int, ...], generation: int, length: int) -> None:
         """Take what another node says."""
         if rank > self.rank:
             self.rank, self.places = rank, places
@@ -53,7 +57,9 @@ class Claim:
             self.places = tuple(place for place in self.places if place in places)
         if rank >= KNOWN:
             self.generation = max(self.generation, generation)
-        self.live_count += rank == LIVE
+        if rank == LIVE:
+            self.live_count += 1
+            self.live_bytes += length
 
 
 def claims(
@@ -78,10 +84,9 @@ def claims(
             for index, host in enumerate(node.clusters):
                 places = tuple(first + index * cluster_bytes for first in firsts)
                 generation = node.generation if rank >= KNOWN else 0
-                if host in result:
-                    result[host].add(rank, places, generation)
-                else:
-                    result[host] = Claim(rank, places, generation, int(rank == LIVE))
+                begin = node.start - index * cluster_bytes
+                length = min(begin + superblock.node_bytes, cluster_bytes) - max(begin, 0)
+                result.setdefault(host, Claim(0, (), 0)).add(rank, places, generation, length)
     return result
 
 
@@ -108,6 +113,7 @@ def settle(
     volume: Volume,
     disk: PlacedDisk,
     cluster_bytes: int,
+    is_layered: bool,
 ) -> Iterator[Placement]:
     """Yield who gets which place.
 
@@ -118,6 +124,7 @@ def settle(
         volume: that the file system is in; nothing is surer than that.
         disk: where places may be taken already.
         cluster_bytes: of host and guest.
+        is_layered: older copies of guest clusters are known to be among the orphans.
     """
     claimed = claims(found, live, superblock, volume.offset, cluster_bytes)
     limit = volume.certainty
@@ -126,6 +133,7 @@ def settle(
         places = claimed[host].places
         if places:
             groups[places].append(host)
+    is_layered = is_layered or any(_has_older(groups[places], places, claimed, found) for places in groups)
     expected = _live_counts(live, superblock, volume.offset, cluster_bytes)
     taken: set[int] = set()
     unsure: dict[int, int] = {}
@@ -136,6 +144,8 @@ def settle(
         for place, host, agreed in _share_out(groups[places], free, claimed, found, cluster_bytes):
             claim = claimed[host]
             complete = claim.rank == LIVE and claim.live_count >= expected.get(place, 0)
+            if is_layered:
+                complete = complete and claim.live_bytes >= cluster_bytes
             certainty = agreed if complete else min(agreed, Certainty.LIKELY)
             taken.add(place)
             yield Placement(place, host, cluster_bytes, min(certainty, limit), WITNESS)
@@ -144,6 +154,14 @@ def settle(
     node_bytes = superblock.node_bytes
     for place, host in _nodes_alone(unsure, found, live, node_bytes):
         yield Placement(place, host, node_bytes, limit, WITNESS)
+
+
+def _has_older(
+    hosts: list[int], places: tuple[int, ...], claimed: dict[int, Claim], found: FoundNodes
+) -> bool:
+    """Return True if more orphans than there are places claim them, and differ."""
+    known = [host for host in hosts if claimed[host].rank >= KNOWN]
+    return len(known) > len(places) and len({found.digests[host] for host in known}) > 1
 
 
 def _live_counts(
