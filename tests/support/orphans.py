@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -75,12 +76,25 @@ def used_clusters(raw: Path, cluster_bytes: int, write_bytes: int = 0) -> dict[i
     clusters = {}
     unit_bytes = max(cluster_bytes, write_bytes)
     with raw.open("rb") as file:
-        for offset in range(0, raw.stat().st_size, unit_bytes):
+        for offset in _written(file.fileno(), raw.stat().st_size, unit_bytes):
             file.seek(offset)
             content = file.read(unit_bytes).ljust(unit_bytes, b"\0")
             for start in range(0, unit_bytes, cluster_bytes) if content.count(0) < len(content) else ():
                 clusters[offset + start] = content[start : start + cluster_bytes]
     return clusters
+
+
+def _written(descriptor: int, size: int, unit_bytes: int) -> Iterator[int]:
+    """Yield where units begin that are no hole of a file."""
+    offset = 0
+    while offset < size:
+        try:
+            data = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError:
+            return
+        offset = max(data - data % unit_bytes, offset)
+        yield offset
+        offset += unit_bytes
 
 
 def runs(clusters: dict[int, bytes], run_bytes: int) -> list[list[int]]:

@@ -11,8 +11,21 @@ from jqcow.salvage.guest.signs import SurveyedOrphans
 
 Finder = Callable[[list[Volume], PlacedDisk, Orphans], Iterator[GuestStructure]]
 
+
+def limited(finder: Finder) -> Finder:
+    """Return a finder that is no surer of anything than its volumes are, of one that may be."""
+
+    def find_limited(volumes: list[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[GuestStructure]:
+        for certainty in sorted(Certainty, reverse=True):
+            alike = [volume for volume in volumes if volume.certainty == certainty]
+            for structure in finder(alike, disk, orphans) if alike else ():
+                yield structure if certainty == Certainty.CERTAIN else Limited(structure, certainty)
+
+    return find_limited
+
+
 FINDERS: tuple[Finder, ...] = (btrfs.find, luks.find, swap.find)
-"""Who recognises what is in a volume."""
+"""Who recognises what is in a volume; each is given all volumes, so that it takes the one that fits best."""
 
 SIGNS = (
     partitions.GPT_SIGN,
@@ -58,8 +71,5 @@ def find(disk: PlacedDisk, orphans: Orphans) -> Iterator[GuestStructure]:
 
 
 def _in_volumes(volumes: list[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[GuestStructure]:
-    for certainty in sorted(Certainty, reverse=True):
-        alike = [volume for volume in volumes if volume.certainty == certainty]
-        for finder in FINDERS if alike else ():
-            for structure in finder(alike, disk, orphans):
-                yield structure if certainty == Certainty.CERTAIN else Limited(structure, certainty)
+    for finder in FINDERS if volumes else ():
+        yield from finder(volumes, disk, orphans)

@@ -39,11 +39,13 @@ class PartitionTable(Opaque):
 
     Attributes:
         volumes: that it names.
+        parts: that it consists of; the first is that of the first sectors.
     """
 
     def __init__(self, kind: str, volumes: list[Volume], parts: list[Part]) -> None:
         super().__init__(kind, "the disk", parts, [])
         self.volumes = volumes
+        self.parts = parts
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,19 @@ def _boot_table(disk: PlacedDisk, orphans: Orphans) -> PartitionTable | None:
             entries = unpack_boot_record(sighting.read(orphans, 0, SECTOR_BYTES))
             if entries and _is_plausible(entries, disk.size):
                 found.append((entries, sighting))
-    filling = [pair for pair in found if _fills(pair[0], disk.size)]
-    if len(filling or found) != 1:
-        return None
-    entries, sighting = (filling or found)[0]
-    certainty = Certainty.CERTAIN if filling else Certainty.LIKELY
+    tables = [_table_of(disk, orphans, entries, sighting) for entries, sighting in found]
+    records = {part.sighting for table in tables for part in table.parts[1:]}
+    tables = [table for table in tables if table.parts[0].sighting not in records]
+    filling = [table for table in tables if table.parts[0].certainty == Certainty.CERTAIN]
+    fitting = filling or tables
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _table_of(
+    disk: PlacedDisk, orphans: Orphans, entries: tuple[BootEntry, ...], sighting: Sighting
+) -> PartitionTable:
+    """Return the table that a record among the orphans begins, if it is the first one."""
+    certainty = Certainty.CERTAIN if _fills(entries, disk.size) else Certainty.LIKELY
     return _boot_partitions(disk, orphans, entries, Part(0, SECTOR_BYTES, sighting, certainty))
 
 
