@@ -201,12 +201,12 @@ def live_leaf(lab: Lab, owner: int = 5) -> tuple[int, Node]:
     return next((place, node) for place, node in lab.nodes.items() if node.owner == owner)
 
 
-def test_c1_what_no_tree_leads_to_is_not_certain(single: Lab) -> None:
-    """An older copy of a node is at the place of the node, and a node of older times anywhere."""
+@pytest.mark.parametrize("age", [-1, 1])
+def test_bt1_what_no_tree_leads_to_is_not_certain(single: Lab, age: int) -> None:
+    """The place has a node of an older transaction, or one of a transaction that did not end."""
     place, node = live_leaf(single)
     order, orphans = shuffled(single, NODE_BYTES)
-    old = with_generation(node.data, node.generation - 1)
-    orphans.clusters[order.index(place)] = old
+    orphans.clusters[order.index(place)] = with_generation(node.data, node.generation + age)
     _, disk, placements = placed(single, orphans)
     (claim,) = [one for one in placements.values() if one.guest_offset == place]
     assert claim.certainty == Certainty.LIKELY
@@ -214,7 +214,7 @@ def test_c1_what_no_tree_leads_to_is_not_certain(single: Lab) -> None:
     assert not wrong(single, placements, orphans)
 
 
-def test_c1_an_orphan_that_lacks_a_live_node_is_not_certain_but_its_nodes_are(single: Lab) -> None:
+def test_bt1_an_orphan_that_lacks_a_live_node_is_not_certain_but_its_nodes_are(single: Lab) -> None:
     nodes = single.nodes
     place, other = next(
         (one, two)
@@ -236,47 +236,61 @@ def test_c1_an_orphan_that_lacks_a_live_node_is_not_certain_but_its_nodes_are(si
     assert disk.read(other, NODE_BYTES) is None
 
 
-def test_c2_live_nodes_that_contradict_each_other_place_nothing(single: Lab) -> None:
-    """Two live nodes in one orphan, the second from another cluster."""
-    place, node = live_leaf(single)
-    cluster = place - place % CLUSTER_BYTES
-    other = next(one for at, one in single.nodes.items() if one.owner != 3 and at != place)
+def test_bt2_live_nodes_that_contradict_each_other_place_nothing(single: Lab) -> None:
+    """Two live nodes in one orphan, each where it is to be in another cluster."""
+    place, other = next(
+        (one, two)
+        for one in single.nodes
+        for two in single.nodes
+        if one // CLUSTER_BYTES != two // CLUSTER_BYTES and one % CLUSTER_BYTES != two % CLUSTER_BYTES
+    )
     order, orphans = shuffled(single, CLUSTER_BYTES)
-    index = order.index(cluster)
+    index = order.index(place - place % CLUSTER_BYTES)
     content = bytearray(CLUSTER_BYTES)
-    content[:NODE_BYTES] = content[2 * NODE_BYTES : 3 * NODE_BYTES] = node.data
-    content[NODE_BYTES : 2 * NODE_BYTES] = other.data
+    for at in (place, other):
+        start = at % CLUSTER_BYTES
+        content[start : start + NODE_BYTES] = single.nodes[at].data
     orphans.clusters[index] = bytes(content)
     _, _, placements = placed(single, orphans)
     assert (index * CLUSTER_BYTES, CLUSTER_BYTES) not in placements
 
 
-def test_c3_the_newest_of_several_orphans_for_a_place_wins(single: Lab) -> None:
-    """And where there are older copies, an orphan is certain only in its live nodes."""
+def hole_beside(lab: Lab, place: int) -> int:
+    """Return where the cluster of a node has room for another that no tree leads to."""
+    cluster = place - place % CLUSTER_BYTES
+    return next(at for at in range(cluster, cluster + CLUSTER_BYTES, NODE_BYTES) if at not in lab.nodes)
+
+
+def test_bt3_the_newest_of_several_orphans_for_a_place_wins(single: Lab) -> None:
+    """A cluster was copied on write, and a node written that no tree leads to any more."""
     place, node = live_leaf(single)
+    hole = hole_beside(single, place)
     order, orphans = shuffled(single, CLUSTER_BYTES)
     cluster = place - place % CLUSTER_BYTES
-    old = bytearray(single.content[cluster : cluster + CLUSTER_BYTES])
-    for at, one in single.nodes.items():
-        if cluster <= at < cluster + CLUSTER_BYTES:
-            start = at - cluster
-            old[start : start + NODE_BYTES] = with_generation(one.data, one.generation - 1)
-    old[place - cluster : place - cluster + NODE_BYTES] = node.data
-    orphans.clusters.append(bytes(old))
-    _, disk, placements = placed(single, orphans)
-    assert not wrong(single, placements, orphans)
-    assert (len(order) * CLUSTER_BYTES, CLUSTER_BYTES) not in placements
-    assert disk.read(place, NODE_BYTES) == node.data
+    index = order.index(cluster)
+    old = orphans.clusters[index]
+    _, _, before = placed(single, orphans)
+    assert before[index * CLUSTER_BYTES, CLUSTER_BYTES].certainty == Certainty.CERTAIN
+    address = struct.pack("<Q", node.bytenr + hole - place)
+    other = with_generation(node.data[:48] + address + node.data[56:], node.generation + 1)
+    new = bytearray(old)
+    new[hole - cluster : hole - cluster + NODE_BYTES] = other
+    for clusters in ([*orphans.clusters, bytes(new)], [bytes(new), *orphans.clusters]):
+        both = Orphans(clusters, CLUSTER_BYTES)
+        newer, older = (clusters.index(content) * CLUSTER_BYTES for content in (bytes(new), old))
+        _, disk, placements = placed(single, both)
+        assert placements[newer, CLUSTER_BYTES].guest_offset == cluster
+        assert placements[newer, CLUSTER_BYTES].certainty == Certainty.LIKELY
+        assert (older, CLUSTER_BYTES) not in placements
+        assert disk.read(place, NODE_BYTES) == node.data
+        assert not wrong(single, placements, both)
 
 
-def test_c4_copies_that_differ_beside_their_nodes_are_certain_in_the_nodes(dup: Lab) -> None:
+def test_bt4_copies_that_differ_beside_their_nodes_are_certain_in_the_nodes(dup: Lab) -> None:
     place, node = live_leaf(dup)
     order, orphans = shuffled(dup, CLUSTER_BYTES)
     cluster = place - place % CLUSTER_BYTES
-    covered = {at for at in dup.nodes if at // CLUSTER_BYTES == cluster // CLUSTER_BYTES}
-    hole = next((at for at in range(cluster, cluster + CLUSTER_BYTES, NODE_BYTES) if at not in covered), None)
-    if hole is None:
-        pytest.skip("this mkfs leaves no room between nodes")
+    hole = hole_beside(dup, place)
     index = order.index(cluster)
     content = bytearray(orphans.clusters[index])
     content[hole - cluster : hole - cluster + 5] = b"waste"
@@ -288,7 +302,7 @@ def test_c4_copies_that_differ_beside_their_nodes_are_certain_in_the_nodes(dup: 
     assert disk.read(hole, NODE_BYTES) is None
 
 
-def test_t1_a_tree_is_left_where_a_node_is_not_what_it_must_be(single: Lab) -> None:
+def test_bt5_a_tree_is_left_where_a_node_is_not_what_it_must_be(single: Lab) -> None:
     """The place of the checksum tree's root has a node of another generation: no sums then."""
     place, node = live_leaf(single, owner=7)
     order, orphans = shuffled(single, NODE_BYTES)

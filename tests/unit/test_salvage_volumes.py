@@ -101,7 +101,7 @@ def test_the_backup_gpt_serves_where_the_first_is_gone(tmp_path: Path, cluster_b
 
 
 @pytest.mark.parametrize("script", [GPT_SCRIPT, DOS_SCRIPT], ids=["gpt", "dos"])
-def test_g1_a_table_of_a_smaller_disk_is_only_likely(tmp_path: Path, script: str) -> None:
+def test_pt1_a_table_of_a_smaller_disk_is_only_likely(tmp_path: Path, script: str) -> None:
     orphans = lost(partitioned(tmp_path, script), 64 << 10)
     disk = Disk(2 * SIZE)
     (table,) = partitions.find(disk, orphans)
@@ -110,7 +110,7 @@ def test_g1_a_table_of_a_smaller_disk_is_only_likely(tmp_path: Path, script: str
     assert all(one.certainty == Certainty.LIKELY for one in table.place(disk, orphans))
 
 
-def test_g1_the_table_that_fills_the_disk_wins(tmp_path: Path) -> None:
+def test_pt1_the_table_that_fills_the_disk_wins(tmp_path: Path) -> None:
     inner, outer = tmp_path / "inner", tmp_path / "outer"
     inner.mkdir()
     outer.mkdir()
@@ -123,7 +123,7 @@ def test_g1_the_table_that_fills_the_disk_wins(tmp_path: Path) -> None:
     assert not list(partitions.find(Disk(4 * SIZE), both))
 
 
-def test_g1_two_tables_that_fit_alike_are_none(tmp_path: Path) -> None:
+def test_pt1_two_tables_that_fit_alike_are_none(tmp_path: Path) -> None:
     raw = partitioned(tmp_path, DOS_SCRIPT)
     orphans = lost(raw, 64 << 10)
     (table,) = partitions.find(Disk(SIZE), orphans)
@@ -228,7 +228,7 @@ def test_a_text_that_goes_round_is_read_from_the_disk() -> None:
     assert len(physical.logical) == 2
 
 
-def test_l1_a_label_of_another_length_or_a_text_that_was_changed_is_not_taken() -> None:
+def test_lv1_a_label_of_another_length_or_a_text_that_was_changed_is_not_taken() -> None:
     other = pv_orphans(pv_sectors(PV_BYTES - MIB, pv_text(LOGICAL)), 64 << 10)
     assert not list(lvm.find(PV, Disk(PV_BYTES), other))
     sectors = pv_sectors(PV_BYTES, pv_text(LOGICAL))
@@ -292,7 +292,8 @@ def test_luks2_headers_place_each_other() -> None:
 
 def test_luks1_is_found() -> None:
     header = struct.pack(
-        ">6sH32s32s32sII20s32sI40s", luks.MAGIC, 1, b"aes", b"xts-plain64", b"sha256", 4096, 64, b"", b"", 1, b"uuid"
+        ">6sH32s32s32sII20s32sI40s", luks.MAGIC, 1, b"aes", b"xts-plain64", b"sha256", 4096, 64,
+        b"", b"", 1, b"uuid",
     ).ljust(4096, b"\0")  # fmt: skip
     orphans = Orphans([b"\xaa" * 4096, header], 4096)
     volumes = [Volume(0, 10 * MIB, "the disk")]

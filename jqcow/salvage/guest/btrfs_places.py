@@ -1,15 +1,15 @@
 """Which orphans belong where, by the nodes of btrfs that they hold.
 
-C1. A place is certain where a node says so that the trees lead to now, and where the orphan has all such
+BT1. A place is certain where a node says so that the trees lead to now, and where the orphan has all such
     nodes that are to be there. A node that the trees do not lead to any more says where it lay by the chunks
     of its time: its place is likely, also because the guest may have discarded it since. It is likelier if it
     is not older than a live node of the same chunk: that was never moved, so the chunk was there since then.
     Where the file has older copies of clusters, as with snapshots, the orphan must hold nothing but live
     nodes: the rest of it may be older than what was lost.
-C2. Nodes in one orphan that are both live and contradict each other make nothing certain.
-C3. Several orphans for one place are certain where their content is the same, or where one has newer nodes
+BT2. Nodes in one orphan that are both live and contradict each other make nothing certain.
+BT3. Several orphans for one place are certain where their content is the same, or where one has newer nodes
     than all others: what was copied on write has all that the older copy has, and more.
-C4. Where nodes are kept twice, two orphans may have the same nodes and differ in the rest. Then it is not
+BT4. Where nodes are kept twice, two orphans may have the same nodes and differ in the rest. Then it is not
     known which is which, but a live node is right in either place; so it is in an orphan that lacks others.
 """
 
@@ -185,7 +185,7 @@ def _is_open(disk: PlacedDisk, place: int) -> bool:
 def _share_out(
     hosts: list[int], free: list[int], claimed: dict[int, Claim], found: FoundNodes, cluster_bytes: int
 ) -> Iterator[tuple[int, int, Certainty]]:
-    """Yield (place, host offset, certainty) for orphans that all claim the same places (C3)."""
+    """Yield (place, host offset, certainty) for orphans that all claim the same places (BT3)."""
 
     def newest(host: int) -> tuple[int, int]:
         return claimed[host].rank, claimed[host].generation
@@ -208,7 +208,7 @@ def _share_out(
 def _nodes_alone(
     unsure: dict[int, int], found: FoundNodes, live: LiveNodes, node_bytes: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield (guest offset, host offset) of live nodes in orphans that are unsure (C4)."""
+    """Yield (guest offset, host offset) of live nodes in orphans that are unsure (BT4)."""
     for bytenr, generation in live.generations.items() if unsure else ():
         for node in found.by_address.get(bytenr, ()):
             place = unsure.get(node.clusters[0])

@@ -1,6 +1,6 @@
 """Following the trees of a btrfs from the roots that its superblock names.
 
-T1. A node is followed only where its address and its generation are what the node above says: so no tree
+BT5. A node is followed only where its address and its generation are what the node above says: so no tree
     leads into what was there before, and no node is visited twice.
 """
 

@@ -1,7 +1,7 @@
 """LVM2: which parts of the disk its logical volumes are, where these are linear.
 
-L1. A label among the orphans belongs to a volume for sure only if it gives that volume's length, as
-    partition tables must agree with the disk (G1). The text is taken only with its checksum right.
+LV1. A label among the orphans belongs to a volume for sure only if it gives that volume's length, as
+    partition tables must agree with the disk (PT1). The text is taken only with its checksum right.
 """
 
 from __future__ import annotations

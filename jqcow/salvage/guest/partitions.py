@@ -1,6 +1,6 @@
 """Partition tables: MBR with logical partitions, and GPT at both ends of the disk.
 
-G1. A table among the orphans is certain only if it agrees with the size of the disk: a GPT header names the
+PT1. A table among the orphans is certain only if it agrees with the size of the disk: a GPT header names the
     last sector; of boot records, one alone has partitions that end where the disk does. A file of the
     guest may hold the image of another disk, whose tables are as right as these.
 """
@@ -223,7 +223,7 @@ def _logical_partitions(
     """Follow the chain of boot records in an extended partition, as far as it can be told.
 
     Records among the orphans are sure where the chain goes through to the extended partition's end: each
-    record then agrees with the place of the next one, and the last with the end (G1).
+    record then agrees with the place of the next one, and the last with the end (PT1).
     """
     volumes: list[Volume] = []
     parts: list[Part] = []
