@@ -214,6 +214,18 @@ def test_bt1_what_no_tree_leads_to_is_not_certain(single: Lab, age: int) -> None
     assert not wrong(single, placements, orphans)
 
 
+def test_bt1_what_may_have_been_discarded_is_not_certain(single: Lab) -> None:
+    """No live node is to be in this place: an orphan with a node of it may have been freed since."""
+    place, node = live_leaf(single)
+    hole = hole_beside(single, place)
+    order, orphans = shuffled(single, NODE_BYTES)
+    address = struct.pack("<Q", node.bytenr + hole - place)
+    orphans.clusters.append(with_generation(node.data[:48] + address + node.data[56:], node.generation + 1))
+    _, _, placements = placed(single, orphans)
+    claim = placements[len(order) * NODE_BYTES, NODE_BYTES]
+    assert (claim.guest_offset, claim.certainty) == (hole, Certainty.LIKELY)
+
+
 def test_bt1_an_orphan_that_lacks_a_live_node_is_not_certain_but_its_nodes_are(single: Lab) -> None:
     nodes = single.nodes
     place, other = next(
