@@ -361,6 +361,7 @@ def test_a_mapped_disk_reads_across_segments() -> None:
     assert view.read(8100, 200) == (bytes(range(256)) * 256)[:12_288][8100:8300]
     assert view.read(12_000, 1000) is None
     assert view.is_aligned(4096) and not view.is_aligned(8192)
+    assert not MappedDisk(disk, [lvm.Segment(0, 0, 4096), lvm.Segment(4096, 12_288, 8192)]).is_aligned(8192)
 
 
 @settings(max_examples=60, deadline=None)

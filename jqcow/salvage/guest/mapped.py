@@ -70,8 +70,11 @@ class MappedDisk:
         return whole if len(whole) == length else None
 
     def is_aligned(self, cluster_bytes: int) -> bool:
-        """Return True if clusters of the disk are clusters of the volume."""
-        return all((segment.offset - segment.start) % cluster_bytes == 0 for segment in self._segments)
+        """Return True if clusters of the disk are clusters of the volume, none in two segments."""
+        return all(
+            segment.start % cluster_bytes == 0 and segment.offset % cluster_bytes == 0
+            for segment in self._segments
+        )
 
 
 class Mapped:
