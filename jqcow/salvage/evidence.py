@@ -99,7 +99,10 @@ class Orphans(Protocol):
         ...
 
     def read(self, host_offset: int) -> bytes:
-        """Return the content of the orphan at a host offset, a multiple of the cluster's length."""
+        """Return the content of the orphan at a host offset, a multiple of the cluster's length.
+
+        Between orphans others may lie that hold zeros, which need no place: these may be read, too.
+        """
         ...
 
 

@@ -15,8 +15,9 @@ UNIT_BYTES = 4096
 class Orphans:
     """Clusters at host offsets that follow each other."""
 
-    def __init__(self, clusters: Iterable[bytes], cluster_bytes: int) -> None:
+    def __init__(self, clusters: Iterable[bytes], cluster_bytes: int, *, shows_zeros: bool = True) -> None:
         self.clusters = list(clusters)
+        self._shows_zeros = shows_zeros
         self._cluster_bytes = cluster_bytes
 
     @property
@@ -28,13 +29,14 @@ class Orphans:
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         for index, content in enumerate(self.clusters):
-            yield index * self._cluster_bytes, content
+            if self._shows_zeros or content.count(0) < len(content):
+                yield index * self._cluster_bytes, content
 
     def read(self, host_offset: int) -> bytes:
         index, rest = divmod(host_offset, self._cluster_bytes)
-        if rest or index >= len(self.clusters):
-            raise ValueError("there is no such orphan")
-        return self.clusters[index]
+        if rest:
+            raise ValueError("a cluster begins elsewhere")
+        return self.clusters[index] if index < len(self.clusters) else bytes(self._cluster_bytes)
 
 
 class Disk:

@@ -339,6 +339,39 @@ def test_a_node_in_pieces_is_joined_from_its_copies(dup: Lab) -> None:
     assert node.data in (disk.read(copies[0], NODE_BYTES), disk.read(copies[1], NODE_BYTES))
 
 
+def test_zeros_in_a_node_may_be_no_orphans(dup: Lab) -> None:
+    order, orphans = shuffled(dup, 4096)
+    sparse = Orphans(orphans.clusters, 4096, shows_zeros=False)
+    assert len(list(sparse)) < len(order)
+    _, disk, placements = placed(dup, sparse)
+    assert not wrong(dup, placements, sparse)
+    for place, node in dup.nodes.items():
+        assert disk.read(place, NODE_BYTES) == node.data
+
+
+@pytest.mark.parametrize("cluster_bytes", [4096, CLUSTER_BYTES])
+def test_an_orphan_is_placed_once(dup: Lab, cluster_bytes: int) -> None:
+    """One of two copies is lost: the other is not placed anew when it is asked again."""
+    place, node = live_leaf(dup)
+    order, orphans = shuffled(dup, cluster_bytes)
+    first = place - place % cluster_bytes
+    copies = {at for at, one in dup.nodes.items() if one.bytenr == node.bytenr}
+    lost = max(copies) - max(copies) % cluster_bytes
+    kept = [content for at, content in zip(order, orphans.clusters, strict=True) if at != lost]
+    left = Orphans(kept, cluster_bytes)
+    disk = Disk(SIZE)
+    claims: dict[int, set[int]] = {}
+    for _ in range(3):
+        (structure,) = found(disk, left)
+        for placement in list(structure.place(disk, left)):
+            if placement.length == cluster_bytes:
+                claims.setdefault(placement.host_offset, set()).add(placement.guest_offset)
+            if placement.certainty == Certainty.CERTAIN:
+                disk.take(placement, left)
+    assert first != lost or place != min(copies)
+    assert all(len(places) == 1 for places in claims.values())
+
+
 def test_what_the_extent_tree_has_is_live_without_the_tree_of_roots(single: Lab) -> None:
     order, orphans = shuffled(single, NODE_BYTES)
     root_places = [at for at, one in single.nodes.items() if one.owner == 1]

@@ -41,7 +41,7 @@ UUID_OFFSET = 32
 HEADER_END = UUID_OFFSET + HEADER_STRUCT.size
 STEP_BYTES = SIZES[0]
 TORN_MAX = 1 << 16
-COPIES_MAX = 2
+COPIES_MAX = 8
 CHOICES_MAX = 32
 NO_LINKS = array("Q")
 
@@ -96,7 +96,7 @@ class FoundNodes:
         self.digests: dict[int, int] = {}
         self.covered_bytes: dict[int, int] = {}
         self._superblock = superblock
-        self._torn: dict[tuple[int, int], list[tuple[int, tuple[int | None, ...]]]] = {}
+        self._torn: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def scan(self, orphans: Orphans, volume_offset: int) -> None:
         """Find the nodes.
@@ -118,33 +118,37 @@ class FoundNodes:
                 if node is not None:
                     self._add(node, start, clusters[:count], contents)
                 elif count > 1:
-                    self._keep_torn(data, start, clusters, cluster_bytes)
+                    self._keep_torn(data, start, clusters[0])
         self._join_torn(orphans)
 
-    def _keep_torn(self, data: bytes, start: int, clusters: tuple[int, ...], cluster_bytes: int) -> None:
-        """Remember where parts of a node may be that is not in orphans that follow each other."""
+    def _keep_torn(self, data: bytes, start: int, host: int) -> None:
+        """Remember where a node begins that does not go on in the next orphans."""
         address = HEADER_STRUCT.unpack_from(data, UUID_OFFSET)[1:3]
         copies = self._torn.setdefault(address, []) if len(self._torn) < TORN_MAX else []
         if len(copies) < COPIES_MAX:
-            count = -(-(start + self._superblock.node_bytes) // cluster_bytes)
-            places = (clusters[0] + index * cluster_bytes for index in range(count))
-            copies.append((start, tuple(place if place in clusters else None for place in places)))
+            copies.append((start, host))
 
     def _join_torn(self, orphans: Orphans) -> None:
-        """Join nodes from parts of their copies, by host offsets; their checksum says what is right."""
-        node_bytes = self._superblock.node_bytes
+        """Find nodes that go on in the file, where zeros are no orphans, or else in parts of another copy."""
+        cluster_bytes = orphans.cluster_bytes
         for (bytenr, generation), copies in self._torn.items():
-            start = copies[0][0]
-            if self.find(bytenr, generation) is not None:
-                continue
-            parts = zip(*(clusters for first, clusters in copies if first == start), strict=True)
-            choices = [[part for part in one if part is not None] for one in parts]
-            for clusters in islice(product(*choices), CHOICES_MAX):
-                contents = [orphans.read(host) for host in clusters]
-                node = Node.unpack(b"".join(contents)[start : start + node_bytes], self._superblock.node_uuid)
-                if node is not None:
-                    self._add(node, start, clusters, contents)
+            count = -(-(copies[0][0] + self._superblock.node_bytes) // cluster_bytes)
+            runs = [tuple(host + index * cluster_bytes for index in range(count)) for _, host in copies]
+            for (start, _), clusters in zip(copies, runs, strict=True):
+                self._try(start, clusters, orphans)
+            mixed = islice(product(*zip(*runs[:2], strict=True)), CHOICES_MAX)
+            while self.find(bytenr, generation) is None:
+                chosen = next(mixed, None)
+                if chosen is None:
                     break
+                self._try(copies[0][0], chosen, orphans)
+
+    def _try(self, start: int, clusters: tuple[int, ...], orphans: Orphans) -> None:
+        contents = [orphans.read(host) for host in clusters]
+        data = b"".join(contents)[start : start + self._superblock.node_bytes]
+        node = Node.unpack(data, self._superblock.node_uuid)
+        if node is not None:
+            self._add(node, start, clusters, contents)
 
     def _starts(self, contents: list[bytes], first: int) -> Iterator[int]:
         """Yield where in the first of some orphans a node may begin."""

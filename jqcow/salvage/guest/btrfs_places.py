@@ -139,9 +139,10 @@ def settle(
     unsure: dict[int, int] = {}
     for places in sorted(groups, key=len):
         free = [place for place in places if place not in taken and _is_open(disk, place)]
-        if not free:
+        hosts = _homeless(groups[places], places, disk, found, cluster_bytes) if free else []
+        if not hosts:
             continue
-        for place, host, agreed in _share_out(groups[places], free, claimed, found, cluster_bytes):
+        for place, host, agreed in _share_out(hosts, free, claimed, found, cluster_bytes):
             claim = claimed[host]
             complete = claim.rank == LIVE and claim.live_count >= expected.get(place, 0)
             if is_layered:
@@ -180,6 +181,19 @@ def _live_counts(
 
 def _is_open(disk: PlacedDisk, place: int) -> bool:
     return disk.read(place, PROBE_BYTES) is None
+
+
+def _homeless(
+    hosts: list[int], places: tuple[int, ...], disk: PlacedDisk, found: FoundNodes, cluster_bytes: int
+) -> list[int]:
+    """Return the orphans of a group but for those that are placed in one of its places already."""
+    left = list(hosts)
+    for place in places:
+        content = disk.read(place, cluster_bytes)
+        if content is not None:
+            there = [host for host in left if found.digests[host] == hash(content)]
+            left = [host for host in left if host not in there[:1]]
+    return left
 
 
 def _share_out(

@@ -129,11 +129,13 @@ def find(volumes: list[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[
 
 
 def _seen(sign: Sign, orphans: Orphans) -> Iterator[tuple[LuksHeader, Sighting]]:
-    for sighting in sightings(orphans, sign):
-        length = header_length(sighting.read(orphans, 0, SECTOR_BYTES))
-        header = unpack(sighting.read(orphans, 0, length)) if length else None
-        if header is not None:
-            yield header, sighting
+    for seen in sightings(orphans, sign):
+        length = header_length(seen.read(orphans, 0, SECTOR_BYTES))
+        for sighting in (seen.in_file(orphans.cluster_bytes), seen) if length else ():
+            header = unpack(sighting.read(orphans, 0, length))
+            if header is not None:
+                yield header, sighting
+                break
 
 
 def _on_disk(volume: Volume, disk: PlacedDisk) -> LuksHeader | None:

@@ -133,8 +133,9 @@ def _entries_of(header: GptHeader, sector_bytes: int, sighting: Sighting, orphan
     distance = (header.entries_lba - header.lba) * sector_bytes
     length = header.entries_length
     here = orphans.cluster_bytes - (sighting.start + distance) % max(orphans.cluster_bytes, 1)
-    for count in (length, min(here, length)):
-        data = sighting.read(orphans, distance, count)
+    followed = sighting.in_file(orphans.cluster_bytes)
+    for seen, count in ((followed, length), (sighting, length), (sighting, min(here, length))):
+        data = seen.read(orphans, distance, count)
         data += bytes(length - len(data))
         if any(True for _ in header.partitions(data)):
             return data

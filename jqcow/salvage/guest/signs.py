@@ -57,6 +57,11 @@ class Sighting:
         position -= first * cluster_bytes
         return data[position : position + length]
 
+    def in_file(self, cluster_bytes: int) -> Sighting:
+        """Return the same with the clusters that follow in the file: some may be no orphans, but zeros."""
+        count = len(self.clusters)
+        return Sighting(tuple(self.clusters[0] + index * cluster_bytes for index in range(count)), self.start)
+
     def moved(self, distance: int) -> Sighting:
         """Return the same with another begin, so far from it; it may be before the first orphan."""
         return Sighting(self.clusters, self.start + distance)
