@@ -49,6 +49,11 @@ class Claim:
     live_count: int = 0
     live_bytes: int = 0
 
+    @property
+    def age(self) -> tuple[int, int]:
+        """What sorts orphans that claim one place: the newest is the highest."""
+        return self.rank, self.generation
+
     def add(self, rank: int, places: tuple[int, ...], generation: int, length: int) -> None:
         """Take what another node says."""
         if rank > self.rank:
@@ -139,7 +144,7 @@ def settle(
     unsure: dict[int, int] = {}
     for places in sorted(groups, key=len):
         free = [place for place in places if place not in taken and _is_open(disk, place)]
-        hosts = _homeless(groups[places], places, disk, found, cluster_bytes) if free else []
+        hosts = _homeless(groups[places], places, claimed, disk, found, cluster_bytes) if free else []
         if not hosts:
             continue
         for place, host, agreed in _share_out(hosts, free, claimed, found, cluster_bytes):
@@ -184,7 +189,12 @@ def _is_open(disk: PlacedDisk, place: int) -> bool:
 
 
 def _homeless(
-    hosts: list[int], places: tuple[int, ...], disk: PlacedDisk, found: FoundNodes, cluster_bytes: int
+    hosts: list[int],
+    places: tuple[int, ...],
+    claimed: dict[int, Claim],
+    disk: PlacedDisk,
+    found: FoundNodes,
+    cluster_bytes: int,
 ) -> list[int]:
     """Return the orphans of a group but for those that are placed in one of its places already."""
     left = list(hosts)
@@ -192,7 +202,8 @@ def _homeless(
         content = disk.read(place, cluster_bytes)
         if content is not None:
             there = [host for host in left if found.digests[host] == hash(content)]
-            left = [host for host in left if host not in there[:1]]
+            if there:
+                left.remove(max(there, key=lambda host: claimed[host].age))
     return left
 
 
@@ -200,19 +211,15 @@ def _share_out(
     hosts: list[int], free: list[int], claimed: dict[int, Claim], found: FoundNodes, cluster_bytes: int
 ) -> Iterator[tuple[int, int, Certainty]]:
     """Yield (place, host offset, certainty) for orphans that all claim the same places (BT3)."""
-
-    def newest(host: int) -> tuple[int, int]:
-        return claimed[host].rank, claimed[host].generation
-
-    best = max(map(newest, hosts))
-    equal = [host for host in hosts if newest(host) == best]
+    best = max(claimed[host].age for host in hosts)
+    equal = [host for host in hosts if claimed[host].age == best]
     first = equal[0]
     if any(found.digests[host] != found.digests[first] for host in equal):
         for place, host in zip(free, equal[-len(free) :], strict=False):
             yield place, host, Certainty.LIKELY
         return
     same = [host for host in hosts if found.digests[host] == found.digests[first]]
-    same.sort(key=newest, reverse=True)
+    same.sort(key=lambda host: claimed[host].age, reverse=True)
     whole = found.covered_bytes[first] >= cluster_bytes
     sure = len(same) >= len(free) or whole
     for place, host in zip(free, same, strict=False):
