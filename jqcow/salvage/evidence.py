@@ -99,7 +99,10 @@ class Orphans(Protocol):
         ...
 
     def read(self, host_offset: int) -> bytes:
-        """Return the content of the orphan at a host offset, a multiple of the cluster's length."""
+        """Return the content of the orphan at a host offset, a multiple of the cluster's length.
+
+        Between orphans others may lie that hold zeros, which need no place: these may be read, too.
+        """
         ...
 
 
@@ -127,11 +130,13 @@ class Volume:
         offset: of the range on the guest's disk, in bytes.
         length: of the range in bytes; 0 where it is not known.
         name: such as "partition 2", for people.
+        certainty: how surely there is such a volume: nothing in it is placed more surely.
     """
 
     offset: int
     length: int
     name: str
+    certainty: Certainty = Certainty.CERTAIN
 
 
 class GuestStructure(Protocol):
