@@ -6,12 +6,14 @@ is made and mounted, and files are written, grown, rewritten and deleted in a se
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MAKERS = {
@@ -20,6 +22,8 @@ MAKERS = {
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
     "ntfs": ["mkntfs", "-q", "-Q", "-F"],
 }
+STOP = 0x8004587D
+"""The request that ext4 and XFS take for "stop here, after the log is written"."""
 WORDS = (b"the", b"quick", b"brown", b"fox", b"jumps", b"over", b"a", b"lazy", b"dog", b"and", b"sleeps")
 
 
@@ -32,12 +36,24 @@ class Workload:
         bytes_max: length of the longest; short ones are more frequent.
         deleted: share of files that are deleted again on the way.
         appended: share of writes that grow a file that is there already.
+        synced: how often all is written out, for each file.
+        rewritten: how often a part of a file is overwritten, for each file.
+        scattered: how many files are grown in turn, block by block, so that each has many extents.
+        crowd: how many empty files a single folder gets.
+        mounts: how often the file system is mounted, the load shared among them.
+        is_cut_off: whether it stops in the end without a clean unmount (ext4 and XFS).
     """
 
     files: int = 200
     bytes_max: int = 4 << 20
     deleted: float = 0.25
     appended: float = 0.15
+    synced: float = 0.05
+    rewritten: float = 0.0
+    scattered: int = 0
+    crowd: int = 0
+    mounts: int = 1
+    is_cut_off: bool = False
 
 
 def run(*words: object) -> str:
@@ -102,7 +118,7 @@ def content(chance: random.Random, length: int) -> bytes:
     return text[:length]
 
 
-def work(point: Path, chance: random.Random, load: Workload) -> None:
+def work(point: Path, chance: random.Random, load: Workload, prefix: str = "") -> None:
     """Write, grow, rewrite and delete files, now and then with a sync between."""
     names: list[Path] = []
     for number in range(load.files):
@@ -114,17 +130,58 @@ def work(point: Path, chance: random.Random, load: Workload) -> None:
             with chance.choice(names).open("ab") as file:
                 file.write(content(chance, length))
         else:
-            name = folder / f"file{number}"
+            name = folder / f"{prefix}file{number}"
             name.write_bytes(content(chance, length))
             names.append(name)
         if names and chance.random() < load.deleted:
             names.pop(chance.randrange(len(names))).unlink()
-        if chance.random() < 0.05:
+        if names and chance.random() < load.rewritten:
+            rewrite(chance.choice(names), chance)
+        if chance.random() < load.synced:
             run("sync", "-f", point)
+    scatter(point, chance, load.scattered)
+    for number in range(load.crowd):
+        crowd = point / "crowd"
+        crowd.mkdir(exist_ok=True)
+        (crowd / f"one of many {number} {chance.random()}").touch()
+
+
+def rewrite(name: Path, chance: random.Random) -> None:
+    """Overwrite a part of a file in its place."""
+    with name.open("r+b") as file:
+        file.seek(chance.randrange(name.stat().st_size + 1))
+        file.write(content(chance, chance.randrange(1, 100_000)))
+
+
+def scatter(point: Path, chance: random.Random, count: int) -> None:
+    """Grow files in turn, each written out before the next goes on."""
+    handles = [os.open(point / f"scattered{number}", os.O_CREAT | os.O_WRONLY) for number in range(count)]
+    for step in range(60 if count else 0):
+        for handle in handles:
+            os.pwrite(handle, chance.randbytes(4096), step * 8192)
+            os.fdatasync(handle)
+    for handle in handles:
+        os.close(handle)
+
+
+def cut_off(point: Path) -> None:
+    """Let a file system stop as by a crash, with what its journal has by now."""
+    folder = os.open(point, os.O_RDONLY)
+    try:
+        fcntl.ioctl(folder, STOP, (1).to_bytes(4, "little"))
+    finally:
+        os.close(folder)
 
 
 def make(
-    image: Path, kind: str, size: int, seed: int, *, options: str = "", load: Workload | None = None
+    image: Path,
+    kind: str,
+    size: int,
+    seed: int,
+    *,
+    options: str = "",
+    load: Workload | None = None,
+    making: Sequence[str] = (),
 ) -> None:
     """Make a qcow2 image with a file system that was used for a while.
 
@@ -135,14 +192,20 @@ def make(
         seed: of all that is written.
         options: for ``qemu-img create -o``.
         load: what is done.
+        making: more words for the command that makes the file system.
     """
     folder = image.parent
     run("qemu-img", "create", "-q", "-f", "qcow2", *(["-o", options] if options else []), image, size)
     with exported(image, folder) as disk:
         device = run("losetup", "--find", "--show", disk).strip()
         try:
-            run(*MAKERS[kind], device)
+            run(*MAKERS[kind], *making, device)
         finally:
             run("losetup", "--detach", device)
-        with mounted(disk, kind, folder) as point:
-            work(point, random.Random(seed), load or Workload())
+        load = load or Workload()
+        chance = random.Random(seed)
+        for number in range(load.mounts):
+            with mounted(disk, kind, folder) as point:
+                work(point, chance, replace(load, files=load.files // load.mounts), f"{number}-")
+                if load.is_cut_off and number == load.mounts - 1:
+                    cut_off(point)

@@ -1,0 +1,226 @@
+"""An ext4 (or ext3, ext2) of the guest: its metadata tell their places by their checksums."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from jqcow.salvage.evidence import BlockSum, Certainty, FilePiece, Orphans, PlacedDisk, Placement, Volume
+from jqcow.salvage.guest import crc_inverse, ext4_files
+from jqcow.salvage.guest.ext4_choice import Candidate, Choice
+from jqcow.salvage.guest.ext4_journal import CSUM_V3, DESCRIPTOR, SUPERBLOCK, WIDE, JournalSuperblock
+from jqcow.salvage.guest.ext4_marks import JOURNAL_MAGIC, Kind, Mark, Marker
+from jqcow.salvage.guest.ext4_ondisk import (
+    DIRECTORY,
+    EXTENTS_FLAG,
+    HAS_JOURNAL,
+    PRIMARY_AT,
+    RECOVER,
+    SUPERBLOCK_BYTES,
+    Inode,
+    Superblock,
+)
+from jqcow.salvage.guest.ext4_places import Known, Places
+from jqcow.salvage.guest.ext4_volume import Volume4, descriptors_in
+
+MARKED_MAX = 1 << 21
+"""So many orphans are remembered: what comes after is not looked at, and memory has a bound."""
+
+_WITNESSES = {
+    Kind.SUPERBLOCK: "superblock",
+    Kind.DESCRIPTORS: "group descriptors",
+    Kind.RESERVED: "reserved descriptors",
+    Kind.INODES: "inode table",
+    Kind.EXTENTS: "extent tree",
+    Kind.DIRECTORY: "directory",
+    Kind.ATTRIBUTES: "extended attributes",
+    Kind.BITMAP: "bitmap",
+    Kind.JOURNAL: "journal",
+}
+
+
+class Ext4:
+    """One ext4 on the guest's disk.
+
+    Args:
+        superblock: any copy.
+        volume: where it is.
+        is_sure: whether it is there for certain.
+    """
+
+    def __init__(self, superblock: Superblock, volume: Volume, is_sure: bool) -> None:
+        self._superblock = superblock
+        self._offset = volume.offset
+        self._is_sure = is_sure and superblock.summed
+        self._name = f"{'ext4' if superblock.incompat & 0x40 else 'ext2 or ext3'} in {volume.name}"
+        self._known = Known()
+        self._marks: dict[int, list[Mark]] = {}
+        self._zeros: dict[int, int] = {}
+        self._marker: Marker | None = None
+        self._learnt: set[int] = set()
+        self._trees: dict[int, Inode] = {}
+        self._journal_read: set[int] = set()
+        self._bitmaps_sought: set[int] = set()
+
+    @property
+    def name(self) -> str:
+        """Return what it is and where."""
+        return self._name
+
+    @property
+    def uuid(self) -> bytes:
+        """Return the file system's UUID."""
+        return self._superblock.uuid
+
+    def place(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
+        """Yield the orphans that tell where they belong; see `GuestStructure.place`."""
+        if self._marker is None:
+            self._scan(orphans)
+        self._learn(disk, orphans)
+        self._seek_bitmaps(disk, orphans)
+        places = Places(self._superblock, self._offset, orphans.cluster_bytes, self._known)
+        choice = Choice(
+            self._superblock, self._known, places, not self._superblock.incompat & RECOVER, orphans.read
+        )
+        by_offset: dict[int, list[Candidate]] = {}
+        undecided: dict[tuple[int, ...], list[Candidate]] = {}
+        for host_offset, marks in self._marks.items():
+            choice.count(marks)
+            found = places.of_orphan(marks, self._zeros[host_offset])
+            if len(found) == 1:
+                offset, support = found.popitem()
+                by_offset.setdefault(offset, []).append(Candidate(host_offset, support))
+            elif found:
+                support = next(iter(found.values()))
+                undecided.setdefault(tuple(found), []).append(Candidate(host_offset, support))
+        for offset, candidates in by_offset.items():
+            chosen = choice.choose(candidates)
+            if chosen and self._is_free(disk, offset, orphans.cluster_bytes):
+                yield self._placement(offset, chosen[0], orphans.cluster_bytes, chosen[1])
+
+    def _is_free(self, disk: PlacedDisk, offset: int, length: int) -> bool:
+        return 0 <= offset < disk.size and disk.read(offset, min(length, disk.size - offset)) is None
+
+    def _placement(self, offset: int, who: Candidate, length: int, certainty: Certainty) -> Placement:
+        kinds = Counter(mark.kind for mark in who.support)
+        witness = f"{self._name}: {_WITNESSES[kinds.most_common(1)[0][0]]}"
+        most = Certainty.CERTAIN if self._is_sure else Certainty.LIKELY
+        return Placement(offset, who.host_offset, length, min(certainty, most), witness)
+
+    def _scan(self, orphans: Orphans) -> None:
+        """Mark what tells what it is, and take in what needs no place: descriptors, newest superblock."""
+        cluster_bytes = orphans.cluster_bytes
+        self._marker = marker = Marker(self._superblock, self._offset, cluster_bytes)
+        journal: JournalSuperblock | None = None
+        newest = self._superblock
+        for host_offset, data in orphans:
+            marks = marker.marks(data)
+            if not marks or len(self._marks) >= MARKED_MAX:
+                continue
+            self._marks[host_offset] = marks
+            self._zeros[host_offset] = marker.zeros(data, marks)
+            for mark in marks:
+                block = data[mark.at : mark.at + self._superblock.block_bytes]
+                if mark.kind is Kind.DESCRIPTORS:
+                    self._known.take_descriptors(descriptors_in(self._superblock, mark.key, block))
+                elif mark.kind is Kind.SUPERBLOCK and mark.key == 0:
+                    found = Superblock.unpack(block[1024:2048] if len(block) > 1024 else block)
+                    if found and _age(found) > _age(newest):
+                        newest = found
+                elif mark.kind is Kind.JOURNAL and mark.key == SUPERBLOCK:
+                    journal = JournalSuperblock.unpack(block) or journal
+        self._superblock = newest
+        self._journal = journal or JournalSuperblock(0, 1, 0, 0, CSUM_V3 | WIDE, newest.uuid, 0)
+        for host_offset, marks in self._marks.items():
+            descriptors = [mark for mark in marks if mark.kind is Kind.JOURNAL and mark.key == DESCRIPTOR]
+            data = orphans.read(host_offset) if descriptors else b""
+            for mark in descriptors:
+                self._known.log.add(data[mark.at : mark.at + self._superblock.block_bytes], self._journal)
+
+    def _learn(self, disk: PlacedDisk, orphans: Orphans) -> None:
+        """Take in what the placed part of the disk says."""
+        data = disk.read(self._offset + PRIMARY_AT, SUPERBLOCK_BYTES)
+        placed = Superblock.unpack(data) if data else None
+        if placed and placed.same_volume(self._superblock):
+            self._superblock = placed
+        volume = Volume4(self._superblock, self._offset, disk)
+        self._known.take_descriptors(volume.descriptors())
+        for group, table in list(self._known.tables.items()):
+            used = self._superblock.inodes_per_group - table.unused_inodes
+            for index in range(-(-used // self._superblock.inodes_per_block)):
+                block = table.inode_table + index
+                if block not in self._learnt and volume.read(block) is not None:
+                    self._learnt.add(block)
+                    first = group * self._superblock.inodes_per_group + 1
+                    for number, inode in volume.inodes_in(
+                        block, first + index * self._superblock.inodes_per_block
+                    ):
+                        if inode.kind == DIRECTORY or inode.block_map[6] or inode.attributes:
+                            self._trees[number] = inode
+        nodes, folders = (Volume4(self._superblock, self._offset, disk) for _ in range(2))
+        assert self._marker
+        for number, inode in self._trees.items():
+            seed = self._marker.inode_seed(number, inode.generation)
+            self._known.take_inode(nodes, number, inode, seed)
+            if inode.kind == DIRECTORY:
+                self._known.take_directory(folders, inode, seed)
+        self._learn_journal(Volume4(self._superblock, self._offset, disk))
+
+    def _learn_journal(self, volume: Volume4) -> None:
+        superblock = self._superblock
+        if not superblock.compat & HAS_JOURNAL or not any(superblock.journal_map):
+            return
+        by_extents = superblock.journal_map[:2] == b"\x0a\xf3"
+        runs = [run for run in volume.mapped(superblock.journal_map, by_extents) if not run.is_metadata]
+        self._known.journal = [(run.start, run.blocks) for run in runs]
+        for run in runs:
+            for block in range(run.start, run.start + run.blocks):
+                data = volume.read(block) if block not in self._journal_read else None
+                if data is not None:
+                    self._journal_read.add(block)
+                    self._take_journal_block(data)
+
+    def _take_journal_block(self, data: bytes) -> None:
+        if data[:4] != JOURNAL_MAGIC:
+            self._known.log.take_placed(crc_inverse.alone(data))
+        elif data[4:8] == bytes([0, 0, 0, SUPERBLOCK]):
+            self._journal = JournalSuperblock.unpack(data) or self._journal
+        elif data[4:8] == bytes([0, 0, 0, DESCRIPTOR]):
+            self._known.log.add(data, self._journal)
+
+    def _seek_bitmaps(self, disk: PlacedDisk, orphans: Orphans) -> None:
+        pass
+
+    def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield what is in use, as far as it is placed; see `GuestStructure.pieces`."""
+        return ext4_files.pieces(Volume4(self._superblock, self._offset, disk), self._known.tables)
+
+    def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
+        """Yield what the bitmaps of blocks have free; see `GuestStructure.free`."""
+        return ext4_files.free(Volume4(self._superblock, self._offset, disk))
+
+    def sums(self, disk: PlacedDisk) -> Iterator[BlockSum]:
+        """Yield nothing: an ext4 keeps no checksums of file data."""
+        return iter(())
+
+
+def _age(superblock: Superblock) -> tuple[int, int, int]:
+    return superblock.group == 0, superblock.write_seconds, superblock.kib_written
+
+
+def find(volumes: Sequence[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[Ext4]:
+    """Yield every ext4 that a superblock tells of, on the disk or in an orphan."""
+    for volume in volumes:
+        data = disk.read(volume.offset + PRIMARY_AT, SUPERBLOCK_BYTES)
+        found = Superblock.unpack(data) if data else None
+        if found and found.group == 0:
+            yield Ext4(found, volume, True)
+    best: dict[bytes, Superblock] = {}
+    for _, data in orphans:
+        for at in range(0, len(data) - 1023, 1024):
+            if data[at + 0x38 : at + 0x3A] == b"\x53\xef":
+                found = Superblock.unpack(data[at : at + 1024])
+                if found and (found.uuid not in best or _age(found) > _age(best[found.uuid])):
+                    best[found.uuid] = found
+    for found in best.values():
+        yield Ext4(found, Volume(0, 0, "the whole disk"), True)

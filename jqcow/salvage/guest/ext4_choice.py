@@ -1,0 +1,130 @@
+"""Which of several orphans that name one place is there, and which are copies in the journal or old."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from jqcow.salvage.evidence import Certainty
+from jqcow.salvage.guest.ext4_marks import Kind, Mark
+from jqcow.salvage.guest.ext4_ondisk import Inode, Superblock
+from jqcow.salvage.guest.ext4_places import Known, Places
+
+
+RIVALS_MAX = 64
+"""More different orphans that name one place are not compared, each with each."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An orphan that may be at a place.
+
+    Attributes:
+        host_offset: of the orphan in the file, in bytes.
+        support: its marks that name the place.
+    """
+
+    host_offset: int
+    support: list[Mark]
+
+
+class Choice:
+    """Chooses among candidates.
+
+    Args:
+        superblock: the newest copy.
+        known: what was learnt.
+        places: finds the places of marks.
+        is_clean: whether the journal has nothing that is not at home.
+        read: reads an orphan.
+    """
+
+    def __init__(
+        self,
+        superblock: Superblock,
+        known: Known,
+        places: Places,
+        is_clean: bool,
+        read: Callable[[int], bytes],
+    ) -> None:
+        self._superblock = superblock
+        self._known = known
+        self._places = places
+        self._is_clean = is_clean
+        self._read = read
+        self._claims: Counter[tuple[int, int]] = Counter()
+
+    def count(self, marks: Iterable[Mark]) -> None:
+        """Take note of what names a home, wherever it lies."""
+        for mark in marks:
+            home = self._home(mark)
+            if home is not None:
+                self._claims[home, mark.alone] += 1
+
+    def _home(self, mark: Mark) -> int | None:
+        ranges = self._places.of_mark(mark) if mark.kind is not Kind.JOURNAL else None
+        if ranges and (mark.kind is Kind.DESCRIPTORS or (len(ranges) == 1 and ranges[0][1] == 1)):
+            return ranges[0][0]
+        return None
+
+    def is_copy(self, mark: Mark) -> bool:
+        """Return whether the journal accounts for all blocks that hold the same for the same home."""
+        home = self._home(mark)
+        if home is None:
+            return False
+        there = self._claims[home, mark.alone] + self._known.log.placed(mark.alone)
+        return there <= self._known.log.promised(home, mark.alone)
+
+    def choose(self, candidates: list[Candidate]) -> tuple[Candidate, Certainty] | None:
+        """Return who is at home, and how surely; None where nobody is."""
+        living = [one for one in candidates if not all(self.is_copy(mark) for mark in one.support)]
+        if len(living) < 2:
+            return (living[0], Certainty.CERTAIN) if living else None
+        contents = {one.host_offset: self._read(one.host_offset) for one in living}
+        different = list({contents[one.host_offset]: one for one in reversed(living)}.values())[::-1]
+        if len(different) > RIVALS_MAX:
+            return None
+        for one in different:
+            if all(self._order(one, other, contents) > 0 for other in different if other is not one):
+                return one, Certainty.CERTAIN if self._is_clean else Certainty.LIKELY
+        return None if len(different) > 1 else (different[0], Certainty.CERTAIN)
+
+    def _order(self, left: Candidate, right: Candidate, contents: dict[int, bytes]) -> int:
+        """Return 1 when the left one is newer wherever they differ, -1 when the right one is, else 0."""
+        verdicts: set[int] = set()
+        others = {mark.at: mark for mark in right.support}
+        for mark in left.support:
+            other = others.get(mark.at)
+            if other is None or other.kind is not mark.kind or other.alone == mark.alone:
+                continue
+            home = self._home(mark)
+            newest = self._known.log.newest(home) if home is not None else None
+            if mark.kind is not Kind.SUPERBLOCK and newest in (mark.alone, other.alone):
+                verdicts.add(1 if newest == mark.alone else -1)
+                continue
+            size = self._superblock.block_bytes
+            blocks = [
+                contents[one.host_offset][mark.at : mark.at + size] for one in (left, right)
+            ]
+            verdicts.add(self._newer(mark.kind, blocks[0], blocks[1]))
+        return verdicts.pop() if len(verdicts) == 1 else 0
+
+    def _newer(self, kind: Kind, left: bytes, right: bytes) -> int:
+        """Return 1 when by its own times the left block is newer, -1 when the right one is, else 0."""
+        if kind is Kind.SUPERBLOCK:
+            at = 0 if self._superblock.block_bytes == 1024 else 1024
+            both = [Superblock.unpack(block[at : at + 1024]) for block in (left, right)]
+            pairs = [[(one.write_seconds, one.kib_written) if one else (0, 0) for one in both]]
+        elif kind is Kind.INODES:
+            step = self._superblock.inode_bytes
+            pairs = [
+                [(inode.changed, inode.modified) for inode in map(Inode.unpack, slots)]
+                for at in range(0, len(left), step)
+                if left[at : at + step] != right[at : at + step]
+                for slots in ((left[at : at + step], right[at : at + step]),)
+            ]
+        else:
+            return 0
+        orders = {(first > second) - (first < second) for first, second in pairs}
+        return orders.pop() if len(orders) == 1 else 0

@@ -1,0 +1,119 @@
+"""What an ext4 has in use, and what it has free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from jqcow.salvage.evidence import FilePiece
+from jqcow.salvage.guest import crc_inverse
+from jqcow.salvage.guest.ext4_ondisk import (
+    BLOCK_UNINIT,
+    DIRECTORY,
+    GroupDescriptor,
+    Inode,
+)
+from jqcow.salvage.guest.ext4_volume import Volume4
+
+INODE_OF_USERS = 11
+"""The first inode that is not the file system's own."""
+
+
+def pieces(volume: Volume4, tables: Mapping[int, GroupDescriptor]) -> Iterator[FilePiece]:
+    """Yield the ranges in use: the file system's own, then those of each file.
+
+    Args:
+        volume: what is placed.
+        tables: descriptors from any copy, for groups whose own are not placed.
+    """
+    superblock = volume.superblock
+    made = (superblock.make_seconds * 1_000_000_000, 0, 0)
+    for group in superblock.super_groups():
+        taken = 1 + superblock.plain_descriptor_blocks + superblock.reserved_blocks
+        yield _piece(volume, superblock.group_start(group), taken, made)
+    descriptors = dict(tables) | dict(volume.descriptors())
+    for index in range(superblock.plain_descriptor_blocks, superblock.descriptor_blocks):
+        for block in superblock.descriptor_places(index):
+            yield _piece(volume, block, 1, made)
+    for group, descriptor in sorted(descriptors.items()):
+        yield _piece(volume, descriptor.block_bitmap, 1, made)
+        yield _piece(volume, descriptor.inode_bitmap, 1, made)
+        yield _piece(volume, descriptor.inode_table, superblock.table_blocks, made)
+        for number, inode in volume.inodes(group, descriptor):
+            yield from _of_file(volume, number, inode)
+
+
+def _piece(volume: Volume4, block: int, count: int, written: tuple[int, int, int]) -> FilePiece:
+    size = volume.superblock.block_bytes
+    return FilePiece(volume.offset + block * size, count * size, count * size, written, is_data=False)
+
+
+def _of_file(volume: Volume4, number: int, inode: Inode) -> Iterator[FilePiece]:
+    size = volume.superblock.block_bytes
+    is_own = inode.kind == DIRECTORY or number < INODE_OF_USERS
+    when = _written(inode)
+    if inode.attributes:
+        yield _piece(volume, inode.attributes, 1, (when, number, 0))
+    for run in volume.runs(inode):
+        written = (when, number, run.logical * size)
+        if is_own or run.is_metadata:
+            yield _piece(volume, run.start, run.blocks, written)
+        else:
+            valid = max(0, min(run.blocks * size, inode.size - run.logical * size))
+            yield FilePiece(volume.offset + run.start * size, run.blocks * size, valid, written)
+
+
+def _written(inode: Inode) -> int:
+    """Return when a file's blocks were most likely written: what restores times changes the modified one."""
+    if inode.created and not inode.created <= inode.modified <= inode.changed:
+        return inode.created
+    return min(inode.modified, inode.changed)
+
+
+def free(volume: Volume4) -> Iterator[tuple[int, int]]:
+    """Yield (guest offset, length) of free ranges, for groups whose descriptor and bitmap are placed."""
+    superblock = volume.superblock
+    size = superblock.block_bytes * superblock.cluster_blocks
+    descriptors = dict(volume.descriptors())
+    for group, descriptor in descriptors.items():
+        start = superblock.group_start(group)
+        count = -(-superblock.group_blocks(group) // superblock.cluster_blocks)
+        if descriptor.flags & BLOCK_UNINIT:
+            used = _used_by_tables(volume, group, descriptors)
+        else:
+            bitmap = _bitmap(volume, descriptor)
+            if bitmap is None:
+                continue
+            used = int.from_bytes(bitmap, "little")
+        bits = format(used & ((1 << count) - 1), f"0{count}b")[::-1]
+        for run in re.finditer("0+", bits):
+            offset = volume.offset + start * superblock.block_bytes + run.start() * size
+            yield offset, (run.end() - run.start()) * size
+
+
+def _bitmap(volume: Volume4, descriptor: GroupDescriptor) -> bytes | None:
+    superblock = volume.superblock
+    data = volume.read(descriptor.block_bitmap)
+    if data is None or not superblock.summed:
+        return data
+    length = superblock.blocks_per_group // superblock.cluster_blocks // 8
+    crc = crc_inverse.forward(length)(superblock.seed) ^ crc_inverse.alone(data[:length])
+    mask = 0xFFFF_FFFF if superblock.descriptor_bytes >= 64 else 0xFFFF
+    return data if not (crc ^ descriptor.block_bitmap_sum) & mask else None
+
+
+def _used_by_tables(volume: Volume4, group: int, descriptors: Mapping[int, GroupDescriptor]) -> int:
+    """Return the bitmap of a group that was never written: only the file system's own is in it."""
+    superblock = volume.superblock
+    start, count = superblock.group_start(group), superblock.group_blocks(group)
+    used = (1 << superblock.overhead_blocks(group)) - 1
+    for descriptor in descriptors.values():
+        for first, length in (
+            (descriptor.block_bitmap, 1),
+            (descriptor.inode_bitmap, 1),
+            (descriptor.inode_table, superblock.table_blocks),
+        ):
+            low, high = max(first - start, 0), min(first + length - start, count)
+            if low < high:
+                used |= ((1 << (high - low)) - 1) << low
+    return used
