@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from jqcow.salvage.evidence import BlockSum, Certainty, FilePiece, Orphans, PlacedDisk, Placement, Volume
 from jqcow.salvage.guest import crc_inverse, ext4_files
 from jqcow.salvage.guest.ext4_choice import Candidate, Choice
+from jqcow.salvage.guest.ext4_folders import folder, hash_range
 from jqcow.salvage.guest.ext4_journal import CSUM_V3, DESCRIPTOR, SUPERBLOCK, WIDE, JournalSuperblock
 from jqcow.salvage.guest.ext4_marks import JOURNAL_MAGIC, Kind, Mark, Marker
 from jqcow.salvage.guest.ext4_ondisk import (
+    BLOCK_UNINIT,
     DIRECTORY,
     EXTENTS_FLAG,
     HAS_JOURNAL,
+    HUGE_FILE_FLAG,
+    INODE_UNINIT,
     PRIMARY_AT,
     RECOVER,
     SUPERBLOCK_BYTES,
+    ExtentNode,
     Inode,
     Superblock,
 )
@@ -25,6 +32,9 @@ from jqcow.salvage.guest.ext4_volume import Volume4, descriptors_in
 
 MARKED_MAX = 1 << 21
 """So many orphans are remembered: what comes after is not looked at, and memory has a bound."""
+
+VARIANTS_MAX = 4096
+"""So many ways to put an extent tree together are tried."""
 
 _WITNESSES = {
     Kind.SUPERBLOCK: "superblock",
@@ -61,6 +71,7 @@ class Ext4:
         self._trees: dict[int, Inode] = {}
         self._journal_read: set[int] = set()
         self._bitmaps_sought: set[int] = set()
+        self._nodes: dict[tuple[int, int], set[tuple[int, int]]] = {}
 
     @property
     def name(self) -> str:
@@ -97,6 +108,14 @@ class Ext4:
             chosen = choice.choose(candidates)
             if chosen and self._is_free(disk, offset, orphans.cluster_bytes):
                 yield self._placement(offset, chosen[0], orphans.cluster_bytes, chosen[1])
+        for offsets, candidates in undecided.items():
+            free = [
+                offset
+                for offset in offsets
+                if offset not in by_offset and self._is_free(disk, offset, orphans.cluster_bytes)
+            ]
+            for offset, candidate in choice.share_out(free, offsets, candidates):
+                yield self._placement(offset, candidate, orphans.cluster_bytes, Certainty.CERTAIN)
 
     def _is_free(self, disk: PlacedDisk, offset: int, length: int) -> bool:
         return 0 <= offset < disk.size and disk.read(offset, min(length, disk.size - offset)) is None
@@ -132,6 +151,9 @@ class Ext4:
         self._superblock = newest
         self._journal = journal or JournalSuperblock(0, 1, 0, 0, CSUM_V3 | WIDE, newest.uuid, 0)
         for host_offset, marks in self._marks.items():
+            for mark in marks:
+                if mark.kind is Kind.EXTENTS:
+                    self._nodes.setdefault((mark.key, mark.extra), set()).add((mark.alone, mark.mapped))
             descriptors = [mark for mark in marks if mark.kind is Kind.JOURNAL and mark.key == DESCRIPTOR]
             data = orphans.read(host_offset) if descriptors else b""
             for mark in descriptors:
@@ -163,8 +185,45 @@ class Ext4:
             seed = self._marker.inode_seed(number, inode.generation)
             self._known.take_inode(nodes, number, inode, seed)
             if inode.kind == DIRECTORY:
-                self._known.take_directory(folders, inode, seed)
+                self._known.folders[seed] = folder(folders, inode)
+            if inode.block_map[6] == 1 and inode.flags & EXTENTS_FLAG:
+                self._weigh_tree(inode, seed)
+        self._hash_names(orphans)
         self._learn_journal(Volume4(self._superblock, self._offset, disk))
+
+    def _hash_names(self, orphans: Orphans) -> None:
+        """Find the hashes of names in blocks of directories whose index is placed."""
+        size = self._superblock.block_bytes
+        known = self._known
+        for host_offset, marks in self._marks.items():
+            for mark in marks:
+                key = mark.key, mark.alone
+                if mark.kind is Kind.DIRECTORY and not mark.extra and key not in known.hash_ranges:
+                    sought = known.folders.get(mark.key)
+                    if sought and sought.leaves:
+                        block = orphans.read(host_offset)[mark.at : mark.at + size]
+                        known.hash_ranges[key] = hash_range(self._superblock, block)
+
+    def _weigh_tree(self, inode: Inode, seed: int) -> None:
+        """Find the nodes of a tree that together map as many blocks as the inode counts."""
+        root = ExtentNode.unpack(inode.block_map)
+        superblock = self._superblock
+        if root is None or seed in self._known.whole_trees or superblock.cluster_blocks > 1:
+            return
+        unit = 1 if inode.flags & HUGE_FILE_FLAG else superblock.block_bytes // 512
+        mapped = inode.sectors // unit - len(root.children) - bool(inode.attributes)
+        variants = [sorted(self._nodes.get((seed, logical), ())) for logical, _ in root.children]
+        if not variants or math.prod(map(len, variants)) > VARIANTS_MAX:
+            return
+        fitting = [
+            chosen
+            for chosen in itertools.product(*variants)
+            if sum(blocks for _, blocks in chosen) == mapped
+        ]
+        if len(fitting) == 1:
+            self._known.whole_trees.add(seed)
+            for (logical, _), (content, _) in zip(root.children, fitting[0], strict=True):
+                self._known.sound_nodes.add((seed, logical, content))
 
     def _learn_journal(self, volume: Volume4) -> None:
         superblock = self._superblock
@@ -189,7 +248,33 @@ class Ext4:
             self._known.log.add(data, self._journal)
 
     def _seek_bitmaps(self, disk: PlacedDisk, orphans: Orphans) -> None:
-        pass
+        """Mark the bitmaps whose checksums stand in descriptors that are placed, and not sought before."""
+        superblock = self._superblock
+        if not superblock.summed or superblock.descriptor_bytes < 64 or self._marker is None:
+            return
+        sought: dict[tuple[int, int], list[int]] = {}
+        lengths = superblock.blocks_per_group // superblock.cluster_blocks // 8, superblock.inodes_per_group // 8
+        for group, descriptor in Volume4(superblock, self._offset, disk).descriptors():
+            for of_inodes, (block, checksum, flag) in enumerate(
+                (
+                    (descriptor.block_bitmap, descriptor.block_bitmap_sum, BLOCK_UNINIT),
+                    (descriptor.inode_bitmap, descriptor.inode_bitmap_sum, INODE_UNINIT),
+                )
+            ):
+                before = crc_inverse.forward(lengths[of_inodes])(superblock.seed)
+                if block not in self._bitmaps_sought and not descriptor.flags & flag and checksum:
+                    self._bitmaps_sought.add(block)
+                    sought.setdefault((checksum ^ before, of_inodes), []).append(block)
+        for of_inodes, length in enumerate(lengths):
+            for byte in (b"\0", b"\xff"):
+                sought.pop((crc_inverse.alone(byte * length), of_inodes), None)
+        if not sought:
+            return
+        self._known.bitmaps.update(sought)
+        for host_offset, data in orphans:
+            for mark in self._marker.bitmaps(data, sought):
+                self._marks.setdefault(host_offset, []).append(mark)
+                self._zeros.setdefault(host_offset, 0)
 
     def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         """Yield what is in use, as far as it is placed; see `GuestStructure.pieces`."""

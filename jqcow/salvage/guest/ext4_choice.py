@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from jqcow.salvage.evidence import Certainty
-from jqcow.salvage.guest.ext4_marks import Kind, Mark
+from jqcow.salvage.guest.ext4_marks import SELF_SUMMED, Kind, Mark
 from jqcow.salvage.guest.ext4_ondisk import Inode, Superblock
 from jqcow.salvage.guest.ext4_places import Known, Places
 
@@ -53,14 +53,17 @@ class Choice:
         self._places = places
         self._is_clean = is_clean
         self._read = read
-        self._claims: Counter[tuple[int, int]] = Counter()
+        self._claims: Counter[tuple[int, int | None]] = Counter()
+        self._equal: Counter[tuple[int, int]] = Counter()
 
     def count(self, marks: Iterable[Mark]) -> None:
         """Take note of what names a home, wherever it lies."""
         for mark in marks:
             home = self._home(mark)
             if home is not None:
-                self._claims[home, mark.alone] += 1
+                self._claims[home, self._content(mark)] += 1
+                if mark.kind is Kind.EXTENTS:
+                    self._equal[home, mark.alone] += 1
 
     def _home(self, mark: Mark) -> int | None:
         ranges = self._places.of_mark(mark) if mark.kind is not Kind.JOURNAL else None
@@ -73,8 +76,16 @@ class Choice:
         home = self._home(mark)
         if home is None:
             return False
-        there = self._claims[home, mark.alone] + self._known.log.placed(mark.alone)
-        return there <= self._known.log.promised(home, mark.alone)
+        if (mark.key, mark.extra, mark.alone) in self._known.sound_nodes:
+            return False
+        content = self._content(mark)
+        log = self._known.log
+        placed = 0 if content is None else log.placed(content)
+        return self._claims[home, content] + placed <= log.promised(home, content)
+
+    def _content(self, mark: Mark) -> int | None:
+        """Return what tells contents apart by the journal's checksums; None where these cannot."""
+        return None if mark.kind in SELF_SUMMED else mark.alone
 
     def choose(self, candidates: list[Candidate]) -> tuple[Candidate, Certainty] | None:
         """Return who is at home, and how surely; None where nobody is."""
@@ -83,12 +94,70 @@ class Choice:
             return (living[0], Certainty.CERTAIN) if living else None
         contents = {one.host_offset: self._read(one.host_offset) for one in living}
         different = list({contents[one.host_offset]: one for one in reversed(living)}.values())[::-1]
+        if len(different) == 1:
+            return different[0], Certainty.CERTAIN
         if len(different) > RIVALS_MAX:
             return None
         for one in different:
             if all(self._order(one, other, contents) > 0 for other in different if other is not one):
                 return one, Certainty.CERTAIN if self._is_clean else Certainty.LIKELY
-        return None if len(different) > 1 else (different[0], Certainty.CERTAIN)
+        return None
+
+    def share_out(
+        self, free: list[int], offsets: tuple[int, ...], candidates: list[Candidate]
+    ) -> Iterator[tuple[int, Candidate]]:
+        """Yield (guest offset, orphan) where several orphans may each be at several places.
+
+        Args:
+            free: places that nothing is at yet.
+            offsets: all places that each of the orphans may have; the one in use first, for descriptors.
+            candidates: the orphans.
+        """
+        kinds = {mark.kind for one in candidates for mark in one.support}
+        by_content: dict[bytes, list[Candidate]] = {}
+        for one in candidates:
+            by_content.setdefault(self._read(one.host_offset), []).append(one)
+        if kinds == {Kind.BITMAP}:
+            if len(by_content) == 1:
+                yield from zip(free, candidates, strict=False)
+            return
+        if kinds == {Kind.DIRECTORY} and len(by_content) == 1 and len(candidates) == len(offsets) == len(free):
+            yield from zip(free, candidates, strict=True)
+        if kinds == {Kind.DESCRIPTORS}:
+            yield from self._share_descriptors(free, offsets, by_content)
+
+    def _share_descriptors(
+        self, free: list[int], offsets: tuple[int, ...], by_content: dict[bytes, list[Candidate]]
+    ) -> Iterator[tuple[int, Candidate]]:
+        """Backups are alike, and as they were made; the one in use is another, or one more of them."""
+        surplus = {
+            content: count
+            for content, group in by_content.items()
+            if (count := len(group) - min(self._promised(mark) for mark in group[0].support)) > 0
+        }
+        backups, first = len(offsets) - 1, offsets[0]
+        made = [content for content, count in surplus.items() if count >= max(2, backups)]
+        used = [content for content in surplus if content not in made]
+        if backups == 1 and len(surplus) == 2:
+            newest = [content for content in surplus if self._is_newest(by_content[content][0])]
+            made, used = [content for content in surplus if content not in newest], newest
+        if len(made) != 1 or len(used) > 1:
+            return
+        if used and first in free:
+            yield first, by_content[used[0]][0]
+        elif not used and first in free and surplus[made[0]] > backups:
+            yield first, by_content[made[0]][-1]
+        rest = [offset for offset in free if offset != first]
+        yield from zip(rest, by_content[made[0]], strict=False)
+
+    def _is_newest(self, candidate: Candidate) -> bool:
+        mark = candidate.support[0]
+        home = self._home(mark)
+        return home is not None and self._known.log.newest(home) == mark.alone
+
+    def _promised(self, mark: Mark) -> int:
+        home = self._home(mark)
+        return 0 if home is None else self._known.log.promised(home, self._content(mark))
 
     def _order(self, left: Candidate, right: Candidate, contents: dict[int, bytes]) -> int:
         """Return 1 when the left one is newer wherever they differ, -1 when the right one is, else 0."""
@@ -100,8 +169,12 @@ class Choice:
                 continue
             home = self._home(mark)
             newest = self._known.log.newest(home) if home is not None else None
-            if mark.kind is not Kind.SUPERBLOCK and newest in (mark.alone, other.alone):
+            if mark.kind not in SELF_SUMMED and newest in (mark.alone, other.alone):
                 verdicts.add(1 if newest == mark.alone else -1)
+                continue
+            if mark.kind is Kind.EXTENTS and home is not None and newest is not None:
+                counts = [self._equal[home, one.alone] > 1 for one in (mark, other)]
+                verdicts.add(counts[0] - counts[1])
                 continue
             size = self._superblock.block_bytes
             blocks = [
@@ -126,5 +199,5 @@ class Choice:
             ]
         else:
             return 0
-        orders = {(first > second) - (first < second) for first, second in pairs}
+        orders = {(first > second) - (first < second) for first, second in pairs} - {0}
         return orders.pop() if len(orders) == 1 else 0

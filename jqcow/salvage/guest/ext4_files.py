@@ -50,7 +50,8 @@ def _piece(volume: Volume4, block: int, count: int, written: tuple[int, int, int
 
 def _of_file(volume: Volume4, number: int, inode: Inode) -> Iterator[FilePiece]:
     size = volume.superblock.block_bytes
-    is_own = inode.kind == DIRECTORY or number < INODE_OF_USERS
+    superblock = volume.superblock
+    is_own = inode.kind == DIRECTORY or number < INODE_OF_USERS or number == superblock.orphan_inode
     when = _written(inode)
     if inode.attributes:
         yield _piece(volume, inode.attributes, 1, (when, number, 0))
@@ -75,11 +76,15 @@ def free(volume: Volume4) -> Iterator[tuple[int, int]]:
     superblock = volume.superblock
     size = superblock.block_bytes * superblock.cluster_blocks
     descriptors = dict(volume.descriptors())
+    tables = _tables_by_group(volume, descriptors)
     for group, descriptor in descriptors.items():
         start = superblock.group_start(group)
         count = -(-superblock.group_blocks(group) // superblock.cluster_blocks)
         if descriptor.flags & BLOCK_UNINIT:
-            used = _used_by_tables(volume, group, descriptors)
+            used = (1 << -(-superblock.overhead_blocks(group) // superblock.cluster_blocks)) - 1
+            for first, end in tables.get(group, ()):
+                low, high = first // superblock.cluster_blocks, -(-end // superblock.cluster_blocks)
+                used |= ((1 << (high - low)) - 1) << low
         else:
             bitmap = _bitmap(volume, descriptor)
             if bitmap is None:
@@ -102,18 +107,20 @@ def _bitmap(volume: Volume4, descriptor: GroupDescriptor) -> bytes | None:
     return data if not (crc ^ descriptor.block_bitmap_sum) & mask else None
 
 
-def _used_by_tables(volume: Volume4, group: int, descriptors: Mapping[int, GroupDescriptor]) -> int:
-    """Return the bitmap of a group that was never written: only the file system's own is in it."""
+def _tables_by_group(
+    volume: Volume4, descriptors: Mapping[int, GroupDescriptor]
+) -> dict[int, list[tuple[int, int]]]:
+    """Return where in each group bitmaps and inode tables, of whatever group, start and end."""
     superblock = volume.superblock
-    start, count = superblock.group_start(group), superblock.group_blocks(group)
-    used = (1 << superblock.overhead_blocks(group)) - 1
+    found: dict[int, list[tuple[int, int]]] = {}
     for descriptor in descriptors.values():
         for first, length in (
             (descriptor.block_bitmap, 1),
             (descriptor.inode_bitmap, 1),
             (descriptor.inode_table, superblock.table_blocks),
         ):
-            low, high = max(first - start, 0), min(first + length - start, count)
-            if low < high:
-                used |= ((1 << (high - low)) - 1) << low
-    return used
+            for group in range(superblock.group_of(first), superblock.group_of(first + length - 1) + 1):
+                start = superblock.group_start(group)
+                ends = max(first - start, 0), min(first + length - start, superblock.group_blocks(group))
+                found.setdefault(group, []).append(ends)
+    return found

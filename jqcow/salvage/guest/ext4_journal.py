@@ -127,9 +127,9 @@ class Log:
             self._unbroken = number
         return self._unbroken
 
-    def promised(self, home: int, alone: int) -> int:
-        """Return how many copies of a block have this content."""
-        return sum(copy.alone == alone for copy in self.of(home))
+    def promised(self, home: int, alone: int | None) -> int:
+        """Return how many copies of a block have this content; how many there are, for None."""
+        return sum(alone is None or copy.alone == alone for copy in self.of(home))
 
     def newest(self, home: int) -> int | None:
         """Return what the last copy of a block holds; None where a newer one may have been."""

@@ -6,7 +6,8 @@ Nothing here knows where a block belongs; a mark keeps what its block says of it
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -48,7 +49,7 @@ class Kind(Enum):
     ATTRIBUTES = auto()
     """`key` is its own number."""
     BITMAP = auto()
-    """A bitmap of blocks or inodes; `key` is its own number."""
+    """A bitmap; `key` is what its checksum covers, alone, `extra` 1 for inodes, 0 for blocks."""
     JOURNAL = auto()
     """`key` is its type, `extra` its sequence number."""
 
@@ -61,7 +62,10 @@ class Mark:
         kind: what it is.
         at: where the block starts in the orphan, in bytes.
         key, extra: see `Kind`.
-        alone: of its bytes, as `crc_inverse.alone` counts it.
+        alone: of its bytes, as `crc_inverse.alone` counts it. Where the block ends in its own CRC-32C, that
+            says nothing of what is before it: for superblocks and nodes of extent trees it is a CRC-32.
+        mapped: how many blocks a node of an extent tree maps, or how many nodes are below it; 1 for a node of a directory's
+            index.
     """
 
     kind: Kind
@@ -69,6 +73,11 @@ class Mark:
     key: int
     extra: int
     alone: int
+    mapped: int = 0
+
+
+SELF_SUMMED = frozenset((Kind.SUPERBLOCK, Kind.EXTENTS))
+"""Blocks that end in their own CRC-32C."""
 
 
 class Marker:
@@ -121,8 +130,12 @@ class Marker:
             yield self._first + index * self._size
             index = column.find(value, index + 1)
 
-    def _mark(self, kind: Kind, data: bytes, at: int, key: int, extra: int = 0) -> Mark:
-        return Mark(kind, at, key, extra, crc_inverse.alone(data[at : at + self._size]))
+    def _mark(
+        self, kind: Kind, data: bytes, at: int, key: int, extra: int = 0, mapped: int = 0
+    ) -> Mark:
+        block = data[at : at + self._size]
+        content = zlib.crc32(block) if kind in SELF_SUMMED else crc_inverse.alone(block)
+        return Mark(kind, at, key, extra, content, mapped)
 
     def _by_first_bytes(self, data: bytes) -> Iterator[Mark]:
         for at in self._hits(data, 0, JOURNAL_MAGIC[0]):
@@ -144,15 +157,15 @@ class Marker:
             return
         stored = int.from_bytes(data[end : end + 4], "little")
         seed = crc_inverse.backward(end - at)(stored ^ crc_inverse.alone(data[at:end]))
-        yield self._mark(Kind.EXTENTS, data, at, seed, node.first)
+        mapped = sum(extent.blocks for extent in node.extents) + len(node.children)
+        yield self._mark(Kind.EXTENTS, data, at, seed, node.first, mapped)
 
     def _tables(self, data: bytes) -> Iterator[Mark]:
         for within in {0, PRIMARY_AT} if self._size > PRIMARY_AT else {0}:
             for at in self._hits(data, within + 0x38, 0x53):
                 found = Superblock.unpack(data[at + within : at + within + 1024])
-                if found and found.same_volume(self._superblock) and (found.group == 0) == (within > 0):
-                    yield self._mark(Kind.SUPERBLOCK, data, at, found.group)
-                elif found and found.same_volume(self._superblock) and self._size == PRIMARY_AT:
+                is_here = self._size == PRIMARY_AT or (found and (found.group == 0) == (within > 0))
+                if found and is_here and found.same_volume(self._superblock):
                     yield self._mark(Kind.SUPERBLOCK, data, at, found.group)
         for at in range(self._first, self._first + self._count * self._size, self._size):
             word = data[at : at + 4]
@@ -262,7 +275,7 @@ class Marker:
         summed = block[:end] + block[tail : tail + 4] + b"\0\0\0\0"
         seed = crc_inverse.backward(len(summed))(stored ^ crc_inverse.alone(summed))
         dot = int.from_bytes(block[:4], "little")
-        yield self._mark(Kind.DIRECTORY, data, at, seed, dot)
+        yield self._mark(Kind.DIRECTORY, data, at, seed, dot, mapped=int(entries_at == 8))
 
     def _attributes(self, data: bytes) -> Iterator[Mark]:
         for at in self._hits(data, 3, 0xEA):
@@ -273,3 +286,22 @@ class Marker:
                 number = self._of_attributes(stored ^ summed) ^ self._superblock.seed
                 if number < self._superblock.blocks:
                     yield self._mark(Kind.ATTRIBUTES, data, at, number)
+
+    def bitmaps(self, data: bytes, sought: Container[tuple[int, int]]) -> Iterator[Mark]:
+        """Yield the marks of bitmaps.
+
+        Args:
+            data: an orphan.
+            sought: (what the checksum covers, alone; 1 for inodes, 0 for blocks) of each bitmap.
+        """
+        superblock, size = self._superblock, self._size
+        lengths = (
+            (superblock.blocks_per_group // superblock.cluster_blocks // 8, 0),
+            (superblock.inodes_per_group // 8, 1),
+        )
+        for at in range(self._first, self._first + self._count * size, size):
+            for length, of_inodes in lengths:
+                if data[at + length : at + size].count(0xFF) == size - length:
+                    key = crc_inverse.alone(data[at : at + length]), of_inodes
+                    if key in sought:
+                        yield self._mark(Kind.BITMAP, data, at, *key)

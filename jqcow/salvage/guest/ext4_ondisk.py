@@ -18,7 +18,7 @@ SUPERBLOCK_MAGIC_AT = 0x38
 PRIMARY_AT = 1024
 """Where the first superblock lies in its volume, whatever the size of a block."""
 
-HAS_JOURNAL, RESIZE_INODE, SPARSE_SUPER2 = 0x4, 0x10, 0x200
+HAS_JOURNAL, RESIZE_INODE, SPARSE_SUPER2, ORPHAN_FILE = 0x4, 0x10, 0x200, 0x1000
 """Compatible features."""
 
 RECOVER, META_BG, EXTENTS, WIDE, CSUM_SEED, INLINE_DATA = 0x4, 0x10, 0x40, 0x80, 0x2000, 0x8000
@@ -56,7 +56,7 @@ class Superblock:
              0xEC  seed of directory hashes   0xFD  what the next but two is   0xFE  bytes of a descriptor
             0x104  first meta group   0x108  time of making   0x10C  block map and size of the journal's inode
             0x150  blocks (high)   0x160  flags   0x178  KiB written ever   0x24C  groups of the two backups
-            0x270  seed of checksums   0x3FC  CRC-32C of all before, not inverted at the end
+            0x270  seed of checksums   0x280  inode of the orphans   0x3FC  CRC-32C of all before, not inverted at the end
     """
 
     block_bytes: int
@@ -83,6 +83,7 @@ class Superblock:
     flags: int
     kib_written: int
     backup_groups: tuple[int, int]
+    orphan_inode: int
     seed: int
     summed: bool
 
@@ -129,6 +130,7 @@ class Superblock:
             flags=words[0x160 // 4],
             kib_written=words[0x178 // 4] | words[0x17C // 4] << 32,
             backup_groups=(words[0x24C // 4], words[0x250 // 4]),
+            orphan_inode=words[0x280 // 4] if modern and words[0x5C // 4] & ORPHAN_FILE else 0,
             seed=words[0x270 // 4] if seeded else raw(_native.crc32c(data[0x68:0x78])),
             summed=summed,
         )
@@ -384,7 +386,7 @@ class ExtentNode:
 
 DIRECTORY, REGULAR, SYMLINK = 0x4000, 0x8000, 0xA000
 KINDS = frozenset((0x1000, 0x2000, DIRECTORY, 0x6000, REGULAR, SYMLINK, 0xC000))
-EXTENTS_FLAG, INLINE_FLAG, EA_INODE_FLAG = 0x80000, 0x1000_0000, 0x20_0000
+HUGE_FILE_FLAG, EXTENTS_FLAG, INLINE_FLAG = 0x40000, 0x80000, 0x1000_0000
 
 _INODE = struct.Struct("<2H5I2H3I60s4I2H4x2H")
 assert _INODE.size == 128

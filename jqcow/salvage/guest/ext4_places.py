@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from jqcow.salvage.guest.ext4_folders import Folder
 from jqcow.salvage.guest.ext4_journal import Log
 from jqcow.salvage.guest.ext4_marks import Kind, Mark
 from jqcow.salvage.guest.ext4_ondisk import GroupDescriptor, Inode, Superblock
@@ -30,16 +31,24 @@ class Known:
     Attributes:
         tables: descriptor of each group, from any copy: the places in it never change.
         nodes: blocks that may hold a node of an extent tree, by seed of the inode and first block in the file.
-        directories: ranges of a directory after its first block, by seed; and that first block.
+        folders: where the blocks of a directory are to be, by seed.
+        hash_ranges: least and greatest hash of the names in a directory's block, by seed and content.
         attributes: blocks of extended attributes that an inode names.
-        bitmaps: blocks whose content has a checksum that a group's descriptor names.
+        bitmaps: blocks of bitmaps, by what their checksum covers, alone, and 1 for inodes, 0 for blocks.
+        sound_nodes: seed, first block in the file, and content of the nodes of extent trees that together
+            map what the inode counts.
+        whole_trees: seeds of the inodes whose nodes are all among them.
         journal: what the journal occupies.
     """
 
     tables: dict[int, GroupDescriptor] = field(default_factory=dict)
     nodes: dict[tuple[int, int], set[int]] = field(default_factory=dict)
-    directories: dict[int, tuple[int | None, list[Range]]] = field(default_factory=dict)
+    folders: dict[int, Folder] = field(default_factory=dict)
+    hash_ranges: dict[tuple[int, int], tuple[int, int] | None] = field(default_factory=dict)
     attributes: set[int] = field(default_factory=set)
+    bitmaps: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    sound_nodes: set[tuple[int, int, int]] = field(default_factory=set)
+    whole_trees: set[int] = field(default_factory=set)
     journal: list[Range] = field(default_factory=list)
     log: Log = field(default_factory=Log)
     _table_starts: list[tuple[int, int]] = field(default_factory=list)
@@ -58,16 +67,6 @@ class Known:
             self.nodes.setdefault((seed, logical), set()).add(block)
         if inode.attributes:
             self.attributes.add(inode.attributes)
-
-    def take_directory(self, volume: Volume4, inode: Inode, seed: int) -> None:
-        """Take in where the blocks of a directory are to be."""
-        first, rest = None, []
-        for logical, start, count in volume.directory_runs(inode):
-            if logical == 0:
-                first, start, count = start, start + 1, count - 1
-            if count:
-                rest.append((start, count))
-        self.directories[seed] = first, rest
 
     def table_at(self, block: int) -> tuple[int, int] | None:
         """Return (group, index in its inode table) of a block; None outside of tables."""
@@ -111,28 +110,28 @@ class Places:
                 return [(table.inode_table + index // superblock.inodes_per_block, 1)] if table else None
             case Kind.EXTENTS:
                 blocks = known.nodes.get((mark.key, mark.extra))
+                if mark.key in known.whole_trees and (mark.key, mark.extra, mark.alone) not in known.sound_nodes:
+                    return None
                 return [(block, 1) for block in sorted(blocks)] if blocks else None
             case Kind.DIRECTORY:
                 return self._of_directory(mark)
             case Kind.ATTRIBUTES:
                 return [(mark.key, 1)] if mark.key in known.attributes else None
             case Kind.BITMAP:
-                return [(mark.key, 1)]
+                return [(block, 1) for block in known.bitmaps.get((mark.key, mark.extra), ())] or None
         return known.journal
 
     def _of_directory(self, mark: Mark) -> list[Range] | None:
-        first, rest = self._known.directories.get(mark.key, (None, []))
-        if mark.extra:
-            return None if first is None else [(first, 1)]
-        if not rest:
+        folder = self._known.folders.get(mark.key)
+        if folder is None:
             return None
-        log = self._known.log
-        if sum(count for _, count in rest) <= PLACES_TRIED_MAX:
-            for start, count in rest:
-                for block in range(start, start + count):
-                    if log.promised(block, mark.alone):
-                        return [(block, 1)]
-        return rest
+        if mark.extra:
+            return None if folder.first is None else [(folder.first, 1)]
+        if sum(count for _, count in folder.rest) == 1:
+            return folder.rest
+        hashes = self._known.hash_ranges.get((mark.key, mark.alone))
+        block = folder.block_of(*hashes, of_index=bool(mark.mapped)) if hashes else None
+        return folder.rest or None if block is None else [(block, 1)]
 
     def of_orphan(self, marks: list[Mark], zeros: int) -> dict[int, list[Mark]]:
         """Return the guest offsets that an orphan may have, and the marks that say so.
