@@ -41,6 +41,8 @@ class Workload:
         scattered: how many files are grown in turn, block by block, so that each has many extents.
         crowd: how many empty files a single folder gets.
         mounts: how often the file system is mounted, the load shared among them.
+        trimmed: how often what is free is discarded, for each file.
+        has_snapshots: whether QEMU takes a snapshot between two mounts.
         is_cut_off: whether it stops in the end without a clean unmount (ext4 and XFS).
     """
 
@@ -53,6 +55,8 @@ class Workload:
     scattered: int = 0
     crowd: int = 0
     mounts: int = 1
+    trimmed: float = 0.0
+    has_snapshots: bool = False
     is_cut_off: bool = False
 
 
@@ -87,12 +91,21 @@ def exported(image: Path, folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def looped(disk: Path) -> Iterator[str]:
+    """Show a file as a block device."""
+    device = run("losetup", "--find", "--show", disk).strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "--detach", device)
+
+
+@contextmanager
 def mounted(disk: Path, kind: str, folder: Path) -> Iterator[Path]:
     """Mount a file system that fills a disk."""
     point = folder / "mounted"
     point.mkdir(exist_ok=True)
-    device = run("losetup", "--find", "--show", disk).strip()
-    try:
+    with looped(disk) as device:
         if kind == "ntfs":
             run("ntfs-3g", device, point)
         else:
@@ -101,8 +114,6 @@ def mounted(disk: Path, kind: str, folder: Path) -> Iterator[Path]:
             yield point
         finally:
             run("umount", point)
-    finally:
-        run("losetup", "--detach", device)
 
 
 def content(chance: random.Random, length: int) -> bytes:
@@ -139,6 +150,8 @@ def work(point: Path, chance: random.Random, load: Workload, prefix: str = "") -
             rewrite(chance.choice(names), chance)
         if chance.random() < load.synced:
             run("sync", "-f", point)
+        if chance.random() < load.trimmed:
+            run("fstrim", point)
     scatter(point, chance, load.scattered)
     for number in range(load.crowd):
         crowd = point / "crowd"
@@ -195,17 +208,17 @@ def make(
         making: more words for the command that makes the file system.
     """
     folder = image.parent
+    load = load or Workload()
+    chance = random.Random(seed)
     run("qemu-img", "create", "-q", "-f", "qcow2", *(["-o", options] if options else []), image, size)
-    with exported(image, folder) as disk:
-        device = run("losetup", "--find", "--show", disk).strip()
-        try:
-            run(*MAKERS[kind], *making, device)
-        finally:
-            run("losetup", "--detach", device)
-        load = load or Workload()
-        chance = random.Random(seed)
-        for number in range(load.mounts):
+    for number in range(load.mounts):
+        with exported(image, folder) as disk:
+            if number == 0:
+                with looped(disk) as device:
+                    run(*MAKERS[kind], *making, device)
             with mounted(disk, kind, folder) as point:
                 work(point, chance, replace(load, files=load.files // load.mounts), f"{number}-")
                 if load.is_cut_off and number == load.mounts - 1:
                     cut_off(point)
+        if load.has_snapshots and number < load.mounts - 1:
+            run("qemu-img", "snapshot", "-c", f"after{number}", image)

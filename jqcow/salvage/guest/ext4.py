@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from jqcow.salvage.evidence import BlockSum, Certainty, FilePiece, Orphans, PlacedDisk, Placement, Volume
-from jqcow.salvage.guest import crc_inverse, ext4_files
+from jqcow.salvage.guest import crc_inverse, ext4_files, ext4_find
 from jqcow.salvage.guest.ext4_choice import Candidate, Choice
+from jqcow.salvage.guest.ext4_find import age
 from jqcow.salvage.guest.ext4_folders import folder, hash_range
-from jqcow.salvage.guest.ext4_journal import CSUM_V3, DESCRIPTOR, SUPERBLOCK, WIDE, JournalSuperblock
+from jqcow.salvage.guest.ext4_journal import COMMIT, CSUM_V3, DESCRIPTOR, SUPERBLOCK, WIDE, JournalSuperblock
 from jqcow.salvage.guest.ext4_marks import JOURNAL_MAGIC, Kind, Mark, Marker
 from jqcow.salvage.guest.ext4_ondisk import (
     BLOCK_UNINIT,
@@ -29,6 +30,9 @@ from jqcow.salvage.guest.ext4_ondisk import (
 )
 from jqcow.salvage.guest.ext4_places import Known, Places
 from jqcow.salvage.guest.ext4_volume import Volume4, descriptors_in
+
+BLOCKS_TELLING = 16
+"""So many blocks of a journal in one orphan do not look like another part of the file system."""
 
 MARKED_MAX = 1 << 21
 """So many orphans are remembered: what comes after is not looked at, and memory has a bound."""
@@ -90,9 +94,8 @@ class Ext4:
         self._learn(disk, orphans)
         self._seek_bitmaps(disk, orphans)
         places = Places(self._superblock, self._offset, orphans.cluster_bytes, self._known)
-        choice = Choice(
-            self._superblock, self._known, places, not self._superblock.incompat & RECOVER, orphans.read
-        )
+        is_clean = not self._superblock.incompat & RECOVER
+        choice = Choice(self._superblock, self._known, places, is_clean, orphans.read)
         by_offset: dict[int, list[Candidate]] = {}
         undecided: dict[tuple[int, ...], list[Candidate]] = {}
         for host_offset, marks in self._marks.items():
@@ -104,6 +107,11 @@ class Ext4:
             elif found:
                 support = next(iter(found.values()))
                 undecided.setdefault(tuple(found), []).append(Candidate(host_offset, support))
+        choice.is_whole = (
+            orphans.cluster_bytes >= BLOCKS_TELLING * self._superblock.block_bytes
+            or not self._superblock.compat & HAS_JOURNAL
+            or not self._misses(disk, choice)
+        )
         for offset, candidates in by_offset.items():
             chosen = choice.choose(candidates)
             if chosen and self._is_free(disk, offset, orphans.cluster_bytes):
@@ -116,6 +124,30 @@ class Ext4:
             ]
             for offset, candidate in choice.share_out(free, offsets, candidates):
                 yield self._placement(offset, candidate, orphans.cluster_bytes, Certainty.CERTAIN)
+
+    def _misses(self, disk: PlacedDisk, choice: Choice) -> bool:
+        """Return whether some of what the file system must have is neither placed nor an orphan."""
+        superblock, known = self._superblock, self._known
+        volume = Volume4(superblock, self._offset, disk)
+        keys = {(mark.kind, mark.key) for marks in self._marks.values() for mark in marks}
+        start = superblock.group_start(0) + 1 + superblock.plain_descriptor_blocks
+        if superblock.groups > 1:
+            for block in range(start, start + superblock.reserved_blocks):
+                if (Kind.RESERVED, block) not in keys and volume.read(block) is None:
+                    return True
+        homes = []
+        for group, table in known.tables.items():
+            used = superblock.inodes_per_group - table.unused_inodes
+            for index in range(-(-used // superblock.inodes_per_block)):
+                number = group * superblock.inodes_per_group + index * superblock.inodes_per_block + 1
+                homes.append(table.inode_table + index)
+                if (
+                    (Kind.INODES, number) not in keys
+                    and number > 10
+                    and volume.read(table.inode_table + index) is None
+                ):
+                    return True
+        return choice.misses(homes)
 
     def _is_free(self, disk: PlacedDisk, offset: int, length: int) -> bool:
         return 0 <= offset < disk.size and disk.read(offset, min(length, disk.size - offset)) is None
@@ -144,14 +176,18 @@ class Ext4:
                     self._known.take_descriptors(descriptors_in(self._superblock, mark.key, block))
                 elif mark.kind is Kind.SUPERBLOCK and mark.key == 0:
                     found = Superblock.unpack(block[1024:2048] if len(block) > 1024 else block)
-                    if found and _age(found) > _age(newest):
+                    if found and age(found) > age(newest):
                         newest = found
                 elif mark.kind is Kind.JOURNAL and mark.key == SUPERBLOCK:
                     journal = JournalSuperblock.unpack(block) or journal
         self._superblock = newest
         self._journal = journal or JournalSuperblock(0, 1, 0, 0, CSUM_V3 | WIDE, newest.uuid, 0)
+        if self._journal.sequence and not newest.incompat & RECOVER:
+            self._known.log.committed(self._journal.sequence - 1)
         for host_offset, marks in self._marks.items():
             for mark in marks:
+                if mark.kind is Kind.JOURNAL and mark.key == COMMIT:
+                    self._known.log.committed(mark.extra)
                 if mark.kind is Kind.EXTENTS:
                     self._nodes.setdefault((mark.key, mark.extra), set()).add((mark.alone, mark.mapped))
             descriptors = [mark for mark in marks if mark.kind is Kind.JOURNAL and mark.key == DESCRIPTOR]
@@ -216,9 +252,7 @@ class Ext4:
         if not variants or math.prod(map(len, variants)) > VARIANTS_MAX:
             return
         fitting = [
-            chosen
-            for chosen in itertools.product(*variants)
-            if sum(blocks for _, blocks in chosen) == mapped
+            chosen for chosen in itertools.product(*variants) if sum(blocks for _, blocks in chosen) == mapped
         ]
         if len(fitting) == 1:
             self._known.whole_trees.add(seed)
@@ -246,6 +280,8 @@ class Ext4:
             self._journal = JournalSuperblock.unpack(data) or self._journal
         elif data[4:8] == bytes([0, 0, 0, DESCRIPTOR]):
             self._known.log.add(data, self._journal)
+        elif data[4:8] == bytes([0, 0, 0, COMMIT]):
+            self._known.log.committed(int.from_bytes(data[8:12]))
 
     def _seek_bitmaps(self, disk: PlacedDisk, orphans: Orphans) -> None:
         """Mark the bitmaps whose checksums stand in descriptors that are placed, and not sought before."""
@@ -253,7 +289,10 @@ class Ext4:
         if not superblock.summed or superblock.descriptor_bytes < 64 or self._marker is None:
             return
         sought: dict[tuple[int, int], list[int]] = {}
-        lengths = superblock.blocks_per_group // superblock.cluster_blocks // 8, superblock.inodes_per_group // 8
+        lengths = (
+            superblock.blocks_per_group // superblock.cluster_blocks // 8,
+            superblock.inodes_per_group // 8,
+        )
         for group, descriptor in Volume4(superblock, self._offset, disk).descriptors():
             for of_inodes, (block, checksum, flag) in enumerate(
                 (
@@ -289,23 +328,13 @@ class Ext4:
         return iter(())
 
 
-def _age(superblock: Superblock) -> tuple[int, int, int]:
-    return superblock.group == 0, superblock.write_seconds, superblock.kib_written
-
-
 def find(volumes: Sequence[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[Ext4]:
-    """Yield every ext4 that a superblock tells of, on the disk or in an orphan."""
-    for volume in volumes:
-        data = disk.read(volume.offset + PRIMARY_AT, SUPERBLOCK_BYTES)
-        found = Superblock.unpack(data) if data else None
-        if found and found.group == 0:
-            yield Ext4(found, volume, True)
-    best: dict[bytes, Superblock] = {}
-    for _, data in orphans:
-        for at in range(0, len(data) - 1023, 1024):
-            if data[at + 0x38 : at + 0x3A] == b"\x53\xef":
-                found = Superblock.unpack(data[at : at + 1024])
-                if found and (found.uuid not in best or _age(found) > _age(best[found.uuid])):
-                    best[found.uuid] = found
-    for found in best.values():
-        yield Ext4(found, Volume(0, 0, "the whole disk"), True)
+    """Yield every ext4 that a superblock tells of, on the disk or in an orphan.
+
+    Args:
+        volumes: where one may lie, as far as that is known.
+        disk: what is placed.
+        orphans: what is not.
+    """
+    for superblock, volume, is_sure in ext4_find.found(volumes, disk, orphans):
+        yield Ext4(superblock, volume, is_sure)

@@ -11,7 +11,6 @@ from jqcow.salvage.guest.ext4_marks import SELF_SUMMED, Kind, Mark
 from jqcow.salvage.guest.ext4_ondisk import Inode, Superblock
 from jqcow.salvage.guest.ext4_places import Known, Places
 
-
 RIVALS_MAX = 64
 """More different orphans that name one place are not compared, each with each."""
 
@@ -31,6 +30,10 @@ class Candidate:
 
 class Choice:
     """Chooses among candidates.
+
+    Attributes:
+        is_whole: whether no orphan is known to be missing, or an orphan has so many blocks that a part of
+            the journal does not pass for another place.
 
     Args:
         superblock: the newest copy.
@@ -52,6 +55,7 @@ class Choice:
         self._known = known
         self._places = places
         self._is_clean = is_clean
+        self.is_whole = True
         self._read = read
         self._claims: Counter[tuple[int, int | None]] = Counter()
         self._equal: Counter[tuple[int, int]] = Counter()
@@ -64,6 +68,17 @@ class Choice:
                 self._claims[home, self._content(mark)] += 1
                 if mark.kind is Kind.EXTENTS:
                     self._equal[home, mark.alone] += 1
+
+    def misses(self, homes: Iterable[int]) -> bool:
+        """Return whether an orphan is missing: a copy of one of the homes that the journal must have."""
+        log = self._known.log
+        return any(
+            copy.alone is not None
+            and copy.sequence > log.unbroken_from
+            and not self._claims[home, copy.alone] + log.placed(copy.alone)
+            for home in homes
+            for copy in log.of(home)
+        )
 
     def _home(self, mark: Mark) -> int | None:
         ranges = self._places.of_mark(mark) if mark.kind is not Kind.JOURNAL else None
@@ -89,6 +104,21 @@ class Choice:
 
     def choose(self, candidates: list[Candidate]) -> tuple[Candidate, Certainty] | None:
         """Return who is at home, and how surely; None where nobody is."""
+        chosen = self._choose(candidates)
+        if chosen and not self.is_whole and not all(map(self._is_current, chosen[0].support)):
+            return chosen[0], Certainty.LIKELY
+        return chosen
+
+    def _is_current(self, mark: Mark) -> bool:
+        """Return whether a block is one of those that cannot be a copy that nothing tells of."""
+        if mark.kind in (Kind.RESERVED, Kind.BITMAP) or (mark.kind is Kind.SUPERBLOCK and mark.key):
+            return True
+        if (mark.key, mark.extra, mark.alone) in self._known.sound_nodes:
+            return True
+        home = self._home(mark)
+        return self._is_clean and home is not None and self._known.log.newest(home, True) == mark.alone
+
+    def _choose(self, candidates: list[Candidate]) -> tuple[Candidate, Certainty] | None:
         living = [one for one in candidates if not all(self.is_copy(mark) for mark in one.support)]
         if len(living) < 2:
             return (living[0], Certainty.CERTAIN) if living else None
@@ -121,7 +151,11 @@ class Choice:
             if len(by_content) == 1:
                 yield from zip(free, candidates, strict=False)
             return
-        if kinds == {Kind.DIRECTORY} and len(by_content) == 1 and len(candidates) == len(offsets) == len(free):
+        if (
+            kinds == {Kind.DIRECTORY}
+            and len(by_content) == 1
+            and len(candidates) == len(offsets) == len(free)
+        ):
             yield from zip(free, candidates, strict=True)
         if kinds == {Kind.DESCRIPTORS}:
             yield from self._share_descriptors(free, offsets, by_content)
@@ -177,9 +211,7 @@ class Choice:
                 verdicts.add(counts[0] - counts[1])
                 continue
             size = self._superblock.block_bytes
-            blocks = [
-                contents[one.host_offset][mark.at : mark.at + size] for one in (left, right)
-            ]
+            blocks = [contents[one.host_offset][mark.at : mark.at + size] for one in (left, right)]
             verdicts.add(self._newer(mark.kind, blocks[0], blocks[1]))
         return verdicts.pop() if len(verdicts) == 1 else 0
 

@@ -57,10 +57,11 @@ def folder(volume: Volume4, inode: Inode) -> Folder:
     found = Folder()
     runs = list(volume.directory_runs(inode))
     for logical, start, count in runs:
-        if logical == 0:
-            found.first, start, count = start, start + 1, count - 1
-        if count:
-            found.rest.append((start, count))
+        skipped = int(logical == 0)
+        if skipped:
+            found.first = start
+        if count > skipped:
+            found.rest.append((start + skipped, count - skipped))
     root = None if found.first is None or not found.rest else volume.read(found.first)
     if root is not None and root[24:28] == b"\0\0\0\0" and root[28:30] == b"\x01\x08":
         _take_index(volume, runs, found, root, 32, min(root[30], INDEX_LEVELS_MAX), 0)
@@ -79,7 +80,9 @@ def _take_index(
     least: int,
 ) -> None:
     for hash_, logical in entries(data, at):
-        block = next((start + logical - first for first, start, count in runs if 0 <= logical - first < count), None)
+        block = next(
+            (start + logical - first for first, start, count in runs if 0 <= logical - first < count), None
+        )
         if block is None or len(found.leaves) + len(found.nodes) > sum(count for _, _, count in runs):
             continue
         low = max(hash_, least)

@@ -71,9 +71,9 @@ def copies(data: bytes, journal: JournalSuperblock) -> Iterator[Copy]:
     sequence = int.from_bytes(data[8:12])
     end = len(data) - (4 if journal.incompat & (CSUM_V2 | CSUM_V3) else 0)
     seed = _native.crc32c(journal.uuid)
-    if journal.incompat & (CSUM_V2 | CSUM_V3):
-        if raw(_native.crc32c(b"\0\0\0\0", _native.crc32c(data[:end], seed))) != int.from_bytes(data[end:]):
-            return
+    summed = raw(_native.crc32c(b"\0\0\0\0", _native.crc32c(data[:end], seed)))
+    if end < len(data) and summed != int.from_bytes(data[end:]):
+        return
     of_sequence = raw(_native.crc32c(data[8:12], seed))
     before = crc_inverse.forward(len(data))(of_sequence)
     at = 12
@@ -102,15 +102,25 @@ class Log:
 
     def __init__(self) -> None:
         self._by_home: dict[int, list[Copy]] = {}
-        self._sequences: set[int] = set()
+        self._described: set[int] = set()
+        self._crowded = -1
+        self._last = -1
         self._unbroken: int | None = None
         self._placed: Counter[int] = Counter()
 
     def add(self, data: bytes, journal: JournalSuperblock) -> None:
         """Take a descriptor block in."""
-        for copy in copies(data, journal):
+        found = list(copies(data, journal))
+        for copy in found:
             self._by_home.setdefault(copy.home, []).append(copy)
-            self._sequences.add(copy.sequence)
+            self._described.add(copy.sequence)
+        if len(found) >= len(data) // 32:
+            self._crowded = max(self._crowded, found[0].sequence)
+        self._unbroken = None
+
+    def committed(self, sequence: int) -> None:
+        """Take note of a transaction that was there."""
+        self._last = max(self._last, sequence)
         self._unbroken = None
 
     def of(self, home: int) -> list[Copy]:
@@ -119,22 +129,30 @@ class Log:
 
     @property
     def unbroken_from(self) -> int:
-        """Return the sequence number from which on no transaction is missing."""
+        """Return the sequence number from which on no transaction is missing, up to the last."""
         if self._unbroken is None:
-            number = max(self._sequences, default=0)
-            while number - 1 in self._sequences:
+            number = max(self._last, max(self._described, default=0))
+            while number in self._described:
                 number -= 1
-            self._unbroken = number
+            self._unbroken = number + 1
         return self._unbroken
+
+    def newest(self, home: int, strictly: bool = False) -> int | None:
+        """Return what the last copy of a block holds; None where a newer one may have been.
+
+        Args:
+            home: the block.
+            strictly: whether a transaction may have had descriptors that were not found: those with so many
+                copies that they needed more than one.
+        """
+        last = max(self.of(home), key=lambda copy: copy.sequence, default=None)
+        if last is None or last.sequence < self.unbroken_from:
+            return None
+        return None if strictly and last.sequence <= self._crowded else last.alone
 
     def promised(self, home: int, alone: int | None) -> int:
         """Return how many copies of a block have this content; how many there are, for None."""
         return sum(alone is None or copy.alone == alone for copy in self.of(home))
-
-    def newest(self, home: int) -> int | None:
-        """Return what the last copy of a block holds; None where a newer one may have been."""
-        last = max(self.of(home), key=lambda copy: copy.sequence, default=None)
-        return last.alone if last and last.sequence >= self.unbroken_from else None
 
     def take_placed(self, alone: int) -> None:
         """Take note of a block whose place in the journal is known: it is no orphan."""

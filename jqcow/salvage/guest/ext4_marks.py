@@ -64,8 +64,8 @@ class Mark:
         key, extra: see `Kind`.
         alone: of its bytes, as `crc_inverse.alone` counts it. Where the block ends in its own CRC-32C, that
             says nothing of what is before it: for superblocks and nodes of extent trees it is a CRC-32.
-        mapped: how many blocks a node of an extent tree maps, or how many nodes are below it; 1 for a node of a directory's
-            index.
+        mapped: how many blocks a node of an extent tree maps, or how many nodes are below it; 1 for a node of
+            a directory's index.
     """
 
     kind: Kind
@@ -130,9 +130,7 @@ class Marker:
             yield self._first + index * self._size
             index = column.find(value, index + 1)
 
-    def _mark(
-        self, kind: Kind, data: bytes, at: int, key: int, extra: int = 0, mapped: int = 0
-    ) -> Mark:
+    def _mark(self, kind: Kind, data: bytes, at: int, key: int, extra: int = 0, mapped: int = 0) -> Mark:
         block = data[at : at + self._size]
         content = zlib.crc32(block) if kind in SELF_SUMMED else crc_inverse.alone(block)
         return Mark(kind, at, key, extra, content, mapped)
@@ -195,7 +193,7 @@ class Marker:
         superblock = self._superblock
         step = superblock.descriptor_bytes
         places = struct.unpack_from("<3I", data, at)
-        if step < 64 and max(places) >= superblock.blocks or len(set(places)) < 3:
+        if len(set(places)) < 3 or (step < 64 and max(places) >= superblock.blocks):
             return
         for index in range(superblock.descriptor_blocks):
             group = index * superblock.descriptors_per_block
@@ -259,7 +257,11 @@ class Marker:
                 dot = data[at : at + 4] if data[at + 4 : at + 12] == _DOT else b""
                 yield self._mark(Kind.DIRECTORY, data, at, seed, int.from_bytes(dot, "little"))
         for at in self._hits(data, 8, _DOT[4]):
-            if data[at + 4 : at + 12] == _DOT and data[at + 24 : at + 28] == b"\0\0\0\0" and data[at + 29] == 8:
+            if (
+                data[at + 4 : at + 12] == _DOT
+                and data[at + 24 : at + 28] == b"\0\0\0\0"
+                and data[at + 29] == 8
+            ):
                 yield from self._hash_node(data, at, 32)
         for at in self._hits(data, 5, size >> 8 & 255):
             if data[at : at + 8] == struct.pack("<IHH", 0, size & 0xFFFF, 0):

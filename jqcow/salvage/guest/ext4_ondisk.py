@@ -22,7 +22,9 @@ HAS_JOURNAL, RESIZE_INODE, SPARSE_SUPER2, ORPHAN_FILE = 0x4, 0x10, 0x200, 0x1000
 """Compatible features."""
 
 RECOVER, META_BG, EXTENTS, WIDE, CSUM_SEED, INLINE_DATA = 0x4, 0x10, 0x40, 0x80, 0x2000, 0x8000
-INCOMPAT_KNOWN = 0x2 | RECOVER | META_BG | EXTENTS | WIDE | 0x100 | 0x200 | 0x400 | 0x1000 | CSUM_SEED | 0x3C000
+INCOMPAT_KNOWN = (
+    0x2 | RECOVER | META_BG | EXTENTS | WIDE | 0x100 | 0x200 | 0x400 | 0x1000 | CSUM_SEED | 0x3C000
+)
 """Incompatible features; not among the known ones: compression, and a device that is only a journal."""
 
 SPARSE_SUPER, GDT_CSUM, BIGALLOC, METADATA_CSUM = 0x1, 0x10, 0x200, 0x400
@@ -56,7 +58,8 @@ class Superblock:
              0xEC  seed of directory hashes   0xFD  what the next but two is   0xFE  bytes of a descriptor
             0x104  first meta group   0x108  time of making   0x10C  block map and size of the journal's inode
             0x150  blocks (high)   0x160  flags   0x178  KiB written ever   0x24C  groups of the two backups
-            0x270  seed of checksums   0x280  inode of the orphans   0x3FC  CRC-32C of all before, not inverted at the end
+            0x270  seed of checksums   0x280  inode of the orphans
+            0x3FC  CRC-32C of all before, not inverted at the end
     """
 
     block_bytes: int

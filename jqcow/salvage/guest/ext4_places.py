@@ -30,7 +30,7 @@ class Known:
 
     Attributes:
         tables: descriptor of each group, from any copy: the places in it never change.
-        nodes: blocks that may hold a node of an extent tree, by seed of the inode and first block in the file.
+        nodes: blocks that may hold a node of an extent tree, by the inode's seed and first block in the file.
         folders: where the blocks of a directory are to be, by seed.
         hash_ranges: least and greatest hash of the names in a directory's block, by seed and content.
         attributes: blocks of extended attributes that an inode names.
@@ -110,7 +110,10 @@ class Places:
                 return [(table.inode_table + index // superblock.inodes_per_block, 1)] if table else None
             case Kind.EXTENTS:
                 blocks = known.nodes.get((mark.key, mark.extra))
-                if mark.key in known.whole_trees and (mark.key, mark.extra, mark.alone) not in known.sound_nodes:
+                if (
+                    mark.key in known.whole_trees
+                    and (mark.key, mark.extra, mark.alone) not in known.sound_nodes
+                ):
                     return None
                 return [(block, 1) for block in sorted(blocks)] if blocks else None
             case Kind.DIRECTORY:
