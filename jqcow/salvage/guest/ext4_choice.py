@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from jqcow.salvage.evidence import Certainty
@@ -21,10 +21,12 @@ class Candidate:
 
     Attributes:
         host_offset: of the orphan in the file, in bytes.
+        offset: of the place on the guest's disk, in bytes.
         support: its marks that name the place.
     """
 
     host_offset: int
+    offset: int
     support: list[Mark]
 
 
@@ -58,6 +60,7 @@ class Choice:
         self.is_whole = True
         self._read = read
         self._claims: Counter[tuple[int, int | None]] = Counter()
+        self._in_company: set[int] = set()
         self._equal: Counter[tuple[int, int]] = Counter()
 
     def count(self, marks: Iterable[Mark]) -> None:
@@ -74,7 +77,7 @@ class Choice:
         log = self._known.log
         return any(
             copy.alone is not None
-            and copy.sequence > log.unbroken_from
+            and copy.sequence > log.unbroken_from()
             and not self._claims[home, copy.alone] + log.placed(copy.alone)
             for home in homes
             for copy in log.of(home)
@@ -118,12 +121,21 @@ class Choice:
         home = self._home(mark)
         return self._is_clean and home is not None and self._known.log.newest(home, True) == mark.alone
 
+    def take_neighbours(self, decided: Mapping[int, list[Candidate]], length: int) -> None:
+        """Take note of the orphans next to which there lies, in the file, what is next to their place."""
+        offsets = {one.host_offset: offset for offset, group in decided.items() for one in group}
+        for host_offset, offset in offsets.items():
+            for step in (-length, length):
+                if offsets.get(host_offset + step) == offset + step:
+                    self._in_company.add(host_offset)
+
     def _choose(self, candidates: list[Candidate]) -> tuple[Candidate, Certainty] | None:
         living = [one for one in candidates if not all(self.is_copy(mark) for mark in one.support)]
         if len(living) < 2:
             return (living[0], Certainty.CERTAIN) if living else None
         contents = {one.host_offset: self._read(one.host_offset) for one in living}
-        different = list({contents[one.host_offset]: one for one in reversed(living)}.values())[::-1]
+        living.sort(key=lambda one: one.host_offset in self._in_company)
+        different = list({contents[one.host_offset]: one for one in living}.values())
         if len(different) == 1:
             return different[0], Certainty.CERTAIN
         if len(different) > RIVALS_MAX:
@@ -135,8 +147,8 @@ class Choice:
 
     def share_out(
         self, free: list[int], offsets: tuple[int, ...], candidates: list[Candidate]
-    ) -> Iterator[tuple[int, Candidate]]:
-        """Yield (guest offset, orphan) where several orphans may each be at several places.
+    ) -> Iterator[tuple[int, Candidate, Certainty]]:
+        """Yield (guest offset, orphan, how surely) where several orphans may each be at several places.
 
         Args:
             free: places that nothing is at yet.
@@ -149,16 +161,20 @@ class Choice:
             by_content.setdefault(self._read(one.host_offset), []).append(one)
         if kinds == {Kind.BITMAP}:
             if len(by_content) == 1:
-                yield from zip(free, candidates, strict=False)
+                for offset, one in zip(free, candidates, strict=False):
+                    yield offset, one, Certainty.CERTAIN
             return
+        certainty = Certainty.CERTAIN if self.is_whole else Certainty.LIKELY
         if (
             kinds == {Kind.DIRECTORY}
             and len(by_content) == 1
             and len(candidates) == len(offsets) == len(free)
         ):
-            yield from zip(free, candidates, strict=True)
+            for offset, one in zip(free, candidates, strict=True):
+                yield offset, one, certainty
         if kinds == {Kind.DESCRIPTORS}:
-            yield from self._share_descriptors(free, offsets, by_content)
+            for offset, one in self._share_descriptors(free, offsets, by_content):
+                yield offset, one, certainty
 
     def _share_descriptors(
         self, free: list[int], offsets: tuple[int, ...], by_content: dict[bytes, list[Candidate]]
@@ -172,6 +188,8 @@ class Choice:
         backups, first = len(offsets) - 1, offsets[0]
         made = [content for content, count in surplus.items() if count >= max(2, backups)]
         used = [content for content in surplus if content not in made]
+        if len(used) > 1 and self._is_clean:
+            used = [content for content in used if self._is_newest(by_content[content][0])]
         if backups == 1 and len(surplus) == 2:
             newest = [content for content in surplus if self._is_newest(by_content[content][0])]
             made, used = [content for content in surplus if content not in newest], newest
@@ -183,6 +201,12 @@ class Choice:
             yield first, by_content[made[0]][-1]
         rest = [offset for offset in free if offset != first]
         yield from zip(rest, by_content[made[0]], strict=False)
+
+    def _unused_inodes(self, block: bytes) -> int:
+        """Return how many inodes a block of descriptors says were never used: they never get more."""
+        step = self._superblock.descriptor_bytes
+        starts = range(0, len(block), step)
+        return sum(int.from_bytes(block[at + 0x1C : at + 0x1E], "little") for at in starts)
 
     def _is_newest(self, candidate: Candidate) -> bool:
         mark = candidate.support[0]
@@ -213,6 +237,7 @@ class Choice:
             size = self._superblock.block_bytes
             blocks = [contents[one.host_offset][mark.at : mark.at + size] for one in (left, right)]
             verdicts.add(self._newer(mark.kind, blocks[0], blocks[1]))
+        verdicts.discard(0)
         return verdicts.pop() if len(verdicts) == 1 else 0
 
     def _newer(self, kind: Kind, left: bytes, right: bytes) -> int:
@@ -229,6 +254,8 @@ class Choice:
                 if left[at : at + step] != right[at : at + step]
                 for slots in ((left[at : at + step], right[at : at + step]),)
             ]
+        elif kind is Kind.DESCRIPTORS:
+            pairs = [[(-self._unused_inodes(block), 0) for block in (left, right)]]
         else:
             return 0
         orders = {(first > second) - (first < second) for first, second in pairs} - {0}

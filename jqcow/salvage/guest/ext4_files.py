@@ -10,6 +10,7 @@ from jqcow.salvage.guest import crc_inverse
 from jqcow.salvage.guest.ext4_ondisk import (
     BLOCK_UNINIT,
     DIRECTORY,
+    RESIZE,
     GroupDescriptor,
     Inode,
 )
@@ -56,12 +57,21 @@ def _of_file(volume: Volume4, number: int, inode: Inode) -> Iterator[FilePiece]:
     if inode.attributes:
         yield _piece(volume, inode.attributes, 1, (when, number, 0))
     for run in volume.runs(inode):
+        if number == RESIZE and _is_overhead(volume, run.start):
+            continue
         written = (when, number, run.logical * size)
         if is_own or run.is_metadata:
             yield _piece(volume, run.start, run.blocks, written)
         else:
             valid = max(0, min(run.blocks * size, inode.size - run.logical * size))
             yield FilePiece(volume.offset + run.start * size, run.blocks * size, valid, written)
+
+
+def _is_overhead(volume: Volume4, block: int) -> bool:
+    """Return whether a block is at the start of a group, for descriptors: an inode maps these once more."""
+    superblock = volume.superblock
+    group = superblock.group_of(block)
+    return block - superblock.group_start(group) < superblock.overhead_blocks(group)
 
 
 def _written(inode: Inode) -> int:

@@ -103,10 +103,11 @@ class Log:
     def __init__(self) -> None:
         self._by_home: dict[int, list[Copy]] = {}
         self._described: set[int] = set()
+        self._committed: set[int] = set()
         self._crowded = -1
-        self._last = -1
-        self._unbroken: int | None = None
+        self._expected = -1
         self._placed: Counter[int] = Counter()
+        self._unbroken_from = self._strictly_from = 0
 
     def add(self, data: bytes, journal: JournalSuperblock) -> None:
         """Take a descriptor block in."""
@@ -116,39 +117,43 @@ class Log:
             self._described.add(copy.sequence)
         if len(found) >= len(data) // 32:
             self._crowded = max(self._crowded, found[0].sequence)
-        self._unbroken = None
 
-    def committed(self, sequence: int) -> None:
-        """Take note of a transaction that was there."""
-        self._last = max(self._last, sequence)
-        self._unbroken = None
+    def commit(self, sequence: int) -> None:
+        """Take note of a transaction whose end was found."""
+        self._committed.add(sequence)
+
+    def expect(self, sequence: int) -> None:
+        """Take note of a transaction that was the last, found or not."""
+        self._expected = max(self._expected, sequence)
 
     def of(self, home: int) -> list[Copy]:
         """Return the copies of a block that the journal has or had."""
         return self._by_home.get(home, [])
 
-    @property
-    def unbroken_from(self) -> int:
-        """Return the sequence number from which on no transaction is missing, up to the last."""
-        if self._unbroken is None:
-            number = max(self._last, max(self._described, default=0))
-            while number in self._described:
-                number -= 1
-            self._unbroken = number + 1
-        return self._unbroken
+    def settle(self) -> None:
+        """Find, when all was taken in, from which sequence number on no transaction is missing.
+
+        A transaction without a descriptor is empty, or its descriptor was not found: strictly, it is missing.
+        """
+        found = self._described | self._committed
+        last = max(found, default=0)
+        self._unbroken_from = _run_start(last, found)
+        self._strictly_from = _run_start(max(last, self._expected), self._described)
+
+    def unbroken_from(self, strictly: bool = False) -> int:
+        """Return the sequence number from which on no transaction is missing, as of `settle`."""
+        return max(self._strictly_from, self._crowded + 1) if strictly else self._unbroken_from
 
     def newest(self, home: int, strictly: bool = False) -> int | None:
         """Return what the last copy of a block holds; None where a newer one may have been.
 
         Args:
             home: the block.
-            strictly: whether a transaction may have had descriptors that were not found: those with so many
-                copies that they needed more than one.
+            strictly: whether descriptors may be missing: also of transactions with so many copies that they
+                may have had more than one.
         """
         last = max(self.of(home), key=lambda copy: copy.sequence, default=None)
-        if last is None or last.sequence < self.unbroken_from:
-            return None
-        return None if strictly and last.sequence <= self._crowded else last.alone
+        return last.alone if last and last.sequence >= self.unbroken_from(strictly) else None
 
     def promised(self, home: int, alone: int | None) -> int:
         """Return how many copies of a block have this content; how many there are, for None."""
@@ -161,3 +166,9 @@ class Log:
     def placed(self, alone: int) -> int:
         """Return how many blocks with a content are placed in the journal."""
         return self._placed[alone]
+
+
+def _run_start(number: int, found: set[int]) -> int:
+    while number in found:
+        number -= 1
+    return number + 1

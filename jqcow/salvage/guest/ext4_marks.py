@@ -87,12 +87,19 @@ class Marker:
         superblock: any copy.
         volume_offset: of the file system on the disk, in bytes.
         cluster_bytes: length of an orphan.
+
+    Attributes:
+        bitmap_bytes: what the checksums of a bitmap of blocks, and of one of inodes, cover.
     """
 
     def __init__(self, superblock: Superblock, volume_offset: int, cluster_bytes: int) -> None:
         self._superblock = superblock
         size = self._size = superblock.block_bytes
         self._first = volume_offset % size
+        self.bitmap_bytes = (
+            superblock.blocks_per_group // superblock.cluster_blocks // 8,
+            superblock.inodes_per_group // 8,
+        )
         self._count = max(0, cluster_bytes - self._first) // size
         self._descriptors_first = superblock.group_start(0) + 1 + superblock.plain_descriptor_blocks
         self._backups = [group for group in superblock.super_groups() if group]
@@ -296,13 +303,9 @@ class Marker:
             data: an orphan.
             sought: (what the checksum covers, alone; 1 for inodes, 0 for blocks) of each bitmap.
         """
-        superblock, size = self._superblock, self._size
-        lengths = (
-            (superblock.blocks_per_group // superblock.cluster_blocks // 8, 0),
-            (superblock.inodes_per_group // 8, 1),
-        )
+        size = self._size
         for at in range(self._first, self._first + self._count * size, size):
-            for length, of_inodes in lengths:
+            for of_inodes, length in enumerate(self.bitmap_bytes):
                 if data[at + length : at + size].count(0xFF) == size - length:
                     key = crc_inverse.alone(data[at : at + length]), of_inodes
                     if key in sought:

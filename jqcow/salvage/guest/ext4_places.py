@@ -61,7 +61,15 @@ class Known:
                 self.tables[group] = descriptor
         self._table_starts = sorted((known.inode_table, group) for group, known in self.tables.items())
 
-    def take_inode(self, volume: Volume4, number: int, inode: Inode, seed: int) -> None:
+    def table_blocks(self, superblock: Superblock) -> Iterator[tuple[int, int]]:
+        """Yield (number of the first inode, block) of what is used of each inode table."""
+        for group, table in self.tables.items():
+            used = superblock.inodes_per_group - table.unused_inodes
+            for index in range(-(-used // superblock.inodes_per_block)):
+                number = group * superblock.inodes_per_group + index * superblock.inodes_per_block + 1
+                yield number, table.inode_table + index
+
+    def take_inode(self, volume: Volume4, inode: Inode, seed: int) -> None:
         """Take in where the blocks of a directory, or the nodes of a large file's tree, are to be."""
         for logical, block in volume.children(inode):
             self.nodes.setdefault((seed, logical), set()).add(block)
