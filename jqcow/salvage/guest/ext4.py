@@ -74,7 +74,7 @@ class Ext4:
         decided: dict[int, list[Candidate]] = {}
         undecided: dict[tuple[int, ...], list[Candidate]] = {}
         for host_offset, marks in index.marks.items():
-            choice.count(marks)
+            choice.count(host_offset, marks)
             found = places.of_orphan(marks, index.zeros[host_offset])
             for offset, support in found.items():
                 one = Candidate(host_offset, offset, support)
@@ -88,21 +88,30 @@ class Ext4:
         may_copy = bool(index.superblock.compat & HAS_JOURNAL) and not many_blocks
         has_old = may_copy or any(len(candidates) > 1 for candidates in decided.values())
         choice.is_whole = not has_old or not self._misses(index, disk, choice)
+        at_home: set[int] = set()
         for offset, candidates in decided.items():
             chosen = choice.choose(candidates)
             if chosen and self._is_open(disk, offset, length):
                 yield self._placement(offset, chosen[0], length, chosen[1])
+                at_home.add(chosen[0].host_offset)
         for offsets, candidates in undecided.items():
             free = [at for at in offsets if at not in decided and self._is_open(disk, at, length)]
             for offset, candidate, certainty in choice.share_out(free, offsets, candidates):
+                at_home.add(candidate.host_offset)
                 yield self._placement(offset, candidate, length, certainty)
+        # Where an orphan has more than one block, a copy in it may be what is at home.
+        spots = choice.spots if length == index.superblock.block_bytes else {}
+        for host_offset, offset in index.journal_offsets(spots).items():
+            if host_offset not in at_home and offset not in decided and self._is_open(disk, offset, length):
+                one = Candidate(host_offset, offset, [])
+                yield self._placement(offset, one, length, Certainty.LIKELY)
 
     def _is_open(self, disk: PlacedDisk, offset: int, length: int) -> bool:
         """Return whether a place is on the disk, and nothing is there yet."""
         return 0 <= offset < disk.size and disk.read(offset, min(length, disk.size - offset)) is None
 
     def _placement(self, offset: int, who: Candidate, length: int, certainty: Certainty) -> Placement:
-        kinds = Counter(mark.kind for mark in who.support)
+        kinds = Counter(mark.kind for mark in who.support) or Counter([Kind.JOURNAL])
         witness = f"{self._name}: {_WITNESSES[kinds.most_common(1)[0][0]]}"
         return Placement(offset, who.host_offset, length, min(certainty, self._most), witness)
 

@@ -36,6 +36,7 @@ class Choice:
     Attributes:
         is_whole: whether no orphan is known to be missing, or an orphan has so many blocks that a part of
             the journal does not pass for another place.
+        spots: (host offset, where in the orphan) of blocks that name a home, by that and their content.
 
     Args:
         superblock: the newest copy.
@@ -60,14 +61,16 @@ class Choice:
         self.is_whole = True
         self._read = read
         self._claims: Counter[tuple[int, int | None]] = Counter()
+        self.spots: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._in_company: set[int] = set()
         self._equal: Counter[tuple[int, int]] = Counter()
 
-    def count(self, marks: Iterable[Mark]) -> None:
+    def count(self, host_offset: int, marks: Iterable[Mark]) -> None:
         """Take note of what names a home, wherever it lies."""
         for mark in marks:
             home = self._home(mark)
             if home is not None:
+                self.spots.setdefault((home, mark.alone), []).append((host_offset, mark.at))
                 self._claims[home, self._content(mark)] += 1
                 if mark.kind is Kind.EXTENTS:
                     self._equal[home, mark.alone] += 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 
 from jqcow.salvage.evidence import Orphans, PlacedDisk
-from jqcow.salvage.guest import crc_inverse
+from jqcow.salvage.guest import crc_inverse, ext4_log_places
 from jqcow.salvage.guest.ext4_find import age
 from jqcow.salvage.guest.ext4_folders import folder, hash_range
 from jqcow.salvage.guest.ext4_journal import (
@@ -17,6 +18,7 @@ from jqcow.salvage.guest.ext4_journal import (
     WIDE,
     JournalSuperblock,
 )
+from jqcow.salvage.guest.ext4_log_places import LogPlaces, Spot
 from jqcow.salvage.guest.ext4_marks import JOURNAL_MAGIC, Kind, Mark, Marker
 from jqcow.salvage.guest.ext4_ondisk import (
     BLOCK_UNINIT,
@@ -66,6 +68,7 @@ class Index:
         self._orphans = orphans
         self._marker = Marker(superblock, offset, orphans.cluster_bytes)
         self._journal = JournalSuperblock(0, 1, 0, 0, CSUM_V3 | WIDE, superblock.uuid, 0)
+        self._log_places = LogPlaces()
         self._nodes: dict[tuple[int, int], set[tuple[int, int]]] = {}
         self._tables_read: set[int] = set()
         self._trees: dict[int, Inode] = {}
@@ -84,6 +87,16 @@ class Index:
     def is_clean(self) -> bool:
         """Return whether the journal has nothing that is not at home."""
         return not self.superblock.incompat & RECOVER
+
+    def journal_offsets(self, spots: Mapping[tuple[int, int], list[Spot]]) -> dict[int, int]:
+        """Return the likely guest offsets of orphans with blocks of the journal; see `ext4_log_places`."""
+        size, place, number = self.superblock.block_bytes, {}, 0
+        for start, count in self.known.journal:
+            for block in range(start, min(start + count, start + self._journal.blocks - number)):
+                place[number] = self._offset + block * size
+                number += 1
+        blocks = self._log_places.blocks(self._journal)
+        return ext4_log_places.offsets(blocks, spots, place, self._orphans.cluster_bytes)
 
     def _take(self, mark: Mark, block: bytes) -> None:
         if mark.kind is Kind.DESCRIPTORS:
@@ -106,8 +119,13 @@ class Index:
         for host_offset, marks in self.marks.items():
             descriptors = [mark for mark in marks if mark.kind is Kind.JOURNAL and mark.key == DESCRIPTOR]
             data = self._orphans.read(host_offset) if descriptors else b""
-            for mark in descriptors:
-                self.known.log.add(data[mark.at : mark.at + self.superblock.block_bytes], self._journal)
+            for mark in marks:
+                if mark.kind is Kind.JOURNAL:
+                    copied = []
+                    if mark.key == DESCRIPTOR:
+                        block = data[mark.at : mark.at + self.superblock.block_bytes]
+                        copied = self.known.log.add(block, self._journal)
+                    self._log_places.add(mark.key, mark.extra, (host_offset, mark.at), copied)
 
     def learn(self, disk: PlacedDisk) -> None:
         """Take in what is placed by now."""

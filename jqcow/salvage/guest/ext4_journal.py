@@ -109,14 +109,15 @@ class Log:
         self._placed: Counter[int] = Counter()
         self._unbroken_from = self._strictly_from = 0
 
-    def add(self, data: bytes, journal: JournalSuperblock) -> None:
-        """Take a descriptor block in."""
+    def add(self, data: bytes, journal: JournalSuperblock) -> list[Copy]:
+        """Take a descriptor block in, and return what it promises."""
         found = list(copies(data, journal))
         for copy in found:
             self._by_home.setdefault(copy.home, []).append(copy)
             self._described.add(copy.sequence)
         if len(found) >= len(data) // 32:
             self._crowded = max(self._crowded, found[0].sequence)
+        return found
 
     def commit(self, sequence: int) -> None:
         """Take note of a transaction whose end was found."""
