@@ -17,6 +17,7 @@ from jqcow import _native
 from jqcow.salvage.evidence import Certainty, Placement, Volume
 from jqcow.salvage.guest import crc_inverse, ext4, ext4_journal
 from jqcow.salvage.guest.ext4_folders import half_md4
+from jqcow.salvage.guest.ext4_log_places import LogPlaces, offsets
 from jqcow.salvage.guest.ext4_ondisk import (
     ExtentNode,
     GroupDescriptor,
@@ -113,6 +114,9 @@ def make(folder: Path, *options: str, start: int = 0) -> bytes:
             file.seek(number * 8192)
             file.write(b"x" * 4096)
     tool("debugfs", "-w", "-R", f"write {holed} holed", image)
+    # Only the kernel and the check give large directories an index. 1: something was changed.
+    checked = subprocess.run(["e2fsck", "-f", "-y", "-D", image], check=False, capture_output=True)
+    assert checked.returncode in (0, 1)
     return bytes(start) + image.read_bytes()
 
 
@@ -344,7 +348,7 @@ def test_a_checksum_tells_what_it_was_begun_with(data: bytes, seed: int) -> None
         assert crc_inverse.forward(len(data))(seed) ^ crc_inverse.alone(data) == after
 
 
-@pytest.mark.parametrize("name", ["a", "lost+found", "a name that has more than thirty-two bytes", "ümlaut"])
+@pytest.mark.parametrize("name", ["a", "lost+found", "a name that has more than thirty-two bytes"])
 def test_names_have_the_hash_that_the_tools_give(name: str, default_bytes: bytes, tmp_path: Path) -> None:
     superblock = Superblock.unpack(default_bytes[1024:2048])
     assert superblock
@@ -353,8 +357,26 @@ def test_names_have_the_hash_that_the_tools_give(name: str, default_bytes: bytes
     image = tmp_path / "image"
     image.write_bytes(default_bytes)
     told = tool("debugfs", "-R", f'dx_hash -h half_md4 -s {uuid} "{name}"', image)
-    signed = half_md4(name.encode(), superblock)
-    assert f"{signed:#010x}" in told or not name.isascii()
+    assert f"{half_md4(name.encode(), superblock):#010x}" in told
+
+
+def test_blocks_of_the_journal_are_counted_from_where_it_starts() -> None:
+    copies = [ext4_journal.Copy(500, 7, 1), ext4_journal.Copy(501, 7, 2)]
+    log = LogPlaces()
+    log.add(ext4_journal.REVOKE, 7, (0, 0), [])
+    log.add(ext4_journal.DESCRIPTOR, 7, (4096, 0), copies)
+    log.add(ext4_journal.COMMIT, 7, (8192, 0), [])
+    log.add(ext4_journal.DESCRIPTOR, 8, (12288, 0), copies[:1])
+    log.add(ext4_journal.COMMIT, 8, (16384, 0), [])
+    log.add(ext4_journal.DESCRIPTOR, 10, (20480, 0), copies)
+    journal = ext4_journal.JournalSuperblock(10, 1, 8, 4, 0x12, bytes(16), 0)
+    wrapped = [((0, 0), 8), ((4096, 0), 9), (copies[0], 1), (copies[1], 2), ((8192, 0), 3)]
+    forth = [((12288, 0), 4), (copies[0], 5), ((16384, 0), 6)]
+    assert [(what, number) for number, what in log.blocks(journal)] == wrapped + forth
+    place = {number: number * 4096 for number in range(10)}
+    found = offsets(log.blocks(journal), {(501, 2): [(65_536, 0)]}, place, 4096)
+    assert found[65_536] == 2 * 4096
+    assert found[16_384] == 6 * 4096
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
