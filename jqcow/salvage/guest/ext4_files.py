@@ -53,13 +53,13 @@ def _of_file(volume: Volume4, number: int, inode: Inode) -> Iterator[FilePiece]:
     size = volume.superblock.block_bytes
     superblock = volume.superblock
     is_own = inode.kind == DIRECTORY or number < INODE_OF_USERS or number == superblock.orphan_inode
-    when = _written(inode)
     if inode.attributes:
-        yield _piece(volume, inode.attributes, 1, (when, number, 0))
+        yield _piece(volume, inode.attributes, 1, (_written(inode, 0), number, 0))
     for run in volume.runs(inode):
         if number == RESIZE and _is_overhead(volume, run.start):
             continue
-        written = (when, number, run.logical * size)
+        offset = run.logical * size
+        written = (_written(inode, offset), number, offset)
         if is_own or run.is_metadata:
             yield _piece(volume, run.start, run.blocks, written)
         else:
@@ -74,11 +74,16 @@ def _is_overhead(volume: Volume4, block: int) -> bool:
     return block - superblock.group_start(group) < superblock.overhead_blocks(group)
 
 
-def _written(inode: Inode) -> int:
-    """Return when a file's blocks were most likely written: what restores times changes the modified one."""
-    if inode.created and not inode.created <= inode.modified <= inode.changed:
+def _written(inode: Inode, offset: int) -> int:
+    """Return when a part of a file was most likely written: files grow from their making to the last change.
+
+    A time of change before the making, or after that of the inode, was set by somebody: it says nothing.
+    """
+    if not inode.created:
+        return min(inode.modified, inode.changed)
+    if not inode.created <= inode.modified <= inode.changed:
         return inode.created
-    return min(inode.modified, inode.changed)
+    return inode.created + (inode.modified - inode.created) * min(offset, inode.size) // max(inode.size, 1)
 
 
 def free(volume: Volume4) -> Iterator[tuple[int, int]]:
