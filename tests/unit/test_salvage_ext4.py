@@ -273,7 +273,7 @@ def test_without_checksums_nothing_is_certain(options: tuple[str, ...], tmp_path
 
 
 def test_a_copy_in_the_journal_does_not_speak_for_its_home(default_bytes: bytes) -> None:
-    """X1: a block of inodes, once more as an old copy that a descriptor names."""
+    """K1: a block of inodes, once more as an old copy that a descriptor names."""
     superblock = Superblock.unpack(default_bytes[1024:2048])
     assert superblock
     table = GroupDescriptor.unpack(superblock, 0, default_bytes[4096 : 4096 + superblock.descriptor_bytes])
@@ -325,18 +325,19 @@ def descriptor(superblock: Superblock, copies: list[tuple[int, bytes]], sequence
 
 
 def test_orphans_that_name_two_places_have_none(default_bytes: bytes) -> None:
-    """X2: two halves of clusters put together."""
-    orphans, disk, truth = scatter(default_bytes, 6, 65_536)
+    """K2: the first cluster, with a block of inodes in the midst of it."""
     superblock = Superblock.unpack(default_bytes[1024:2048])
     assert superblock
     table = GroupDescriptor.unpack(superblock, 0, default_bytes[4096 : 4096 + superblock.descriptor_bytes])
     assert table
-    inside = [at for at in truth if -65_536 < at - table.inode_table * 4096 < 65_536][:2]
-    first, second = (truth[at] for at in inside)
-    mixed = orphans.content[first][:32_768] + orphans.content[second][32_768:]
+    orphans, disk, truth = scatter(default_bytes, 6, 65_536)
+    first = truth[0]
+    inodes = default_bytes[(table.inode_table + 2) * 4096 :][:4096]
+    mixed = default_bytes[:0x8000] + inodes + default_bytes[0x9000:0x10000]
     orphans.content[first] = disk.content[first] = mixed
     (found,) = ext4.find(volumes(default_bytes), disk, orphans)
     solve(found, disk, orphans)
+    assert disk.placed
     assert first not in disk.placed.values()
 
 
