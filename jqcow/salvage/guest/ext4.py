@@ -99,10 +99,17 @@ class Ext4:
             for offset, candidate, certainty in choice.share_out(free, offsets, candidates):
                 at_home.add(candidate.host_offset)
                 yield self._placement(offset, candidate, length, certainty)
+        if choice.is_whole or many_blocks:
+            yield from self._of_journal(index, disk, choice, length, at_home)
+
+    def _of_journal(
+        self, index: Index, disk: PlacedDisk, choice: Choice, length: int, at_home: set[int]
+    ) -> Iterator[Placement]:
+        """Yield the likely places of the journal's own blocks, but for orphans that are elsewhere."""
         # Where an orphan has more than one block, a copy in it may be what is at home.
         spots = choice.spots if length == index.superblock.block_bytes else {}
         for host_offset, offset in index.journal_offsets(spots).items():
-            if host_offset not in at_home and offset not in decided and self._is_open(disk, offset, length):
+            if host_offset not in at_home and self._is_open(disk, offset, length):
                 one = Candidate(host_offset, offset, [])
                 yield self._placement(offset, one, length, Certainty.LIKELY)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -136,17 +137,21 @@ class Choice:
         living = [one for one in candidates if not all(self.is_copy(mark) for mark in one.support)]
         if len(living) < 2:
             return (living[0], Certainty.CERTAIN) if living else None
-        contents = {one.host_offset: self._read(one.host_offset) for one in living}
         living.sort(key=lambda one: one.host_offset in self._in_company)
-        different = list({contents[one.host_offset]: one for one in living}.values())
+        different = list({self._digest(one): one for one in living}.values())
         if len(different) == 1:
             return different[0], Certainty.CERTAIN
         if len(different) > RIVALS_MAX:
             return None
+        contents = {one.host_offset: self._read(one.host_offset) for one in different}
         for one in different:
             if all(self._order(one, other, contents) > 0 for other in different if other is not one):
                 return one, Certainty.CERTAIN if self._is_clean else Certainty.LIKELY
         return None
+
+    def _digest(self, candidate: Candidate) -> bytes:
+        """Return what is equal where contents are, and takes less room."""
+        return hashlib.blake2b(self._read(candidate.host_offset), digest_size=32).digest()
 
     def share_out(
         self, free: list[int], offsets: tuple[int, ...], candidates: list[Candidate]
@@ -161,7 +166,7 @@ class Choice:
         kinds = {mark.kind for one in candidates for mark in one.support}
         by_content: dict[bytes, list[Candidate]] = {}
         for one in candidates:
-            by_content.setdefault(self._read(one.host_offset), []).append(one)
+            by_content.setdefault(self._digest(one), []).append(one)
         if kinds == {Kind.BITMAP}:
             if len(by_content) == 1:
                 for offset, one in zip(free, candidates, strict=False):

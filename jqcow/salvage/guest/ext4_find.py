@@ -134,6 +134,7 @@ def found(
             seen.append(superblock)
             yield superblock, volume, True
     for sighting in sightings(orphans):
-        if not any(sighting.newest.same_volume(other) for other in seen):
+        length = sighting.newest.blocks * sighting.newest.block_bytes
+        if length <= disk.size and not any(sighting.newest.same_volume(other) for other in seen):
             volume, is_sure = volume_of(sighting, volumes, disk, orphans.cluster_bytes)
             yield sighting.newest, volume, is_sure

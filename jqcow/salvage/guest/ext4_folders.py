@@ -64,35 +64,37 @@ def folder(volume: Volume4, inode: Inode) -> Folder:
             found.rest.append((start + skipped, count - skipped))
     root = None if found.first is None or not found.rest else volume.read(found.first)
     if root is not None and root[24:28] == b"\0\0\0\0" and root[28:30] == b"\x01\x08":
-        _take_index(volume, runs, found, root, 32, min(root[30], INDEX_LEVELS_MAX), 0)
+        _Index(volume, runs, found).take(root, 32, min(root[30], INDEX_LEVELS_MAX), 0)
     found.leaves.sort()
     found.nodes.sort()
     return found
 
 
-def _take_index(
-    volume: Volume4,
-    runs: list[tuple[int, int, int]],
-    found: Folder,
-    data: bytes,
-    at: int,
-    levels: int,
-    least: int,
-) -> None:
-    for hash_, logical in entries(data, at):
-        block = next(
-            (start + logical - first for first, start, count in runs if 0 <= logical - first < count), None
-        )
-        if block is None or len(found.leaves) + len(found.nodes) > sum(count for _, _, count in runs):
-            continue
-        low = max(hash_, least)
-        if not levels:
-            found.leaves.append((low, block))
-            continue
-        found.nodes.append((low, block))
-        below = volume.read(block)
-        if below is not None:
-            _take_index(volume, runs, found, below, 8, levels - 1, low)
+class _Index:
+    """Walks the index of a directory, no block of it twice."""
+
+    def __init__(self, volume: Volume4, runs: list[tuple[int, int, int]], found: Folder) -> None:
+        self._volume = volume
+        self._runs = sorted(runs)
+        self._found = found
+        self._named: set[int] = set()
+
+    def take(self, data: bytes, at: int, levels: int, least: int) -> None:
+        """Take a list in."""
+        for hash_, logical in entries(data, at):
+            index = bisect_right(self._runs, (logical, 1 << 62)) - 1
+            first, start, count = self._runs[index] if index >= 0 else (0, 0, 0)
+            block, low = start + logical - first, max(hash_, least)
+            if logical - first >= count or block in self._named:
+                continue
+            self._named.add(block)
+            if not levels:
+                self._found.leaves.append((low, block))
+                continue
+            self._found.nodes.append((low, block))
+            below = self._volume.read(block)
+            if below is not None:
+                self.take(below, 8, levels - 1, low)
 
 
 def entries(data: bytes, at: int) -> Iterator[tuple[int, int]]:

@@ -40,6 +40,9 @@ from jqcow.salvage.guest.ext4_volume import Volume4, descriptors_in
 MARKED_MAX = 1 << 21
 """So many orphans are remembered: what comes after is not looked at, and memory has a bound."""
 
+JOURNAL_RUNS_MAX, JOURNAL_BLOCKS_MAX = 1 << 10, 1 << 22
+"""No journal is in so many parts, or so large."""
+
 VARIANTS_MAX = 4096
 """So many ways to put an extent tree together are tried."""
 
@@ -195,7 +198,10 @@ class Index:
         if not superblock.compat & HAS_JOURNAL or not any(superblock.journal_map):
             return
         by_extents = superblock.journal_map[:2] == b"\x0a\xf3"
-        runs = [run for run in volume.mapped(superblock.journal_map, by_extents) if not run.is_metadata]
+        mapped = itertools.islice(volume.mapped(superblock.journal_map, by_extents), 2 * JOURNAL_RUNS_MAX)
+        runs = [run for run in mapped if not run.is_metadata]
+        if len(runs) > JOURNAL_RUNS_MAX or sum(run.blocks for run in runs) > JOURNAL_BLOCKS_MAX:
+            return
         self.known.journal = [(run.start, run.blocks) for run in runs]
         for run in runs:
             for block in range(run.start, run.start + run.blocks):

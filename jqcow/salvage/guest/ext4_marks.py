@@ -31,6 +31,10 @@ _TAIL = b"\0\0\0\0\x0c\0\0\xde"
 _EXTRA_SIZES = bytes(int(4 <= value <= 128 and value % 4 == 0) for value in range(256))
 
 
+DESCRIPTOR_TRIES_MAX = 1 << 23
+"""So often a block is compared with one of descriptors; then it is enough."""
+
+
 class Kind(Enum):
     """What a block is."""
 
@@ -96,6 +100,7 @@ class Marker:
         self._superblock = superblock
         size = self._size = superblock.block_bytes
         self._first = volume_offset % size
+        self._tries = DESCRIPTOR_TRIES_MAX
         self.bitmap_bytes = (
             superblock.blocks_per_group // superblock.cluster_blocks // 8,
             superblock.inodes_per_group // 8,
@@ -200,9 +205,10 @@ class Marker:
         superblock = self._superblock
         step = superblock.descriptor_bytes
         places = struct.unpack_from("<3I", data, at)
-        if len(set(places)) < 3 or (step < 64 and max(places) >= superblock.blocks):
+        if len(set(places)) < 3 or self._tries < 0 or (step < 64 and max(places) >= superblock.blocks):
             return
         for index in range(superblock.descriptor_blocks):
+            self._tries -= 1
             group = index * superblock.descriptors_per_block
             here = min(superblock.descriptors_per_block, superblock.groups - group)
             if all(

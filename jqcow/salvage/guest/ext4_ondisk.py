@@ -38,6 +38,10 @@ GROUPS_MAX = 1 << 22
 """More groups than a disk of 16 TiB has with blocks of 1 KiB; mkfs makes no group smaller than the least."""
 
 
+PLAIN_GROUPS_MAX = 1 << 13
+"""So many groups may each have a backup of the superblock; larger ones are made with fewer backups."""
+
+
 def raw(crc32c: int) -> int:
     """Return the checksum as ext4 keeps it: without the last inversion. It is its own inverse."""
     return crc32c ^ 0xFFFF_FFFF
@@ -157,7 +161,14 @@ class Superblock:
             and not self.descriptor_bytes & self.descriptor_bytes - 1
             and self.descriptor_bytes >= (64 if self.incompat & WIDE else 32)
             and self.group < self.groups
+            and self.groups * (self.table_blocks + 2) <= self.blocks
+            and (self.groups <= PLAIN_GROUPS_MAX or bool(self.ro_compat & SPARSE_SUPER or self.backups_named))
         )
+
+    @property
+    def backups_named(self) -> bool:
+        """Return whether the superblock names the groups of its backups, two at most."""
+        return bool(self.compat & SPARSE_SUPER2)
 
     @cached_property
     def groups(self) -> int:
@@ -214,7 +225,7 @@ class Superblock:
 
     def has_super(self, group: int) -> bool:
         """Return whether a group starts with a superblock."""
-        if self.compat & SPARSE_SUPER2:
+        if self.backups_named:
             return group == 0 or group in self.backup_groups
         if group <= 1 or not self.ro_compat & SPARSE_SUPER:
             return True
@@ -222,7 +233,7 @@ class Superblock:
 
     def super_groups(self) -> Iterator[int]:
         """Yield the groups that start with a superblock, in order."""
-        if self.compat & SPARSE_SUPER2:
+        if self.backups_named:
             yield from sorted({0, *(group for group in self.backup_groups if 0 < group < self.groups)})
         elif not self.ro_compat & SPARSE_SUPER:
             yield from range(self.groups)
