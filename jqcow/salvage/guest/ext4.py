@@ -132,6 +132,9 @@ class Ext4:
             for block in range(start, start + superblock.reserved_blocks):
                 if (Kind.RESERVED, block) not in keys and volume.read(block) is None:
                     return True
+        for group in superblock.super_groups():
+            if (Kind.SUPERBLOCK, group) not in keys and volume.read(superblock.group_start(group)) is None:
+                return True
         homes = []
         for number, block in known.table_blocks(superblock):
             homes.append(block)
