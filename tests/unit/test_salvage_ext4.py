@@ -358,7 +358,7 @@ def test_names_have_the_hash_that_the_tools_give(name: str, default_bytes: bytes
     image = tmp_path / "image"
     image.write_bytes(default_bytes)
     told = tool("debugfs", "-R", f'dx_hash -h half_md4 -s {uuid} "{name}"', image)
-    assert f"{half_md4(name.encode(), superblock):#010x}" in told
+    assert half_md4(name.encode(), superblock) in {int(word, 16) for word in re.findall(r"0x[0-9a-f]+", told)}
 
 
 def test_blocks_of_the_journal_are_counted_from_where_it_starts() -> None:
