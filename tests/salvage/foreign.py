@@ -6,13 +6,14 @@ is made and mounted, and files are written, grown, rewritten and deleted in a se
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MAKERS = {
@@ -21,6 +22,8 @@ MAKERS = {
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
     "ntfs": ["mkntfs", "-q", "-Q", "-F"],
 }
+STOP = 0x8004587D
+"""The request that ext4 and XFS take for "stop here, after the log is written"."""
 WORDS = (b"the", b"quick", b"brown", b"fox", b"jumps", b"over", b"a", b"lazy", b"dog", b"and", b"sleeps")
 
 
@@ -33,18 +36,32 @@ class Workload:
         bytes_max: length of the longest; short ones are more frequent.
         deleted: share of files that are deleted again on the way.
         appended: share of writes that grow a file that is there already.
-        mounts: how often all of it is done, each time after mounting again.
         crumbs: how many short files, links and long names are made each time; half of them are deleted again.
         tangled: how many pairs of files grow in turns with a sync between, so that they lie in fragments.
+        synced: how often all is written out, for each file.
+        rewritten: how often a part of a file is overwritten, for each file.
+        scattered: how many files are grown in turn, block by block, so that each has many extents.
+        crowd: how many empty files a single folder gets.
+        mounts: how often the file system is mounted, the load shared among them.
+        trimmed: how often what is free is discarded, for each file.
+        has_snapshots: whether QEMU takes a snapshot between two mounts.
+        is_cut_off: whether it stops in the end without a clean unmount (ext4 and XFS).
     """
 
     files: int = 200
     bytes_max: int = 4 << 20
     deleted: float = 0.25
     appended: float = 0.15
-    mounts: int = 1
     crumbs: int = 0
     tangled: int = 0
+    synced: float = 0.05
+    rewritten: float = 0.0
+    scattered: int = 0
+    crowd: int = 0
+    mounts: int = 1
+    trimmed: float = 0.0
+    has_snapshots: bool = False
+    is_cut_off: bool = False
 
 
 def run(*words: object) -> str:
@@ -78,12 +95,21 @@ def exported(image: Path, folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def looped(disk: Path) -> Iterator[str]:
+    """Show a file as a block device."""
+    device = run("losetup", "--find", "--show", disk).strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "--detach", device)
+
+
+@contextmanager
 def mounted(disk: Path, kind: str, folder: Path) -> Iterator[Path]:
     """Mount a file system that fills a disk."""
     point = folder / "mounted"
     point.mkdir(exist_ok=True)
-    device = run("losetup", "--find", "--show", disk).strip()
-    try:
+    with looped(disk) as device:
         if kind == "ntfs":
             run("ntfs-3g", device, point)
         else:
@@ -92,8 +118,6 @@ def mounted(disk: Path, kind: str, folder: Path) -> Iterator[Path]:
             yield point
         finally:
             unmount(point)
-    finally:
-        run("losetup", "--detach", device)
 
 
 def unmount(point: Path) -> None:
@@ -118,7 +142,7 @@ def content(chance: random.Random, length: int) -> bytes:
     return text[:length]
 
 
-def work(point: Path, chance: random.Random, load: Workload) -> None:
+def work(point: Path, chance: random.Random, load: Workload, prefix: str = "") -> None:
     """Write, grow, rewrite and delete files, now and then with a sync between."""
     names: list[Path] = []
     for number in range(load.files):
@@ -130,13 +154,22 @@ def work(point: Path, chance: random.Random, load: Workload) -> None:
             with chance.choice(names).open("ab") as file:
                 file.write(content(chance, length))
         else:
-            name = folder / f"file{number}"
+            name = folder / f"{prefix}file{number}"
             name.write_bytes(content(chance, length))
             names.append(name)
         if names and chance.random() < load.deleted:
             names.pop(chance.randrange(len(names))).unlink()
-        if chance.random() < 0.05:
+        if names and chance.random() < load.rewritten:
+            rewrite(chance.choice(names), chance)
+        if chance.random() < load.synced:
             run("sync", "-f", point)
+        if chance.random() < load.trimmed:
+            run("fstrim", point)
+    scatter(point, chance, load.scattered)
+    for number in range(load.crowd):
+        crowd = point / "crowd"
+        crowd.mkdir(exist_ok=True)
+        (crowd / f"one of many {number} {chance.random()}").touch()
     crumble(point, chance, load.crumbs)
     for number in range(load.tangled):
         tangle(point, chance, number)
@@ -169,6 +202,33 @@ def tangle(point: Path, chance: random.Random, number: int) -> None:
                 os.fsync(file.fileno())
 
 
+def rewrite(name: Path, chance: random.Random) -> None:
+    """Overwrite a part of a file in its place."""
+    with name.open("r+b") as file:
+        file.seek(chance.randrange(name.stat().st_size + 1))
+        file.write(content(chance, chance.randrange(1, 100_000)))
+
+
+def scatter(point: Path, chance: random.Random, count: int) -> None:
+    """Grow files in turn, each written out before the next goes on."""
+    handles = [os.open(point / f"scattered{number}", os.O_CREAT | os.O_WRONLY) for number in range(count)]
+    for step in range(60 if count else 0):
+        for handle in handles:
+            os.pwrite(handle, chance.randbytes(4096), step * 8192)
+            os.fdatasync(handle)
+    for handle in handles:
+        os.close(handle)
+
+
+def cut_off(point: Path) -> None:
+    """Let a file system stop as by a crash, with what its journal has by now."""
+    folder = os.open(point, os.O_RDONLY)
+    try:
+        fcntl.ioctl(folder, STOP, (1).to_bytes(4, "little"))
+    finally:
+        os.close(folder)
+
+
 def make(
     image: Path,
     kind: str,
@@ -176,8 +236,8 @@ def make(
     seed: int,
     *,
     options: str = "",
-    making: Sequence[str] = (),
     load: Workload | None = None,
+    making: Sequence[str] = (),
 ) -> None:
     """Make a qcow2 image with a file system that was used for a while.
 
@@ -191,14 +251,17 @@ def make(
         load: what is done.
     """
     folder = image.parent
+    load = load or Workload()
+    chance = random.Random(seed)
     run("qemu-img", "create", "-q", "-f", "qcow2", *(["-o", options] if options else []), image, size)
-    with exported(image, folder) as disk:
-        device = run("losetup", "--find", "--show", disk).strip()
-        try:
-            run(*MAKERS[kind], *making, device)
-        finally:
-            run("losetup", "--detach", device)
-        load, chance = load or Workload(), random.Random(seed)
-        for _ in range(load.mounts):
+    for number in range(load.mounts):
+        with exported(image, folder) as disk:
+            if number == 0:
+                with looped(disk) as device:
+                    run(*MAKERS[kind], *making, device)
             with mounted(disk, kind, folder) as point:
-                work(point, chance, load)
+                work(point, chance, replace(load, files=load.files // load.mounts), f"{number}-")
+                if load.is_cut_off and number == load.mounts - 1:
+                    cut_off(point)
+        if load.has_snapshots and number < load.mounts - 1:
+            run("qemu-img", "snapshot", "-c", f"after{number}", image)
