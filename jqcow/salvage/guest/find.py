@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, PlacedDisk, Volume
-from jqcow.salvage.guest import btrfs, luks, lvm, ntfs, partitions, swap, xfs
+from jqcow.salvage.guest import btrfs, ext4, luks, lvm, ntfs, partitions, swap, xfs
 from jqcow.salvage.guest.mapped import Limited, Mapped, MappedDisk
 from jqcow.salvage.guest.signs import SurveyedOrphans
 
@@ -24,7 +24,14 @@ def limited(finder: Finder) -> Finder:
     return find_limited
 
 
-FINDERS: tuple[Finder, ...] = (btrfs.find, limited(xfs.find), limited(ntfs.find), luks.find, swap.find)
+FINDERS: tuple[Finder, ...] = (
+    btrfs.find,
+    limited(ext4.find),
+    limited(xfs.find),
+    limited(ntfs.find),
+    luks.find,
+    swap.find,
+)
 """Who recognises what is in a volume; each is given all volumes, so that it takes the one that fits best."""
 
 SIGNS = (
