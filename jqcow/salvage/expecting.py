@@ -15,6 +15,9 @@ BLOCK_BYTES = 4096
 IMPOSSIBLE = -1000.0
 """A score that rules a place out."""
 
+FILES_MAX = 64
+"""So many files of a cluster are told apart."""
+
 Order = tuple[int, int, int]
 
 
@@ -25,7 +28,8 @@ class Expected:
     Attributes:
         guest: its offset on the disk in bytes.
         written: when the first of its pieces was written: see `FilePiece`.
-        has_files: a file's data is in it.
+        files: the number of each file with data in it, and where the cluster begins in that file, in bytes;
+            before 0 where the file begins in the cluster.
         data: a bit for each of its blocks that a file uses.
         free: a bit for each that is free.
         tails: for each block in which a file ends, how many of its bytes are the file's.
@@ -33,7 +37,7 @@ class Expected:
 
     guest: int
     written: Order | None = None
-    has_files: bool = False
+    files: dict[int, int] = field(default_factory=dict)
     data: int = 0
     free: int = 0
     tails: dict[int, int] = field(default_factory=dict)
@@ -68,10 +72,11 @@ class Expectations:
                 if not self._map.is_open(guest) or self._map.is_placed(guest):
                     continue
                 expected = self.clusters[guest] = Expected(guest)
-            if piece.is_data:
-                expected.has_files = True
-                expected.data |= ((1 << stop - first) - 1) << first
             position = guest - piece.guest_offset
+            if piece.is_data:
+                if len(expected.files) < FILES_MAX:
+                    expected.files[piece.written[1]] = piece.written[2] + position
+                expected.data |= ((1 << stop - first) - 1) << first
             written = (*piece.written[:2], piece.written[2] + max(0, position))
             if piece.is_data and (expected.written is None or written < expected.written):
                 expected.written = written
@@ -101,7 +106,7 @@ class Expectations:
 
     def by_writing(self) -> list[Expected]:
         """Return the clusters of files in the order in which they were written."""
-        files = (found for found in self.clusters.values() if found.has_files)
+        files = (found for found in self.clusters.values() if found.files)
         return sorted(files, key=lambda found: (found.written or (0, 0, 0), found.guest))
 
     def by_place(self) -> list[Expected]:
@@ -167,6 +172,8 @@ class Odds:
                 counts[self._class_of(length)] += 1
         shares = [count / sum(counts) for count in counts]
         self._data = [log(odds / share) for odds, share in zip(self._OF_DATA, shares, strict=True)]
+        # Most of a file is full blocks: they tell nothing, however many they are.
+        self._data[2] = 0.0
         self._free = [log(odds / share) for odds, share in zip(self._OF_FREE, shares, strict=True)]
 
     def _class_of(self, length: int) -> int:

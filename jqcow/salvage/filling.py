@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Literal
 
 from jqcow.salvage.evidence import Certainty, Orphans, Placement
 from jqcow.salvage.expecting import IMPOSSIBLE, Expectations, Expected, Fingerprint, Odds, fingerprint
@@ -34,18 +35,21 @@ NEAR, APART = 0.02, 0.3
 """What it tells that neighbours are as far from each other on the disk as in the file, or are not."""
 ALIKE, UNLIKE = 0.3, 2.0
 """What it tells that two clusters of a file have the same kind of bytes, or have not."""
+SKIPPED_MAX = 64
+"""So many orphans that other runs have taken may lie within a run."""
 RUN_MAX = 4096
 """So many clusters a run is extended at most to each side; the next seed goes on from there."""
 
 
+Reach = Literal["telling", "file", "any"]
+"""How far runs go: between clusters that tell, within a file, or as far as nothing speaks against them."""
+
+
 @dataclass(frozen=True)
 class _Run:
-    """Guest clusters in an order, and orphans beside them, from a seed on."""
+    """Guest clusters and the orphans that they are given."""
 
-    order: int
-    first_guest: int
-    first_host: int
-    count: int
+    pairs: tuple[tuple[int, int], ...]
     total: float
 
 
@@ -81,13 +85,16 @@ class Filling:
         self._anchored = anchored
         self._taken_hosts = bytearray(len(self._hosts))
         self._taken_guests: dict[int, int] = {}
-        self._is_strict = True
+        self._reach: Reach = "telling"
 
     def fill(self) -> None:
         """Place what runs place, then what is left over."""
         self._take_best(list(self._seeds()))
         self._close_gaps()
-        self._is_strict = False
+        self._reach = "file"
+        self._take_best(list(self._ends()))
+        self._close_gaps()
+        self._reach = "any"
         self._take_best(list(self._ends()))
         self._close_gaps()
         self._take_rest()
@@ -161,54 +168,68 @@ class Filling:
             place = positions[guest]
             ahead, gained = self._extend(order, place, index, 1)
             behind, before = self._extend(order, place, index, -1)
-            run = _Run(order, place - behind, index - behind, behind + 1 + ahead, own + gained + before)
-            if best is None or run.total > best.total:
-                best = run
+            total = own + gained + before
+            if best is None or total > best.total:
+                best = _Run(((guest, index), *ahead, *behind), total)
         return best
 
-    def _extend(self, order: int, place: int, index: int, step: int) -> tuple[int, float]:
-        """Return how many clusters a run can go on, to one side, and what it gains by them."""
+    def _extend(self, order: int, place: int, index: int, step: int) -> tuple[list[tuple[int, int]], float]:
+        """Return how a run can go on to one side, as pairs, and what it gains by them."""
         clusters = self._orders[order]
-        count, total, best_count, best = 0, 0.0, 0, 0.0
-        while count < RUN_MAX and total > best - DROP:
+        pairs: list[tuple[int, int]] = []
+        total, best_count, best = 0.0, 0, 0.0
+        while len(pairs) < RUN_MAX and total > best - DROP:
+            before = index
             place += step
-            index += step
-            if not (0 <= place < len(clusters) and 0 <= index < len(self._hosts)):
-                break
-            if self._taken_hosts[index] or clusters[place].guest in self._taken_guests:
+            index = self._next_free(index, step)
+            if index < 0 or not 0 <= place < len(clusters) or clusters[place].guest in self._taken_guests:
                 break
             gain = self._odds.score(clusters[place], self._looks[index])
-            if gain == IMPOSSIBLE:
+            is_one_file = self._is_one_file(clusters[place], clusters[place - step])
+            if gain == IMPOSSIBLE or (self._reach == "file" and not is_one_file):
                 break
-            count += 1
-            total += gain + self._nearness(order, place, index, step)
-            if total >= best and (gain >= TELLING or not self._is_strict):
-                best_count, best = count, total
-        return best_count, best
+            pairs.append((clusters[place].guest, index))
+            total += gain + self._nearness(order, place, index, before, step, is_one_file=is_one_file)
+            if total >= best and (gain >= TELLING or self._reach != "telling"):
+                best_count, best = len(pairs), total
+        return pairs[:best_count], best
 
-    def _nearness(self, order: int, place: int, index: int, step: int) -> float:
+    def _next_free(self, index: int, step: int) -> int:
+        """Return the next orphan to one side that no run has taken, or -1."""
+        for _ in range(SKIPPED_MAX):
+            index += step
+            if not 0 <= index < len(self._hosts):
+                return -1
+            if not self._taken_hosts[index]:
+                return index
+        return -1
+
+    def _nearness(
+        self, order: int, place: int, index: int, before: int, step: int, *, is_one_file: bool
+    ) -> float:
         """Return what it tells if neighbours in a run are neighbours on the disk and in the file."""
         clusters = self._orders[order]
         guest_step = clusters[place].guest - clusters[place - step].guest
-        host_step = self._hosts[index] - self._hosts[index - step]
-        total = NEAR if guest_step == host_step else -APART
-        if self._is_one_file(clusters[place], clusters[place - step]):
-            textures = {self._looks[index].texture, self._looks[index - step].texture}
+        total = NEAR if guest_step == self._hosts[index] - self._hosts[before] else -APART
+        if is_one_file:
+            textures = {self._looks[index].texture, self._looks[before].texture}
             if 0 not in textures:
                 total += ALIKE if len(textures) == 1 else -UNLIKE
         return total
 
     def _is_one_file(self, one: Expected, other: Expected) -> bool:
-        """Return True if two clusters hold one file and nothing else."""
+        """Return True if a file goes on from one cluster to the other, and was the first to write to both."""
         if one.written is None or other.written is None or one.written[1] != other.written[1]:
             return False
-        return abs(one.written[2] - other.written[2]) == self._cluster_bytes
+        number = one.written[1]
+        if number not in one.files or number not in other.files:
+            return False
+        return abs(one.files[number] - other.files[number]) == self._cluster_bytes
 
     def _take(self, run: _Run) -> None:
         certainty = Certainty.LIKELY if run.total >= LIKELY_SCORE else Certainty.GUESS
-        for step in range(run.count):
-            expected = self._orders[run.order][run.first_guest + step]
-            self._put(expected.guest, run.first_host + step, certainty, "what its file system expects there")
+        for guest, index in run.pairs:
+            self._put(guest, index, certainty, "what its file system expects there")
 
     def _put(self, guest: int, index: int, certainty: Certainty, witness: str) -> None:
         self._taken_hosts[index] = 1
@@ -219,13 +240,16 @@ class Filling:
 
     def _ends(self) -> Iterator[tuple[int, int]]:
         """Yield pairs that lie beside what is placed, in one of the orders."""
-        yield from self._beside_anchors()
+        if self._reach == "any":
+            yield from self._beside_anchors()
         for order, positions in zip(self._orders, self._positions, strict=True):
             taken = [pair for pair in self._taken_guests.items() if pair[0] in positions]
             for guest, index in taken:
                 for step in (1, -1):
                     place, beside = positions[guest] + step, index + step
-                    if 0 <= place < len(order) and 0 <= beside < len(self._hosts):
+                    if not (0 <= place < len(order) and 0 <= beside < len(self._hosts)):
+                        continue
+                    if self._reach == "any" or self._is_one_file(order[place], order[positions[guest]]):
                         yield order[place].guest, beside
 
     def _close_gaps(self) -> None:
