@@ -158,6 +158,7 @@ class Odds:
     """
 
     TAIL_RIGHT, TAIL_NEAR, TAIL_SHORT = 8.0, 3.0, -2.0
+    REST_MAX = 1.5
     NEAR_BYTES = 16
     """A file may end with some zeros of its own."""
     _OF_DATA = (0.08, 0.04, 0.88)
@@ -172,8 +173,8 @@ class Odds:
                 counts[self._class_of(length)] += 1
         shares = [count / sum(counts) for count in counts]
         self._data = [log(odds / share) for odds, share in zip(self._OF_DATA, shares, strict=True)]
-        # Most of a file is full blocks: they tell nothing, however many they are.
-        self._data[2] = 0.0
+        # Most of a file is full blocks, and zeros come in long runs: they tell nothing, however many.
+        self._data[0], self._data[2] = min(-0.02, self._data[0]), 0.0
         self._free = [log(odds / share) for odds, share in zip(self._OF_FREE, shares, strict=True)]
 
     def _class_of(self, length: int) -> int:
@@ -190,6 +191,11 @@ class Odds:
                 total += self.TAIL_RIGHT
             else:
                 total += self.TAIL_NEAR if valid - length < self.NEAR_BYTES else self.TAIL_SHORT
+        return total + max(-self.REST_MAX, min(self.REST_MAX, self._rest(expected, found)))
+
+    def _rest(self, expected: Expected, found: Fingerprint) -> float:
+        """Return what all blocks tell in which no file ends; neighbours are alike, so the sum is bounded."""
+        total = 0.0
         for block, length in enumerate(found.lengths):
             if block in expected.tails:
                 continue
