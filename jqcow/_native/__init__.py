@@ -93,6 +93,7 @@ __all__ = [
     "refcount_last_used",
     "refcount_run",
     "refcount_set",
+    "sector_kinds",
     "select",
     "set_copied",
     "subcluster_run",

@@ -426,7 +426,7 @@ def _looks_like_snapshot(sector: memoryview, host_bytes: int) -> bool:
         return False
     if not 0 < id_bytes < 256 or name_bytes >= 1024 or nanoseconds >= 1_000_000_000:
         return False
-    return extra_bytes <= 1024 and extra_bytes % 8 == 0
+    return bool(extra_bytes <= 1024 and extra_bytes % 8 == 0)
 
 
 def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:

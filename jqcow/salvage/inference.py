@@ -1,0 +1,389 @@
+"""What the structures of a file say of its header's numbers: cluster size, tables, widths.
+
+What looks like a table is believed by what it names: an L1 table names L2 tables, a refcount table blocks
+that count their own cluster. Tables of an image in the image have the offsets of another file: they name neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+from jqcow import _native
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.ondisk import entries, layout, snapshots
+from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD, decompress
+from jqcow.ondisk.header import Header
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, EXTENDED_RESERVED, L2_RESERVED, codec_of
+from jqcow.ondisk.layout import Geometry, table_bytes
+from jqcow.ondisk.snapshots import TableEntry
+from jqcow.salvage.source import Source
+from jqcow.salvage.sweep import Sweep, sweep
+
+CLUSTER_BITS = range(layout.MIN_CLUSTER_BITS, layout.MAX_CLUSTER_BITS + 1)
+SAMPLED_TABLES = 16
+"""So many tables that an L1 table names tell whether it is one."""
+SAMPLED_BYTES = 16 << 20
+"""So much is read to try a cluster size."""
+HOPELESS = 3
+"""If the first so many are none, it is none."""
+RIGHT = 0.8
+"""Of what a table names so much has to be what it should."""
+CANDIDATES_MAX = 1 << 14
+ORDERS = (4, 3, 5, 6, 0, 1, 2)
+"""Widths of refcounts, the most frequent first."""
+
+_UNALLOCATED, _ZERO, _DATA, _COMPRESSED, _INVALID = range(5)
+
+
+@dataclass(frozen=True)
+class FoundL1:
+    """What may be an L1 table.
+
+    Attributes:
+        offset: in the file, in bytes.
+        entry_count: up to the last entry in use.
+        named: how many entries name something.
+        right: how many of the sampled ones name an L2 table.
+        newest: the highest host offset that it names.
+    """
+
+    offset: int
+    entry_count: int
+    named: int
+    right: int
+    newest: int
+
+
+@dataclass(frozen=True)
+class FoundRefcounts:
+    """A refcount table: its host offset and length in clusters, and the width of refcounts it leads to."""
+
+    offset: int
+    clusters: int
+    order: int
+
+
+class Structures:
+    """Looks for the structures of an image in a file."""
+
+    def __init__(self, source: Source) -> None:
+        """Look in ``source``."""
+        self._source = source
+
+    @cached_property
+    def seen(self) -> Sweep:
+        """What a pass over the whole file sees; done when it is first asked for."""
+        return sweep(self._source)
+
+    # L2 tables
+
+    def judge(self, table: bytes, cluster_bits: int, *, extended: bool) -> tuple[int, ...]:
+        """Count what the entries of a table are: see `_native.l2_judge`."""
+        reserved = EXTENDED_RESERVED if extended else L2_RESERVED
+        return _native.l2_judge(table, 16 if extended else 8, cluster_bits, reserved, self._source.size())
+
+    def is_l2(self, offset: int, cluster_bits: int, *, extended: bool) -> bool:
+        """Return True if an L2 table with entries may lie at a host offset."""
+        if offset % (1 << cluster_bits) or not 0 < offset < self._source.size():
+            return False
+        counts = self.judge(self._source.pread(1 << cluster_bits, offset), cluster_bits, extended=extended)
+        return not counts[_INVALID] and any(counts[_ZERO:_INVALID])
+
+    # L1 tables
+
+    def l1_at(self, offset: int, cluster_bits: int, entry_count: int | None = None) -> FoundL1 | None:
+        """Return what is known of an L1 table at a host offset; None if there can be none.
+
+        Args:
+            offset: of its first entry.
+            cluster_bits: of the image.
+            entry_count: its length; None where that is not known: it goes on as long as it can.
+        """
+        cluster_bytes = 1 << cluster_bits
+        if offset % cluster_bytes or not 0 < offset < self._source.size():
+            return None
+        table = self._l1_bytes(offset, cluster_bytes, entry_count)
+        named = list(entries.nonzero_entries(table))
+        good = [(index, found) for index, word in named if (found := self._l2_offset(word, cluster_bytes))]
+        if not good or len(good) < RIGHT * len(named) or len({found for _, found in good}) < len(good):
+            return None
+        sampled = good[:: max(1, len(good) // SAMPLED_TABLES)][:SAMPLED_TABLES]
+        right = tables = 0
+        for tried, (_, place) in enumerate(sampled):
+            if tried == HOPELESS and not tables:
+                return None
+            found = self.is_l2(place, cluster_bits, extended=False)
+            if not found and cluster_bits >= layout.MIN_SUBCLUSTER_CLUSTER_BITS:
+                found = self.is_l2(place, cluster_bits, extended=True)
+            right += found
+            tables += found or _native.is_zero(self._source.pread(cluster_bytes, place))
+        if tables < RIGHT * len(sampled):
+            return None
+        return FoundL1(offset, named[-1][0] + 1, len(good), right, max(found for _, found in good))
+
+    def _l1_bytes(self, offset: int, cluster_bytes: int, entry_count: int | None) -> bytes:
+        if entry_count is not None:
+            return self._source.pread(min(table_bytes(entry_count), layout.MAX_L1_BYTES), offset)
+        table = b""
+        while len(table) < layout.MAX_L1_BYTES:
+            part = self._source.pread(cluster_bytes, offset + len(table))
+            words = list(entries.nonzero_entries(part))
+            if not words or not all(self._l2_offset(word, cluster_bytes) for _, word in words):
+                break
+            table += part
+        return table
+
+    def _l2_offset(self, word: int, cluster_bytes: int) -> int:
+        """Return what an L1 entry names, 0 if it is none that an image can have."""
+        offset, _, has_reserved = entries.split_l1(word)
+        if has_reserved or offset % cluster_bytes or offset >= self._source.size():
+            return 0
+        return offset
+
+    def find_l1(self, cluster_bits: int) -> list[FoundL1]:
+        """Return the L1 tables of the file, those that name most first."""
+        found = []
+        for offset in self._candidates(cluster_bits):
+            table = self.l1_at(offset, cluster_bits)
+            if table is not None and table.right:
+                found.append(table)
+        # The second cluster of a long table is no table of its own.
+        inner = {
+            place
+            for table in found
+            for place in range(
+                table.offset + (1 << cluster_bits),
+                table.offset + table_bytes(table.entry_count),
+                1 << cluster_bits,
+            )
+        }
+        found = [table for table in found if table.offset not in inner]
+        return sorted(found, key=lambda table: (-table.right, -table.newest, -table.named))
+
+    def _candidates(self, cluster_bits: int, of: str = "pointers") -> list[int]:
+        offsets = list(self.seen.clusters(1 << cluster_bits, of=of))
+        return offsets[:: max(1, -(-len(offsets) // CANDIDATES_MAX))]
+
+    # Refcounts
+
+    def refcounts_at(
+        self, offset: int, cluster_bits: int, clusters: int = 1, orders: Sequence[int] = ORDERS
+    ) -> FoundRefcounts | None:
+        """Return the refcount table at a host offset, if its blocks count what they must.
+
+        Args:
+            offset: of the table.
+            cluster_bits: of the image.
+            clusters: length of the table.
+            orders: widths of refcounts to try.
+        """
+        cluster_bytes = 1 << cluster_bits
+        if offset % cluster_bytes or not 0 < offset < self._source.size():
+            return None
+        clusters = max(1, min(clusters, layout.MAX_REFCOUNT_TABLE_BYTES // cluster_bytes + 1))
+        blocks = self._blocks(self._source.pread(clusters * cluster_bytes, offset), cluster_bytes)
+        if not blocks or len(set(blocks.values())) < len(blocks):
+            return None
+        for order in orders:
+            if self._counts(offset, blocks, Geometry(cluster_bits, order)):
+                return FoundRefcounts(offset, clusters, order)
+        return None
+
+    def _blocks(self, table: bytes, cluster_bytes: int) -> dict[int, int]:
+        """Return the offset of each refcount block, by its index; {} if most entries cannot be."""
+        named = list(entries.nonzero_entries(table))
+        found = {}
+        for index, word in named:
+            block, has_reserved = entries.split_refcount_table(word)
+            if not has_reserved and not block % cluster_bytes and block < self._source.size():
+                found[index] = block
+        return found if len(found) >= RIGHT * len(named) else {}
+
+    def _counts(self, table: int, blocks: dict[int, int], geometry: Geometry) -> bool:
+        """Return if refcount blocks count the header, the table, themselves, and nothing past the end."""
+        per_block = geometry.refcounts_per_cluster
+        cluster_count = geometry.clusters(self._source.size())
+        read: dict[int, bytes] = {}
+        right = wrong = 0
+        used = [0, *(block >> geometry.cluster_bits for block in list(blocks.values())[:SAMPLED_TABLES])]
+        for cluster in [table >> geometry.cluster_bits, *used]:
+            place = blocks.get(cluster // per_block)
+            if place is None:
+                wrong += 1
+                continue
+            if place not in read:
+                read[place] = self._source.pread(geometry.cluster_bytes, place)
+            count = _native.refcount_get(read[place], cluster % per_block, geometry.refcount_order)
+            right += count == 1
+            wrong += count != 1
+        last = blocks.get((cluster_count - 1) // per_block)
+        if last is not None and cluster_count % per_block:
+            block = read.get(last) or self._source.pread(geometry.cluster_bytes, last)
+            order = geometry.refcount_order
+            past = _native.refcount_find_used(block, order, cluster_count % per_block, per_block)
+            wrong += past >= 0
+        return right >= 2 and right >= RIGHT * (right + wrong)
+
+    def find_refcounts(self, cluster_bits: int) -> FoundRefcounts | None:
+        """Return the refcount table; where new images have it, or else where something looks like one."""
+        found = self.refcounts_at(1 << cluster_bits, cluster_bits)
+        if found is None:
+            for offset in self._candidates(cluster_bits):
+                found = self.refcounts_at(offset, cluster_bits)
+                if found is not None:
+                    break
+        return found and self._whole_table(found, cluster_bits)
+
+    def _whole_table(self, found: FoundRefcounts, cluster_bits: int) -> FoundRefcounts:
+        """Return a refcount table with as many clusters as the file needs."""
+        geometry = Geometry(cluster_bits, found.order)
+        blocks = -(-geometry.clusters(self._source.size()) // geometry.refcounts_per_cluster)
+        clusters = max(1, geometry.clusters(table_bytes(blocks)))
+        return FoundRefcounts(found.offset, clusters, found.order)
+
+    # The cluster size
+
+    def find_cluster_bits(self) -> tuple[int | None, bool]:
+        """Return the cluster size as a power of two, None where nothing tells; and whether it is sure."""
+        for bits in CLUSTER_BITS:
+            if self.refcounts_at(1 << bits, bits) is not None:
+                return bits, True
+        best, best_score, is_sure = None, 0.0, False
+        for bits in CLUSTER_BITS:
+            score = self._named_bytes(bits)
+            if not score:
+                continue
+            l1 = self.find_l1(bits)
+            sure = bool(l1 and l1[0].right == l1[0].named) or self.find_refcounts(bits) is not None
+            if (sure, score) > (is_sure, best_score):
+                best, best_score, is_sure = bits, score, sure
+        return best, is_sure
+
+    def _named_bytes(self, cluster_bits: int) -> float:
+        """Return how much of the file the tables of a cluster size name, less what cannot be so."""
+        offsets = list(self.seen.clusters(1 << cluster_bits))
+        sampled = max(4, SAMPLED_BYTES >> cluster_bits)
+        step = max(1, -(-len(offsets) // sampled))
+        hosts: set[int] = set()
+        own: set[int] = set()
+        repeated = 0
+        for offset in offsets[::step]:
+            table = self._source.pread(1 << cluster_bits, offset)
+            counts = self.judge(table, cluster_bits, extended=False)
+            is_extended = bool(counts[_INVALID]) and cluster_bits >= layout.MIN_SUBCLUSTER_CLUSTER_BITS
+            if is_extended:
+                counts = self.judge(table, cluster_bits, extended=True)
+            if counts[_INVALID] or not offset:
+                continue
+            own.add(offset)
+            for host in self._hosts(table, is_extended):
+                repeated += host in hosts
+                hosts.add(host)
+        named = len(hosts - own) - repeated - 2 * len(hosts & own)
+        return max(0, named) * step * float(1 << cluster_bits)
+
+    @staticmethod
+    def _hosts(table: bytes, is_extended: bool) -> list[int]:
+        found = []
+        for index, word in entries.nonzero_entries(table):
+            host, _, has_reserved = entries.split_l1(word & ~1)
+            if host and not has_reserved and not (is_extended and index % 2):
+                found.append(host)
+        return found
+
+    # Snapshots
+
+    def snapshots_at(self, offset: int, count: int, header: Header) -> list[TableEntry]:
+        """Return the entries of a snapshot table, at most ``count``, as far as they can be."""
+        found: list[TableEntry] = []
+        try:
+            for entry in snapshots.read_entries(self._source.pread, offset, count, header=header):
+                entry.validate(header)
+                snapshot = entry.snapshot
+                is_inside = 0 < snapshot.l1_table_offset < self._source.size() and snapshot.l1_size
+                if not is_inside or not snapshot.id or entry.offset >= self._source.size():
+                    break
+                found.append(entry)
+        except (FormatError, CorruptionError):
+            pass
+        return found
+
+    def find_snapshots(self, header: Header) -> tuple[int, list[TableEntry]]:
+        """Return where the snapshot table seems to be, and its entries; the longest of those that fit."""
+        best: tuple[int, list[TableEntry]] = (0, [])
+        cluster_bytes = 1 << header.cluster_bits
+        for offset in [place for place in self.seen.snapshots if place % cluster_bytes == 0][:CANDIDATES_MAX]:
+            found = self.snapshots_at(offset, snapshots.MAX_SNAPSHOTS, header)
+            l1 = [self.l1_at(entry.snapshot.l1_table_offset, header.cluster_bits) for entry in found[:8]]
+            if offset and len(found) > len(best[1]) and any(table is not None for table in l1):
+                best = offset, found
+        return best
+
+    # Kinds of entries
+
+    def first_table_fits(self, l1: FoundL1, cluster_bits: int, *, extended: bool) -> bool:
+        """Return False if the first L2 table that has entries has none of this kind, but of the other."""
+        for place in self._l2_places(cluster_bits, l1)[:SAMPLED_TABLES]:
+            table = self._source.pread(1 << cluster_bits, place)
+            if not _native.is_zero(table):
+                fits = not self.judge(table, cluster_bits, extended=extended)[_INVALID]
+                return fits or bool(self.judge(table, cluster_bits, extended=not extended)[_INVALID])
+        return True
+
+    def mapped_bytes(self, l1: FoundL1, geometry: Geometry) -> int:
+        """Return where the last guest cluster ends that the tables of an L1 table map."""
+        table = self._source.pread(table_bytes(l1.entry_count), l1.offset)
+        last = entries.last_present(table)
+        if last < 0:
+            return 0
+        l2_table = self._source.pread(
+            geometry.cluster_bytes, entries.split_l1(entries.entry_at(table, last))[0]
+        )
+        position = max((found.position for found in codec_of(geometry).found(l2_table)), default=0)
+        return (last * geometry.l2_entries + position + 1) * geometry.cluster_bytes
+
+    def compression_type(self, cluster_bits: int, l1: FoundL1 | None) -> int | None:
+        """Return the type of the compressed clusters that L2 tables name; None where there are none."""
+        places = self._l2_places(cluster_bits, l1)
+        votes = [0, 0]
+        codec = codec_of(Geometry(cluster_bits))
+        for place in places[:: max(1, len(places) // SAMPLED_TABLES)][: 4 * SAMPLED_TABLES]:
+            table = self._source.pread(1 << cluster_bits, place)
+            packed = (found for found in codec.found(table) if found.kind == COMPRESSED_CLUSTER)
+            for found in islice(packed, SAMPLED_TABLES):
+                stored = self._source.pread(min(found.length, 2 << cluster_bits), found.host)
+                for kind in (COMPRESSION_ZLIB, COMPRESSION_ZSTD):
+                    with suppress(FormatError, UnsupportedFeatureError):
+                        decompress(stored, 1 << cluster_bits, kind)
+                        votes[kind] += 1
+        return votes.index(max(votes)) if any(votes) else None
+
+    def _l2_places(self, cluster_bits: int, l1: FoundL1 | None) -> list[int]:
+        if l1 is None:
+            return self._candidates(cluster_bits)
+        table = self._source.pread(table_bytes(l1.entry_count), l1.offset)
+        return [entries.split_l1(word)[0] for _, word in entries.nonzero_entries(table)]
+
+    def has_subclusters(self, cluster_bits: int, l1: FoundL1 | None) -> bool:
+        """Return True if L2 tables have extended entries: those of an L1 table, or all that are seen."""
+        if cluster_bits < layout.MIN_SUBCLUSTER_CLUSTER_BITS:
+            return False
+        places = self._l2_places(cluster_bits, l1)
+        votes = [0, 0]
+        for place in places[:: max(1, len(places) // SAMPLED_TABLES)][: 4 * SAMPLED_TABLES]:
+            table = self._source.pread(1 << cluster_bits, place)
+            fits = [
+                not self.judge(table, cluster_bits, extended=extended)[_INVALID] for extended in (False, True)
+            ]
+            if fits[0] != fits[1]:
+                votes[fits[1]] += 1
+            elif fits[0] and _native.sector_kinds(table, self._source.size()).translate(None, _NO_PAIRS):
+                votes[1] += 1
+        return votes[1] > votes[0]
+
+
+_NO_PAIRS = bytes(kind for kind in range(256) if kind & 0xC0 != _native.SECTOR_PAIRS)
