@@ -43,21 +43,26 @@ _FIELDS = tuple(field.name for field in fields(Header))
 _VERSION_3 = 3
 
 
-def read_shape(source: Source) -> Shape:
+def read_shape(source: Source, cluster_bits: int | None = None) -> Shape:
     """Return what a file must be read as; what a live journal says is laid over ``source``.
+
+    Args:
+        source: the file.
+        cluster_bits: what to take where nothing tells the cluster size.
 
     Raises:
         FormatError: nothing in the file looks like a part of a qcow2 image.
         OSError: the host failed, other than by what it cannot read.
     """
-    return _Reading(source).read()
+    return _Reading(source, cluster_bits).read()
 
 
 class _Reading:
     """One reading: the numbers so far, and what is to be said of them."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, default_bits: int | None) -> None:
         self._source = source
+        self._default_bits = default_bits
         self._structures = Structures(source)
         self._inferred: set[str] = set()
         self._lost: set[str] = set()
@@ -198,10 +203,12 @@ class _Reading:
         if can_be and self._is_there and (not new or bits in new):
             return
         found, is_sure = (new[0], True) if new else structures.find_cluster_bits()
-        self._infer("cluster_bits", found, "the cluster size is lost", DEFAULT_CLUSTER_BITS)
+        self._infer(
+            "cluster_bits", found, "the cluster size is lost", self._default_bits or DEFAULT_CLUSTER_BITS
+        )
         if not is_sure:
             self._doubtful.add("cluster_bits")
-        if found is None and not self._is_there:
+        if found is None and not self._is_there and self._default_bits is None:
             raise FormatError("nothing in the file looks like a part of a qcow2 image")
 
     def _is_supported(self, bits: int) -> bool:
@@ -287,7 +294,8 @@ class _Reading:
         structures, bits = self._structures, self._numbers["cluster_bits"]
         found = structures.find_l1(bits)
         of_snapshots = {entry.snapshot.l1_table_offset for entry in self._snapshots_found()}
-        found = [table for table in found if table.offset not in of_snapshots]
+        of_others = of_snapshots | {self._numbers["refcount_table_offset"]}
+        found = [table for table in found if table.offset not in of_others]
         counts = {table.offset: self._refcount(table.offset) for table in found}
         if any(counts.values()):
             found = [table for table in found if counts[table.offset]]
@@ -295,8 +303,10 @@ class _Reading:
             return
         if found:
             self._l1 = found[0]
-            if len(found) > 1 or (found[0].right < found[0].named and found[0].right < 4):
-                self._doubtful.add("l1_table_offset")
+        elif self._l1 is None and not has_place:
+            self._l1 = structures.usual_l1(bits)
+        if len(found) != 1 or not found[0].is_sure:
+            self._doubtful.add("l1_table_offset")
 
     def _snapshots_found(self) -> list[TableEntry]:
         numbers = self._numbers

@@ -1,11 +1,13 @@
 """What the structures of a file say of its header's numbers: cluster size, tables, widths.
 
 What looks like a table is believed by what it names: an L1 table names L2 tables, a refcount table blocks
-that count their own cluster. Tables of an image in the image have the offsets of another file: they name neither.
+that count their own cluster. Tables of an image in the image have another file's offsets, and name neither.
 """
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout, snapshots
 from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD, decompress
 from jqcow.ondisk.header import Header
-from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, EXTENDED_RESERVED, L2_RESERVED, codec_of
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, EXTENDED_RESERVED, L2_RESERVED, FoundEntry, codec_of
 from jqcow.ondisk.layout import Geometry, table_bytes
 from jqcow.ondisk.snapshots import TableEntry
 from jqcow.salvage.source import Source
@@ -28,10 +30,15 @@ SAMPLED_TABLES = 16
 """So many tables that an L1 table names tell whether it is one."""
 SAMPLED_BYTES = 16 << 20
 """So much is read to try a cluster size."""
+RIVALS_MAX = 64
+RIVAL_TABLES_MAX = 256
+"""So many L1 tables are compared, by so many of their L2 tables."""
 HOPELESS = 3
 """If the first so many are none, it is none."""
 RIGHT = 0.8
 """Of what a table names so much has to be what it should."""
+SURE_WEIGHT = 4
+"""What a cluster size names that an L1 or refcount table speaks for counts so often."""
 CANDIDATES_MAX = 1 << 14
 ORDERS = (4, 3, 5, 6, 0, 1, 2)
 """Widths of refcounts, the most frequent first."""
@@ -47,15 +54,22 @@ class FoundL1:
         offset: in the file, in bytes.
         entry_count: up to the last entry in use.
         named: how many entries name something.
-        right: how many of the sampled ones name an L2 table.
+        sampled: how many of these were looked at.
+        right: how many of them name an L2 table.
         newest: the highest host offset that it names.
     """
 
     offset: int
     entry_count: int
     named: int
+    sampled: int
     right: int
     newest: int
+
+    @property
+    def is_sure(self) -> bool:
+        """True if it names what an L1 table does."""
+        return self.right >= RIGHT * self.sampled
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,18 @@ class Structures:
         counts = self.judge(self._source.pread(1 << cluster_bits, offset), cluster_bits, extended=extended)
         return not counts[_INVALID] and any(counts[_ZERO:_INVALID])
 
+    def _is_l2_of_any_kind(self, offset: int, cluster_bytes: int) -> bool:
+        bits = cluster_bytes.bit_length() - 1
+        if self.is_l2(offset, bits, extended=False):
+            return True
+        return bits >= layout.MIN_SUBCLUSTER_CLUSTER_BITS and self.is_l2(offset, bits, extended=True)
+
+    def _may_be_l2(self, offset: int, cluster_bytes: int) -> bool:
+        """Return True if an L2 table lies at an offset, or did: it may be all zeros."""
+        if self._is_l2_of_any_kind(offset, cluster_bytes):
+            return True
+        return _native.is_zero(self._source.pread(cluster_bytes, offset))
+
     # L1 tables
 
     def l1_at(self, offset: int, cluster_bits: int, entry_count: int | None = None) -> FoundL1 | None:
@@ -116,14 +142,13 @@ class Structures:
         for tried, (_, place) in enumerate(sampled):
             if tried == HOPELESS and not tables:
                 return None
-            found = self.is_l2(place, cluster_bits, extended=False)
-            if not found and cluster_bits >= layout.MIN_SUBCLUSTER_CLUSTER_BITS:
-                found = self.is_l2(place, cluster_bits, extended=True)
+            found = self._is_l2_of_any_kind(place, cluster_bytes)
             right += found
             tables += found or _native.is_zero(self._source.pread(cluster_bytes, place))
         if tables < RIGHT * len(sampled):
             return None
-        return FoundL1(offset, named[-1][0] + 1, len(good), right, max(found for _, found in good))
+        newest = max(found for _, found in good)
+        return FoundL1(offset, named[-1][0] + 1, len(good), len(sampled), right, newest)
 
     def _l1_bytes(self, offset: int, cluster_bytes: int, entry_count: int | None) -> bytes:
         if entry_count is not None:
@@ -132,7 +157,11 @@ class Structures:
         while len(table) < layout.MAX_L1_BYTES:
             part = self._source.pread(cluster_bytes, offset + len(table))
             words = list(entries.nonzero_entries(part))
-            if not words or not all(self._l2_offset(word, cluster_bytes) for _, word in words):
+            places = [self._l2_offset(word, cluster_bytes) for _, word in words]
+            if not places or not all(places):
+                break
+            # An L2 table may lie behind it.
+            if table and not all(self._may_be_l2(place, cluster_bytes) for place in places[:HOPELESS]):
                 break
             table += part
         return table
@@ -149,7 +178,7 @@ class Structures:
         found = []
         for offset in self._candidates(cluster_bits):
             table = self.l1_at(offset, cluster_bits)
-            if table is not None and table.right:
+            if table is not None and 2 * table.right >= table.sampled:
                 found.append(table)
         # The second cluster of a long table is no table of its own.
         inner = {
@@ -162,7 +191,38 @@ class Structures:
             )
         }
         found = [table for table in found if table.offset not in inner]
-        return sorted(found, key=lambda table: (-table.right, -table.newest, -table.named))
+        found.sort(key=lambda table: (not table.is_sure, -table.named, table.offset))
+        return self._without_data(found[:RIVALS_MAX], cluster_bits)
+
+    def _without_data(self, found: list[FoundL1], cluster_bits: int) -> list[FoundL1]:
+        """Leave out what the tables of another one name as data: it is of an image in the image."""
+        wanted = {
+            entries.l1_entry(table.offset, copied=copied) for table in found for copied in (True, False)
+        }
+        names: dict[int, set[int]] = {}
+        for table in found if len(found) > 1 else ():
+            places = self._l2_places(cluster_bits, table)[:RIVAL_TABLES_MAX]
+            words: set[int] = set()
+            for place in places:
+                words |= wanted & _words(self._source.pread(1 << cluster_bits, place))
+            names[table.offset] = {entries.split_l1(word)[0] for word in words}
+        return [
+            table
+            for table in found
+            if not any(
+                table.offset in named and other not in names[table.offset] and other != table.offset
+                for other, named in names.items()
+            )
+        ]
+
+    def usual_l1(self, cluster_bits: int) -> FoundL1 | None:
+        """Return an L1 table where new images have it, by its entries alone: its L2 tables may be lost."""
+        offset = 3 << cluster_bits
+        words = list(entries.nonzero_entries(self._source.pread(1 << cluster_bits, offset)))
+        places = [self._l2_offset(word, 1 << cluster_bits) for _, word in words]
+        if not places or min(places) <= offset or len(set(places)) < len(places):
+            return None
+        return FoundL1(offset, words[-1][0] + 1, len(places), 0, 0, max(places))
 
     def _candidates(self, cluster_bits: int, of: str = "pointers") -> list[int]:
         offsets = list(self.seen.clusters(1 << cluster_bits, of=of))
@@ -221,12 +281,17 @@ class Structures:
             right += count == 1
             wrong += count != 1
         last = blocks.get((cluster_count - 1) // per_block)
-        if last is not None and cluster_count % per_block:
+        if last is None:
+            wrong += 1
+        elif cluster_count % per_block:
             block = read.get(last) or self._source.pread(geometry.cluster_bytes, last)
             order = geometry.refcount_order
             past = _native.refcount_find_used(block, order, cluster_count % per_block, per_block)
+            if past >= 0 and table != geometry.cluster_bytes:
+                return False
             wrong += past >= 0
-        return right >= 2 and right >= RIGHT * (right + wrong)
+        is_usual = table == geometry.cluster_bytes and right >= len(used) + 1
+        return right >= 2 and (right >= RIGHT * (right + wrong) or (is_usual and wrong == 1))
 
     def find_refcounts(self, cluster_bits: int) -> FoundRefcounts | None:
         """Return the refcount table; where new images have it, or else where something looks like one."""
@@ -252,48 +317,55 @@ class Structures:
         for bits in CLUSTER_BITS:
             if self.refcounts_at(1 << bits, bits) is not None:
                 return bits, True
-        best, best_score, is_sure = None, 0.0, False
+        best: tuple[int, int, bool] | None = None
         for bits in CLUSTER_BITS:
-            score = self._named_bytes(bits)
-            if not score:
+            named = self._named_bytes(bits)
+            if not named:
                 continue
             l1 = self.find_l1(bits)
-            sure = bool(l1 and l1[0].right == l1[0].named) or self.find_refcounts(bits) is not None
-            if (sure, score) > (is_sure, best_score):
-                best, best_score, is_sure = bits, score, sure
-        return best, is_sure
+            is_sure = bool(l1 and l1[0].is_sure) or self.find_refcounts(bits) is not None
+            best = max(best or (0, 0, False), (named * (SURE_WEIGHT if is_sure else 1), bits, is_sure))
+        if best is not None and best[2]:
+            return best[1], True
+        usual = self._bits_of_usual_l1()
+        if best is None or (usual is not None and best[0] < self._source.size() // 8):
+            return usual, False
+        return best[1], False
 
-    def _named_bytes(self, cluster_bits: int) -> float:
-        """Return how much of the file the tables of a cluster size name, less what cannot be so."""
+    def _bits_of_usual_l1(self) -> int | None:
+        """Return the cluster size by an L1 table where new images have it, whose L2 tables are gone."""
+        for bits in CLUSTER_BITS:
+            starts_there = any(run.offset == 3 << bits for run in self.seen.pointers[:SAMPLED_TABLES])
+            if starts_there and self.usual_l1(bits) is not None:
+                return bits
+        return None
+
+    def _named_bytes(self, cluster_bits: int) -> int:
+        """Return how much of the file the tables of a cluster size name."""
         offsets = list(self.seen.clusters(1 << cluster_bits))
         sampled = max(4, SAMPLED_BYTES >> cluster_bits)
         step = max(1, -(-len(offsets) // sampled))
-        hosts: set[int] = set()
+        named: dict[int, int] = {}
         own: set[int] = set()
-        repeated = 0
         for offset in offsets[::step]:
+            if not offset:
+                continue
             table = self._source.pread(1 << cluster_bits, offset)
-            counts = self.judge(table, cluster_bits, extended=False)
-            is_extended = bool(counts[_INVALID]) and cluster_bits >= layout.MIN_SUBCLUSTER_CLUSTER_BITS
-            if is_extended:
-                counts = self.judge(table, cluster_bits, extended=True)
-            if counts[_INVALID] or not offset:
+            is_extended = bool(self.judge(table, cluster_bits, extended=False)[_INVALID])
+            if is_extended and (
+                cluster_bits < layout.MIN_SUBCLUSTER_CLUSTER_BITS
+                or self.judge(table, cluster_bits, extended=True)[_INVALID]
+            ):
+                continue
+            codec = codec_of(Geometry(cluster_bits, has_subclusters=is_extended))
+            entries_found = [found for found in codec.found(table) if found.host]
+            packed = [found for found in entries_found if found.kind == COMPRESSED_CLUSTER]
+            if packed and not any(self._unpacks(found, cluster_bits) for found in packed[:HOPELESS]):
                 continue
             own.add(offset)
-            for host in self._hosts(table, is_extended):
-                repeated += host in hosts
-                hosts.add(host)
-        named = len(hosts - own) - repeated - 2 * len(hosts & own)
-        return max(0, named) * step * float(1 << cluster_bits)
-
-    @staticmethod
-    def _hosts(table: bytes, is_extended: bool) -> list[int]:
-        found = []
-        for index, word in entries.nonzero_entries(table):
-            host, _, has_reserved = entries.split_l1(word & ~1)
-            if host and not has_reserved and not (is_extended and index % 2):
-                found.append(host)
-        return found
+            for found in entries_found:
+                named[found.host] = found.length or 1 << cluster_bits
+        return step * sum(length for host, length in named.items() if host not in own)
 
     # Snapshots
 
@@ -355,12 +427,19 @@ class Structures:
             table = self._source.pread(1 << cluster_bits, place)
             packed = (found for found in codec.found(table) if found.kind == COMPRESSED_CLUSTER)
             for found in islice(packed, SAMPLED_TABLES):
-                stored = self._source.pread(min(found.length, 2 << cluster_bits), found.host)
-                for kind in (COMPRESSION_ZLIB, COMPRESSION_ZSTD):
-                    with suppress(FormatError, UnsupportedFeatureError):
-                        decompress(stored, 1 << cluster_bits, kind)
-                        votes[kind] += 1
+                for kind in self._unpacks(found, cluster_bits):
+                    votes[kind] += 1
         return votes.index(max(votes)) if any(votes) else None
+
+    def _unpacks(self, found: FoundEntry, cluster_bits: int) -> list[int]:
+        """Return the compression types by which the data that an entry names gives a cluster."""
+        stored = self._source.pread(min(found.length, 2 << cluster_bits), found.host)
+        kinds = []
+        for kind in (COMPRESSION_ZLIB, COMPRESSION_ZSTD):
+            with suppress(FormatError, UnsupportedFeatureError):
+                decompress(stored, 1 << cluster_bits, kind)
+                kinds.append(kind)
+        return kinds
 
     def _l2_places(self, cluster_bits: int, l1: FoundL1 | None) -> list[int]:
         if l1 is None:
@@ -384,6 +463,14 @@ class Structures:
             elif fits[0] and _native.sector_kinds(table, self._source.size()).translate(None, _NO_PAIRS):
                 votes[1] += 1
         return votes[1] > votes[0]
+
+
+def _words(table: bytes) -> set[int]:
+    """Return the words of a table."""
+    words = array("Q", table)
+    if sys.byteorder == "little":
+        words.byteswap()
+    return set(words)
 
 
 _NO_PAIRS = bytes(kind for kind in range(256) if kind & 0xC0 != _native.SECTOR_PAIRS)
