@@ -37,7 +37,7 @@ HOPELESS = 3
 """If the first so many are none, it is none."""
 RIGHT = 0.8
 """Of what a table names so much has to be what it should."""
-SURE_WEIGHT = 4
+SURE_WEIGHT = 2
 """What a cluster size names that an L1 or refcount table speaks for counts so often."""
 CANDIDATES_MAX = 1 << 14
 ORDERS = (4, 3, 5, 6, 0, 1, 2)
@@ -113,11 +113,11 @@ class Structures:
             return True
         return bits >= layout.MIN_SUBCLUSTER_CLUSTER_BITS and self.is_l2(offset, bits, extended=True)
 
-    def _may_be_l2(self, offset: int, cluster_bytes: int) -> bool:
-        """Return True if an L2 table lies at an offset, or did: it may be all zeros."""
-        if self._is_l2_of_any_kind(offset, cluster_bytes):
-            return True
-        return _native.is_zero(self._source.pread(cluster_bytes, offset))
+    def _name_l2(self, places: list[int], cluster_bytes: int) -> bool:
+        """Return True if each place has an L2 table, or had one and is all zeros; one of them has."""
+        found = [self._is_l2_of_any_kind(place, cluster_bytes) for place in places]
+        empty = [_native.is_zero(self._source.pread(cluster_bytes, place)) for place in places]
+        return any(found) and all(one or other for one, other in zip(found, empty, strict=True))
 
     # L1 tables
 
@@ -161,7 +161,7 @@ class Structures:
             if not places or not all(places):
                 break
             # An L2 table may lie behind it.
-            if table and not all(self._may_be_l2(place, cluster_bytes) for place in places[:HOPELESS]):
+            if table and not self._name_l2(places[:HOPELESS], cluster_bytes):
                 break
             table += part
         return table
@@ -365,7 +365,11 @@ class Structures:
             own.add(offset)
             for found in entries_found:
                 named[found.host] = found.length or 1 << cluster_bits
-        return step * sum(length for host, length in named.items() if host not in own)
+        lengths = [length for host, length in named.items() if host not in own]
+        if len(lengths) < SAMPLED_TABLES:
+            # Two entries are aligned by chance.
+            lengths = [min(length, layout.BLOCK_BYTES_MAX) for length in lengths]
+        return step * sum(lengths)
 
     # Snapshots
 

@@ -39,6 +39,8 @@ class Unnamed:
         self.bits = Bits(marks.cluster_count)
         self.damages: list[Damage] = []
         self.uncounted_bytes = 0
+        self._sound: dict[int, int] = {}
+        self._block: tuple[int, bytes] = (-1, b"")
         per_block = shape.geometry.refcounts_per_cluster
         blocks = self._find_blocks()
         for first in range(0, marks.cluster_count, per_block):
@@ -47,10 +49,28 @@ class Unnamed:
             if block is None or not self._take_block(block, first, stop):
                 self._take_data(first, stop)
 
+    def leave_out(self, marks: Marks) -> None:
+        """Take out what tables of another disk name, a snapshot's."""
+        left = Bits(self.bits.cluster_count)
+        _native.find_unmarked(self.bits.data, 0, 0, left.cluster_count, marks.data, 0, left.data)
+        self.bits = left
+
+    def refcount(self, cluster: int) -> int | None:
+        """Return the refcount of a cluster; None where no sound block has it."""
+        index, position = divmod(cluster, self._shape.geometry.refcounts_per_cluster)
+        if index not in self._sound:
+            return None
+        if self._block[0] != index:
+            self._block = (
+                index,
+                self._source.pread(self._shape.geometry.cluster_bytes, self._sound[index]),
+            )
+        return _native.refcount_get(self._block[1], position, self._shape.area.header.refcount_order)
+
     def _find_blocks(self) -> dict[int, int]:
         """Return the host offset of each refcount block that can be one, by its index in the table."""
         header, geometry = self._shape.area.header, self._shape.geometry
-        if not header.has_refcount_table or "refcount_table_offset" in self._shape.inferred:
+        if not header.has_refcount_table or "refcount_table_offset" in self._shape.lost:
             self.damages.append(Damage("refcount table", None, "there is none where the header says"))
             return {}
         offset = header.refcount_table_offset
@@ -88,6 +108,7 @@ class Unnamed:
                 Damage("refcount block", offset, f"of {named} clusters in use it counts {counted}")
             )
             return False
+        self._sound[first // self._shape.geometry.refcounts_per_cluster] = offset
         _native.find_unmarked(block, order, 0, stop - first, self._marks.data, first, self.bits.data)
         return True
 
