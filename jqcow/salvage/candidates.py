@@ -33,6 +33,9 @@ CERTAIN_BITS = 32
 """Data that a table names in the right place tells so many bits, together, before that alone is certain."""
 MANY_ENTRIES = 16
 """A table with so many entries, all for data that nobody else names, is one."""
+ORDER_SAMPLED = 256
+RISING = 0.95
+"""Where so many clusters follow each other as their entries do, a file grew in the order of its disk."""
 DATA_KINDS = slice(1, 4)
 
 
@@ -83,11 +86,13 @@ class L1Copies:
         live: the (index, host offset) of entries of live snapshots; one that several have comes as often.
         old: those of L1 tables that nothing names.
         are_known: False if there may be snapshots that are lost.
+        places: the host offsets of their clusters: no L2 table lies there.
     """
 
     live: list[tuple[int, int]] = field(default_factory=list)
     old: list[tuple[int, int]] = field(default_factory=list)
     are_known: bool = True
+    places: set[int] = field(default_factory=set)
 
 
 class TableSearch:
@@ -145,7 +150,7 @@ class TableSearch:
     def _candidate(self, offset: int) -> Candidate | None:
         """Return what a cluster is, if it can be a table (C2)."""
         tables, marks, bits = self._tables, self._marks, self._marks.cluster_bits
-        if marks.of(offset >> bits) != NOBODY or not offset:
+        if marks.of(offset >> bits) != NOBODY or not offset or offset in self._copies.places:
             return None
         table = tables.source.pread(1 << bits, offset)
         shape = tables.shape
@@ -166,14 +171,29 @@ class TableSearch:
         return Candidate(offset, named, self._unnamed.refcount(offset >> bits), alone == named)
 
     def _drop_data(self) -> None:
-        """Take out the candidates that another one names, and that does not name it (C2)."""
+        """Take out the candidates that tables name as data (C2).
+
+        What nobody names is a table, and what a table names is data: so it names nothing. Where some name
+        each other, the one that names most is the table.
+        """
         if len(self.candidates) > COMPARED_MAX:
             return
         names = {offset: self._names(offset, self.candidates) for offset in self.candidates}
+        named_by: dict[int, set[int]] = defaultdict(set)
         for offset, named in names.items():
             for other in named:
-                if other != offset and offset not in names[other]:
-                    self.candidates.pop(other, None)
+                named_by[other].add(offset)
+        waiting = sorted(self.candidates.values(), key=lambda found: (-found.named, found.offset))
+        while waiting:
+            tables = [found for found in waiting if not named_by[found.offset]] or waiting[:1]
+            data = {other for found in tables for other in names[found.offset]}
+            data -= {found.offset for found in tables}
+            for other in data & self.candidates.keys():
+                del self.candidates[other]
+                for third in names[other]:
+                    named_by[third].discard(other)
+            done = data | {found.offset for found in tables}
+            waiting = [found for found in waiting if found.offset not in done]
 
     def _names(self, offset: int, wanted: Iterable[int]) -> set[int]:
         """Return which of ``wanted`` clusters a table names as standard clusters."""
@@ -307,12 +327,12 @@ class TableSearch:
                 self.used_hosts.add(host)
         return 1
 
-    def _hosts(self, offset: int) -> Iterator[int]:
-        """Yield the clusters that a table names, those of the file."""
+    def _hosts(self, offset: int, *, with_compressed: bool = True) -> Iterator[int]:
+        """Yield the clusters that a table names; compressed data may share one with that of other tables."""
         table = self._tables.source.pread(self._tables.shape.geometry.cluster_bytes, offset)
         for found in self._tables.shape.codec.found(table):
             cluster = found.host >> self._marks.cluster_bits
-            if found.host and cluster < self._marks.cluster_count:
+            if found.host and cluster < self._marks.cluster_count and (with_compressed or not found.length):
                 yield cluster
 
     # What is left
@@ -332,10 +352,23 @@ class TableSearch:
         if len(left) == len(lost) == 1 and self._would_close(left[0]):
             self._adopt(lost[0], left[0])
             return 1
-        certainty = Certainty.LIKELY if len(left) == len(lost) else Certainty.GUESS
-        for index, found in self._in_order(lost, sorted(left, key=lambda one: one.offset)):
+        left.sort(key=lambda one: one.offset)
+        is_ordered = len(left) == len(lost) and self._grew_in_order(left)
+        certainty = Certainty.LIKELY if is_ordered else Certainty.GUESS
+        for index, found in self._in_order(lost, left):
             self._set_likely(index, found, certainty)
         return min(len(lost), len(left))
+
+    def _grew_in_order(self, left: list[Candidate]) -> bool:
+        """Return if the file grew as the disk was written, from its start on: so its tables tell."""
+        steps = rising = 0
+        last = 0
+        for found in left[:ORDER_SAMPLED]:
+            for cluster in self._hosts(found.offset):
+                steps += 1
+                rising += cluster >= last
+                last = cluster
+        return rising >= RISING * steps
 
     def _in_order(self, lost: list[int], left: list[Candidate]) -> Iterator[tuple[int, Candidate]]:
         """Yield pairs; a table behind those of lower entries has a higher one, if all others have."""
@@ -365,7 +398,7 @@ class TableSearch:
         kept: list[Candidate] = []
         taken: set[int] = set()
         for found in sorted(left, key=lambda one: (one.is_used, one.is_alone, one.offset), reverse=True):
-            hosts = set(self._hosts(found.offset))
+            hosts = set(self._hosts(found.offset, with_compressed=False))
             if len(hosts & taken) * 4 <= len(hosts):
                 kept.append(found)
                 taken |= hosts

@@ -111,15 +111,22 @@ def copies_of_l1(
         with_old: look for old L1 tables, too, which takes a pass over the file.
     """
     snapshots = list(snapshots)
-    is_lost = bool(_LOST & (shape.lost | shape.inferred)) or "refcount_table_offset" in shape.lost
+    is_lost = bool(_LOST & (shape.lost | shape.inferred)) or len(snapshots) < shape.area.header.nb_snapshots
     copies = L1Copies(are_known=not is_lost and all(one.snapshot is not None for one in snapshots))
     for one in snapshots:
         copies.live += _entries_at(source, one.l1_offset, one.l1_entries)
+        copies.places |= _clusters_of(shape, one.l1_offset, one.l1_entries)
     if with_old:
         known = {one.l1_offset for one in snapshots} | {shape.area.header.l1_table_offset}
         for table in _others(Structures(source), shape, None, known):
             copies.old += _entries_at(source, table.offset, table.entry_count)
+            copies.places |= _clusters_of(shape, table.offset, table.entry_count)
     return copies
+
+
+def _clusters_of(shape: Shape, offset: int, entry_count: int) -> set[int]:
+    step = shape.geometry.cluster_bytes
+    return set(range(offset, offset + table_bytes(entry_count), step))
 
 
 def _entries_at(source: Source, offset: int, count: int) -> list[tuple[int, int]]:
