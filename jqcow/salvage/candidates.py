@@ -1,8 +1,8 @@
 """L2 tables that no surviving L1 table names: found by what they look like, placed by what knows of them.
 
 C1. A table is certain in a place only if something that knows says so: a live snapshot's L1 table and a
-    refcount that counts one user more, or data whose place is certain and that it names just there, while
-    its own cluster is in use and no other table would do.
+    refcount that counts one user more, or data whose place is certain, or that a live snapshot has, and that
+    it names just there, while its own cluster is in use and no other table would do.
 C2. A table never names its own cluster, nor one in which a structure lies, and no table names it: else it is
     data, of an image in the image.
 C3. Two tables of one disk never name the same cluster: where they do, one of them is old.
@@ -13,12 +13,12 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from jqcow import _native
-from jqcow._native import MARK_ORDER
+from jqcow._native import COMPRESSED, MARK_ORDER
 from jqcow.ondisk import entries
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.marks import NOBODY, STRUCTURE, Bits, Marks
@@ -29,6 +29,8 @@ from jqcow.salvage.tables import INVALID, DiskTables, Fate
 CANDIDATES_MAX = 1 << 16
 COMPARED_MAX = 1 << 12
 """So many are compared with each other."""
+SHARED_MAX = 1 << 22
+"""So many clusters of snapshots are looked for in tables."""
 CERTAIN_BITS = 32
 """Data that a table names in the right place tells so many bits, together, before that alone is certain."""
 MANY_ENTRIES = 16
@@ -108,6 +110,7 @@ class TableSearch:
         self._tables, self._marks, self._unnamed, self._copies = tables, marks, unnamed, copies
         self.used_hosts = Bits(marks.cluster_count)
         self.candidates: dict[int, Candidate] = {}
+        self._packed: set[int] = set()
         indices: dict[int, set[int]] = defaultdict(set)
         snapshots: dict[int, int] = defaultdict(int)
         for index, offset in copies.live:
@@ -124,6 +127,7 @@ class TableSearch:
                     indices=frozenset(indices.get(offset, ())),
                 )
         self._drop_data()
+        self._shared = self._shared_data()
         if any(found.is_used and found.named for found in self.candidates.values()) or (
             len(unnamed.bits) and not any(tables.fates)
         ):
@@ -159,6 +163,8 @@ class TableSearch:
         )
         if counts[INVALID] or not any(counts[DATA_KINDS]):
             return None
+        if counts[COMPRESSED]:
+            self._packed.add(offset)
         named = alone = 0
         for found in shape.codec.found(table):
             cluster = found.host >> bits
@@ -178,7 +184,8 @@ class TableSearch:
         """
         if len(self.candidates) > COMPARED_MAX:
             return
-        names = {offset: self._names(offset, self.candidates) for offset in self.candidates}
+        wanted = _entries_of(self.candidates)
+        names = {offset: self._names(offset, wanted) for offset in self.candidates}
         named_by: dict[int, set[int]] = defaultdict(set)
         for offset, named in names.items():
             for other in named:
@@ -195,18 +202,46 @@ class TableSearch:
             done = data | {found.offset for found in tables}
             waiting = [found for found in waiting if found.offset not in done]
 
-    def _names(self, offset: int, wanted: Iterable[int]) -> set[int]:
-        """Return which of ``wanted`` clusters a table names as standard clusters."""
-        return {host for host, _ in self._positions(offset, wanted)}
+    def _shared_data(self) -> dict[int, int]:
+        """Return the guest offset of data that live snapshots name, by host offset.
 
-    def _positions(self, offset: int, wanted: Iterable[int]) -> list[tuple[int, int]]:
-        """Return (host offset, position) of ``wanted`` clusters in a table."""
-        words = self._words(offset)
+        The disk may share it: then it has it in the same place.
+        """
+        shared: dict[int, int] = {}
+        tables = self._tables
+        for index, offset in self._copies.live:
+            if len(shared) > SHARED_MAX or not 0 < offset < tables.source.size():
+                continue
+            start = index * tables.table_covers
+            table = tables.source.pread(tables.shape.geometry.cluster_bytes, offset)
+            for found in tables.shape.codec.found(table):
+                if found.host and not found.length and not found.has_reserved:
+                    shared[found.host] = start + found.position * tables.shape.geometry.cluster_bytes
+        return shared
+
+    def _names(self, offset: int, wanted: set[int]) -> set[int]:
+        """Return the clusters that a table names, of those with ``wanted`` entries."""
+        return {entries.split_l1(word)[0] for word in wanted.intersection(self._words(offset))}
+
+    def _positions(self, offset: int, hosts: Container[int], wanted: set[int]) -> list[tuple[int, int]]:
+        """Return (host offset, position) of what a table names.
+
+        Args:
+            offset: of the table.
+            hosts: which of it is asked for.
+            wanted: the entries of ``hosts``, as `_entries_of` returns them.
+        """
         found = []
-        for word in _entries_of(wanted).intersection(words):
+        words = self._words(offset)
+        for word in wanted.intersection(words):
             host = entries.split_l1(word)[0]
             position = words.index(word)
             found.append((host, position // (2 if self._tables.shape.geometry.has_subclusters else 1)))
+        if offset in self._packed:
+            table = self._tables.source.pread(self._tables.shape.geometry.cluster_bytes, offset)
+            for entry in self._tables.shape.codec.found(table):
+                if entry.length and entry.host in hosts:
+                    found.append((entry.host, entry.position))
         return found
 
     def _words(self, offset: int) -> array[int]:
@@ -223,7 +258,7 @@ class TableSearch:
         Args:
             known: the guest offset of each host cluster whose place is certain, by host offset.
         """
-        votes = self._votes(known)
+        votes = self._votes({**self._shared, **known})
         rivals: dict[int, list[tuple[Candidate, _Vote]]] = defaultdict(list)
         for offset, found in self.candidates.items():
             best = self._best_index(found, votes.get(offset, {}))
@@ -247,17 +282,10 @@ class TableSearch:
             return votes
         wanted = _entries_of(known)
         for offset in self.candidates:
-            words = self._words(offset)
-            matches = wanted.intersection(words)
-            if not matches:
-                continue
             own: dict[int, _Vote] = defaultdict(_Vote)
             wrong = 0
-            for word in matches:
-                position = words.index(word) // (2 if geometry.has_subclusters else 1)
-                index, entry = divmod(
-                    known[entries.split_l1(word)[0]] // geometry.cluster_bytes, geometry.l2_entries
-                )
+            for host, position in self._positions(offset, known, wanted):
+                index, entry = divmod(known[host] // geometry.cluster_bytes, geometry.l2_entries)
                 if entry == position:
                     own[index].right += 1
                 else:
@@ -276,13 +304,16 @@ class TableSearch:
         return next(iter(found.indices)) if len(found.indices) == 1 else None
 
     def _is_open(self, index: int) -> bool:
-        return index < len(self._tables.fates) and self._tables.fates[index] in (Fate.LOST, Fate.EMPTY)
+        if index >= len(self._tables.fates):
+            return self._tables.grow(index)
+        return self._tables.fates[index] in (Fate.LOST, Fate.EMPTY)
 
     def _contradictions(self, found: Candidate, index: int, known: dict[int, int]) -> int:
         """Return how many clusters of an L1 entry's range are known to lie elsewhere than a table says."""
         if not known:
             return 0
-        named = set(self._positions(found.offset, known.values()))
+        hosts = set(known.values())
+        named = set(self._positions(found.offset, hosts, _entries_of(hosts)))
         geometry = self._tables.shape.geometry
         return sum(
             (host, guest // geometry.cluster_bytes % geometry.l2_entries) not in named
@@ -361,13 +392,15 @@ class TableSearch:
 
     def _grew_in_order(self, left: list[Candidate]) -> bool:
         """Return if the file grew as the disk was written, from its start on: so its tables tell."""
-        steps = rising = 0
-        last = 0
-        for found in left[:ORDER_SAMPLED]:
-            for cluster in self._hosts(found.offset):
-                steps += 1
-                rising += cluster >= last
-                last = cluster
+        tables = self._tables
+        steps = rising = last = 0
+        for candidate in left[:ORDER_SAMPLED]:
+            table = tables.source.pread(tables.shape.geometry.cluster_bytes, candidate.offset)
+            for found in tables.shape.codec.found(table):
+                if found.host:
+                    steps += 1
+                    rising += found.host > last
+                    last = found.host
         return rising >= RISING * steps
 
     def _in_order(self, lost: list[int], left: list[Candidate]) -> Iterator[tuple[int, Candidate]]:

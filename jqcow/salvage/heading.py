@@ -398,7 +398,9 @@ class _Reading:
         found = max([found, *(entry.snapshot.disk_bytes for entry in self._snapshots_found()[-1:])])
         if geometry.l1_entries_for(found) > layout.MAX_L1_ENTRIES:
             found = 0
-        default = geometry.cluster_bytes * geometry.l2_entries
+        # As many tables as there seem to be: too much rather than too little.
+        tables = 1 if self._l1 is not None else max(1, self._structures.count_l2(numbers["cluster_bits"]))
+        default = min(tables, layout.MAX_L1_ENTRIES) * geometry.cluster_bytes * geometry.l2_entries
         self._infer("size", found or None, "the size of the disk is lost", default)
         numbers["l1_size"] = max(numbers["l1_size"], geometry.l1_entries_for(numbers["size"]))
 

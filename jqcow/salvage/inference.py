@@ -119,6 +119,12 @@ class Structures:
         empty = [_native.is_zero(self._source.pread(cluster_bytes, place)) for place in places]
         return any(found) and all(one or other for one, other in zip(found, empty, strict=True))
 
+    def count_l2(self, cluster_bits: int) -> int:
+        """Return how many clusters look like L2 tables."""
+        return sum(
+            self._is_l2_of_any_kind(offset, 1 << cluster_bits) for offset in self._candidates(cluster_bits)
+        )
+
     # L1 tables
 
     def l1_at(self, offset: int, cluster_bits: int, entry_count: int | None = None) -> FoundL1 | None:

@@ -15,7 +15,14 @@ from enum import IntEnum
 
 from jqcow import _native
 from jqcow.ondisk import entries
-from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset, entry_place, table_bytes, table_entries
+from jqcow.ondisk.layout import (
+    MAX_L1_ENTRIES,
+    SECTOR_BYTES,
+    HostOffset,
+    entry_place,
+    table_bytes,
+    table_entries,
+)
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.marks import Marks
 from jqcow.salvage.shape import Damage, Shape
@@ -102,6 +109,16 @@ class DiskTables:
         self.lost.pop(index, None)
         marks.set_structure(offset, self.shape.geometry.cluster_bytes)
         _judge_table(self, index, marks)
+
+    def grow(self, index: int) -> bool:
+        """Have an L1 entry, lost as those before it are; return False if the size of the disk is known."""
+        if not {"size", "l1_size"} & (self.shape.lost | self.shape.inferred) or index >= MAX_L1_ENTRIES:
+            return False
+        more = index + 1 - len(self.fates)
+        self.fates += bytes([Fate.LOST]) * more
+        self.offsets.extend([0] * more)
+        self.disk_bytes = max(self.disk_bytes, (index + 1) * self.table_covers)
+        return True
 
     def lose_all(self, entry_count: int) -> None:
         """Take all entries of the L1 table for lost."""
