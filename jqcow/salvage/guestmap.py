@@ -167,12 +167,12 @@ class GuestMap:
         first_offset = index * self.tables.table_covers
         cluster_bytes = self.tables.shape.geometry.cluster_bytes
         lost = self.tables.lost_entries(index)
-        if fate == Fate.EMPTY and index in self.placed:
+        if fate == Fate.EMPTY and (index in self.placed or index in self.tables.likely):
             lost = [(0, self.tables.shape.geometry.l2_entries)]
         table = b"" if fate == Fate.LOST else self.tables.read(index)
         sure = self.tables.certainty
         if fate == Fate.EMPTY and not self.tables.are_empty_sure:
-            sure = min(sure, Certainty.LIKELY)
+            sure = Certainty.GUESS
         position = start
         for first, count in lost:
             lost_start = max(start, first_offset + first * cluster_bytes)

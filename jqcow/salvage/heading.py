@@ -303,7 +303,7 @@ class _Reading:
             return
         if found:
             self._l1 = found[0]
-        elif self._l1 is None and not has_place:
+        elif self._l1 is None and not has_place and structures.count_l2(bits) <= 1:
             self._l1 = structures.usual_l1(bits)
         if len(found) != 1 or not found[0].is_sure:
             self._doubtful.add("l1_table_offset")

@@ -9,25 +9,27 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
 from jqcow import _native
-from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk import entries, layout, snapshots
-from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD, decompress
+from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, EXTENDED_RESERVED, L2_RESERVED, FoundEntry, codec_of
 from jqcow.ondisk.layout import Geometry, table_bytes
 from jqcow.ondisk.snapshots import TableEntry
 from jqcow.salvage.source import Source
+from jqcow.salvage.streams import stream_length
 from jqcow.salvage.sweep import Sweep, sweep
 
 CLUSTER_BITS = range(layout.MIN_CLUSTER_BITS, layout.MAX_CLUSTER_BITS + 1)
 SAMPLED_TABLES = 16
 """So many tables that an L1 table names tell whether it is one."""
+WORK_FACTOR, WORK_BYTES = 16, 1 << 28
+"""So often a file is read in all, and so much more, in blocks of 4 KiB: a hostile one could ask for any."""
 SAMPLED_BYTES = 16 << 20
 """So much is read to try a cluster size."""
 RIVALS_MAX = 64
@@ -87,6 +89,17 @@ class Structures:
     def __init__(self, source: Source) -> None:
         """Look in ``source``."""
         self._source = source
+        self._left = WORK_FACTOR * source.size() + WORK_BYTES
+
+    def _pread(self, length: int, offset: int) -> bytes:
+        """Read, and count the work that a look costs."""
+        self._left -= max(length, layout.BLOCK_BYTES_MAX)
+        return self._source.pread(length, offset)
+
+    @property
+    def _is_tired(self) -> bool:
+        """True if so much was looked at that no honest file needs it: then nothing more is found."""
+        return self._left < 0
 
     @cached_property
     def seen(self) -> Sweep:
@@ -102,9 +115,9 @@ class Structures:
 
     def is_l2(self, offset: int, cluster_bits: int, *, extended: bool) -> bool:
         """Return True if an L2 table with entries may lie at a host offset."""
-        if offset % (1 << cluster_bits) or not 0 < offset < self._source.size():
+        if offset % (1 << cluster_bits) or not 0 < offset < self._source.size() or self._is_tired:
             return False
-        counts = self.judge(self._source.pread(1 << cluster_bits, offset), cluster_bits, extended=extended)
+        counts = self.judge(self._pread(1 << cluster_bits, offset), cluster_bits, extended=extended)
         return not counts[_INVALID] and any(counts[_ZERO:_INVALID])
 
     def _is_l2_of_any_kind(self, offset: int, cluster_bytes: int) -> bool:
@@ -116,7 +129,7 @@ class Structures:
     def _name_l2(self, places: list[int], cluster_bytes: int) -> bool:
         """Return True if each place has an L2 table, or had one and is all zeros; one of them has."""
         found = [self._is_l2_of_any_kind(place, cluster_bytes) for place in places]
-        empty = [_native.is_zero(self._source.pread(cluster_bytes, place)) for place in places]
+        empty = [_native.is_zero(self._pread(cluster_bytes, place)) for place in places]
         return any(found) and all(one or other for one, other in zip(found, empty, strict=True))
 
     def count_l2(self, cluster_bits: int) -> int:
@@ -136,7 +149,9 @@ class Structures:
             entry_count: its length; None where that is not known: it goes on as long as it can.
         """
         cluster_bytes = 1 << cluster_bits
-        if offset % cluster_bytes or not 0 < offset < self._source.size():
+        if offset % cluster_bytes or not 0 < offset < self._source.size() or self._is_tired:
+            return None
+        if entry_count is None and not self._may_begin_l1(offset, cluster_bytes):
             return None
         table = self._l1_bytes(offset, cluster_bytes, entry_count)
         named = list(entries.nonzero_entries(table))
@@ -150,18 +165,31 @@ class Structures:
                 return None
             found = self._is_l2_of_any_kind(place, cluster_bytes)
             right += found
-            tables += found or _native.is_zero(self._source.pread(cluster_bytes, place))
+            tables += found or _native.is_zero(self._pread(cluster_bytes, place))
         if tables < RIGHT * len(sampled):
             return None
         newest = max(found for _, found in good)
         return FoundL1(offset, named[-1][0] + 1, len(good), len(sampled), right, newest)
 
+    def _may_begin_l1(self, offset: int, cluster_bytes: int) -> bool:
+        """Return False if what a cluster names first is no L2 table, and was none."""
+        places = [
+            self._l2_offset(word, cluster_bytes)
+            for _, word in islice(entries.nonzero_entries(self._pread(cluster_bytes, offset)), HOPELESS)
+        ]
+        return any(places) and any(
+            self._is_l2_of_any_kind(place, cluster_bytes)
+            or _native.is_zero(self._pread(cluster_bytes, place))
+            for place in places
+            if place
+        )
+
     def _l1_bytes(self, offset: int, cluster_bytes: int, entry_count: int | None) -> bytes:
         if entry_count is not None:
-            return self._source.pread(min(table_bytes(entry_count), layout.MAX_L1_BYTES), offset)
+            return self._pread(min(table_bytes(entry_count), layout.MAX_L1_BYTES), offset)
         table = b""
-        while len(table) < layout.MAX_L1_BYTES:
-            part = self._source.pread(cluster_bytes, offset + len(table))
+        while len(table) < layout.MAX_L1_BYTES and not self._is_tired:
+            part = self._pread(cluster_bytes, offset + len(table))
             words = list(entries.nonzero_entries(part))
             places = [self._l2_offset(word, cluster_bytes) for _, word in words]
             if not places or not all(places):
@@ -181,22 +209,16 @@ class Structures:
 
     def find_l1(self, cluster_bits: int) -> list[FoundL1]:
         """Return the L1 tables of the file, those that name most first."""
-        found = []
+        found: list[FoundL1] = []
+        end = 0
         for offset in self._candidates(cluster_bits):
+            if offset < end or self._is_tired:
+                continue
             table = self.l1_at(offset, cluster_bits)
             if table is not None and 2 * table.right >= table.sampled:
                 found.append(table)
-        # The second cluster of a long table is no table of its own.
-        inner = {
-            place
-            for table in found
-            for place in range(
-                table.offset + (1 << cluster_bits),
-                table.offset + table_bytes(table.entry_count),
-                1 << cluster_bits,
-            )
-        }
-        found = [table for table in found if table.offset not in inner]
+                # The second cluster of a long table is no table of its own.
+                end = offset + table_bytes(table.entry_count)
         found.sort(key=lambda table: (not table.is_sure, -table.named, table.offset))
         return self._without_data(found[:RIVALS_MAX], cluster_bits)
 
@@ -210,7 +232,7 @@ class Structures:
             places = self._l2_places(cluster_bits, table)[:RIVAL_TABLES_MAX]
             words: set[int] = set()
             for place in places:
-                words |= wanted & _words(self._source.pread(1 << cluster_bits, place))
+                words |= wanted & _words(self._pread(1 << cluster_bits, place))
             names[table.offset] = {entries.split_l1(word)[0] for word in words}
         return [
             table
@@ -224,7 +246,7 @@ class Structures:
     def usual_l1(self, cluster_bits: int) -> FoundL1 | None:
         """Return an L1 table where new images have it, by its entries alone: its L2 tables may be lost."""
         offset = 3 << cluster_bits
-        words = list(entries.nonzero_entries(self._source.pread(1 << cluster_bits, offset)))
+        words = list(entries.nonzero_entries(self._pread(1 << cluster_bits, offset)))
         places = [self._l2_offset(word, 1 << cluster_bits) for _, word in words]
         if not places or min(places) <= offset or len(set(places)) < len(places):
             return None
@@ -248,10 +270,10 @@ class Structures:
             orders: widths of refcounts to try.
         """
         cluster_bytes = 1 << cluster_bits
-        if offset % cluster_bytes or not 0 < offset < self._source.size():
+        if offset % cluster_bytes or not 0 < offset < self._source.size() or self._is_tired:
             return None
         clusters = max(1, min(clusters, layout.MAX_REFCOUNT_TABLE_BYTES // cluster_bytes + 1))
-        blocks = self._blocks(self._source.pread(clusters * cluster_bytes, offset), cluster_bytes)
+        blocks = self._blocks(self._pread(clusters * cluster_bytes, offset), cluster_bytes)
         if not blocks or len(set(blocks.values())) < len(blocks):
             return None
         for order in orders:
@@ -282,7 +304,7 @@ class Structures:
                 wrong += 1
                 continue
             if place not in read:
-                read[place] = self._source.pread(geometry.cluster_bytes, place)
+                read[place] = self._pread(geometry.cluster_bytes, place)
             count = _native.refcount_get(read[place], cluster % per_block, geometry.refcount_order)
             right += count == 1
             wrong += count != 1
@@ -290,7 +312,7 @@ class Structures:
         if last is None:
             wrong += 1
         elif cluster_count % per_block:
-            block = read.get(last) or self._source.pread(geometry.cluster_bytes, last)
+            block = read.get(last) or self._pread(geometry.cluster_bytes, last)
             order = geometry.refcount_order
             past = _native.refcount_find_used(block, order, cluster_count % per_block, per_block)
             if past >= 0 and table != geometry.cluster_bytes:
@@ -324,17 +346,19 @@ class Structures:
             if self.refcounts_at(1 << bits, bits) is not None:
                 return bits, True
         best: tuple[int, int, bool] | None = None
+        data_bytes = sum(length for _, length in self._source.data_extents(0, self._source.size()))
         for bits in CLUSTER_BITS:
-            named = self._named_bytes(bits)
-            if not named:
-                continue
             l1 = self.find_l1(bits)
-            is_sure = bool(l1 and l1[0].is_sure) or self.find_refcounts(bits) is not None
-            best = max(best or (0, 0, False), (named * (SURE_WEIGHT if is_sure else 1), bits, is_sure))
-        if best is not None and best[2]:
+            has_l1, has_refcounts = bool(l1 and l1[0].is_sure), self.find_refcounts(bits) is not None
+            named = self._named_bytes(bits, has_witness=has_l1 or has_refcounts)
+            # The L1 table of an image in the image may name tables by chance, but not most of the file.
+            is_sure = has_refcounts or (has_l1 and 2 * named >= data_bytes)
+            weight = SURE_WEIGHT if has_l1 or has_refcounts else 1
+            best = max(best or (0, 0, False), (named * weight, bits, is_sure))
+        if best is not None and best[0] and best[2]:
             return best[1], True
         usual = self._bits_of_usual_l1()
-        if best is None or (usual is not None and best[0] < self._source.size() // 8):
+        if best is None or not best[0] or (usual is not None and best[0] < data_bytes // 8):
             return usual, False
         return best[1], False
 
@@ -346,7 +370,7 @@ class Structures:
                 return bits
         return None
 
-    def _named_bytes(self, cluster_bits: int) -> int:
+    def _named_bytes(self, cluster_bits: int, *, has_witness: bool) -> int:
         """Return how much of the file the tables of a cluster size name."""
         offsets = list(self.seen.clusters(1 << cluster_bits))
         sampled = max(4, SAMPLED_BYTES >> cluster_bits)
@@ -354,9 +378,9 @@ class Structures:
         named: dict[int, int] = {}
         own: set[int] = set()
         for offset in offsets[::step]:
-            if not offset:
+            if not offset or self._is_tired:
                 continue
-            table = self._source.pread(1 << cluster_bits, offset)
+            table = self._pread(1 << cluster_bits, offset)
             is_extended = bool(self.judge(table, cluster_bits, extended=False)[_INVALID])
             if is_extended and (
                 cluster_bits < layout.MIN_SUBCLUSTER_CLUSTER_BITS
@@ -372,7 +396,7 @@ class Structures:
             for found in entries_found:
                 named[found.host] = found.length or 1 << cluster_bits
         lengths = [length for host, length in named.items() if host not in own]
-        if len(lengths) < SAMPLED_TABLES:
+        if len(lengths) < SAMPLED_TABLES and not has_witness:
             # Two entries are aligned by chance.
             lengths = [min(length, layout.BLOCK_BYTES_MAX) for length in lengths]
         return step * sum(lengths)
@@ -397,9 +421,13 @@ class Structures:
     def find_snapshots(self, header: Header) -> tuple[int, list[TableEntry]]:
         """Return where the snapshot table seems to be, and its entries; the longest of those that fit."""
         best: tuple[int, list[TableEntry]] = (0, [])
+        end = 0
         cluster_bytes = 1 << header.cluster_bits
         for offset in [place for place in self.seen.snapshots if place % cluster_bytes == 0][:CANDIDATES_MAX]:
+            if self._is_tired or offset < end:
+                continue
             found = self.snapshots_at(offset, snapshots.MAX_SNAPSHOTS, header)
+            end = found[-1].offset + found[-1].length if found else 0
             l1 = [self.l1_at(entry.snapshot.l1_table_offset, header.cluster_bits) for entry in found[:8]]
             if offset and len(found) > len(best[1]) and any(table is not None for table in l1):
                 best = offset, found
@@ -410,7 +438,7 @@ class Structures:
     def first_table_fits(self, l1: FoundL1, cluster_bits: int, *, extended: bool) -> bool:
         """Return False if the first L2 table that has entries has none of this kind, but of the other."""
         for place in self._l2_places(cluster_bits, l1)[:SAMPLED_TABLES]:
-            table = self._source.pread(1 << cluster_bits, place)
+            table = self._pread(1 << cluster_bits, place)
             if not _native.is_zero(table):
                 fits = not self.judge(table, cluster_bits, extended=extended)[_INVALID]
                 return fits or bool(self.judge(table, cluster_bits, extended=not extended)[_INVALID])
@@ -418,13 +446,11 @@ class Structures:
 
     def mapped_bytes(self, l1: FoundL1, geometry: Geometry) -> int:
         """Return where the last guest cluster ends that the tables of an L1 table map."""
-        table = self._source.pread(table_bytes(l1.entry_count), l1.offset)
+        table = self._pread(table_bytes(l1.entry_count), l1.offset)
         last = entries.last_present(table)
         if last < 0:
             return 0
-        l2_table = self._source.pread(
-            geometry.cluster_bytes, entries.split_l1(entries.entry_at(table, last))[0]
-        )
+        l2_table = self._pread(geometry.cluster_bytes, entries.split_l1(entries.entry_at(table, last))[0])
         position = max((found.position for found in codec_of(geometry).found(l2_table)), default=0)
         return (last * geometry.l2_entries + position + 1) * geometry.cluster_bytes
 
@@ -434,7 +460,7 @@ class Structures:
         votes = [0, 0]
         codec = codec_of(Geometry(cluster_bits))
         for place in places[:: max(1, len(places) // SAMPLED_TABLES)][: 4 * SAMPLED_TABLES]:
-            table = self._source.pread(1 << cluster_bits, place)
+            table = self._pread(1 << cluster_bits, place)
             packed = (found for found in codec.found(table) if found.kind == COMPRESSED_CLUSTER)
             for found in islice(packed, SAMPLED_TABLES):
                 for kind in self._unpacks(found, cluster_bits):
@@ -443,18 +469,14 @@ class Structures:
 
     def _unpacks(self, found: FoundEntry, cluster_bits: int) -> list[int]:
         """Return the compression types by which the data that an entry names gives a cluster."""
-        stored = self._source.pread(min(found.length, 2 << cluster_bits), found.host)
-        kinds = []
-        for kind in (COMPRESSION_ZLIB, COMPRESSION_ZSTD):
-            with suppress(FormatError, UnsupportedFeatureError):
-                decompress(stored, 1 << cluster_bits, kind)
-                kinds.append(kind)
-        return kinds
+        stored = memoryview(self._pread(min(found.length, 2 << cluster_bits), found.host))
+        kinds = (COMPRESSION_ZLIB, COMPRESSION_ZSTD)
+        return [kind for kind in kinds if stream_length(stored, 1 << cluster_bits, kind)]
 
     def _l2_places(self, cluster_bits: int, l1: FoundL1 | None) -> list[int]:
         if l1 is None:
             return self._candidates(cluster_bits)
-        table = self._source.pread(table_bytes(l1.entry_count), l1.offset)
+        table = self._pread(table_bytes(l1.entry_count), l1.offset)
         return [entries.split_l1(word)[0] for _, word in entries.nonzero_entries(table)]
 
     def has_subclusters(self, cluster_bits: int, l1: FoundL1 | None) -> bool:
@@ -464,7 +486,7 @@ class Structures:
         places = self._l2_places(cluster_bits, l1)
         votes = [0, 0]
         for place in places[:: max(1, len(places) // SAMPLED_TABLES)][: 4 * SAMPLED_TABLES]:
-            table = self._source.pread(1 << cluster_bits, place)
+            table = self._pread(1 << cluster_bits, place)
             fits = [
                 not self.judge(table, cluster_bits, extended=extended)[_INVALID] for extended in (False, True)
             ]

@@ -7,6 +7,8 @@ O2. A cluster that reads as zeros is no orphan: a range that is lost reads as ze
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -22,6 +24,8 @@ SAMPLED = 256
 SOUND = 0.9
 """Of them so many have to be counted."""
 CACHE_BYTES = 32 << 20
+_TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
+"""Of arrays of refcounts, by their width."""
 
 
 class Unnamed:
@@ -54,6 +58,23 @@ class Unnamed:
         left = Bits(self.bits.cluster_count)
         _native.find_unmarked(self.bits.data, 0, 0, left.cluster_count, marks.data, 0, left.data)
         self.bits = left
+
+    def counts_once(self) -> bool:
+        """Return True if sound refcounts say of the whole file that no cluster has two users."""
+        order = self._shape.area.header.refcount_order
+        if self.uncounted_bytes:
+            return False
+        if not order:
+            return True
+        if order not in _TYPECODES:
+            return False
+        for offset in self._sound.values():
+            counts = array(_TYPECODES[order], self._source.pread(self._shape.geometry.cluster_bytes, offset))
+            if sys.byteorder == "little":
+                counts.byteswap()
+            if max(counts) > 1:
+                return False
+        return True
 
     def refcount(self, cluster: int) -> int | None:
         """Return the refcount of a cluster; None where no sound block has it."""

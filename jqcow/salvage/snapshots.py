@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from jqcow.ondisk import entries
-from jqcow.ondisk.layout import MAX_L1_ENTRIES, table_bytes
+from jqcow.ondisk.layout import MAX_L1_ENTRIES, table_bytes, table_entries
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.salvage.candidates import L1Copies
 from jqcow.salvage.evidence import Certainty
@@ -17,6 +17,8 @@ from jqcow.salvage.shape import Damage, Shape
 from jqcow.salvage.source import Source
 from jqcow.salvage.tables import DiskTables, judge_all
 
+ENTRIES_MAX = 1 << 24
+"""So many entries the L1 tables of all snapshots have together: as much as QEMU's largest four."""
 _LOST = frozenset({"nb_snapshots", "snapshots_offset"})
 
 
@@ -67,13 +69,18 @@ def find_snapshots(
     structures = Structures(source)
     damages: list[Damage] = []
     found: list[FoundSnapshot] = []
+    left = ENTRIES_MAX
     if header.nb_snapshots:
         for entry in structures.snapshots_at(header.snapshots_offset, header.nb_snapshots, header):
             snapshot = entry.snapshot
             size = snapshot.disk_bytes
             if shape.geometry.l1_entries_for(size) > MAX_L1_ENTRIES:
                 size = header.size
-            place, count = snapshot.l1_table_offset, min(snapshot.l1_size, MAX_L1_ENTRIES)
+            place = snapshot.l1_table_offset
+            count = min(snapshot.l1_size, table_entries(max(0, source.size() - place)))
+            left -= max(count, shape.geometry.l1_entries_for(size))
+            if left < 0:
+                break
             found.append(FoundSnapshot(f"snapshot {snapshot.name!r}", snapshot, place, count, size))
     if len(found) < header.nb_snapshots:
         missing = header.nb_snapshots - len(found)
@@ -100,7 +107,12 @@ def _others(
 
 
 def copies_of_l1(
-    source: Source, shape: Shape, snapshots: Iterable[FoundSnapshot], *, with_old: bool = True
+    source: Source,
+    shape: Shape,
+    snapshots: Iterable[FoundSnapshot],
+    unnamed: Unnamed,
+    *,
+    with_old: bool = True,
 ) -> L1Copies:
     """Return what L1 tables of snapshots, and old L1 tables, say.
 
@@ -108,11 +120,16 @@ def copies_of_l1(
         source: the file.
         shape: of it.
         snapshots: what `find_snapshots` found.
+        unnamed: tells what is in use. Where nothing has two users, and no other L1 table is in use, there are
+            no snapshots, whatever became of the header.
         with_old: look for old L1 tables, too, which takes a pass over the file.
     """
     snapshots = list(snapshots)
     is_lost = bool(_LOST & (shape.lost | shape.inferred)) or len(snapshots) < shape.area.header.nb_snapshots
     copies = L1Copies(are_known=not is_lost and all(one.snapshot is not None for one in snapshots))
+    if not snapshots and not shape.area.header.nb_snapshots and unnamed.counts_once():
+        known = {shape.area.header.l1_table_offset}
+        copies.are_known = not any(_others(Structures(source), shape, unnamed, known))
     for one in snapshots:
         copies.live += _entries_at(source, one.l1_offset, one.l1_entries)
         copies.places |= _clusters_of(shape, one.l1_offset, one.l1_entries)

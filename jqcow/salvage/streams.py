@@ -1,8 +1,8 @@
 """Compressed clusters that no table names: their streams lie in the file one behind the other.
 
 A stream begins where the one before it ended, at the next sector, or at the start of a cluster, and gives
-exactly a cluster: so it tells where it ends, and where the next begins. Behind a damaged one the search goes on
-byte by byte, as far as the budget goes.
+exactly a cluster: so it tells where it ends, and where the next begins. Behind a damaged one the search goes
+on byte by byte, as far as the budget goes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jqcow.salvage.shape import Shape
 from jqcow.salvage.source import Source
 
 STREAMS_MAX = 1 << 22
-TRIES_MAX = 1 << 20
+TRIES_MAX = 1 << 17
 """So many places are tried, all in all, that are no start of a cluster or a sector behind a stream."""
 CACHE_BYTES = 32 << 20
 MIN_STREAM_BYTES = 4
@@ -68,10 +68,11 @@ def _zstd_length(data: memoryview, cluster_bytes: int) -> int:
     try:
         decompress(data, cluster_bytes, COMPRESSION_ZSTD)
         frame = zstandard.ZstdDecompressor().decompressobj()
-        frame.decompress(data[: 2 * cluster_bytes])
+        content = frame.decompress(data[: 2 * cluster_bytes])
     except (FormatError, UnsupportedFeatureError, zstandard.ZstdError):
         return 0
-    return len(data) - len(frame.unused_data) if frame.eof else 0
+    # Several frames may give a cluster together; those that are known to write images write one.
+    return len(data) - len(frame.unused_data) if frame.eof and len(content) == cluster_bytes else 0
 
 
 def find_streams(source: Source, shape: Shape, clusters: Bits) -> list[Stream]:

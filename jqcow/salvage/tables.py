@@ -167,7 +167,7 @@ def read_tables(source: Source, shape: Shape, marks: Marks) -> DiskTables:
     if "l1_table_offset" in shape.lost:
         tables.lose_all(header.l1_size)
         return tables
-    if "l1_table_offset" in shape.doubtful:
+    if {"l1_table_offset", "cluster_bits"} & shape.doubtful:
         tables.certainty = Certainty.LIKELY
     judge_all(tables, header.l1_table_offset, header.l1_size, marks)
     return tables
