@@ -16,8 +16,10 @@ from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import (
     CREATED_HEADER_BYTES,
+    EXTENSION_EXTERNAL_DATA,
     INCOMPATIBLE_COMPRESSION,
     INCOMPATIBLE_EXTENDED_L2,
+    INCOMPATIBLE_EXTERNAL_DATA,
     INCOMPATIBLE_JOURNAL,
     INCOMPATIBLE_KNOWN,
     MAGIC,
@@ -52,6 +54,7 @@ def read_shape(source: Source, cluster_bits: int | None = None) -> Shape:
 
     Raises:
         FormatError: nothing in the file looks like a part of a qcow2 image.
+        UnsupportedFeatureError: the data of the disk lies in another file.
         OSError: the host failed, other than by what it cannot read.
     """
     return _Reading(source, cluster_bits).read()
@@ -77,6 +80,7 @@ class _Reading:
         data = self._source.pread(HEADER_BYTES, 0)
         data = self._replay(data) or data
         self._take_fields(data)
+        self._take_data_file(data)
         self._take_cluster_bits()
         self._take_refcounts()
         self._take_l1()
@@ -189,6 +193,19 @@ class _Reading:
             old = Header(*([0] * 12))
             numbers |= {name: getattr(old, name) for name in _FIELDS[12:]}
         self._numbers = numbers
+
+    def _take_data_file(self, data: bytes) -> None:
+        """Refuse an image whose data lies elsewhere; without the name of that file the bit is wrong."""
+        features = self._numbers["incompatible_features"]
+        if not features & INCOMPATIBLE_EXTERNAL_DATA:
+            return
+        has_name = False
+        with suppress(FormatError, CorruptionError):
+            has_name = HeaderArea.parse(data).find(EXTENSION_EXTERNAL_DATA) is not None
+        if has_name:
+            raise UnsupportedFeatureError("an external data file", "the data of the disk lies there")
+        features &= ~INCOMPATIBLE_EXTERNAL_DATA
+        self._infer("incompatible_features", features, "it has no name of an external data file")
 
     def _can_be_offset(self, offset: int) -> bool:
         return 0 < offset < self._source.size() and offset % SECTOR_BYTES == 0

@@ -19,7 +19,7 @@ from jqcow.ondisk import entries, layout, snapshots
 from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, EXTENDED_RESERVED, L2_RESERVED, FoundEntry, codec_of
-from jqcow.ondisk.layout import Geometry, table_bytes
+from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, table_bytes
 from jqcow.ondisk.snapshots import TableEntry
 from jqcow.salvage.source import Source
 from jqcow.salvage.streams import stream_length
@@ -28,8 +28,10 @@ from jqcow.salvage.sweep import Sweep, sweep
 CLUSTER_BITS = range(layout.MIN_CLUSTER_BITS, layout.MAX_CLUSTER_BITS + 1)
 SAMPLED_TABLES = 16
 """So many tables that an L1 table names tell whether it is one."""
-WORK_FACTOR, WORK_BYTES = 16, 1 << 28
+WORK_FACTOR, WORK_BYTES = 16, 1 << 27
 """So often a file is read in all, and so much more, in blocks of 4 KiB: a hostile one could ask for any."""
+WORD_BYTES = 1 << 10
+"""A word of a table costs as much work as so many bytes."""
 SAMPLED_BYTES = 16 << 20
 """So much is read to try a cluster size."""
 RIVALS_MAX = 64
@@ -154,7 +156,7 @@ class Structures:
         if entry_count is None and not self._may_begin_l1(offset, cluster_bytes):
             return None
         table = self._l1_bytes(offset, cluster_bytes, entry_count)
-        named = list(entries.nonzero_entries(table))
+        named = self._take_words(table)
         good = [(index, found) for index, word in named if (found := self._l2_offset(word, cluster_bytes))]
         if not good or len(good) < RIGHT * len(named) or len({found for _, found in good}) < len(good):
             return None
@@ -190,7 +192,7 @@ class Structures:
         table = b""
         while len(table) < layout.MAX_L1_BYTES and not self._is_tired:
             part = self._pread(cluster_bytes, offset + len(table))
-            words = list(entries.nonzero_entries(part))
+            words = self._take_words(part) if self._looks_like_table(part) else []
             places = [self._l2_offset(word, cluster_bytes) for _, word in words]
             if not places or not all(places):
                 break
@@ -281,9 +283,22 @@ class Structures:
                 return FoundRefcounts(offset, clusters, order)
         return None
 
+    def _looks_like_table(self, data: bytes) -> bool:
+        """Return False if sectors of other things are too many for a table, a damaged one, too."""
+        strange = len(_native.sector_kinds(data, self._source.size()).translate(None, _TABLE_KINDS))
+        return strange <= (1 - RIGHT) * len(data) / SECTOR_BYTES
+
+    def _take_words(self, table: bytes) -> list[tuple[int, int]]:
+        """Return (index, word) of what is not zero in a table, and count the work."""
+        words = list(entries.nonzero_entries(table))
+        self._left -= WORD_BYTES * len(words)
+        return words
+
     def _blocks(self, table: bytes, cluster_bytes: int) -> dict[int, int]:
         """Return the offset of each refcount block, by its index; {} if most entries cannot be."""
-        named = list(entries.nonzero_entries(table))
+        if not self._looks_like_table(table):
+            return {}
+        named = self._take_words(table)
         found = {}
         for index, word in named:
             block, has_reserved = entries.split_refcount_table(word)
@@ -505,4 +520,7 @@ def _words(table: bytes) -> set[int]:
     return set(words)
 
 
+_TABLE_KINDS = bytes(
+    kind for kind in range(256) if kind == _native.SECTOR_ZERO or kind & 0xC0 == _native.SECTOR_POINTERS
+)
 _NO_PAIRS = bytes(kind for kind in range(256) if kind & 0xC0 != _native.SECTOR_PAIRS)
