@@ -17,6 +17,7 @@ from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import (
     CREATED_HEADER_BYTES,
     EXTENSION_EXTERNAL_DATA,
+    EXTENSION_STRUCT,
     INCOMPATIBLE_COMPRESSION,
     INCOMPATIBLE_EXTENDED_L2,
     INCOMPATIBLE_EXTERNAL_DATA,
@@ -33,8 +34,9 @@ from jqcow.ondisk.header import (
 from jqcow.ondisk.layout import SECTOR_BYTES, Geometry, table_bytes
 from jqcow.ondisk.root import JournalRange
 from jqcow.ondisk.snapshots import MAX_SNAPSHOTS, TableEntry
-from jqcow.salvage.inference import FoundL1, Structures
+from jqcow.salvage.inference import Structures
 from jqcow.salvage.journal import find_frames, live_frames, replay
+from jqcow.salvage.lookalikes import FoundL1
 from jqcow.salvage.shape import Damage, Shape
 from jqcow.salvage.source import Source
 
@@ -434,7 +436,11 @@ class _Reading:
         numbers = self._numbers
         least = V2_BYTES if numbers["version"] == 2 else V3_BYTES
         length = numbers["header_length"]
-        if length < least or length % 8 or length > min(len(data), 1 << numbers["cluster_bits"]):
+        if (
+            length < least
+            or length % EXTENSION_STRUCT.size
+            or length > min(len(data), 1 << numbers["cluster_bits"])
+        ):
             numbers["header_length"] = CREATED_HEADER_BYTES if numbers["version"] > 2 else V2_BYTES
         start, name_bytes = numbers["backing_file_offset"], numbers["backing_file_size"]
         if start and not (

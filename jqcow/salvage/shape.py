@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from jqcow.ondisk import layout
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.l2 import EXTENDED_RESERVED, L2_RESERVED, ZERO, L2Codec, codec_of
+from jqcow.ondisk.l2 import L2Codec, codec_of, reserved_bits
 from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.root import JournalRange
 
@@ -76,7 +76,4 @@ class Shape:
     @property
     def reserved(self) -> int:
         """Bits that no standard L2 entry, or first word of an extended one, has set."""
-        geometry = self.geometry
-        if geometry.has_subclusters:
-            return EXTENDED_RESERVED
-        return L2_RESERVED if geometry.has_zero_flag else L2_RESERVED | ZERO
+        return reserved_bits(self.geometry)

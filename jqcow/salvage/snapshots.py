@@ -10,7 +10,8 @@ from jqcow.ondisk.layout import MAX_L1_ENTRIES, table_bytes, table_entries
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.salvage.candidates import L1Copies
 from jqcow.salvage.evidence import Certainty
-from jqcow.salvage.inference import FoundL1, Structures
+from jqcow.salvage.inference import Structures
+from jqcow.salvage.lookalikes import FoundL1
 from jqcow.salvage.marks import Marks
 from jqcow.salvage.orphans import Unnamed, mark_header
 from jqcow.salvage.shape import Damage, Shape
