@@ -126,29 +126,34 @@ class _Reading:
             self._damages.append(Damage("journal", None, f"it cannot be read: {error}"))
             return root
         replayed = replay(
-            self._source, live_frames(self._source, self._journal), self._journal_geometry(bits, root)
+            self._source, live_frames(self._source, self._journal), _journal_geometry(bits, root)
         )
         faults = replayed.faults or ([] if replayed.area else ["no whole frame is left of it"])
         self._damages += [Damage("journal", self._journal.offset, fault) for fault in faults]
         self._source.lay_over(replayed.blocks)
         return replayed.area or root
 
-    @staticmethod
-    def _journal_geometry(cluster_bits: int, root: bytes) -> Geometry:
-        with suppress(FormatError):
-            return replace(Header.unpack(root), cluster_bits=cluster_bits).geometry
-        return Geometry(cluster_bits)
-
     def _header_of_frames(self) -> dict[str, int]:
-        """Return the numbers of the newest header that a journal, live or left behind, still has."""
-        for frame in reversed(find_frames(self._source, self._structures.seen.frames)):
-            # The blocks of a journal are of 4096 bytes, or of a cluster.
-            for bits in range(layout.MIN_CLUSTER_BITS, layout.MIN_CLUSTER_BITS + 4):
-                area = replay(self._source, [frame], Geometry(bits)).area
-                if area:
-                    with suppress(FormatError, CorruptionError):
-                        found = HeaderArea.parse(area).header
-                        return {name: getattr(found, name) for name in _FIELDS}
+        """Return the numbers of the header that a journal still has whose root is lost, and replay it.
+
+        A journal is given back when an image is closed: what is left of one is likely live, but no more.
+        """
+        found = find_frames(self._source, self._structures.seen.frames)
+        newest = [
+            frame
+            for frame in found
+            if (frame.header.salt, frame.header.epoch) == (found[-1].header.salt, found[-1].header.epoch)
+        ]
+        for bits in range(layout.MIN_CLUSTER_BITS, layout.MAX_CLUSTER_BITS + 1) if newest else ():
+            replayed = replay(self._source, newest, Geometry(bits))
+            with suppress(FormatError, CorruptionError):
+                header = HeaderArea.parse(replayed.area).header
+                if header.cluster_bits == bits and not replayed.faults:
+                    self._source.lay_over(replayed.blocks)
+                    self._structures = Structures(self._source)
+                    self._doubtful.add("l1_table_offset")
+                    self._damages.append(Damage("journal", newest[0].offset, "its root is lost"))
+                    return {name: getattr(header, name) for name in _FIELDS}
         return {}
 
     # Fields
@@ -310,6 +315,8 @@ class _Reading:
         Where the header has a place for it, its content there may be what is lost: then another one is an
         older copy, for those to judge who place tables.
         """
+        if has_place:
+            return
         structures, bits = self._structures, self._numbers["cluster_bits"]
         found = structures.find_l1(bits)
         of_snapshots = {entry.snapshot.l1_table_offset for entry in self._snapshots_found()}
@@ -318,18 +325,32 @@ class _Reading:
         counts = {table.offset: self._refcount(table.offset) for table in found}
         if any(counts.values()):
             found = [table for table in found if counts[table.offset]]
-        if has_place and not any(counts.values()):
-            return
         if found:
             self._l1 = found[0]
         elif self._l1 is None and not has_place and structures.count_l2(bits) <= 1:
             self._l1 = structures.usual_l1(bits)
-        if len(found) != 1 or not found[0].is_sure:
+        if self._l1 is None or not self._l1.is_sure or not self._is_whole_story(self._l1, of_snapshots):
             self._doubtful.add("l1_table_offset")
+
+    def _is_whole_story(self, found: FoundL1, of_snapshots: set[int]) -> bool:
+        """Return if every cluster that looks like a table is one by an L1 table, or data by its tables.
+
+        Else there may be another L1 table, a newer one, that is lost.
+        """
+        bits = self._numbers["cluster_bits"]
+        tables = [found]
+        for offset in of_snapshots:
+            table = self._structures.l1_at(offset, bits)
+            tables += [table] if table is not None else []
+        strange = self._structures.unexplained(bits, tables)
+        if strange is None:
+            return False
+        strange -= {self._numbers["refcount_table_offset"]} | of_snapshots
+        return all(self._refcount(offset) == 0 for offset in strange)
 
     def _snapshots_found(self) -> list[TableEntry]:
         numbers = self._numbers
-        header = self._header()
+        header = Header(**self._numbers)
         offset, count = numbers["snapshots_offset"], numbers["nb_snapshots"]
         if self._is_there and 0 < count <= MAX_SNAPSHOTS and self._can_be_offset(offset):
             found = self._structures.snapshots_at(offset, count, header)
@@ -388,7 +409,7 @@ class _Reading:
 
     def _take_snapshots(self) -> None:
         numbers = self._numbers
-        header = self._header()
+        header = Header(**self._numbers)
         offset, count = numbers["snapshots_offset"], numbers["nb_snapshots"]
         if self._is_there and not count:
             return
@@ -425,11 +446,8 @@ class _Reading:
 
     # Putting together
 
-    def _header(self) -> Header:
-        return Header(**self._numbers)
-
     def _geometry(self) -> Geometry:
-        return self._header().geometry
+        return Header(**self._numbers).geometry
 
     def _area(self, data: bytes) -> HeaderArea:
         """Return the header with the numbers as they are now, and what else of it can be read."""
@@ -448,7 +466,7 @@ class _Reading:
         ):
             self._infer("backing_file_offset", None, "where the name of the backing file is is lost")
             numbers["backing_file_size"] = 0
-        packed = self._header().pack()
+        packed = Header(**self._numbers).pack()
         tries: list[Callable[[], HeaderArea]] = [
             lambda: HeaderArea.parse(packed + data[len(packed) :]),
             lambda: HeaderArea.parse(packed),
@@ -457,4 +475,11 @@ class _Reading:
             with suppress(FormatError, CorruptionError):
                 return attempt()
             self._damages.append(Damage("header", len(packed), "its extensions cannot be read"))
-        return HeaderArea(self._header(), (), packed)
+        return HeaderArea(Header(**self._numbers), (), packed)
+
+
+def _journal_geometry(cluster_bits: int, root: bytes) -> Geometry:
+    """Return how frames are read: the root need not be whole for that."""
+    with suppress(FormatError):
+        return replace(Header.unpack(root), cluster_bits=cluster_bits).geometry
+    return Geometry(cluster_bits)

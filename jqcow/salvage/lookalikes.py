@@ -247,6 +247,31 @@ class Lookalikes:
         self._left -= WORD_BYTES * len(words)
         return words
 
+    def unexplained(self, cluster_bits: int, tables: list[FoundL1]) -> set[int] | None:
+        """Return the clusters that look like L2 tables, and that L1 tables name neither as such nor as data.
+
+        None: there are too many to tell.
+        """
+        likely = {
+            offset
+            for offset in self._candidates(cluster_bits)
+            if self._is_l2_of_any_kind(offset, 1 << cluster_bits)
+        }
+        likely -= {
+            place
+            for table in tables
+            for place in range(table.offset, table.offset + table_bytes(table.entry_count), 1 << cluster_bits)
+        }
+        places = {place for table in tables for place in self._l2_places(cluster_bits, table)}
+        likely -= places
+        if len(places) > CANDIDATES_MAX or self._is_tired:
+            return None
+        wanted = {entries.l1_entry(offset, copied=copied) for offset in likely for copied in (True, False)}
+        for place in places if likely else ():
+            named = wanted & _words(self._pread(1 << cluster_bits, place))
+            likely -= {entries.split_l1(word)[0] for word in named}
+        return likely
+
     def _l2_places(self, cluster_bits: int, l1: FoundL1 | None) -> list[int]:
         if l1 is None:
             return self._candidates(cluster_bits)

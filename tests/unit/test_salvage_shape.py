@@ -7,11 +7,13 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jqcow
 from jqcow import _native
 from jqcow._native import twins
 from jqcow.errors import JqcowError, UnsupportedFeatureError
@@ -313,3 +315,31 @@ def test_changed_bytes(make: Make, data: st.DataObject) -> None:
         list(found.guest_map.pieces(0, found.guest_map.size))
     except JqcowError:
         pass
+
+
+@pytest.mark.parametrize(("lost", "is_certain"), [(0, True), (512, True), (8192, False)])
+def test_live_journal(tmp_path: Path, lost: int, is_certain: bool) -> None:
+    """What only the journal has is replayed; without its root and the copy of that it is likely, no more."""
+    image, disk, chance = tmp_path / "a.qcow2", bytearray(8 << 20), random.Random(1)
+    with jqcow.create(str(image), len(disk), cluster_size=16_384) as opened:
+        for number in chance.sample(range(len(disk) >> 14), 40):
+            content = chance.randbytes(16_384)
+            opened.pwrite(content, number << 14)
+            disk[number << 14 : (number + 1) << 14] = content
+        opened.flush()
+        data = bytes(lost) + image.read_bytes()[lost:]
+    found = salvage(Memory(data))
+    assert found.right(bytes(disk)) == 1.0
+    pieces = found.guest_map.pieces(0, len(disk))
+    assert all((piece.certainty == Certainty.CERTAIN) is is_certain for piece in pieces)
+
+
+def test_l1_table_of_a_lost_snapshot_is_not_taken_for_the_disks(make: Make) -> None:
+    made = make("cluster_size=4096", 8 << 20, 4096, snapshot=True)
+    for lost in (("l1", "snapshots"), ("header", "l1", "snapshots", "refcounts")):
+        found = salvage(made.without(*lost))
+        found.right(made.disk)
+        assert all(piece.certainty < Certainty.CERTAIN for piece in found.guest_map.pieces(0, 8 << 20))
+    snapshots, damages = find_snapshots(source := Source(made.without("snapshots")), read_shape(source))
+    assert [found.snapshot for found in snapshots] == [None]
+    assert damages or snapshots
