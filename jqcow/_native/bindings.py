@@ -131,6 +131,15 @@ def find_unmarked(
     return lib.jqcow_find_unmarked(view, order, start, stop, marked, first_cluster, found)  # type: ignore[no-any-return]
 
 
+def sector_kinds(data: Buffer, host_bytes: int) -> bytes:
+    """See :func:`jqcow._native.twins.sector_kinds`."""
+    view = _from_buffer(data)
+    twins.check_host_bytes(host_bytes)
+    kinds = bytearray(len(view) // twins.SECTOR_BYTES)
+    lib.jqcow_sector_kinds(view, len(kinds), host_bytes, _from_buffer(kinds, require_writable=True))
+    return bytes(kinds)
+
+
 def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:
     """See :func:`jqcow._native.twins.set_copied`."""
     view = _from_buffer(table, require_writable=True)

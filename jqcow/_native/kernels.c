@@ -457,6 +457,128 @@ uint64_t jqcow_find_unmarked(const void *block, int order, size_t start, size_t 
     return count;
 }
 
+/* What a sector may be a part of: see sector_kinds in twins.py. */
+
+enum sector_kind {
+    SECTOR_OTHER = 0,
+    SECTOR_ZERO = 1,
+    SECTOR_SNAPSHOT = 2,
+    SECTOR_COUNTS = 0x10,
+    SECTOR_POINTERS = 0x40,
+    SECTOR_PAIRS = 0x80,
+    SECTOR_PACKED = 0xc0
+};
+
+#define SECTOR_WORDS 64
+#define POINTER_RESERVED 0x7f000000000001feull
+#define PACKED_OFFSET (((uint64_t)1 << 49) - 1)
+
+static inline bool is_pointer(uint64_t word, uint64_t host_bytes)
+{
+    uint64_t offset = word & ENTRY_OFFSET;
+
+    return !(word & POINTER_RESERVED) && offset < host_bytes && (offset || !(word >> 63));
+}
+
+static inline bool is_packed(uint64_t word, uint64_t host_bytes)
+{
+    uint64_t start = word & PACKED_OFFSET;
+
+    return word >> 62 == 1 && start >= 512 && start < host_bytes;
+}
+
+static inline bool is_bitmap_of(uint64_t word, uint64_t bitmap)
+{
+    if (!(word & ENTRY_OFFSET) && bitmap & 0xffffffff)
+        return false;
+    return !(word & ENTRY_ZERO) && !(bitmap & bitmap >> 32);
+}
+
+/* The most that the low bits of offsets have in common, as a power of two; 63 where there is none. */
+static inline uint8_t alignment_of(uint64_t offsets)
+{
+    return offsets ? (uint8_t)__builtin_ctzll(offsets) : 63;
+}
+
+static bool looks_like_snapshot(const uint8_t *bytes, uint64_t host_bytes)
+{
+    uint64_t table = load_big64(bytes), lengths = load_big64(bytes + 8), tail = load_big64(bytes + 32);
+    uint64_t l1_size = lengths >> 32, id_bytes = lengths >> 16 & 0xffff, name_bytes = lengths & 0xffff;
+    uint64_t extra_bytes = tail & 0xffffffff;
+
+    if (!table || table & 511 || table >= host_bytes || !l1_size || l1_size > (uint64_t)1 << 22)
+        return false;
+    return id_bytes && id_bytes < 256 && name_bytes < 1024 && extra_bytes <= 1024 && extra_bytes % 8 == 0 &&
+           (load_big64(bytes + 16) & 0xffffffff) < 1000000000;
+}
+
+static uint8_t count_kind(uint64_t all)
+{
+    if (!(all & 0xffffffffffffff00ull))
+        return SECTOR_COUNTS + 6;
+    if (!(all & 0xffffff00ffffff00ull))
+        return SECTOR_COUNTS + 5;
+    if (!(all & 0xff00ff00ff00ff00ull))
+        return SECTOR_COUNTS + 4;
+    if (!(all & 0xf0f0f0f0f0f0f0f0ull))
+        return SECTOR_COUNTS + 3;
+    return SECTOR_OTHER;
+}
+
+static uint8_t sector_kind(const uint8_t *bytes, uint64_t host_bytes)
+{
+    bool pointers = true, packed = false, pairs = true;
+    uint64_t all = 0, offsets = 0, even_offsets = 0, odd_offsets = 0, odd = 0;
+
+    if (jqcow_is_zero(bytes, SECTOR_WORDS * 8))
+        return SECTOR_ZERO;
+    for (size_t index = 0; index < SECTOR_WORDS; index += 2, bytes += 16) {
+        uint64_t first = load_big64(bytes), second = load_big64(bytes + 8);
+
+        all |= first | second;
+        odd |= second;
+        if (is_pointer(first, host_bytes)) {
+            offsets |= first & ENTRY_OFFSET;
+            even_offsets |= first & ENTRY_OFFSET;
+            pairs = pairs && is_bitmap_of(first, second);
+        } else if (is_packed(first, host_bytes)) {
+            packed = true;
+            pairs = pairs && !second;
+        } else {
+            pointers = pairs = false;
+        }
+        if (is_pointer(second, host_bytes)) {
+            offsets |= second & ENTRY_OFFSET;
+            odd_offsets |= second & ENTRY_OFFSET;
+        } else if (is_packed(second, host_bytes)) {
+            packed = true;
+        } else {
+            pointers = false;
+        }
+        if (!pointers && !pairs && all & 0xf0f0f0f0f0f0f0f0ull && all & 0xff00ff00ff00ff00ull)
+            return SECTOR_OTHER;
+    }
+    if (pairs && odd && !odd_offsets)
+        return (uint8_t)(SECTOR_PAIRS | alignment_of(even_offsets));
+    if (pairs && !pointers)
+        return (uint8_t)(SECTOR_PAIRS | alignment_of(even_offsets));
+    if (pointers)
+        return (uint8_t)((packed ? SECTOR_PACKED : SECTOR_POINTERS) | alignment_of(offsets));
+    return count_kind(all);
+}
+
+void jqcow_sector_kinds(const void *data, size_t sector_count, uint64_t host_bytes, void *kinds)
+{
+    const uint8_t *bytes = data;
+    uint8_t *found = kinds;
+
+    for (size_t sector = 0; sector < sector_count; sector++, bytes += SECTOR_WORDS * 8) {
+        found[sector] = sector_kind(bytes, host_bytes);
+        if (found[sector] == SECTOR_OTHER && looks_like_snapshot(bytes, host_bytes))
+            found[sector] = SECTOR_SNAPSHOT;
+    }
+}
+
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes)
 {
     uint8_t *bytes = table;

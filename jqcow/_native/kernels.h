@@ -34,6 +34,9 @@ void jqcow_l2_judge(const void *table, size_t entry_count, size_t entry_bytes, i
 uint64_t jqcow_find_unmarked(const void *block, int order, size_t start, size_t stop, const void *marks,
                              uint64_t first_cluster, void *bits);
 
+/* One byte for each sector of 512 bytes: what it may be a part of. */
+void jqcow_sector_kinds(const void *data, size_t sector_count, uint64_t host_bytes, void *kinds);
+
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes);
 
 /* XORs each 16-byte block with its XTS tweak; tweaks has 16 bytes for each sector: that of its first block. */

@@ -83,13 +83,11 @@ class GuestMap:
     Attributes:
         tables: what the file has.
         marks: what names each cluster.
-        doubts_empty: there are orphans, so that a table of zeros may have been emptied.
         placed: what evidence says, by L1 index.
     """
 
     tables: DiskTables
     marks: Marks
-    doubts_empty: bool = False
     placed: dict[int, PlacedEntries] = field(default_factory=dict)
     _witnesses: list[str] = field(default_factory=list)
 
@@ -104,14 +102,24 @@ class GuestMap:
         if index >= len(self.tables.fates):
             return False
         if self.tables.fates[index] == Fate.EMPTY:
-            return self.doubts_empty
+            return not self.tables.are_empty_sure
         return any(first <= entry < first + count for first, count in self.tables.lost_entries(index))
 
     def is_placed(self, guest_offset: int) -> bool:
         """Return True if evidence has placed what lies at a guest offset."""
         index, entry = self._entry_of(guest_offset)
         placed = self.placed.get(index)
-        return placed is not None and placed.certainties[entry] != 0
+        if placed is not None and placed.certainties[entry]:
+            return True
+        return self._is_likely(index, entry)
+
+    def _is_likely(self, index: int, entry: int) -> bool:
+        """Return True if what may be the table of a lost L1 entry says something of one of its entries."""
+        table = self.tables.read_likely(index)
+        if table is None:
+            return False
+        entry_bytes = self.tables.shape.codec.entry_bytes
+        return not _native.is_zero(table[entry * entry_bytes : (entry + 1) * entry_bytes])
 
     def place(self, placement: Placement, stored_bytes: int = 0) -> bool:
         """Take over where a whole cluster belongs; return False if something surer is there, or a table.
@@ -126,7 +134,10 @@ class GuestMap:
         placed = self.placed.get(index)
         if placed is None:
             placed = self.placed[index] = PlacedEntries.none(self.tables.shape.geometry.l2_entries)
-        if placed.certainties[entry] >= placement.certainty:
+        known = placed.certainties[entry]
+        if not known and self._is_likely(index, entry):
+            known = self.tables.likely[index][1]
+        if known >= placement.certainty:
             return False
         if placement.witness not in self._witnesses:
             self._witnesses.append(placement.witness)
@@ -151,14 +162,17 @@ class GuestMap:
     def _of_table(self, index: int, start: int, end: int) -> Iterator[Piece]:
         fate = self.tables.fates[index] if index < len(self.tables.fates) else Fate.ABSENT
         if fate == Fate.ABSENT:
-            yield Piece(start, end - start, "below", 0, 0, Certainty.CERTAIN, "L1 table")
+            yield Piece(start, end - start, "below", 0, 0, self.tables.certainty, "L1 table")
             return
         first_offset = index * self.tables.table_covers
         cluster_bytes = self.tables.shape.geometry.cluster_bytes
         lost = self.tables.lost_entries(index)
-        if fate == Fate.EMPTY and self.doubts_empty:
+        if fate == Fate.EMPTY and not self.tables.are_empty_sure:
             lost = [(0, self.tables.shape.geometry.l2_entries)]
         table = b"" if fate == Fate.LOST else self.tables.read(index)
+        sure = self.tables.certainty
+        if fate == Fate.EMPTY and not self.tables.are_empty_sure:
+            sure = Certainty.GUESS
         position = start
         for first, count in lost:
             lost_start = max(start, first_offset + first * cluster_bytes)
@@ -166,13 +180,15 @@ class GuestMap:
             if lost_start >= lost_end:
                 continue
             if position < lost_start:
-                yield from self._as_table_says(table, first_offset, position, lost_start)
+                yield from self._as_table_says(table, first_offset, position, lost_start, sure)
             yield from self._as_placed(index, first_offset, lost_start, lost_end, is_known=fate == Fate.EMPTY)
             position = lost_end
         if position < end:
-            yield from self._as_table_says(table, first_offset, position, end)
+            yield from self._as_table_says(table, first_offset, position, end, sure)
 
-    def _as_table_says(self, table: bytes, first_offset: int, start: int, end: int) -> Iterator[Piece]:
+    def _as_table_says(
+        self, table: bytes, first_offset: int, start: int, end: int, sure: Certainty
+    ) -> Iterator[Piece]:
         """Yield the pieces of [start, end) by a table that maps the disk from ``first_offset`` on."""
         codec = self.tables.shape.codec
         unit = codec.subcluster_bytes
@@ -182,16 +198,16 @@ class GuestMap:
             run = codec.run(table, position, limit)
             length = min(end - start, run.subcluster_count * unit - skipped)
             if run.kind == DATA:
-                yield from self._data(start, length, run.host + skipped)
+                yield from self._data(start, length, run.host + skipped, sure)
             elif run.kind == COMPRESSED_CLUSTER:
-                yield Piece(start, length, "compressed", run.host, run.length, Certainty.CERTAIN, TABLE)
+                yield Piece(start, length, "compressed", run.host, run.length, sure, TABLE)
             elif run.kind == ZERO_CLUSTER:
-                yield Piece(start, length, "zero", 0, 0, Certainty.CERTAIN, TABLE)
+                yield Piece(start, length, "zero", 0, 0, sure, TABLE)
             else:
-                yield Piece(start, length, "below", 0, 0, Certainty.CERTAIN, TABLE)
+                yield Piece(start, length, "below", 0, 0, sure, TABLE)
             start += length
 
-    def _data(self, guest_offset: int, length: int, host_offset: int) -> Iterator[Piece]:
+    def _data(self, guest_offset: int, length: int, host_offset: int, sure: Certainty) -> Iterator[Piece]:
         """Yield a run of data, parted where its clusters are marked otherwise."""
         bits, marks = self.marks.cluster_bits, self.marks
         end = guest_offset + length
@@ -200,9 +216,9 @@ class GuestMap:
             stop = ((host_offset + end - guest_offset - 1) >> bits) + 1
             mark, count = _native.refcount_run(marks.data, _native.MARK_ORDER, cluster, stop)
             taken = min(end - guest_offset, (cluster + count << bits) - host_offset)
-            certainty, witness = Certainty.CERTAIN, TABLE
+            certainty, witness = sure, TABLE
             if mark in (MANY, STRUCTURE):
-                certainty = Certainty.LIKELY if mark == MANY else Certainty.GUESS
+                certainty = min(sure, Certainty.LIKELY if mark == MANY else Certainty.GUESS)
                 witness = f"{TABLE}, for a cluster that has another use, too"
             yield Piece(guest_offset, taken, "data", host_offset, 0, certainty, witness)
             guest_offset += taken
@@ -222,8 +238,13 @@ class GuestMap:
                 while start + length < end and (placed is None or not placed.certainties[entry + 1]):
                     entry += 1
                     length = min(end - start, length + cluster_bytes)
-                kind: Kind = "below" if is_known else "lost"
-                yield Piece(start, length, kind, 0, 0, Certainty.GUESS, "nobody")
+                likely = self.tables.read_likely(index)
+                if likely is not None:
+                    sure = self.tables.likely[index][1]
+                    yield from self._as_table_says(likely, first_offset, start, start + length, sure)
+                else:
+                    kind: Kind = "below" if is_known else "lost"
+                    yield Piece(start, length, kind, 0, 0, Certainty.GUESS, "nobody")
             else:
                 certainty = Certainty(placed.certainties[entry])
                 witness = self._witnesses[placed.witnesses[entry]]

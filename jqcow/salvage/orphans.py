@@ -7,6 +7,8 @@ O2. A cluster that reads as zeros is no orphan: a range that is lost reads as ze
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -22,6 +24,8 @@ SAMPLED = 256
 SOUND = 0.9
 """Of them so many have to be counted."""
 CACHE_BYTES = 32 << 20
+_TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
+"""Of arrays of refcounts, by their width."""
 
 
 class Unnamed:
@@ -39,6 +43,8 @@ class Unnamed:
         self.bits = Bits(marks.cluster_count)
         self.damages: list[Damage] = []
         self.uncounted_bytes = 0
+        self._sound: dict[int, int] = {}
+        self._block: tuple[int, bytes] = (-1, b"")
         per_block = shape.geometry.refcounts_per_cluster
         blocks = self._find_blocks()
         for first in range(0, marks.cluster_count, per_block):
@@ -47,10 +53,45 @@ class Unnamed:
             if block is None or not self._take_block(block, first, stop):
                 self._take_data(first, stop)
 
+    def leave_out(self, marks: Marks) -> None:
+        """Take out what tables of another disk name, a snapshot's."""
+        left = Bits(self.bits.cluster_count)
+        _native.find_unmarked(self.bits.data, 0, 0, left.cluster_count, marks.data, 0, left.data)
+        self.bits = left
+
+    def counts_once(self) -> bool:
+        """Return True if sound refcounts say of the whole file that no cluster has two users."""
+        order = self._shape.area.header.refcount_order
+        if self.uncounted_bytes:
+            return False
+        if not order:
+            return True
+        if order not in _TYPECODES:
+            return False
+        for offset in self._sound.values():
+            counts = array(_TYPECODES[order], self._source.pread(self._shape.geometry.cluster_bytes, offset))
+            if sys.byteorder == "little":
+                counts.byteswap()
+            if max(counts) > 1:
+                return False
+        return True
+
+    def refcount(self, cluster: int) -> int | None:
+        """Return the refcount of a cluster; None where no sound block has it."""
+        index, position = divmod(cluster, self._shape.geometry.refcounts_per_cluster)
+        if index not in self._sound:
+            return None
+        if self._block[0] != index:
+            self._block = (
+                index,
+                self._source.pread(self._shape.geometry.cluster_bytes, self._sound[index]),
+            )
+        return _native.refcount_get(self._block[1], position, self._shape.area.header.refcount_order)
+
     def _find_blocks(self) -> dict[int, int]:
         """Return the host offset of each refcount block that can be one, by its index in the table."""
         header, geometry = self._shape.area.header, self._shape.geometry
-        if not header.has_refcount_table or "refcount_table_offset" in self._shape.inferred:
+        if not header.has_refcount_table or "refcount_table_offset" in self._shape.lost:
             self.damages.append(Damage("refcount table", None, "there is none where the header says"))
             return {}
         offset = header.refcount_table_offset
@@ -88,6 +129,7 @@ class Unnamed:
                 Damage("refcount block", offset, f"of {named} clusters in use it counts {counted}")
             )
             return False
+        self._sound[first // self._shape.geometry.refcounts_per_cluster] = offset
         _native.find_unmarked(block, order, 0, stop - first, self._marks.data, first, self.bits.data)
         return True
 

@@ -41,7 +41,7 @@ def place_orphans(guest_map: GuestMap, reader: PieceReader, orphans: OrphanClust
         orphans: what is to be placed.
         find: finds the structures of the guest.
     """
-    guest_map.doubts_empty = len(orphans) > 0
+    guest_map.tables.are_empty_sure = not len(orphans)
     disk = MappedDisk(guest_map, reader)
     anchors, structures = anchor(guest_map, disk, orphans, find)
     expectations = Expectations(guest_map, orphans.cluster_bytes)

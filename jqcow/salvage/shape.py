@@ -6,11 +6,13 @@ S4. A number that the header has and that cannot be is no number: it is a damage
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from jqcow.ondisk import layout
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.l2 import EXTENDED_RESERVED, L2_RESERVED, ZERO, L2Codec, codec_of
+from jqcow.ondisk.l2 import L2Codec, codec_of, reserved_bits
 from jqcow.ondisk.layout import Geometry
+from jqcow.ondisk.root import JournalRange
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,27 @@ class Shape:
     Attributes:
         area: the header, with inferred numbers in the place of lost ones.
         inferred: the names of those numbers, in the specification's words.
+        lost: the names of those for which nothing was found, either.
+        doubtful: the names of those for which others would do as well.
         damages: what is wrong with the header.
+        journal: where a live journal lies; None without one, or where that is lost.
     """
 
     area: HeaderArea
     inferred: frozenset[str] = frozenset()
+    lost: frozenset[str] = frozenset()
+    doubtful: frozenset[str] = frozenset()
     damages: tuple[Damage, ...] = ()
+    journal: JournalRange | None = None
+
+    def resized(self, size: int) -> Shape:
+        """Return the shape with a better size of the disk, in bytes, where the header's is lost."""
+        if "size" not in self.inferred | self.lost or size == self.area.header.size:
+            return self
+        geometry = self.geometry
+        entry_count = min(geometry.l1_entries_for(size), layout.MAX_L1_ENTRIES)
+        header = replace(self.area.header, size=size, l1_size=max(entry_count, self.area.header.l1_size))
+        return replace(self, area=self.area.with_header(header))
 
     @property
     def geometry(self) -> Geometry:
@@ -59,7 +76,4 @@ class Shape:
     @property
     def reserved(self) -> int:
         """Bits that no standard L2 entry, or first word of an extended one, has set."""
-        geometry = self.geometry
-        if geometry.has_subclusters:
-            return EXTENDED_RESERVED
-        return L2_RESERVED if geometry.has_zero_flag else L2_RESERVED | ZERO
+        return reserved_bits(self.geometry)

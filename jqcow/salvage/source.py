@@ -7,7 +7,9 @@ R1. What the host cannot read reads as zeros and is in ``bad``, to the sector: w
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
 
 from jqcow.device.base import Reader, Sparse
 from jqcow.ondisk.layout import SECTOR_BYTES
@@ -33,6 +35,17 @@ class Source:
         self._reader = reader
         self._size = reader.size()
         self.bad = Ranges(bad)
+        self._laid: dict[int, bytes] = {}
+        self._places: list[int] = []
+        self._laid_bytes = 0
+
+    def lay_over(self, blocks: Mapping[int, bytes]) -> None:
+        """Have blocks, all of one length and at multiples of it, read as a journal says they are."""
+        self._laid.update(blocks)
+        self._places = sorted(self._laid)
+        if self._places:
+            self._laid_bytes = len(self._laid[self._places[0]])
+            self._size = max(self._size, self._places[-1] + self._laid_bytes)
 
     def size(self) -> int:
         """Return the length of the file in bytes, as it was at the beginning."""
@@ -40,6 +53,17 @@ class Source:
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return ``length`` bytes from ``offset``; what lies past the end, or is bad, reads as zeros."""
+        found = self._pread(length, offset)
+        first = bisect_left(self._places, offset - self._laid_bytes + 1)
+        if first == len(self._places) or self._places[first] >= offset + length:
+            return found
+        changed = bytearray(found)
+        for place in self._places[first : bisect_left(self._places, offset + length)]:
+            start, stop = max(place, offset), min(place + self._laid_bytes, offset + length)
+            changed[start - offset : stop - offset] = self._laid[place][start - place : stop - place]
+        return bytes(changed)
+
+    def _pread(self, length: int, offset: int) -> bytes:
         if not self.bad.overlaps(offset, length):
             try:
                 return self._reader.pread(length, offset)
@@ -78,10 +102,21 @@ class Source:
         length = min(length, self._size - offset)
         if length <= 0:
             return
-        if isinstance(self._reader, Sparse):
-            yield from self._reader.data_extents(offset, length)
-        else:
-            yield offset, length
+        extents = (
+            self._reader.data_extents(offset, length)
+            if isinstance(self._reader, Sparse)
+            else iter([(offset, length)])
+        )
+        end = 0
+        for start, count in heapq.merge(extents, self._laid_extents(offset, length)):
+            if start + count > end:
+                yield max(start, end), start + count - max(start, end)
+                end = start + count
+
+    def _laid_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        first = bisect_left(self._places, offset)
+        for place in self._places[first : bisect_left(self._places, offset + length)]:
+            yield place, min(self._laid_bytes, offset + length - place)
 
 
 def _middle(start: int, end: int) -> int:

@@ -15,7 +15,15 @@ from enum import IntEnum
 
 from jqcow import _native
 from jqcow.ondisk import entries
-from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset, entry_place, table_bytes
+from jqcow.ondisk.layout import (
+    MAX_L1_ENTRIES,
+    SECTOR_BYTES,
+    HostOffset,
+    entry_place,
+    table_bytes,
+    table_entries,
+)
+from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.marks import Marks
 from jqcow.salvage.shape import Damage, Shape
 from jqcow.salvage.source import Source
@@ -47,6 +55,9 @@ class DiskTables:
         offsets: of the L2 table of each L1 entry; 0 where there is none, or where it is lost.
         fates: a `Fate` for each L1 entry.
         lost: of torn tables the (first entry, count) that are lost, by L1 index.
+        likely: of lost tables the host offset of what may be them, and how surely, by L1 index.
+        certainty: how surely the L1 table is that of the disk.
+        are_empty_sure: a table of zeros says that nothing is allocated. False: it may have been emptied.
         damages: what is wrong, in the order of the L1 table.
     """
 
@@ -58,6 +69,10 @@ class DiskTables:
     fates: bytearray = field(default_factory=bytearray)
     lost: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     damages: list[Damage] = field(default_factory=list)
+    likely: dict[int, tuple[int, Certainty]] = field(default_factory=dict)
+    certainty: Certainty = Certainty.CERTAIN
+    are_empty_sure: bool = False
+    _read: tuple[int, bytes] = (-1, b"")
 
     @property
     def table_covers(self) -> int:
@@ -77,6 +92,54 @@ class DiskTables:
         for first, count in self.lost[index]:
             mended[first * entry_bytes : (first + count) * entry_bytes] = bytes(count * entry_bytes)
         return bytes(mended)
+
+    def read_likely(self, index: int) -> bytes | None:
+        """Return what may be a lost table; None where nothing may."""
+        if index not in self.likely:
+            return None
+        offset = self.likely[index][0]
+        if self._read[0] != offset:
+            self._read = offset, self.source.pread(self.shape.geometry.cluster_bytes, offset)
+        return self._read[1]
+
+    def adopt(self, index: int, offset: int, marks: Marks) -> None:
+        """Take a table that was found for an L1 entry that was lost, and mark what it names."""
+        self.offsets[index], self.fates[index] = offset, Fate.WHOLE
+        self.likely.pop(index, None)
+        self.lost.pop(index, None)
+        marks.set_structure(offset, self.shape.geometry.cluster_bytes)
+        _judge_table(self, index, marks)
+
+    def grow(self, index: int) -> bool:
+        """Have an L1 entry, lost as those before it are; return False if the size of the disk is known."""
+        if not {"size", "l1_size"} & (self.shape.lost | self.shape.inferred) or index >= MAX_L1_ENTRIES:
+            return False
+        more = index + 1 - len(self.fates)
+        self.fates += bytes([Fate.LOST]) * more
+        self.offsets.extend([0] * more)
+        self.disk_bytes = max(self.disk_bytes, (index + 1) * self.table_covers)
+        return True
+
+    def lose_all(self, entry_count: int) -> None:
+        """Take all entries of the L1 table for lost."""
+        count = max(entry_count, self.shape.geometry.l1_entries_for(self.disk_bytes))
+        self.offsets, self.fates = array("Q", bytes(table_bytes(count))), bytearray([Fate.LOST]) * count
+        self.damages.append(Damage("L1 table", None, "it is lost", 0, self.disk_bytes))
+
+    def doubt_absent(self) -> int:
+        """Take entries of 0 for lost in sectors of the L1 table that have no other; return how many."""
+        count = 0
+        step = table_entries(SECTOR_BYTES)
+        for first in range(0, len(self.fates), step):
+            if any(self.fates[first : first + step]):
+                continue
+            for index in range(first, min(first + step, len(self.fates))):
+                self.fates[index] = Fate.LOST
+                count += 1
+        if count:
+            meaning = f"{count} entries are 0, and tables are in use that no entry names"
+            self.damages.append(Damage("L1 table", None, meaning))
+        return count
 
     def lost_entries(self, index: int) -> list[tuple[int, int]]:
         """Return the (first entry, count) of a table that nobody knows."""
@@ -101,11 +164,16 @@ def read_tables(source: Source, shape: Shape, marks: Marks) -> DiskTables:
     """
     header = shape.area.header
     tables = DiskTables("disk", header.size, source, shape)
-    _judge_all(tables, header.l1_table_offset, header.l1_size, marks)
+    if "l1_table_offset" in shape.lost:
+        tables.lose_all(header.l1_size)
+        return tables
+    if {"l1_table_offset", "cluster_bits"} & shape.doubtful:
+        tables.certainty = Certainty.LIKELY
+    judge_all(tables, header.l1_table_offset, header.l1_size, marks)
     return tables
 
 
-def _judge_all(tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks) -> None:
+def judge_all(tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks) -> None:
     """Judge the L2 tables of an L1 table, and then mark what they name; T3 needs the structures first."""
     needed = tables.shape.geometry.l1_entries_for(tables.disk_bytes)
     length = table_bytes(max(l1_entries, needed))
