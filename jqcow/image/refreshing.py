@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
+from jqcow import _native
 from jqcow.image.known_sums import KnownSums, pack_bits, slices, unpack_bits
 from jqcow.image.unit_sums import BELOW, UNREADABLE, ReadableDisk, measure
+from jqcow.ondisk.bitmaps import BitmapEntry
 from jqcow.ondisk.protection import (
     BLOCK_BYTES,
     CHANGED,
@@ -27,6 +30,8 @@ from jqcow.ondisk.protection import (
 )
 
 if TYPE_CHECKING:
+    from jqcow.engine.bitmaps import Bitmaps
+    from jqcow.engine.tables import Tables
     from jqcow.image.transaction import Transaction
 
 STEP_BYTES = 256 << 20
@@ -154,8 +159,20 @@ class Refresh:
             index: self._check_of(index, is_sound=index not in self._doubtful) for index in self._touched
         }
         changed = {index: check for index, check in checks.items() if record.checks[index] != check}
+        self._drop_zeros()
         if changed:
             self._write_record(record.with_checks(changed, stamp_behind(record.stamp)), whole=False)
+
+    def _drop_zeros(self) -> None:
+        """Take away clusters in which all bits are clear: one of zeros that is found later was damaged."""
+        bitmaps, entry = self.known.bitmaps, self.known.entries[CHANGED]
+        clear = [
+            index
+            for index, place in bitmaps.allocated(entry)
+            if _native.is_zero(bitmaps.read_host(bitmaps.geometry.cluster_bytes, place))
+        ]
+        for index in clear:
+            self._transaction._operate(partial(_drop, bitmaps, entry, index))
 
     def _write_record(self, record: Record, *, whole: bool) -> None:
         """Write the blocks of the record that say something else than before, or all of them."""
@@ -164,6 +181,10 @@ class Refresh:
             if whole or record.block_checks(index) != record.block_checks(index, before):
                 self._write(RECORD, index * BLOCK_BYTES, block)
         self.known = KnownSums(self.known.bitmaps, self.known.units, self.known.entries, record, "")
+
+
+def _drop(bitmaps: Bitmaps, entry: BitmapEntry, index: int, _: Tables) -> None:
+    bitmaps.drop_cluster(entry, index, 0)
 
 
 def _runs(bits: list[int]) -> Iterator[tuple[int, int]]:

@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 
 from jqcow import _native
 from jqcow.errors import UnsupportedFeatureError
-from jqcow.ondisk.bitmaps import MIN_GRANULARITY_BITS, BitmapEntry
+from jqcow.ondisk.bitmaps import MAX_BITMAP_BYTES, MIN_GRANULARITY_BITS, BitmapEntry
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, SECTOR_BYTES
 
 SUMS, CHANGED, RECORD = "jqcow-sums", "jqcow-changed", "jqcow-record"
@@ -205,6 +205,9 @@ class RecordBlock:
         if version != VERSION:
             raise UnsupportedFeatureError(f"protection of version {version}")
         if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS or bits != unit_bits(cluster_bits):
+            return None
+        units = Units(size, cluster_bits)
+        if units.count * SUM_BYTES > MAX_BITMAP_BYTES or first + count > units.sum_clusters:
             return None
         return cls(stamp, size, cluster_bits, first, tuple(unpack_sums(data[BLOCK_STRUCT.size : length])))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, PlacedDisk, Placement
 from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.protection import Protection
 from jqcow.salvage.sums import SumIndex
 
 MAX_ROUNDS = 8
@@ -90,7 +91,11 @@ class Anchors:
 
 
 def anchor(
-    guest_map: GuestMap, disk: PlacedDisk, orphans: Orphans, find: Find
+    guest_map: GuestMap,
+    disk: PlacedDisk,
+    orphans: Orphans,
+    find: Find,
+    protection: Protection | None = None,
 ) -> tuple[Anchors, list[GuestStructure]]:
     """Place what tells by itself where it belongs, by structures of the guest and by their checksums.
 
@@ -98,6 +103,10 @@ def anchor(
         What was placed, and the structures that were found.
     """
     anchors = Anchors(guest_map, orphans)
+    if protection is not None:
+        for placement in by_protection(protection, guest_map, orphans):
+            anchors.add(placement)
+        anchors.settle()
     structures: list[GuestStructure] = []
     for _ in range(MAX_ROUNDS):
         structures = list(find(disk, orphans))
@@ -119,4 +128,13 @@ def by_sums(
     for structure in structures:
         for block_sum in structure.sums(disk):
             index.add(block_sum)
+    yield from index.placements(orphans)
+
+
+def by_protection(protection: Protection, guest_map: GuestMap, orphans: Orphans) -> Iterator[Placement]:
+    """Yield where the orphans belong of which `jqcow protect` kept the sums."""
+    witness = "sums of jqcow protect"
+    index = SumIndex(guest_map, orphans.cluster_bytes, witness, protection.certainty)
+    for block_sum in protection.sums():
+        index.add(block_sum)
     yield from index.placements(orphans)
