@@ -14,9 +14,9 @@ from jqcow.image.bitmaps import BitmapReader
 from jqcow.image.comparing import Comparing
 from jqcow.image.known_sums import KnownSums, State, UnitRange, UnitRanges, slices
 from jqcow.image.refreshing import Progress, Refresh
-from jqcow.image.unit_sums import is_unreadable, sum_of
+from jqcow.image.unit_sums import is_unreadable
 from jqcow.ondisk import protection as ondisk
-from jqcow.ondisk.protection import CHANGED, RECORD, Units
+from jqcow.ondisk.protection import CHANGED, RECORD, Units, sum_of
 
 if TYPE_CHECKING:
     from jqcow.image.transaction import Transaction

@@ -10,10 +10,9 @@ import errno
 from collections.abc import Iterator
 from typing import Protocol
 
-from jqcow import _native
 from jqcow.device.disk import Extent
 from jqcow.errors import CorruptionError, FormatError
-from jqcow.ondisk.protection import Units, zeros_crc
+from jqcow.ondisk.protection import Units, sum_of
 
 BELOW, UNREADABLE = -1, -2
 """In the place of a sum: nothing of the unit is the image's own; it cannot be read."""
@@ -40,11 +39,6 @@ def is_unreadable(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in _UNREADABLE_ERRORS
     return isinstance(error, CorruptionError | FormatError)
-
-
-def sum_of(content: bytes, unit_bytes: int) -> int:
-    """Return the sum of a unit; what is missing of it, behind the end of the disk, is zeros."""
-    return _native.crc32c(content.ljust(unit_bytes, b"\0")) ^ zeros_crc(unit_bytes)
 
 
 def measure(disk: ReadableDisk, units: Units, first: int, end: int, *, has_below: bool) -> list[int]:

@@ -7,8 +7,12 @@ Three persistent bitmaps:
     jqcow-record    disabled: its payload says what the payload of jqcow-sums is
 
 A unit is a cluster, or 16 KiB where clusters are smaller: no bitmap has a granularity below 512 bytes. A sum
-is the CRC-32C of what the guest reads of a unit, zeros behind the disk's end, XOR that of a unit of zeros. So
-a disk of zeros has sums of zeros, which take no space; and what another program adds to a disk is right.
+is the CRC-32C of what the guest reads of a unit, zeros behind the disk's end, from the last byte to the
+first, XOR that of a unit of zeros. So a disk of zeros has sums of zeros, which take no space; and what
+another program adds to a disk is right.
+
+From last to first: guests end some blocks with the CRC-32C of them, and the CRC-32C of such a block is the
+same whatever is in it. All superblocks of ext4, of any time and place, would have one sum.
 
 Record block, one after the other at multiples of 512 bytes of the payload of jqcow-record::
 
@@ -131,6 +135,16 @@ class Units:
 
 
 _zero_sums: dict[int, int] = {}
+
+
+def reversed_crc(content: bytes) -> int:
+    """Return the CRC-32C of bytes from the last to the first."""
+    return _native.crc32c(content[::-1])
+
+
+def sum_of(content: bytes, unit_bytes: int) -> int:
+    """Return the sum of a unit; what is missing of it, behind the end of the disk, is zeros."""
+    return reversed_crc(content.ljust(unit_bytes, b"\0")) ^ zeros_crc(unit_bytes)
 
 
 def zeros_crc(unit_bytes: int) -> int:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from jqcow.ondisk.protection import reversed_crc
 from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, PlacedDisk, Placement
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.protection import Protection
@@ -134,7 +135,7 @@ def by_sums(
 def by_protection(protection: Protection, guest_map: GuestMap, orphans: Orphans) -> Iterator[Placement]:
     """Yield where the orphans belong of which `jqcow protect` kept the sums."""
     witness = "sums of jqcow protect"
-    index = SumIndex(guest_map, orphans.cluster_bytes, witness, protection.certainty)
+    index = SumIndex(guest_map, orphans.cluster_bytes, witness, protection.certainty, reversed_crc)
     for block_sum in protection.sums():
         index.add(block_sum)
     yield from index.placements(orphans)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from jqcow import _native
@@ -54,8 +54,13 @@ class SumIndex:
         cluster_bytes: int,
         witness: str = "checksums of file data",
         most: Certainty = Certainty.CERTAIN,
+        sum_of: Callable[[bytes], int] = _native.crc32c,
     ) -> None:
-        """Look for places that are open in ``guest_map``; none will be surer than ``most``."""
+        """Look for places that are open in ``guest_map``; none will be surer than ``most``.
+
+        ``sum_of`` makes the sums that blocks have.
+        """
+        self._sum_of = sum_of
         self._map, self._cluster_bytes = guest_map, cluster_bytes
         self._witness, self._most = witness, most
         self._block_bytes = 0
@@ -151,7 +156,7 @@ class SumIndex:
         digest = 0
         for within in range(0, len(content), length):
             block = content[within : within + length]
-            digest = _native.crc32c(block)
+            digest = self._sum_of(block)
             places = self._places.get((within, digest), [])
             if length < len(content) and len(places) > MAX_SAME:
                 if _native.is_zero(block):
