@@ -67,7 +67,7 @@ def slices(units: Units, start: int = 0) -> Iterator[tuple[int, int]]:
 
 def unpack_bits(packed: bytes, count: int) -> list[int]:
     """Return bits, the lowest of a byte first."""
-    digits = f"{int.from_bytes(packed, 'little'):0{len(packed) * 8}b}"[::-1]
+    digits = f"{int.from_bytes(packed, 'little'):0{len(packed) << 3}b}"[::-1]
     return [int(digit) for digit in digits[:count]]
 
 

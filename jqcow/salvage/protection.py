@@ -4,9 +4,9 @@ The bitmap directory leads to them where the header names it. Else they are look
 itself by the names in it, a block of the record by its magic and checksum, and a cluster of sums by the
 checksum that the record has of it.
 
-U1. Sums are current only if it is known which units were written since: a directory names jqcow-changed, it
+Y1. Sums are current only if it is known which units were written since: a directory names jqcow-changed, it
     is not in use, and no journal is left that may know more. Else what they say is at most LIKELY.
-U2. A cluster of sums counts if the record has its checksum.
+Y2. A cluster of sums counts if the record has its checksum.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Protection:
 
     Attributes:
         units: how the disk was divided.
-        certainty: how surely what has a sum belongs where that is: see U1.
+        certainty: how surely what has a sum belongs where that is: see Y1.
         clusters: the host offset of each cluster of sums that counts, by its index.
         structures: the host clusters that the protection takes, as far as they are known.
     """
@@ -274,18 +274,18 @@ def _protection(
         clusters |= _sound_clusters(source, one, record)
         if not _is_usable(one):
             certainty = min(certainty, Certainty.LIKELY)
-        bits, is_damaged = _bits(source, geometry, one.tables[CHANGED], -(-units.count // 8))
+        bits, is_damaged = _bits(source, geometry, one.tables[CHANGED], units.count + 7 >> 3)
         if is_damaged:
             certainty = min(certainty, Certainty.LIKELY)
         joined = int.from_bytes(bits, "little") | int.from_bytes(changed, "little")
-        changed = joined.to_bytes(-(-units.count // 8), "little")
+        changed = joined.to_bytes(units.count + 7 >> 3, "little")
     if not clusters:
         return None
     return Protection(source, geometry, units, certainty, clusters, structures, changed)
 
 
 def _sound_clusters(source: Source, one: _Found, record: Record) -> dict[int, int]:
-    """Return the clusters of sums that are what the record says (U2)."""
+    """Return the clusters of sums that are what the record says (Y2)."""
     clusters = {}
     for index, place in enumerate(one.tables[SUMS][: len(record.checks)]):
         first, end = record.units.sums_of_cluster(index)
