@@ -57,7 +57,6 @@ def add_parsers(commands: Any) -> None:
     heal.add_argument("-F", dest="backup_format", choices=common.FORMATS, help="format of BACKUP")
     heal.set_defaults(command=heal_command)
     for parser in (protect, verify, heal):
-        parser.add_argument("-f", dest="format", choices=("qcow2",), help="the format of IMAGE")
         common.add_allow_files(parser)
         add_progress(parser)
         common.add_output(parser)
