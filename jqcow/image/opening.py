@@ -97,7 +97,7 @@ def open(
 
     Raises:
         PassphraseError, MissingPackageError: it is encrypted, with no passphrase (that fits) or cryptography.
-        FileAccessDenied: the image has a backing file, and opening it is not allowed.
+        FileAccessDenied: it has a backing file, which is not allowed.
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
         JqcowError, OSError: no qcow2 image, damaged, refused by name, in use, no such snapshot; a host error.
     """

@@ -16,6 +16,7 @@ from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, PlacedDis
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.protection import Protection
 from jqcow.salvage.sums import SumIndex
+from jqcow.salvage.unit_runs import UnitRuns
 
 MAX_ROUNDS = 8
 """So often evidence is asked anew; each round costs a pass over the orphans."""
@@ -134,8 +135,12 @@ def by_sums(
 
 def by_protection(protection: Protection, guest_map: GuestMap, orphans: Orphans) -> Iterator[Placement]:
     """Yield where the orphans belong of which `jqcow protect` kept the sums."""
-    witness = "sums of jqcow protect"
-    index = SumIndex(guest_map, orphans.cluster_bytes, witness, protection.certainty, reversed_crc)
+    witness, unit_bytes = "sums of jqcow protect", protection.units.unit_bytes
+    index: SumIndex | UnitRuns
+    if unit_bytes > orphans.cluster_bytes:
+        index = UnitRuns(guest_map, orphans.cluster_bytes, unit_bytes, witness, protection.certainty)
+    else:
+        index = SumIndex(guest_map, orphans.cluster_bytes, witness, protection.certainty, reversed_crc)
     for block_sum in protection.sums():
         index.add(block_sum)
     yield from index.placements(orphans)

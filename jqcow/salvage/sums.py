@@ -14,7 +14,7 @@ M2. Content that several places have is certain in them if there are as many clu
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -36,7 +36,7 @@ class _Class:
 
     Attributes:
         places: guest offsets.
-        hosts: host offsets of the clusters, or of the first of each run of them.
+        hosts: host offsets of the clusters.
         right: how many sums the content has right in each place.
     """
 
@@ -46,7 +46,7 @@ class _Class:
 
 
 class SumIndex:
-    """Finds the places of clusters by the sums of their blocks, or of runs of clusters by one sum."""
+    """Finds the places of clusters by the sums of their blocks."""
 
     def __init__(
         self,
@@ -67,28 +67,17 @@ class SumIndex:
         self._sums: dict[int, dict[int, int]] = defaultdict(dict)
         self._places: dict[tuple[int, int], list[int]] = defaultdict(list)
 
-    @property
-    def _unit_bytes(self) -> int:
-        """What is placed at once: a cluster, or as many as have one sum."""
-        return max(self._cluster_bytes, self._block_bytes)
-
     def add(self, block_sum: BlockSum) -> None:
         """Take the sum of a block. All have the same length; one of another length is left out."""
         length = block_sum.length
-        if not self._block_bytes and length >= 512 and _are_multiples(length, self._cluster_bytes):
+        if not self._block_bytes and 512 <= length <= self._cluster_bytes:
             self._block_bytes = length
-        if length != self._block_bytes:
-            return
-        within = block_sum.guest_offset % self._unit_bytes
+        within = block_sum.guest_offset % self._cluster_bytes
         guest = block_sum.guest_offset - within
-        if within % length or not self._is_open(guest):
+        if length != self._block_bytes or within % length or not self._map.is_open(guest):
             return
         self._sums[guest][within] = block_sum.crc32c
         self._places[within, block_sum.crc32c].append(guest)
-
-    def _is_open(self, guest: int) -> bool:
-        end = min(guest + self._unit_bytes, self._map.size)
-        return any(self._map.is_open(offset) for offset in range(guest, end, self._cluster_bytes))
 
     def placements(self, orphans: Orphans) -> Iterator[Placement]:
         """Yield where orphans belong."""
@@ -110,23 +99,18 @@ class SumIndex:
                 is_ruled_out = found.right >= CERTAIN_BLOCKS or is_few or self._is_beside(beside, guest, host)
                 is_certain = is_alone and is_enough and is_ruled_out
                 certainty = min(self._most, Certainty.CERTAIN if is_certain else Certainty.LIKELY)
-                yield from self._of_unit(guest, host, certainty)
-
-    def _of_unit(self, guest: int, host: int, certainty: Certainty) -> Iterator[Placement]:
-        length = self._cluster_bytes
-        for start in range(0, self._unit_bytes, length):
-            yield Placement(guest + start, host + start, length, certainty, self._witness)
+                yield Placement(guest, host, self._cluster_bytes, certainty, self._witness)
 
     def _is_beside(self, beside: dict[int, set[int]], guest: int, host: int) -> bool:
         """Return True if a neighbour in the file has the right sum for the neighbour on the disk."""
-        step = self._unit_bytes
+        step = self._cluster_bytes
         return any(guest + way in beside.get(host + way, ()) for way in (step, -step))
 
     def _classes(self, orphans: Orphans) -> tuple[list[_Class], int]:
         """Return the contents that have places, and how many clusters have none."""
         classes: dict[tuple[int, int], _Class] = {}
         unmatched = 0
-        for host, content in self._units(orphans):
+        for host, content in orphans:
             places, right, digest = self._of(content)
             if not places:
                 unmatched += 1
@@ -135,20 +119,6 @@ class SumIndex:
             found = classes.setdefault(key, _Class(places, right))
             found.hosts.append(host)
         return list(classes.values()), unmatched
-
-    def _units(self, orphans: Orphans) -> Iterator[tuple[int, bytes]]:
-        """Yield (host offset, content) of clusters, or of as many neighbours as have one sum."""
-        count = self._unit_bytes // self._cluster_bytes
-        if count == 1:
-            yield from orphans
-            return
-        run: deque[tuple[int, bytes]] = deque(maxlen=count)
-        for host, content in orphans:
-            if run and run[-1][0] + self._cluster_bytes != host:
-                run.clear()
-            run.append((host, content))
-            if len(run) == count:
-                yield run[0][0], b"".join(part for _, part in run)
 
     def _of(self, content: bytes) -> tuple[list[int], int, int]:
         """Return the places in which all sums of a content are right, how many, and one of the sums."""
@@ -166,7 +136,3 @@ class SumIndex:
                 right[guest] += 1
         whole = [guest for guest, count in right.items() if count == len(self._sums[guest])]
         return whole, min((right[guest] for guest in whole), default=0), digest
-
-
-def _are_multiples(length: int, cluster_bytes: int) -> bool:
-    return length % cluster_bytes == 0 or cluster_bytes % length == 0

@@ -14,7 +14,7 @@ from jqcow import _native
 from jqcow.device.file import FileDevice
 from jqcow.ondisk.bitmaps import place_of
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.protection import CHANGED, RECORD, SUMS
+from jqcow.ondisk.protection import CHANGED, RECORD, SUMS, reversed_crc
 from jqcow.salvage.anchoring import Anchors, by_protection
 from jqcow.salvage.evidence import BlockSum, Certainty, Placement
 from jqcow.salvage.guestmap import GuestMap
@@ -25,6 +25,7 @@ from jqcow.salvage.shape import Shape
 from jqcow.salvage.source import Source
 from jqcow.salvage.sums import SumIndex
 from jqcow.salvage.tables import read_tables
+from jqcow.salvage.unit_runs import UnitRuns
 
 CLUSTER = 16384
 MIB = 1 << 20
@@ -272,9 +273,42 @@ def test_two_contents_of_one_sum_are_not_certain() -> None:
     assert [placement.certainty for placement in found] == [Certainty.LIKELY] * 2
 
 
-def test_a_sum_of_several_clusters_places_a_run_of_them() -> None:
-    index = SumIndex(Everywhere(), 4096)  # type: ignore[arg-type]
-    index.add(BlockSum(32768, 16384, _native.crc32c(b"".join(map(block, range(4))))))
-    contents = {(9 + number) * 4096: block(number) for number in range(4)} | {4096: block(0)}
-    found = placed(index, contents)
-    assert found == {32768 + at: (36864 + at, Certainty.CERTAIN) for at in range(0, 16384, 4096)}
+def runs_of(*units: tuple[int, list[int | None]]) -> UnitRuns:
+    """Return what knows units by guest offset, each of blocks or zeros."""
+    index = UnitRuns(Everywhere(), 4096, 16384, "sums", Certainty.CERTAIN)  # type: ignore[arg-type]
+    for guest, numbers in units:
+        content = b"".join(bytes(4096) if number is None else block(number) for number in numbers)
+        index.add(BlockSum(guest, 16384, reversed_crc(content)))
+    return index
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [None, 1, 2, None], [None, None, None, 3], [0, None]])
+def test_a_sum_of_several_clusters_places_a_run_of_them(numbers: list[int | None]) -> None:
+    numbers = numbers + [None] * (4 - len(numbers))
+    contents = {
+        (9 + place) * 4096: block(number) for place, number in enumerate(numbers) if number is not None
+    }
+    found = {
+        one.guest_offset: (one.host_offset, one.certainty)
+        for one in runs_of((32768, numbers)).placements(Clusters(contents | {4096: block(77)}))
+    }
+    assert found == {32768 + host - 36864: (host, Certainty.CERTAIN) for host in contents}
+
+
+def test_runs_that_have_too_many_strangers_are_likely_without_a_neighbour() -> None:
+    strangers = {(1000 + number) * 4096: block(1000 + number) for number in range(400)}
+    lost = [(1 << 20 | at << 14, [5000 + at, None, None, None]) for at in range(8)]
+    index = runs_of((0, [0, 1, 2, 3]), (16384, [4, 5, None, None]), (65536, [6, 7, 8, 9]), *lost)
+    contents = {(9 + place) * 4096: block(place) for place in range(6)}
+    contents |= {(30 + place) * 4096: block(6 + place) for place in range(4)}
+    found = {one.guest_offset: one.certainty for one in index.placements(Clusters(strangers | contents))}
+    assert {found[guest * 4096] for guest in range(6)} == {Certainty.CERTAIN}
+    assert {found[65536 + at] for at in range(0, 16384, 4096)} == {Certainty.LIKELY}
+
+
+def test_runs_of_one_content_share_no_cluster() -> None:
+    index = runs_of((0, [1, 1, 1, 1]), (65536, [1, 1, 1, 1]))
+    contents = {(9 + place) * 4096: block(1) for place in range(8)}
+    found = list(index.placements(Clusters(contents)))
+    assert len({one.host_offset for one in found}) == len(found) == 8
+    assert {one.certainty for one in found} == {Certainty.CERTAIN}
