@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -24,6 +24,7 @@ CLUSTER_BYTES = 16384
 DISK_BYTES = (1 << 20) + (256 << 10)
 STATES = 6
 FAULTS = 4
+HEALING_FAULTS = 12
 
 
 @contextmanager
@@ -168,16 +169,44 @@ def _rotten() -> tuple[SimulatedDevice, bytes, set[int]]:
     return SimulatedDevice(bytes(content)), good, {offset for offset, _ in chosen}
 
 
+def _require_no_more_wrong(report: VerifyReport, rotten: set[int]) -> None:
+    bad = [found for found in report.ranges if found.state != "changed"]
+    ends = ((found.offset, found.offset + found.length) for found in bad)
+    places = {place for start, end in ends for place in range(start, end, CLUSTER_BYTES)}
+    require(places <= rotten, "K1: what was right before is wrong now", places - rotten)
+    require(not report.bytes_of("changed"), "K1: healing leaves units without a sum")
+
+
+def healing_on_a_failing_host() -> None:
+    """K2, P5: whichever write or barrier of healing fails, nothing gets worse, and it can be done again."""
+    original, good, rotten = _rotten()
+    content = original.content()
+    with small_steps():
+        plan = FaultPlan()
+        _heal_with(SimulatedDevice(content), good, plan)
+        for at in sorted({1 + plan.total * part // HEALING_FAULTS for part in range(HEALING_FAULTS)}):
+            device = SimulatedDevice(content)
+            _heal_with(device, good, FaultPlan(Fault(errno.EIO, at=at)))
+            device.faults = FaultPlan()
+            crashed = device.killed()
+            _require_no_more_wrong(_verified(crashed), rotten)
+            _heal_with(crashed, good, FaultPlan())
+            with open_simulated(crashed) as image:
+                require(image.pread(image.size, 0) == good, "P1: the healed disk is another one")
+
+
+def _heal_with(device: SimulatedDevice, good: bytes, plan: FaultPlan) -> None:
+    with suppress(OSError, jqcow.JqcowError), open_simulated(device) as image:
+        device.faults = plan
+        image.protection.heal(RawDisk(SimulatedDevice(good)))
+
+
 def healing_cut_off() -> None:
     """K2: whatever a crash leaves of healing, what was rotten is so still, or right; nothing else changes."""
     device, good, rotten = _rotten()
 
     def judge(report: VerifyReport) -> None:
-        bad = [found for found in report.ranges if found.state != "changed"]
-        ends = ((found.offset, found.offset + found.length) for found in bad)
-        places = {place for start, end in ends for place in range(start, end, CLUSTER_BYTES)}
-        require(places <= rotten, "K1: what was right before is wrong now", places - rotten)
-        require(not report.bytes_of("changed"), "K1: healing leaves units without a sum")
+        _require_no_more_wrong(report, rotten)
 
     backup = SimulatedDevice(good)
     with small_steps():
@@ -237,6 +266,7 @@ PROTECTION_SCENARIOS = (
     protection_cut_off,
     protection_on_a_failing_host,
     healing_cut_off,
+    healing_on_a_failing_host,
     rot_stays_wrong,
     sums_over_a_backing_file,
 )

@@ -164,7 +164,7 @@ def test_what_a_program_left_in_use_is_not_certain(tmp_path: Path) -> None:
         assert protection is not None and protection.certainty == Certainty.LIKELY
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_whatever_is_overwritten_nothing_fails_and_nothing_certain_is_wrong(
     tmp_path: Path, seed: int
 ) -> None:
@@ -285,9 +285,8 @@ def runs_of(*units: tuple[int, list[int | None]]) -> UnitRuns:
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [None, 1, 2, None], [None, None, None, 3], [0, None]])
 def test_a_sum_of_several_clusters_places_a_run_of_them(numbers: list[int | None]) -> None:
     numbers = numbers + [None] * (4 - len(numbers))
-    contents = {
-        (9 + place) * 4096: block(number) for place, number in enumerate(numbers) if number is not None
-    }
+    known = ((place, number) for place, number in enumerate(numbers) if number is not None)
+    contents = {(9 + place) * 4096: block(number) for place, number in known}
     found = {
         one.guest_offset: (one.host_offset, one.certainty)
         for one in runs_of((32768, numbers)).placements(Clusters(contents | {4096: block(77)}))
