@@ -67,6 +67,8 @@ def slices(units: Units, start: int = 0) -> Iterator[tuple[int, int]]:
 
 def unpack_bits(packed: bytes, count: int) -> list[int]:
     """Return bits, the lowest of a byte first."""
+    if not any(packed):
+        return [0] * count
     digits = f"{int.from_bytes(packed, 'little'):0{len(packed) << 3}b}"[::-1]
     return [int(digit) for digit in digits[:count]]
 

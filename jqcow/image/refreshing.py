@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from jqcow import _native
 from jqcow.image.known_sums import KnownSums, pack_bits, slices, unpack_bits
-from jqcow.image.unit_sums import BELOW, UNREADABLE, ReadableDisk, measure
+from jqcow.image.unit_sums import UNREADABLE, ReadableDisk, measure
 from jqcow.ondisk.bitmaps import BitmapEntry
 from jqcow.ondisk.protection import (
     BLOCK_BYTES,
@@ -134,11 +134,14 @@ class Refresh:
         units, known = self.known.units, self.known
         for start, stop in _runs(bits):
             found = measure(self._disk, units, first + start, first + stop, has_below=self._has_below)
-            for place, value in enumerate(found, start):
+            unsummed = [place for place, value in enumerate(found, start) if value < 0]
+            bits[start:stop] = [0] * (stop - start)
+            self.renewed_bytes += units.length(first + start, first + stop)
+            for place in unsummed:
+                bits[place] = 1
                 length = units.length(first + place, first + place + 1)
-                bits[place] = int(value in (BELOW, UNREADABLE))
-                self.unreadable_bytes += length if value == UNREADABLE else 0
-                self.renewed_bytes += 0 if bits[place] else length
+                self.renewed_bytes -= length
+                self.unreadable_bytes += length if found[place - start] == UNREADABLE else 0
             data = pack_sums(max(0, value) for value in found)
             if data != known.sums(first + start, first + stop):
                 self._write(SUMS, (first + start) * SUM_BYTES, data)
