@@ -96,8 +96,7 @@ def open(
         protect: with ``"r+"``, renew the protection at a clean close; see `Image.protection`.
 
     Raises:
-        PassphraseError, MissingPackageError: it is encrypted, with no passphrase (that fits) or cryptography.
-        FileAccessDenied: it has a backing file, which is not allowed.
+        PassphraseError, MissingPackageError, FileAccessDenied: what opens it is not given, or not allowed.
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
         JqcowError, OSError: no qcow2 image, damaged, refused by name, in use, no such snapshot; a host error.
     """
