@@ -11,9 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from jqcow.ondisk.protection import reversed_crc
 from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, PlacedDisk, Placement
 from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.protection import Protection
 from jqcow.salvage.sums import SumIndex
+from jqcow.salvage.unit_runs import UnitRuns
 
 MAX_ROUNDS = 8
 """So often evidence is asked anew; each round costs a pass over the orphans."""
@@ -90,7 +93,11 @@ class Anchors:
 
 
 def anchor(
-    guest_map: GuestMap, disk: PlacedDisk, orphans: Orphans, find: Find
+    guest_map: GuestMap,
+    disk: PlacedDisk,
+    orphans: Orphans,
+    find: Find,
+    protection: Protection | None = None,
 ) -> tuple[Anchors, list[GuestStructure]]:
     """Place what tells by itself where it belongs, by structures of the guest and by their checksums.
 
@@ -98,6 +105,10 @@ def anchor(
         What was placed, and the structures that were found.
     """
     anchors = Anchors(guest_map, orphans)
+    if protection is not None:
+        for placement in by_protection(protection, guest_map, orphans):
+            anchors.add(placement)
+        anchors.settle()
     structures: list[GuestStructure] = []
     for _ in range(MAX_ROUNDS):
         structures = list(find(disk, orphans))
@@ -119,4 +130,17 @@ def by_sums(
     for structure in structures:
         for block_sum in structure.sums(disk):
             index.add(block_sum)
+    yield from index.placements(orphans)
+
+
+def by_protection(protection: Protection, guest_map: GuestMap, orphans: Orphans) -> Iterator[Placement]:
+    """Yield where the orphans belong of which `jqcow protect` kept the sums."""
+    witness, unit_bytes = "sums of jqcow protect", protection.units.unit_bytes
+    index: SumIndex | UnitRuns
+    if unit_bytes > orphans.cluster_bytes:
+        index = UnitRuns(guest_map, orphans.cluster_bytes, unit_bytes, witness, protection.certainty)
+    else:
+        index = SumIndex(guest_map, orphans.cluster_bytes, witness, protection.certainty, reversed_crc)
+    for block_sum in protection.sums():
+        index.add(block_sum)
     yield from index.placements(orphans)

@@ -66,12 +66,13 @@ class FilePiece:
 
 @dataclass(frozen=True)
 class BlockSum:
-    """A checksum that the guest keeps of a block.
+    """A checksum that the guest keeps of a block, or `jqcow protect` does.
 
     Attributes:
         guest_offset: of the block on the guest's disk, in bytes.
         length: of the block in bytes.
-        crc32c: of its content, as `jqcow._native.crc32c` counts it.
+        crc32c: of its content, as `jqcow._native.crc32c` counts it; that of a protection as
+            `jqcow.ondisk.protection.reversed_crc` does.
     """
 
     guest_offset: int

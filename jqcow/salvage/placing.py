@@ -11,6 +11,7 @@ from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.filling import Filling
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.orphans import OrphanClusters
+from jqcow.salvage.protection import Protection
 from jqcow.salvage.reading import MappedDisk, PieceReader
 
 ZEROS_MAX = 256
@@ -32,7 +33,13 @@ class Placed:
     orphans: int = 0
 
 
-def place_orphans(guest_map: GuestMap, reader: PieceReader, orphans: OrphanClusters, find: Find) -> Placed:
+def place_orphans(
+    guest_map: GuestMap,
+    reader: PieceReader,
+    orphans: OrphanClusters,
+    find: Find,
+    protection: Protection | None = None,
+) -> Placed:
     """Place the orphans in what a disk has lost.
 
     Args:
@@ -40,10 +47,14 @@ def place_orphans(guest_map: GuestMap, reader: PieceReader, orphans: OrphanClust
         reader: of its pieces.
         orphans: what is to be placed.
         find: finds the structures of the guest.
+        protection: the sums that `jqcow protect` made, where there are any.
     """
+    if protection is not None:
+        for host in protection.structures:
+            orphans.bits.discard(host // orphans.cluster_bytes)
     guest_map.tables.are_empty_sure = not len(orphans)
     disk = MappedDisk(guest_map, reader)
-    anchors, structures = anchor(guest_map, disk, orphans, find)
+    anchors, structures = anchor(guest_map, disk, orphans, find, protection)
     expectations = Expectations(guest_map, orphans.cluster_bytes)
     expectations.take(structures, disk)
     filling = Filling(guest_map, orphans, _short_zeros(orphans), expectations, anchors.placed)

@@ -43,6 +43,7 @@ from tests.crash.devices import (
 )
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
 from tests.crash.judge import PromiseBroken, require
+from tests.crash.protected import PROTECTION_SCENARIOS
 from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
@@ -901,5 +902,6 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         recovery_on_a_used_up_device,
         size_of_an_old_snapshot,
         growth_behind_a_snapshot_table,
+        *PROTECTION_SCENARIOS,
     )
 }

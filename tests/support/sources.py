@@ -101,7 +101,7 @@ def renew(page: str, lists: str) -> str:
     return before + START + lists + END + after
 
 
-JUDGED = ("engine", "disks", "device")
+JUDGED = ("engine", "disks", "device", "image")
 """The packages whose rules are about crashes; each of these rules has a mutant."""
 
 
