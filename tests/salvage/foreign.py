@@ -68,16 +68,23 @@ def run(*words: object) -> str:
     return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout
 
 
+def secret(passphrase: str) -> list[str]:
+    """Return the words that give a program of QEMU's a passphrase, as the secret ``key``."""
+    return ["--object", f"secret,id=key,data={passphrase}"] if passphrase else []
+
+
 @contextmanager
-def exported(image: Path, folder: Path) -> Iterator[Path]:
+def exported(image: Path, folder: Path, passphrase: str = "") -> Iterator[Path]:
     """Show a qcow2 image as a file of the disk's bytes, written through QEMU."""
+    unlocked = ",encrypt.format=luks,encrypt.key-secret=key" if passphrase else ""
     shown = folder / "exported"
     shown.touch()
     daemon = subprocess.Popen(
         [
             "qemu-storage-daemon",
+            *secret(passphrase),
             *("--blockdev", f"driver=file,node-name=file,filename={image}"),
-            *("--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap"),
+            *("--blockdev", f"driver=qcow2,node-name=disk,file=file,discard=unmap{unlocked}"),
             *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={shown},writable=on,growable=off"),
         ]
     )
@@ -238,6 +245,7 @@ def make(
     options: str = "",
     load: Workload | None = None,
     making: Sequence[str] = (),
+    passphrase: str = "",
 ) -> None:
     """Make a qcow2 image with a file system that was used for a while.
 
@@ -249,13 +257,15 @@ def make(
         options: for ``qemu-img create -o``.
         making: more words for the program that makes the file system.
         load: what is done.
+        passphrase: of an image that the options encrypt with the secret ``key``.
     """
     folder = image.parent
     load = load or Workload()
     chance = random.Random(seed)
-    run("qemu-img", "create", "-q", "-f", "qcow2", *(["-o", options] if options else []), image, size)
+    words = ["-o", options] if options else []
+    run("qemu-img", "create", "-q", "-f", "qcow2", *secret(passphrase), *words, image, size)
     for number in range(load.mounts):
-        with exported(image, folder) as disk:
+        with exported(image, folder, passphrase) as disk:
             if number == 0:
                 with looped(disk) as device:
                     run(*MAKERS[kind], *making, device)
