@@ -131,6 +131,16 @@ def find_unmarked(
     return lib.jqcow_find_unmarked(view, order, start, stop, marked, first_cluster, found)  # type: ignore[no-any-return]
 
 
+def l2_shared(table: Buffer, entry_bytes: int, cluster_bits: int, marks: Buffer) -> tuple[int, int]:
+    """See :func:`jqcow._native.twins.l2_shared`."""
+    view, marked = _from_buffer(table), _from_buffer(marks)
+    counts = ffi.new("uint64_t[]", 2)
+    lib.jqcow_l2_shared(
+        view, len(view) // entry_bytes, entry_bytes, len(marked) * 4, cluster_bits, marked, counts
+    )
+    return counts[0], counts[1]
+
+
 def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:
     """See :func:`jqcow._native.twins.set_copied`."""
     view = _from_buffer(table, require_writable=True)

@@ -34,6 +34,10 @@ void jqcow_l2_judge(const void *table, size_t entry_count, size_t entry_bytes, i
 uint64_t jqcow_find_unmarked(const void *block, int order, size_t start, size_t stop, const void *marks,
                              uint64_t first_cluster, void *bits);
 
+/* Counts the data entries whose cluster is marked MANY, and those whose cluster is a STRUCTURE's. */
+void jqcow_l2_shared(const void *table, size_t entry_count, size_t entry_bytes, uint64_t cluster_count,
+                     int cluster_bits, const void *marks, uint64_t *counts);
+
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes);
 
 /* XORs each 16-byte block with its XTS tweak; tweaks has 16 bytes for each sector: that of its first block. */

@@ -14,7 +14,7 @@ from jqcow import _native
 from jqcow.ondisk import entries, layout
 from jqcow.ondisk.layout import table_bytes
 from jqcow.salvage.marks import NOBODY, STRUCTURE, Bits, Marks
-from jqcow.salvage.shape import Damage, Shape
+from jqcow.salvage.shape import Damage, Damages, Shape
 from jqcow.salvage.source import LOOK_BYTES, Source
 
 SAMPLED = 256
@@ -37,7 +37,7 @@ class Unnamed:
         """Compare marks and refcounts; the refcount structures get their marks, too."""
         self._source, self._shape, self._marks = source, shape, marks
         self.bits = Bits(marks.cluster_count)
-        self.damages: list[Damage] = []
+        self.damages = Damages()
         self.uncounted_bytes = 0
         per_block = shape.geometry.refcounts_per_cluster
         blocks = self._find_blocks()
