@@ -217,9 +217,12 @@ class GuestMap:
             length = min(end - start, cluster_bytes - skipped)
             if placed is None or not placed.certainties[entry]:
                 # Neighbours of which nothing is known are one piece.
-                while start + length < end and (placed is None or not placed.certainties[entry + 1]):
-                    entry += 1
-                    length = min(end - start, length + cluster_bytes)
+                if placed is None:
+                    length = end - start
+                else:
+                    following = placed.certainties[entry + 1 :]
+                    count = len(following) - len(following.lstrip(b"\0"))
+                    length = min(end - start, length + count * cluster_bytes)
                 kind: Kind = "below" if is_known else "lost"
                 yield Piece(start, length, kind, 0, 0, Certainty.GUESS, "nobody")
             else:

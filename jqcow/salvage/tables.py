@@ -172,9 +172,7 @@ def _judge_all(tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks
             known[offset] = _Verdict(Fate(tables.fates[index]), tables.lost.get(index, []))
 
 
-def _place_table(
-    tables: DiskTables, index: int, entry: int, place: int, marks: Marks, known: Known
-) -> None:
+def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: Marks, known: Known) -> None:
     """Take what an L1 entry says of its L2 table, if that can be."""
     offset, _, has_reserved = entries.split_l1(entry)
     cluster_bytes = tables.shape.geometry.cluster_bytes

@@ -108,5 +108,13 @@ def test_what_is_shared() -> None:
     cluster, marks = 1 << 16, bytearray(2)
     for index, mark in enumerate((MARK_STRUCTURE, 0, 1, MARK_MANY, MARK_MANY, MARK_STRUCTURE)):
         twins.refcount_set(marks, index, MARK_ORDER, mark)
-    entries = [0, 2 * cluster, 3 * cluster | 1 << 63, 4 * cluster, 1 << 62 | 4 * cluster, 5 * cluster, 9 * cluster]
+    entries = [
+        0,
+        2 * cluster,
+        3 * cluster | 1 << 63,
+        4 * cluster,
+        1 << 62 | 4 * cluster,
+        5 * cluster,
+        9 * cluster,
+    ]
     assert _native.l2_shared(struct.pack(">7Q", *entries), 8, 16, marks) == (2, 1)

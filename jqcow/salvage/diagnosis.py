@@ -1,0 +1,304 @@
+"""What is damaged, what depends on it, what can be had back and how surely.
+
+D1. A diagnosis changes nothing, and reads no data but samples, unless the orphans were placed before.
+D2. A list in it is bounded; numbers count everything.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from jqcow import _native
+from jqcow.salvage.amounts import Amounts, amounts_of
+from jqcow.salvage.evidence import Certainty
+from jqcow.salvage.shape import Damage
+from jqcow.salvage.source import LOOK_BYTES, Source
+from jqcow.salvage.survey import Survey
+from jqcow.salvage.tables import COMPRESSED, DATA, DOUBLED, STRUCTURES, ZERO, DiskTables, Fate
+
+State = Literal["clean", "live", "damaged"]
+
+RANGES_MAX = 1024
+"""So many guest ranges are listed."""
+SAMPLES = 64
+"""So many orphans are looked at."""
+OVERLAP = "something else lies there, too"
+MANY_CLUSTERS, MANY_BYTES = 32, 16 << 20
+"""So many orphans with data, or so many bytes of them, are no leak that a crash of another program leaves."""
+
+
+@dataclass(frozen=True)
+class GuestRange:
+    """A guest range that depends on what is damaged, and what it is now: ``lost``, or ``in doubt``."""
+
+    offset: int
+    length: int
+    kind: Literal["lost", "in doubt"]
+
+
+@dataclass(frozen=True)
+class DiskDiagnosis:
+    """What can be had back of one disk.
+
+    Attributes:
+        name: ``disk``, or ``snapshot`` with its id.
+        size: in bytes.
+        certain: bytes of data whose place is certain.
+        likely: bytes that several facts put there.
+        guess: bytes that were left over for the place, or whose cluster holds a structure.
+        zero: bytes that read as zeros.
+        below: bytes that no table allocates: the backing disk's, zeros without one.
+        lost: bytes of which nobody knows.
+        ranges: the first of those that are lost or in doubt, by offset.
+        range_count: how many there are.
+    """
+
+    name: str
+    size: int
+    certain: int
+    likely: int
+    guess: int
+    zero: int
+    below: int
+    lost: int
+    ranges: tuple[GuestRange, ...]
+    range_count: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do next: a command, if there is one, why, and about how long it takes."""
+
+    command: str | None
+    purpose: str
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `jqcow.diagnose` found out.
+
+    Attributes:
+        image: name of the file.
+        state: ``damaged`` where something that data depends on is lost; else ``live``, or ``clean``.
+        has_live_journal: the image crashed while jqcow wrote to it.
+        file_bytes: length of the file.
+        cluster_bytes: size of its clusters.
+        inferred: numbers of the header that were lost, and told by the rest of the file.
+        damages: what is wrong, the first of it.
+        damage_count: how many there are.
+        disks: the disk and its snapshots.
+        orphan_bytes: of clusters that are in use and that no table names.
+        orphans_with_data: the share of them that holds data, by samples; None where there are none.
+        may_be_lost: they may belong where a table is empty.
+        unreadable_bytes: what the host could not read so far.
+        is_deep: the orphans were placed, and the numbers are exact.
+        structures: what of the guest was recognised, if ``is_deep``.
+        read_bytes_per_second: how fast the host read the samples; None where there were none.
+        seconds: of the diagnosis.
+    """
+
+    image: str | None
+    state: State
+    has_live_journal: bool
+    file_bytes: int
+    cluster_bytes: int
+    inferred: tuple[str, ...]
+    damages: tuple[Damage, ...]
+    damage_count: int
+    disks: tuple[DiskDiagnosis, ...]
+    orphan_bytes: int
+    orphans_with_data: float | None
+    may_be_lost: bool
+    unreadable_bytes: int
+    is_deep: bool
+    structures: tuple[str, ...]
+    read_bytes_per_second: float | None
+    seconds: float
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def is_damaged(self) -> bool:
+        """True where data depends on what is damaged: nothing is to be changed before it was copied."""
+        return self.state == "damaged"
+
+
+def describe(
+    survey: Survey, *, image: str | None, has_live_journal: bool, damages: list[Damage], started: float
+) -> Diagnosis:
+    """Return what a survey found.
+
+    Args:
+        survey: of the file; its orphans may have been placed.
+        image: name of the file.
+        has_live_journal: the image is live.
+        damages: what is wrong besides, as of the journal.
+        started: when the diagnosis began, by `time.perf_counter`.
+    """
+    found = [*damages, *survey.damages()]
+    with_data, speed = _sample(survey)
+    cluster_bytes = survey.shape.geometry.cluster_bytes
+    orphan_bytes = len(survey.unnamed.bits) * cluster_bytes
+    disks = tuple(_disk(survey, tables) for tables in (survey.tables, *survey.snapshot_tables))
+    is_damaged = bool(damages) or any(
+        each.structure not in ("refcount table", "refcount block", "bitmap directory", "bitmap table")
+        and each.meaning != OVERLAP
+        for each in found
+    )
+    held = orphan_bytes * (with_data or 0)
+    is_much = held >= min(MANY_BYTES, MANY_CLUSTERS * cluster_bytes)
+    return Diagnosis(
+        image=image,
+        state="damaged" if is_damaged else "live" if has_live_journal else "clean",
+        has_live_journal=has_live_journal,
+        file_bytes=survey.source.size(),
+        cluster_bytes=cluster_bytes,
+        inferred=tuple(sorted(survey.shape.inferred)),
+        damages=tuple(found),
+        damage_count=len(found) + _left_out(survey),
+        disks=disks,
+        orphan_bytes=orphan_bytes,
+        orphans_with_data=with_data,
+        may_be_lost=is_much and _has_hole(survey.tables),
+        unreadable_bytes=survey.source.bad.total(),
+        is_deep=survey.placed is not None,
+        structures=() if survey.placed is None else survey.placed.structures,
+        read_bytes_per_second=speed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _left_out(survey: Survey) -> int:
+    lists = [survey.others.damages, survey.unnamed.damages, survey.tables.damages]
+    lists += [tables.damages for tables in survey.snapshot_tables]
+    return sum(each.left_out for each in lists)
+
+
+def _has_hole(tables: DiskTables) -> bool:
+    """Return True if a table is empty, or an entry of the L1 table is 0 before one that is not."""
+    present = tables.fates.rstrip(bytes([Fate.ABSENT]))
+    return Fate.EMPTY in tables.fates or Fate.ABSENT in present or not present
+
+
+def _disk(survey: Survey, tables: DiskTables) -> DiskDiagnosis:
+    if tables is not survey.tables:
+        return _other_disk(tables)
+    has_shared = bool(tables.counts[DOUBLED] or tables.counts[STRUCTURES]) or any(
+        each.meaning == OVERLAP for each in (*survey.unnamed.damages, *survey.others.damages, *tables.damages)
+    )
+    total, ranges, count = Amounts(), list[GuestRange](), 0
+    if not has_shared:
+        total = _by_counts(tables)
+    for index in range(len(tables.fates)):
+        is_whole = tables.fates[index] == Fate.WHOLE
+        if tables.fates[index] == Fate.ABSENT or (is_whole and not has_shared):
+            continue
+        start, length = tables.guest_range(index)
+        part = amounts_of(survey.guest_map, start, length, has_shared=has_shared)
+        if not has_shared:
+            # The rest of it is among the counts of all tables.
+            part = Amounts(
+                likely=part.likely, guess=part.guess, lost=part.lost, certain=_placed_surely(survey, index)
+            )
+        total.add(part)
+        if part.lost or part.likely or part.guess:
+            count = _list_ranges(survey, start, length, ranges, count)
+    total.below += max(0, tables.disk_bytes - _sum(total))
+    total = total.capped(survey.ceiling)
+    return DiskDiagnosis(
+        tables.name, tables.disk_bytes, **vars(total), ranges=tuple(ranges), range_count=count
+    )
+
+
+def _by_counts(tables: DiskTables) -> Amounts:
+    """Return what the entries of all tables come to; the last cluster of a disk may be cut."""
+    cluster_bytes, counts = tables.shape.geometry.cluster_bytes, tables.counts
+    cut = -tables.disk_bytes % cluster_bytes
+    certain = (counts[DATA] + counts[COMPRESSED]) * cluster_bytes
+    return Amounts(certain=max(0, certain - cut) if certain else 0, zero=counts[ZERO] * cluster_bytes)
+
+
+def _placed_surely(survey: Survey, index: int) -> int:
+    placed = survey.guest_map.placed.get(index)
+    certain = 0 if placed is None else placed.certainties.count(Certainty.CERTAIN)
+    return certain * survey.shape.geometry.cluster_bytes
+
+
+def _sum(total: Amounts) -> int:
+    return sum(vars(total).values())
+
+
+def _list_ranges(survey: Survey, offset: int, length: int, ranges: list[GuestRange], count: int) -> int:
+    """Add the ranges of a table that are lost or in doubt, as long as there is room; return the new count."""
+    if len(ranges) >= RANGES_MAX:
+        return count + 1
+    for piece in survey.guest_map.pieces(offset, length):
+        if piece.kind != "lost" and piece.certainty == Certainty.CERTAIN:
+            continue
+        kind: Literal["lost", "in doubt"] = "lost" if piece.kind == "lost" else "in doubt"
+        if piece.kind == "below":
+            continue
+        last = ranges[-1] if ranges else None
+        if last is not None and last.kind == kind and last.offset + last.length == piece.guest_offset:
+            ranges[-1] = GuestRange(last.offset, last.length + piece.length, kind)
+            continue
+        count += 1
+        if len(ranges) < RANGES_MAX:
+            ranges.append(GuestRange(piece.guest_offset, piece.length, kind))
+    return count
+
+
+def _other_disk(tables: DiskTables) -> DiskDiagnosis:
+    """Tell of a snapshot: what of it is lost, by its damages; how its data is shared is not looked at."""
+    lost = ranges = 0
+    listed = list[GuestRange]()
+    cluster_bytes = tables.shape.geometry.cluster_bytes
+    for index, fate in enumerate(tables.fates):
+        if fate not in (Fate.LOST, Fate.TORN):
+            continue
+        start, covered = tables.guest_range(index)
+        for first, count in tables.lost_entries(index):
+            length = min(count * cluster_bytes, max(0, covered - first * cluster_bytes))
+            lost += length
+            ranges += 1
+            if len(listed) < RANGES_MAX and length:
+                listed.append(GuestRange(start + first * cluster_bytes, length, "lost"))
+    rest = max(0, tables.disk_bytes - lost)
+    return DiskDiagnosis(
+        tables.name, tables.disk_bytes, rest, 0, 0, 0, 0, lost, ranges=tuple(listed), range_count=ranges
+    )
+
+
+def _sample(survey: Survey) -> tuple[float | None, float | None]:
+    """Return the share of orphans that hold data, and how fast the host reads; by samples."""
+    bits, source = survey.unnamed.bits, survey.source
+    cluster_bits = survey.shape.geometry.cluster_bits
+    looked = held = read = 0
+    started = time.perf_counter()
+    for number in range(SAMPLES):
+        first = bits.cluster_count * number // SAMPLES
+        stop = bits.cluster_count * (number + 1) // SAMPLES
+        cluster = _native.refcount_find_used(bits.data, 0, first, stop)
+        if cluster < 0:
+            continue
+        length = min(1 << cluster_bits, 64 << 10)
+        looked += 1
+        data = source.pread(length, cluster << cluster_bits)
+        held += not _native.is_zero(data)
+        read += length
+    for number in range(4):
+        offset, length = _some_data(source, number)
+        source.pread(length, offset)
+        read += length
+    seconds = max(1e-6, time.perf_counter() - started)
+    return (held / looked if looked else None), (read / seconds if read else None)
+
+
+def _some_data(source: Source, number: int) -> tuple[int, int]:
+    """Return a range that holds data, somewhere in the file."""
+    offset = source.size() * number // 4
+    for start, length in source.data_extents(offset, source.size() - offset):
+        return start, min(length, LOOK_BYTES)
+    return 0, 0
