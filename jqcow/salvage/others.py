@@ -1,4 +1,4 @@
-"""What lies in a file beside header, the disk's tables and refcounts: marked, so that it is taken for no data.
+"""What lies in a file beside header, the disk's tables and refcounts: marked, so that it counts for no data.
 
 Snapshot table, L1 tables of snapshots, the LUKS header, bitmaps with their tables and their bits.
 """

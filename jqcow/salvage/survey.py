@@ -16,7 +16,7 @@ from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.marks import Bits, Marks
 from jqcow.salvage.orphans import OrphanClusters, Unnamed, mark_header
-from jqcow.salvage.others import Others, mark_others, read_others
+from jqcow.salvage.others import Others, Places, mark_others, read_others
 from jqcow.salvage.placing import Placed, place_orphans
 from jqcow.salvage.plugs import find
 from jqcow.salvage.reading import Below, PieceReader
@@ -89,13 +89,14 @@ class Survey:
         return [*found, *self.others.damages, *self.unnamed.damages]
 
 
-def survey(source: Source, shape: Shape, snapshot: str | None = None) -> Survey:
+def survey(source: Source, shape: Shape, snapshot: str | None = None, also: Places | None = None) -> Survey:
     """Look at all structures of a file, and at no data.
 
     Args:
         source: the file.
         shape: what it is read as.
         snapshot: id or name of the snapshot whose disk is to be had back, instead of the active one.
+        also: other structures that lie in the file.
 
     Raises:
         SnapshotNotFound: no entry of the snapshot table has that id or name.
@@ -103,6 +104,7 @@ def survey(source: Source, shape: Shape, snapshot: str | None = None) -> Survey:
         OSError: the host failed, other than by what it cannot read.
     """
     others = read_others(source, shape)
+    others.places += also or []
     marks = _fresh_marks(source, shape)
     mark_others(others, marks)
     known: Known = {}
