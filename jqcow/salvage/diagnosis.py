@@ -24,6 +24,8 @@ RANGES_MAX = 1024
 """So many guest ranges are listed."""
 SAMPLES = 64
 """So many orphans are looked at."""
+EXTENTS_MAX = 4096
+"""So many parts of a file that are no hole are counted."""
 OVERLAP = "something else lies there, too"
 MANY_CLUSTERS, MANY_BYTES = 32, 16 << 20
 """So many orphans with data, or so many bytes of them, are no leak that a crash of another program leaves."""
@@ -85,6 +87,7 @@ class Diagnosis:
         state: ``damaged`` where something that data depends on is lost; else ``live``, or ``clean``.
         has_live_journal: the image crashed while jqcow wrote to it.
         file_bytes: length of the file.
+        stored_bytes: what of that is no hole, about.
         cluster_bytes: size of its clusters.
         inferred: numbers of the header that were lost, and told by the rest of the file.
         damages: what is wrong, the first of it.
@@ -104,6 +107,7 @@ class Diagnosis:
     state: State
     has_live_journal: bool
     file_bytes: int
+    stored_bytes: int
     cluster_bytes: int
     inferred: tuple[str, ...]
     damages: tuple[Damage, ...]
@@ -154,6 +158,7 @@ def describe(
         state="damaged" if is_damaged else "live" if has_live_journal else "clean",
         has_live_journal=has_live_journal,
         file_bytes=survey.source.size(),
+        stored_bytes=_stored_bytes(survey.source),
         cluster_bytes=cluster_bytes,
         inferred=tuple(sorted(survey.shape.inferred)),
         damages=tuple(found),
@@ -294,6 +299,16 @@ def _sample(survey: Survey) -> tuple[float | None, float | None]:
         read += length
     seconds = max(1e-6, time.perf_counter() - started)
     return (held / looked if looked else None), (read / seconds if read else None)
+
+
+def _stored_bytes(source: Source) -> int:
+    """Return how much of a file is no hole; of one with many holes what its beginning lets expect."""
+    stored = end = 0
+    for number, (offset, length) in enumerate(source.data_extents(0, source.size())):
+        stored, end = stored + length, offset + length
+        if number >= EXTENTS_MAX:
+            return stored * source.size() // end
+    return stored
 
 
 def _some_data(source: Source, number: int) -> tuple[int, int]:

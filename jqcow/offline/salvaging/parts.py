@@ -59,8 +59,9 @@ class Part:
             host += first
         if content is not None:
             content = content[first:stop]
-        place = {"offset": self.offset + first, "length": stop - first}
-        return replace(self, **place, host_offset=host, content=content)
+        return replace(
+            self, offset=self.offset + first, length=stop - first, host_offset=host, content=content
+        )
 
 
 class Parts:

@@ -1,4 +1,4 @@
-"""What a salvage writes: a raw file, or a qcow2 image that may keep its backing file; both can be gone on with."""
+"""What a salvage writes: a raw file, or a qcow2 image that may keep its backing file."""
 
 from __future__ import annotations
 
