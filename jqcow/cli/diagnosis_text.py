@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from jqcow.cli.common import human_size, plural
 from jqcow.errors import printable
 from jqcow.offline.salvage import SalvageReport
+from jqcow.offline.salvaging.in_place import InPlaceReport
 from jqcow.salvage.amounts import Amounts
 from jqcow.salvage.diagnosis import Diagnosis, DiskDiagnosis
 from jqcow.salvage.shape import Damage
@@ -125,3 +127,18 @@ def salvage_lines(report: SalvageReport) -> Iterator[str]:
         yield f"  gone on with from guest offset {report.resumed_at:#x}"
     yield from (f"  note: {printable(note)}" for note in report.notes)
     yield f"  {human_size(report.written_bytes)} written, in {report.seconds:.2f} s"
+
+
+def in_place_lines(report: InPlaceReport) -> Iterator[str]:
+    """Yield what a repair in place did, line by line."""
+    name = printable(report.image)
+    yield f"{name} has new tables: it is standard qcow2, and a check finds nothing"
+    amounts = {name: getattr(report, name) for name in vars(Amounts())}
+    yield f"  a disk of {human_size(report.size)}: {_amounts(amounts)}"
+    for part in report.lost_ranges[:RANGES_SHOWN]:
+        yield f"  zeros now: guest range {part.offset:#x} to {part.offset + part.length:#x}"
+    more = report.lost_range_count - RANGES_SHOWN
+    if more > 0:
+        yield f"  and {plural(more, 'more range')}: see --output=json"
+    undo = f"jqcow-recover --undo {shlex.quote(name)}"
+    yield f"  {human_size(report.written_bytes)} written; {undo} takes that back"

@@ -81,6 +81,8 @@ def recover(arguments: argparse.Namespace) -> int:
             return salvaging.diagnose_command(arguments)
         case "salvage":
             return salvaging.salvage_command(arguments)
+        case "in_place":
+            return salvaging.in_place_command(arguments)
     if not arguments.no_check:
         damaged = salvaging.damage_of(name)
         if damaged is not None:

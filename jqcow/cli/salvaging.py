@@ -7,10 +7,11 @@ import sys
 from contextlib import suppress
 
 from jqcow.cli import common, secrets
-from jqcow.cli.diagnosis_text import diagnosis_lines, salvage_lines
+from jqcow.cli.diagnosis_text import diagnosis_lines, in_place_lines, salvage_lines
 from jqcow.cli.progress import add_progress, progress_kind, shown_progress
 from jqcow.errors import JqcowError
 from jqcow.offline.salvage import diagnose, salvage
+from jqcow.offline.salvaging.in_place import repair_in_place
 from jqcow.salvage.diagnosis import Diagnosis
 
 MODES = ("undo", "salvage", "in_place", "diagnose")
@@ -165,3 +166,21 @@ def salvage_command(arguments: argparse.Namespace) -> int:
     elif not arguments.quiet:
         print("\n".join(salvage_lines(report)))
     return common.EXIT_OK if report.is_whole else common.EXIT_CORRUPT
+
+
+def in_place_command(arguments: argparse.Namespace) -> int:
+    """Give an image new tables."""
+    name = arguments.image
+    with common.about(name):
+        report = repair_in_place(
+            name,
+            allow_files=arguments.allow_files,
+            probe=arguments.probe,
+            passphrase=secrets.passphrase_of(arguments),
+        )
+    if arguments.output == "json":
+        common.print_json(common.as_json(report))
+    elif not arguments.quiet:
+        print("\n".join(in_place_lines(report)))
+    is_whole = not (report.lost or report.likely or report.guess)
+    return common.EXIT_OK if is_whole else common.EXIT_CORRUPT

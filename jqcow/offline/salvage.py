@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jqcow.device.file import FileDevice
+from jqcow.device.file import FileDevice, open_partial
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.errors import FormatError
 from jqcow.offline.compare import Progress
@@ -188,11 +188,17 @@ def salvage(
         OSError: the host failed, other than by what it cannot read.
     """
     check_format(target_format)
-    started = time.perf_counter()
     name = None if report is None else os.fspath(report)
     way = _Way(os.fspath(target), target_format, snapshot, certain_only, name, save_seconds)
     following = Following(allow_files, probe, passphrase=hidden(passphrase))
-    _refuse_existing(os.fspath(image), way)
+    return _salvage(os.fspath(image), way, following, map_file, progress)
+
+
+def _salvage(
+    image: str, way: _Way, following: Following, map_file: str | os.PathLike[str] | None, progress: Progress
+) -> SalvageReport:
+    started = time.perf_counter()
+    _refuse_existing(image, way)
     state = _read_state(way.target)
     bad = [*_bad_in(map_file), *(state.bad if state else ())]
     with open_patient(image, bad) as patient:
@@ -202,9 +208,9 @@ def salvage(
                 f"{way.target}{PARTIAL} is of another salvage, or the source was changed since; "
                 "remove it, and the state beside it, to begin anew"
             )
-        found = patient.survey(snapshot)
+        found = patient.survey(way.snapshot)
         found.unlock(patient.cipher(following.passphrase))
-        with _below(patient, following, is_needed=target_format == "raw") as below:
+        with _below(patient, following, is_needed=way.target_format == "raw") as below:
             found.place(below)
             copied = _copy(patient, found, way, state or _fresh(plan), below, progress)
         _write_map(map_file, found)
@@ -255,7 +261,7 @@ def _copy(
         found.reader(below if is_raw else None),
         Certainty.CERTAIN if way.certain_only else Certainty.GUESS,
     )
-    with closing(FileDevice.open_partial(way.target, way.target + PARTIAL)) as device:
+    with closing(open_partial(way.target, way.target + PARTIAL)) as device:
         target: Target
         if is_raw:
             target = RawTarget(device, size, state.position)
@@ -291,7 +297,7 @@ def _range_report(
     if way.report is None or os.path.lexists(way.report):
         yield None, None
         return
-    with closing(FileDevice.open_partial(way.report, way.report + PARTIAL)) as device:
+    with closing(open_partial(way.report, way.report + PARTIAL)) as device:
         report = RangeReport(device)
         if state.report is None:
             report.begin({"source": patient.path, "size": size, "snapshot": way.snapshot})
