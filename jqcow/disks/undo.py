@@ -10,7 +10,7 @@ image is as it was. What an undo does depends on both:
     mark    sector 0                what the undo does
     any     of an undo              lays the file over the image, and ends
     begun   no magic: lost          the same, if all else is as before or after the repair: a power cut did it
-    inplace any                     refuses an image that was written since, and begins: it may be no image
+    inplace any                     begins, unless something else lies behind the old end: it may be no image
     any     another                 recovers the image, refuses one that was written since, and begins
 
 A last mark says that the file has served: should it come back after its removal, another repair replaces it.
@@ -467,11 +467,12 @@ def _refuse_later_writes(device: Device, file: UndoFile) -> None:
     is_more = _is_strange_behind if file.tells_behind else _is_more_behind
     if size > old_bytes and is_more(device, file):
         raise CorruptionError("image", old_bytes, changed_since)
-    unused = range(BLOCK_BYTES)
-    if file.mark is not Mark.IN_PLACE:
-        area = read_header(device)
-        # Between the header and the end of the root copy nobody keeps anything.
-        unused = range(len(area.data), _roots_end(area.header))
+    if file.mark is Mark.IN_PLACE:
+        # A power cut may have garbled any block that was being written, and all of these are in the file.
+        return
+    area = read_header(device)
+    # Between the header and the end of the root copy nobody keeps anything.
+    unused = range(len(area.data), _roots_end(area.header))
     for run in file.runs():
         stranger = file.first_stranger(run, device, unused)
         if stranger is not None:

@@ -133,7 +133,10 @@ def _of_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_s
         many, structures = _native.l2_shared(
             table, entry_bytes, guest_map.marks.cluster_bits, guest_map.marks.data
         )
-    found.certain += (counts[DATA] + counts[COMPRESSED] - many - structures) * cluster_bytes
+    if index in tables.crowded:
+        found.likely += (counts[DATA] + counts[COMPRESSED] - many - structures) * cluster_bytes
+    else:
+        found.certain += (counts[DATA] + counts[COMPRESSED] - many - structures) * cluster_bytes
     found.likely += many * cluster_bytes
     found.guess += structures * cluster_bytes
     found.zero += counts[ZERO] * cluster_bytes

@@ -13,7 +13,8 @@ from typing import Literal
 from jqcow import _native
 from jqcow.salvage.amounts import Amounts, amounts_of
 from jqcow.salvage.evidence import Certainty
-from jqcow.salvage.shape import Damage
+from jqcow.salvage.guestmap import TABLE
+from jqcow.salvage.shape import Damage, Damages
 from jqcow.salvage.source import LOOK_BYTES, Source
 from jqcow.salvage.survey import Survey
 from jqcow.salvage.tables import COMPRESSED, DATA, DOUBLED, STRUCTURES, ZERO, DiskTables, Fate
@@ -26,6 +27,9 @@ SAMPLES = 64
 """So many orphans are looked at."""
 EXTENTS_MAX = 4096
 """So many parts of a file that are no hole are counted."""
+SHARED = "data cluster"
+HARMLESS = ("refcount table", "refcount block", "bitmap directory", "bitmap table", SHARED)
+"""Damages that keep nobody from recovering a crashed image: nothing depends on them, or is shared already."""
 OVERLAP = "something else lies there, too"
 MANY_CLUSTERS, MANY_BYTES = 32, 16 << 20
 """So many orphans with data, or so many bytes of them, are no leak that a crash of another program leaves."""
@@ -141,15 +145,14 @@ def describe(
         damages: what is wrong besides, as of the journal.
         started: when the diagnosis began, by `time.perf_counter`.
     """
-    found = [*damages, *survey.damages()]
+    doubts = Damages()
+    disks = tuple(_disk(survey, tables, doubts) for tables in (survey.tables, *survey.snapshot_tables))
+    found = [*damages, *survey.damages(), *doubts]
     with_data, speed = _sample(survey)
     cluster_bytes = survey.shape.geometry.cluster_bytes
     orphan_bytes = len(survey.unnamed.bits) * cluster_bytes
-    disks = tuple(_disk(survey, tables) for tables in (survey.tables, *survey.snapshot_tables))
     is_damaged = bool(damages) or any(
-        each.structure not in ("refcount table", "refcount block", "bitmap directory", "bitmap table")
-        and each.meaning != OVERLAP
-        for each in found
+        each.structure not in HARMLESS and each.meaning != OVERLAP for each in found
     )
     held = orphan_bytes * (with_data or 0)
     is_much = held >= min(MANY_BYTES, MANY_CLUSTERS * cluster_bytes)
@@ -162,7 +165,7 @@ def describe(
         cluster_bytes=cluster_bytes,
         inferred=tuple(sorted(survey.shape.inferred)),
         damages=tuple(found),
-        damage_count=len(found) + _left_out(survey),
+        damage_count=len(found) + doubts.left_out + _left_out(survey),
         disks=disks,
         orphan_bytes=orphan_bytes,
         orphans_with_data=with_data,
@@ -187,7 +190,7 @@ def _has_hole(tables: DiskTables) -> bool:
     return Fate.EMPTY in tables.fates or Fate.ABSENT in present or not present
 
 
-def _disk(survey: Survey, tables: DiskTables) -> DiskDiagnosis:
+def _disk(survey: Survey, tables: DiskTables, doubts: Damages) -> DiskDiagnosis:
     if tables is not survey.tables:
         return _other_disk(tables)
     has_shared = bool(tables.counts[DOUBLED] or tables.counts[STRUCTURES]) or any(
@@ -209,7 +212,7 @@ def _disk(survey: Survey, tables: DiskTables) -> DiskDiagnosis:
             )
         total.add(part)
         if part.lost or part.likely or part.guess:
-            count = _list_ranges(survey, start, length, ranges, count)
+            count = _list_ranges(survey, start, length, ranges, count, doubts)
     total.below += max(0, tables.disk_bytes - _sum(total))
     total = total.capped(survey.ceiling)
     return DiskDiagnosis(
@@ -235,7 +238,9 @@ def _sum(total: Amounts) -> int:
     return sum(vars(total).values())
 
 
-def _list_ranges(survey: Survey, offset: int, length: int, ranges: list[GuestRange], count: int) -> int:
+def _list_ranges(
+    survey: Survey, offset: int, length: int, ranges: list[GuestRange], count: int, doubts: Damages
+) -> int:
     """Add the ranges of a table that are lost or in doubt, as long as there is room; return the new count."""
     if len(ranges) >= RANGES_MAX:
         return count + 1
@@ -245,6 +250,10 @@ def _list_ranges(survey: Survey, offset: int, length: int, ranges: list[GuestRan
         kind: Literal["lost", "in doubt"] = "lost" if piece.kind == "lost" else "in doubt"
         if piece.kind == "below":
             continue
+        if piece.witness.startswith(TABLE):
+            meaning = "another guest cluster uses it, too, or a structure does"
+            place = piece.guest_offset, piece.length
+            doubts.append(Damage(SHARED, piece.host_offset, meaning, *place))
         last = ranges[-1] if ranges else None
         if last is not None and last.kind == kind and last.offset + last.length == piece.guest_offset:
             ranges[-1] = GuestRange(last.offset, last.length + piece.length, kind)

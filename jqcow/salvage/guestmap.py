@@ -2,7 +2,7 @@
 
 G1. Where a table is whole, nothing else is believed. Evidence fills what is lost, and nothing more.
 G2. A host cluster that several guest ranges of the disk name, or in which a structure lies, is right for one
-    of them at most: none of them is certain.
+    of them at most: none of them is certain. Nor is anything that a table says which is named twice.
 """
 
 from __future__ import annotations
@@ -164,11 +164,24 @@ class GuestMap:
             if lost_start >= lost_end:
                 continue
             if position < lost_start:
-                yield from self._as_table_says(table, first_offset, position, lost_start)
+                yield from self._as_is_sure(
+                    index, self._as_table_says(table, first_offset, position, lost_start)
+                )
             yield from self._as_placed(index, first_offset, lost_start, lost_end, is_known=fate == Fate.EMPTY)
             position = lost_end
         if position < end:
-            yield from self._as_table_says(table, first_offset, position, end)
+            yield from self._as_is_sure(index, self._as_table_says(table, first_offset, position, end))
+
+    def _as_is_sure(self, index: int, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Yield pieces by a table, which are not certain where something else lies in its place."""
+        if index not in self.tables.crowded:
+            yield from pieces
+            return
+        for piece in pieces:
+            yield piece._replace(
+                certainty=min(piece.certainty, Certainty.LIKELY),
+                witness=f"{TABLE}, which has another use, too",
+            )
 
     def _as_table_says(self, table: bytes, first_offset: int, start: int, end: int) -> Iterator[Piece]:
         """Yield the pieces of [start, end) by a table that maps the disk from ``first_offset`` on."""

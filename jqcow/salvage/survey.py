@@ -96,7 +96,7 @@ def survey(source: Source, shape: Shape, snapshot: str | None = None, also: Plac
         source: the file.
         shape: what it is read as.
         snapshot: id or name of the snapshot whose disk is to be had back, instead of the active one.
-        also: other structures that lie in the file.
+        also: other structures that lie in the file, and have no refcounts.
 
     Raises:
         SnapshotNotFound: no entry of the snapshot table has that id or name.
@@ -104,7 +104,6 @@ def survey(source: Source, shape: Shape, snapshot: str | None = None, also: Plac
         OSError: the host failed, other than by what it cannot read.
     """
     others = read_others(source, shape)
-    others.places += also or []
     marks = _fresh_marks(source, shape)
     mark_others(others, marks)
     known: Known = {}
@@ -116,6 +115,9 @@ def survey(source: Source, shape: Shape, snapshot: str | None = None, also: Plac
         for each in others.snapshots:
             snapshot_tables.append(read_snapshot_tables(source, shape, each, named, known))
     unnamed = Unnamed(source, shape, named)
+    for _, offset, length in also or ():
+        named.set_structure(offset, length)
+        unnamed.bits.discard_range(offset >> named.cluster_bits, -(-(offset + length) >> named.cluster_bits))
     if snapshot is not None:
         marks = _fresh_marks(source, shape)
         wanted = _find(others.snapshots, snapshot)

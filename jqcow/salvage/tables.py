@@ -54,6 +54,7 @@ class DiskTables:
         lost: of torn tables the (first entry, count) that are lost, by L1 index.
         damages: what is wrong, in the order of the L1 table.
         counts: what the entries are, as `l2_judge` counts them.
+        crowded: the L1 indices of tables whose place has another use, too: nothing that they say is certain.
     """
 
     name: str
@@ -65,6 +66,7 @@ class DiskTables:
     lost: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     damages: Damages = field(default_factory=Damages)
     counts: list[int] = field(default_factory=lambda: [0] * _native.JUDGED)
+    crowded: set[int] = field(default_factory=set)
 
     @property
     def table_covers(self) -> int:
@@ -161,9 +163,12 @@ def _judge_all(tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks
         _lose(tables, index, entry_place(HostOffset(l1_offset), index), "the host cannot read the L1 entry")
     for index, entry in entries.nonzero_entries(l1_table):
         _place_table(tables, index, entry, entry_place(HostOffset(l1_offset), index), marks, known)
+    places = {tables.offsets[index] for index in tables.crowded}
     for index, fate in enumerate(tables.fates):
         if fate != Fate.WHOLE:
             continue
+        if tables.offsets[index] in places:
+            tables.crowded.add(index)
         offset = tables.offsets[index]
         if offset in known:
             _judge_again(tables, index, known[offset], marks)
@@ -184,6 +189,7 @@ def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: 
         tables.offsets[index] = offset
         tables.fates[index] = Fate.WHOLE
         if not marks.set_structure(offset, cluster_bytes) and offset not in known:
+            tables.crowded.add(index)
             tables.damages.append(
                 Damage("L2 table", offset, "something else lies there, too", *tables.guest_range(index))
             )

@@ -154,12 +154,15 @@ def rebuilt(
         with patient.below(following) as below:
             found.place(below)
     diagnosis = patient.diagnose(found)
-    _Rebuilding(trial, found, patient).run()
+    rebuilding = _Rebuilding(trial, found, patient)
+    rebuilding.run()
     _count_anew(trial)
     _require_sound(trial)
     disk = diagnosis.disks[0]
     lost = [each for each in disk.ranges if each.kind == "lost"]
     amounts = {name: getattr(disk, name) for name in asdict(Amounts())}
+    amounts["guess"] -= rebuilding.dropped_bytes
+    amounts["lost"] += rebuilding.dropped_bytes
     report = InPlaceReport(
         path, "", disk.size, **amounts, lost_ranges=tuple(lost), lost_range_count=len(lost), written_bytes=0
     )
@@ -174,6 +177,8 @@ class _Rebuilding:
         self._geometry, self._codec = found.shape.geometry, found.shape.codec
         self._has_backing = patient.shape.area.backing_file_name is not None
         self._next = round_up(trial.size(), self._geometry.cluster_bytes)
+        self.dropped_bytes = 0
+        """Of the disk, which was to lie where a structure does."""
 
     def run(self) -> None:
         """Write L1 and L2 tables, the snapshot table, and the header; refcounts are counted afterwards."""
@@ -243,6 +248,8 @@ class _Rebuilding:
             names_data = entry.kind != COMPRESSED_CLUSTER and entry.host
             if names_data and marks.of(entry.host >> marks.cluster_bits) == STRUCTURE:
                 self._codec.encode(table, entry.position, self._zeros())
+                if tables is self._found.tables:
+                    self.dropped_bytes += self._geometry.cluster_bytes
         placed = guest_map.placed.get(index)
         lost = tables.lost_entries(index)
         if placed is not None and tables.fates[index] == Fate.EMPTY:
