@@ -127,6 +127,7 @@ def diagnose_command(arguments: argparse.Namespace) -> int:
         found = diagnose(
             name,
             deep=arguments.deep,
+            picture=arguments.picture,
             map_file=arguments.map,
             allow_files=arguments.allow_files,
             probe=arguments.probe,

@@ -21,6 +21,7 @@ from jqcow.offline.compare import Progress
 from jqcow.offline.salvaging.copying import SAVE_SECONDS, Copying
 from jqcow.offline.salvaging.parts import Parts
 from jqcow.offline.salvaging.patient import Patient, open_patient
+from jqcow.offline.salvaging.picture import draw, draw_page
 from jqcow.offline.salvaging.report import RangeReport
 from jqcow.offline.salvaging.state import PARTIAL, SalvageState, read_state, remove_state, write_state
 from jqcow.offline.salvaging.steps import with_steps
@@ -89,6 +90,7 @@ def diagnose(
     image: str | os.PathLike[str],
     *,
     deep: bool = False,
+    picture: str | os.PathLike[str] | None = None,
     map_file: str | os.PathLike[str] | None = None,
     allow_files: FilePolicy = False,
     probe: bool = False,
@@ -99,24 +101,46 @@ def diagnose(
     Args:
         image: the file; locked against writers meanwhile.
         deep: place what no table names, as a salvage does, and count exactly. It reads all of that.
+        picture: a file to make, by its end ``.svg`` or ``.html``, that shows the file and the disk.
         map_file: a map of GNU ddrescue that tells what of the file could not be read.
         allow_files: with ``deep``, whether backing files may be opened, as in `jqcow.open`.
         probe: tell formats of backing files that are not stored by their magic.
         passphrase: with ``deep``, of an encrypted image.
 
     Raises:
+        ValueError: a picture of another end.
+        FileExistsError: the picture exists.
         FormatError: nothing tells how to read the file as an image, or the map is none.
         JqcowError: a feature that salvage does not know, or a writer has the file.
         OSError: the host failed, other than by what it cannot read.
     """
     following = Following(allow_files, probe, passphrase=hidden(passphrase))
+    if picture is not None:
+        _check_picture(os.fspath(picture))
     with open_patient(image, _bad_in(map_file)) as patient:
         found = patient.survey()
         if deep:
             found.unlock(patient.cipher(following.passphrase))
             with _below(patient, following, is_needed=False) as below:
                 found.place(below)
-        return with_steps(patient.diagnose(found), is_encrypted=bool(patient.shape.area.header.crypt_method))
+        told = with_steps(patient.diagnose(found), is_encrypted=bool(patient.shape.area.header.crypt_method))
+        if picture is not None:
+            _draw(os.fspath(picture), found, told)
+        return told
+
+
+def _check_picture(name: str) -> None:
+    if not name.endswith((".svg", ".html")):
+        raise ValueError(f"a picture is a .svg or .html file, not {name}")
+    if os.path.lexists(name):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+
+
+def _draw(name: str, found: Survey, told: Diagnosis) -> None:
+    text = draw(found, told) if name.endswith(".svg") else draw_page(found, told)
+    with closing(FileDevice.create_temporary(name)) as device:
+        device.pwrite(text.encode(), 0)
+        device.publish(overwrite=False)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Unnamed:
         bits: those clusters; some may hold zeros.
         damages: what is wrong with the refcounts.
         uncounted_bytes: of the file, for which there are no sound refcounts.
+        blocks: the host offsets of the refcount blocks, sound or not.
     """
 
     def __init__(self, source: Source, shape: Shape, marks: Marks) -> None:
@@ -41,6 +42,7 @@ class Unnamed:
         self.uncounted_bytes = 0
         per_block = shape.geometry.refcounts_per_cluster
         blocks = self._find_blocks()
+        self.blocks = sorted(blocks.values())
         for first in range(0, marks.cluster_count, per_block):
             stop = min(first + per_block, marks.cluster_count)
             block = blocks.get(first // per_block)
