@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from html import escape
 
 from jqcow.errors import printable
-from jqcow.ondisk.layout import SECTOR_BYTES, table_bytes
+from jqcow.ondisk.layout import SECTOR_BYTES, round_up, table_bytes
 from jqcow.salvage.amounts import amounts_of
 from jqcow.salvage.diagnosis import Diagnosis
 from jqcow.salvage.marks import MANY, STRUCTURE
 from jqcow.salvage.survey import Survey
 from jqcow.salvage.tables import DiskTables
 
-COLUMNS, ROWS_MAX = 64, 28
+COLUMNS, ROWS_MAX = 64, 40
 CELL, GAP, LEFT, WIDTH = 14, 1, 92, 1072
 PANEL_HEAD = 96
 DAMAGES_LISTED = 200
@@ -43,6 +43,7 @@ class Kind:
 HOST_KINDS = (
     Kind("header", "#111111", "header", is_notable=True),
     Kind("tables", "#009e73", "tables"),
+    Kind("gone", "#7a0c0c", "a table that is lost", is_notable=True),
     Kind("refcounts", "#7a8a99", "refcounts"),
     Kind("other", "#7d5ba6", "snapshots, bitmaps, keys", is_notable=True),
     Kind("data", "#4a90c2", "data"),
@@ -96,7 +97,7 @@ def host_panel(survey: Survey) -> Panel:
     step = step_for(size, cluster_bytes)
     tables = sorted({offset for tables in _all_tables(survey) for offset in tables.offsets if offset})
     refcounts = _refcount_places(survey)
-    others = sorted((offset, length) for _, offset, length in survey.others.places)
+    others = sorted((offset, round_up(length, cluster_bytes)) for _, offset, length in survey.others.places)
     cells = []
     for start in range(0, size, step):
         end = min(size, start + step)
@@ -138,14 +139,18 @@ def _host_cell(
     first, stop = start >> bits, -(-end >> bits)
     named, many, structures = _marked(survey.guest_map.marks.data, first, stop)
     orphans = _bits_in(survey.unnamed.bits.data, first, stop)
-    l1 = _within([(header.l1_table_offset, table_bytes(header.l1_size))], start, end)
+    l1_bytes = round_up(table_bytes(header.l1_size), cluster_bytes)
+    l1 = _within([(header.l1_table_offset, l1_bytes)], start, end)
     l2 = (bisect.bisect_left(tables, end) - bisect.bisect_left(tables, start)) * cluster_bytes
     counted, other = _within(refcounts, start, end), _within(others, start, end)
+    head = cluster_bytes if not start else 0
     found = {
-        "header": cluster_bytes if not start else 0,
+        "header": head,
         "tables": l1 + l2,
+        # Their clusters are known for structures; no L1 entry names them any more.
+        "gone": max(0, structures * cluster_bytes - head - l1 - l2 - counted - other),
         "refcounts": counted,
-        "other": max(other, structures * cluster_bytes - l1 - l2 - counted) if start else other,
+        "other": other,
         "data": named * cluster_bytes,
         "double": many * cluster_bytes,
         "orphan": orphans * cluster_bytes,
