@@ -155,7 +155,7 @@ class _Way:
     save_seconds: float
 
     def plan(self, patient: Patient) -> dict[str, Any]:
-        """Return what a state is for (S2)."""
+        """Return what a state is for (Z2)."""
         state = os.stat(patient.path)
         return {
             "source": os.path.realpath(patient.path),

@@ -121,7 +121,7 @@ class Copying:
             self._saved_at = time.monotonic()
 
     def save(self) -> None:
-        """Make what is written durable, and then the state that says so (S1)."""
+        """Make what is written durable, and then the state that says so (Z1)."""
         # Durable now: what the state says of the target is there before the state says so.
         self._device.barrier("salvage.target")
         self._save(

@@ -3,9 +3,9 @@
 Data stays where it is. All new tables lie behind the old end of the file, so nothing that may still be wanted
 is written over but the header and the flags in tables that stay.
 
-I1. Until the undo file is durable nothing of the image is changed; it tells of all that is (disks/undo.py).
-I2. Sector 0 is written last, when all that it names is durable: before that the image is the damaged one.
-I3. What is put into the file was checked before, on trial: no error and no leak.
+Z3. Until the undo file is durable nothing of the image is changed; it tells of all that is (disks/undo.py).
+Z4. Sector 0 is written last, when all that it names is durable: before that the image is the damaged one.
+Z5. What is put into the file was checked before, on trial: no error and no leak.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def put_in_place(trial: TrialDevice, device: Device) -> int:
             first, skipped = new[:SECTOR_BYTES], SECTOR_BYTES
         device.pwrite(data[skipped:], offset + skipped)
         written += len(data)
-    # Durable now: all that the new header names (I2).
+    # Durable now: all that the new header names (Z4).
     device.barrier("in-place.tables")
     device.pwrite(first or trial.pread(SECTOR_BYTES, 0), 0)
     # Durable now: the header. The undo file is told that this is done, and others may write.

@@ -2,9 +2,9 @@
 
 The target is built under the name of the target and `PARTIAL`; the state lies under that name and `STATE`.
 
-S1. What a state says is durable before the state is: target and report are synced, then the state replaces
+Z1. What a state says is durable before the state is: target and report are synced, then the state replaces
     the one before it, at once. What lies behind it in either is cut off before a salvage goes on.
-S2. A state is of one source, as it was, and of one way to salvage it; of another it is not taken.
+Z2. A state is of one source, as it was, and of one way to salvage it; of another it is not taken.
 """
 
 from __future__ import annotations
