@@ -173,7 +173,7 @@ def _marked(marks: bytearray, first: int, stop: int) -> tuple[int, int, int]:
 
 
 def _bits_in(data: bytearray, first: int, stop: int) -> int:
-    number = int.from_bytes(data[first // 8 : -(-stop // 8)], "little") >> first % 8
+    number = int.from_bytes(data[first >> 3 : (stop + 7) >> 3], "little") >> (first & 7)
     return (number & (1 << stop - first) - 1).bit_count()
 
 
