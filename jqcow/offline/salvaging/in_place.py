@@ -24,9 +24,8 @@ from jqcow.disks.undo import mark_done, save_undo, take_back_cut_off, undo_path
 from jqcow.disks.view import FileView
 from jqcow.engine.engine import make_writable, open_engine, random_salt
 from jqcow.engine.medium import Medium
-from jqcow.errors import CorruptionError, FormatError, JqcowError, UnsupportedFeatureError
-from jqcow.offline.recover import recover_image
-from jqcow.offline.salvaging.patient import Patient, patient_on
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.offline.salvaging.patient import Patient, ReplayedSource, patient_on
 from jqcow.ondisk import entries
 from jqcow.ondisk.header import (
     AUTOCLEAR_BITMAPS,
@@ -49,6 +48,9 @@ from jqcow.salvage.guestmap import GuestMap, PlacedEntries
 from jqcow.salvage.marks import STRUCTURE
 from jqcow.salvage.survey import Survey
 from jqcow.salvage.tables import DiskTables, Fate
+
+SPARE_BYTES, DATA_PER_TABLE = 64 << 20, 16
+"""New tables take so many bytes at most, and one more for so many bytes of data."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,10 @@ def rebuilt(
     device: Device, path: str, identity: tuple[int, int], following: Following
 ) -> tuple[TrialDevice, InPlaceReport]:
     """Return what a device is to become, on trial, and what that has back; errors as `repair_in_place`."""
-    trial = TrialDevice(device)
-    try:
-        recover_image(trial, verify=False)
-    except JqcowError:
-        # Its journal is damaged, or all of it is: the survey tells.
-        trial = TrialDevice(device)
-    patient = patient_on(trial, path, identity)
+    trial, patient = TrialDevice(device), patient_on(device, path, identity)
+    if isinstance(patient.source, ReplayedSource):
+        for offset, block in patient.source.view.blocks.items():
+            trial.pwrite(block, offset)
     found = patient.survey()
     found.unlock(patient.cipher(following.passphrase))
     if following.allow is False:
@@ -154,7 +153,7 @@ def rebuilt(
         with patient.below(following) as below:
             found.place(below)
     diagnosis = patient.diagnose(found)
-    rebuilding = _Rebuilding(trial, found, patient)
+    rebuilding = _Rebuilding(trial, found, patient, SPARE_BYTES + diagnosis.stored_bytes // DATA_PER_TABLE)
     rebuilding.run()
     _count_anew(trial)
     _require_sound(trial)
@@ -172,11 +171,12 @@ def rebuilt(
 class _Rebuilding:
     """Writes new tables on trial."""
 
-    def __init__(self, trial: TrialDevice, found: Survey, patient: Patient) -> None:
+    def __init__(self, trial: TrialDevice, found: Survey, patient: Patient, bytes_max: int) -> None:
         self._trial, self._found = trial, found
         self._geometry, self._codec = found.shape.geometry, found.shape.codec
         self._has_backing = patient.shape.area.backing_file_name is not None
-        self._next = round_up(trial.size(), self._geometry.cluster_bytes)
+        self._left_bytes = bytes_max
+        self._next = round_up(max(trial.size(), found.source.size()), self._geometry.cluster_bytes)
         self.dropped_bytes = 0
         """Of the disk, which was to lie where a structure does."""
 
@@ -212,10 +212,17 @@ class _Rebuilding:
         self._trial.pwrite(area.data.ljust(self._geometry.cluster_bytes, b"\0"), 0)
 
     def _put(self, data: bytes | bytearray) -> int:
-        """Write a structure behind all others, in clusters of its own; return where."""
-        place = self._next
-        self._trial.pwrite(bytes(data).ljust(round_up(len(data), self._geometry.cluster_bytes), b"\0"), place)
-        self._next += round_up(len(data), self._geometry.cluster_bytes)
+        """Write a structure behind all others, in clusters of its own; return where.
+
+        Raises:
+            CorruptionError: more of them than the file's data can need; it bounds memory.
+        """
+        place, length = self._next, round_up(len(data), self._geometry.cluster_bytes)
+        self._left_bytes -= length
+        if self._left_bytes < 0:
+            raise CorruptionError("image", 0, "it names more tables than its data needs; salvage it instead")
+        self._trial.pwrite(bytes(data).ljust(length, b"\0"), place)
+        self._next += length
         return place
 
     def _disk(self, tables: DiskTables, guest_map: GuestMap) -> tuple[int, int]:

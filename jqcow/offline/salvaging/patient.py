@@ -40,13 +40,13 @@ class ReplayedSource(Source):
     def __init__(self, view: FileView, source: Source) -> None:
         """Show ``view``, which reads from ``source``."""
         super().__init__(source)
-        self._view = view
+        self.view = view
         self._size = view.size()
         self.bad = source.bad
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return ``length`` bytes from ``offset``; what lies past the end, or is bad, reads as zeros."""
-        return self._view.read(length, offset)
+        return self.view.read(length, offset)
 
 
 @dataclass
