@@ -81,10 +81,11 @@ def amounts_of(guest_map: GuestMap, offset: int, length: int, *, has_shared: boo
 
 
 def _absent_end(guest_map: GuestMap, index: int, end: int) -> int:
-    fates = guest_map.tables.fates
-    while index < len(fates) and fates[index] == Fate.ABSENT:
-        index += 1
-    return end if index >= len(fates) else min(end, index * guest_map.tables.table_covers)
+    """Return up to where no table is, from an L1 entry on, and at most to ``end``."""
+    covers = guest_map.tables.table_covers
+    fates = guest_map.tables.fates[index : -(-end // covers)]
+    count = len(fates) - len(fates.lstrip(bytes([Fate.ABSENT])))
+    return end if count == len(fates) else min(end, (index + count) * covers)
 
 
 def _of_table(guest_map: GuestMap, index: int, start: int, end: int, *, has_shared: bool) -> Amounts:

@@ -196,28 +196,62 @@ def _disk(survey: Survey, tables: DiskTables, doubts: Damages) -> DiskDiagnosis:
     has_shared = bool(tables.counts[DOUBLED] or tables.counts[STRUCTURES]) or any(
         each.meaning == OVERLAP for each in (*survey.unnamed.damages, *survey.others.damages, *tables.damages)
     )
-    total, ranges, count = Amounts(), list[GuestRange](), 0
-    if not has_shared:
-        total = _by_counts(tables)
-    for index in range(len(tables.fates)):
-        is_whole = tables.fates[index] == Fate.WHOLE
-        if tables.fates[index] == Fate.ABSENT or (is_whole and not has_shared):
+    total, ranges = Amounts() if has_shared else _by_counts(tables), _Listed()
+    seen: dict[int, Amounts] = {}
+    for index, fate in enumerate(tables.fates):
+        if fate == Fate.ABSENT or (fate == Fate.WHOLE and not has_shared):
             continue
         start, length = tables.guest_range(index)
-        part = amounts_of(survey.guest_map, start, length, has_shared=has_shared)
+        if fate == Fate.LOST and index not in survey.guest_map.placed:
+            total.lost += length
+            ranges.add(start, length, "lost")
+            continue
+        offset, is_full = tables.offsets[index], length == tables.table_covers
+        part = seen.get(offset) if is_full and index not in survey.guest_map.placed else None
+        if part is None:
+            part = amounts_of(survey.guest_map, start, length, has_shared=has_shared)
+            if is_full and offset and fate == Fate.WHOLE:
+                seen[offset] = part
         if not has_shared:
             # The rest of it is among the counts of all tables.
-            part = Amounts(
-                likely=part.likely, guess=part.guess, lost=part.lost, certain=_placed_surely(survey, index)
-            )
+            certain = _placed_surely(survey, index)
+            part = Amounts(likely=part.likely, guess=part.guess, lost=part.lost, certain=certain)
         total.add(part)
         if part.lost or part.likely or part.guess:
-            count = _list_ranges(survey, start, length, ranges, count, doubts)
+            _list_ranges(survey, start, length, ranges, doubts)
     total.below += max(0, tables.disk_bytes - _sum(total))
     total = total.capped(survey.ceiling)
+    listed = tuple(ranges.ranges)
     return DiskDiagnosis(
-        tables.name, tables.disk_bytes, **vars(total), ranges=tuple(ranges), range_count=count
+        tables.name, tables.disk_bytes, **vars(total), ranges=listed, range_count=ranges.count
     )
+
+
+class _Listed:
+    """The first ranges of a disk that are lost or in doubt, neighbours as one, and how many there are."""
+
+    def __init__(self) -> None:
+        self.ranges: list[GuestRange] = []
+        self.count = 0
+        self._last: GuestRange | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """True if no more is listed."""
+        return len(self.ranges) >= RANGES_MAX
+
+    def add(self, offset: int, length: int, kind: Literal["lost", "in doubt"]) -> None:
+        """Take the next range."""
+        last = self._last
+        if last is not None and last.kind == kind and last.offset + last.length == offset:
+            self._last = GuestRange(last.offset, last.length + length, kind)
+            if self.count == len(self.ranges):
+                self.ranges[-1] = self._last
+            return
+        self._last = GuestRange(offset, length, kind)
+        self.count += 1
+        if not self.is_full:
+            self.ranges.append(self._last)
 
 
 def _by_counts(tables: DiskTables) -> Amounts:
@@ -238,36 +272,25 @@ def _sum(total: Amounts) -> int:
     return sum(vars(total).values())
 
 
-def _list_ranges(
-    survey: Survey, offset: int, length: int, ranges: list[GuestRange], count: int, doubts: Damages
-) -> int:
-    """Add the ranges of a table that are lost or in doubt, as long as there is room; return the new count."""
-    if len(ranges) >= RANGES_MAX:
-        return count + 1
+def _list_ranges(survey: Survey, offset: int, length: int, ranges: _Listed, doubts: Damages) -> None:
+    """Take the ranges of a table that are lost or in doubt; where no more are listed, the table for one."""
+    if ranges.is_full:
+        ranges.add(offset, length, "in doubt")
+        return
     for piece in survey.guest_map.pieces(offset, length):
-        if piece.kind != "lost" and piece.certainty == Certainty.CERTAIN:
-            continue
-        kind: Literal["lost", "in doubt"] = "lost" if piece.kind == "lost" else "in doubt"
-        if piece.kind == "below":
-            continue
-        if piece.witness.startswith(TABLE):
-            meaning = "another guest cluster uses it, too, or a structure does"
-            place = piece.guest_offset, piece.length
-            doubts.append(Damage(SHARED, piece.host_offset, meaning, *place))
-        last = ranges[-1] if ranges else None
-        if last is not None and last.kind == kind and last.offset + last.length == piece.guest_offset:
-            ranges[-1] = GuestRange(last.offset, last.length + piece.length, kind)
-            continue
-        count += 1
-        if len(ranges) < RANGES_MAX:
-            ranges.append(GuestRange(piece.guest_offset, piece.length, kind))
-    return count
+        if piece.kind == "lost":
+            ranges.add(piece.guest_offset, piece.length, "lost")
+        elif piece.kind != "below" and piece.certainty != Certainty.CERTAIN:
+            ranges.add(piece.guest_offset, piece.length, "in doubt")
+            if piece.witness.startswith(TABLE):
+                meaning = "another guest cluster uses it, too, or a structure does"
+                place = piece.guest_offset, piece.length
+                doubts.append(Damage(SHARED, piece.host_offset, meaning, *place))
 
 
 def _other_disk(tables: DiskTables) -> DiskDiagnosis:
     """Tell of a snapshot: what of it is lost, by its damages; how its data is shared is not looked at."""
-    lost = ranges = 0
-    listed = list[GuestRange]()
+    lost, ranges = 0, _Listed()
     cluster_bytes = tables.shape.geometry.cluster_bytes
     for index, fate in enumerate(tables.fates):
         if fate not in (Fate.LOST, Fate.TORN):
@@ -276,12 +299,11 @@ def _other_disk(tables: DiskTables) -> DiskDiagnosis:
         for first, count in tables.lost_entries(index):
             length = min(count * cluster_bytes, max(0, covered - first * cluster_bytes))
             lost += length
-            ranges += 1
-            if len(listed) < RANGES_MAX and length:
-                listed.append(GuestRange(start + first * cluster_bytes, length, "lost"))
-    rest = max(0, tables.disk_bytes - lost)
+            if length:
+                ranges.add(start + first * cluster_bytes, length, "lost")
+    rest, listed = max(0, tables.disk_bytes - lost), tuple(ranges.ranges)
     return DiskDiagnosis(
-        tables.name, tables.disk_bytes, rest, 0, 0, 0, 0, lost, ranges=tuple(listed), range_count=ranges
+        tables.name, tables.disk_bytes, rest, 0, 0, 0, 0, lost, ranges=listed, range_count=ranges.count
     )
 
 

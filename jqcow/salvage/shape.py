@@ -7,6 +7,7 @@ S4. A number that the header has and that cannot be is no number: it is a damage
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.l2 import EXTENDED_RESERVED, L2_RESERVED, ZERO, L2Codec, codec_of
@@ -79,17 +80,17 @@ class Shape:
     inferred: frozenset[str] = frozenset()
     damages: tuple[Damage, ...] = ()
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         """Sizes that follow from the header."""
         return self.area.header.geometry
 
-    @property
+    @cached_property
     def codec(self) -> L2Codec:
         """How L2 tables are read."""
         return codec_of(self.geometry)
 
-    @property
+    @cached_property
     def reserved(self) -> int:
         """Bits that no standard L2 entry, or first word of an extended one, has set."""
         geometry = self.geometry

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 from jqcow import _native
 from jqcow.ondisk import entries
@@ -68,7 +69,7 @@ class DiskTables:
     counts: list[int] = field(default_factory=lambda: [0] * _native.JUDGED)
     crowded: set[int] = field(default_factory=set)
 
-    @property
+    @cached_property
     def table_covers(self) -> int:
         """How much of the disk an L2 table maps, in bytes."""
         geometry = self.shape.geometry
