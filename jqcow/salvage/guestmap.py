@@ -20,6 +20,7 @@ from jqcow.salvage.tables import DiskTables, Fate
 
 Kind = Literal["data", "compressed", "zero", "below", "lost"]
 
+_FATES_AT_ONCE = 4096
 TABLE = "L2 table"
 """The witness of what a table says."""
 
@@ -142,9 +143,21 @@ class GuestMap:
         end = min(offset + length, self.size)
         while offset < end:
             index = offset // self.tables.table_covers
-            stop = min(end, (index + 1) * self.tables.table_covers)
+            stop = self._absent_end(index, end) or min(end, (index + 1) * self.tables.table_covers)
             yield from self._of_table(index, offset, stop)
             offset = stop
+
+    def _absent_end(self, index: int, end: int) -> int:
+        """Return how far there is no table from an L1 entry on, at most up to ``end``; 0 if there is one."""
+        fates, covers = self.tables.fates, self.tables.table_covers
+        if index < len(fates) and fates[index] != Fate.ABSENT:
+            return 0
+        for first in range(index, len(fates), _FATES_AT_ONCE):
+            some = fates[first : first + _FATES_AT_ONCE]
+            count = len(some) - len(some.lstrip(bytes([Fate.ABSENT])))
+            if count < len(some):
+                return min(end, (first + count) * covers)
+        return end
 
     def _of_table(self, index: int, start: int, end: int) -> Iterator[Piece]:
         fate = self.tables.fates[index] if index < len(self.tables.fates) else Fate.ABSENT
