@@ -44,6 +44,7 @@ from tests.crash.devices import (
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
 from tests.crash.judge import PromiseBroken, require
 from tests.crash.protected import PROTECTION_SCENARIOS
+from tests.crash.salvaged import new_tables_in_place, salvage_that_goes_on
 from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
@@ -857,6 +858,8 @@ DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "undo": undo_of_a_repair,
     "key-slots": key_slots,
     "written-anew": written_anew,
+    "salvage": salvage_that_goes_on,
+    "in-place": new_tables_in_place,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
 
