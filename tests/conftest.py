@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from jqcow import _native
+from tests.support.loops import has_device_mapper
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
@@ -56,8 +57,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         faulthandler.cancel_dump_traceback_later()
 
 
-def pytest_report_header() -> str:
-    return f"kernels: {_native.build_info()}"
+def pytest_report_header() -> list[str]:
+    missing = [] if has_device_mapper() else ["NO DM TARGET TESTED: this kernel has no device mapper"]
+    return [f"kernels: {_native.build_info()}", *missing]
 
 
 @pytest.hookimpl(wrapper=True)

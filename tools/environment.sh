@@ -57,6 +57,7 @@ missing_packages() {
         command -v "${need%%:*}" >/dev/null || echo "${need#*:}"
     done
     has_c_headers || echo libc6-dev
+    grep -qs device-mapper /proc/misc && ! command -v dmsetup >/dev/null && echo dmsetup
     python=$(find_python)
     if [[ -z $python ]]; then
         printf '%s\n' python3 python3-dev python3-venv

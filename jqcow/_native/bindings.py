@@ -140,6 +140,16 @@ def sector_kinds(data: Buffer, host_bytes: int) -> bytes:
     return bytes(kinds)
 
 
+def l2_shared(table: Buffer, entry_bytes: int, cluster_bits: int, marks: Buffer) -> tuple[int, int]:
+    """See :func:`jqcow._native.twins.l2_shared`."""
+    view, marked = _from_buffer(table), _from_buffer(marks)
+    counts = ffi.new("uint64_t[]", 2)
+    lib.jqcow_l2_shared(
+        view, len(view) // entry_bytes, entry_bytes, len(marked) * 4, cluster_bits, marked, counts
+    )
+    return counts[0], counts[1]
+
+
 def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:
     """See :func:`jqcow._native.twins.set_copied`."""
     view = _from_buffer(table, require_writable=True)

@@ -579,6 +579,22 @@ void jqcow_sector_kinds(const void *data, size_t sector_count, uint64_t host_byt
     }
 }
 
+void jqcow_l2_shared(const void *table, size_t entry_count, size_t entry_bytes, uint64_t cluster_count,
+                     int cluster_bits, const void *marks, uint64_t *counts)
+{
+    const uint8_t *bytes = table;
+
+    for (size_t index = 0; index < entry_count; index++, bytes += entry_bytes) {
+        uint64_t entry = load_big64(bytes);
+        uint64_t cluster = (entry & ENTRY_OFFSET) >> cluster_bits;
+
+        if (entry & ENTRY_COMPRESSED || !cluster || cluster >= cluster_count)
+            continue;
+        counts[0] += mark_get(marks, cluster) == MARK_MANY;
+        counts[1] += mark_get(marks, cluster) == MARK_STRUCTURE;
+    }
+}
+
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes)
 {
     uint8_t *bytes = table;

@@ -37,6 +37,10 @@ uint64_t jqcow_find_unmarked(const void *block, int order, size_t start, size_t 
 /* One byte for each sector of 512 bytes: what it may be a part of. */
 void jqcow_sector_kinds(const void *data, size_t sector_count, uint64_t host_bytes, void *kinds);
 
+/* Counts the data entries whose cluster is marked MANY, and those whose cluster is a STRUCTURE's. */
+void jqcow_l2_shared(const void *table, size_t entry_count, size_t entry_bytes, uint64_t cluster_count,
+                     int cluster_bits, const void *marks, uint64_t *counts);
+
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes);
 
 /* XORs each 16-byte block with its XTS tweak; tweaks has 16 bytes for each sector: that of its first block. */

@@ -336,6 +336,30 @@ def find_unmarked(
     return count
 
 
+def l2_shared(table: Buffer, entry_bytes: int, cluster_bits: int, marks: Buffer) -> tuple[int, int]:
+    """Count the entries of an L2 table that name data which is not theirs alone.
+
+    Args:
+        table: whole entries, of ``entry_bytes`` 8 or 16.
+        entry_bytes: length of an entry.
+        cluster_bits: the cluster size as a power of two.
+        marks: as in `l2_judge`; what lies past them is not looked at.
+
+    Returns:
+        How many entries name a cluster that several do, and how many one in which a structure lies.
+    """
+    view, marked = byte_view(table), byte_view(marks)
+    many = structures = 0
+    words = _ENTRY.iter_unpack(view[: len(view) // entry_bytes * entry_bytes])
+    for (entry,) in islice(words, 0, None, entry_bytes // 8):
+        cluster = (entry & _ENTRY_OFFSET) >> cluster_bits
+        if not entry & _ENTRY_COMPRESSED and 0 < cluster < len(marked) * 4:
+            mark = refcount_get(marked, cluster, MARK_ORDER)
+            many += mark == MARK_MANY
+            structures += mark == MARK_STRUCTURE
+    return many, structures
+
+
 def xts_whiten(data: WritableBuffer, tweaks: Buffer, sector_bytes: int) -> None:
     """XOR each 16-byte block of ``data`` with its XTS tweak; ``tweaks`` has that of each sector's first."""
     view, firsts = byte_view(data), byte_view(tweaks)

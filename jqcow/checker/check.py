@@ -423,6 +423,9 @@ class _Check(Claims):
             self.allocated += active
             self.fragmented += active if self.following and host != self.following else 0
             self.following = host + self.cluster_bytes
+            if active and not found.copied:
+                detail = f"{found.raw:#018x}, in a data file"
+                self.findings.add(Kind.COPIED_FLAG, "L2 entry", place, detail, active)
             if host % self.cluster_bytes:
                 self.findings.add(Kind.UNALIGNED, "L2 entry", place, f"{found.raw:#018x}", repeats)
 

@@ -89,7 +89,7 @@ def _options_of(text: str) -> AmendOptions:
         CommandError: an option that cannot be amended, or that there is not.
     """
     found: dict[str, str] = {}
-    for option in filter(None, text.split(",")):
+    for option in common.split_options(text):
         name, _, value = option.partition("=")
         if name in _OPTIONS and value:
             found[name] = value

@@ -63,6 +63,7 @@ _ACCEPTED_OPTIONS = {
 _COMPAT = {"v2": "0.10", "v3": "1.1"}
 _SWITCH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
+_OPTION = re.compile(r"(?:[^,]|,,)+")
 _SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|0x[0-9a-f]+)([bkmgtpe]?)", re.IGNORECASE | re.ASCII)
 _SIZE_MAX = 1 << 63
@@ -164,6 +165,11 @@ def add_options(parser: argparse.ArgumentParser, names: str = "cluster_size=SIZE
     )
 
 
+def split_options(text: str) -> list[str]:
+    """Return the parts of a list with commas in between; two commas stand for one that belongs to a part."""
+    return [part.replace(",,", ",") for part in _OPTION.findall(text)]
+
+
 def named_options(options: str, image_format: str, names: Container[str]) -> dict[str, str]:
     """Return what ``-o`` options say of these names; the last one counts.
 
@@ -171,7 +177,7 @@ def named_options(options: str, image_format: str, names: Container[str]) -> dic
         ValueError: another option, save for those that ask for what jqcow does anyway.
     """
     found: dict[str, str] = {}
-    for option in filter(None, options.split(",")):
+    for option in split_options(options):
         name, _, value = option.partition("=")
         is_known = name in names and (image_format == "qcow2" or name in RAW_OPTIONS)
         if is_known and value:

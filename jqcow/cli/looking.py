@@ -167,13 +167,13 @@ def _specific(special: Qcow2Facts) -> dict[str, Any]:
     if special.bitmaps:
         data["bitmaps"] = [_bitmap_json(bitmap) for bitmap in special.bitmaps]
     data["refcount-bits"] = special.refcount_bits
-    if special.external_data is not None:
-        if special.external_data.name is not None:
-            data["data-file"] = special.external_data.name
-        data["data-file-raw"] = special.external_data.is_raw
+    if special.external_data is not None and special.external_data.name is not None:
+        data["data-file"] = special.external_data.name
     if special.encryption is not None:
         luks = special.luks
         data["encrypt"] = {"format": special.encryption} if luks is None else luks_json(luks)
+    if special.external_data is not None:
+        data["data-file-raw"] = special.external_data.is_raw
     if special.version >= 3:
         data |= {"corrupt": special.corrupt, "extended-l2": special.extended_l2}
     if special.unknown_features:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 
-from jqcow.cli.common import CommandError
+from jqcow.cli.common import CommandError, split_options
 from jqcow.errors import PassphraseError
 from jqcow.ondisk.encryption import Encryption
 from jqcow.ondisk.keys import PASSPHRASE_BYTES_MAX, Passphrase, Secret
@@ -124,8 +124,8 @@ def _named_secrets(objects: list[str]) -> dict[str, Secret]:
     """Return what ``--object`` names, by id."""
     found: dict[str, Secret] = {}
     for text in objects:
-        kind, _, rest = text.partition(",")
-        fields = dict(part.partition("=")[::2] for part in rest.split(","))
+        kind, *parts = split_options(text) or [""]
+        fields = dict(part.partition("=")[::2] for part in parts)
         if "data" in fields:
             # Not the text: it has a secret in it.
             raise CommandError("a secret among arguments is seen by everybody: use file=, not data=")

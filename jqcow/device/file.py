@@ -6,6 +6,9 @@ locks (:mod:`jqcow.device.locks`) are taken before the first byte is read, and l
 A new file starts without a name, or under a temporary one, in its final directory, and gets its final name at
 once and whole by ``publish`` (:mod:`jqcow.device.names`). So no reader ever finds half an image under it.
 
+K1. What is opened for the sake of a name in an image is the file that whoever allowed it was told of, all
+    links resolved.
+
 Threads may read and write at the same time. ``truncate`` must not run beside other changes, nor
 ``allocate`` beside a write into the range that it allocates.
 """
@@ -341,11 +344,56 @@ class FileDevice:
 FileDevice.kinds[stat.S_IFREG] = FileDevice
 
 
+def open_partial(path: str | os.PathLike[str], partial: str) -> FileDevice:
+    """Open or create the file ``partial``, which `FileDevice.publish` names ``path``; it stays until then.
+
+    Raises:
+        ImageInUse: another process writes to it.
+        UnsupportedFeatureError: no regular file, no locks on this file system, or not Linux.
+    """
+    _require_linux()
+    new = NewFile.keep(os.path.realpath(path), os.path.realpath(partial))
+    try:
+        if not stat.S_ISREG(os.fstat(new.descriptor).st_mode):
+            raise UnsupportedFeatureError("a special file", f"{partial} is not a regular file")
+        locks.lock_for_writing(new.descriptor, new.name)
+        if not names.is_name_of(new.descriptor, new.name):
+            raise ImageInUse(f"{partial} is in use: another process took it away")
+    except BaseException:
+        os.close(new.descriptor)
+        raise
+    names.sync_directory(os.path.dirname(new.name))
+    return FileDevice(new.descriptor, new.name, writable=True, new=new)
+
+
 def remove_file(device: FileDevice) -> None:
     """Take an open file's name away, durably, if it is still this file's and no link."""
     if names.is_name_of(device._descriptor, device.path):
         os.unlink(device.path)
         names.sync_directory(os.path.dirname(os.path.realpath(device.path)))
+
+
+def is_new(device: FileDevice) -> bool:
+    """Return True for a file that is not published yet."""
+    return device._new is not None
+
+
+def give_up_old(device: FileDevice) -> None:
+    """Before publishing: take the name from the file that has it, durably; see `NewFile.move_aside`.
+
+    Raises:
+        ImageInUse: another process uses that file.
+    """
+    if device._new is not None:
+        with device._naming_errors():
+            device._new.move_aside(lambda name: _open_regular(name, writable=True))
+
+
+def keep_old(device: FileDevice) -> None:
+    """Have the file that was given up under its name again."""
+    if device._new is not None:
+        with device._naming_errors():
+            device._new.put_back()
 
 
 def path_of(device: Device) -> str:

@@ -13,6 +13,7 @@ import stat
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from jqcow.device import libc, locks
 from jqcow.errors import ImageInUse
@@ -22,6 +23,14 @@ ATTEMPTS = 8
 
 _TMPFILE_MISSING = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 _XATTRS_OF_THE_CONTENT = {"security.ima", "security.evm"}
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """A file that had the final name, open and locked, and the one that it has meanwhile."""
+
+    descriptor: int
+    name: str
 
 
 class NewFile:
@@ -37,6 +46,9 @@ class NewFile:
         self.descriptor = descriptor
         self.target = target
         self._temporary = temporary
+        self.is_kept = False
+        """True if it stays under its temporary name where it is not published."""
+        self._aside: _Aside | None = None
 
     @classmethod
     def create(cls, target: str) -> NewFile:
@@ -48,17 +60,80 @@ class NewFile:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         return cls(descriptor, target, temporary)
 
+    @classmethod
+    def keep(cls, target: str, temporary: str) -> NewFile:
+        """Open the file ``temporary``, or create it; it stays under that name until it is published.
+
+        Raises:
+            OSError: the host failed, or a link has that name.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        new = cls(os.open(temporary, flags, 0o666), target, temporary)
+        new.is_kept = True
+        return new
+
     @property
     def name(self) -> str:
         """The name that it has or, where that is none, will have."""
         return self._temporary or self.target
 
     def remove(self) -> None:
-        """Take its temporary name away."""
-        if self._temporary is not None:
-            # What cut `publish` off may have come before the name was given, or after it was taken.
-            with suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+        """Take its temporary name away, and what was moved aside for it."""
+        try:
+            if self._temporary is not None and not self.is_kept:
+                # What cut `publish` off may have come before the name was given, or after it was taken.
+                with suppress(FileNotFoundError):
+                    os.unlink(self._temporary)
+        finally:
+            self._forget_aside()
+
+    def move_aside(self, open_writable: Callable[[str], int]) -> None:
+        """Take the final name from the file that has it, durably, if one does and nobody uses it.
+
+        That file goes when the new one is published, or removed; a killed process leaves it under a temporary
+        name.
+
+        Raises:
+            ImageInUse: another process uses it, or keeps replacing it.
+        """
+        for _ in range(ATTEMPTS if self._aside is None else 0):
+            try:
+                descriptor = open_writable(self.target)
+            except FileNotFoundError:
+                return
+            try:
+                locks.lock_for_writing(descriptor, self.target)
+                if is_name_of(descriptor, self.target):
+                    self._aside = _Aside(descriptor, temporary_name(self.target))
+                    os.rename(self.target, self._aside.name)
+                    sync_directory(os.path.dirname(self.target))
+                    return
+            except BaseException:
+                self._aside = None
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+        if self._aside is None:
+            raise ImageInUse(f"{self.target} is in use: another process keeps replacing it")
+
+    def put_back(self) -> None:
+        """Give a file that was moved aside its name again, unless another one has it now."""
+        aside, self._aside = self._aside, None
+        if aside is not None:
+            try:
+                rename_without_replacing(aside.name, self.target)
+                sync_directory(os.path.dirname(self.target))
+            finally:
+                os.close(aside.descriptor)
+
+    def _forget_aside(self) -> None:
+        aside, self._aside = self._aside, None
+        if aside is not None:
+            try:
+                if is_name_of(aside.descriptor, aside.name):
+                    os.unlink(aside.name)
+            finally:
+                os.close(aside.descriptor)
 
     def publish(self, overwrite: bool, open_writable: Callable[[str], int]) -> None:
         """Make the file durable, then give it its final name; durable when its directory is.
@@ -73,8 +148,12 @@ class NewFile:
         """
         # Durable first: after a crash the name must not lead to a file without its content.
         os.fsync(self.descriptor)
+        if self._aside is not None:
+            keep_attributes(self._aside.descriptor, self.descriptor, self.target)
+            os.fsync(self.descriptor)
         for _ in range(ATTEMPTS):
             if self._take_free_name():
+                self._forget_aside()
                 return
             if not overwrite:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.target)

@@ -6,6 +6,11 @@ device holds nothing that anybody takes for an image:
 V1. Before anything else is written sector 0 is zeros, durably, and so is a root copy that could stand in.
 V2. Sector 0 is written last, by one write, when all that lies behind it is durable.
 V3. All of the new content is written, also what is zeros: the device shows old bytes elsewhere.
+
+An image and its data file are replaced by two steps, and no crash may leave a part of each:
+
+V4. Before the data file is replaced, or written over, nobody finds the old image under its name, durably; the
+    new one gets the name when the new data file is durable under its own.
 """
 
 from __future__ import annotations
@@ -13,10 +18,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from typing import Protocol
 
 from jqcow.device.base import Device, ReadBuffer, has_fixed_size, no_space, write_zeros
-from jqcow.device.file import FileDevice, path_of, remove_file
+from jqcow.device.file import FileDevice, give_up_old, is_new, keep_old, path_of, remove_file
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.layout import SECTOR_BYTES
 
@@ -32,6 +38,10 @@ class NewContent:
     def __init__(self, below: Device) -> None:
         """Nothing is given up before the first write."""
         self.below = below
+        self.before: Callable[[], None] = lambda: None
+        """What has to be done before the old content goes."""
+        self.is_untouched = True
+        """True while the device holds what it held."""
         self._sector = bytearray(SECTOR_BYTES)
         """Sector 0, which is held back."""
         self._filled_bytes = SECTOR_BYTES
@@ -39,10 +49,12 @@ class NewContent:
         self._size = 0
         self._is_begun = False
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Give up what the device holds, once, before anything else is written."""
         if self._is_begun:
             return
+        self.before()
+        self.is_untouched = False
         self.below.pwrite(bytes(min(SECTOR_BYTES, self.below.size())), 0)
         if roots.unpack_root_copy(self.below.pread(roots.ROOT_COPY_BYTES, roots.ROOT_COPY_OFFSET)):
             self.below.pwrite(bytes(roots.ROOT_COPY_BYTES), roots.ROOT_COPY_OFFSET)
@@ -83,7 +95,7 @@ class NewContent:
             self._sector[offset : offset + held] = data[:held]
             data, offset = data[held:], offset + held
         if data:
-            self._begin()
+            self.begin()
             self._fill(offset)
             self.below.pwrite(data, offset)
             self._filled_bytes = max(self._filled_bytes, end)
@@ -92,7 +104,7 @@ class NewContent:
         """Write zeros up to an offset where nothing was written yet (V3)."""
         start = self._filled_bytes
         if start < end:
-            self._begin()
+            self.begin()
             write_zeros(self.below, start, end - start)
             self._filled_bytes = end
 
@@ -124,7 +136,7 @@ class NewContent:
         Raises:
             OSError: the host failed; the device holds no image.
         """
-        self._begin()
+        self.begin()
         self._fill(self._size)
         # Durable now: all but sector 0, which makes an image of it (V2).
         self.below.barrier("anew.content")
@@ -142,6 +154,23 @@ class Target(Protocol):
     content: Device
     file: FileDevice
 
+    @property
+    def is_untouched(self) -> bool:
+        """True while what is to be replaced is as it was."""
+        ...
+
+    def give_up_old(self) -> None:
+        """Have nobody find what is replaced, durably.
+
+        Raises:
+            ImageInUse: another process uses it.
+        """
+        ...
+
+    def keep_old(self) -> None:
+        """After an error: have what was given up found again, where it is still there."""
+        ...
+
     def publish(self, overwrite: bool) -> None:
         """Make all of it durable and give it its name; as `FileDevice.publish`."""
         ...
@@ -158,6 +187,16 @@ class _NewFile:
         self.file = FileDevice.create_temporary(path, nocow=nocow)
         self.content: Device = self.file
 
+    @property
+    def is_untouched(self) -> bool:
+        return is_new(self.file)
+
+    def give_up_old(self) -> None:
+        give_up_old(self.file)
+
+    def keep_old(self) -> None:
+        keep_old(self.file)
+
     def publish(self, overwrite: bool) -> None:
         self.file.publish(overwrite)
 
@@ -172,13 +211,54 @@ class _OverDevice:
         self.file = file
         new = NewContent(file)
         self.content: Device = new
-        self.publish_content = new.publish
+        self._new = new
+
+    @property
+    def is_untouched(self) -> bool:
+        return self._new.is_untouched
+
+    def give_up_old(self) -> None:
+        self._new.begin()
+
+    def keep_old(self) -> None:
+        """It is gone."""
 
     def publish(self, overwrite: bool) -> None:
-        self.publish_content()
+        self._new.publish()
 
     def withdraw(self) -> None:
         """A device keeps its name; what it held is gone."""
+
+
+def give_up_before(image: Target, data_file: Target) -> None:
+    """Have a new image's predecessor given up before the first byte of its data file's is (V4)."""
+    if isinstance(data_file.content, NewContent):
+        data_file.content.before = image.give_up_old
+
+
+def publish_both(image: Target, data_file: Target, *, overwrite: bool) -> None:
+    """Give a data file its name, and then its image (V4).
+
+    Raises:
+        FileExistsError, ImageInUse, OSError: as `Target.publish`. What they would have replaced is as it was,
+            or neither name leads to anything.
+    """
+    if overwrite:
+        image.give_up_old()
+    try:
+        data_file.publish(overwrite)
+    except BaseException:
+        if data_file.is_untouched:
+            image.keep_old()
+        raise
+    try:
+        image.publish(overwrite)
+    except BaseException:
+        try:
+            image.withdraw()
+        finally:
+            data_file.withdraw()
+        raise
 
 
 def new_target(path: str | os.PathLike[str], *, overwrite: bool, nocow: bool = False) -> Target:

@@ -253,32 +253,40 @@ def open_disk(
     if disk_format is not None:
         naming.check_format(disk_format)
 
+    met: set[Identity] = set()
+
     def visit_top(device: FileDevice, known: DiskFormat) -> tuple[FileDisk, NamedFile | None]:
         if known == "raw" and snapshot is not None:
             raise ValueError(f"{os.fspath(path)} is a raw file, which has no snapshots")
-        return _as_layer(device, known, following, snapshot)
+        return _as_layer(device, known, following, met, snapshot)
 
-    return _collected(walk(path, disk_format, following, visit_top, _visiting_layers(following)))
+    return _collected(walk(path, disk_format, following, visit_top, _visiting_layers(following, met)))
 
 
 def open_below(named: NamedFile, above: Iterable[Identity], following: Following) -> Chain:
     """Open what an image names below itself, and what that names, to the end; arguments as `walk_below`."""
-    return _collected(walk_below(named, above, following, _visiting_layers(following)))
+    above = set(above)
+    return _collected(walk_below(named, above, following, _visiting_layers(following, set(above))))
 
 
-def _visiting_layers(following: Following) -> Visit[FileDisk]:
-    return lambda device, known: _as_layer(device, known, following)
+def _visiting_layers(following: Following, met: set[Identity]) -> Visit[FileDisk]:
+    return lambda device, known: _as_layer(device, known, following, met)
 
 
 def _as_layer(
-    device: FileDevice, known: DiskFormat, following: Following, snapshot: str | None = None
+    device: FileDevice,
+    known: DiskFormat,
+    following: Following,
+    met: set[Identity],
+    snapshot: str | None = None,
 ) -> tuple[FileDisk, NamedFile | None]:
+    """Return an open file as a layer; it joins those that were ``met``, which are no data file of others."""
+    met.add(device.identity())
     if known == "raw":
         return RawDisk(device), None
-    others = [device.identity()]
 
     def open_data(area: HeaderArea) -> FileDevice | None:
-        return open_data_file(area, device.path, others, following)
+        return open_data_file(area, device.path, met, following)
 
     disk = ImageDisk(
         device,

@@ -2,6 +2,8 @@
 
 Bit n of a bitmap is bit n % 8 of its byte n / 8. The bytes are in clusters that the bitmap's table names; an
 entry without a cluster stands for zeros, or for ones.
+
+B6. A bitmap ends with its table: what lies behind, in the same cluster, is never read or written as an entry.
 """
 
 from __future__ import annotations

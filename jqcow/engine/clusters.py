@@ -1,4 +1,4 @@
-"""Runs of host clusters, and sets of them."""
+"""Runs of host clusters, sets of them, and what of them nobody has written."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from jqcow.ondisk.layout import ClusterIndex
+
+UNWRITTEN_MAX = 1 << 16
+"""So many clusters are remembered that were written in part: it bounds memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,12 @@ class ClusterRuns:
             past += 1
         runs[first:past] = [(start, end)]
 
+    def update(self, runs: Iterable[Run]) -> None:
+        """Add runs, of which the set may hold some already."""
+        for run in runs:
+            self.discard(run.start, run.count)
+            self.add(run.start, run.count)
+
     def discard(self, start: int, count: int) -> None:
         """Remove what the set holds of a run."""
         runs, end = self._runs, start + count
@@ -85,3 +94,29 @@ class ClusterRuns:
         else:
             self._runs[0] = (start + taken, end)
         return Run(ClusterIndex(start), taken)
+
+
+class UnwrittenParts:
+    """What of host clusters with subclusters is zero-safe since they were taken (space.py, S3)."""
+
+    def __init__(self) -> None:
+        self._left: dict[ClusterIndex, int] = {}
+        """A bit for each subcluster."""
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def taken(self, cluster: ClusterIndex, subclusters: int, *, zero_safe: bool) -> None:
+        """A cluster was taken for a guest cluster with so many subclusters."""
+        self._left.pop(cluster, None)
+        if zero_safe:
+            if len(self._left) >= UNWRITTEN_MAX:
+                del self._left[next(iter(self._left))]
+            self._left[cluster] = (1 << subclusters) - 1
+
+    def plan_to_write(self, cluster: ClusterIndex, part: range) -> bool:
+        """Subclusters of a cluster will be written; return True if they were zero-safe."""
+        left, mask = self._left.pop(cluster, 0), (1 << part.stop) - (1 << part.start)
+        if left & ~mask:
+            self._left[cluster] = left & ~mask
+        return left & mask == mask

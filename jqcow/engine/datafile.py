@@ -13,6 +13,10 @@ X4. A transaction overwrites no data in a data file: there is no other place to 
 X5. An image whose tables map a guest cluster elsewhere than to its own offset is not changed: two could be
     one.
 X6. What a smaller disk loses stays in the data file until the record of the size is durable.
+X7. What the tables give up in a data file that is not raw is punched once the record is durable and no
+    request uses it any more, and only where nobody has planned to write since; who comes to write waits.
+X8. A raw file that a transaction lengthened is cut back when that is given up; never below the size in a
+    record that may come back to life.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from __future__ import annotations
 import threading
 
 from jqcow.device import filling
-from jqcow.device.base import Caching, Device, ReadBuffer, write_zeros
+from jqcow.device.base import Caching, Device, ReadBuffer, has_fixed_size, write_zeros
 from jqcow.device.file import path_of
 from jqcow.ondisk.form import Preallocation
 from jqcow.ondisk.layout import DATA_FILE, HostOffset
@@ -36,8 +40,11 @@ class DataFile:
         self.device = device
         # What an earlier process left in the page cache may be acknowledged by the next flush.
         self.is_changed = True
+        self.promised_bytes = 0
+        """The disk's size in a record that may be durable, though its barrier failed (X8)."""
         self._size_lock = threading.Lock()
         self._reached_bytes = 0
+        self._punches = True
 
     @property
     def path(self) -> str:
@@ -82,10 +89,19 @@ class DataFile:
         offset = host - DATA_FILE
         try:
             self.grow(offset + length)
-            if not self.device.punch(offset, length):
+            # A device of fixed size shows anything where it was told to discard, until the zeros are there.
+            if has_fixed_size(self.device) or not self.device.punch(offset, length):
                 write_zeros(self.device, offset, length)
         finally:
             self.is_changed = True
+
+    def punch(self, host: HostOffset, length: int) -> None:
+        """Give a range that nobody maps back to the host; it may hold anything. Not durable for anybody."""
+        offset = host - DATA_FILE
+        end = min(offset + length, self.device.size())
+        if self._punches and offset < end:
+            # A device of fixed size takes it, and says that it shows no zeros.
+            self._punches = self.device.punch(offset, end - offset) or has_fixed_size(self.device)
 
     def grow(self, size_bytes: int) -> None:
         """Set the length to at least ``size_bytes``."""
@@ -103,6 +119,15 @@ class DataFile:
         try:
             if self.device.size() > size_bytes:
                 self.device.truncate(size_bytes)
+        finally:
+            self.is_changed = True
+
+    def clear(self, start: int, end: int) -> None:
+        """Have a range of the file read as zeros that was cut off and added; nobody uses it."""
+        try:
+            if has_fixed_size(self.device) and start < end:
+                # Such a device is never cut.
+                write_zeros(self.device, start, end - start)
         finally:
             self.is_changed = True
 

@@ -62,6 +62,7 @@ from jqcow.engine.root import Root
 from jqcow.engine.scan import LiveRoot, Scan
 from jqcow.engine.space import Space
 from jqcow.engine.tables import Tables
+from jqcow.engine.vacated import VacatedPlaces
 from jqcow.engine.write import Writes
 from jqcow.engine.zeroing import Zeroing
 from jqcow.errors import FormatError
@@ -103,6 +104,8 @@ class Engine:
         self.blocks = Blocks(medium, area)
         self.guard = Guard(medium)
         self.space = Space(medium, self.geometry, self.guard)
+        if self.geometry.has_data_file:
+            self.space.vacated = VacatedPlaces(medium, self.geometry, self.guard)
         self.public = Tables(self.blocks, self.space, ChangeSet(self.geometry))
         self.root = Root(medium, self.geometry)
         self.log = Log(self.public, self.root, journal_bytes, new_salt)

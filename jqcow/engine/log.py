@@ -180,6 +180,8 @@ class Log:
                 self.space.end_recycling(run, punched=punched)
         if failure is not None:
             raise failure
+        if self.space.vacated is not None:
+            self.space.vacated.give_back()
 
     def _punch(self, run: Run) -> bool:
         offset, length = self.geometry.offset_of(run.start), run.count * self.geometry.cluster_bytes

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from jqcow import _native
 from jqcow.device.base import hole_end
-from jqcow.engine.clusters import Run
+from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import entries
 from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
@@ -89,6 +89,8 @@ class ChangeSet:
         packed_end: where compressed data was packed last, 0: nowhere (refcounts.py, R4).
         own: in a transaction, the data clusters taken since its start or last savepoint; None outside.
         outside: in a transaction, all clusters that it wrote to in a data file (datafile.py, X4).
+        vacated: places in the data file that the set gives up, and nobody has planned to write since.
+        reach_bytes: in a transaction, the largest size that the disk had, in it or before it.
     """
 
     def __init__(self, geometry: Geometry, *, private: bool = False, packed_end: int = 0) -> None:
@@ -104,6 +106,8 @@ class ChangeSet:
         self.packed_end = packed_end
         self.own: set[ClusterIndex] | None = set() if private else None
         self.outside: set[ClusterIndex] = set()
+        self.vacated = ClusterRuns()
+        self.reach_bytes = 0
         self._zeroed: dict[HostOffset, None] = {}
         self._marks: list[Mark] = []
         self._zero_block = _zero_block(geometry.block_bytes)
@@ -174,6 +178,8 @@ class ChangeSet:
         del self.freed_data[mark.freed_data :], self.freed_metadata[mark.freed_metadata :]
         self.freed_clusters -= sum(run.count for run in freed)
         self.area, self.ordered, self.packed_end = mark.area, mark.ordered, 0
+        # Some of them are in use again; for the others it is no more than space.
+        self.vacated = ClusterRuns()
         for cluster in list(self._zeroed)[mark.zeroed :]:
             del self._zeroed[cluster]
         if self.own is not None:
@@ -244,6 +250,8 @@ class ChangeSet:
         self.freed_metadata += newer.freed_metadata
         self.freed_clusters += newer.freed_clusters
         self.packed_end = newer.packed_end
+        # What this set gave up the newer one may have written.
+        self.vacated = newer.vacated
 
 
 class Absent(Exception):

@@ -25,6 +25,19 @@ class Places:
         host = HostOffset(DATA_FILE + cluster * self._cluster_bytes)
         return Run(self.geometry.cluster_of(host), count, zero_safe=False)
 
+    def vacate(self, cluster: int, count: int) -> None:
+        """Guest clusters in a row are staged to have no place any more (X7)."""
+        self.tables.changes.vacated.update([self.run_of(cluster, count)])
+
+    def occupy(self, run: Run) -> None:
+        """A request will write there: nobody gives it back (X7)."""
+        staged, vacated = self.tables.staged, self.tables.space.vacated
+        for changes in (staged.changes, staged.in_flight):
+            if changes is not None:
+                changes.vacated.discard(run.start, run.count)
+        if vacated is not None:
+            vacated.withdraw(run)
+
     def refuse_overwriting(self) -> NoReturn:
         """There is no other place for what a transaction would overwrite (X4)."""
         raise UnsupportedFeatureError(

@@ -232,13 +232,14 @@ class Planning:
         if self._is_outside:
             run = self.places.run_of(cluster, end - cluster)
             self.places.require_spare(run, piece.offset, piece.length)
+            self.places.occupy(run)
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
             return
         before = plan.fresh[-1] if plan.fresh else None
         if before is not None and cluster == before.cluster + before.run.count - 1:
             # Other subclusters of the cluster in which the piece before ends.
             last = ClusterIndex(before.run.start + before.run.count - 1)
-            run = Run(last, 1, zero_safe=before.run.zero_safe)
+            run = Run(last, 1, zero_safe=self._plan_part(last, cluster, piece))
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
             cluster += 1
         while cluster < end:
@@ -249,8 +250,24 @@ class Planning:
                     count = next((at - cluster for at in range(cluster, end) if at in kept), count)
                 run = self.tables.refcounts.take(count)
                 plan.uncounted.append(run)
+                self._plan_new(run, cluster, piece)
             else:
-                # Whatever an entry keeps has old bytes in it.
-                run = Run(self.geometry.cluster_of(kept[cluster]), 1, zero_safe=False)
+                # Whatever an entry keeps has old bytes in it, unless this process knows better.
+                place = self.geometry.cluster_of(kept[cluster])
+                run = Run(place, 1, zero_safe=self._plan_part(place, cluster, piece))
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new))
             cluster += run.count
+
+    def _plan_new(self, run: Run, cluster: int, piece: Piece) -> None:
+        """Remember what a piece leaves unwritten of new clusters, of which the first is for ``cluster``."""
+        subclusters = self.tables.mapping.codec.subclusters
+        if subclusters > 1:
+            for at in range(run.count):
+                place = ClusterIndex(run.start + at)
+                self.tables.space.unwritten.taken(place, subclusters, zero_safe=run.zero_safe)
+                self._plan_part(place, cluster + at, piece)
+
+    def _plan_part(self, place: ClusterIndex, cluster: int, piece: Piece) -> bool:
+        """A piece will be written in a guest cluster at a place; return True if it is zero-safe there."""
+        part = self.tables.mapping.codec.part(cluster, piece.offset, piece.offset + piece.length)
+        return self.tables.space.unwritten.plan_to_write(place, part)

@@ -82,22 +82,36 @@ class Resizing:
                 raise UnsupportedFeatureError("growing without the external data file", "it is not open")
             self._clear_behind(old_size, data_file, is_raw=is_raw)
             data_file.lengthen(size_bytes, preallocation)
+            if is_raw:
+                data_file.clear(old_size, size_bytes)
             first, end = self.geometry.clusters(old_size), self.geometry.clusters(size_bytes)
             if is_raw or preallocation != "off":
+                places = self.zeroing.writes.places
+                self.requests.planned(lambda: places.occupy(places.run_of(first, end - first)))
                 self.preallocating.map_row(first, end, preallocation, self._entry_outside(old_size))
         self.requests.planned(lambda: self._stage_size(size_bytes, ordered=False))
         if preallocation == "off":
             self._hide_longer(old_size, size_bytes)
 
     def _clear_behind(self, old_size: int, data_file: DataFile, *, is_raw: bool) -> None:
-        """Make zeros of what will be shown of the data file behind the disk's old end."""
+        """Make zeros of what will be shown of the data file behind the disk's old end.
+
+        Raises:
+            UnsupportedFeatureError: in a transaction that made the disk smaller, others see data there (X4).
+        """
+        changes, places = self.tables.changes, self.zeroing.writes.places
+        was_larger = changes.is_private and old_size < changes.reach_bytes
         if is_raw:
+            if was_larger:
+                places.refuse_overwriting()
             data_file.cut(old_size)
             return
         within = old_size % self._cluster_bytes
         count = self._cluster_bytes - within
         for run in self.zeroing.reads.runs(old_size, count if within else 0):
             if run.kind == DATA:
+                if was_larger:
+                    places.refuse_overwriting()
                 self.zeroing.writes.data.pwrite(bytes(run.length), run.host)
 
     def _entry_outside(self, old_size: int) -> Callable[[HostOffset], L2Entry]:
@@ -143,13 +157,17 @@ class Resizing:
             tables.snapshots.keep_sizes()
             tables.bitmaps.resize(size_bytes)
             tables.view.set_header(size=size_bytes)
+            tables.changes.reach_bytes = max(tables.changes.reach_bytes, size_bytes)
 
     def make_empty(self) -> None:
         """Give up all that the disk has of its own.
 
         Raises:
+            UnsupportedFeatureError: the bytes of a raw data file are the disk's, and stay (X3, X4).
             OSError: the transaction must go back.
         """
+        if self.tables.view.header.is_raw_outside:
+            self.zeroing.writes.places.refuse_overwriting()
         self._drop_tables(0)
 
     def _free_past(self, size_bytes: int) -> None:
@@ -176,4 +194,7 @@ class Resizing:
         self.requests.dirty.will_stage(found[0] * table_bytes, table_bytes)
         with tables.operation():
             leave_to_one(tables, tables.mapping.drop_l2_table(found[0]))
+            if self._is_outside:
+                per_table = tables.mapping.codec.per_table
+                self.zeroing.writes.places.vacate(found[0] * per_table, per_table)
         return found[0]

@@ -225,8 +225,20 @@ class Snapshots:
                 if change:
                     self.mapping.set_l1_entry(l1_index, table, copied=copied)
             for block in range(table, table + self.geometry.cluster_bytes, self.geometry.block_bytes):
-                wrong += self._set_copied_in_block(table, HostOffset(block), change=change)
+                if self.view.geometry.has_data_file:
+                    wrong += self._set_copied_outside(HostOffset(block), change=change)
+                else:
+                    wrong += self._set_copied_in_block(table, HostOffset(block), change=change)
         return wrong
+
+    def _set_copied_outside(self, block: HostOffset, *, change: bool) -> int:
+        """No refcount counts a cluster of a data file: each has one user."""
+        codec = self.mapping.codec
+        entries = codec.found(bytes(self.view.block(block)))
+        positions = [found.position for found in entries if found.host and not found.copied]
+        for position in positions if change else ():
+            codec.set_copied(self.view.edit(block), position, position + 1, copied=True)
+        return len(positions)
 
     def _set_copied_in_block(self, table: HostOffset, block: HostOffset, *, change: bool) -> int:
         wrong, codec = 0, self.mapping.codec

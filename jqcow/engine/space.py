@@ -22,8 +22,9 @@ S1. A freed data cluster is handed out only after the record that frees it is du
 S2. A freed metadata cluster is handed out only after a durable frame declares the epoch that frees it
     checkpointed, or the journal is gone: until then replay may write its old blocks.
 S3. A cluster is zero-safe only if it lies past the frontier, which never goes back, or this process punched
-    it under a completed barrier. Clusters of a failed operation are unknown. On a device of fixed size, which
-    shows old bytes everywhere, none is zero-safe.
+    it under a completed barrier; so is, later, what of it no request has planned to write. Clusters of a
+    failed operation are unknown. On a device of fixed size, which shows old bytes everywhere, none is
+    zero-safe.
 S4. Clusters of a live journal range are never handed out.
 S5. Clusters of a transaction whose record failed wait for a barrier: the record may come back to life.
 S6. A freed cluster is punched or handed out only after every request has ended that began before the record
@@ -36,7 +37,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from jqcow.engine.clusters import ClusterRuns, Run
+from jqcow.engine.clusters import ClusterRuns, Run, UnwrittenParts
 from jqcow.engine.frontier import Frontier
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
@@ -61,6 +62,22 @@ class InFlight(Protocol):
         ...
 
 
+class Vacated(Protocol):
+    """The places of a data file that go back to the host (vacated.py). Called with the lock held."""
+
+    def publish(self, places: ClusterRuns) -> None:
+        """A durable record gives them up."""
+        ...
+
+    def withdraw(self, run: Run) -> None:
+        """Somebody will write there."""
+        ...
+
+    def give_back(self) -> None:
+        """Punch what no request uses any more. The lock is free."""
+        ...
+
+
 class Space(Frontier):
     """The pools of free clusters of one image that is open for writing. The lock is held by the caller.
 
@@ -76,6 +93,8 @@ class Space(Frontier):
         sound_bitmaps: what a repair leaves of a damaged bitmap directory, and
         given_up_bitmaps: how many bitmaps it gives up, and
         abandoned: the clusters that these had, as far as that can be told: no data is lost with them.
+        unwritten: the subclusters that still are as zero-safe as their cluster when it was taken (S3).
+        vacated: of an image with a data file, what goes back to the host.
         is_distrusted: a refcount turned out to be too low; see `distrust`.
     """
 
@@ -95,6 +114,8 @@ class Space(Frontier):
         self.sound_bitmaps: Directory | None = None
         self.given_up_bitmaps = 0
         self.abandoned: set[ClusterIndex] = set()
+        self.vacated: Vacated | None = None
+        self.unwritten = UnwrittenParts()
         self.is_distrusted = False
         self._requests = requests
         self._lent = ClusterRuns()
@@ -239,6 +260,8 @@ class Space(Frontier):
             del self._old_metadata[run]
         self._released |= dict.fromkeys(home, newest)
         self._old_metadata |= dict.fromkeys(ClusterRuns(durable.freed_metadata), epoch)
+        if self.vacated is not None:
+            self.vacated.publish(durable.vacated)
 
     def journal_is_gone(self) -> None:
         """The image is clean: nothing will be replayed any more (S2)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from jqcow.engine.datafile import DataFile
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.metadata import ChangeSet, Mark
@@ -33,6 +34,7 @@ class PrivateChanges:
             public.changes.packed_end = 0
             self._old_size = public.view.header.size
             changes = ChangeSet(public.geometry, private=True)
+            changes.reach_bytes = self._old_size
             self.tables = Tables(public.blocks, public.space, changes)
             self.log.in_transaction = True
         self._is_halfway = False
@@ -48,21 +50,28 @@ class PrivateChanges:
             raise PoisonedError("a change of the transaction was cut off half-way")
         with self.commits.turn.lock:
             self.commits.begin_turn()
+            size, data_file = self.tables.view.header.size, self.medium.data_file
+            if data_file is not None:
+                data_file.promised_bytes = max(size, data_file.promised_bytes)
             self.commits.commit(self.tables)
             self.log.in_transaction = False
-            self._cut_data_file()
+            if data_file is not None:
+                data_file.promised_bytes = 0
+                self._cut_data_file(data_file)
             return self.log.require_journal().sequence
 
-    def _cut_data_file(self) -> None:
-        """What a smaller disk has lost leaves the data file, if the host can do that (datafile.py, X6)."""
-        size, data_file = self.tables.view.header.size, self.medium.data_file
-        if size < self._old_size and data_file is not None:
+    def _cut_data_file(self, data_file: DataFile) -> None:
+        """What a smaller disk has lost leaves the data file, if the host can do that (X6, X8)."""
+        header = self.tables.view.header
+        if header.size < self._old_size or header.is_raw_outside:
             with suppress(*EXPECTED):
-                data_file.cut(size)
+                data_file.cut(max(header.size, data_file.promised_bytes))
 
     def give_up(self) -> None:
         """Forget all changes. Should their record come back to life it needs its clusters (space.py, S5)."""
         self.medium.undo(self._forget)
+        if self.medium.data_file is not None and not self.medium.in_doubt:
+            self._cut_data_file(self.medium.data_file)
 
     def _forget(self) -> None:
         changes, space = self.tables.changes, self.tables.space

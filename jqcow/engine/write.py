@@ -227,7 +227,9 @@ class Writes(Planning):
         """
         mapping, refcounts = self.tables.mapping, self.tables.refcounts
         mapping.set_entries(first, values)
-        for old, new in zip(replaced or (), values, strict=replaced is not None):
+        for at, (old, new) in enumerate(zip(replaced or (), values, strict=replaced is not None)):
+            if self._is_outside and old.host and not new.host:
+                self.places.vacate(first + at, 1)
             # A new compressed cluster has counted references of its own, also where it lies in the host
             # cluster of the old one: all references of that one go.
             kept = range(0) if new.kind == COMPRESSED_CLUSTER else mapping.codec.hosts(new)

@@ -91,7 +91,9 @@ class Zeroing:
         self.requests.planned(lambda: self.requests.check_whole_clusters(offset, length))
         for start, span in self.requests.spans(offset, length):
             head, tail = self._whole_subclusters(start, span, self.tables.mapping.disk_bytes)
-            if self._has_zero_flag:
+            if self._is_raw_outside:
+                self._zero_raw(head, min(tail, self.tables.mapping.disk_bytes))
+            elif self._has_zero_flag:
                 self._set_entries(self._clusters(head, tail), head, tail, self._hidden)
             else:
                 self.write_over(head, tail - head)

@@ -8,7 +8,7 @@ from typing import Unpack
 
 from jqcow.device.base import Device, check_device, has_fixed_size
 from jqcow.device.filling import take_space, write_row
-from jqcow.device.targets import NewContent, Target, new_target
+from jqcow.device.targets import NewContent, Target, give_up_before, new_target, publish_both
 from jqcow.disks.chain import open_below
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.engine.engine import random_salt
@@ -39,7 +39,8 @@ def create(
 ) -> Image:
     """Create an image and return it open for reading and writing.
 
-    The file appears under its name at once and whole; it and its directory are durable on return.
+    The file appears under its name at once and whole; it and its directory are durable on return. A block
+    device is written in place: until the new image is whole it holds none (`jqcow.device.targets`).
 
     Args:
         path: where; an existing file is refused unless ``overwrite``.
@@ -60,7 +61,7 @@ def create(
         JqcowError: the backing file cannot be read.
         FileExistsError: the file exists.
         ImageInUse: the file to be replaced is in use.
-        OSError: the host failed; nothing is left under the name.
+        OSError: the host failed; nothing is left under the name, and on a block device no image.
     """
     passphrase = hidden(passphrase)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
@@ -74,7 +75,10 @@ def create(
         following = Following(allowing_what_it_names(target, allow_files), passphrase=passphrase)
         chain = None if named is None else open_below(named, [device.identity()], following)
         with closed_on_error(chain):
-            data = create_data_file(form, target, size, host_use, overwrite=overwrite)
+            backing_path = None if named is None else named.path
+            data = create_data_file(
+                form, target, new, size, host_use, overwrite=overwrite, backing_path=backing_path
+            )
             with closed_on_error(None if data is None else data.file) as data_file:
                 write_blank(new.content, blank, host_use.preallocation)
                 publish(new, data, overwrite=overwrite)
@@ -108,12 +112,28 @@ def plan_image(
 
 
 def create_data_file(
-    form: Form, image: str, size: int, host_use: HostUse, *, overwrite: bool
+    form: Form,
+    image: str,
+    above: Target,
+    size: int,
+    host_use: HostUse,
+    *,
+    overwrite: bool,
+    backing_path: str | None = None,
 ) -> Target | None:
     """Make the data file of a new image, of zeros, without its name yet; None where it is to have none.
 
+    Args:
+        form: of the image, which names it.
+        image: path of the image.
+        above: the image, which is being made.
+        size: of the disk.
+        host_use: of both.
+        overwrite: replace what is there.
+        backing_path: of the image's backing file.
+
     Raises:
-        ValueError: it would be the image itself.
+        ValueError: it would be the image itself, or its backing file.
         UnsupportedFeatureError: a name with a protocol that is no plain file.
         FileExistsError: a block device, and ``overwrite`` is False.
         OSError: the host failed.
@@ -123,7 +143,10 @@ def create_data_file(
     path = naming.meaning_of(form.data_file, "").path
     if os.path.realpath(path) == os.path.realpath(image):
         raise ValueError(f"{image} would be its own data file")
+    if backing_path is not None and os.path.realpath(path) == os.path.realpath(backing_path):
+        raise ValueError(f"{path} would be the data file of {image} and its backing file")
     new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
+    give_up_before(above, new)
     with closed_on_error(new.file):
         new.content.truncate(size)
         take_space(new.content, 0, size, host_use.preallocation)
@@ -131,20 +154,11 @@ def create_data_file(
 
 
 def publish(new: Target, data_file: Target | None, *, overwrite: bool) -> None:
-    """Give a new image its name, and before that its data file: nobody finds the one without the other.
-
-    Raises:
-        FileExistsError, ImageInUse, OSError: as `Target.publish`; neither has its name, unless what a new
-            data file replaced is gone.
-    """
-    if data_file is not None:
-        data_file.publish(overwrite)
-    try:
+    """Give a new image its name, with its data file, if it has one; errors as `publish_both`."""
+    if data_file is None:
         new.publish(overwrite)
-    except BaseException:
-        if data_file is not None:
-            data_file.withdraw()
-        raise
+    else:
+        publish_both(new, data_file, overwrite=overwrite)
 
 
 def create_on_device(
@@ -167,15 +181,15 @@ def create_on_device(
     preallocation = host_use.preallocation
     if (data_device is None) != (form.data_file is None):
         raise ValueError("an external data file has a name, data_file, and a device, data_device")
-    if has_fixed_size(device):
-        content = NewContent(device)
-        write_blank(content, blank, preallocation)
-        content.publish()
-    else:
-        write_blank(device, blank, preallocation)
+    content = NewContent(device) if has_fixed_size(device) else device
     if data_device is not None:
-        data_device.truncate(size)
-        take_space(data_device, 0, size, preallocation)
+        if isinstance(content, NewContent):
+            # An older image must not be found over the new data (V4).
+            content.begin()
+        _make_zeros(data_device, size, preallocation)
+    write_blank(content, blank, preallocation)
+    if isinstance(content, NewContent):
+        content.publish()
     passphrase = None if encryption is None else encryption.passphrase
     # The opening makes it durable (M7).
     return open_device(
@@ -186,6 +200,15 @@ def create_on_device(
         passphrase=passphrase,
         data_file=data_device,
     )
+
+
+def _make_zeros(device: Device, size: int, preallocation: Preallocation) -> None:
+    """Make a disk of zeros on a data file's device."""
+    content = NewContent(device) if has_fixed_size(device) else device
+    content.truncate(size)
+    take_space(content, 0, size, preallocation)
+    if isinstance(content, NewContent):
+        content.publish()
 
 
 def write_blank(device: Device, blank: BlankImage, preallocation: Preallocation = "off") -> None:

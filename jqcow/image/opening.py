@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -368,7 +369,8 @@ def _prepare_repair(
 ) -> JournalLength:
     """Before a repair: bring a crashed image home, try the repair in memory, and write its undo file.
 
-    A repair that only lowers refcounts of harmless leaks needs none; on a block device there is none. With
+    A repair that only lowers refcounts of harmless leaks needs none; on a block device a warning says that
+    there is none. With
     ``following`` the backing files must be there, and allowed, before anything is written.
 
     Returns the length of its journal on trial: a new refcount table lies behind that.
@@ -401,8 +403,12 @@ def _prepare_repair(
             done.too_low or done.copied_flags or done.refcount_table or done.bitmaps
         )
     first = next(trial.changed(), None)
-    if first is None or not (needs_undo or first[0] == 0) or has_fixed_size(device):
+    if first is None or not (needs_undo or first[0] == 0):
+        return on_trial
+    if has_fixed_size(device):
         # Beside a block device there is no place for an undo file, and what is given back is lost.
+        told = f"{device.path} is a block device: its repair writes no undo file, and nothing takes it back"
+        warnings.warn(told, stacklevel=2)
         return on_trial
     save_undo(trial, device)
     return replace(on_trial, is_exact=True)

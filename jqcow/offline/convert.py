@@ -331,7 +331,9 @@ def _write(
     started = time.perf_counter()
     new = new_target(target, overwrite=overwrite, nocow=form.host_use.nocow)
     try:
-        data = create_data_file(form.image, os.fspath(target), disk.size, form.host_use, overwrite=overwrite)
+        data = create_data_file(
+            form.image, os.fspath(target), new, disk.size, form.host_use, overwrite=overwrite
+        )
         with nullcontext() if data is None else closing(data.file):
             data_content = None if data is None else data.content
             amounts = _copy(disk, new.content, data_content, form, progress)

@@ -112,7 +112,7 @@ class _LayerMap:
         for part in RawDisk(self._data).extents(extent.length, host_offset):
             offset = extent.offset + part.offset - host_offset
             shown = replace(extent, offset=offset, length=part.length, host_offset=part.offset)
-            yield MapLine(shown, self._disk.path, in_hole=part.kind == "zero")
+            yield MapLine(shown, self._path, in_hole=part.kind == "zero")
 
 
 def _is_sparse(disk: ImageDisk) -> bool:

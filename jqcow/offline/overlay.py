@@ -80,7 +80,15 @@ def create_overlay(
         raise ValueError(f"{overlay} would be its own backing file")
     new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
     try:
-        data = create_data_file(form, overlay, size, host_use, overwrite=overwrite)
+        data = create_data_file(
+            form,
+            overlay,
+            new,
+            size,
+            host_use,
+            overwrite=overwrite,
+            backing_path=resolve(backing_file, overlay),
+        )
         with nullcontext() if data is None else closing(data.file):
             write_blank(new.content, blank, host_use.preallocation)
             publish(new, data, overwrite=overwrite)

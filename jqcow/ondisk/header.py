@@ -25,6 +25,9 @@ Header, big-endian::
 
 A header extension is its type (4 bytes), its length (4 bytes) and its data, padded to a multiple of 8;
 type 0 ends the list.
+
+K2. Of two extensions of one type the last counts, as in QEMU, for whoever asks what an image needs and for
+    whoever opens it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 G1. Where a table is whole, nothing else is believed. Evidence fills what is lost, and nothing more.
 G2. A host cluster that several guest ranges of the disk name, or in which a structure lies, is right for one
-    of them at most: none of them is certain.
+    of them at most: none of them is certain. Nor is anything that a table says which is named twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jqcow.salvage.tables import DiskTables, Fate
 
 Kind = Literal["data", "compressed", "zero", "below", "lost"]
 
+_FATES_AT_ONCE = 4096
 TABLE = "L2 table"
 """The witness of what a table says."""
 
@@ -155,9 +156,21 @@ class GuestMap:
         end = min(offset + length, self.size)
         while offset < end:
             index = offset // self.tables.table_covers
-            stop = min(end, (index + 1) * self.tables.table_covers)
+            stop = self._absent_end(index, end) or min(end, (index + 1) * self.tables.table_covers)
             yield from self._of_table(index, offset, stop)
             offset = stop
+
+    def _absent_end(self, index: int, end: int) -> int:
+        """Return how far there is no table from an L1 entry on, at most up to ``end``; 0 if there is one."""
+        fates, covers = self.tables.fates, self.tables.table_covers
+        if index < len(fates) and fates[index] != Fate.ABSENT:
+            return 0
+        for first in range(index, len(fates), _FATES_AT_ONCE):
+            some = fates[first : first + _FATES_AT_ONCE]
+            count = len(some) - len(some.lstrip(bytes([Fate.ABSENT])))
+            if count < len(some):
+                return min(end, (first + count) * covers)
+        return end
 
     def _of_table(self, index: int, start: int, end: int) -> Iterator[Piece]:
         fate = self.tables.fates[index] if index < len(self.tables.fates) else Fate.ABSENT
@@ -180,11 +193,23 @@ class GuestMap:
             if lost_start >= lost_end:
                 continue
             if position < lost_start:
-                yield from self._as_table_says(table, first_offset, position, lost_start, sure)
+                said = self._as_table_says(table, first_offset, position, lost_start, sure)
+                yield from self._as_is_sure(index, said)
             yield from self._as_placed(index, first_offset, lost_start, lost_end, is_known=fate == Fate.EMPTY)
             position = lost_end
         if position < end:
-            yield from self._as_table_says(table, first_offset, position, end, sure)
+            yield from self._as_is_sure(index, self._as_table_says(table, first_offset, position, end, sure))
+
+    def _as_is_sure(self, index: int, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Yield pieces by a table, which are not certain where something else lies in its place."""
+        if index not in self.tables.crowded:
+            yield from pieces
+            return
+        for piece in pieces:
+            yield piece._replace(
+                certainty=min(piece.certainty, Certainty.LIKELY),
+                witness=f"{TABLE}, which has another use, too",
+            )
 
     def _as_table_says(
         self, table: bytes, first_offset: int, start: int, end: int, sure: Certainty
@@ -235,9 +260,12 @@ class GuestMap:
             length = min(end - start, cluster_bytes - skipped)
             if placed is None or not placed.certainties[entry]:
                 # Neighbours of which nothing is known are one piece.
-                while start + length < end and (placed is None or not placed.certainties[entry + 1]):
-                    entry += 1
-                    length = min(end - start, length + cluster_bytes)
+                if placed is None:
+                    length = end - start
+                else:
+                    following = placed.certainties[entry + 1 :]
+                    count = len(following) - len(following.lstrip(b"\0"))
+                    length = min(end - start, length + count * cluster_bytes)
                 likely = self.tables.read_likely(index)
                 if likely is not None:
                     sure = self.tables.likely[index][1]

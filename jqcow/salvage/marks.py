@@ -72,6 +72,11 @@ class Bits:
         if cluster < self.cluster_count:
             _native.refcount_set(self.data, cluster, 0, 0)
 
+    def discard_range(self, first: int, stop: int) -> None:
+        """Take the clusters in [first, stop) out."""
+        for cluster in range(first, min(stop, self.cluster_count)):
+            self.discard(cluster)
+
     def __len__(self) -> int:
         """Return how many are in the set."""
         return int.from_bytes(self.data, "little").bit_count()

@@ -16,7 +16,7 @@ from jqcow import _native
 from jqcow.ondisk import entries, layout
 from jqcow.ondisk.layout import table_bytes
 from jqcow.salvage.marks import NOBODY, STRUCTURE, Bits, Marks
-from jqcow.salvage.shape import Damage, Shape
+from jqcow.salvage.shape import Damage, Damages, Shape
 from jqcow.salvage.source import LOOK_BYTES, Source
 
 SAMPLED = 256
@@ -35,18 +35,20 @@ class Unnamed:
         bits: those clusters; some may hold zeros.
         damages: what is wrong with the refcounts.
         uncounted_bytes: of the file, for which there are no sound refcounts.
+        blocks: the host offsets of the refcount blocks, sound or not.
     """
 
     def __init__(self, source: Source, shape: Shape, marks: Marks) -> None:
         """Compare marks and refcounts; the refcount structures get their marks, too."""
         self._source, self._shape, self._marks = source, shape, marks
         self.bits = Bits(marks.cluster_count)
-        self.damages: list[Damage] = []
+        self.damages = Damages()
         self.uncounted_bytes = 0
         self._sound: dict[int, int] = {}
         self._block: tuple[int, bytes] = (-1, b"")
         per_block = shape.geometry.refcounts_per_cluster
         blocks = self._find_blocks()
+        self.blocks = sorted(blocks.values())
         for first in range(0, marks.cluster_count, per_block):
             stop = min(first + per_block, marks.cluster_count)
             block = blocks.get(first // per_block)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from jqcow.errors import FormatError, UnsupportedFeatureError
 from jqcow.ondisk.compression import decompress
+from jqcow.salvage.decrypting import DecryptedSource
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import GuestMap, Piece
 from jqcow.salvage.shape import Shape
@@ -32,6 +33,11 @@ class PieceReader:
         self._compression_type = shape.area.header.compression_type
         self._cached: tuple[int, bytes | None] = (-1, None)
 
+    @property
+    def reads_below(self) -> bool:
+        """True if the backing disk is open."""
+        return self._below is not None
+
     def read(self, piece: Piece) -> bytes | None:
         """Return the bytes of a piece; None if they are lost, wholly or in part."""
         match piece.kind:
@@ -56,7 +62,10 @@ class PieceReader:
     def read_compressed(self, host_offset: int, stored_bytes: int) -> bytes | None:
         """Return the cluster whose compressed data begins at a host offset; None if it is damaged."""
         if self._cached[0] != host_offset:
-            stored = self.source.pread(min(stored_bytes, 2 * self._cluster_bytes), host_offset)
+            # Compressed data is not encrypted.
+            plain = self.source.plain if isinstance(self.source, DecryptedSource) else self.source
+            length = min(stored_bytes, 2 * self._cluster_bytes)
+            stored = plain.pread(length, host_offset)
             try:
                 content = decompress(stored, self._cluster_bytes, self._compression_type)
             except (FormatError, UnsupportedFeatureError):

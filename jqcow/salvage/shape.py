@@ -7,6 +7,7 @@ S4. A number that the header has and that cannot be is no number: it is a damage
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from jqcow.ondisk import layout
 from jqcow.ondisk.header import HeaderArea
@@ -32,6 +33,39 @@ class Damage:
     meaning: str
     guest_offset: int | None = None
     guest_length: int = 0
+
+
+DAMAGES_MAX = 4096
+"""So many are told one by one: whoever has more has one damage."""
+
+
+class Damages(list[Damage]):
+    """Damages in the order in which they were found.
+
+    Attributes:
+        left_out: how many came when there were `DAMAGES_MAX` already.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        super().__init__()
+        self.left_out = 0
+
+    def append(self, damage: Damage) -> None:
+        """Add a damage; one that goes on where the last one ended on the disk becomes one with it."""
+        last = self[-1] if self else None
+        if last is not None and _goes_on(last, damage):
+            self[-1] = replace(last, guest_length=last.guest_length + damage.guest_length)
+        elif len(self) < DAMAGES_MAX:
+            super().append(damage)
+        else:
+            self.left_out += 1
+
+
+def _goes_on(one: Damage, other: Damage) -> bool:
+    if (one.structure, one.meaning) != (other.structure, other.meaning) or one.guest_offset is None:
+        return False
+    return one.guest_offset + one.guest_length == other.guest_offset
 
 
 @dataclass(frozen=True)
@@ -63,17 +97,17 @@ class Shape:
         header = replace(self.area.header, size=size, l1_size=max(entry_count, self.area.header.l1_size))
         return replace(self, area=self.area.with_header(header))
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         """Sizes that follow from the header."""
         return self.area.header.geometry
 
-    @property
+    @cached_property
     def codec(self) -> L2Codec:
         """How L2 tables are read."""
         return codec_of(self.geometry)
 
-    @property
+    @cached_property
     def reserved(self) -> int:
         """Bits that no standard L2 entry, or first word of an extended one, has set."""
         return reserved_bits(self.geometry)

@@ -4,6 +4,7 @@ T1. A table is *whole* if each of its entries is one that an image can have. Wha
     as it stands, also that nothing is allocated.
 T2. Of a *torn* table a sector counts if most of it can be: noise can not, a flipped bit costs one entry.
 T3. What the tables name is marked once for each entry that names it, and the tables themselves as structures.
+T4. A table that is named again and again is judged twice at most: it takes no time to name one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 from jqcow import _native
 from jqcow.ondisk import entries
@@ -23,13 +25,17 @@ from jqcow.ondisk.layout import (
     table_bytes,
     table_entries,
 )
+from jqcow.ondisk.snapshots import Snapshot
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.marks import Marks
-from jqcow.salvage.shape import Damage, Shape
+from jqcow.salvage.shape import Damage, Damages, Shape
 from jqcow.salvage.source import Source
 
-INVALID = 4
-"""The place in what `l2_judge` counts of entries that cannot be."""
+UNALLOCATED, ZERO, DATA, COMPRESSED, INVALID, DOUBLED, STRUCTURES = range(_native.JUDGED)
+"""The places in what `l2_judge` counts."""
+
+MARKED_TIMES = 2
+"""A cluster that is named twice is marked as one that is named often."""
 
 
 class Fate(IntEnum):
@@ -59,6 +65,8 @@ class DiskTables:
         certainty: how surely the L1 table is that of the disk.
         are_empty_sure: a table of zeros says that nothing is allocated. False: it may have been emptied.
         damages: what is wrong, in the order of the L1 table.
+        counts: what the entries are, as `l2_judge` counts them.
+        crowded: the L1 indices of tables whose place has another use, too: nothing that they say is certain.
     """
 
     name: str
@@ -68,13 +76,15 @@ class DiskTables:
     offsets: array[int] = field(default_factory=lambda: array("Q"))
     fates: bytearray = field(default_factory=bytearray)
     lost: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    damages: list[Damage] = field(default_factory=list)
+    damages: Damages = field(default_factory=Damages)
+    counts: list[int] = field(default_factory=lambda: [0] * _native.JUDGED)
+    crowded: set[int] = field(default_factory=set)
     likely: dict[int, tuple[int, Certainty]] = field(default_factory=dict)
     certainty: Certainty = Certainty.CERTAIN
     are_empty_sure: bool = False
     _read: tuple[int, bytes] = (-1, b"")
 
-    @property
+    @cached_property
     def table_covers(self) -> int:
         """How much of the disk an L2 table maps, in bytes."""
         geometry = self.shape.geometry
@@ -156,8 +166,27 @@ class DiskTables:
         return start, max(0, min(self.disk_bytes - start, self.table_covers))
 
 
-def read_tables(source: Source, shape: Shape, marks: Marks) -> DiskTables:
+@dataclass
+class _Verdict:
+    """What became of the L2 table at a host offset, and how often its entries were marked."""
+
+    fate: Fate
+    lost: list[tuple[int, int]]
+    times: int = 1
+
+
+Known = dict[int, _Verdict]
+"""The L2 tables that were judged, by host offset."""
+
+
+def read_tables(source: Source, shape: Shape, marks: Marks, known: Known | None = None) -> DiskTables:
     """Judge the tables of the active disk, and mark what they name.
+
+    Args:
+        source: the file.
+        shape: what it is read as.
+        marks: of its clusters.
+        known: takes the verdicts, for other disks that share tables.
 
     Raises:
         OSError: the host failed, other than by what it cannot read.
@@ -169,13 +198,30 @@ def read_tables(source: Source, shape: Shape, marks: Marks) -> DiskTables:
         return tables
     if {"l1_table_offset", "cluster_bits"} & shape.doubtful:
         tables.certainty = Certainty.LIKELY
-    judge_all(tables, header.l1_table_offset, header.l1_size, marks)
+    judge_all(tables, header.l1_table_offset, header.l1_size, marks, known)
     return tables
 
 
-def judge_all(tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks) -> None:
+def read_snapshot_tables(
+    source: Source, shape: Shape, snapshot: Snapshot, marks: Marks, known: Known | None = None
+) -> DiskTables:
+    """Judge the tables of a snapshot, and mark what they name; of tables in ``known`` that is marked already.
+
+    Raises:
+        OSError: the host failed, other than by what it cannot read.
+    """
+    tables = DiskTables(f"snapshot {snapshot.id}", snapshot.disk_bytes, source, shape)
+    entries_max = min(snapshot.l1_size, MAX_L1_ENTRIES)
+    judge_all(tables, snapshot.l1_table_offset, entries_max, marks, known)
+    return tables
+
+
+def judge_all(
+    tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks, known: Known | None = None
+) -> None:
     """Judge the L2 tables of an L1 table, and then mark what they name; T3 needs the structures first."""
-    needed = tables.shape.geometry.l1_entries_for(tables.disk_bytes)
+    known = {} if known is None else known
+    needed = min(tables.shape.geometry.l1_entries_for(tables.disk_bytes), MAX_L1_ENTRIES)
     length = table_bytes(max(l1_entries, needed))
     l1_table = tables.source.pread(table_bytes(l1_entries), l1_offset).ljust(length, b"\0")
     marks.set_structure(l1_offset, table_bytes(l1_entries))
@@ -188,13 +234,22 @@ def judge_all(tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks)
     for index in sorted(bad):
         _lose(tables, index, entry_place(HostOffset(l1_offset), index), "the host cannot read the L1 entry")
     for index, entry in entries.nonzero_entries(l1_table):
-        _place_table(tables, index, entry, entry_place(HostOffset(l1_offset), index), marks)
+        _place_table(tables, index, entry, entry_place(HostOffset(l1_offset), index), marks, known)
+    places = {tables.offsets[index] for index in tables.crowded}
     for index, fate in enumerate(tables.fates):
-        if fate == Fate.WHOLE:
+        if fate != Fate.WHOLE:
+            continue
+        if tables.offsets[index] in places:
+            tables.crowded.add(index)
+        offset = tables.offsets[index]
+        if offset in known:
+            _judge_again(tables, index, known[offset], marks)
+        else:
             _judge_table(tables, index, marks)
+            known[offset] = _Verdict(Fate(tables.fates[index]), tables.lost.get(index, []))
 
 
-def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: Marks) -> None:
+def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: Marks, known: Known) -> None:
     """Take what an L1 entry says of its L2 table, if that can be."""
     offset, _, has_reserved = entries.split_l1(entry)
     cluster_bytes = tables.shape.geometry.cluster_bytes
@@ -205,10 +260,32 @@ def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: 
     else:
         tables.offsets[index] = offset
         tables.fates[index] = Fate.WHOLE
-        if not marks.set_structure(offset, cluster_bytes):
+        if not marks.set_structure(offset, cluster_bytes) and offset not in known:
+            tables.crowded.add(index)
             tables.damages.append(
                 Damage("L2 table", offset, "something else lies there, too", *tables.guest_range(index))
             )
+
+
+def _judge_again(tables: DiskTables, index: int, verdict: _Verdict, marks: Marks) -> None:
+    """Take the verdict on a table that is named once more; what it names is marked twice at most (T4)."""
+    start, covered = tables.guest_range(index)
+    if verdict.fate == Fate.LOST:
+        _lose(tables, index, tables.offsets[index], "most of it is no L2 table")
+        return
+    tables.fates[index] = verdict.fate
+    if verdict.fate == Fate.TORN:
+        tables.lost[index] = verdict.lost
+        meaning = "some of its entries cannot be"
+        tables.damages.append(Damage("L2 table", tables.offsets[index], meaning, start, covered))
+    verdict.times += 1
+    if verdict.fate in (Fate.WHOLE, Fate.TORN) and verdict.times == MARKED_TIMES:
+        _judge_and_mark(tables, tables.read(index), marks)
+
+
+def _judge_and_mark(tables: DiskTables, table: bytes, marks: Marks) -> None:
+    for place, count in enumerate(_judge(tables, table, marks)):
+        tables.counts[place] += count
 
 
 def _judge_table(tables: DiskTables, index: int, marks: Marks) -> None:
@@ -221,7 +298,7 @@ def _judge_table(tables: DiskTables, index: int, marks: Marks) -> None:
         tables.fates[index] = Fate.EMPTY
         return
     if not unreadable and not _judge(tables, table)[INVALID]:
-        _judge(tables, table, marks)
+        _judge_and_mark(tables, table, marks)
         return
     entry_bytes = shape.codec.entry_bytes
     lost = list(_lost_entries(tables, table, [(start - offset, count) for start, count in unreadable]))
@@ -242,7 +319,7 @@ def _judge_table(tables: DiskTables, index: int, marks: Marks) -> None:
                 max(0, min(count * length, start + covered - guest_offset)),
             )
         )
-    _judge(tables, tables.read(index), marks)
+    _judge_and_mark(tables, tables.read(index), marks)
 
 
 def _lost_entries(

@@ -18,12 +18,14 @@ from dataclasses import replace
 from typing import Any
 
 from jqcow.engine.clusters import Run
+from jqcow.engine.datafile import DataFile
 from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.engine.preallocating import Preallocating
 from jqcow.engine.resizing import Resizing
 from jqcow.engine.space import Space
+from jqcow.engine.transaction import PrivateChanges
 from jqcow.engine.write import WritePlan, Writes
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import ZeroOperation
@@ -44,6 +46,7 @@ from tests.support.mutant import (
     DATA_FILE,
     ENCRYPTED_DATA,
     FRAME,
+    GUARD,
     JOURNAL,
     JOURNAL_MODULE,
     KEY_SLOTS,
@@ -76,6 +79,7 @@ from tests.support.mutant import (
     TRACKING_MODULE,
     UNDO_HEADER,
     UNDO_MODULE,
+    VACATED,
     WRITES,
     Mutant,
     seeds,
@@ -122,6 +126,10 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "anew.begin": ("dropping:written-anew",),
     "anew.content": ("dropping:written-anew",),
     "anew.end": ("dropping:written-anew",),
+    "salvage.target": ("dropping:salvage",),
+    "salvage.report": ("dropping:salvage",),
+    "in-place.tables": ("dropping:in-place",),
+    "in-place.header": ("dropping:in-place",),
     "undo.settle": ("dropping:repair-done",),
     "undo.done": ("dropping:repair-done",),
     "undo.begin": ("dropping:undo",),
@@ -778,6 +786,28 @@ OF_ENCRYPTION = (
 )
 
 
+def forget_no_plan(original: Function, unwritten: Any, cluster: int, part: range) -> Any:
+    """Take for unwritten what was written, and given up, since the cluster was taken."""
+    before = unwritten._left.get(cluster, 0)
+    is_safe = original(unwritten, cluster, part)
+    if before:
+        unwritten._left[cluster] = before
+    return is_safe
+
+
+def unbounded_place(original: Function, tracking: Any, entry: Any, index: int) -> tuple[int, int, int]:
+    """Let a region have bits that the table of a bitmap does not map."""
+    start, _, count = original(tracking, entry, index)
+    return start, max(1, count >> 3), count
+
+
+def punch_at_once(_: Any, places: Any, cluster: int, count: int) -> None:
+    """Punch what was given up before anything is durable."""
+    run = places.run_of(cluster, count)
+    data_file, geometry = places.requests.medium.data_file, places.geometry
+    data_file.punch(geometry.offset_of(run.start), count * geometry.cluster_bytes)
+
+
 def cut_early(resizing: Resizing, old_size: int, size_bytes: int, preallocation: str) -> None:
     """Cut the data file before the record of the size is durable."""
     data_file = resizing.requests.medium.data_file
@@ -785,7 +815,22 @@ def cut_early(resizing: Resizing, old_size: int, size_bytes: int, preallocation:
         data_file.cut(size_bytes)
 
 
+def forget_promise(_: PrivateChanges, data_file: DataFile) -> None:
+    """Believe that a record whose barrier failed is gone."""
+    data_file.promised_bytes = 0
+
+
 OF_DATA_FILES = (
+    Mutant(
+        "S3-filled-over-old-bytes",
+        replacing("jqcow.engine.clusters:UnwrittenParts.plan_to_write", forget_no_plan),
+        trials=(*seeds("subclusters-filled/16384", 4),),
+    ),
+    Mutant(
+        "B6-bits-behind-a-table",
+        replacing(f"{TRACKING}._place", unbounded_place),
+        trials=(SCENARIO + "bytes-behind-a-bitmap-table",),
+    ),
     Mutant(
         "X1-record-before-its-data",
         skipping(f"{MEDIUM}.data_barrier"),
@@ -817,9 +862,34 @@ OF_DATA_FILES = (
         trials=("data-file-raw-reopened/1024/0",),
     ),
     Mutant(
+        "X3-discarded-before-it-is-zeros",
+        returning("jqcow.engine.datafile:has_fixed_size", False, during=f"{DATA_FILE}.zero"),
+        trials=seeds("data-file-raw-device/512", 3),
+    ),
+    Mutant(
+        "X3-old-bytes-behind-the-end",
+        skipping(f"{DATA_FILE}.clear"),
+        trials=seeds("data-file-raw-device-resizes/512", 3),
+    ),
+    Mutant(
         "X4-transaction-overwrites",
         skipping(f"{PLACES}.refuse_overwriting"),
         trials=(SCENARIO + "transaction-over-a-data-file",),
+    ),
+    Mutant(
+        "X4-larger-again-over-data",
+        holding(f"{RESIZING}._clear_behind", "self.tables.changes.reach_bytes", 0),
+        trials=(SCENARIO + "transaction-over-a-data-file",),
+    ),
+    Mutant(
+        "X8-left-long",
+        skipping(f"{DATA_FILE}.cut", during=f"{PRIVATE}.give_up"),
+        trials=(SCENARIO + "raw-file-of-a-size-given-up",),
+    ),
+    Mutant(
+        "X8-cut-below-a-promise",
+        before(f"{PRIVATE}._cut_data_file", forget_promise),
+        trials=(SCENARIO + "raw-file-of-a-size-given-up",),
     ),
     Mutant(
         "X5-two-clusters-in-one-place",
@@ -830,6 +900,26 @@ OF_DATA_FILES = (
         "X6-cut-before-the-record",
         before(f"{RESIZING}._resize_outside", cut_early),
         trials=seeds("data-file-resizes/1024", 3),
+    ),
+    Mutant(
+        "X7-before-the-record",
+        after(f"{PLACES}.vacate", punch_at_once),
+        trials=(SCENARIO + "transaction-over-a-data-file",),
+    ),
+    Mutant(
+        "X7-over-new-data",
+        skipping(f"{PLACES}.occupy"),
+        trials=(SCENARIO + "written-where-a-discard-was", "data-file-reuse/1024/0"),
+    ),
+    Mutant(
+        "X7-under-a-reader",
+        with_result(f"{GUARD}.oldest", lambda number: number + 100, during=f"{VACATED}._begin"),
+        trials=(SCENARIO + "read-beside-a-commit",),
+    ),
+    Mutant(
+        "X7-beside-a-writer",
+        skipping(f"{GUARD}.begin", during=f"{VACATED}._begin"),
+        trials=(SCENARIO + "written-while-it-is-punched",),
     ),
     Mutant(
         "B1-new-cluster-over-an-old-one",

@@ -27,7 +27,7 @@ def call_zero_safe(original: Function, space: Any, count: int) -> Run:
 
 def begin_with_sector_0(original: Function, content: Any) -> None:
     """Write sector 0 before all else."""
-    content._begin()
+    content.begin()
     content.below.pwrite(content._sector, 0)
     original(content)
 
@@ -52,6 +52,11 @@ def as_asked_for(original: Function, medium: Any, offset: int, length: int, prea
     medium.require_healthy()
     if preallocation == "full":
         original(medium, offset, length, preallocation)
+
+
+def find_the_first(_: Function, area: Any, extension_type: int) -> Any:
+    """Take the first extension of a type, where QEMU takes the last."""
+    return next((found for found in area.extensions if found.type == extension_type), None)
 
 
 MUTANTS_OF_DEVICES = (
@@ -87,7 +92,7 @@ MUTANTS_OF_DEVICES = (
     ),
     Mutant(
         "V1-old-header-over-new-content",
-        replacing(f"{NEW_CONTENT}._begin", give_up_nothing),
+        replacing(f"{NEW_CONTENT}.begin", give_up_nothing),
         trials=("dropping:written-anew",),
     ),
     Mutant(
@@ -99,5 +104,25 @@ MUTANTS_OF_DEVICES = (
         "V3-old-bytes-for-zeros",
         skipping(f"{NEW_CONTENT}._fill"),
         trials=(SCENARIO + "zeros-of-a-raw-disk",),
+    ),
+    Mutant(
+        "K1-another-file-than-was-allowed",
+        with_argument("jqcow.device.file:FileDevice.open", "real_path", lambda _: None),
+        trials=(SCENARIO + "link-that-leads-elsewhere",),
+    ),
+    Mutant(
+        "K2-the-first-of-two-extensions",
+        replacing("jqcow.ondisk.header:HeaderArea.find", find_the_first),
+        trials=(SCENARIO + "two-formats-of-one-file",),
+    ),
+    Mutant(
+        "V4-old-image-over-new-data",
+        skipping("jqcow.device.targets:_NewFile.give_up_old"),
+        trials=(SCENARIO + "replaced-with-its-data-file",),
+    ),
+    Mutant(
+        "V4-old-image-over-data-in-place",
+        skipping("jqcow.image.creating:give_up_before"),
+        trials=(SCENARIO + "replaced-with-its-data-file",),
     ),
 )

@@ -31,8 +31,13 @@ from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.crash.beside import (
     data_file_out_of_order,
+    grown_again_in_a_transaction,
     old_bytes_in_a_raw_file,
+    raw_file_of_a_size_given_up,
+    read_beside_a_commit,
     transaction_over_a_data_file,
+    written_where_a_discard_was,
+    written_while_it_is_punched,
 )
 from tests.crash.devices import (
     recovery_on_a_used_up_device,
@@ -42,8 +47,15 @@ from tests.crash.devices import (
     zeros_of_a_raw_disk,
 )
 from tests.crash.encrypted import entry_into_luks_header, key_slots, part_of_a_sector
+from tests.crash.foreign import (
+    bytes_behind_a_bitmap_table,
+    link_that_leads_elsewhere,
+    two_formats_of_one_file,
+)
 from tests.crash.judge import PromiseBroken, require
 from tests.crash.protected import PROTECTION_SCENARIOS
+from tests.crash.replaced import replaced_with_its_data_file
+from tests.crash.salvaged import new_tables_in_place, salvage_that_goes_on
 from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
@@ -857,6 +869,8 @@ DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "undo": undo_of_a_repair,
     "key-slots": key_slots,
     "written-anew": written_anew,
+    "salvage": salvage_that_goes_on,
+    "in-place": new_tables_in_place,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
 
@@ -895,11 +909,20 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         entry_into_luks_header,
         old_bytes_in_a_raw_file,
         transaction_over_a_data_file,
+        written_where_a_discard_was,
+        written_while_it_is_punched,
+        read_beside_a_commit,
+        grown_again_in_a_transaction,
+        raw_file_of_a_size_given_up,
         data_file_out_of_order,
         zeros_of_a_raw_disk,
         uncounted_data_on_a_device,
         used_up_device,
         recovery_on_a_used_up_device,
+        replaced_with_its_data_file,
+        link_that_leads_elsewhere,
+        two_formats_of_one_file,
+        bytes_behind_a_bitmap_table,
         size_of_an_old_snapshot,
         growth_behind_a_snapshot_table,
         *PROTECTION_SCENARIOS,

@@ -59,6 +59,13 @@ REUSE = """open v=2w%c discard:v:2c write:2w+2w%c:s flush write:2w+2w%c:c
     flush write:2w%c:2s close"""
 """Free clusters, keep clusters under zeros, and use them again at once, and after flushes."""
 
+FILLED = turns(
+    3,
+    """open v=2w%c write:v:s flush write:v+s:2s flush zeroes:v:2s flush write:v:s write:v+4s:s flush
+    write:v+s:s zeroes:v+4s:s write:v+4s:s flush write:v+2s:3s 0.5{{ close }}""",
+)
+"""Write into one cluster, piece by piece, and where zeros lie over old bytes."""
+
 GROW = "open change:2 resize:4:0 write:3w:2s flush resize:8|280:0 change:3:3 close"
 """Make the disk larger, and use what was added."""
 

@@ -21,7 +21,7 @@ IS_QUICK = _native.active() == "c"
 """The twins are slow: they get fewer states, and no recovery is crashed."""
 STATES_PER_INTERVAL, SNAPSHOT_STATES_PER_INTERVAL = (6, 3) if IS_QUICK else (2, 1)
 """The stories of snapshots have more intervals than others; of features there are many families."""
-OF_FEATURES = names_in("features")
+OF_FEATURES = frozenset(names_in("features"))
 QEMU_EVERY = 40
 SAMPLE = [
     # The cluster sizes take turns, so that a short run meets them all.

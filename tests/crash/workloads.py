@@ -186,6 +186,7 @@ _OF_FEATURES = (
             ("reopened", "", stories.REOPENED),
             ("in-place", "-full", stories.IN_PLACE),
             ("reuse", "-full", stories.REUSE),
+            ("filled", "", stories.FILLED),
             ("reuse-dirty", "-unpunchable", stories.REUSE),
             ("epochs", "", stories.EPOCHS),
             ("killed", "", stories.KILLED),
@@ -327,6 +328,13 @@ _OF_DATA_FILES = tuple(
         ("raw-barrier-fails-shown", "-raw-unforgetting", stories.BARRIER_FAILS),
         ("raw-resizes", "-raw-full", stories.RESIZES),
         ("raw-bitmaps", "-raw-bitmaps", stories.REOPENED),
+        ("device", "-device", stories.REUSE),
+        ("device-resizes", "-device", stories.RESIZES),
+        ("raw-device", "-raw-device", stories.REUSE),
+        ("raw-device-resizes", "-raw-device", stories.RESIZES),
+        ("raw-device-zeros", "-raw-device-zeros", stories.IN_PLACE),
+        ("two-devices", "-two-devices", stories.REUSE),
+        ("two-devices-resizes", "-two-devices", stories.RESIZES),
     )
 )
 _OF_BLOCK_DEVICES = (

@@ -196,6 +196,16 @@ def _is_bad_header(difference: Difference) -> bool:
     return bool(is_told) and _has_bad_header(difference.tables)
 
 
+def _is_lost_data_below(difference: Difference) -> bool:
+    assert difference.reading is not None
+    found = re.search(r"cluster at host offset (0x[0-9a-f]+): it holds data", difference.reading.ours.reason)
+    return found is not None and any(
+        int(found[1], 16) // below.cluster_bytes not in below.referenced() | below.metadata()
+        and any(below.content[int(found[1], 16) :][: below.cluster_bytes])
+        for below in difference.tables.below()
+    )
+
+
 def _is_refused_by_name(difference: Difference) -> bool:
     assert difference.reading is not None
     return difference.reading.ours.status == EXIT_UNSUPPORTED
@@ -299,6 +309,24 @@ def _lacks_its_backing_file(difference: Difference) -> bool:
     return checking.their_verdict == "refused" and bool(is_told and difference.tables.fields.backing_offset)
 
 
+def _lacks_its_data_file(difference: Difference) -> bool:
+    checking = difference.checking
+    is_told = re.search(r"'data-file' is required|No such file", checking.theirs.complaint)
+    return checking.their_verdict == "refused" and bool(is_told) and difference.tables.has_data_file
+
+
+def _has_a_bitmap_with_extra_data(difference: Difference) -> bool:
+    told = difference.reading.theirs if difference.reading is not None else difference.checking.theirs
+    has_it = any(flags & 4 or extra_bytes for flags, extra_bytes in difference.tables.bitmaps())
+    return has_it and "satisfy the constraints" in told.complaint
+
+
+def _has_a_name_in_an_extension(difference: Difference) -> bool:
+    fields = difference.tables.fields
+    is_told = "Header extension too large" in difference.checking.theirs.complaint
+    return is_told and fields.header_bytes < fields.backing_offset < fields.header_bytes + 8
+
+
 def _lacks_its_passphrase(difference: Difference) -> bool:
     is_told = "key-secret" in difference.checking.theirs.complaint
     return is_told and difference.tables.fields.crypt_method == 2
@@ -366,8 +394,15 @@ def _names_cluster_0(difference: Difference) -> bool:
     return any(not entry & OFFSET for l1 in every for entry in tables.l1_entries(l1))
 
 
-def _has_the_zero_flag_in_version_2(difference: Difference) -> bool:
-    return difference.tables.fields.version < 3 and Kind.RESERVED_BITS in difference.checking.counts
+def _has_the_zero_flag_for_none(difference: Difference) -> bool:
+    tables = difference.tables
+    has_none = tables.fields.version < 3 or tables.is_extended
+    return has_none and Kind.RESERVED_BITS in difference.checking.counts
+
+
+def _has_subclusters_of_compressed_data(difference: Difference) -> bool:
+    told = _qemu_told(difference, r"^ERROR compressed cluster \d+ with non-zero subcluster allocation bitmap")
+    return bool(told) and Kind.SUBCLUSTERS in difference.checking.counts
 
 
 def _is_table_cut(difference: Difference) -> bool:
@@ -419,7 +454,7 @@ CATEGORIES = (
              "QEMU makes zeros of what is gone", _entry_is("lies past the end", "gone")),
     Category(ONLY_QEMU, "reserved bits in an entry",
              "the entry is noise, and so may be what it names",
-             _entry_is("reserved bits|is not valid|zero flag", "invalid")),
+             _entry_is("reserved bits|is not valid|zero flag|has subclusters", "invalid")),
     Category(ONLY_QEMU, "a compressed cluster with the COPIED flag",
              "no program writes that: a flag is wrong", _entry_is("compressed and COPIED", "copied")),
     Category(ONLY_QEMU, "an entry that names the header",
@@ -428,6 +463,7 @@ CATEGORIES = (
              "a disk could repeat without end; both guest ranges are named", _is_shared_table),
     Category(ONLY_QEMU, "lost data beside an empty or a lost table",
              "zeros would be wrong where a table was overwritten with zeros", _is_lost_data),
+    Category(ONLY_QEMU, "the same in a backing file", "an overlay shows it", _is_lost_data_below),
     Category(ONLY_QEMU, "a backing file name that is empty, has a NUL, or lies in the header",
              "QEMU reads another file or none: other data", _is_bad_name),
     Category(ONLY_QEMU, "a header that the specification does not allow, or one cut off",
@@ -444,6 +480,8 @@ CATEGORIES = (
              "the disk does not depend on it; the check finds an error", _qemu_refuses(_HEADER)),
     Category(ONLY_JQCOW, "a length at the end marker of the extensions",
              "nothing follows the marker; jqcow does not look at it", _has_marked_length),
+    Category(ONLY_JQCOW, "a bitmap with extra data, or the flag for it",
+             "the specification has them", _has_a_bitmap_with_extra_data),
     Category(ONLY_JQCOW, "an opening of QEMU's without end", "jqcow bounds its walks", _has_no_end_in_qemu),
     Category(VERDICT, "what jqcow refuses by name", "it cannot follow the tables", _is_refused_for_a_feature),
     Category(VERDICT, "a header that the specification does not allow, or a bad backing file name",
@@ -454,6 +492,11 @@ CATEGORIES = (
     Category(VERDICT, "an image with errors that QEMU does not open",
              "jqcow says what is wrong, and checks the rest", _is_not_opened_by_qemu),
     Category(VERDICT, "a backing file that is not there", "no check needs it", _lacks_its_backing_file),
+    Category(VERDICT, "a bitmap with extra data, or the flag for it",
+             "the specification has them", _has_a_bitmap_with_extra_data),
+    Category(VERDICT, "a data file that is not there", "no check needs it", _lacks_its_data_file),
+    Category(VERDICT, "a backing file name in the head of the first extension",
+             "jqcow finds no extension before it", _has_a_name_in_an_extension),
     Category(VERDICT, "an encrypted image without its passphrase",
              "tables are not encrypted, and no check needs it", _lacks_its_passphrase),
     Category(VERDICT, "a length at the end marker of the extensions",
@@ -474,8 +517,8 @@ CATEGORIES = (
              "space that nothing uses: a leak", _only(Kind.LEAK_PAST_END, "clean")),
     Category(NUMBERS, "data behind the last counted cluster, in a live image",
              "an error in its journal; recovery counts such data", _is_counted_by_recovery),
-    Category(VERDICT, "the zero flag in version 2",
-             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_in_version_2),
+    Category(VERDICT, "the zero flag in version 2, or with subclusters",
+             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_for_none),
     Category(NUMBERS, "a refcount block that shares its cluster",
              "one more error in QEMU", _is_shared_refcount_block),
     Category(NUMBERS, "a refcount block that QEMU cannot read",
@@ -488,8 +531,10 @@ CATEGORIES = (
              "one more error in jqcow", _is_refcount_table_gone),
     Category(NUMBERS, "an L1 entry that names the header",
              "one error; QEMU takes the header for an L2 table", _names_cluster_0),
-    Category(NUMBERS, "the zero flag in version 2",
-             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_in_version_2),
+    Category(NUMBERS, "the zero flag in version 2, or with subclusters",
+             "a reserved bit there; QEMU tells it only when it reads", _has_the_zero_flag_for_none),
+    Category(NUMBERS, "subclusters of compressed data",
+             "one error; QEMU calls the data a leak", _has_subclusters_of_compressed_data),
     Category(NUMBERS, "compressed data cut off, by less than a cluster",
              "it cannot be read, by QEMU neither", _is_data_cut_off),
     Category(NUMBERS, "a table cut by less than a cluster",

@@ -84,7 +84,10 @@ def scripts_in(folder: Path) -> list[Path]:
 
 
 def run(script: Script, folder: Path, work: Path, seconds: float) -> tuple[str, list[State]]:
-    """Run a script in a working folder; return how it ended and the states that it left, each once."""
+    """Run a script in a working folder; return how it ended and the states that it left, each once.
+
+    One that does not run says why.
+    """
     scratch, sockets, programs, store = (work / name for name in ("scratch", "s", "bin", "store"))
     for path in (scratch, sockets, programs, store):
         path.mkdir(parents=True)
@@ -96,9 +99,11 @@ def run(script: Script, folder: Path, work: Path, seconds: float) -> tuple[str, 
     if b"python" in script.path.read_bytes().partition(b"\n")[0]:
         command.insert(0, sys.executable)
     ended = _run_to_its_end(command, script.path.parent, environment, seconds)
+    _unmount(scratch)
     subprocess.run([sys.executable, str(CAPTURE), str(scratch), str(store)], check=False)
-    if (scratch / f"{script.path.name}.notrun").exists():
-        ended = "not run"
+    reason = scratch / f"{script.path.name}.notrun"
+    if reason.exists():
+        ended = f"not run: {reason.read_text(errors='replace').strip()}"
     return ended, list(_states(store))
 
 
@@ -150,6 +155,14 @@ def _run_to_its_end(command: list[str], folder: Path, environment: dict[str, str
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return "ended" if status == 0 else "failed"
+
+
+def _unmount(scratch: Path) -> None:
+    """End what a script's server exported as a file: with the server gone, nobody can look at it."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        place = Path(line.split(" ")[1])
+        if scratch in place.parents:
+            subprocess.run(["umount", "-l", str(place)], check=False)
 
 
 def _states(store: Path) -> Iterator[State]:

@@ -9,6 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00
 COPIED = 1 << 63
@@ -54,6 +55,9 @@ class Fields:
         return cls(version, *fields, incompatible, compatible, autoclear, order, length, kind)
 
 
+_BITMAPS = 0x23852875
+
+
 @dataclass(frozen=True)
 class L1:
     """An L1 table: where, how many entries, and the size of its disk."""
@@ -72,8 +76,19 @@ class Tables:
         # Neither program opens an image with clusters of another size.
         self.cluster_bytes = 1 << min(max(self.fields.cluster_bits, 9), 21)
         self.is_extended = bool(self.fields.incompatible & 1 << 4)
+        self.has_data_file = bool(self.fields.incompatible & 1 << 2)
         self.entry_bytes = 16 if self.is_extended else 8
         self.per_table = self.cluster_bytes // self.entry_bytes
+
+    def below(self) -> Iterator[Tables]:
+        """Yield the tables of the images below, of those that are named by a path from the root."""
+        start = self.fields.backing_offset
+        name = bytes(self.content[start : start + min(self.fields.backing_bytes, 1023)])
+        path = Path(name.replace(b"\0", b"").decode("utf-8", "surrogateescape"))
+        if path.is_absolute() and path.is_file():
+            image = Tables(path.read_bytes())
+            yield image
+            yield from image.below()
 
     def word(self, place: int) -> int | None:
         """Return the 8 bytes at a host offset as a number."""
@@ -120,7 +135,11 @@ class Tables:
             faults.add("gone")
         if not table or faults:
             return faults
-        return self.faults_of(self.word(table + self.entry_bytes * l2_index) or 0)
+        place = table + self.entry_bytes * l2_index
+        entry = self.word(place) or 0
+        if self.is_extended and entry & COMPRESSED and self.word(place + 8):
+            faults.add("invalid")
+        return faults | self.faults_of(entry)
 
     def faults_of(self, entry: int) -> set[str]:
         """Return what is wrong with an L2 entry."""
@@ -140,7 +159,9 @@ class Tables:
         return faults
 
     def faults_of_host(self, host: int) -> set[str]:
-        """Return what is wrong with a host offset that an entry names."""
+        """Return what is wrong with a host offset that an entry names, in this file."""
+        if self.has_data_file:
+            return set()
         faults = {"gone"} if host >= len(self.content) else set()
         return faults | ({"header"} if host < self.cluster_bytes else set())
 
@@ -224,7 +245,7 @@ class Tables:
 
     def _clusters_of(self, entry: int) -> range:
         """Return the host clusters that an L2 entry names, none where it has a fault."""
-        if self.faults_of(entry):
+        if self.faults_of(entry) or self.has_data_file:
             return range(0)
         width = 62 - (self.fields.cluster_bits - 8)
         host = entry & OFFSET
@@ -274,3 +295,11 @@ class Tables:
             if not kind or length > end - place:
                 return
             place += 8 + -(-length // 8) * 8
+
+    def bitmaps(self) -> Iterator[tuple[int, int]]:
+        """Yield (flags, bytes of extra data) of the first bitmap of each directory."""
+        for place, kind, length in self.extensions():
+            directory = self.word(place + 24) if kind == _BITMAPS and length >= 24 else None
+            if directory is not None and directory + 24 <= len(self.content):
+                flags, extra_bytes = struct.unpack_from(">12xI4xI", self.content, directory)
+                yield flags, extra_bytes

@@ -23,7 +23,7 @@ GROWN = ROOT / ".fuzz"
 SLICE_SECONDS = 600
 """CPU time of one process: its figures are recorded then, and the memory of libFuzzer starts anew."""
 MEMORY_MIB = 256
-HANGING_SECONDS = 300
+HANGING_SECONDS = 3600
 COLUMNS = ("target", "executions", "CPU seconds", "edges", "features", "peak MiB", "findings")
 ARTIFACTS = ("crash-", "oom-", "timeout-")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jqcow
-from tests.interop.kinds import KEY, SECTOR_BYTES
+from tests.interop.kinds import DATA_FILE, KEY, SECTOR_BYTES
 from tests.interop.pairwise import Row
 from tests.support.qemu import dirty_by_qemu, done, done_in_spite_of_load
 
@@ -49,12 +49,20 @@ class Content:
     snapshots: dict[str, bytes] = field(default_factory=dict)
     bitmaps: dict[str, Noted] = field(default_factory=dict)
 
+    def copied(self) -> Content:
+        bitmaps = {
+            name: replace(noted, must=set(noted.must), may=set(noted.may))
+            for name, noted in self.bitmaps.items()
+        }
+        return Content(bytearray(self.disk), dict(self.snapshots), bitmaps)
+
 
 @dataclass
 class Disk:
     """An image, and what it must hold."""
 
     row: Row
+    path: Path
     folder: Path
     chance: random.Random
     model: Content = field(default_factory=Content)
@@ -63,7 +71,6 @@ class Disk:
     has_packed: bool = False
 
     def __post_init__(self) -> None:
-        self.path = self.folder / "image.qcow2"
         self.cluster_bytes = int(self.row["cluster"])
         self.pattern = self.folder / "pattern"
         # Half noise, half zeros: every cluster shrinks, but not to nothing.
@@ -82,6 +89,8 @@ class Disk:
     def has_room_for_snapshots(self) -> bool:
         """Whether the refcounts can count one more, of which every cluster may be a part."""
         bits = int(self.row["refcounts"])
+        if self.row["data"] != "inside":
+            return False
         if bits <= 4 and self.has_packed:
             return False
         return len(self.model.snapshots) + 2 <= min(6, (1 << bits) - 1)
@@ -148,6 +157,9 @@ class Disk:
                 added = noted.granules(old, size)
                 noted.may |= added
                 noted.must |= added if by_jqcow else set()
+            elif noted.takes_note and by_jqcow:
+                # What is cut off within a cluster is cleared.
+                noted.may |= noted.granules(size // self.cluster_bytes * self.cluster_bytes, size)
 
     def applied(self, name: str) -> None:
         """Note that a snapshot was applied: all is dirty."""
@@ -244,8 +256,13 @@ class Disk:
         self._take_noise()
 
     def _take_noise(self) -> None:
-        """What was never written is decrypted all the same, in clusters that were preallocated."""
-        if self.is_encrypted and self.row["preallocation"] != "off":
+        """What was never written is decrypted all the same, in clusters that were preallocated.
+
+        On a device QEMU preallocates clusters of whatever it holds.
+        """
+        is_mapped = self.row["preallocation"] != "off" or self.row["data"] == "raw file"
+        holds_anything = self.row["place"] != "file" and self.row["data"] == "inside"
+        if is_mapped and (self.is_encrypted or holds_anything):
             self.model.disk = bytearray(self.read_by_qemu())
 
     def read_by_qemu(self, *options: str) -> bytes:
@@ -260,6 +277,8 @@ class Disk:
         if not is_dirty:
             done("qemu-img", "check", "-q", *self.for_qemu())
         require_same(self.read_by_qemu(), self.model.disk, f"{title}: the disk, by QEMU")
+        if self.row["data"] == "raw file" and not self.is_encrypted:
+            require_same((self.folder / DATA_FILE).read_bytes(), self.model.disk, f"{title}: its raw file")
         with self.opened() as image:
             require_same(image.pread(image.size, 0), self.model.disk, f"{title}: the disk")
             report = image.check()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from tests.interop.pairwise import CoveringArray, Row
 
 SECTOR_BYTES = 512
@@ -23,12 +25,13 @@ FACTORS = {
     "encryption": ("none", "xts-256", "cbc-128"),
     "bitmaps": ("none", "one", "several"),
     "ended": ("closed", "killed"),
-    "data": ("inside",),
+    "data": ("inside", "file", "raw file"),
+    "place": ("file", "device-512", "device-4096"),
 }
 """``ended``: how QEMU left the image; killed it leaves the dirty bit (lazy refcounts) and bitmaps in use.
 
-``data`` has the levels "file" and "raw file" too, of which the rules below and `option_words` know; they join
-when jqcow opens such images.
+``name``: of the backing file; a data file has a plain one. ``place``: where the image is; a device has
+sectors of so many bytes.
 """
 
 DISK_BYTES = {512: 600 * 1024, 4096: 1 << 20, 16384: 2 << 20, 65536: 3 << 20, 2 << 20: 14 << 20}
@@ -36,6 +39,7 @@ CIPHERS = {
     "xts-256": "aes-256,xts,plain64,sha256",
     "cbc-128": "aes-128,cbc,essiv,sha1",
 }
+DATA_FILE = "data.raw"
 KEY = "key"
 """The id of the secret in QEMU's options."""
 
@@ -68,12 +72,16 @@ def allowed(row: Row) -> bool:
         has("refcounts", 1) and is_not("snapshots", "none"),
         has("refcounts", 2) and has("snapshots", "several"),
         has("refcounts", 2, 4) and is_not("snapshots", "none") and is_not("compression", "none"),
+        # The data in another file has no refcounts, which snapshots and packed clusters need.
         is_not("data", "inside")
         and (has("version", 2) or is_not("compression", "none") or is_not("snapshots", "none")),
+        # Nothing allocates the space of a device but those who own it.
+        is_not("place", "file") and has("preallocation", "falloc", "full") and has("data", "inside"),
     )
     return not any(forbidden)
 
 
+@cache
 def array_of(seed: int) -> CoveringArray:
     """Return a covering array; another one for each seed."""
     return CoveringArray(FACTORS, allowed, seed)
@@ -85,6 +93,16 @@ def sizes_of(row: Row) -> tuple[int, int]:
     size = DISK_BYTES[cluster_bytes] + (3 * SECTOR_BYTES if row["disk"] == "unaligned" else 0)
     below = {"shorter": size * 2 // 3 // SECTOR_BYTES * SECTOR_BYTES + SECTOR_BYTES, "equal": size}
     return size, below.get(str(row["base"]), size + 4 * cluster_bytes)
+
+
+def name_in(row: Row, path: str, driver: str) -> str:
+    """Return how the image of a row names another file."""
+    match row["name"]:
+        case "file:":
+            return f"file:{path}"
+        case "json:":
+            return f'json:{{"driver": "{driver}", "file": {{"driver": "file", "filename": "{path}"}}}}'
+    return path
 
 
 def option_words(row: Row) -> str:
@@ -99,7 +117,7 @@ def option_words(row: Row) -> str:
         "preallocation": row["preallocation"],
     }
     if row["data"] != "inside":
-        options |= {"data_file": "data.raw", "data_file_raw": "on" if row["data"] == "raw file" else "off"}
+        options |= {"data_file": DATA_FILE, "data_file_raw": "on" if row["data"] == "raw file" else "off"}
     if row["encryption"] != "none":
         cipher, mode, ivgen, digest = CIPHERS[str(row["encryption"])].split(",")
         options |= {

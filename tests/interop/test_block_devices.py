@@ -19,7 +19,9 @@ from jqcow.cli import main, recover
 from jqcow.errors import ImageInUse
 from jqcow.offline.convert import convert
 from jqcow.offline.measure import measure, measure_size
-from tests.support.loops import SECTOR_SIZES, loop_device
+from jqcow.ondisk.entries import OFFSET_MASK
+from tests.support.loops import SECTOR_SIZES, has_device_mapper, loop_device, mapped_device
+from tests.support.patients import Tables
 from tests.support.qemu import done, qemu_io, run
 
 MIB = 1 << 20
@@ -262,3 +264,89 @@ def test_conversion_takes_no_more_than_was_measured(compressed: bool) -> None:
             "source.qcow2", "target.qcow2", cluster_size=cluster_size, compressed=compressed, overwrite=True
         )
         assert Path("target.qcow2").stat().st_size <= measured.required
+
+
+if has_device_mapper():
+
+    def test_device_that_fails_loses_nothing_that_was_flushed(device: str) -> None:
+        """The device mapper lets every access fail, as a disk that is pulled; then it comes back."""
+        with mapped_device(device, DEVICE_BYTES) as mapped:
+            jqcow.create(mapped.path, DISK_BYTES, overwrite=True).close()
+            image = jqcow.open(mapped.path, "r+")
+            image.pwrite(b"\x11" * MIB, 0)
+            image.flush()
+            image.pwrite(b"\x22" * MIB, MIB)
+            mapped.fail()
+            with pytest.raises(OSError, match="Input/output"):
+                image.flush()
+            with pytest.raises((OSError, jqcow.JqcowError)):
+                image.close()
+            mapped.mend()
+            with jqcow.open(mapped.path, "r+") as image:
+                found = image.pread(2 * MIB, 0)
+                assert found[:MIB] == b"\x11" * MIB and set(found[MIB:]) <= {0, 0x22}
+            check_by_both(mapped.path)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_data_file_on_a_device(device: str, raw: bool) -> None:
+    """The data lies on a device that is larger than the disk, and full of noise."""
+    image = Path("image")
+    jqcow.create(image, 4 * MIB, data_file=device, data_file_raw=raw, overwrite=True).close()
+    with jqcow.open(image, "r+", allow_files=True) as opened:
+        opened.pwrite(b"\x11" * 100_000, MIB)
+        opened.resize(16 * MIB)
+        opened.resize(8 * MIB)
+        opened.resize(16 * MIB)
+        assert opened.pread(14 * MIB, 2 * MIB) == bytes(14 * MIB)
+        opened.discard(65536, MIB)
+        with pytest.raises(OSError, match="No space") as caught:
+            opened.resize(DEVICE_BYTES + MIB)
+        assert caught.value.errno == errno.ENOSPC and opened.size == 16 * MIB
+        with pytest.raises(ImageInUse):
+            jqcow.create("other", MIB, data_file=device, overwrite=True)
+    done("qemu-img", "check", "-q", image)
+    convert(image, "copy.raw", target_format="raw", allow_files=True)
+    done("qemu-img", "compare", "-q", "-F", "raw", image, "copy.raw")
+    if raw:
+        with open(device, "rb") as file:
+            assert file.read(16 * MIB) == Path("copy.raw").read_bytes()
+    with pytest.raises(OSError, match="No space"):
+        jqcow.create("other", DEVICE_BYTES + MIB, data_file=device, overwrite=True)
+    done("qemu-img", "compare", "-q", "-F", "raw", image, "copy.raw")
+    assert not os.path.exists("other")
+
+
+def test_image_and_data_on_two_devices(device: str, tmp_path: Path) -> None:
+    convert_options = {"target_format": "qcow2", "overwrite": True, "verify": True, "data_file": device}
+    Path("source.raw").write_bytes(Random(1).randbytes(3 * MIB) + bytes(5 * MIB))
+    with loop_device(tmp_path / "other.img", DEVICE_BYTES) as other:
+        for raw in (False, True):
+            convert("source.raw", other, data_file_raw=raw, **convert_options)  # type: ignore[arg-type]
+            done("qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", other, "source.raw")
+            with jqcow.open(other, "r+", allow_files=True) as image:
+                image.pwrite(b"\x22" * 70_000, 5 * MIB)
+                image.discard(MIB, 0)
+                assert image.check().ok
+            done("qemu-img", "check", "-q", other)
+        with pytest.raises((ValueError, ImageInUse)):
+            convert("source.raw", other, **{**convert_options, "data_file": other})  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_repair_tells_that_nothing_takes_it_back(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    jqcow.create(device, DISK_BYTES, overwrite=True).close()
+    qemu_io(Path(device), "write -P 1 0 1M")
+    assert main.main(["check", "-q", "-r", "all", device]) == 0
+    # Nothing was wrong.
+    assert "undo" not in capsys.readouterr().err
+    with open(device, "r+b") as file:
+        tables = Tables(file.read(DISK_BYTES))
+        tables.set_refcount(tables.entry(tables.l2) & OFFSET_MASK, 0)
+        file.seek(0)
+        file.write(tables.image)
+    assert main.main(["check", "-q", "-r", "all", device]) == 0
+    assert f"{device} is a block device: its repair writes no undo file" in capsys.readouterr().err
+    check_by_both(device)
+    assert main.main(["undo", device]) == 63
+    assert "undo on a block device" in capsys.readouterr().err

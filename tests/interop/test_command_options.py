@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jqcow
-from jqcow.cli import main
+from jqcow.cli import common, main
 from tests.interop.commands import ours
 from tests.support.qemu import check_clean, done, qemu_io, run
 
@@ -129,3 +129,44 @@ def test_a_snapshot_is_found_by_id_first_here(capsys: pytest.CaptureFixture[str]
     run("qemu-img", "snapshot", "-d", "2", "theirs")
     assert "other" not in done("qemu-img", "snapshot", "-l", "ours")
     assert "other" in done("qemu-img", "snapshot", "-l", "theirs")
+
+
+def test_two_commas_in_a_name_are_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert common.split_options("a=1,,2,b=,,,,,c") == ["a=1,2", "b=,,", "c"]
+    done("qemu-img", "create", "-q", "-f", "raw", "b,ase", MIB)
+    for name, create in (
+        ("ours", lambda *options: ours(capsys, "create", "-q", *options)),
+        ("theirs", lambda *options: done("qemu-img", "create", "-q", "-f", "qcow2", *options)),
+    ):
+        create("-o", f"data_file={name},,data,backing_file=b,,ase,backing_fmt=raw", name)
+        assert os.path.exists(f"{name},data")
+        facts = json.loads(done("qemu-img", "info", "--output=json", name))
+        assert facts["backing-filename"] == "b,ase"
+        assert facts["format-specific"]["data"]["data-file"] == f"{name},data"
+    ours(capsys, "amend", "-q", "-o", "data_file=theirs,,data", "ours")
+    assert "theirs,data" in done("qemu-img", "info", "ours")
+
+
+def test_two_commas_in_the_name_of_a_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("k,ey").write_bytes(b"secret")
+    secret = "secret,id=s,file=k,,ey"
+    ours(
+        capsys,
+        "create",
+        "-q",
+        "--object",
+        secret,
+        "-o",
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+        "image",
+        "1M",
+    )
+    done(
+        "qemu-io",
+        "--object",
+        secret,
+        "-c",
+        "read 0 4k",
+        "--image-opts",
+        "file.filename=image,encrypt.key-secret=s",
+    )

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ import pytest
 import jqcow
 from jqcow.cli import recover
 from jqcow.cli.main import main
+from jqcow.device.file import FileDevice
 from jqcow.offline.amend import amend
 from jqcow.offline.commit import commit
 from jqcow.offline.convert import convert
 from jqcow.offline.rebase import rebase
 from jqcow.offline.undo import undo_repair
 from jqcow.ondisk.encryption import Encryption
-from tests.support.qemu import check_clean, compare, complaint, done, holding, qemu_io
+from tests.interop.commands import require_same_info, require_same_map
+from tests.support.qemu import check_clean, compare, complaint, done, done_in_spite_of_load, holding, qemu_io
 
 SIZE = 1 << 20
 CLUSTER = 65536
@@ -173,6 +176,17 @@ def test_data_moves_in_and_out() -> None:
     assert not os.path.exists("more")
 
 
+def test_a_sparse_file_is_told_of_as_by_qemu(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ("preallocation=metadata", "data_file_raw=on"):
+        qemu_io(by_qemu(options), "write 300k 8k")
+        require_same_map(capsys, "image")
+    Path("key").write_text("secret")
+    secret = ("--object", "secret,id=key,file=key")
+    luks = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,data_file=data"
+    done_in_spite_of_load("qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", luks, "image", SIZE)
+    require_same_info(capsys, "image")
+
+
 def test_what_cannot_be() -> None:
     for options, match in (
         ({"data_file_raw": True}, "needs a data_file"),
@@ -207,6 +221,46 @@ def test_what_cannot_be() -> None:
         with pytest.raises(ValueError, match="cannot show a backing file"), image.transaction() as tx:
             tx.set_backing_file("base", "raw")
         assert image.check().ok
+
+
+def test_a_data_file_is_no_other_file_of_the_image(capsys: pytest.CaptureFixture[str]) -> None:
+    done("qemu-img", "create", "-q", "-f", "raw", "base", SIZE)
+    Path("base").write_bytes(bytes(range(256)) * (SIZE // 256))
+    os.link("base", "same")
+    options = ["-q", "--overwrite", "-b", "base", "-F", "raw", "-o"]
+    assert main(["create", *options, "data_file=base", "image"]) == 1
+    assert "its backing file" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="its backing file"):
+        jqcow.create(
+            "image", SIZE, backing_file="base", backing_format="raw", data_file="base", overwrite=True
+        )
+    assert not os.path.exists("image") and Path("base").read_bytes()[:4] == bytes(range(4))
+    # In a chain: the data file of the base is the overlay.
+    jqcow.create("lower", SIZE, data_file="data").close()
+    jqcow.create("upper", SIZE, backing_file="lower", backing_format="qcow2", allow_files=True).close()
+    os.unlink("data")
+    os.symlink("upper", "data")
+    for mode in ("r", "r+"):
+        with pytest.raises(jqcow.CorruptionError, match="or above it"):
+            jqcow.open("upper", mode, allow_files=True)  # type: ignore[arg-type]
+    with pytest.raises(jqcow.CorruptionError, match="or above it"):
+        convert("upper", "out", allow_files=True)
+
+
+@pytest.mark.parametrize("in_use", ["image", "data"])
+def test_who_replaces_both_leaves_both_where_one_is_in_use(in_use: str) -> None:
+    with jqcow.create("image", SIZE, data_file="data") as image:
+        image.pwrite(b"old", 0)
+    with closing(FileDevice.open(in_use, writable=True)), pytest.raises(jqcow.ImageInUse):
+        jqcow.create("image", 2 * SIZE, data_file="data", overwrite=True)
+    assert sorted(os.listdir()) == ["data", "image"]
+    os.chmod("image", 0o640)
+    with jqcow.open("image", allow_files=True) as image:
+        assert image.pread(3, 0) == b"old"
+    jqcow.create("image", 2 * SIZE, data_file="data", overwrite=True).close()
+    assert sorted(os.listdir()) == ["data", "image"] and os.stat("image").st_mode & 0o777 == 0o640
+    with jqcow.open("image", allow_files=True) as image:
+        assert image.pread(2 * SIZE, 0) == bytes(2 * SIZE)
 
 
 def test_permission_is_needed() -> None:

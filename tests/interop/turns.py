@@ -8,19 +8,21 @@ import subprocess
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 
 import jqcow
 from jqcow.image.transaction import Transaction
 from tests.interop.commands import Capture, require_same_check, require_same_info, require_same_map
 from tests.interop.disk import COMPLAINTS, Disk, Noted
-from tests.interop.kinds import SECTOR_BYTES, option_words, sizes_of
+from tests.interop.kinds import DISK_BYTES, SECTOR_BYTES, name_in, option_words, sizes_of
 from tests.interop.pairwise import Row
+from tests.support.loops import loop_device
 from tests.support.qemu import done
 
 BELOW_CLUSTER_BYTES = 1 << 16
 STEPS = 14
+DEVICE_DISKS = 12
+"""A device holds so many disks: the snapshots, and what is not used again at once."""
 GRANULARITIES = (512, 4096, 65536, 1 << 20)
 
 
@@ -29,7 +31,25 @@ def judge(row: Row, folder: Path, capture: Capture) -> None:
 
     The working directory must be ``folder``: names with a protocol start there.
     """
-    disk = Disk(row, folder, random.Random(zlib.crc32(repr(row).encode())))
+    with place_of(row, folder) as path:
+        judge_at(path, row, folder, capture)
+
+
+@contextmanager
+def place_of(row: Row, folder: Path) -> Iterator[Path]:
+    """Where the image of a row is to be: in a file, or on a device."""
+    kind, _, sector_bytes = str(row["place"]).partition("-")
+    if kind == "file":
+        yield folder / "image.qcow2"
+    else:
+        size = DEVICE_DISKS * max(DISK_BYTES[int(row["cluster"])], 4 << 20)
+        with loop_device(folder / "device.img", size, int(sector_bytes)) as device:
+            yield Path(device)
+
+
+def judge_at(path: Path, row: Row, folder: Path, capture: Capture) -> None:
+    """As `judge`, in a given place."""
+    disk = Disk(row, path, folder, random.Random(zlib.crc32(repr(row).encode())))
     make(disk)
     below = {path: path.read_bytes() for path in folder.glob("below*")}
     is_dirty = row["lazy"] == "on" and row["ended"] == "killed"
@@ -50,7 +70,7 @@ def judge(row: Row, folder: Path, capture: Capture) -> None:
 
 def require_same_words(disk: Disk, capture: Capture, *, is_dirty: bool = False) -> None:
     """Both tell the same of the image in their commands."""
-    name = os.path.relpath(disk.path)
+    name = str(disk.path) if disk.row["place"] != "file" else os.path.relpath(disk.path)
     words = disk.for_qemu() if disk.is_encrypted else []
     require_same_map(capture, name, for_qemu=words)
     require_same_info(capture, name)
@@ -67,8 +87,9 @@ def make_below(disk: Disk, size: int) -> list[str]:
     options: list[str] = []
     formats = {"raw": ["raw"], "qcow2": ["qcow2"], "qcow2-raw": ["raw", "qcow2"]}
     for level, image_format in enumerate(formats.get(kind, ["qcow2", "qcow2", "qcow2"])):
-        name = f"below{level}.{image_format}"
-        path = disk.folder / name
+        path = disk.folder / f"below{level}.{image_format}"
+        # A name is seen from the image.
+        name = path.name if disk.row["place"] == "file" else str(path)
         done("qemu-img", "create", "-q", "-f", image_format, *options, path, size)
         # Compressed first: QEMU compresses nothing that has a cluster.
         compressed = level * BELOW_CLUSTER_BYTES if kind == "compressed-3" else None
@@ -79,12 +100,7 @@ def make_below(disk: Disk, size: int) -> list[str]:
             words += write_below(disk, offset, length)
         done("qemu-io", "-f", image_format, *words, path)
         options = ["-b", name, "-F", image_format]
-    match disk.row["name"]:
-        case "file:":
-            options[1] = f"file:{options[1]}"
-        case "json:":
-            file = f'{{"driver": "file", "filename": "{options[1]}"}}'
-            options[1] = f'json:{{"driver": "{options[3]}", "file": {file}}}'
+    options[1] = name_in(disk.row, options[1], options[3])
     return options
 
 
@@ -160,13 +176,18 @@ def jqcow_changes(disk: Disk, image: jqcow.Image, steps: int) -> None:
 
 @contextmanager
 def transaction(disk: Disk, image: jqcow.Image) -> Iterator[Transaction]:
-    """A transaction, of which one in four is rolled back."""
-    before = deepcopy(disk.model)
-    with image.transaction() as opened:
-        yield opened
-        if disk.chance.random() < 0.25:
-            opened.rollback()
-            disk.model = before
+    """A transaction, of which one in four is rolled back, and that may be refused."""
+    before = disk.model.copied()
+    try:
+        with image.transaction() as opened:
+            yield opened
+            if disk.chance.random() < 0.25:
+                opened.rollback()
+                disk.model = before
+    except jqcow.UnsupportedFeatureError as error:
+        # What it overwrites there has no second place.
+        assert disk.row["data"] != "inside" and "in a transaction" in str(error), error
+        disk.model = before
 
 
 def change(disk: Disk, image: jqcow.Image | Transaction) -> None:
@@ -176,11 +197,12 @@ def change(disk: Disk, image: jqcow.Image | Transaction) -> None:
     disk.note_clusters(length, offset)
     disk.note_clusters(whole[1], whole[0])
     kinds = ["write"] * 4 + ["zeroes", "resize"]
-    # QEMU stores such clusters as they are, jqcow none.
-    kinds += [] if disk.is_encrypted else ["compressed"] * 2
+    # QEMU stores encrypted clusters as they are, jqcow none.
+    is_inside = disk.row["data"] == "inside"
+    kinds += ["compressed"] * 2 if is_inside and not disk.is_encrypted else []
     # In version 2 a discard leaves what lies over data of a backing file.
     kinds += ["discard"] if disk.row["version"] == 3 or disk.row["backing"] == "none" else []
-    kinds += ["create"] if len(disk.model.snapshots) < 5 else []
+    kinds += ["create"] if is_inside and len(disk.model.snapshots) < 5 else []
     kinds += ["apply", "delete"] if disk.model.snapshots else []
     kinds += ["bitmap"] if any(noted.is_consistent for noted in disk.model.bitmaps.values()) else []
     match disk.chance.choice(kinds):

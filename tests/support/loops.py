@@ -33,3 +33,43 @@ def loop_device(path: Path, size_bytes: int, sector_bytes: int = 512) -> Iterato
         yield device
     finally:
         subprocess.run(("losetup", "--detach", device), check=True)
+
+
+def has_device_mapper() -> bool:
+    """Return True if the kernel has the device mapper. Each run of the tests says so where it has not."""
+    return "device-mapper" in Path("/proc/misc").read_text()
+
+
+class MappedDevice:
+    """A block device of the device mapper over another one, whose table can be replaced."""
+
+    def __init__(self, name: str, below: str, sectors: int) -> None:
+        """Take the name and the device below, and its length in sectors of 512 bytes."""
+        self.name = name
+        self.path = f"/dev/mapper/{name}"
+        self._linear = f"0 {sectors} linear {below} 0"
+        self._error = f"0 {sectors} error"
+
+    def fail(self) -> None:
+        """From here on every access fails."""
+        self._reload(self._error)
+
+    def mend(self) -> None:
+        """From here on accesses reach the device below."""
+        self._reload(self._linear)
+
+    def _reload(self, table: str) -> None:
+        for command in (("suspend", "--noflush"), ("load", "--table", table), ("resume",)):
+            action, *options = command
+            subprocess.run(("dmsetup", action, self.name, *options), check=True)
+
+
+@contextmanager
+def mapped_device(below: str, size_bytes: int) -> Iterator[MappedDevice]:
+    """Map a block device through the device mapper."""
+    device = MappedDevice(f"jqcow-{below.rpartition('/')[2]}", below, size_bytes // 512)
+    subprocess.run(("dmsetup", "create", device.name, "--table", device._linear), check=True)
+    try:
+        yield device
+    finally:
+        subprocess.run(("dmsetup", "remove", "--retry", device.name), check=True)

@@ -101,7 +101,7 @@ def renew(page: str, lists: str) -> str:
     return before + START + lists + END + after
 
 
-JUDGED = ("engine", "disks", "device", "image")
+JUDGED = ("engine", "disks", "device", "image", "ondisk")
 """The packages whose rules are about crashes; each of these rules has a mutant."""
 
 

@@ -69,6 +69,7 @@ class Start:
     data: bytes | None = None
     has_fixed_size: bool = False
     is_new: bool = False
+    data_has_fixed_size: bool = False
 
     def device(self) -> SimulatedDevice:
         """Return a device that holds the file, durably, and its data file."""
@@ -80,7 +81,11 @@ class Start:
         )
         if self.data is not None:
             beside = SimulatedDevice(
-                self.data, name="beside", can_punch=self.can_punch, can_forget=self.can_forget
+                self.data,
+                name="beside",
+                can_punch=self.can_punch,
+                can_forget=self.can_forget,
+                has_fixed_size=self.data_has_fixed_size,
             )
             device.join(beside)
         for offset, length in self.holes:
@@ -619,6 +624,18 @@ def on_a_device(prepare: Prepare, room_clusters: int = 0, *, can_punch: bool = T
     return prepare_on_device
 
 
+def with_data_on_a_device(prepare: Prepare) -> Prepare:
+    """Return what makes the same image, whose data lies on a device that was in use before."""
+
+    def prepare_on_device(cluster_bytes: int, random: Random) -> Start:
+        start = prepare(cluster_bytes, random)
+        data = start.data or b""
+        reach = max(start.windows.disk_bytes, len(data)) + 8 * cluster_bytes
+        return replace(start, data=data + noise(len(data), reach - len(data)), data_has_fixed_size=True)
+
+    return prepare_on_device
+
+
 STARTS: dict[str, Prepare] = {
     "empty": empty_file,
     "used": used_image,
@@ -689,6 +706,12 @@ STARTS: dict[str, Prepare] = {
     "data-file-raw-unforgetting": without_forgetting(with_data_file(full_image, "raw")),
     "data-file-raw-bitmaps": with_bitmaps(with_data_file(full_image, "raw")),
     "data-file-raw-zeros": with_zero_clusters(with_data_file(full_image, "raw")),
+    "data-file-device": with_data_on_a_device(with_data_file(dirty_image)),
+    "data-file-raw-device": with_data_on_a_device(with_data_file(full_image, "raw")),
+    "data-file-raw-device-zeros": with_data_on_a_device(
+        with_zero_clusters(with_data_file(full_image, "raw"))
+    ),
+    "data-file-two-devices": on_a_device(with_data_on_a_device(with_data_file(full_image))),
     "device-empty": on_a_device(empty_file),
     "device": on_a_device(used_image),
     "device-full": on_a_device(full_image),

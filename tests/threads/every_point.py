@@ -1,4 +1,4 @@
-"""Interrupt the scenarios at every point, or at every nth: ``python -m tests.threads.every_point [n]``.
+"""Interrupt scenarios at every nth point, 1 by default: ``python -m tests.threads.every_point [n [name]]``.
 
 Prints, for each scenario, how many points there are and how many were tried. The first finding is raised.
 """
@@ -11,9 +11,9 @@ from tests.threads.scenarios import SCENARIOS
 from tests.threads.test_interrupts import count_points, try_point
 
 
-def main(step: int) -> None:
+def main(step: int, names: list[str]) -> None:
     total = 0
-    for scenario in SCENARIOS:
+    for scenario in [known for known in SCENARIOS if not names or known.__name__ in names]:
         for live in (False, True):
             points = count_points(scenario, live=live)
             tried = range(1, points + 1, step)
@@ -26,4 +26,4 @@ def main(step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1, sys.argv[2:])

@@ -59,6 +59,8 @@ class Trial:
         self.model = SectorModel(DISK, self.image.pread(DISK, 0))
         self.outcomes: list[bytes] = []
         """For an atomic change: the contents that the whole disk may have afterwards."""
+        self.noted_from: bytes | None = None
+        """The disk when a bitmap began to take note of changes."""
         self.may_be_poisoned = True
         """False where the interrupt comes while the device is waited for: that leaves nothing in doubt."""
         self.durable_bytes: int | None = None
@@ -85,6 +87,13 @@ class Trial:
     def flush(self) -> None:
         with self.model.flush():
             self.image.flush()
+
+    def take_note(self) -> None:
+        """Have a bitmap take note of what changes from now on."""
+        self.flush()
+        self.image.bitmaps.add("noted", CLUSTER)
+        self.flush()
+        self.noted_from = self.image.pread(self.image.size, 0)
 
     def settle(self) -> None:
         """Wait for what is staged: then an atomic change has two outcomes for the whole disk."""
@@ -151,6 +160,22 @@ class Trial:
             self.outcomes = []
         violations = self.model.expect_now(self.image.pread)
         assert not violations, violations[0]
+        self.judge_bitmap(self.image)
+
+    def judge_bitmap(self, image: jqcow.Image) -> None:
+        """A bitmap calls dirty, at least, what is another than it was."""
+        before = self.noted_from
+        if before is None:
+            return
+        dirty = {
+            start
+            for part in image.bitmaps.dirty_extents("noted")
+            for start in range(part.offset, part.end, CLUSTER)
+        }
+        content = image.pread(image.size, 0)
+        for start in range(0, len(content), CLUSTER):
+            is_same = content[start : start + CLUSTER] == before[start : start + CLUSTER]
+            assert is_same or start in dirty, f"a bitmap took no note of a change at {start:#x}"
 
     def work_in_another_thread(self) -> None:
         """Others are not blocked; what they flush is durable."""
@@ -183,6 +208,7 @@ class Trial:
                     model.resize(image.size)
                 violations = model.check(image.pread)
                 assert not violations, violations[0]
+            self.judge_bitmap(image)
             report = image.check()
             assert not report.counts, report.findings
 
@@ -364,8 +390,29 @@ def move(trial: Trial) -> None:
         transaction.resize(DISK)
 
 
+def noted_writes(trial: Trial) -> None:
+    """In place, into new clusters, in a cluster that is dirty already; zeroed and discarded."""
+    trial.take_note()
+    trial.write(7, 2 * CLUSTER, SECTOR)
+    trial.write(8, SECTOR, 2 * SECTOR)
+    trial.write(8, CLUSTER, 40 * CLUSTER)
+    trial.zero(CLUSTER, 20 * CLUSTER, unmap=False)
+    trial.discard(CLUSTER, 9 * CLUSTER)
+    trial.flush()
+    trial.write(9, SECTOR, 11 * CLUSTER)
+
+
+def noted_commit(trial: Trial) -> None:
+    trial.take_note()
+    trial.settle()
+    trial.expect((SECTOR, filled(7, 2 * CLUSTER)))
+    with trial.image.transaction() as transaction:
+        transaction.pwrite(filled(7, 2 * CLUSTER), SECTOR)
+
+
 SCENARIOS: tuple[Act, ...] = (
     allocating_write, overwrite, write_zeroes, write_zeroes_unmap, discard, write_over_discarded, flush,
     flush_nothing, checkpoint, close, read, commit, commit_nothing, rollback, leave_by_exception, savepoint,
     grow, shrink, snapshot_create, snapshot_apply, snapshot_delete, write_over_shared, compressed, move,
+    noted_writes, noted_commit,
 )  # fmt: skip

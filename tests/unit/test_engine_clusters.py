@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from jqcow.engine.clusters import ClusterRuns, Run
+from jqcow.engine import clusters
+from jqcow.engine.clusters import ClusterRuns, Run, UnwrittenParts
 from jqcow.ondisk.layout import ClusterIndex
 
 
@@ -46,3 +47,25 @@ def test_against_a_set() -> None:
 def test_runs_that_lie_side_by_side_are_joined() -> None:
     runs = ClusterRuns(Run(ClusterIndex(start), 2) for start in (4, 0, 2))
     assert list(runs) == [Run(ClusterIndex(0), 6)]
+
+
+def test_a_part_stays_zero_safe_until_somebody_plans_to_write_it() -> None:
+    unwritten, cluster = UnwrittenParts(), ClusterIndex(9)
+    unwritten.taken(cluster, 32, zero_safe=True)
+    assert unwritten.plan_to_write(cluster, range(3, 5))
+    assert not unwritten.plan_to_write(cluster, range(4, 6))
+    assert not unwritten.plan_to_write(cluster, range(5, 6))
+    assert unwritten.plan_to_write(cluster, range(6, 32))
+    assert unwritten.plan_to_write(cluster, range(3)) and not unwritten
+    unwritten.taken(cluster, 32, zero_safe=True)
+    unwritten.taken(cluster, 32, zero_safe=False)
+    assert not unwritten.plan_to_write(cluster, range(1))
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "UNWRITTEN_MAX", 4)
+    unwritten = UnwrittenParts()
+    for cluster in map(ClusterIndex, range(10)):
+        unwritten.taken(cluster, 32, zero_safe=True)
+    assert len(unwritten) == 4 and unwritten.plan_to_write(ClusterIndex(9), range(32))
+    assert not unwritten.plan_to_write(ClusterIndex(0), range(32))

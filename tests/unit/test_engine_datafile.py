@@ -9,8 +9,10 @@ import pytest
 import jqcow
 from jqcow.errors import CorruptionError, FileAccessDenied, PoisonedError, UnsupportedFeatureError
 from jqcow.ondisk.entries import COPIED
+from jqcow.ondisk.form import FormOptions, Preallocation
 from jqcow.ondisk.l2 import ZERO
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
+from jqcow.testing.device import noise
 from tests.crash.beside import CLUSTER_BYTES, DATA, SIZE, image_with_data, with_entry
 from tests.support.patients import Tables
 from tests.support.users import beside, open_simulated
@@ -151,3 +153,73 @@ def test_a_leaked_table_looks_like_lost_data() -> None:
     with open_simulated(device, "r") as image:
         report = image.check()
         assert (report.lost, report.errors) == (1, 1)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_transaction_makes_no_disk_smaller_and_larger_over_data(raw: bool) -> None:
+    device = image_with_data(raw=raw)
+    with open_simulated(device) as image:
+        image.pwrite(DATA * 4, 0)
+        image.flush()
+        with pytest.raises(UnsupportedFeatureError, match="second place"), image.transaction() as transaction:
+            transaction.resize(CLUSTER_BYTES + 512)
+            transaction.resize(SIZE)
+        assert image.size == SIZE and image.pread(4 * CLUSTER_BYTES, 0) == DATA * 4
+        with image.transaction() as transaction:
+            transaction.resize(2 * SIZE)
+            transaction.resize(SIZE)
+            transaction.rollback()
+        assert image.pread(4 * CLUSTER_BYTES, 0) == DATA * 4
+        if not raw:
+            # Where it ends with a cluster nothing has to be cleared.
+            with image.transaction() as transaction:
+                transaction.resize(CLUSTER_BYTES)
+                transaction.resize(SIZE)
+            assert image.pread(SIZE, 0) == DATA + bytes(SIZE - CLUSTER_BYTES)
+
+
+def test_a_raw_file_is_the_disk_whatever_a_transaction_does() -> None:
+    device = image_with_data(raw=True)
+    with open_simulated(device) as image:
+        for act in ("make_empty", "hide_below"):
+            with pytest.raises(UnsupportedFeatureError, match="second place"), image.transaction() as change:
+                getattr(change, act)(*(() if act == "make_empty" else (CLUSTER_BYTES, 0)))
+        assert image.pread(SIZE, 0) == beside(device).content()[:SIZE]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc", "full"])
+def test_a_device_of_fixed_size_shows_no_old_bytes(raw: bool, preallocation: Preallocation) -> None:
+    device, data = SimulatedDevice(), SimulatedDevice(noise(0, 3 * SIZE), has_fixed_size=True)
+    with jqcow.create_on_device(
+        device,
+        SIZE,
+        cluster_size=CLUSTER_BYTES,
+        data_device=data,
+        data_file="beside",
+        data_file_raw=raw,
+        preallocation=preallocation,
+    ) as image:
+        assert image.pread(SIZE, 0) == bytes(SIZE)
+        image.pwrite(DATA, SIZE - CLUSTER_BYTES)
+        image.resize(2 * SIZE, preallocation)
+        assert image.pread(SIZE, SIZE) == bytes(SIZE)
+        image.resize(SIZE // 2)
+        image.resize(2 * SIZE)
+        assert image.pread(SIZE, SIZE // 2) == bytes(SIZE)
+        assert not raw or data.content()[: 2 * SIZE] == image.pread(2 * SIZE, 0)
+        with pytest.raises(OSError, match="No space"):
+            image.resize(3 * SIZE + 512)
+
+
+def test_a_new_data_file_of_an_old_image_is_not_found_by_it() -> None:
+    image = SimulatedDevice(noise(0, 2 << 20), has_fixed_size=True)
+    data = SimulatedDevice(noise(0, SIZE), has_fixed_size=True)
+    options: FormOptions = {"cluster_size": CLUSTER_BYTES, "data_file": "beside"}
+    with jqcow.create_on_device(image, SIZE, journal_size=1 << 16, data_device=data, **options) as opened:
+        opened.pwrite(DATA, 0)
+    image, data = (SimulatedDevice(one.content(), has_fixed_size=True) for one in (image, data))
+    left: list[bytes] = []
+    data.change_listeners.append(lambda _, __: left.append(image.durable_content()[:4]))
+    jqcow.create_on_device(image, SIZE, journal_size=1 << 16, data_device=data, **options).close()
+    assert left and left[0] == bytes(4)

@@ -94,3 +94,31 @@ class TestFailures:
             assert image._engine.public.changes.is_empty and image.check().ok
             assert image._engine.space.unknown.holds(2), "one for the data, one for the table"
             assert image._engine.guard.oldest() == image._engine.guard.newest + 1
+
+
+def test_a_cluster_is_filled_with_one_barrier_each() -> None:
+    device = SimulatedDevice()
+    image = jqcow.create_on_device(
+        device, 1 << 20, cluster_size=65536, extended_l2=True, journal_size=1 << 16
+    )
+    image.pwrite(b"x" * 2048, 0)
+    image.flush()
+    found: list[str] = []
+    device.barrier_listeners.append(lambda name, _: found.append(name))
+    for start, length in ((2048, 2048), (8192, 100), (9000, 1240), (30000, 9000)):
+        image.pwrite(b"y" * length, start)
+        image.flush()
+    assert found == ["flush.record"] * 2 + ["flush.data"] + ["flush.record"]
+    image.discard(2048, 2048)
+    image.flush()
+    del found[:]
+    image.pwrite(b"z" * 2048, 2048)
+    image.flush()
+    assert found == ["flush.ordered", "flush.record"]
+    image.close()
+    device.reopen()
+    with jqcow.open_device(device, "r+") as image:
+        del found[:]
+        image.pwrite(b"z" * 2048, 4096)
+        image.flush()
+        assert found[-2:] == ["flush.ordered", "flush.record"]

@@ -92,3 +92,29 @@ def test_unmarked(refcounts: list[int], marks: bytes, first: int) -> None:
     for index in range(stop):
         is_found = bool(refcounts[index] and not twins.refcount_get(marks, first + index, MARK_ORDER))
         assert bool(found[0][first + index >> 3] >> (first + index & 7) & 1) is is_found
+
+
+@given(ENTRIES, st.booleans(), st.binary(min_size=6, max_size=6))
+def test_shared(entries: list[int], extended: bool, marks: bytes) -> None:
+    entries = entries[: len(entries) // 2 * 2]
+    table = struct.pack(f">{len(entries)}Q", *entries)
+    entry_bytes = 16 if extended else 8
+    counts = _native.l2_shared(table, entry_bytes, 16, marks)
+    assert counts == twins.l2_shared(table, entry_bytes, 16, marks)
+    assert sum(counts) <= len(entries)
+
+
+def test_what_is_shared() -> None:
+    cluster, marks = 1 << 16, bytearray(2)
+    for index, mark in enumerate((MARK_STRUCTURE, 0, 1, MARK_MANY, MARK_MANY, MARK_STRUCTURE)):
+        twins.refcount_set(marks, index, MARK_ORDER, mark)
+    entries = [
+        0,
+        2 * cluster,
+        3 * cluster | 1 << 63,
+        4 * cluster,
+        1 << 62 | 4 * cluster,
+        5 * cluster,
+        9 * cluster,
+    ]
+    assert _native.l2_shared(struct.pack(">7Q", *entries), 8, 16, marks) == (2, 1)

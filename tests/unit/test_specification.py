@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 import jqcow
+from jqcow.checker.check import Kind
 from jqcow.ondisk import header
+from jqcow.ondisk.entries import COPIED, OFFSET_MASK
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.naming import backing_file_of
+from tests.support.patients import Tables
+from tests.support.qemu import check_clean, done, qemu_io, run
 from tests.unit.test_format_document import DOCUMENT, section
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -105,6 +109,81 @@ def test_the_last_of_two_extensions_counts_as_in_qemu(path: Path) -> None:
     assert named is not None and named.format == "raw"
     told = subprocess.run(["qemu-img", "info", path], capture_output=True, text=True, check=True).stdout
     assert "backing file format: raw" in told
+
+
+def test_an_encryption_header_is_for_encryption(path: Path) -> None:
+    add_extensions(path, (header.EXTENSION_ENCRYPTION, struct.pack(">QQ", 1 << 16, 4096)))
+    with jqcow.open(path) as image:
+        assert image.pread(4, 0) == b"data"
+        assert image.check().errors == 1
+    assert "only expected with LUKS" in run("qemu-img", "info", path).stderr
+
+
+@pytest.mark.parametrize("options", ["cluster_size=64k", "extended_l2=on"])
+def test_what_lies_in_a_data_file_has_one_user(
+    path: Path, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables, second = in_a_data_file(path, options, monkeypatch)
+    tables.set_entry(second, tables.entry(second) & ~COPIED)
+    path.write_bytes(tables.image)
+    with jqcow.open(path, allow_files=True) as image:
+        assert image.check().counts == {Kind.COPIED_FLAG: 1}
+    assert "ERROR OFLAG_COPIED" in run("qemu-img", "check", path).stderr
+    jqcow.open(path, "r+", repair="all", allow_files=True).close()
+    check_clean(path)
+
+
+@pytest.mark.parametrize("options", ["cluster_size=64k", "extended_l2=on"])
+def test_a_data_file_out_of_order_is_read(path: Path, options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, second = in_a_data_file(path, options, monkeypatch)
+    tables.set_entry(second, 0x20000 | COPIED)
+    path.write_bytes(tables.image)
+    with jqcow.open(path, allow_files=True) as image:
+        assert image.pread(65536, 0x10000) == b"\x07" * 65536
+    with (
+        jqcow.open(path, "r+", allow_files=True) as image,
+        pytest.raises(jqcow.UnsupportedFeatureError, match="out of order"),
+    ):
+        image.pwrite(b"x", 0)
+
+
+def in_a_data_file(path: Path, options: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Tables, int]:
+    """Return an image with data in another file, and the place of its second L2 entry."""
+    monkeypatch.chdir(path.parent)
+    done("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file=data,{options}", path, "1M")
+    qemu_io(path, "write 0 128k", "write -P 7 128k 64k")
+    tables = Tables(bytearray(path.read_bytes()))
+    return tables, tables.l2 + (16 if "extended" in options else 8)
+
+
+def test_the_state_of_a_machine_is_kept(path: Path) -> None:
+    """It lies behind the end of the disk, and belongs to its snapshot alone."""
+    state, at = b"state" * 4000, 6 << 20
+    with jqcow.open(path, "r+") as image:
+        image.resize(8 << 20)
+        image.pwrite(state, at)
+        image.create_snapshot("one")
+        image.resize(1 << 20)
+    entry = int.from_bytes(path.read_bytes()[64:72], "big")
+    patch(path, entry + 40, struct.pack(">QQ", len(state), 1 << 20))
+    with jqcow.open(path, "r+") as image:
+        assert [found.vm_state_bytes for found in image.snapshots()] == [len(state)]
+        image.apply_snapshot("one")
+        image.create_snapshot("two")
+        image.resize(8 << 20)
+        assert image.pread(len(state), at) == bytes(len(state))
+        image.pwrite(b"disk" * 4000, at)
+        image.apply_snapshot("one")
+        image.delete_snapshot("two")
+        assert image.check().ok
+    check_clean(path)
+    content = path.read_bytes()
+    entry = int.from_bytes(content[64:72], "big")
+    assert int.from_bytes(content[entry + 40 : entry + 48], "big") == len(state)
+    place = int.from_bytes(content[entry : entry + 8], "big")
+    for index in (0, at >> 16):
+        place = int.from_bytes(content[place + 8 * index :][:8], "big") & OFFSET_MASK
+    assert content[place : place + len(state)] == state
 
 
 def test_bits_behind_the_end_of_the_disk_are_passed_over(path: Path) -> None:
