@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from jqcow.ondisk.entries import OFFSET_MASK
@@ -60,6 +59,8 @@ class Anatomy:
         refcount_blocks: its blocks.
         snapshot_table: the table.
         snapshot_l1: the L1 tables of the snapshots.
+        snapshot_l2: the L2 tables that only those name.
+        snapshots: themselves.
         bitmap_directory: the directory.
         bitmap_clusters: tables and bits of bitmaps.
         journal: of a live image.
@@ -75,6 +76,7 @@ class Anatomy:
     refcount_blocks: tuple[Range, ...]
     snapshot_table: Range | None
     snapshot_l1: tuple[Range, ...]
+    snapshot_l2: tuple[Range, ...]
     snapshots: tuple[Snapshot, ...]
     bitmap_directory: Range | None
     bitmap_clusters: tuple[Range, ...]
@@ -125,19 +127,6 @@ class Anatomy:
                     else:
                         yield Piece(guest, l1_place, place)
 
-    @cached_property
-    def l2_span(self) -> int:
-        """What an L2 table maps, in bytes of the disk."""
-        return codec_entries(self) * self.cluster_bytes
-
-    def metadata(self) -> list[Range]:
-        """Return all that is not the guest's data, but for the header."""
-        found = [self.l1, *self.l2, self.refcount_table, *self.refcount_blocks, *self.snapshot_l1]
-        for one in (self.snapshot_table, self.bitmap_directory):
-            if one is not None:
-                found.append(one)
-        return found
-
 
 def codec_entries(anatomy: Anatomy) -> int:
     """Return how many entries an L2 table has."""
@@ -165,17 +154,21 @@ class _Reader:
         l1 = (header.l1_table_offset, 8 * header.l1_size)
         table = (header.refcount_table_offset, header.refcount_table_clusters * step)
         snapshots = self._snapshots()
+        snapshot_l1 = tuple((one.l1_table_offset, 8 * one.l1_size) for one in snapshots)
+        active = self._named(*l1)
+        others = sorted({table for place in snapshot_l1 for table in self._named(*place)} - set(active))
         pointer = pointer_of(self.area)
         directory, bitmaps = self._bitmaps()
         return Anatomy(
             header=header,
             cluster_bytes=step,
             l1=l1,
-            l2=tuple((word & OFFSET_MASK, step) for word in self._words(*l1)),
+            l2=tuple((table, step) for table in active),
             refcount_table=table,
             refcount_blocks=tuple((word, step) for word in self._words(*table)),
             snapshot_table=(header.snapshots_offset, step) if header.nb_snapshots else None,
-            snapshot_l1=tuple((one.l1_table_offset, 8 * one.l1_size) for one in snapshots),
+            snapshot_l1=snapshot_l1,
+            snapshot_l2=tuple((table, step) for table in others),
             snapshots=snapshots,
             bitmap_directory=directory,
             bitmap_clusters=bitmaps,
@@ -183,6 +176,10 @@ class _Reader:
             luks=None if pointer is None else (pointer.offset, pointer.length),
             file_bytes=file_bytes,
         )
+
+    def _named(self, offset: int, length: int) -> list[int]:
+        """Return the L2 tables that an L1 table names."""
+        return [word & OFFSET_MASK for word in self._words(offset, length)]
 
     def _snapshots(self) -> tuple[Snapshot, ...]:
         header = self.header
@@ -198,7 +195,9 @@ class _Reader:
         found: list[Range] = []
         place = 0
         for _ in range(count):
-            table, entries, _, _, _, name_bytes, extra_bytes = struct.unpack_from(">QIIBBHI", directory, place)
+            table, entries, _, _, _, name_bytes, extra_bytes = struct.unpack_from(
+                ">QIIBBHI", directory, place
+            )
             found.append((table, 8 * entries))
             found += [
                 (word & OFFSET_MASK, self.cluster_bytes)

@@ -132,7 +132,12 @@ def _told(folder: Path, guest: str = "", **more: object) -> Base:
 def source(image: Path, passphrase: str) -> list[str]:
     """Return the words by which ``qemu-img convert`` reads an image."""
     if passphrase:
-        return ["--image-opts", "-O", "raw", f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.filename={image}"]
+        return [
+            "--image-opts",
+            "-O",
+            "raw",
+            f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.filename={image}",
+        ]
     return ["-f", "qcow2", "-O", "raw", str(image)]
 
 
@@ -252,7 +257,9 @@ def by_jqcow(guest: str, cluster_bytes: int, *, is_live: bool = False) -> Make:
     return make
 
 
-def _replay(truth: Path, image: Path, cluster_bytes: int, chance: random.Random, crashed: Path | None) -> None:
+def _replay(
+    truth: Path, image: Path, cluster_bytes: int, chance: random.Random, crashed: Path | None
+) -> None:
     """Write a raw disk into a new image; take a copy before it is closed, as a crash leaves it."""
     size = truth.stat().st_size
     runs = []

@@ -1,4 +1,4 @@
-"""Which sectors of a disk: sets of them as large numbers, one byte a sector, so that all at once is one step."""
+"""Sets of the sectors of a disk: large numbers, a byte for each sector, so that all at once is one step."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ def _alike(a: bytes, b: bytes, length: int) -> bytes:
     if a == b and len(a) == length:
         return _ONES[:count]
     return bytes(
-        len(part) == min(SECTOR_BYTES, length - at)
-        and len(part) > 0
-        and part == b[at : at + SECTOR_BYTES]
+        len(part) == min(SECTOR_BYTES, length - at) and len(part) > 0 and part == b[at : at + SECTOR_BYTES]
         for at in range(0, count * SECTOR_BYTES, SECTOR_BYTES)
         for part in (a[at : at + SECTOR_BYTES],)
     )
