@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from jqcow import _native
 from jqcow.salvage.evidence import Certainty
-from jqcow.salvage.guestmap import GuestMap, Piece
+from jqcow.salvage.guestmap import GuestMap, Open, Piece
 from jqcow.salvage.tables import COMPRESSED, DATA, UNALLOCATED, ZERO, Fate
 
 
@@ -93,6 +93,10 @@ def _of_table(guest_map: GuestMap, index: int, start: int, end: int, *, has_shar
     cluster_bytes = guest_map.tables.shape.geometry.cluster_bytes
     first, last = -(-start // cluster_bytes), end // cluster_bytes
     found = Amounts()
+    if index in guest_map.tables.likely:
+        for piece in guest_map.pieces(start, end - start):
+            found.take(piece.kind, piece.certainty, piece.length)
+        return found
     whole = first * cluster_bytes, max(first, last) * cluster_bytes
     parts = [(start, min(end, whole[0])), (max(start, whole[1]), end)] if first <= last else [(start, end)]
     for part_start, part_end in parts:
@@ -107,13 +111,9 @@ def _of_table(guest_map: GuestMap, index: int, start: int, end: int, *, has_shar
 def _of_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_shared: bool) -> Amounts:
     tables, found = guest_map.tables, Amounts()
     cluster_bytes, entry_bytes = tables.shape.geometry.cluster_bytes, tables.shape.codec.entry_bytes
-    fate, placed = tables.fates[index], guest_map.placed.get(index)
-    lost = tables.lost_entries(index)
-    if fate == Fate.EMPTY and placed is not None:
-        lost = [(0, tables.shape.geometry.l2_entries)]
-    unknown = 0
-    for lost_first, count in lost:
-        start, end = max(first, lost_first), min(stop, lost_first + count)
+    placed, unknown = guest_map.placed.get(index), 0
+    for entries, why in guest_map.open_parts(index):
+        start, end = max(first, entries.start), min(stop, entries.stop)
         if start >= end:
             continue
         unknown += end - start
@@ -122,7 +122,8 @@ def _of_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_s
             number = certainties.count(certainty)
             found.take("data", certainty, number * cluster_bytes)
         nobody = end - start - (len(certainties) - certainties.count(0))
-        found.take("below" if fate == Fate.EMPTY else "lost", Certainty.GUESS, nobody * cluster_bytes)
+        kind = "below" if why in (Open.EMPTY, Open.HOLE) else "lost"
+        found.take(kind, Certainty.GUESS, nobody * cluster_bytes)
     if unknown == stop - first:
         return found
     table = memoryview(tables.read(index))[first * entry_bytes : stop * entry_bytes]
@@ -134,13 +135,11 @@ def _of_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_s
         many, structures = _native.l2_shared(
             table, entry_bytes, guest_map.marks.cluster_bits, guest_map.marks.data
         )
-    if index in tables.crowded:
-        found.likely += (counts[DATA] + counts[COMPRESSED] - many - structures) * cluster_bytes
-    else:
-        found.certain += (counts[DATA] + counts[COMPRESSED] - many - structures) * cluster_bytes
+    sure = min(tables.certainty, Certainty.LIKELY) if index in tables.crowded else tables.certainty
+    found.take("data", sure, (counts[DATA] + counts[COMPRESSED] - many - structures) * cluster_bytes)
     found.likely += many * cluster_bytes
     found.guess += structures * cluster_bytes
     found.zero += counts[ZERO] * cluster_bytes
-    # What is lost of a torn table reads as unallocated.
+    # What is lost of a torn table reads as unallocated, and holes are.
     found.below += (counts[UNALLOCATED] - unknown) * cluster_bytes
     return found

@@ -103,14 +103,17 @@ class TableSearch:
     Attributes:
         candidates: what may be an L2 table, by host offset.
         used_hosts: clusters that likely tables name; they are placed, if not certainly.
+        adopted_hosts: clusters of tables that are certain, and what these name.
     """
 
     def __init__(self, tables: DiskTables, marks: Marks, unnamed: Unnamed, copies: L1Copies) -> None:
         """Look at what nobody names, for tables that may be those that ``tables`` has lost."""
         self._tables, self._marks, self._unnamed, self._copies = tables, marks, unnamed, copies
         self.used_hosts = Bits(marks.cluster_count)
+        self.adopted_hosts = Bits(marks.cluster_count)
         self.candidates: dict[int, Candidate] = {}
         self._packed: set[int] = set()
+        self._of_snapshots = {offset for _, offset in copies.live} - set(tables.offsets)
         indices: dict[int, set[int]] = defaultdict(set)
         snapshots: dict[int, int] = defaultdict(int)
         for index, offset in copies.live:
@@ -154,7 +157,9 @@ class TableSearch:
     def _candidate(self, offset: int) -> Candidate | None:
         """Return what a cluster is, if it can be a table (C2)."""
         tables, marks, bits = self._tables, self._marks, self._marks.cluster_bits
-        if marks.of(offset >> bits) != NOBODY or not offset or offset in self._copies.places:
+        mark = marks.of(offset >> bits)
+        is_of_snapshot = mark == STRUCTURE and offset in self._of_snapshots
+        if not (mark == NOBODY or is_of_snapshot) or not offset or offset in self._copies.places:
             return None
         table = tables.source.pread(1 << bits, offset)
         shape = tables.shape
@@ -345,9 +350,9 @@ class TableSearch:
     def _adopt(self, index: int, found: Candidate) -> None:
         self._tables.adopt(index, found.offset, self._marks)
         self.candidates.pop(found.offset, None)
-        self._unnamed.bits.discard(found.offset >> self._marks.cluster_bits)
-        for host in self._hosts(found.offset):
+        for host in (found.offset >> self._marks.cluster_bits, *self._hosts(found.offset)):
             self._unnamed.bits.discard(host)
+            self.adopted_hosts.add(host)
 
     def _set_likely(self, index: int, found: Candidate, certainty: Certainty) -> int:
         if self._tables.likely.get(index) == (found.offset, certainty):

@@ -1,6 +1,7 @@
 """What a guest's disk consists of: what its tables say, and what evidence puts where they are lost.
 
-G1. Where a table is whole, nothing else is believed. Evidence fills what is lost, and nothing more.
+G1. Where a table is whole, nothing else is believed. Evidence fills what is lost, and nothing more. As long
+    as there is data whose place nobody knows, what sectors of zeros in tables say is not certain.
 G2. A host cluster that several guest ranges of the disk name, or in which a structure lies, is right for one
     of them at most: none of them is certain. Nor is anything that a table says which is named twice.
 """
@@ -8,14 +9,17 @@ G2. A host cluster that several guest ranges of the disk name, or in which a str
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Literal, NamedTuple
 
 from jqcow import _native
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, ZERO_CLUSTER
 from jqcow.salvage.evidence import Certainty, Placement
 from jqcow.salvage.marks import MANY, STRUCTURE, Marks
+from jqcow.salvage.packed import PackedPlaces
 from jqcow.salvage.tables import DiskTables, Fate
 
 Kind = Literal["data", "compressed", "zero", "below", "lost"]
@@ -53,6 +57,34 @@ class Piece(NamedTuple):
         return self.guest_offset + self.length
 
 
+class Open(Enum):
+    """Why evidence may say what lies at an entry of a table."""
+
+    LOST = auto()
+    EMPTY = auto()
+    """Its table is all zeros: it may have been emptied by what damaged the file."""
+    HOLE = auto()
+    """Its sector of the table is all zeros: it may have been, too, but most holes are holes."""
+    BEYOND = auto()
+    """It names what lies past the end of the file: it is gone, unless something knows better."""
+
+
+_KNOWN: dict[Open, int] = {
+    Open.LOST: 0,
+    Open.EMPTY: 0,
+    Open.HOLE: Certainty.GUESS,
+    Open.BEYOND: Certainty.LIKELY,
+}
+"""What has to be surer than this to be believed."""
+
+
+class OpenPart(NamedTuple):
+    """Entries of a table that may be placed, and why."""
+
+    entries: range
+    why: Open
+
+
 @dataclass
 class PlacedEntries:
     """What evidence says of the entries of an L2 table that is lost, wholly or in part.
@@ -85,12 +117,15 @@ class GuestMap:
         tables: what the file has.
         marks: what names each cluster.
         placed: what evidence says, by L1 index.
+        packed: which compressed clusters are meant by placements behind the end of the file.
     """
 
     tables: DiskTables
     marks: Marks
     placed: dict[int, PlacedEntries] = field(default_factory=dict)
+    packed: PackedPlaces | None = None
     _witnesses: list[str] = field(default_factory=list)
+    _open: dict[int, tuple[tuple[int, bool], list[OpenPart]]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -100,19 +135,51 @@ class GuestMap:
     def is_open(self, guest_offset: int) -> bool:
         """Return True if what lies at a guest offset is lost, and may be placed."""
         index, entry = self._entry_of(guest_offset)
-        if index >= len(self.tables.fates):
-            return False
-        if self.tables.fates[index] == Fate.EMPTY:
-            return not self.tables.are_empty_sure
-        return any(first <= entry < first + count for first, count in self.tables.lost_entries(index))
+        return index < len(self.tables.fates) and self._how_open(index, entry) is not None
+
+    def _how_open(self, index: int, entry: int) -> Open | None:
+        """Return why an entry may be placed; None if it may not."""
+        if self.tables.fates[index] == Fate.ABSENT:
+            return None
+        parts = self.open_parts(index)
+        place = bisect_right(parts, entry, key=lambda part: part.entries.start) - 1
+        return parts[place].why if place >= 0 and entry in parts[place].entries else None
+
+    def open_parts(self, index: int) -> list[OpenPart]:
+        """Return which entries of a table may be placed, and why, in their order."""
+        tables = self.tables
+        known = tables.fates[index], tables.are_empty_sure
+        if index not in self._open or self._open[index][0] != known:
+            self._open[index] = known, list(self._find_open(index))
+        return self._open[index][1]
+
+    def _find_open(self, index: int) -> Iterator[OpenPart]:
+        tables, every = self.tables, range(self.tables.shape.geometry.l2_entries)
+        if tables.fates[index] == Fate.LOST:
+            yield OpenPart(every, Open.LOST)
+            return
+        if tables.fates[index] == Fate.EMPTY:
+            yield from () if tables.are_empty_sure else (OpenPart(every, Open.EMPTY),)
+            return
+        beyond = set(tables.beyond.get(index, ()))
+        found = [
+            (first, count, Open.BEYOND if (first, count) in beyond else Open.LOST)
+            for first, count in tables.lost_entries(index)
+        ]
+        if not tables.are_empty_sure:
+            found += [(first, count, Open.HOLE) for first, count in tables.holes(index)]
+        for first, count, why in sorted(found, key=lambda part: part[0]):
+            yield OpenPart(range(first, first + count), why)
 
     def is_placed(self, guest_offset: int) -> bool:
-        """Return True if evidence has placed what lies at a guest offset."""
+        """Return True if what lies at a guest offset is known, if not with certainty: nothing is missed."""
         index, entry = self._entry_of(guest_offset)
         placed = self.placed.get(index)
         if placed is not None and placed.certainties[entry]:
             return True
-        return self._is_likely(index, entry)
+        if index < len(self.tables.fates) and self._how_open(index, entry) == Open.BEYOND:
+            return True
+        return self._is_likely(index, entry) and self.tables.likely[index][1] > Certainty.GUESS
 
     def _is_likely(self, index: int, entry: int) -> bool:
         """Return True if what may be the table of a lost L1 entry says something of one of its entries."""
@@ -122,27 +189,28 @@ class GuestMap:
         entry_bytes = self.tables.shape.codec.entry_bytes
         return not _native.is_zero(table[entry * entry_bytes : (entry + 1) * entry_bytes])
 
-    def place(self, placement: Placement, stored_bytes: int = 0) -> bool:
+    def place(self, placement: Placement) -> bool:
         """Take over where a whole cluster belongs; return False if something surer is there, or a table.
 
         Args:
             placement: of one guest cluster; its guest offset is a multiple of the cluster's length.
-            stored_bytes: of compressed data, how far it may reach.
         """
-        if not self.is_open(placement.guest_offset):
-            return False
         index, entry = self._entry_of(placement.guest_offset)
+        why = self._how_open(index, entry) if index < len(self.tables.fates) else None
+        if why is None:
+            return False
         placed = self.placed.get(index)
         if placed is None:
             placed = self.placed[index] = PlacedEntries.none(self.tables.shape.geometry.l2_entries)
-        known = placed.certainties[entry]
+        known = placed.certainties[entry] or _KNOWN[why]
         if not known and self._is_likely(index, entry):
             known = self.tables.likely[index][1]
         if known >= placement.certainty:
             return False
         if placement.witness not in self._witnesses:
             self._witnesses.append(placement.witness)
-        placed.hosts[entry], placed.stored[entry] = placement.host_offset, stored_bytes
+        stream = None if self.packed is None else self.packed.at(placement.host_offset)
+        placed.hosts[entry], placed.stored[entry] = stream or (placement.host_offset, 0)
         placed.certainties[entry] = placement.certainty
         placed.witnesses[entry] = min(255, self._witnesses.index(placement.witness))
         return True
@@ -173,32 +241,31 @@ class GuestMap:
         return end
 
     def _of_table(self, index: int, start: int, end: int) -> Iterator[Piece]:
-        fate = self.tables.fates[index] if index < len(self.tables.fates) else Fate.ABSENT
+        tables = self.tables
+        fate = tables.fates[index] if index < len(tables.fates) else Fate.ABSENT
         if fate == Fate.ABSENT:
-            yield Piece(start, end - start, "below", 0, 0, self.tables.certainty, "L1 table")
+            sure = tables.certainty
+            if not tables.is_absent_sure(index):
+                sure = min(sure, Certainty.LIKELY)
+            yield Piece(start, end - start, "below", 0, 0, sure, "L1 table")
             return
-        first_offset = index * self.tables.table_covers
-        cluster_bytes = self.tables.shape.geometry.cluster_bytes
-        lost = self.tables.lost_entries(index)
-        if fate == Fate.EMPTY and not self.tables.are_empty_sure:
-            lost = [(0, self.tables.shape.geometry.l2_entries)]
-        table = b"" if fate == Fate.LOST else self.tables.read(index)
-        sure = self.tables.certainty
-        if fate == Fate.EMPTY and not self.tables.are_empty_sure:
-            sure = Certainty.GUESS
+        first_offset = index * tables.table_covers
+        cluster_bytes = tables.shape.geometry.cluster_bytes
+        table = b"" if fate == Fate.LOST else tables.read(index)
         position = start
-        for first, count in lost:
-            lost_start = max(start, first_offset + first * cluster_bytes)
-            lost_end = min(end, first_offset + (first + count) * cluster_bytes)
-            if lost_start >= lost_end:
+        for entries, why in self.open_parts(index):
+            open_start = max(start, first_offset + entries.start * cluster_bytes)
+            open_end = min(end, first_offset + entries.stop * cluster_bytes)
+            if open_start >= open_end:
                 continue
-            if position < lost_start:
-                said = self._as_table_says(table, first_offset, position, lost_start, sure)
+            if position < open_start:
+                said = self._as_table_says(table, first_offset, position, open_start, tables.certainty)
                 yield from self._as_is_sure(index, said)
-            yield from self._as_placed(index, first_offset, lost_start, lost_end, is_known=fate == Fate.EMPTY)
-            position = lost_end
+            yield from self._as_placed(index, first_offset, open_start, open_end, why)
+            position = open_end
         if position < end:
-            yield from self._as_is_sure(index, self._as_table_says(table, first_offset, position, end, sure))
+            said = self._as_table_says(table, first_offset, position, end, tables.certainty)
+            yield from self._as_is_sure(index, said)
 
     def _as_is_sure(self, index: int, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """Yield pieces by a table, which are not certain where something else lies in its place."""
@@ -249,10 +316,8 @@ class GuestMap:
             guest_offset += taken
             host_offset += taken
 
-    def _as_placed(
-        self, index: int, first_offset: int, start: int, end: int, *, is_known: bool
-    ) -> Iterator[Piece]:
-        """Yield what evidence says of [start, end); ``is_known``: an empty table says that it is nothing."""
+    def _as_placed(self, index: int, first_offset: int, start: int, end: int, why: Open) -> Iterator[Piece]:
+        """Yield what evidence says of [start, end), which is open: see `Open`."""
         placed = self.placed.get(index)
         cluster_bytes = self.tables.shape.geometry.cluster_bytes
         while start < end:
@@ -267,11 +332,13 @@ class GuestMap:
                     count = len(following) - len(following.lstrip(b"\0"))
                     length = min(end - start, length + count * cluster_bytes)
                 likely = self.tables.read_likely(index)
-                if likely is not None:
+                if why == Open.HOLE:
+                    yield Piece(start, length, "below", 0, 0, Certainty.LIKELY, TABLE)
+                elif likely is not None:
                     sure = self.tables.likely[index][1]
                     yield from self._as_table_says(likely, first_offset, start, start + length, sure)
                 else:
-                    kind: Kind = "below" if is_known else "lost"
+                    kind: Kind = "below" if why == Open.EMPTY else "lost"
                     yield Piece(start, length, kind, 0, 0, Certainty.GUESS, "nobody")
             else:
                 certainty = Certainty(placed.certainties[entry])

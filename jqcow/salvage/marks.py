@@ -17,6 +17,8 @@ MAX_CLUSTERS = 1 << 33
 _WINDOW = 1 << 16
 """Clusters that are searched at once: the kernels' twins look at all of them."""
 
+_BYTES_AT_ONCE = 1 << 20
+
 NOBODY, ONE, MANY, STRUCTURE = 0, 1, MARK_MANY, MARK_STRUCTURE
 
 
@@ -76,6 +78,15 @@ class Bits:
         """Take the clusters in [first, stop) out."""
         for cluster in range(first, min(stop, self.cluster_count)):
             self.discard(cluster)
+
+    def remove(self, others: Bits) -> None:
+        """Take out what is in another set of the same clusters."""
+        for start in range(0, len(self.data), _BYTES_AT_ONCE):
+            part = self.data[start : start + _BYTES_AT_ONCE]
+            other = int.from_bytes(others.data[start : start + _BYTES_AT_ONCE], "little")
+            if other:
+                left = int.from_bytes(part, "little") & ~other
+                self.data[start : start + len(part)] = left.to_bytes(len(part), "little")
 
     def __len__(self) -> int:
         """Return how many are in the set."""

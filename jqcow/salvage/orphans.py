@@ -149,13 +149,15 @@ class OrphanClusters:
     """The orphans, as `evidence.Orphans` has them; read from the file each time anew.
 
     Attributes:
+        source: the file.
+        cluster_bits: length of a cluster as a power of two.
         bits: which clusters are orphans. One that was placed may be taken out.
         zeros: those that turned out to hold zeros: they need no place, but others lie before and behind them.
     """
 
     def __init__(self, source: Source, cluster_bits: int, bits: Bits) -> None:
         """Take the clusters in ``bits``; those without content are taken out as they are met."""
-        self._source, self._cluster_bits = source, cluster_bits
+        self.source, self.cluster_bits = source, cluster_bits
         self.bits = bits
         self.zeros = Bits(bits.cluster_count)
         self._cache: OrderedDict[int, bytes] = OrderedDict()
@@ -163,7 +165,7 @@ class OrphanClusters:
     @property
     def cluster_bytes(self) -> int:
         """Return the length of a cluster in bytes."""
-        return 1 << self._cluster_bits
+        return 1 << self.cluster_bits
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -172,29 +174,29 @@ class OrphanClusters:
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Yield (host offset, content) of each that has content."""
         for first, count in list(self.bits.runs()):
-            yield from self._with_content(first << self._cluster_bits, count << self._cluster_bits)
+            yield from self._with_content(first << self.cluster_bits, count << self.cluster_bits)
 
     def _with_content(self, start: int, length: int) -> Iterator[tuple[int, bytes]]:
         step = max(LOOK_BYTES, self.cluster_bytes)
-        extents = self._source.data_extents(start, length)
+        extents = self.source.data_extents(start, length)
         seen = start
         for offset, extent_bytes in extents:
             first = max(seen, offset - offset % self.cluster_bytes)
             self._discard(seen, first)
             end = layout.round_up(offset + extent_bytes, self.cluster_bytes)
             for place in range(first, end, step):
-                data = self._source.pread(min(step, end - place), place)
+                data = self.source.pread(min(step, end - place), place)
                 for within in range(0, len(data), self.cluster_bytes):
                     content = data[within : within + self.cluster_bytes]
                     if _native.is_zero(content):
                         self._discard(place + within, place + within + 1)
-                    elif (place + within) >> self._cluster_bits in self.bits:
+                    elif (place + within) >> self.cluster_bits in self.bits:
                         yield place + within, content
             seen = max(seen, end)
         self._discard(seen, start + length)
 
     def _discard(self, start: int, end: int) -> None:
-        for cluster in range(start >> self._cluster_bits, -(-end >> self._cluster_bits)):
+        for cluster in range(start >> self.cluster_bits, -(-end >> self.cluster_bits)):
             if cluster in self.bits:
                 self.bits.discard(cluster)
                 self.zeros.add(cluster)
@@ -203,7 +205,7 @@ class OrphanClusters:
         """Return the content of a cluster."""
         content = self._cache.get(host_offset)
         if content is None:
-            content = self._source.pread(self.cluster_bytes, host_offset)
+            content = self.source.pread(self.cluster_bytes, host_offset)
             self._cache[host_offset] = content
             while len(self._cache) * self.cluster_bytes > CACHE_BYTES:
                 self._cache.popitem(last=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jqcow.salvage.anchoring import Find, anchor
+from jqcow.salvage.anchoring import Find
+from jqcow.salvage.candidates import TableSearch
 from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, Placement
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.filling import Filling
 from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.in_turns import anchor_in_turns
 from jqcow.salvage.orphans import OrphanClusters
 from jqcow.salvage.protection import Protection
 from jqcow.salvage.reading import MappedDisk, PieceReader
@@ -39,6 +41,7 @@ def place_orphans(
     orphans: OrphanClusters,
     find: Find,
     protection: Protection | None = None,
+    search: TableSearch | None = None,
 ) -> Placed:
     """Place the orphans in what a disk has lost.
 
@@ -48,20 +51,33 @@ def place_orphans(
         orphans: what is to be placed.
         find: finds the structures of the guest.
         protection: the sums that `jqcow protect` made, where there are any.
+        search: finds tables that no L1 table names; None where none is missed.
     """
     if protection is not None:
         for host in protection.structures:
             orphans.bits.discard(host // orphans.cluster_bytes)
     guest_map.tables.are_empty_sure = not len(orphans)
     disk = MappedDisk(guest_map, reader)
-    anchors, structures = anchor(guest_map, disk, orphans, find, protection)
+    anchored, structures = anchor_in_turns(guest_map, disk, orphans, find, protection, search)
     expectations = Expectations(guest_map, orphans.cluster_bytes)
     expectations.take(structures, disk)
-    filling = Filling(guest_map, orphans, _short_zeros(orphans), expectations, anchors.placed)
+    filling = Filling(guest_map, orphans, _short_zeros(orphans), expectations, anchored)
     filling.fill()
-    if not expectations.clusters and not anchors.placed:
+    if not expectations.clusters and not anchored:
         _place_in_order(guest_map, orphans)
-    return Placed(_names(structures), len(anchors.placed), len(orphans))
+    guest_map.tables.are_empty_sure = _is_all_certain(guest_map, anchored, orphans)
+    return Placed(_names(structures), len(anchored), len(orphans))
+
+
+def _is_all_certain(guest_map: GuestMap, anchored: dict[int, int], orphans: Orphans) -> bool:
+    """Return True if the place of every orphan is certain: then what tables leave out is nothing."""
+    if len(anchored) < len(orphans) or guest_map.tables.likely:
+        return False
+    for host, _ in orphans:
+        piece = next(guest_map.pieces(anchored[host], 1), None) if host in anchored else None
+        if piece is None or piece.certainty < Certainty.CERTAIN:
+            return False
+    return True
 
 
 def _short_zeros(orphans: OrphanClusters) -> Iterator[int]:
@@ -89,7 +105,7 @@ def _open_places(guest_map: GuestMap, cluster_bytes: int) -> Iterator[int]:
     for index in range(len(guest_map.tables.fates)):
         start, length = guest_map.tables.guest_range(index)
         for guest in range(start, start + length, cluster_bytes):
-            if guest_map.is_open(guest):
+            if guest_map.is_open(guest) and not guest_map.is_placed(guest):
                 yield guest
 
 

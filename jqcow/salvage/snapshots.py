@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from jqcow.ondisk import entries
 from jqcow.ondisk.layout import MAX_L1_ENTRIES, table_bytes, table_entries
@@ -21,6 +22,10 @@ from jqcow.salvage.tables import DiskTables, judge_all
 ENTRIES_MAX = 1 << 24
 """So many entries the L1 tables of all snapshots have together: as much as QEMU's largest four."""
 _LOST = frozenset({"nb_snapshots", "snapshots_offset"})
+
+
+NAMELESS = "lost-"
+"""So the names begin of snapshots that were found without their entry; an L1 table's offset follows."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,11 @@ def find_snapshots(
             if shape.geometry.l1_entries_for(size) > MAX_L1_ENTRIES:
                 size = header.size
             place = snapshot.l1_table_offset
-            count = min(snapshot.l1_size, table_entries(max(0, source.size() - place)))
-            left -= max(count, shape.geometry.l1_entries_for(size))
+            entry_count = min(snapshot.l1_size, table_entries(max(0, source.size() - place)))
+            left -= max(entry_count, shape.geometry.l1_entries_for(size))
             if left < 0:
                 break
-            found.append(FoundSnapshot(f"snapshot {snapshot.name!r}", snapshot, place, count, size))
+            found.append(FoundSnapshot(f"snapshot {snapshot.name!r}", snapshot, place, entry_count, size))
     if len(found) < header.nb_snapshots:
         missing = header.nb_snapshots - len(found)
         damages.append(
@@ -96,14 +101,46 @@ def find_snapshots(
     return found, damages
 
 
+def with_names(
+    found: Iterable[FoundSnapshot], known: list[Snapshot], shape: Shape, unnamed: Unnamed
+) -> list[Snapshot]:
+    """Return entries for the snapshots that were found without, if refcounts say that they are in use.
+
+    Args:
+        found: by `find_snapshots`.
+        known: those that have entries.
+        shape: of the file.
+        unnamed: has the refcounts.
+    """
+    ids = {snapshot.id for snapshot in known}
+    numbers = (str(number) for number in count(1))
+    free = (number for number in numbers if number not in ids)
+    return [
+        Snapshot(
+            l1_table_offset=one.l1_offset,
+            l1_size=one.l1_entries,
+            id=next(free),
+            name=f"{NAMELESS}{one.l1_offset:x}",
+            date_seconds=0,
+            date_nanoseconds=0,
+            vm_clock_nanoseconds=0,
+            vm_state_bytes=0,
+            disk_bytes=one.disk_bytes,
+            icount=None,
+        )
+        for one in found
+        if one.snapshot is None and unnamed.refcount(one.l1_offset >> shape.geometry.cluster_bits)
+    ]
+
+
 def _others(
     structures: Structures, shape: Shape, unnamed: Unnamed | None, known: set[int]
 ) -> Iterator[FoundL1]:
     bits = shape.geometry.cluster_bits
     known = known | {shape.area.header.refcount_table_offset}
     for table in structures.find_l1(bits):
-        count = None if unnamed is None else unnamed.refcount(table.offset >> bits)
-        if table.offset not in known and count != 0:
+        users = None if unnamed is None else unnamed.refcount(table.offset >> bits)
+        if table.offset not in known and users != 0:
             yield table
 
 

@@ -28,6 +28,7 @@ class Source:
 
     Attributes:
         bad: the ranges of the file that the host could not read so far.
+        laid: blocks that a journal says are so, by host offset.
     """
 
     def __init__(self, reader: Reader, bad: Iterable[tuple[int, int]] = ()) -> None:
@@ -35,16 +36,16 @@ class Source:
         self._reader = reader
         self._size = reader.size()
         self.bad = Ranges(bad)
-        self._laid: dict[int, bytes] = {}
+        self.laid: dict[int, bytes] = {}
         self._places: list[int] = []
         self._laid_bytes = 0
 
     def lay_over(self, blocks: Mapping[int, bytes]) -> None:
         """Have blocks, all of one length and at multiples of it, read as a journal says they are."""
-        self._laid.update(blocks)
-        self._places = sorted(self._laid)
+        self.laid.update(blocks)
+        self._places = sorted(self.laid)
         if self._places:
-            self._laid_bytes = len(self._laid[self._places[0]])
+            self._laid_bytes = len(self.laid[self._places[0]])
             self._size = max(self._size, self._places[-1] + self._laid_bytes)
 
     def size(self) -> int:
@@ -60,7 +61,7 @@ class Source:
         changed = bytearray(found)
         for place in self._places[first : bisect_left(self._places, offset + length)]:
             start, stop = max(place, offset), min(place + self._laid_bytes, offset + length)
-            changed[start - offset : stop - offset] = self._laid[place][start - place : stop - place]
+            changed[start - offset : stop - offset] = self.laid[place][start - place : stop - place]
         return bytes(changed)
 
     def _pread(self, length: int, offset: int) -> bytes:

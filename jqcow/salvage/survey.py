@@ -9,20 +9,39 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from jqcow.errors import SnapshotNotFound
+from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.sectors import SectorCipher
 from jqcow.ondisk.snapshots import Snapshot
+from jqcow.salvage.candidates import TableSearch
 from jqcow.salvage.decrypting import DecryptedSource
 from jqcow.salvage.evidence import Certainty
+from jqcow.salvage.guest.find import find
+from jqcow.salvage.guest.partition_layout import SECTOR_SIZES
+from jqcow.salvage.guest.partitions import size_by_partitions
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.marks import Bits, Marks
 from jqcow.salvage.orphans import OrphanClusters, Unnamed, mark_header
 from jqcow.salvage.others import Others, Places, mark_others, read_others
+from jqcow.salvage.packed import MixedOrphans
 from jqcow.salvage.placing import Placed, place_orphans
-from jqcow.salvage.plugs import find
+from jqcow.salvage.protection import Protection, find_protection
 from jqcow.salvage.reading import Below, PieceReader
 from jqcow.salvage.shape import Damage, Shape
+from jqcow.salvage.snapshots import NAMELESS, FoundSnapshot, copies_of_l1, find_snapshots, with_names
 from jqcow.salvage.source import Source
-from jqcow.salvage.tables import DiskTables, Known, read_snapshot_tables, read_tables
+from jqcow.salvage.streams import StreamOrphans, find_streams
+from jqcow.salvage.tables import (
+    COMPRESSED,
+    DATA,
+    DiskTables,
+    Fate,
+    Known,
+    read_snapshot_tables,
+    read_tables,
+)
+
+STREAMS_MIN = 8
+"""So many streams are no chance where no table tells of compressed data."""
 
 
 @dataclass
@@ -36,6 +55,8 @@ class Survey:
         guest_map: of the disk, or of the snapshot that was asked for.
         snapshot_tables: those of all snapshots.
         unnamed: which clusters nobody names.
+        found_snapshots: the snapshots as the search for tables knows them.
+        is_active: the disk is the active one, no snapshot's.
         ceiling: nothing is surer than this.
         placed: what became of the orphans; None as long as they were not placed.
     """
@@ -46,6 +67,8 @@ class Survey:
     guest_map: GuestMap
     snapshot_tables: list[DiskTables]
     unnamed: Unnamed
+    found_snapshots: list[FoundSnapshot] = field(default_factory=list)
+    is_active: bool = True
     ceiling: Certainty = Certainty.CERTAIN
     placed: Placed | None = None
     _ciphers: list[SectorCipher] = field(default_factory=list)
@@ -59,14 +82,31 @@ class Survey:
         """Read the guest's data of an encrypted image by ``cipher``."""
         self._ciphers = [] if cipher is None else [cipher]
 
-    def orphans(self) -> OrphanClusters:
+    def orphans(self, *, decrypted: bool = True) -> OrphanClusters:
         """Return the clusters that nobody names, a new set."""
-        bits = Bits(self.unnamed.bits.cluster_count)
-        bits.data[:] = self.unnamed.bits.data
-        source = self.source
-        for cipher in self._ciphers:
+        source, bits = self.source, self._unnamed_bits()
+        for cipher in self._ciphers if decrypted else ():
             source = DecryptedSource(source, cipher, keeps_zeros=True)
         return OrphanClusters(source, self.shape.geometry.cluster_bits, bits)
+
+    def _unnamed_bits(self) -> Bits:
+        bits = Bits(self.unnamed.bits.cluster_count)
+        bits.data[:] = self.unnamed.bits.data
+        return bits
+
+    def _with_streams(self, orphans: OrphanClusters) -> OrphanClusters:
+        """Return the orphans with compressed ones, if there may be such: as tables say, or none is left."""
+        every = [self.tables, *self.snapshot_tables]
+        has_data, has_packed = (any(each.counts[kind] for each in every) for kind in (DATA, COMPRESSED))
+        if not len(orphans) or (has_data and not has_packed):
+            return orphans
+        found = find_streams(self.source, self.shape, orphans.bits)
+        if not found or (not has_packed and len(found) < STREAMS_MIN):
+            return orphans
+        streams = StreamOrphans(self.source, self.shape, found)
+        mixed = MixedOrphans(orphans.source, orphans.cluster_bits, orphans.bits, streams, self.source.size())
+        self.guest_map.packed = mixed.packed
+        return mixed
 
     def reader(self, below: Below | None = None) -> PieceReader:
         """Return what reads the pieces of the disk; ``below`` reads the backing disk."""
@@ -76,10 +116,44 @@ class Survey:
         return PieceReader(source, self.shape, below)
 
     def place(self, below: Below | None = None) -> Placed:
-        """Place the orphans, once."""
+        """Place the orphans, once.
+
+        Raises:
+            OSError: the host failed, other than by what it cannot read.
+        """
         if self.placed is None:
-            self.placed = place_orphans(self.guest_map, self.reader(below), self.orphans(), find)
+            protection = self._protection()
+            search = self._search()
+            orphans = self._with_streams(self.orphans())
+            self.placed = place_orphans(self.guest_map, self.reader(below), orphans, find, protection, search)
         return self.placed
+
+    def _protection(self) -> Protection | None:
+        """Return the sums of the active disk, and mark where they lie: that looks like tables."""
+        if not self.is_active or not len(self.unnamed.bits):
+            return None
+        found = find_protection(self.source, self.shape.area, self.orphans(decrypted=False))
+        for host in found.structures if found is not None else ():
+            self.guest_map.marks.set_structure(host, self.shape.geometry.cluster_bytes)
+            self.unnamed.bits.discard(host >> self.guest_map.marks.cluster_bits)
+        return found
+
+    def _search(self) -> TableSearch | None:
+        """Return what finds tables, if some are missed."""
+        tables = self.tables
+        is_doubtful = bool(len(self.unnamed.bits)) and not all(
+            tables.is_absent_sure(index) for index, fate in enumerate(tables.fates) if fate == Fate.ABSENT
+        )
+        if not self.is_active or not (is_doubtful or Fate.LOST in tables.fates or Fate.EMPTY in tables.fates):
+            return None
+        copies = copies_of_l1(
+            self.source,
+            self.shape,
+            self.found_snapshots,
+            self.unnamed,
+            with_old=is_doubtful or tables.is_l1_damaged,
+        )
+        return TableSearch(tables, self.guest_map.marks, self.unnamed, copies)
 
     def damages(self) -> list[Damage]:
         """Return all that is wrong: header, tables, other structures, refcounts."""
@@ -90,7 +164,7 @@ class Survey:
 
 
 def survey(source: Source, shape: Shape, snapshot: str | None = None, also: Places | None = None) -> Survey:
-    """Look at all structures of a file, and at no data.
+    """Look at all structures of a file, and at no data, but where the header is lost.
 
     Args:
         source: the file.
@@ -103,28 +177,60 @@ def survey(source: Source, shape: Shape, snapshot: str | None = None, also: Plac
         UnsupportedFeatureError: a file of too many clusters.
         OSError: the host failed, other than by what it cannot read.
     """
+    found = _survey(source, shape, snapshot, also)
+    if "size" in shape.inferred | shape.lost and not shape.area.header.crypt_method:
+        size = _size_by_partitions(found)
+        resized = shape if size is None else shape.resized(size)
+        if resized is not shape:
+            return _survey(source, resized, snapshot, also)
+    return found
+
+
+def _size_by_partitions(found: Survey) -> int | None:
+    """Return the size of a disk by its partition table; where tables tell, it is not less than they map."""
+    disk, reader, geometry = found.guest_map, found.reader(), found.shape.geometry
+    least = 0 if "size" in found.shape.lost else disk.size - geometry.cluster_bytes + 1
+    sectors = [
+        b"".join(reader.read(piece) or bytes(piece.length) for piece in disk.pieces(place, SECTOR_BYTES))
+        for place in SECTOR_SIZES
+    ]
+    return size_by_partitions(least, sectors, found.orphans())
+
+
+def _survey(source: Source, shape: Shape, snapshot: str | None, also: Places | None) -> Survey:
     others = read_others(source, shape)
     marks = _fresh_marks(source, shape)
     mark_others(others, marks)
     known: Known = {}
     tables = read_tables(source, shape, marks, known)
-    named, snapshot_tables = marks, []
+    unnamed = Unnamed(source, shape, marks)
+    found_snapshots, _ = find_snapshots(source, shape, unnamed)
+    others.snapshots += with_names(found_snapshots, others.snapshots, shape, unnamed)
+    snapshot_tables, named = [], marks
     if others.snapshots:
         named = Marks(shape.geometry.cluster_bits, source.size())
         named.data[:] = marks.data
         for each in others.snapshots:
             snapshot_tables.append(read_snapshot_tables(source, shape, each, named, known))
-    unnamed = Unnamed(source, shape, named)
+            if each.name.startswith(NAMELESS):
+                snapshot_tables[-1].certainty = Certainty.LIKELY
+        unnamed.leave_out(named)
     for _, offset, length in also or ():
         named.set_structure(offset, length)
         unnamed.bits.discard_range(offset >> named.cluster_bits, -(-(offset + length) >> named.cluster_bits))
     if snapshot is not None:
         marks = _fresh_marks(source, shape)
         wanted = _find(others.snapshots, snapshot)
+        certainty = snapshot_tables[others.snapshots.index(wanted)].certainty
         tables = read_snapshot_tables(source, shape, wanted, marks)
+        tables.certainty = certainty
     if named is not marks:
         _spread_structures(named, marks)
-    return Survey(source, shape, others, GuestMap(tables, marks), snapshot_tables, unnamed)
+    guest_map = GuestMap(tables, marks)
+    is_active = snapshot is None
+    return Survey(
+        source, shape, others, guest_map, snapshot_tables, unnamed, found_snapshots, is_active=is_active
+    )
 
 
 def _fresh_marks(source: Source, shape: Shape) -> Marks:

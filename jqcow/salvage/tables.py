@@ -2,18 +2,21 @@
 
 T1. A table is *whole* if each of its entries is one that an image can have. What a whole table says is taken
     as it stands, also that nothing is allocated.
-T2. Of a *torn* table a sector counts if most of it can be: noise can not, a flipped bit costs one entry.
+T2. Of a *torn* table a sector counts if most of it can be: noise can not, a flipped bit costs one entry. An
+    entry for what lies past the end of the file can be, in a file that was cut off: its data alone is lost.
 T3. What the tables name is marked once for each entry that names it, and the tables themselves as structures.
 T4. A table that is named again and again is judged twice at most: it takes no time to name one.
 """
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from typing import NamedTuple
 
 from jqcow import _native
 from jqcow.ondisk import entries
@@ -33,6 +36,9 @@ from jqcow.salvage.source import Source
 
 UNALLOCATED, ZERO, DATA, COMPRESSED, INVALID, DOUBLED, STRUCTURES = range(_native.JUDGED)
 """The places in what `l2_judge` counts."""
+
+LONGEST_BYTES = 1 << 56
+"""So far the offsets of entries reach."""
 
 MARKED_TIMES = 2
 """A cluster that is named twice is marked as one that is named often."""
@@ -61,12 +67,14 @@ class DiskTables:
         offsets: of the L2 table of each L1 entry; 0 where there is none, or where it is lost.
         fates: a `Fate` for each L1 entry.
         lost: of torn tables the (first entry, count) that are lost, by L1 index.
+        beyond: those among them that are for what lies past the end of the file.
         likely: of lost tables the host offset of what may be them, and how surely, by L1 index.
         certainty: how surely the L1 table is that of the disk.
         are_empty_sure: a table of zeros says that nothing is allocated. False: it may have been emptied.
         damages: what is wrong, in the order of the L1 table.
         counts: what the entries are, as `l2_judge` counts them.
         crowded: the L1 indices of tables whose place has another use, too: nothing that they say is certain.
+        is_l1_damaged: an entry of the L1 table is lost, or all of it.
     """
 
     name: str
@@ -76,13 +84,16 @@ class DiskTables:
     offsets: array[int] = field(default_factory=lambda: array("Q"))
     fates: bytearray = field(default_factory=bytearray)
     lost: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    beyond: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     damages: Damages = field(default_factory=Damages)
     counts: list[int] = field(default_factory=lambda: [0] * _native.JUDGED)
     crowded: set[int] = field(default_factory=set)
     likely: dict[int, tuple[int, Certainty]] = field(default_factory=dict)
     certainty: Certainty = Certainty.CERTAIN
     are_empty_sure: bool = False
+    is_l1_damaged: bool = False
     _read: tuple[int, bytes] = (-1, b"")
+    _holes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     @cached_property
     def table_covers(self) -> int:
@@ -116,7 +127,8 @@ class DiskTables:
         """Take a table that was found for an L1 entry that was lost, and mark what it names."""
         self.offsets[index], self.fates[index] = offset, Fate.WHOLE
         self.likely.pop(index, None)
-        self.lost.pop(index, None)
+        for known in (self.lost, self.beyond, self._holes):
+            known.pop(index, None)
         marks.set_structure(offset, self.shape.geometry.cluster_bytes)
         _judge_table(self, index, marks)
 
@@ -133,6 +145,7 @@ class DiskTables:
     def lose_all(self, entry_count: int) -> None:
         """Take all entries of the L1 table for lost."""
         count = max(entry_count, self.shape.geometry.l1_entries_for(self.disk_bytes))
+        self.is_l1_damaged = True
         self.offsets, self.fates = array("Q", bytes(table_bytes(count))), bytearray([Fate.LOST]) * count
         self.damages.append(Damage("L1 table", None, "it is lost", 0, self.disk_bytes))
 
@@ -147,6 +160,7 @@ class DiskTables:
                 self.fates[index] = Fate.LOST
                 count += 1
         if count:
+            self.is_l1_damaged = True
             meaning = f"{count} entries are 0, and tables are in use that no entry names"
             self.damages.append(Damage("L1 table", None, meaning))
         return count
@@ -160,10 +174,40 @@ class DiskTables:
                 return [(0, self.shape.geometry.l2_entries)]
         return []
 
+    def is_absent_sure(self, index: int) -> bool:
+        """Return True if an L1 entry of 0 says that there is no table; False if its sector may be wiped."""
+        step = table_entries(SECTOR_BYTES)
+        first = index - index % step
+        return self.are_empty_sure or any(self.fates[first : first + step])
+
+    def holes(self, index: int) -> list[tuple[int, int]]:
+        """Return the (first entry, count) of sectors of a table that are zeros: they may have been wiped."""
+        found = self._holes.get(index)
+        if found is None:
+            found = []
+            if self.fates[index] in (Fate.WHOLE, Fate.TORN):
+                lost = self.lost_entries(index)
+                found = [part for part in self._zero_sectors(index) if not _overlaps(part, lost)]
+            self._holes[index] = found
+        return found
+
+    def _zero_sectors(self, index: int) -> Iterator[tuple[int, int]]:
+        kinds = _native.sector_kinds(self.read(index), self.source.size())
+        each = SECTOR_BYTES // self.shape.codec.entry_bytes
+        for match in _ZERO_SECTORS.finditer(kinds):
+            yield match.start() * each, (match.end() - match.start()) * each
+
     def guest_range(self, index: int) -> tuple[int, int]:
         """Return (offset, length) in bytes of what of the disk an L1 entry maps."""
         start = index * self.table_covers
         return start, max(0, min(self.disk_bytes - start, self.table_covers))
+
+
+_ZERO_SECTORS = re.compile(bytes([_native.SECTOR_ZERO]) + b"+")
+
+
+def _overlaps(part: tuple[int, int], others: list[tuple[int, int]]) -> bool:
+    return any(first < part[0] + part[1] and part[0] < first + count for first, count in others)
 
 
 @dataclass
@@ -172,6 +216,7 @@ class _Verdict:
 
     fate: Fate
     lost: list[tuple[int, int]]
+    beyond: list[tuple[int, int]]
     times: int = 1
 
 
@@ -231,6 +276,7 @@ def judge_all(
         for start, count in tables.source.bad.within(l1_offset, table_bytes(l1_entries))
         for place in range(start, start + count, table_bytes(1))
     }
+    tables.is_l1_damaged = bool(bad)
     for index in sorted(bad):
         _lose(tables, index, entry_place(HostOffset(l1_offset), index), "the host cannot read the L1 entry")
     for index, entry in entries.nonzero_entries(l1_table):
@@ -246,7 +292,8 @@ def judge_all(
             _judge_again(tables, index, known[offset], marks)
         else:
             _judge_table(tables, index, marks)
-            known[offset] = _Verdict(Fate(tables.fates[index]), tables.lost.get(index, []))
+            lost, beyond = tables.lost.get(index, []), tables.beyond.get(index, [])
+            known[offset] = _Verdict(Fate(tables.fates[index]), lost, beyond)
 
 
 def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: Marks, known: Known) -> None:
@@ -254,6 +301,7 @@ def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: 
     offset, _, has_reserved = entries.split_l1(entry)
     cluster_bytes = tables.shape.geometry.cluster_bytes
     if has_reserved or offset % cluster_bytes or not offset:
+        tables.is_l1_damaged = True
         _lose(tables, index, place, f"its L1 entry {entry:#x} is none that an image can have")
     elif offset >= tables.source.size():
         _lose(tables, index, offset, "the file ends before it")
@@ -275,7 +323,7 @@ def _judge_again(tables: DiskTables, index: int, verdict: _Verdict, marks: Marks
         return
     tables.fates[index] = verdict.fate
     if verdict.fate == Fate.TORN:
-        tables.lost[index] = verdict.lost
+        tables.lost[index], tables.beyond[index] = verdict.lost, verdict.beyond
         meaning = "some of its entries cannot be"
         tables.damages.append(Damage("L2 table", tables.offsets[index], meaning, start, covered))
     verdict.times += 1
@@ -300,63 +348,76 @@ def _judge_table(tables: DiskTables, index: int, marks: Marks) -> None:
     if not unreadable and not _judge(tables, table)[INVALID]:
         _judge_and_mark(tables, table, marks)
         return
-    entry_bytes = shape.codec.entry_bytes
-    lost = list(_lost_entries(tables, table, [(start - offset, count) for start, count in unreadable]))
-    lost_count = sum(count for _, count in lost)
-    start, covered = tables.guest_range(index)
-    if lost_count * 2 > shape.geometry.l2_entries:
+    lost = list(_lost_by_sector(tables, table, [(start - offset, count) for start, count in unreadable]))
+    is_noise = sum(part.entry_count for part in lost if not part.is_beyond) * 2 > shape.geometry.l2_entries
+    if is_noise:
         _lose(tables, index, offset, "most of it is no L2 table")
         return
-    tables.fates[index], tables.lost[index] = Fate.TORN, lost
-    for first, count in lost:
-        guest_offset = start + first * length
+    tables.fates[index] = Fate.TORN
+    tables.lost[index] = [(part.first, part.entry_count) for part in _joined(lost)]
+    tables.beyond[index] = [(part.first, part.entry_count) for part in _joined(lost) if part.is_beyond]
+    start, covered = tables.guest_range(index)
+    for part in _joined(lost):
+        guest_offset = start + part.first * length
+        meaning = "the file ends before what they name" if part.is_beyond else "they cannot be"
         tables.damages.append(
             Damage(
                 "L2 table",
-                offset + first * entry_bytes,
-                f"{count} of its entries cannot be",
+                offset + part.first * shape.codec.entry_bytes,
+                f"{part.entry_count} of its entries are lost: {meaning}",
                 guest_offset,
-                max(0, min(count * length, start + covered - guest_offset)),
+                max(0, min(part.entry_count * length, start + covered - guest_offset)),
             )
         )
     _judge_and_mark(tables, tables.read(index), marks)
 
 
-def _lost_entries(
-    tables: DiskTables, table: bytes, unreadable: list[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
-    """Yield (first entry, count) of what of a table nobody knows, neighbours as one."""
-    pending: tuple[int, int] | None = None
-    for first, count in _lost_by_sector(tables, table, unreadable):
-        if pending is not None and pending[0] + pending[1] == first:
-            pending = pending[0], pending[1] + count
+class _Lost(NamedTuple):
+    """Entries of a table that are lost; ``is_beyond``: as what they name lies past the end of the file."""
+
+    first: int
+    entry_count: int
+    is_beyond: bool = False
+
+
+def _joined(lost: list[_Lost]) -> Iterator[_Lost]:
+    """Yield the same, neighbours that are lost alike as one."""
+    pending: _Lost | None = None
+    for part in lost:
+        if pending is not None and (pending.first + pending.entry_count, pending.is_beyond) == part[::2]:
+            pending = pending._replace(entry_count=pending.entry_count + part.entry_count)
             continue
         if pending is not None:
             yield pending
-        pending = first, count
+        pending = part
     if pending is not None:
         yield pending
 
 
-def _lost_by_sector(
-    tables: DiskTables, table: bytes, unreadable: list[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
+def _lost_by_sector(tables: DiskTables, table: bytes, unreadable: list[tuple[int, int]]) -> Iterator[_Lost]:
     entry_bytes = tables.shape.codec.entry_bytes
     for start in range(0, len(table), SECTOR_BYTES):
         sector = table[start : start + SECTOR_BYTES]
         first, count = start // entry_bytes, len(sector) // entry_bytes
         if any(place < start + SECTOR_BYTES and start < place + length for place, length in unreadable):
-            yield first, count
+            yield _Lost(first, count)
             continue
-        invalid = _judge(tables, sector)[INVALID]
-        if not invalid:
+        if not _judge(tables, sector)[INVALID]:
             continue
-        if invalid * 2 > count:
-            yield first, count
+        if _impossible(tables, sector) * 2 > count:
+            yield _Lost(first, count)
             continue
         for index in range(count):
-            if _judge(tables, sector[index * entry_bytes : (index + 1) * entry_bytes])[INVALID]:
-                yield first + index, 1
+            entry = sector[index * entry_bytes : (index + 1) * entry_bytes]
+            if _judge(tables, entry)[INVALID]:
+                yield _Lost(first + index, 1, is_beyond=not _impossible(tables, entry))
+
+
+def _impossible(tables: DiskTables, table: bytes) -> int:
+    """Return how many entries cannot be, however long the file was."""
+    shape = tables.shape
+    how = shape.codec.entry_bytes, shape.geometry.cluster_bits, shape.reserved
+    return _native.l2_judge(table, *how, LONGEST_BYTES)[INVALID]
 
 
 def _judge(tables: DiskTables, table: bytes, marks: Marks | None = None) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from jqcow.disks.view import FileView
 from jqcow.engine.engine import make_writable, open_engine, random_salt
 from jqcow.engine.medium import Medium
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
-from jqcow.offline.salvaging.patient import Patient, ReplayedSource, patient_on
+from jqcow.offline.salvaging.patient import Patient, patient_on
 from jqcow.ondisk import entries
 from jqcow.ondisk.header import (
     AUTOCLEAR_BITMAPS,
@@ -142,9 +142,8 @@ def rebuilt(
 ) -> tuple[TrialDevice, InPlaceReport]:
     """Return what a device is to become, on trial, and what that has back; errors as `repair_in_place`."""
     trial, patient = TrialDevice(device), patient_on(device, path, identity)
-    if isinstance(patient.source, ReplayedSource):
-        for offset, block in patient.source.view.blocks.items():
-            trial.pwrite(block, offset)
+    for offset, block in patient.source.laid.items():
+        trial.pwrite(block, offset)
     found = patient.survey()
     found.unlock(patient.cipher(following.passphrase))
     if following.allow is False:

@@ -26,12 +26,14 @@ from jqcow.ondisk.luks import LuksHeader
 from jqcow.ondisk.sectors import SectorCipher
 from jqcow.salvage.diagnosis import Diagnosis, describe
 from jqcow.salvage.evidence import Certainty
+from jqcow.salvage.heading import read_shape
 from jqcow.salvage.others import Places
-from jqcow.salvage.plugs import shape_of
 from jqcow.salvage.reading import Below
 from jqcow.salvage.shape import Damage, Shape
 from jqcow.salvage.source import Source
 from jqcow.salvage.survey import Survey, survey
+
+JOURNAL = "journal"
 
 
 class ReplayedSource(Source):
@@ -41,6 +43,7 @@ class ReplayedSource(Source):
         """Show ``view``, which reads from ``source``."""
         super().__init__(source)
         self.view = view
+        self.lay_over({offset: bytes(block) for offset, block in view.blocks.items()})
         self._size = view.size()
         self.bad = source.bad
 
@@ -76,7 +79,8 @@ class Patient:
     def survey(self, snapshot: str | None = None) -> Survey:
         """Look at all structures; errors as `jqcow.salvage.survey.survey`."""
         found = survey(self.source, self.shape, snapshot, self.journal)
-        if self.damages:
+        self.shape = found.shape
+        if self.damages or any(each.structure == JOURNAL for each in self.shape.damages):
             found.ceiling = Certainty.LIKELY
         return found
 
@@ -165,14 +169,14 @@ def patient_on(
         is_live = find_live_root(source, use_root_copy=True) is not None
         if is_live:
             view = FileView.of_file(source, use_root_copy=True)
-            journal = [("journal", *place) for place in view.reserved]
+            journal = [(JOURNAL, *place) for place in view.reserved]
             source = ReplayedSource(view, source)
     except (CorruptionError, FormatError) as error:
-        # A header that breaks the specification is for `shape_of`.
+        # A header that breaks the specification is for `read_shape`.
         if is_live:
             place = error.offset if isinstance(error, CorruptionError) else None
-            damages.append(Damage("journal", place, f"{error}; what was flushed last may be missing"))
-    shape = shape_of(source)
-    if shape.geometry.has_data_file:
-        raise UnsupportedFeatureError("salvage of an image with an external data file")
+            damages.append(Damage(JOURNAL, place, f"{error}; what was flushed last may be missing"))
+    shape = read_shape(source)
+    if shape.journal is not None:
+        journal = [(JOURNAL, shape.journal.offset, shape.journal.length)]
     return Patient(path, source, shape, is_live, identity, journal, damages, started)

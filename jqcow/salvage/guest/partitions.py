@@ -8,7 +8,7 @@ PT1. A table among the orphans is certain only if it agrees with the size of the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from jqcow.salvage.evidence import Certainty, Orphans, PlacedDisk, Volume
@@ -26,7 +26,7 @@ from jqcow.salvage.guest.partition_layout import (
     overlap,
     unpack_boot_record,
 )
-from jqcow.salvage.guest.signs import Sighting, Sign, sightings
+from jqcow.salvage.guest.signs import Sighting, Sign, SurveyedOrphans, sightings
 
 GPT_SIGN = Sign(GPT_MAGIC, 0, 24 << 10)
 BOOT_SIGN = Sign(BOOT_MAGIC, BOOT_MAGIC_OFFSET, SECTOR_BYTES)
@@ -79,6 +79,22 @@ def disk_sizes(orphans: Orphans) -> list[int]:
     """
     sizes = Counter(seen.disk_bytes for seen in _seen_headers(orphans))
     return sorted(sizes, key=lambda size: (sizes[size], size), reverse=True)
+
+
+def size_by_partitions(disk_bytes: int, sectors: Iterable[bytes], orphans: Orphans) -> int | None:
+    """Return the size of a disk whose own is lost, in bytes, by its GPT; None without one.
+
+    Args:
+        disk_bytes: so long the disk is at least.
+        sectors: those in which the first header may be, of each length of sectors.
+        orphans: where headers are looked for then.
+    """
+    for sector_bytes, sector in zip(SECTOR_SIZES, sectors, strict=True):
+        header = GptHeader.unpack(sector)
+        if header is not None and header.is_primary and header.disk_bytes(sector_bytes) >= disk_bytes:
+            return header.disk_bytes(sector_bytes)
+    sizes = disk_sizes(SurveyedOrphans(orphans, (GPT_SIGN,)))
+    return next((size for size in sizes if size >= disk_bytes), None)
 
 
 def _gpt_on_disk(disk: PlacedDisk, orphans: Orphans) -> PartitionTable | None:
