@@ -28,8 +28,10 @@ MIB = 1 << 20
 PASSPHRASE = "correct horse"
 IMAGE, TRUTH, STORY = "image.qcow2", "truth.raw", "base.json"
 DISK_BYTES = {"ext4": 96 * MIB, "xfs": 300 * MIB, "btrfs": 128 * MIB, "ntfs": 96 * MIB}
-USED = Workload(files=110, bytes_max=MIB, crumbs=30, tangled=2, scattered=2, rewritten=0.1)
-"""A file system that aged by deletes, whose files lie in fragments."""
+USED = Workload(files=110, bytes_max=MIB, rewritten=0.1)
+"""Files written, grown and deleted in an order drawn by chance."""
+AGED = {"crumbs": 30, "tangled": 2, "scattered": 2, "deleted": 0.4}
+"""More of that: many short files, and files that lie in fragments."""
 
 
 @dataclass(frozen=True)
@@ -282,9 +284,13 @@ BASES: dict[str, Make] = {
     "xfs": used("xfs"),
     "btrfs": used("btrfs"),
     "ntfs": used("ntfs"),
+    "ext4 aged": used("ext4", **AGED),
+    "xfs aged": used("xfs", **AGED),
+    "btrfs aged": used("btrfs", **AGED),
+    "ntfs aged": used("ntfs", **AGED),
     "ext4 4 GiB": used("ext4", size=4096 * MIB),
     "xfs 2 GiB": used("xfs", size=2048 * MIB),
-    "ext4 512 B": used("ext4", "cluster_size=512", files=30, tangled=0, scattered=0),
+    "ext4 512 B": used("ext4", "cluster_size=512", files=30),
     "ext4 4 KiB": used("ext4", "cluster_size=4096"),
     "xfs 4 KiB": used("xfs", "cluster_size=4096"),
     "ntfs 4 KiB": used("ntfs", "cluster_size=4096"),

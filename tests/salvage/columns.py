@@ -9,19 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jqcow.cli import main as cli
+from jqcow.cli import recover
 from tests.salvage import foreign
 from tests.salvage.anatomy import Range
 from tests.salvage.bases import Base
 from tests.salvage.sectors import SECTOR_BYTES
 
 SECONDS_MAX = 180
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -36,32 +38,51 @@ class Ran:
 
 def ran(words: Sequence[object], folder: Path) -> Ran:
     """Run a program to its end."""
-    told = folder / "told"
+    with (folder / "told").open("wb") as file:
+        process = subprocess.Popen([str(word) for word in words], stdout=file, stderr=file, cwd=folder)
+        ended = _ended(process.pid, folder)
+        process.returncode = -1 if ended.status is None else ended.status
+    return ended
+
+
+def ran_here(main: Callable[[list[str]], int], words: Sequence[object], folder: Path) -> Ran:
+    """Run a command of jqcow in a process that has its modules already."""
+    arguments = [str(word) for word in words]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    number = os.fork()
+    if number:
+        return _ended(number, folder)
+    code = 70
+    try:
+        told = os.open(folder / "told", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(told, 1)
+        os.dup2(told, 2)
+        code = main(arguments)
+        sys.stdout.flush()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _ended(number: int, folder: Path) -> Ran:
+    """Wait for a process, kill it if it takes too long, and return how it ended."""
     started = time.monotonic()
-    with told.open("wb") as file:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(
-            [str(word) for word in words], stdout=file, stderr=file, cwd=folder, env=environment
-        )
-        while True:
-            number, status, used = os.wait4(process.pid, os.WNOHANG)
-            if number:
-                break
-            if time.monotonic() - started > SECONDS_MAX:
-                process.send_signal(signal.SIGKILL)
-                _, status, used = os.wait4(process.pid, 0)
-                break
-            time.sleep(0.01)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    code = None if process.returncode < 0 else process.returncode
-    text = told.read_text(encoding="utf-8", errors="replace")
-    return Ran(code, used.ru_utime + used.ru_stime, used.ru_maxrss << 10, text)
-
-
-def jqcow(command: str, *words: object) -> list[object]:
-    """Return the words of ``jqcow`` or ``jqcow-recover``."""
-    module = {"jqcow": "main", "jqcow-recover": "recover"}[command]
-    return [sys.executable, "-c", f"from jqcow.cli.{module} import main; raise SystemExit(main())", *words]
+    found, status, used = os.wait4(number, os.WNOHANG)
+    while not found:
+        time.sleep(0.01)
+        if time.monotonic() - started > SECONDS_MAX:
+            os.kill(number, signal.SIGKILL)
+            found, status, used = os.wait4(number, 0)
+        else:
+            found, status, used = os.wait4(number, os.WNOHANG)
+    code = os.waitstatus_to_exitcode(status)
+    text = (folder / "told").read_text(encoding="utf-8", errors="replace")
+    return Ran(None if code < 0 else code, used.ru_utime + used.ru_stime, used.ru_maxrss << 10, text)
 
 
 def _read_by_qemu(base: Base, image: Path, target: Path, *words: object) -> list[object]:
@@ -79,10 +100,13 @@ def by_qemu(base: Base, image: Path, folder: Path) -> dict[str, Path]:
     for name in ("qemu", "qemu, repaired"):
         if name == "qemu, repaired":
             ran(["qemu-img", "check", "-r", "all", *_checked(base, image)], folder)
-        for salvage in ((), ("--salvage",)):
-            key = f"{name}{', --salvage' if salvage else ''}"
+        found[name] = folder / f"{name}.raw"
+        ended = ran(_read_by_qemu(base, image, found[name]), folder)
+        # Without an error there is nothing for it to go on from.
+        if ended.status != 0:
+            key = f"{name}, --salvage"
             found[key] = folder / f"{key}.raw"
-            ran(_read_by_qemu(base, image, found[key], *salvage), folder)
+            ran(_read_by_qemu(base, image, found[key], "--salvage"), folder)
     return found
 
 
@@ -104,7 +128,7 @@ def by_plain_reading(base: Base, image: Path, folder: Path) -> dict[str, Path]:
         "qcow2",
     ]
     below = ["--allow-files"] if base.has_below else []
-    ran(jqcow("jqcow", "convert", "--salvage", *words, *below, "-O", "raw", image, found), folder)
+    ran_here(cli.main, ["convert", "--salvage", *words, *below, "-O", "raw", image, found], folder)
     return {"plain": found}
 
 
@@ -138,22 +162,8 @@ def by_salvage(base: Base, image: Path, folder: Path, *more: object) -> Salvaged
         left.unlink(missing_ok=True)
     words = [*_unlocking(base, folder), *(["--snapshot", base.snapshot] if base.snapshot else [])]
     below = ["--allow-files"] if base.has_below else []
-    ended = ran(
-        jqcow(
-            "jqcow-recover",
-            "--salvage",
-            target,
-            "-O",
-            "raw",
-            "--report",
-            report,
-            *words,
-            *below,
-            *more,
-            image,
-        ),
-        folder,
-    )
+    made = ["--salvage", target, "-O", "raw", "--report", report]
+    ended = ran_here(recover.main, [*made, *words, *below, *more, image], folder)
     ranges = json.loads(report.read_text())["ranges"] if report.exists() else []
     return Salvaged(target, ended, ranges)
 

@@ -42,7 +42,11 @@ def _best(found: dict[str, int], names: Iterable[str]) -> int:
 def totals(cells: Sequence[Cell]) -> dict[str, float | str]:
     """Return the sums over all cells."""
     data, tables = sum(cell.data for cell in cells), sum(cell.tables for cell in cells)
-    right = {name: sum(cell.right.get(name, 0) for cell in cells) for name in (*QEMU, "plain", "jqcow")}
+    # Where no error stops QEMU, there is nothing for its salvage to go on from.
+    right = {
+        name: sum(cell.right.get(name, cell.right.get(name.removesuffix(", --salvage"), 0)) for cell in cells)
+        for name in (*QEMU, "plain", "jqcow")
+    }
     return {
         "cells": len(cells),
         "present": share(sum(cell.present for cell in cells), data),
