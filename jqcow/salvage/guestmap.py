@@ -148,10 +148,14 @@ class GuestMap:
     def open_parts(self, index: int) -> list[OpenPart]:
         """Return which entries of a table may be placed, and why, in their order."""
         tables = self.tables
-        known = tables.fates[index], tables.are_empty_sure
+        known = tables.fates[index], self._may_be_wiped(index)
         if index not in self._open or self._open[index][0] != known:
             self._open[index] = known, list(self._find_open(index))
         return self._open[index][1]
+
+    def _may_be_wiped(self, index: int) -> bool:
+        """Return True if zeros in a table may be wiped, or were: what was placed there is placed."""
+        return not self.tables.are_empty_sure or index in self.placed
 
     def _find_open(self, index: int) -> Iterator[OpenPart]:
         tables, every = self.tables, range(self.tables.shape.geometry.l2_entries)
@@ -159,14 +163,14 @@ class GuestMap:
             yield OpenPart(every, Open.LOST)
             return
         if tables.fates[index] == Fate.EMPTY:
-            yield from () if tables.are_empty_sure else (OpenPart(every, Open.EMPTY),)
+            yield from (OpenPart(every, Open.EMPTY),) if self._may_be_wiped(index) else ()
             return
         beyond = set(tables.beyond.get(index, ()))
         found = [
             (first, count, Open.BEYOND if (first, count) in beyond else Open.LOST)
             for first, count in tables.lost_entries(index)
         ]
-        if not tables.are_empty_sure:
+        if self._may_be_wiped(index):
             found += [(first, count, Open.HOLE) for first, count in tables.holes(index)]
         for first, count, why in sorted(found, key=lambda part: part[0]):
             yield OpenPart(range(first, first + count), why)
@@ -214,6 +218,12 @@ class GuestMap:
         placed.certainties[entry] = placement.certainty
         placed.witnesses[entry] = min(255, self._witnesses.index(placement.witness))
         return True
+
+    def doubt(self) -> None:
+        """Have nothing that evidence placed be certain: it rests on what was supposed."""
+        lowered = bytes(min(certainty, Certainty.LIKELY) for certainty in range(256))
+        for placed in self.placed.values():
+            placed.certainties = placed.certainties.translate(lowered)
 
     def _entry_of(self, guest_offset: int) -> tuple[int, int]:
         geometry = self.tables.shape.geometry
@@ -301,9 +311,17 @@ class GuestMap:
 
     def _data(self, guest_offset: int, length: int, host_offset: int, sure: Certainty) -> Iterator[Piece]:
         """Yield a run of data, parted where its clusters are marked otherwise."""
-        bits, marks = self.marks.cluster_bits, self.marks
+        bits, marks, file_bytes = self.marks.cluster_bits, self.marks, self.tables.source.size()
         end = guest_offset + length
         while guest_offset < end:
+            if self.tables.is_cut_off and host_offset + end - guest_offset > file_bytes:
+                kept = max(0, file_bytes - host_offset)
+                if not kept:
+                    yield Piece(guest_offset, end - guest_offset, "lost", 0, 0, Certainty.GUESS, "nobody")
+                    return
+                yield from self._data(guest_offset, kept, host_offset, sure)
+                guest_offset, host_offset = guest_offset + kept, host_offset + kept
+                continue
             cluster = host_offset >> bits
             stop = ((host_offset + end - guest_offset - 1) >> bits) + 1
             mark, count = _native.refcount_run(marks.data, _native.MARK_ORDER, cluster, stop)
@@ -332,8 +350,11 @@ class GuestMap:
                     count = len(following) - len(following.lstrip(b"\0"))
                     length = min(end - start, length + count * cluster_bytes)
                 likely = self.tables.read_likely(index)
-                if why == Open.HOLE:
-                    yield Piece(start, length, "below", 0, 0, Certainty.LIKELY, TABLE)
+                if why == Open.HOLE or (why == Open.EMPTY and self.tables.are_empty_sure):
+                    sure = self.tables.certainty
+                    if not self.tables.are_empty_sure:
+                        sure = min(sure, Certainty.LIKELY)
+                    yield Piece(start, length, "below", 0, 0, sure, TABLE)
                 elif likely is not None:
                     sure = self.tables.likely[index][1]
                     yield from self._as_table_says(likely, first_offset, start, start + length, sure)

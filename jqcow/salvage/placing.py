@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from jqcow.salvage.anchoring import Find
 from jqcow.salvage.candidates import TableSearch
-from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, Placement
+from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, PlacedDisk, Placement
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.filling import Filling
 from jqcow.salvage.guestmap import GuestMap
@@ -28,11 +29,13 @@ class Placed:
         structures: what of the guest was recognised, for people.
         anchored: how many clusters told by themselves where they belong.
         orphans: how many there were.
+        end: how far the disk goes at least, by what was placed and by what file systems say.
     """
 
     structures: tuple[str, ...] = ()
     anchored: int = 0
     orphans: int = 0
+    end: int = 0
 
 
 def place_orphans(
@@ -66,7 +69,23 @@ def place_orphans(
     if not expectations.clusters and not anchored:
         _place_in_order(guest_map, orphans)
     guest_map.tables.are_empty_sure = _is_all_certain(guest_map, anchored, orphans)
-    return Placed(_names(structures), len(anchored), len(orphans))
+    end = _end(guest_map, structures, disk) if "size" in guest_map.tables.shape.lost else 0
+    return Placed(_names(structures), len(anchored), len(orphans), end)
+
+
+def _end(guest_map: GuestMap, structures: list[GuestStructure], disk: PlacedDisk) -> int:
+    """Return how far a disk goes at least."""
+    cluster_bytes, end = guest_map.tables.shape.geometry.cluster_bytes, 0
+    for index, placed in guest_map.placed.items():
+        count = len(placed.certainties.rstrip(b"\0"))
+        end = max(end, guest_map.tables.guest_range(index)[0] + count * cluster_bytes)
+    for index in guest_map.tables.likely:
+        end = max(end, sum(guest_map.tables.guest_range(index)))
+    for structure in structures:
+        pieces = ((piece.guest_offset, piece.length) for piece in structure.pieces(disk))
+        for offset, length in chain(pieces, structure.free(disk)):
+            end = max(end, offset + length)
+    return min(end, guest_map.size)
 
 
 def _is_all_certain(guest_map: GuestMap, anchored: dict[int, int], orphans: Orphans) -> bool:

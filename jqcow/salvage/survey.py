@@ -6,6 +6,7 @@ Y2. Where the tables may be older than the data, as without the journal of a liv
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jqcow.errors import SnapshotNotFound
@@ -18,7 +19,8 @@ from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guest.find import find
 from jqcow.salvage.guest.partition_layout import SECTOR_SIZES
 from jqcow.salvage.guest.partitions import size_by_partitions
-from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.guest.sizes import sizes_seen
+from jqcow.salvage.guestmap import GuestMap, Open
 from jqcow.salvage.marks import Bits, Marks
 from jqcow.salvage.orphans import OrphanClusters, Unnamed, mark_header
 from jqcow.salvage.others import Others, Places, mark_others, read_others
@@ -40,6 +42,10 @@ from jqcow.salvage.tables import (
     read_tables,
 )
 
+LARGEST_BYTES = 1 << 40
+"""So large a disk is at most whose size is lost, if no table tells of more."""
+START_BYTES = 128 << 10
+"""In so much of the start of a disk a file system tells of itself."""
 STREAMS_MIN = 8
 """So many streams are no chance where no table tells of compressed data."""
 
@@ -57,6 +63,8 @@ class Survey:
         unnamed: which clusters nobody names.
         found_snapshots: the snapshots as the search for tables knows them.
         is_active: the disk is the active one, no snapshot's.
+        is_size_known: the size of the disk, lost with the header, is that which the guest tells.
+        is_supposed: by a supposition: see `guest.sizes`.
         ceiling: nothing is surer than this.
         placed: what became of the orphans; None as long as they were not placed.
     """
@@ -69,6 +77,8 @@ class Survey:
     unnamed: Unnamed
     found_snapshots: list[FoundSnapshot] = field(default_factory=list)
     is_active: bool = True
+    is_size_known: bool = False
+    is_supposed: bool = False
     ceiling: Certainty = Certainty.CERTAIN
     placed: Placed | None = None
     _ciphers: list[SectorCipher] = field(default_factory=list)
@@ -123,10 +133,31 @@ class Survey:
         """
         if self.placed is None:
             protection = self._protection()
+            if protection is not None and "size" in self.shape.lost | self.shape.inferred:
+                self._resize(protection.units.disk_bytes)
+            self.grow()
             search = self._search()
             orphans = self._with_streams(self.orphans())
             self.placed = place_orphans(self.guest_map, self.reader(below), orphans, find, protection, search)
+            if self.is_supposed:
+                self.guest_map.doubt()
+            if "size" in self.shape.lost and not self.is_size_known:
+                self.tables.disk_bytes = max(SECTOR_BYTES, self.placed.end)
         return self.placed
+
+    def grow(self) -> None:
+        """Have the disk be as large as any where nothing tells its size: what is placed will."""
+        if "size" in self.shape.lost and not self.is_size_known:
+            index = LARGEST_BYTES // self.tables.table_covers
+            self.tables.grow(max(index, len(self.tables.fates)) - 1)
+
+    def _resize(self, size: int) -> None:
+        """Take a size that is known after all."""
+        self.is_size_known, self.is_supposed = True, False
+        index = (size - 1) // self.tables.table_covers
+        if index >= len(self.tables.fates):
+            self.tables.grow(index)
+        self.tables.disk_bytes = size
 
     def _protection(self) -> Protection | None:
         """Return the sums of the active disk, and mark where they lie: that looks like tables."""
@@ -160,7 +191,20 @@ class Survey:
         found = [*self.shape.damages, *self.tables.damages]
         for tables in self.snapshot_tables:
             found += tables.damages
+        found += self._wiped()
         return [*found, *self.others.damages, *self.unnamed.damages]
+
+    def _wiped(self) -> Iterator[Damage]:
+        """Yield the tables with entries of 0 where data belongs, with certainty."""
+        disk = self.guest_map
+        for index, placed in disk.placed.items():
+            entries = [part.entries for part in disk.open_parts(index) if part.why in (Open.EMPTY, Open.HOLE)]
+            count = sum(
+                placed.certainties[each.start : each.stop].count(Certainty.CERTAIN) for each in entries
+            )
+            if count:
+                meaning = f"{count} of its entries are 0, and there is data for them"
+                yield Damage("L2 table", disk.tables.offsets[index], meaning, *disk.tables.guest_range(index))
 
 
 def survey(source: Source, shape: Shape, snapshot: str | None = None, also: Places | None = None) -> Survey:
@@ -179,22 +223,31 @@ def survey(source: Source, shape: Shape, snapshot: str | None = None, also: Plac
     """
     found = _survey(source, shape, snapshot, also)
     if "size" in shape.inferred | shape.lost and not shape.area.header.crypt_method:
-        size = _size_by_partitions(found)
+        size, is_supposed = _size_by_guest(found)
         resized = shape if size is None else shape.resized(size)
         if resized is not shape:
-            return _survey(source, resized, snapshot, also)
+            found = _survey(source, resized, snapshot, also)
+        found.is_size_known, found.is_supposed = size is not None, is_supposed
     return found
 
 
-def _size_by_partitions(found: Survey) -> int | None:
-    """Return the size of a disk by its partition table; where tables tell, it is not less than they map."""
+def _size_by_guest(found: Survey) -> tuple[int | None, bool]:
+    """Return the size of a disk by its partition table, or else by its file systems, which is a supposition.
+
+    Where tables tell, it is not less than they map.
+    """
     disk, reader, geometry = found.guest_map, found.reader(), found.shape.geometry
     least = 0 if "size" in found.shape.lost else disk.size - geometry.cluster_bytes + 1
-    sectors = [
-        b"".join(reader.read(piece) or bytes(piece.length) for piece in disk.pieces(place, SECTOR_BYTES))
-        for place in SECTOR_SIZES
-    ]
-    return size_by_partitions(least, sectors, found.orphans())
+    start = b"".join(
+        (reader.read(piece) or b"").ljust(piece.length, b"\0") for piece in disk.pieces(0, START_BYTES)
+    ).ljust(START_BYTES, b"\0")
+    sectors = [start[place : place + SECTOR_BYTES] for place in SECTOR_SIZES]
+    size = size_by_partitions(least, sectors, found.orphans())
+    if size is not None:
+        return size, False
+    seen = {size for _, content in found.orphans() for size in sizes_seen(content)} | set(sizes_seen(start))
+    size = max((size for size in seen if least <= size <= LARGEST_BYTES), default=None)
+    return size, size is not None
 
 
 def _survey(source: Source, shape: Shape, snapshot: str | None, also: Places | None) -> Survey:

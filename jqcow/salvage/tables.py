@@ -74,6 +74,7 @@ class DiskTables:
         damages: what is wrong, in the order of the L1 table.
         counts: what the entries are, as `l2_judge` counts them.
         crowded: the L1 indices of tables whose place has another use, too: nothing that they say is certain.
+        is_cut_off: the file ends before what the tables name.
         is_l1_damaged: an entry of the L1 table is lost, or all of it.
     """
 
@@ -91,6 +92,7 @@ class DiskTables:
     likely: dict[int, tuple[int, Certainty]] = field(default_factory=dict)
     certainty: Certainty = Certainty.CERTAIN
     are_empty_sure: bool = False
+    is_cut_off: bool = False
     is_l1_damaged: bool = False
     _read: tuple[int, bytes] = (-1, b"")
     _holes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
@@ -136,6 +138,7 @@ class DiskTables:
         """Have an L1 entry, lost as those before it are; return False if the size of the disk is known."""
         if not {"size", "l1_size"} & (self.shape.lost | self.shape.inferred) or index >= MAX_L1_ENTRIES:
             return False
+        self.is_l1_damaged = True
         more = index + 1 - len(self.fates)
         self.fates += bytes([Fate.LOST]) * more
         self.offsets.extend([0] * more)
@@ -271,12 +274,17 @@ def judge_all(
     l1_table = tables.source.pread(table_bytes(l1_entries), l1_offset).ljust(length, b"\0")
     marks.set_structure(l1_offset, table_bytes(l1_entries))
     tables.offsets, tables.fates = array("Q", bytes(length)), bytearray(length // table_bytes(1))
+    behind = list(_behind_the_end(tables, l1_offset, table_bytes(l1_entries)))
+    for start, count in behind:
+        first = (start - l1_offset) // table_bytes(1)
+        tables.fates[first:l1_entries] = bytes([Fate.LOST]) * (l1_entries - first)
+        tables.damages.append(Damage("L1 table", start, f"the file ends {count} bytes before its end"))
     bad = {
         (place - l1_offset) // table_bytes(1)
         for start, count in tables.source.bad.within(l1_offset, table_bytes(l1_entries))
         for place in range(start, start + count, table_bytes(1))
     }
-    tables.is_l1_damaged = bool(bad)
+    tables.is_cut_off, tables.is_l1_damaged = bool(behind), bool(behind or bad)
     for index in sorted(bad):
         _lose(tables, index, entry_place(HostOffset(l1_offset), index), "the host cannot read the L1 entry")
     for index, entry in entries.nonzero_entries(l1_table):
@@ -296,6 +304,13 @@ def judge_all(
             known[offset] = _Verdict(Fate(tables.fates[index]), lost, beyond)
 
 
+def _behind_the_end(tables: DiskTables, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield what of a range the file does not have."""
+    end = tables.source.size()
+    if offset + length > end:
+        yield max(offset, end), offset + length - max(offset, end)
+
+
 def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: Marks, known: Known) -> None:
     """Take what an L1 entry says of its L2 table, if that can be."""
     offset, _, has_reserved = entries.split_l1(entry)
@@ -304,6 +319,7 @@ def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: 
         tables.is_l1_damaged = True
         _lose(tables, index, place, f"its L1 entry {entry:#x} is none that an image can have")
     elif offset >= tables.source.size():
+        tables.is_cut_off = True
         _lose(tables, index, offset, "the file ends before it")
     else:
         tables.offsets[index] = offset
@@ -341,7 +357,9 @@ def _judge_table(tables: DiskTables, index: int, marks: Marks) -> None:
     shape, offset = tables.shape, tables.offsets[index]
     length = shape.geometry.cluster_bytes
     table = tables.source.pread(length, offset)
-    unreadable = list(tables.source.bad.within(offset, length))
+    behind = list(_behind_the_end(tables, offset, length))
+    tables.is_cut_off = tables.is_cut_off or bool(behind)
+    unreadable = [*tables.source.bad.within(offset, length), *behind]
     if not unreadable and _native.is_zero(table):
         tables.fates[index] = Fate.EMPTY
         return
@@ -356,6 +374,7 @@ def _judge_table(tables: DiskTables, index: int, marks: Marks) -> None:
     tables.fates[index] = Fate.TORN
     tables.lost[index] = [(part.first, part.entry_count) for part in _joined(lost)]
     tables.beyond[index] = [(part.first, part.entry_count) for part in _joined(lost) if part.is_beyond]
+    tables.is_cut_off = tables.is_cut_off or bool(tables.beyond[index])
     start, covered = tables.guest_range(index)
     for part in _joined(lost):
         guest_offset = start + part.first * length

@@ -24,9 +24,9 @@ from jqcow.ondisk.header import CRYPT_NONE
 from jqcow.ondisk.keys import Passphrase, secret_for
 from jqcow.ondisk.luks import LuksHeader
 from jqcow.ondisk.sectors import SectorCipher
+from jqcow.salvage.bare import shape_of
 from jqcow.salvage.diagnosis import Diagnosis, describe
 from jqcow.salvage.evidence import Certainty
-from jqcow.salvage.heading import read_shape
 from jqcow.salvage.others import Places
 from jqcow.salvage.reading import Below
 from jqcow.salvage.shape import Damage, Shape
@@ -172,11 +172,11 @@ def patient_on(
             journal = [(JOURNAL, *place) for place in view.reserved]
             source = ReplayedSource(view, source)
     except (CorruptionError, FormatError) as error:
-        # A header that breaks the specification is for `read_shape`.
+        # A header that breaks the specification is for `shape_of`.
         if is_live:
             place = error.offset if isinstance(error, CorruptionError) else None
             damages.append(Damage(JOURNAL, place, f"{error}; what was flushed last may be missing"))
-    shape = read_shape(source)
+    shape = shape_of(source)
     if shape.journal is not None:
         journal = [(JOURNAL, shape.journal.offset, shape.journal.length)]
     return Patient(path, source, shape, is_live, identity, journal, damages, started)
