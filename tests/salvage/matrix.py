@@ -101,11 +101,6 @@ def share(part: int, whole: int) -> str:
     return f"{99.9 if 99.9 <= value < 100 else value:.1f}"
 
 
-def cells(names: Sequence[str], kinds: Sequence[str], seed: int) -> list[tuple[str, str, int]]:
-    """Return base, kind and seed of the cells of a run."""
-    return [(name, kind, seed) for name in names for kind in kinds]
-
-
 class Trial:
     """One cell, tried in a folder of its own."""
 
@@ -336,6 +331,14 @@ class Part:
     cache: Path
 
 
+def parts_of(
+    names: Sequence[str], kinds: Sequence[str], seed: int, cache: Path, part: float = 1
+) -> list[Part]:
+    """Return the cells of bases and kinds, or a part of them that is drawn by chance, in any order."""
+    every = [Part(name, kind, seed, cache) for name in names for kind in kinds]
+    return Random(seed).sample(every, max(1, round(part * len(every))))
+
+
 def try_cell(part: Part) -> Found:
     """Try a cell."""
     found = Found()
@@ -352,9 +355,8 @@ def try_cell(part: Part) -> Found:
     return found
 
 
-def run(names: Sequence[str], kinds: Sequence[str], seed: int, jobs: int, cache: Path) -> Iterator[Found]:
-    """Try all cells of bases and kinds; yield the total after each."""
-    for name in names:
-        bases.get(name, seed, cache)
-    parts = (Part(name, kind, seed, cache) for name in names for kind in kinds)
+def run(parts: Sequence[Part], jobs: int) -> Iterator[Found]:
+    """Try cells; yield the total after each."""
+    for name, seed in dict.fromkeys((part.base, part.seed) for part in parts):
+        bases.get(name, seed, parts[0].cache)
     return runs.run_parts(try_cell, parts, jobs, new_total=Found)
