@@ -219,15 +219,13 @@ class Trial:
         journal = base.anatomy.journal
         is_told = journal is None or (self._is_same(journal) and self._is_same((0, SECTOR_BYTES)))
         users = self._users()
-        mapped: set[int] = set()
         for piece in base.pieces:
             first, end = piece.guest_offset // SECTOR_BYTES, (piece.guest_offset + step) // SECTOR_BYTES
             if piece.l2_place < 0:
-                end = total
+                end = first + base.anatomy.header.geometry.l2_entries * step // SECTOR_BYTES
             end = min(end, total)
             if piece.host_offset >= 0:
                 present[first:end] = self._content(piece)[: end - first]
-            mapped.add(piece.guest_offset)
             has_entries = self._same[piece.l1_place // SECTOR_BYTES] and (
                 piece.l2_place < 0 or self._same[piece.l2_place // SECTOR_BYTES]
             )
