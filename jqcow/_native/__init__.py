@@ -11,13 +11,7 @@ from types import ModuleType
 from typing import Literal
 
 from jqcow._native import twins
-from jqcow._native.twins import (
-    COMPRESSED,
-    DATA,
-    JUDGED,
-    MARK_MANY,
-    MARK_ORDER,
-    MARK_STRUCTURE,
+from jqcow._native.sectors import (
     SECTOR_ALIGNMENT,
     SECTOR_COUNTS,
     SECTOR_PACKED,
@@ -25,6 +19,14 @@ from jqcow._native.twins import (
     SECTOR_POINTERS,
     SECTOR_SNAPSHOT,
     SECTOR_ZERO,
+)
+from jqcow._native.twins import (
+    COMPRESSED,
+    DATA,
+    JUDGED,
+    MARK_MANY,
+    MARK_ORDER,
+    MARK_STRUCTURE,
     UNALLOCATED,
     ZERO,
     crc32c,

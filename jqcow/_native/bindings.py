@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jqcow._native import twins
 from jqcow._native._kernels import ffi, lib
+from jqcow._native.sectors import SECTOR_BYTES
 from jqcow._native.twins import Buffer, WritableBuffer
 
 _from_buffer = ffi.from_buffer
@@ -135,7 +136,7 @@ def sector_kinds(data: Buffer, host_bytes: int) -> bytes:
     """See :func:`jqcow._native.twins.sector_kinds`."""
     view = _from_buffer(data)
     twins.check_host_bytes(host_bytes)
-    kinds = bytearray(len(view) // twins.SECTOR_BYTES)
+    kinds = bytearray(len(view) // SECTOR_BYTES)
     lib.jqcow_sector_kinds(view, len(kinds), host_bytes, _from_buffer(kinds, require_writable=True))
     return bytes(kinds)
 

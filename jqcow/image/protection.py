@@ -269,7 +269,7 @@ def _require_possible(known: KnownSums) -> None:
 
 
 def _heal(transaction: Transaction, known: KnownSums, backup: Disk, unit: int) -> bool:
-    """Replace a unit by that of a backup, if this has its sum; then it is as clean as before (K2)."""
+    """Replace a unit by that of a backup, if this has its sum; then it is as clean as before (Y2)."""
     units = known.units
     if known.fault or unit >= min(known.sure_units, units.count):
         return False

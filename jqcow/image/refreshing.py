@@ -1,8 +1,8 @@
 """One transaction of a refresh: sums of what has changed, made and stored, and the bits of it cleared.
 
-K1. A unit that jqcow-changed calls clean has the sum of what the guest reads there. A sum is read, stored and
+Y1. A unit that jqcow-changed calls clean has the sum of what the guest reads there. A sum is read, stored and
     its bit cleared in one transaction: nobody writes meanwhile, and a crash leaves all of it or nothing.
-K2. The sum of a unit that is called clean is never made anew: what rots stays wrong until it is healed, by
+Y2. The sum of a unit that is called clean is never made anew: what rots stays wrong until it is healed, by
     content that has the sum. A cluster of sums that is not what the record says stays in doubt.
 """
 

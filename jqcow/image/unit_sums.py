@@ -1,6 +1,6 @@
 """What the sums of units are at present: read from the disk, as jqcow.ondisk.protection defines them.
 
-K3. A unit that leaves something to the backing file has the sum of what the guest reads; one that leaves all
+Y3. A unit that leaves something to the backing file has the sum of what the guest reads; one that leaves all
     of it there has none: what is below may change without this image knowing.
 """
 

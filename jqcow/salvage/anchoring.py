@@ -1,7 +1,7 @@
 """What tells by itself where it belongs: each placement of evidence, weighed against the others.
 
-A1. A host cluster for which evidence names two places is certain in neither.
-A2. A guest cluster for which two host clusters are named, with other bytes, is certain in neither: one of
+AN1. A host cluster for which evidence names two places is certain in neither.
+AN2. A guest cluster for which two host clusters are named, with other bytes, is certain in neither: one of
     them is old, and evidence does not know which.
 """
 

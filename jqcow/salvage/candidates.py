@@ -1,11 +1,11 @@
 """L2 tables that no surviving L1 table names: found by what they look like, placed by what knows of them.
 
-C1. A table is certain in a place only if something that knows says so: a live snapshot's L1 table and a
+CT1. A table is certain in a place only if something that knows says so: a live snapshot's L1 table and a
     refcount that counts one user more, or data whose place is certain, or that a live snapshot has, and that
     it names just there, while its own cluster is in use and no other table would do.
-C2. A table never names its own cluster, nor one in which a structure lies, and no table names it: else it is
+CT2. A table never names its own cluster, nor one in which a structure lies, and no table names it: else it is
     data, of an image in the image.
-C3. Two tables of one disk never name the same cluster: where they do, one of them is old.
+CT3. Two tables of one disk never name the same cluster: where they do, one of them is old.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class TableSearch:
             cluster += count
 
     def _candidate(self, offset: int) -> Candidate | None:
-        """Return what a cluster is, if it can be a table (C2)."""
+        """Return what a cluster is, if it can be a table (CT2)."""
         tables, marks, bits = self._tables, self._marks, self._marks.cluster_bits
         mark = marks.of(offset >> bits)
         is_of_snapshot = mark == STRUCTURE and offset in self._of_snapshots
@@ -182,7 +182,7 @@ class TableSearch:
         return Candidate(offset, named, self._unnamed.refcount(offset >> bits), alone == named)
 
     def _drop_data(self) -> None:
-        """Take out the candidates that tables name as data (C2).
+        """Take out the candidates that tables name as data (CT2).
 
         What nobody names is a table, and what a table names is data: so it names nothing. Where some name
         each other, the one that names most is the table.
@@ -337,7 +337,7 @@ class TableSearch:
         return self._set_likely(index, found, certainty)
 
     def _is_certain(self, index: int, found: Candidate, vote: _Vote, *, alone: bool) -> bool:
-        """Return if C1 holds for a table in a place."""
+        """Return if CT1 holds for a table in a place."""
         if not (alone and self._copies.are_known and found.is_used and not vote.wrong):
             return False
         if (index, found.offset) in self._copies.live:
@@ -430,7 +430,7 @@ class TableSearch:
             position += 1
 
     def _without_old(self, left: list[Candidate]) -> list[Candidate]:
-        """Leave out tables of which another one names the most, too (C3): those in use, or later, stay."""
+        """Leave out tables of which another one names the most, too (CT3): those in use, or later, stay."""
         if len(left) > COMPARED_MAX:
             return left
         kept: list[Candidate] = []

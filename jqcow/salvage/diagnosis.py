@@ -1,7 +1,7 @@
 """What is damaged, what depends on it, what can be had back and how surely.
 
-Y3. A diagnosis changes nothing, and reads no data but samples, unless the orphans were placed before.
-Y4. A list in it is bounded; numbers count everything.
+DG1. A diagnosis changes nothing, and reads no data but samples, unless the orphans were placed before.
+DG2. A list in it is bounded; numbers count everything.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What evidence says: which guest range a host range holds, and how surely.
 
-S1. *Certain* is only what a structure of the file or of the guest says of itself: a table in its place, a
+EV1. *Certain* is only what a structure of the file or of the guest says of itself: a table in its place, a
     checksum that covers content and address. What follows from an order, however long, is at most *likely*.
-S2. Evidence never reads what it was not given: a guest's range that nobody placed is None, not zeros.
-S3. Whatever bytes evidence is given, it ends, in time and memory bounded by what it was given.
+EV2. Evidence never reads what it was not given: a guest's range that nobody placed is None, not zeros.
+EV3. Whatever bytes evidence is given, it ends, in time and memory bounded by what it was given.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Certainty(IntEnum):
     LIKELY = 2
     """Several facts agree, and none speaks against it."""
     CERTAIN = 3
-    """Something says so that knows: see S1."""
+    """Something says so that knows: see EV1."""
 
 
 @dataclass(frozen=True)

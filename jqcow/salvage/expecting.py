@@ -143,7 +143,7 @@ def texture_of(content: bytes) -> int:
     sample = b"".join(
         content[start : start + 64] for start in range(0, len(content), max(64, len(content) // 16))
     )
-    sample = sample[:_SAMPLE_BYTES].replace(b"\0", b"") if sample.count(0) * 8 > len(sample) * 7 else sample
+    sample = sample[:_SAMPLE_BYTES].replace(b"\0", b"") if sample.count(0) > 0.875 * len(sample) else sample
     if not sample:
         return 0
     if len(sample.translate(None, _TEXT)) * 20 < len(sample):

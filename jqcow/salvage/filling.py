@@ -5,8 +5,8 @@ neighbours in the file. A *seed* is an orphan that meets what is expected of a g
 length of a file's last block; from there, and from what is placed already, runs are extended both ways for as
 long as what they meet is expected.
 
-F1. No run places what something surer has placed, and none is more than LIKELY.
-F2. The best runs come first: what they place no other run gets.
+FI1. No run places what something surer has placed, and none is more than LIKELY.
+FI2. The best runs come first: what they place no other run gets.
 """
 
 from __future__ import annotations

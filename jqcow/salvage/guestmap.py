@@ -1,8 +1,8 @@
 """What a guest's disk consists of: what its tables say, and what evidence puts where they are lost.
 
-G1. Where a table is whole, nothing else is believed. Evidence fills what is lost, and nothing more. As long
+GM1. Where a table is whole, nothing else is believed. Evidence fills what is lost, and nothing more. As long
     as there is data whose place nobody knows, what sectors of zeros in tables say is not certain.
-G2. A host cluster that several guest ranges of the disk name, or in which a structure lies, is right for one
+GM2. A host cluster that several guest ranges of the disk name, or in which a structure lies, is right for one
     of them at most: none of them is certain. Nor is anything that a table says which is named twice.
 """
 
@@ -104,9 +104,7 @@ class PlacedEntries:
     @classmethod
     def none(cls, count: int) -> PlacedEntries:
         """Return ``count`` entries of which nothing is known."""
-        return cls(
-            array("Q", bytes(8 * count)), array("I", bytes(4 * count)), bytearray(count), bytearray(count)
-        )
+        return cls(array("Q", [0]) * count, array("I", [0]) * count, bytearray(count), bytearray(count))
 
 
 @dataclass

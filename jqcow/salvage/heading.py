@@ -1,7 +1,7 @@
 """Reads the header of a damaged file, field by field, and infers what is lost from the rest of the file.
 
-H1. A field that can be right, and that nothing speaks against, is believed.
-H2. What is inferred is said to be; what is inferred and not the only thing that would do is doubtful.
+HD1. A field that can be right, and that nothing speaks against, is believed.
+HD2. What is inferred is said to be; what is inferred and not the only thing that would do is doubtful.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Bits:
     def __init__(self, cluster_count: int) -> None:
         """Begin with none of ``cluster_count``."""
         self.cluster_count = cluster_count
-        self.data = bytearray(-(-cluster_count // 8))
+        self.data = bytearray(cluster_count + 7 >> 3)
 
     def __contains__(self, cluster: int) -> bool:
         """Return True if a cluster is in the set."""

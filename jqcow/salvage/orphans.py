@@ -1,8 +1,8 @@
 """Which clusters of a file hold data that no surviving table names.
 
-O1. Where the refcounts of a range of clusters are sound, only clusters that they count can be orphans; else
+OR1. Where the refcounts of a range of clusters are sound, only clusters that they count can be orphans; else
     every cluster with content may be one.
-O2. A cluster that reads as zeros is no orphan: a range that is lost reads as zeros anyway.
+OR2. A cluster that reads as zeros is no orphan: a range that is lost reads as zeros anyway.
 """
 
 from __future__ import annotations

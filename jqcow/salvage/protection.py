@@ -4,9 +4,9 @@ The bitmap directory leads to them where the header names it. Else they are look
 itself by the names in it, a block of the record by its magic and checksum, and a cluster of sums by the
 checksum that the record has of it.
 
-Y1. Sums are current only if it is known which units were written since: a directory names jqcow-changed, it
+PS1. Sums are current only if it is known which units were written since: a directory names jqcow-changed, it
     is not in use, and no journal is left that may know more. Else what they say is at most LIKELY.
-Y2. A cluster of sums counts if the record has its checksum.
+PS2. A cluster of sums counts if the record has its checksum.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Protection:
 
     Attributes:
         units: how the disk was divided.
-        certainty: how surely what has a sum belongs where that is: see Y1.
+        certainty: how surely what has a sum belongs where that is: see PS1.
         clusters: the host offset of each cluster of sums that counts, by its index.
         structures: the host clusters that the protection takes, as far as they are known.
     """
@@ -285,7 +285,7 @@ def _protection(
 
 
 def _sound_clusters(source: Source, one: _Found, record: Record) -> dict[int, int]:
-    """Return the clusters of sums that are what the record says (Y2)."""
+    """Return the clusters of sums that are what the record says (PS2)."""
     clusters = {}
     for index, place in enumerate(one.tables[SUMS][: len(record.checks)]):
         first, end = record.units.sums_of_cluster(index)

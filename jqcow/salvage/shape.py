@@ -1,6 +1,6 @@
 """What a file must be read as: the numbers of its header, read or inferred.
 
-S4. A number that the header has and that cannot be is no number: it is a damage, and what can be inferred
+SH1. A number that the header has and that cannot be is no number: it is a damage, and what can be inferred
     takes its place. Which numbers were inferred is kept, and nothing that rests on them alone is certain.
 """
 

@@ -1,7 +1,7 @@
 """A damaged file, read around what the host cannot read.
 
-R1. What the host cannot read reads as zeros and is in ``bad``, to the sector: whoever reads asks there before
-    it believes zeros. Any other error of the host is raised.
+RD1. What the host cannot read reads as zeros and is in ``bad``, to the sector: whoever reads asks there
+    before it believes zeros. Any other error of the host is raised.
 """
 
 from __future__ import annotations

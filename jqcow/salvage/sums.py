@@ -4,10 +4,10 @@ A sum of 32 bits is right by chance once in 2**32. Where N orphans that match no
 content is not there meet, a chance hit comes N * M times as often. So one right sum alone is certainty only
 among few, and else needs a second one beside it.
 
-M1. A cluster is certain in a place if every block of it that has a sum there has the right one, the place is
+SU1. A cluster is certain in a place if every block of it that has a sum there has the right one, the place is
     the only one of that content, and chance is ruled out: by two sums in the cluster, by a neighbour in the
     file that has the right sum for the neighbouring place, or as what is left over on both sides is few.
-M2. Content that several places have is certain in them if there are as many clusters of it. Clusters of one
+SU2. Content that several places have is certain in them if there are as many clusters of it. Clusters of one
     place that differ are certain in none.
 """
 

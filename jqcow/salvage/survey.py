@@ -1,7 +1,7 @@
 """The survey of a file: what it is read as, what its tables say, what nobody names.
 
-Y1. What a snapshot names is no orphan, and does not make the disk's own use of a cluster a double one.
-Y2. Where the tables may be older than the data, as without the journal of a live image, nothing is certain.
+SV1. What a snapshot names is no orphan, and does not make the disk's own use of a cluster a double one.
+SV2. Where the tables may be older than the data, as without the journal of a live image, nothing is certain.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The L1 table of a disk and its L2 tables, as far as the file still has them.
 
-T1. A table is *whole* if each of its entries is one that an image can have. What a whole table says is taken
+TB1. A table is *whole* if each of its entries is one that an image can have. What a whole table says is taken
     as it stands, also that nothing is allocated.
-T2. Of a *torn* table a sector counts if most of it can be: noise can not, a flipped bit costs one entry. An
+TB2. Of a *torn* table a sector counts if most of it can be: noise can not, a flipped bit costs one entry. An
     entry for what lies past the end of the file can be, in a file that was cut off: its data alone is lost.
-T3. What the tables name is marked once for each entry that names it, and the tables themselves as structures.
-T4. A table that is named again and again is judged twice at most: it takes no time to name one.
+TB3. What the tables name is marked once for each entry that names it, and the tables as structures.
+TB4. A table that is named again and again is judged twice at most: it takes no time to name one.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def read_snapshot_tables(
 def judge_all(
     tables: DiskTables, l1_offset: int, l1_entries: int, marks: Marks, known: Known | None = None
 ) -> None:
-    """Judge the L2 tables of an L1 table, and then mark what they name; T3 needs the structures first."""
+    """Judge the L2 tables of an L1 table, and then mark what they name; TB3 needs the structures first."""
     known = {} if known is None else known
     needed = min(tables.shape.geometry.l1_entries_for(tables.disk_bytes), MAX_L1_ENTRIES)
     length = table_bytes(max(l1_entries, needed))
@@ -332,7 +332,7 @@ def _place_table(tables: DiskTables, index: int, entry: int, place: int, marks: 
 
 
 def _judge_again(tables: DiskTables, index: int, verdict: _Verdict, marks: Marks) -> None:
-    """Take the verdict on a table that is named once more; what it names is marked twice at most (T4)."""
+    """Take the verdict on a table that is named once more; what it names is marked twice at most (TB4)."""
     start, covered = tables.guest_range(index)
     if verdict.fate == Fate.LOST:
         _lose(tables, index, tables.offsets[index], "most of it is no L2 table")

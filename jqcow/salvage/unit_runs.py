@@ -3,7 +3,7 @@
 A sum is linear: that of a unit is the XOR of what each of its clusters adds where it lies. So the sum of
 each run of neighbours in the file, at each place within a unit of which the rest is zeros, costs one XOR.
 
-N1. A run is certain in a unit if no other content has that sum, and chance is ruled out as in sums.py (M1):
+UR1. A run is certain in a unit if no other content has that sum, and chance is ruled out as in sums.py (SU1):
     each cluster is tried at many places, and each of these counts.
 """
 

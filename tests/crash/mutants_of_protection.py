@@ -22,17 +22,17 @@ def clear_bits_first(protection: ImageProtection, *_: Any) -> None:
 
 MUTANTS_OF_PROTECTION = (
     Mutant(
-        "K1-bits-cleared-before-the-sums",
+        "Y1-bits-cleared-before-the-sums",
         before(f"{PROTECTION}.refresh", clear_bits_first),
         trials=("scenario:protection-cut-off",),
     ),
     Mutant(
-        "K2-clean-units-are-renewed",
+        "Y2-clean-units-are-renewed",
         with_result(f"{KNOWN_SUMS}.changed", lambda packed: b"\xff" * len(packed), during=f"{REFRESH}.run"),
         trials=("scenario:rot-stays-wrong",),
     ),
     Mutant(
-        "K3-sums-of-what-is-below",
+        "Y3-sums-of-what-is-below",
         with_argument(f"{REFRESHING_MODULE}:measure", "has_below", lambda _: False),
         trials=("scenario:sums-over-a-backing-file",),
     ),

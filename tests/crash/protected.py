@@ -55,7 +55,7 @@ def _verified(device: SimulatedDevice) -> VerifyReport:
 
 def _require_none_wrong(report: VerifyReport) -> None:
     bad = [found for found in report.ranges if found.state != "changed"]
-    require(not bad, "K1: a clean unit has not the content of its sum", bad)
+    require(not bad, "Y1: a clean unit has not the content of its sum", bad)
 
 
 @dataclass
@@ -116,7 +116,7 @@ def _use(image: jqcow.Image, chance: Random) -> None:
 
 
 def protection_cut_off() -> None:
-    """K1: whatever a crash leaves of a refresh, and of writes between, no clean unit has a wrong sum."""
+    """Y1: whatever a crash leaves of a refresh, and of writes between, no clean unit has a wrong sum."""
     with small_steps():
         device = _filled(0)
         image = open_simulated(device)
@@ -129,7 +129,7 @@ def protection_cut_off() -> None:
 
 
 def protection_on_a_failing_host() -> None:
-    """K1, P5: whichever write or barrier fails, no clean unit has a wrong sum, then and after the crash."""
+    """Y1, P5: whichever write or barrier fails, no clean unit has a wrong sum, then and after the crash."""
     with small_steps():
         for call in ("pwrite", "barrier"):
             plan = FaultPlan()
@@ -173,12 +173,12 @@ def _require_no_more_wrong(report: VerifyReport, rotten: set[int]) -> None:
     bad = [found for found in report.ranges if found.state != "changed"]
     ends = ((found.offset, found.offset + found.length) for found in bad)
     places = {place for start, end in ends for place in range(start, end, CLUSTER_BYTES)}
-    require(places <= rotten, "K1: what was right before is wrong now", places - rotten)
-    require(not report.bytes_of("changed"), "K1: healing leaves units without a sum")
+    require(places <= rotten, "Y1: what was right before is wrong now", places - rotten)
+    require(not report.bytes_of("changed"), "Y1: healing leaves units without a sum")
 
 
 def healing_on_a_failing_host() -> None:
-    """K2, P5: whichever write or barrier of healing fails, nothing gets worse, and it can be done again."""
+    """Y2, P5: whichever write or barrier of healing fails, nothing gets worse, and it can be done again."""
     original, good, rotten = _rotten()
     content = original.content()
     with small_steps():
@@ -202,7 +202,7 @@ def _heal_with(device: SimulatedDevice, good: bytes, plan: FaultPlan) -> None:
 
 
 def healing_cut_off() -> None:
-    """K2: whatever a crash leaves of healing, what was rotten is so still, or right; nothing else changes."""
+    """Y2: whatever a crash leaves of healing, what was rotten is so still, or right; nothing else changes."""
     device, good, rotten = _rotten()
 
     def judge(report: VerifyReport) -> None:
@@ -219,27 +219,27 @@ def healing_cut_off() -> None:
     require(not report.left, "healing left something", report.left)
     with open_simulated(device) as image:
         require(image.pread(image.size, 0) == good, "P1: the healed disk is another one")
-        require(image.protection.verify().ok, "K1: what is healed has not its sum")
+        require(image.protection.verify().ok, "Y1: what is healed has not its sum")
 
 
 def rot_stays_wrong() -> None:
-    """K2: a refresh makes no new sums of what is rotten; a backup that is rotten itself heals nothing."""
+    """Y2: a refresh makes no new sums of what is rotten; a backup that is rotten itself heals nothing."""
     device, good, rotten = _rotten()
     with open_simulated(device) as image:
         before = image.protection.verify()
         image.pwrite(b"changed", DISK_BYTES - CLUSTER_BYTES)
         image.protection.refresh()
         after = image.protection.verify()
-        require(before.wrong_bytes == after.wrong_bytes, "K2: a refresh hides rot", after)
+        require(before.wrong_bytes == after.wrong_bytes, "Y2: a refresh hides rot", after)
         other = bytearray(good)
         for offset in rotten:
             other[offset + 7] ^= 8
         report = image.protection.heal(RawDisk(SimulatedDevice(bytes(other))))
-        require(not report.healed_bytes, "K2: healed by what has not the sum", report)
+        require(not report.healed_bytes, "Y2: healed by what has not the sum", report)
 
 
 def sums_over_a_backing_file() -> None:
-    """K3: what is below may change without the image knowing: what is all of it has no sum."""
+    """Y3: what is below may change without the image knowing: what is all of it has no sum."""
     chance, device = Random(1), SimulatedDevice()
     base = SimulatedDevice(chance.randbytes(DISK_BYTES))
     # Four clusters are a unit.
@@ -253,13 +253,13 @@ def sums_over_a_backing_file() -> None:
         image.pwrite(b"own", 3 * CLUSTER_BYTES)
         image.protection.refresh()
         report = image.protection.verify()
-        require(report.right_bytes == CLUSTER_BYTES, "K3: a sum of what is below", report)
+        require(report.right_bytes == CLUSTER_BYTES, "Y3: a sum of what is below", report)
     device.reopen()
     base = SimulatedDevice(base.content()[: 3 * CLUSTER_BYTES] + bytes(DISK_BYTES - 3 * CLUSTER_BYTES))
     with jqcow.open_device(device, "r", backing=RawDisk(base)) as image:
         report = image.protection.verify()
-        require(report.bytes_of("wrong") == CLUSTER_BYTES, "K3: what shows through is not compared", report)
-        require(report.below_bytes == DISK_BYTES - CLUSTER_BYTES, "K3: what is below has sums", report)
+        require(report.bytes_of("wrong") == CLUSTER_BYTES, "Y3: what shows through is not compared", report)
+        require(report.below_bytes == DISK_BYTES - CLUSTER_BYTES, "Y3: what is below has sums", report)
 
 
 PROTECTION_SCENARIOS = (

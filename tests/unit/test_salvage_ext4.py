@@ -273,7 +273,7 @@ def test_without_checksums_nothing_is_certain(options: tuple[str, ...], tmp_path
 
 
 def test_a_copy_in_the_journal_does_not_speak_for_its_home(default_bytes: bytes) -> None:
-    """K1: a block of inodes, once more as an old copy that a descriptor names."""
+    """EX1: a block of inodes, once more as an old copy that a descriptor names."""
     superblock = Superblock.unpack(default_bytes[1024:2048])
     assert superblock
     table = GroupDescriptor.unpack(superblock, 0, default_bytes[4096 : 4096 + superblock.descriptor_bytes])
@@ -325,7 +325,7 @@ def descriptor(superblock: Superblock, copies: list[tuple[int, bytes]], sequence
 
 
 def test_orphans_that_name_two_places_have_none(default_bytes: bytes) -> None:
-    """K2: the first cluster, with a block of inodes in the midst of it."""
+    """EX2: the first cluster, with a block of inodes in the midst of it."""
     superblock = Superblock.unpack(default_bytes[1024:2048])
     assert superblock
     table = GroupDescriptor.unpack(superblock, 0, default_bytes[4096 : 4096 + superblock.descriptor_bytes])

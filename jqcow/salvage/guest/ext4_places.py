@@ -1,8 +1,8 @@
 """Where the marked blocks of an ext4 belong, and which of several orphans is the one at home.
 
-K1. A block in the journal is a copy: it never speaks for its home. Copies are told by the journal's own
+EX1. A block in the journal is a copy: it never speaks for its home. Copies are told by the journal's own
     descriptors, and what these do not count is not decided when it could be a copy.
-K2. One orphan has one place. Blocks in it that name different places leave it without any.
+EX2. One orphan has one place. Blocks in it that name different places leave it without any.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """NTFS: records of the MFT say their number, the MFT's runs say where each number lies.
 
-N1. No checksum covers anything: a cluster is certain only by several facts that agree. For records: numbers
+NT1. No checksum covers anything: a cluster is certain only by several facts that agree. For records: numbers
     that the MFT's runs give their places, and nobody else who claims the place; and two or more of them in
     the cluster, or one that fills it, or one whose directories are placed and used as it says. For a
     directory's buffer: all its entries name one directory, whose placed record has that buffer in its runs,
     and the placed record of every entry names the directory.
-N2. Where the orphans show copies of records, by a store of volume snapshots or a second layout of the MFT,
+NT2. Where the orphans show copies of records, by a store of volume snapshots or a second layout of the MFT,
     records are at most likely. Where they show a second volume, or an image of one in a file, only those are
     certain that it cannot have: with a number past its MFT, or beside a record that tells of its volume what
     is not so of the other.
-N3. Where the volume starts is certain only as `starts` says.
+NT3. Where the volume starts is certain only as `starts` says.
 
 The log tells nothing here: records of other structures lie in it without their own head, and not where a
 sector starts.

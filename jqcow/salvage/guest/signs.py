@@ -15,7 +15,7 @@ from jqcow.salvage.evidence import Orphans
 
 SECTOR_BYTES = 512
 SIGHTINGS_MAX = 1 << 14
-"""More of one sign are not remembered (S3)."""
+"""More of one sign are not remembered (EV3)."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """XFS version 5: nearly every block of metadata names its address, its file system, and has a CRC-32C.
 
-X1. A block is believed only with the file system's UUID, a right checksum and an address inside the file
+XF1. A block is believed only with the file system's UUID, a right checksum and an address inside the file
     system; a tree's block only where it was looked for.
-X2. Where the file system starts is certain only if the disk itself shows it: a superblock or a group's
+XF2. Where the file system starts is certain only if the disk itself shows it: a superblock or a group's
     header in its place, or no second place that it fits into.
 
 Stale blocks in freed space name their own place as rightly as live ones. Copies in the log never pass for
