@@ -197,7 +197,6 @@ class Trial:
             and self._sums_are_whole()
             and right & present & base.data != present & base.data
         ):
-            missing = len((present & base.data) - right) * SECTOR_BYTES
             cell.broken.append(f"D6: {missing} bytes of {cell.present} are not back")
         self._count({"jqcow": salvaged.target})
 
@@ -226,9 +225,12 @@ class Trial:
             end = min(end, total)
             if piece.host_offset >= 0:
                 present[first:end] = self._content(piece)[: end - first]
-            has_entries = self._same[piece.l1_place // SECTOR_BYTES] and (
-                piece.l2_place < 0 or self._same[piece.l2_place // SECTOR_BYTES]
-            )
+            has_entries = self._same[piece.l1_place // SECTOR_BYTES]
+            if piece.host_offset >= 0:
+                has_entries = has_entries and self._same[piece.l2_place // SECTOR_BYTES]
+            elif piece.l2_place >= 0:
+                # An entry of 0 in a table of which more is lost says nothing.
+                has_entries = has_entries and self._is_same((piece.l2_place // step * step, step))
             if is_told and has_entries and users[piece.host_offset] <= 1:
                 tables[first:end] = present[first:end]
         return Sectors(present), Sectors(tables)

@@ -110,7 +110,10 @@ class Copying:
         self._reached(end)
 
     def _told(self, part: Part) -> None:
-        self.amounts.take(part.kind, part.certainty or Certainty.GUESS, part.length)
+        # What is shown for want of anything else is not what a table leaves to the backing disk.
+        is_supposed = part.kind == "below" and part.certainty == Certainty.GUESS
+        kind = "data" if is_supposed else part.kind
+        self.amounts.take(kind, part.certainty or Certainty.GUESS, part.length)
         if self._report is not None:
             self._report.add(part)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from jqcow import _native
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.salvage.amounts import certainty_of
 from jqcow.salvage.evidence import Certainty
@@ -70,13 +71,18 @@ class Parts:
     def __init__(self, survey: Survey, reader: PieceReader, least: Certainty) -> None:
         """Read the disk of ``survey``; what is less sure than ``least`` counts as lost."""
         self._survey, self._reader, self._least = survey, reader, least
+        self._cluster_bytes = survey.shape.geometry.cluster_bytes
 
     def from_offset(self, offset: int) -> Iterator[Part]:
         """Yield what there is from a guest offset on to the end of the disk, in order, without gaps."""
         disk = self._survey.guest_map
         for piece in disk.pieces(offset, disk.size - offset):
             certainty = certainty_of(piece, self._survey.ceiling)
-            if piece.kind == "lost":
+            if piece.kind == "lost" and self._reader.has_below and self._least == Certainty.GUESS:
+                # An overlay shows the disk below where it has nothing: that is more than zeros.
+                unknown = piece._replace(kind="below", witness=self._why(piece.guest_offset))
+                yield from self._below(unknown, certainty)
+            elif piece.kind == "lost":
                 yield _lost(piece, self._why(piece.guest_offset))
             elif certainty < self._least:
                 yield _lost(piece, f"not sure enough: {certainty.name.lower()}, by {piece.witness}")
@@ -84,8 +90,23 @@ class Parts:
                 yield Part(piece.guest_offset, piece.length, "zero", certainty, piece.witness)
             elif piece.kind == "below":
                 yield from self._below(piece, certainty)
+            elif certainty == Certainty.GUESS and self._reader.reads_below:
+                yield from self._rather_below(piece)
             else:
                 yield from self._read(piece, certainty)
+
+    def _rather_below(self, piece: Piece) -> Iterator[Part]:
+        """Yield what the backing disk has where a guess would hide it, and the guess where that is zeros."""
+        for start in range(piece.guest_offset, piece.end, self._cluster_bytes):
+            end = min(start + self._cluster_bytes, piece.end)
+            host = piece.host_offset + (0 if piece.kind == "compressed" else start - piece.guest_offset)
+            step = piece._replace(guest_offset=start, length=end - start, host_offset=host)
+            shown = step._replace(kind="below", host_offset=0, stored_bytes=0, witness="backing disk")
+            content = self._reader.read(shown)
+            if content is None or _native.is_zero(content):
+                yield from self._read(step, Certainty.GUESS)
+            else:
+                yield Part(start, end - start, "below", Certainty.GUESS, shown.witness, content=content)
 
     def _why(self, offset: int) -> str:
         for damage in self._survey.tables.damages:
