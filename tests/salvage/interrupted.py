@@ -1,6 +1,6 @@
 """Commands about damaged and protected images, killed at moments drawn by chance, as real processes.
 
-K1. A salvage changes nothing of its source; what comes of it, after any number of kills, is what one run makes.
+K1. A salvage changes nothing of its source; what comes of it, after any number of kills, is what one makes.
 K2. A repair in place that was cut off, and an undo that was cut off, are taken back to the very bytes.
 K3. A protection, a refresh and a healing that were cut off leave a disk of the right bytes, an image without
     errors, and no sum that is wrong of what was not wrong before.

@@ -192,11 +192,8 @@ class Trial:
             cell.broken.append(f"D2: {cell.wrong_certain} certain bytes are wrong, as at {first}: {told}")
         if cell.tables_right < RIGHT_AND_CERTAIN_MIN * cell.tables:
             cell.broken.append(f"D3: {share(cell.tables_right, cell.tables)} % of what has its tables")
-        if (
-            base.is_protected
-            and self._sums_are_whole()
-            and right & present & base.data != present & base.data
-        ):
+        missing = len((present & base.data) - right) * SECTOR_BYTES
+        if base.is_protected and missing and self._sums_are_whole():
             cell.broken.append(f"D6: {missing} bytes of {cell.present} are not back")
         self._count({"jqcow": salvaged.target})
 
