@@ -25,10 +25,10 @@ def _row(cells: Sequence[Cell]) -> tuple[str, ...]:
         f"{len(cells)}",
         share(sum(cell.present for cell in cells), data),
         share(sum(_best(cell.right, QEMU) for cell in cells), data),
-        share(sum(cell.right["plain"] for cell in cells), data),
-        share(sum(cell.right["jqcow"] for cell in cells), data),
+        share(sum(cell.right.get("plain", 0) for cell in cells), data),
+        share(sum(cell.right.get("jqcow", 0) for cell in cells), data),
         share(sum(cell.certain for cell in cells), data),
-        share(sum(cell.file_right["jqcow"] for cell in cells), files),
+        share(sum(cell.file_right.get("jqcow", 0) for cell in cells), files),
         share(sum(_best(cell.file_right, QEMU) for cell in cells), files),
         f"{max((cell.seconds for cell in cells), default=0):.1f}",
     )
