@@ -185,9 +185,11 @@ def _left_out(survey: Survey) -> int:
 
 
 def _has_hole(tables: DiskTables) -> bool:
-    """Return True if a table is empty, or an entry of the L1 table is 0 before one that is not."""
+    """Return True if a table is empty, or in part, or an entry of the L1 table is 0 before one that is not."""
     present = tables.fates.rstrip(bytes([Fate.ABSENT]))
-    return Fate.EMPTY in tables.fates or Fate.ABSENT in present or not present
+    if Fate.EMPTY in tables.fates or Fate.ABSENT in present or not present:
+        return True
+    return any(tables.holes(index) for index in range(len(present)))
 
 
 def _disk(survey: Survey, tables: DiskTables, doubts: Damages) -> DiskDiagnosis:

@@ -1,4 +1,4 @@
-"""Salvage from end to end: what is lost of a file, and what other structures, sums and the guest tell of it."""
+"""Salvage from end to end: what is lost of a file, and what other structures, sums and the guest tell."""
 
 from __future__ import annotations
 
