@@ -185,7 +185,7 @@ def _left_out(survey: Survey) -> int:
 
 
 def _has_hole(tables: DiskTables) -> bool:
-    """Return True if a table is empty, or in part, or an entry of the L1 table is 0 before one that is not."""
+    """Return True if a table is empty, or a part of one, or an entry of the L1 table before its last."""
     present = tables.fates.rstrip(bytes([Fate.ABSENT]))
     if Fate.EMPTY in tables.fates or Fate.ABSENT in present or not present:
         return True
