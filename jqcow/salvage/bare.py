@@ -1,7 +1,8 @@
 """A file of which no structure is left that tells the cluster size: the guest's own structures tell it.
 
 A cluster lies in the file at a multiple of its size, and on the disk, too. So the distances between places
-of what tells by itself where it belongs are multiples of that size, and seldom all of them of a larger one.
+of what tells by itself where it belongs are multiples of that size, and only half of them of a larger one.
+Blocks of one content may be taken for each other: a few distances are wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ TRIED_BITS = 12
 """In clusters of that size, which are parts of larger ones, the guest is looked for."""
 DISTANCES_MIN = 4
 """So many different distances tell."""
+RIGHT = 0.66
+"""So many of them are right, or more."""
 
 
 def shape_of(source: Source) -> Shape:
@@ -40,8 +43,9 @@ def shape_of(source: Source) -> Shape:
             raise
     if len(distances) < DISTANCES_MIN:
         return read_shape(source, DEFAULT_CLUSTER_BITS)
-    bits = min((distance & -distance).bit_length() - 1 for distance in distances if distance)
-    return read_shape(source, max(layout.MIN_CLUSTER_BITS, min(bits, layout.MAX_CLUSTER_BITS)))
+    sizes = range(layout.MIN_CLUSTER_BITS, layout.MAX_CLUSTER_BITS + 1)
+    shares = {bits: sum(not distance % (1 << bits) for distance in distances) for bits in sizes}
+    return read_shape(source, max(bits for bits in sizes if shares[bits] >= RIGHT * len(distances)))
 
 
 def _distances(source: Source) -> set[int]:

@@ -185,9 +185,11 @@ def _left_out(survey: Survey) -> int:
 
 
 def _has_hole(tables: DiskTables) -> bool:
-    """Return True if a table is empty, or an entry of the L1 table is 0 before one that is not."""
+    """Return True if a table is empty, or a part of one, or an entry of the L1 table before its last."""
     present = tables.fates.rstrip(bytes([Fate.ABSENT]))
-    return Fate.EMPTY in tables.fates or Fate.ABSENT in present or not present
+    if Fate.EMPTY in tables.fates or Fate.ABSENT in present or not present:
+        return True
+    return any(tables.holes(index) for index in range(len(present)))
 
 
 def _disk(survey: Survey, tables: DiskTables, doubts: Damages) -> DiskDiagnosis:
@@ -196,21 +198,24 @@ def _disk(survey: Survey, tables: DiskTables, doubts: Damages) -> DiskDiagnosis:
     has_shared = bool(tables.counts[DOUBLED] or tables.counts[STRUCTURES]) or any(
         each.meaning == OVERLAP for each in (*survey.unnamed.damages, *survey.others.damages, *tables.damages)
     )
+    # Counts do not tell how sure tables are.
+    has_shared = has_shared or tables.certainty < Certainty.CERTAIN
     total, ranges = Amounts() if has_shared else _by_counts(tables), _Listed()
     seen: dict[int, Amounts] = {}
     for index, fate in enumerate(tables.fates):
-        if fate == Fate.ABSENT or (fate == Fate.WHOLE and not has_shared):
+        is_placed = index in survey.guest_map.placed
+        if fate == Fate.ABSENT or (fate == Fate.WHOLE and not has_shared and not is_placed):
             continue
         start, length = tables.guest_range(index)
-        if fate == Fate.LOST and index not in survey.guest_map.placed:
+        if fate == Fate.LOST and not is_placed and index not in tables.likely:
             total.lost += length
             ranges.add(start, length, "lost")
             continue
         offset, is_full = tables.offsets[index], length == tables.table_covers
-        part = seen.get(offset) if is_full and index not in survey.guest_map.placed else None
+        part = seen.get(offset) if is_full and not is_placed else None
         if part is None:
             part = amounts_of(survey.guest_map, start, length, has_shared=has_shared)
-            if is_full and offset and fate == Fate.WHOLE:
+            if is_full and offset and fate == Fate.WHOLE and not is_placed:
                 seen[offset] = part
         if not has_shared:
             # The rest of it is among the counts of all tables.

@@ -6,12 +6,13 @@ HD2. What is inferred is said to be; what is inferred and not the only thing tha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
 
 from jqcow import _native
-from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError, printable
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.header import (
@@ -206,11 +207,12 @@ class _Reading:
         features = self._numbers["incompatible_features"]
         if not features & INCOMPATIBLE_EXTERNAL_DATA:
             return
-        has_name = False
+        name = None
         with suppress(FormatError, CorruptionError):
-            has_name = HeaderArea.parse(data).find(EXTENSION_EXTERNAL_DATA) is not None
-        if has_name:
-            raise UnsupportedFeatureError("an external data file", "the data of the disk lies there")
+            name = HeaderArea.parse(data).find(EXTENSION_EXTERNAL_DATA)
+        if name is not None:
+            place = printable(os.fsdecode(name.data[:MAX_BACKING_NAME_BYTES]))
+            raise UnsupportedFeatureError("an external data file", f"the data of the disk lies in {place!r}")
         features &= ~INCOMPATIBLE_EXTERNAL_DATA
         self._infer("incompatible_features", features, "it has no name of an external data file")
 

@@ -39,6 +39,7 @@ from tests.crash.beside import (
     written_where_a_discard_was,
     written_while_it_is_punched,
 )
+from tests.crash.certain import CERTAIN_SCENARIOS
 from tests.crash.devices import (
     recovery_on_a_used_up_device,
     uncounted_data_on_a_device,
@@ -926,5 +927,6 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         size_of_an_old_snapshot,
         growth_behind_a_snapshot_table,
         *PROTECTION_SCENARIOS,
+        *CERTAIN_SCENARIOS,
     )
 }
