@@ -104,8 +104,22 @@ def _of_table(guest_map: GuestMap, index: int, start: int, end: int, *, has_shar
             found.take(piece.kind, piece.certainty, piece.length)
     if first < last:
         base = index * guest_map.tables.shape.geometry.l2_entries
-        found.add(_of_entries(guest_map, index, first - base, last - base, has_shared=has_shared))
+        found.add(_of_known_entries(guest_map, index, first - base, last - base, has_shared=has_shared))
     return found
+
+
+def _of_known_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_shared: bool) -> Amounts:
+    """Return what entries of a table come to; one that the L1 table names again and again is counted once."""
+    tables = guest_map.tables
+    if index in guest_map.placed or tables.fates[index] != Fate.WHOLE:
+        return _of_entries(guest_map, index, first, stop, has_shared=has_shared)
+    how = has_shared, index in tables.crowded, tables.are_empty_sure
+    key = tables.offsets[index], first, stop, *how
+    if guest_map.counted[0] != key:
+        counted = _of_entries(guest_map, index, first, stop, has_shared=has_shared)
+        guest_map.counted = key, counted
+    known = guest_map.counted[1]
+    return known if isinstance(known, Amounts) else Amounts()
 
 
 def _of_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_shared: bool) -> Amounts:

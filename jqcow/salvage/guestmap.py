@@ -115,6 +115,7 @@ class GuestMap:
         tables: what the file has.
         marks: what names each cluster.
         placed: what evidence says, by L1 index.
+        counted: which table's entries were counted last, and what they come to (`jqcow.salvage.amounts`).
         packed: which compressed clusters are meant by placements behind the end of the file.
     """
 
@@ -122,6 +123,7 @@ class GuestMap:
     marks: Marks
     placed: dict[int, PlacedEntries] = field(default_factory=dict)
     packed: PackedPlaces | None = None
+    counted: tuple[object, object] = ((), None)
     _witnesses: list[str] = field(default_factory=list)
     _open: dict[int, tuple[tuple[int, bool], list[OpenPart]]] = field(default_factory=dict)
 

@@ -2,6 +2,8 @@
 
 SV1. What a snapshot names is no orphan, and does not make the disk's own use of a cluster a double one.
 SV2. Where the tables may be older than the data, as without the journal of a live image, nothing is certain.
+SV3. An orphan of an image with snapshots may be of the disk, or of what it was when one was taken: the
+    guest's structures tell its place, and not its time. So nothing that evidence placed is certain.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ class Survey:
             search = self._search()
             orphans = self._with_streams(self.orphans())
             self.placed = place_orphans(self.guest_map, self.reader(below), orphans, find, protection, search)
-            if self.is_supposed:
+            if self.is_supposed or self.others.snapshots or self.shape.area.header.nb_snapshots:
                 self.guest_map.doubt()
             if "size" in self.shape.lost and not self.is_size_known:
                 self.tables.disk_bytes = max(SECTOR_BYTES, self.placed.end)

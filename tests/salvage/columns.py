@@ -190,10 +190,8 @@ def failing(image: Path, unreadable: Sequence[Range], folder: Path) -> Iterator[
     ]
     bad = {"driver": "blkdebug", "node-name": "bad", "image": file, "inject-error": rules}
     export = f"type=fuse,id=export,node-name=bad,mountpoint={shown},writable=on,growable=on"
-    options = folder / "failing.json"
-    options.write_text(json.dumps(bad))
     daemon = subprocess.Popen(
-        ["qemu-storage-daemon", "--blockdev", json.dumps(bad), "--export", export], stderr=subprocess.PIPE
+        ["qemu-storage-daemon", "--blockdev", json.dumps(bad), "--export", export], stderr=subprocess.DEVNULL
     )
     try:
         for _ in range(200):

@@ -26,7 +26,7 @@ from tests.support import qemu
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER_BYTES = 4096
-DISK_BYTES = 24 << 20
+DISK_BYTES = 12 << 20
 WAIT_SECONDS = 120
 ENDED = (0, 2, 3)
 """Exit codes of a command that did all that it could."""
@@ -132,7 +132,7 @@ def salvage(patient: Patient, folder: Path, chance: Random, kills: int) -> int:
         seconds = timed(lambda: finish("jqcow-recover", *words("once")))
         for number in range(kills):
             target = folder / f"again.{kind}"
-            while not kill_within(seconds * chance.uniform(0.2, 1.1), "jqcow-recover", *words("again")):
+            while not kill_within(seconds * chance.uniform(0.3, 1.6), "jqcow-recover", *words("again")):
                 cut += 1
                 # A target that has its name is whole: the kill came when all was done.
                 if target.exists():
@@ -175,7 +175,7 @@ def in_place(patient: Patient, folder: Path, chance: Random, kills: int) -> int:
         if not list(folder.glob("*.jqcow-undo")):
             require(path.read_bytes() == patient.damaged, "K2: changed, and no undo file is there")
             continue
-        while not kill_within(undoing * chance.uniform(0.3, 1.2), "jqcow-recover", "--undo", path):
+        while not kill_within(undoing * chance.uniform(0.3, 1.5), "jqcow-recover", "--undo", path):
             cut += 1
             if path.read_bytes() == patient.damaged and not list(folder.glob("*.jqcow-undo")):
                 break

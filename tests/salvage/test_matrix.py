@@ -21,8 +21,8 @@ from tests.salvage.sectors import Sectors, alike, not_zero
 MIB = 1 << 20
 SEED = 1
 KINDS_TRIED = (
-    "header zeroed", "L1 noise", "L2 sectors", "all L2 noise", "refcounts", "truncated a bit", "double allocation",
-    "crossed copy", "header + L1 + refcounts", "all metadata",
+    "header zeroed", "L1 noise", "L2 sectors", "all L2 noise", "refcounts", "truncated a bit",
+    "double allocation", "crossed copy", "header + L1 + refcounts", "all metadata",
 )  # fmt: skip
 
 
