@@ -5,6 +5,7 @@
 system_needs=(
     qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
     mke2fs:e2fsprogs debugfs:e2fsprogs e2fsck:e2fsprogs
+    mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkntfs:ntfs-3g qemu-storage-daemon:qemu-system-common
     mkfs.fat:dosfstools fsck.fat:dosfstools mcopy:mtools sfdisk:fdisk
     mount:mount umount:mount losetup:mount strace:strace gcc:gcc
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jqcow._native import twins
 from jqcow._native._kernels import ffi, lib
+from jqcow._native.sectors import SECTOR_BYTES
 from jqcow._native.twins import Buffer, WritableBuffer
 
 _from_buffer = ffi.from_buffer
@@ -100,6 +101,54 @@ def subcluster_run(table: Buffer, index: int, limit: int, cluster_bits: int) -> 
     limit = min(limit, len(view) // 16 * 32 - index)
     packed = lib.jqcow_subcluster_run(view, index, limit, cluster_bits)
     return packed & 3, packed >> 2
+
+
+def l2_judge(
+    table: Buffer,
+    entry_bytes: int,
+    cluster_bits: int,
+    reserved: int,
+    host_bytes: int,
+    marks: WritableBuffer | None = None,
+) -> tuple[int, ...]:
+    """See :func:`jqcow._native.twins.l2_judge`."""
+    view = _from_buffer(table)
+    twins.check_judged(cluster_bits, host_bytes, marks)
+    counts = ffi.new("uint64_t[]", twins.JUDGED)
+    marked = ffi.NULL if marks is None else _from_buffer(marks, require_writable=True)
+    lib.jqcow_l2_judge(
+        view, len(view) // entry_bytes, entry_bytes, cluster_bits, reserved, host_bytes, marked, counts
+    )
+    return tuple(counts)
+
+
+def find_unmarked(
+    block: Buffer, order: int, start: int, stop: int, marks: Buffer, first_cluster: int, bits: WritableBuffer
+) -> int:
+    """See :func:`jqcow._native.twins.find_unmarked`."""
+    view, marked, found = _from_buffer(block), _from_buffer(marks), _from_buffer(bits, require_writable=True)
+    twins.check_refcount_range(len(view), order, start, stop)
+    twins.check_marks(first_cluster, stop - start, len(marked), len(found))
+    return lib.jqcow_find_unmarked(view, order, start, stop, marked, first_cluster, found)  # type: ignore[no-any-return]
+
+
+def sector_kinds(data: Buffer, host_bytes: int) -> bytes:
+    """See :func:`jqcow._native.twins.sector_kinds`."""
+    view = _from_buffer(data)
+    twins.check_host_bytes(host_bytes)
+    kinds = bytearray(len(view) // SECTOR_BYTES)
+    lib.jqcow_sector_kinds(view, len(kinds), host_bytes, _from_buffer(kinds, require_writable=True))
+    return bytes(kinds)
+
+
+def l2_shared(table: Buffer, entry_bytes: int, cluster_bits: int, marks: Buffer) -> tuple[int, int]:
+    """See :func:`jqcow._native.twins.l2_shared`."""
+    view, marked = _from_buffer(table), _from_buffer(marks)
+    counts = ffi.new("uint64_t[]", 2)
+    lib.jqcow_l2_shared(
+        view, len(view) // entry_bytes, entry_bytes, len(marked) * 4, cluster_bits, marked, counts
+    )
+    return counts[0], counts[1]
 
 
 def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:

@@ -354,6 +354,247 @@ uint64_t jqcow_subcluster_run(const void *table, size_t index, size_t limit, int
     return (count << 2) | kind;
 }
 
+/* What salvage asks of tables */
+
+#define MARK_MANY 2
+#define MARK_STRUCTURE 3
+
+enum judged {
+    JUDGED_UNALLOCATED,
+    JUDGED_ZERO,
+    JUDGED_DATA,
+    JUDGED_COMPRESSED,
+    JUDGED_INVALID,
+    JUDGED_DOUBLED,
+    JUDGED_STRUCTURE
+};
+
+static inline unsigned mark_get(const uint8_t *marks, uint64_t cluster)
+{
+    return marks[cluster >> 2] >> ((cluster & 3) * 2) & 3;
+}
+
+/* Marks a cluster once more, and returns how it was marked. */
+static inline unsigned mark_again(uint8_t *marks, uint64_t cluster)
+{
+    unsigned mark = mark_get(marks, cluster);
+    if (mark < MARK_MANY)
+        marks[cluster >> 2] = (uint8_t)(marks[cluster >> 2] + (1u << ((cluster & 3) * 2)));
+    return mark;
+}
+
+static inline enum judged judge_entry(uint64_t entry, uint64_t bitmap, bool extended, int cluster_bits,
+                                      uint64_t reserved, uint64_t host_bytes, uint64_t *first,
+                                      uint64_t *last)
+{
+    uint64_t offset = entry & ENTRY_OFFSET;
+
+    if (entry & ENTRY_COMPRESSED) {
+        int offset_bits = 62 - (cluster_bits - 8);
+        uint64_t descriptor = entry & (ENTRY_COMPRESSED - 1);
+        uint64_t start = descriptor & (((uint64_t)1 << offset_bits) - 1);
+        uint64_t end = (start / 512 + (descriptor >> offset_bits) + 1) * 512;
+        if (entry >> 63 || bitmap || start == 0 || start >= host_bytes || start >= (uint64_t)1 << 56)
+            return JUDGED_INVALID;
+        if (end > host_bytes)
+            end = host_bytes;
+        *first = start >> cluster_bits;
+        *last = (end - 1) >> cluster_bits;
+        return JUDGED_COMPRESSED;
+    }
+    if (entry & reserved || offset & (((uint64_t)1 << cluster_bits) - 1) || offset >= host_bytes)
+        return JUDGED_INVALID;
+    if (!offset && entry >> 63)
+        return JUDGED_INVALID;
+    if (extended && ((bitmap & bitmap >> 32 & 0xffffffff) || (!offset && bitmap & 0xffffffff)))
+        return JUDGED_INVALID;
+    if (offset) {
+        *first = *last = offset >> cluster_bits;
+        return JUDGED_DATA;
+    }
+    return (extended ? bitmap >> 32 : entry & ENTRY_ZERO) ? JUDGED_ZERO : JUDGED_UNALLOCATED;
+}
+
+void jqcow_l2_judge(const void *table, size_t entry_count, size_t entry_bytes, int cluster_bits,
+                    uint64_t reserved, uint64_t host_bytes, void *marks, uint64_t *counts)
+{
+    const uint8_t *bytes = table;
+    bool extended = entry_bytes == 16;
+
+    for (size_t index = 0; index < entry_count; index++, bytes += entry_bytes) {
+        uint64_t first = 0, last = 0;
+        uint64_t entry = load_big64(bytes);
+        uint64_t bitmap = extended ? load_big64(bytes + 8) : 0;
+        enum judged kind =
+            judge_entry(entry, bitmap, extended, cluster_bits, reserved, host_bytes, &first, &last);
+
+        counts[kind]++;
+        if (!marks || (kind != JUDGED_DATA && kind != JUDGED_COMPRESSED))
+            continue;
+        for (uint64_t cluster = first; cluster <= last; cluster++) {
+            unsigned mark = mark_again(marks, cluster);
+            if (mark == MARK_STRUCTURE)
+                counts[JUDGED_STRUCTURE]++;
+            else if (mark && kind == JUDGED_DATA)
+                counts[JUDGED_DOUBLED]++;
+        }
+    }
+}
+
+uint64_t jqcow_find_unmarked(const void *block, int order, size_t start, size_t stop, const void *marks,
+                             uint64_t first_cluster, void *bits)
+{
+    uint8_t *found = bits;
+    uint64_t count = 0;
+
+    for (size_t index = start; index < stop; index++) {
+        uint64_t cluster = first_cluster + (index - start);
+        if (mark_get(marks, cluster) || !jqcow_refcount_get(block, index, order))
+            continue;
+        found[cluster >> 3] = (uint8_t)(found[cluster >> 3] | 1u << (cluster & 7));
+        count++;
+    }
+    return count;
+}
+
+/* What a sector may be a part of: see sector_kinds in twins.py. */
+
+enum sector_kind {
+    SECTOR_OTHER = 0,
+    SECTOR_ZERO = 1,
+    SECTOR_SNAPSHOT = 2,
+    SECTOR_COUNTS = 0x10,
+    SECTOR_POINTERS = 0x40,
+    SECTOR_PAIRS = 0x80,
+    SECTOR_PACKED = 0xc0
+};
+
+#define SECTOR_WORDS 64
+#define POINTER_RESERVED 0x7f000000000001feull
+#define PACKED_OFFSET (((uint64_t)1 << 49) - 1)
+
+static inline bool is_pointer(uint64_t word, uint64_t host_bytes)
+{
+    uint64_t offset = word & ENTRY_OFFSET;
+
+    return !(word & POINTER_RESERVED) && offset < host_bytes && (offset || !(word >> 63));
+}
+
+static inline bool is_packed(uint64_t word, uint64_t host_bytes)
+{
+    uint64_t start = word & PACKED_OFFSET;
+
+    return word >> 62 == 1 && start >= 512 && start < host_bytes;
+}
+
+static inline bool is_bitmap_of(uint64_t word, uint64_t bitmap)
+{
+    if (!(word & ENTRY_OFFSET) && bitmap & 0xffffffff)
+        return false;
+    return !(word & ENTRY_ZERO) && !(bitmap & bitmap >> 32);
+}
+
+/* The most that the low bits of offsets have in common, as a power of two; 63 where there is none. */
+static inline uint8_t alignment_of(uint64_t offsets)
+{
+    return offsets ? (uint8_t)__builtin_ctzll(offsets) : 63;
+}
+
+static bool looks_like_snapshot(const uint8_t *bytes, uint64_t host_bytes)
+{
+    uint64_t table = load_big64(bytes), lengths = load_big64(bytes + 8), tail = load_big64(bytes + 32);
+    uint64_t l1_size = lengths >> 32, id_bytes = lengths >> 16 & 0xffff, name_bytes = lengths & 0xffff;
+    uint64_t extra_bytes = tail & 0xffffffff;
+
+    if (!table || table & 511 || table >= host_bytes || !l1_size || l1_size > (uint64_t)1 << 22)
+        return false;
+    return id_bytes && id_bytes < 256 && name_bytes < 1024 && extra_bytes <= 1024 && extra_bytes % 8 == 0 &&
+           (load_big64(bytes + 16) & 0xffffffff) < 1000000000;
+}
+
+static uint8_t count_kind(uint64_t all)
+{
+    if (!(all & 0xffffffffffffff00ull))
+        return SECTOR_COUNTS + 6;
+    if (!(all & 0xffffff00ffffff00ull))
+        return SECTOR_COUNTS + 5;
+    if (!(all & 0xff00ff00ff00ff00ull))
+        return SECTOR_COUNTS + 4;
+    if (!(all & 0xf0f0f0f0f0f0f0f0ull))
+        return SECTOR_COUNTS + 3;
+    return SECTOR_OTHER;
+}
+
+static uint8_t sector_kind(const uint8_t *bytes, uint64_t host_bytes)
+{
+    bool pointers = true, packed = false, pairs = true;
+    uint64_t all = 0, offsets = 0, even_offsets = 0, odd_offsets = 0, odd = 0;
+
+    if (jqcow_is_zero(bytes, SECTOR_WORDS * 8))
+        return SECTOR_ZERO;
+    for (size_t index = 0; index < SECTOR_WORDS; index += 2, bytes += 16) {
+        uint64_t first = load_big64(bytes), second = load_big64(bytes + 8);
+
+        all |= first | second;
+        odd |= second;
+        if (is_pointer(first, host_bytes)) {
+            offsets |= first & ENTRY_OFFSET;
+            even_offsets |= first & ENTRY_OFFSET;
+            pairs = pairs && is_bitmap_of(first, second);
+        } else if (is_packed(first, host_bytes)) {
+            packed = true;
+            pairs = pairs && !second;
+        } else {
+            pointers = pairs = false;
+        }
+        if (is_pointer(second, host_bytes)) {
+            offsets |= second & ENTRY_OFFSET;
+            odd_offsets |= second & ENTRY_OFFSET;
+        } else if (is_packed(second, host_bytes)) {
+            packed = true;
+        } else {
+            pointers = false;
+        }
+        if (!pointers && !pairs && all & 0xf0f0f0f0f0f0f0f0ull && all & 0xff00ff00ff00ff00ull)
+            return SECTOR_OTHER;
+    }
+    if (pairs && odd && !odd_offsets)
+        return (uint8_t)(SECTOR_PAIRS | alignment_of(even_offsets));
+    if (pairs && !pointers)
+        return (uint8_t)(SECTOR_PAIRS | alignment_of(even_offsets));
+    if (pointers)
+        return (uint8_t)((packed ? SECTOR_PACKED : SECTOR_POINTERS) | alignment_of(offsets));
+    return count_kind(all);
+}
+
+void jqcow_sector_kinds(const void *data, size_t sector_count, uint64_t host_bytes, void *kinds)
+{
+    const uint8_t *bytes = data;
+    uint8_t *found = kinds;
+
+    for (size_t sector = 0; sector < sector_count; sector++, bytes += SECTOR_WORDS * 8) {
+        found[sector] = sector_kind(bytes, host_bytes);
+        if (found[sector] == SECTOR_OTHER && looks_like_snapshot(bytes, host_bytes))
+            found[sector] = SECTOR_SNAPSHOT;
+    }
+}
+
+void jqcow_l2_shared(const void *table, size_t entry_count, size_t entry_bytes, uint64_t cluster_count,
+                     int cluster_bits, const void *marks, uint64_t *counts)
+{
+    const uint8_t *bytes = table;
+
+    for (size_t index = 0; index < entry_count; index++, bytes += entry_bytes) {
+        uint64_t entry = load_big64(bytes);
+        uint64_t cluster = (entry & ENTRY_OFFSET) >> cluster_bits;
+
+        if (entry & ENTRY_COMPRESSED || !cluster || cluster >= cluster_count)
+            continue;
+        counts[0] += mark_get(marks, cluster) == MARK_MANY;
+        counts[1] += mark_get(marks, cluster) == MARK_STRUCTURE;
+    }
+}
+
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes)
 {
     uint8_t *bytes = table;

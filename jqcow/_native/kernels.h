@@ -27,6 +27,20 @@ uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster
                       size_t entry_bytes);
 uint64_t jqcow_subcluster_run(const void *table, size_t index, size_t limit, int cluster_bits);
 
+/* Marks take 2 bits a cluster, four to a byte from its lowest bits on. counts has JUDGED entries. */
+void jqcow_l2_judge(const void *table, size_t entry_count, size_t entry_bytes, int cluster_bits,
+                    uint64_t reserved, uint64_t host_bytes, void *marks, uint64_t *counts);
+/* Sets the bits of clusters with a refcount and no mark; returns how many they are. */
+uint64_t jqcow_find_unmarked(const void *block, int order, size_t start, size_t stop, const void *marks,
+                             uint64_t first_cluster, void *bits);
+
+/* One byte for each sector of 512 bytes: what it may be a part of. */
+void jqcow_sector_kinds(const void *data, size_t sector_count, uint64_t host_bytes, void *kinds);
+
+/* Counts the data entries whose cluster is marked MANY, and those whose cluster is a STRUCTURE's. */
+void jqcow_l2_shared(const void *table, size_t entry_count, size_t entry_bytes, uint64_t cluster_count,
+                     int cluster_bits, const void *marks, uint64_t *counts);
+
 void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t entry_bytes);
 
 /* XORs each 16-byte block with its XTS tweak; tweaks has 16 bytes for each sector: that of its first block. */

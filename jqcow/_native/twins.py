@@ -11,6 +11,8 @@ from array import array
 from functools import cache
 from itertools import islice
 
+from jqcow._native.sectors import SECTOR_BYTES, sector_kind
+
 Buffer = bytes | bytearray | memoryview
 WritableBuffer = bytearray | memoryview
 
@@ -18,6 +20,13 @@ UNALLOCATED = 0
 ZERO = 1
 DATA = 2
 COMPRESSED = 3
+
+JUDGED = 7
+"""So many numbers `l2_judge` counts."""
+MARK_ORDER = 1
+"""Marks of clusters are as refcounts of this order."""
+MARK_MANY = 2
+MARK_STRUCTURE = 3
 
 _ENTRY = struct.Struct(">Q")
 _EXTENDED_ENTRY = struct.Struct(">QQ")
@@ -213,6 +222,123 @@ def _subcluster_kind(bitmap: int, subcluster: int) -> int:
     return ZERO if bitmap >> 32 + subcluster & 1 else UNALLOCATED
 
 
+def l2_judge(
+    table: Buffer,
+    entry_bytes: int,
+    cluster_bits: int,
+    reserved: int,
+    host_bytes: int,
+    marks: WritableBuffer | None = None,
+) -> tuple[int, ...]:
+    """Count what the entries of an L2 table are, and mark the host clusters that they name.
+
+    Args:
+        table: whole entries, of ``entry_bytes`` 8 or 16.
+        entry_bytes: length of an entry.
+        cluster_bits: the cluster size as a power of two.
+        reserved: bits that no standard entry, or first word of an extended one, has set.
+        host_bytes: the end of the file; no entry names a cluster there.
+        marks: 2 bits for each cluster before ``host_bytes``, four to a byte from its lowest bits on: nobody,
+            one or several name it, or a structure lies there, which stays. None: nothing is marked.
+
+    Returns:
+        How many entries are unallocated, zeros, data, compressed, no entry that an image can have; how many
+        data clusters had a mark before; how many clusters are those of a structure.
+    """
+    counts = [0] * JUDGED
+    view = byte_view(table)
+    check_judged(cluster_bits, host_bytes, None if marks is None else byte_view(marks))
+    words = _ENTRY.iter_unpack(view[: len(view) // entry_bytes * entry_bytes])
+    for (entry,) in words:
+        bitmap = next(words)[0] if entry_bytes == 16 else 0
+        kind, clusters = _judge(entry, bitmap, entry_bytes == 16, cluster_bits, reserved, host_bytes)
+        counts[kind] += 1
+        for cluster in clusters if marks is not None else ():
+            mark = refcount_get(marks, cluster, MARK_ORDER) if marks is not None else 0
+            if mark == MARK_STRUCTURE:
+                counts[6] += 1
+            elif mark and kind == 2:
+                counts[5] += 1
+            if marks is not None and mark < MARK_MANY:
+                refcount_set(marks, cluster, MARK_ORDER, mark + 1)
+    return tuple(counts)
+
+
+def _judge(
+    entry: int, bitmap: int, extended: bool, cluster_bits: int, reserved: int, host_bytes: int
+) -> tuple[int, range]:
+    """Return what an entry is, as a place in what `l2_judge` counts, and the clusters that it names."""
+    nothing = range(0)
+    if entry & _ENTRY_COMPRESSED:
+        offset_bits = 62 - (cluster_bits - 8)
+        descriptor = entry & (_ENTRY_COMPRESSED - 1)
+        start = descriptor & ((1 << offset_bits) - 1)
+        end = min(host_bytes, (start // 512 + (descriptor >> offset_bits) + 1) * 512)
+        if entry >> 63 or bitmap or not 0 < start < min(host_bytes, 1 << 56):
+            return 4, nothing
+        return 3, range(start >> cluster_bits, ((end - 1) >> cluster_bits) + 1)
+    offset = entry & _ENTRY_OFFSET
+    if entry & reserved or offset & ((1 << cluster_bits) - 1) or offset >= host_bytes:
+        return 4, nothing
+    if not offset and (entry >> 63 or (extended and bitmap & _LOW_HALF)):
+        return 4, nothing
+    if extended and bitmap & _LOW_HALF & bitmap >> 32:
+        return 4, nothing
+    if offset:
+        return 2, range(offset >> cluster_bits, (offset >> cluster_bits) + 1)
+    return int(bool(bitmap >> 32 if extended else entry & _ENTRY_ZERO)), nothing
+
+
+def find_unmarked(
+    block: Buffer, order: int, start: int, stop: int, marks: Buffer, first_cluster: int, bits: WritableBuffer
+) -> int:
+    """Set the bits of clusters that have a refcount and no mark, and return how many they are.
+
+    Args:
+        block: a refcount block whose refcounts take ``2**order`` bits.
+        order: of the block.
+        start: index of the refcount of ``first_cluster``.
+        stop: index behind the last one that is looked at.
+        marks: as in `l2_judge`.
+        first_cluster: the first cluster that is looked at.
+        bits: one bit a cluster, eight to a byte from its lowest bit on.
+    """
+    view, marked, found = byte_view(block), byte_view(marks), byte_view(bits)
+    check_refcount_range(len(view), order, start, stop)
+    check_marks(first_cluster, stop - start, len(marked), len(found))
+    count = 0
+    for index in range(start, stop):
+        cluster = first_cluster + index - start
+        if refcount_get(view, index, order) and not refcount_get(marked, cluster, MARK_ORDER):
+            refcount_set(found, cluster, 0, 1)
+            count += 1
+    return count
+
+
+def l2_shared(table: Buffer, entry_bytes: int, cluster_bits: int, marks: Buffer) -> tuple[int, int]:
+    """Count the entries of an L2 table that name data which is not theirs alone.
+
+    Args:
+        table: whole entries, of ``entry_bytes`` 8 or 16.
+        entry_bytes: length of an entry.
+        cluster_bits: the cluster size as a power of two.
+        marks: as in `l2_judge`; what lies past them is not looked at.
+
+    Returns:
+        How many entries name a cluster that several do, and how many one in which a structure lies.
+    """
+    view, marked = byte_view(table), byte_view(marks)
+    many = structures = 0
+    words = _ENTRY.iter_unpack(view[: len(view) // entry_bytes * entry_bytes])
+    for (entry,) in islice(words, 0, None, entry_bytes // 8):
+        cluster = (entry & _ENTRY_OFFSET) >> cluster_bits
+        if not entry & _ENTRY_COMPRESSED and 0 < cluster < len(marked) * 4:
+            mark = refcount_get(marked, cluster, MARK_ORDER)
+            many += mark == MARK_MANY
+            structures += mark == MARK_STRUCTURE
+    return many, structures
+
+
 def xts_whiten(data: WritableBuffer, tweaks: Buffer, sector_bytes: int) -> None:
     """XOR each 16-byte block of ``data`` with its XTS tweak; ``tweaks`` has that of each sector's first."""
     view, firsts = byte_view(data), byte_view(tweaks)
@@ -231,6 +357,26 @@ def xts_whiten(data: WritableBuffer, tweaks: Buffer, sector_bytes: int) -> None:
         tweak = (tweak ^ carry << 127) << 1 ^ carry * _DOUBLED_CARRY
     mixed = int.from_bytes(view, "little") ^ int.from_bytes(whole, "little")
     view[:] = mixed.to_bytes(len(view), "little")
+
+
+def sector_kinds(data: Buffer, host_bytes: int) -> bytes:
+    """Return one byte for each sector of ``data``: what structure of an image it may be a part of.
+
+    0 is anything else, SECTOR_ZERO has zeros alone, SECTOR_SNAPSHOT may begin a snapshot table, and
+    SECTOR_COUNTS + order has small refcounts. The others have SECTOR_ALIGNMENT bits, which say what their
+    offsets can be divided by, as a power of two, 63 where there are none: SECTOR_POINTERS have entries
+    of a table, SECTOR_PACKED too, some of compressed clusters, and SECTOR_PAIRS have extended L2 entries.
+
+    Args:
+        data: whole sectors; what is left over is not looked at.
+        host_bytes: the end of the file, which no pointer leaves.
+    """
+    view = byte_view(data)
+    check_host_bytes(host_bytes)
+    return bytes(
+        sector_kind(view[start : start + SECTOR_BYTES], host_bytes)
+        for start in range(0, len(view) - SECTOR_BYTES + 1, SECTOR_BYTES)
+    )
 
 
 def set_copied(table: WritableBuffer, start: int, stop: int, copied: bool, entry_bytes: int = 8) -> None:
@@ -284,6 +430,26 @@ def check_whitening(data_bytes: int, tweak_bytes: int, sector_bytes: int) -> Non
         raise ValueError(f"sectors of {sector_bytes} bytes, or {tweak_bytes} bytes of tweaks")
     if data_bytes != tweak_bytes // _TWEAK_BYTES * sector_bytes:
         raise ValueError(f"{data_bytes} bytes of data with {tweak_bytes} bytes of tweaks")
+
+
+def check_judged(cluster_bits: int, host_bytes: int, marks: WritableBuffer | None) -> None:
+    """Raise IndexError unless there is a mark for each cluster of a file; ValueError for a wrong size."""
+    if not 9 <= cluster_bits <= 21 or host_bytes < 0:
+        raise ValueError(f"clusters of 2**{cluster_bits} bytes in a file of {host_bytes} bytes")
+    if marks is not None and memoryview(marks).nbytes * 4 < -(-host_bytes >> cluster_bits):
+        raise IndexError(f"{memoryview(marks).nbytes * 4} marks for a file of {host_bytes} bytes")
+
+
+def check_host_bytes(host_bytes: int) -> None:
+    """Raise ValueError for a file of no possible length."""
+    if not 0 <= host_bytes < 1 << 63:
+        raise ValueError(f"a file of {host_bytes} bytes")
+
+
+def check_marks(first_cluster: int, count: int, marks_bytes: int, bits_bytes: int) -> None:
+    """Raise IndexError unless there is a mark and a bit for each of ``count`` clusters."""
+    if first_cluster < 0 or first_cluster + count > min(marks_bytes * 4, bits_bytes * 8):
+        raise IndexError(f"clusters {first_cluster} to {first_cluster + count} have no mark or no bit")
 
 
 def check_refcount_run(length_bytes: int, order: int, start: int, stop: int) -> None:

@@ -16,6 +16,7 @@ from jqcow.cli import (
     looking,
     measuring,
     passphrases,
+    protecting,
     snapshots,
 )
 
@@ -26,8 +27,8 @@ _EPILOG = """\
 exit codes:
   0   done; check: nothing was found
   1   failed: wrong arguments, not an image, damaged, no permission, an I/O error
-  2   check: corruption was found
-  3   check: leaked clusters were found, no corruption
+  2   check: corruption was found; verify, heal: content is wrong
+  3   check: leaked clusters were found, no corruption; verify, heal: there are no sums to go by
   4   another process uses the image
   63  the image has a feature that jqcow does not support, or a format that cannot be checked
 
@@ -45,7 +46,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     common.add_version(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (images, looking, snapshots, amending, bitmaps, passphrases, chains, copying, measuring):
+    for group in (
+        images,
+        looking,
+        snapshots,
+        amending,
+        bitmaps,
+        passphrases,
+        chains,
+        copying,
+        measuring,
+        protecting,
+    ):
         group.add_parsers(commands)
     return parser
 

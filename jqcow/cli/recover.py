@@ -1,4 +1,4 @@
-"""``jqcow-recover``: bring a crashed image home, and tell what was kept, what was dropped and why."""
+"""``jqcow-recover``: bring a crashed image home; of a damaged one tell what can be had back, and have it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import errno
 import shlex
 from collections.abc import Iterator, Sequence
 
-from jqcow.cli import common
+from jqcow.cli import common, salvaging
 from jqcow.cli.common import human_size, plural
 from jqcow.errors import CorruptionError, printable
 from jqcow.offline.recover import JournalFound, RecoveryReport, Verification, recover_image
 from jqcow.offline.undo import undo_repair
+from jqcow.salvage.diagnosis import Diagnosis
 
 PROGRAM = "jqcow-recover"
 FINDINGS_SHOWN = 5
@@ -20,12 +21,14 @@ _DAMAGED = "nothing was guessed; copy the image before anything else is tried on
 
 _EPILOG = """\
 exit codes:
-  0   the image is clean, or was recovered; the check found nothing
-  1   not recovered: damaged, not a qcow2 image, no permission, an I/O error, wrong arguments
-  2   the image is clean or recovered, and the check found corruption or what looks like lost data
-  3   the image is clean or recovered, and the check found leaked clusters, no corruption
+  0   the image is clean, was recovered, or all of it is saved and certain; nothing was found
+  1   not recovered: damaged and crashed, not a qcow2 image, no permission, an I/O error, wrong arguments
+  2   damage was found, and nothing was changed; or the image is clean or recovered, and the check found
+      corruption or what looks like lost data; or the disk is saved, and not all of it is certain
+  3   the image is clean or recovered, and leaked clusters were found, no corruption
   4   another process uses the image
   63  the image has a feature that jqcow does not support; or the check cannot judge it
+  129, 130, 143  ended by SIGHUP, Ctrl-C, SIGTERM; a salvage goes on when it is asked for again
 
 With --dry-run the same codes tell what recovery would lead to.
 """
@@ -36,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = common.Parser(
         prog=PROGRAM,
         description="Bring a crashed jqcow image home, so that it is standard qcow2 again. "
-        "Everything that a flush acknowledged is kept. A clean image is left as it is.",
+        "Everything that a flush acknowledged is kept. A clean image is left as it is. Of a damaged "
+        "image nothing is changed: what can be had back is told, and --salvage writes it into a new file.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--undo", action="store_true", help="take the last repair back, from the undo file beside the image"
     )
     parser.add_argument("--force", action="store_true", help="with --undo: also if it was written since")
+    salvaging.add_arguments(parser)
     common.add_output(parser)
+    common.add_quiet(parser)
     common.add_version(parser)
     return parser
 
@@ -66,11 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def recover(arguments: argparse.Namespace) -> int:
     """Recover, print the report, and return the exit code."""
     name: str = arguments.image
-    _check_together(arguments)
-    if arguments.undo:
-        with common.about(name):
-            common.print_undone(undo_repair(name, force=arguments.force), arguments.output)
-        return common.EXIT_OK
+    match salvaging.mode_of(arguments):
+        case "undo":
+            with common.about(name):
+                common.print_undone(undo_repair(name, force=arguments.force), arguments.output)
+            return common.EXIT_OK
+        case "diagnose":
+            return salvaging.diagnose_command(arguments)
+        case "salvage":
+            return salvaging.salvage_command(arguments)
+        case "in_place":
+            return salvaging.in_place_command(arguments)
+    if not arguments.no_check:
+        damaged = salvaging.damage_of(name)
+        if damaged is not None:
+            return _refuse_damaged(damaged, arguments.output)
     try:
         with common.about(name):
             report = recover_image(
@@ -94,18 +110,15 @@ def recover(arguments: argparse.Namespace) -> int:
     return exit_code(report)
 
 
-def _check_together(arguments: argparse.Namespace) -> None:
-    """Refuse options that say nothing of what is asked for."""
-    others = {
-        "--dry-run": arguments.dry_run,
-        "--no-check": arguments.no_check,
-        "--journal-size": common.journal_size_of(arguments) is not None,
-    }
-    for option, is_given in others.items():
-        if arguments.undo and is_given:
-            raise common.CommandError(f"{option} does not go with --undo")
-    if arguments.force and not arguments.undo:
-        raise common.CommandError("--force goes with --undo alone")
+def _refuse_damaged(found: Diagnosis, output: str) -> int:
+    """Tell of an image that is damaged; what is live stays so, with all that its journal holds."""
+    salvaging.print_diagnosis(found, output)
+    if not found.has_live_journal:
+        return common.EXIT_CORRUPT
+    first = found.damages[0]
+    raise common.CommandError(
+        f"{found.image}: not recovered: the {first.structure} is damaged: {first.meaning}; {_DAMAGED}"
+    )
 
 
 def exit_code(report: RecoveryReport) -> int:

@@ -344,6 +344,28 @@ class FileDevice:
 FileDevice.kinds[stat.S_IFREG] = FileDevice
 
 
+def open_partial(path: str | os.PathLike[str], partial: str) -> FileDevice:
+    """Open or create the file ``partial``, which `FileDevice.publish` names ``path``; it stays until then.
+
+    Raises:
+        ImageInUse: another process writes to it.
+        UnsupportedFeatureError: no regular file, no locks on this file system, or not Linux.
+    """
+    _require_linux()
+    new = NewFile.keep(os.path.realpath(path), os.path.realpath(partial))
+    try:
+        if not stat.S_ISREG(os.fstat(new.descriptor).st_mode):
+            raise UnsupportedFeatureError("a special file", f"{partial} is not a regular file")
+        locks.lock_for_writing(new.descriptor, new.name)
+        if not names.is_name_of(new.descriptor, new.name):
+            raise ImageInUse(f"{partial} is in use: another process took it away")
+    except BaseException:
+        os.close(new.descriptor)
+        raise
+    names.sync_directory(os.path.dirname(new.name))
+    return FileDevice(new.descriptor, new.name, writable=True, new=new)
+
+
 def remove_file(device: FileDevice) -> None:
     """Take an open file's name away, durably, if it is still this file's and no link."""
     if names.is_name_of(device._descriptor, device.path):

@@ -46,6 +46,8 @@ class NewFile:
         self.descriptor = descriptor
         self.target = target
         self._temporary = temporary
+        self.is_kept = False
+        """True if it stays under its temporary name where it is not published."""
         self._aside: _Aside | None = None
 
     @classmethod
@@ -58,6 +60,18 @@ class NewFile:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         return cls(descriptor, target, temporary)
 
+    @classmethod
+    def keep(cls, target: str, temporary: str) -> NewFile:
+        """Open the file ``temporary``, or create it; it stays under that name until it is published.
+
+        Raises:
+            OSError: the host failed, or a link has that name.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        new = cls(os.open(temporary, flags, 0o666), target, temporary)
+        new.is_kept = True
+        return new
+
     @property
     def name(self) -> str:
         """The name that it has or, where that is none, will have."""
@@ -66,7 +80,7 @@ class NewFile:
     def remove(self) -> None:
         """Take its temporary name away, and what was moved aside for it."""
         try:
-            if self._temporary is not None:
+            if self._temporary is not None and not self.is_kept:
                 # What cut `publish` off may have come before the name was given, or after it was taken.
                 with suppress(FileNotFoundError):
                     os.unlink(self._temporary)

@@ -159,6 +159,16 @@ class TrialDevice:
                 if is_wanted and start + at < self.old_bytes:
                     yield start + at, before, after
 
+    def behind(self, unit_bytes: int = SECTOR_BYTES) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, new) of each unit behind the old end, or across it, that is not zeros, in order."""
+        first = self.old_bytes - self.old_bytes % unit_bytes
+        for index in sorted(self._blocks):
+            start = index * BLOCK_BYTES
+            for at in range(max(start, first), min(start + BLOCK_BYTES, self._size), unit_bytes):
+                new = bytes(self._blocks[index][at - start : at - start + unit_bytes])
+                if at >= self.old_bytes and new != _ZEROS[: len(new)]:
+                    yield at, new
+
     def _changed_blocks(self) -> Iterator[int]:
         """Yield the blocks that may differ from what is below, in order: of hidden ones those with data."""
         last = -1

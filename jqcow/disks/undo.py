@@ -10,6 +10,7 @@ image is as it was. What an undo does depends on both:
     mark    sector 0                what the undo does
     any     of an undo              lays the file over the image, and ends
     begun   no magic: lost          the same, if all else is as before or after the repair: a power cut did it
+    inplace any                     begins, unless something else lies behind the old end: it may be no image
     any     another                 recovers the image, refuses one that was written since, and begins
 
 A last mark says that the file has served: should it come back after its removal, another repair replaces it.
@@ -29,17 +30,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import chain
 
 from jqcow import _native
 from jqcow.device.base import Device, Reader
 from jqcow.device.file import FileDevice, birth_of, remove_file
-from jqcow.device.trial import Ranges, TrialDevice
+from jqcow.device.trial import Ranges, TrialDevice, data_extents_of
 from jqcow.engine.engine import open_engine, random_salt, settle
 from jqcow.engine.medium import Medium
 from jqcow.engine.scan import read_header
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.header import MAGIC, Header
+from jqcow.ondisk.header import MAGIC, V3_BYTES, Header
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset, entry_place
 from jqcow.ondisk.undo import (
     BLOCK_BYTES,
@@ -55,6 +57,7 @@ from jqcow.ondisk.undo import (
 SUFFIX = ".jqcow-undo"
 _NAME_BYTES_MAX = 255
 """Of a name in a directory."""
+_LOOK_BYTES = 1 << 20
 _RUN_BYTES_MAX = RUN_BYTES + RUN_SECTORS_MAX * (4 + SECTOR_BYTES)
 
 
@@ -100,24 +103,46 @@ def _roots_end(header: Header) -> int:
     return roots.ROOT_COPY_OFFSET + roots.ROOT_COPY_BYTES if has_copy else SECTOR_BYTES
 
 
+def _header_in(sector: bytes) -> Header:
+    """Return the header in sector 0; where it is lost, one that says nothing and whose root has its copy."""
+    try:
+        return Header.unpack(sector)
+    except FormatError:
+        return Header(3, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, header_length=V3_BYTES)
+
+
 def _birth_of(device: Device) -> tuple[int, int]:
     return birth_of(device) if isinstance(device, FileDevice) else (0, 0)
 
 
-def pack_undo(trial: TrialDevice, target: Device) -> None:
-    """Write into ``target`` what takes back the changes of a trial."""
+def pack_undo(trial: TrialDevice, target: Device, *, in_place: bool = False) -> None:
+    """Write into ``target`` what takes back the changes of a trial.
+
+    With ``in_place`` they are written as they are, without a journal. Then the file tells of all of them,
+    also behind the old end, and takes them back in whatever state the image is.
+    """
     place, count = HEADER_BYTES, 0
     roots_end = _roots_end(read_header(trial).header)
-    for run in _runs(trial.changed(BLOCK_BYTES, also=range(roots_end))):
+    changes = trial.changed(BLOCK_BYTES, also=range(roots_end))
+    if in_place:
+        behind = (
+            (at, bytes(BLOCK_BYTES), new.ljust(BLOCK_BYTES, b"\0")) for at, new in trial.behind(BLOCK_BYTES)
+        )
+        changes = chain(changes, behind)
+    for run in _runs(changes):
         target.pwrite(run.pack(), place)
         place, count = place + run.length, count + 1
     runs_bytes = place - HEADER_BYTES
     header = UndoHeader(trial.old_bytes, trial.size(), count, runs_bytes, *_birth_of(trial.below))
     target.pwrite(header.pack(), 0)
+    if in_place:
+        UndoFile(target, header).put_mark(target, Mark.IN_PLACE)
 
 
-def save_undo(trial: TrialDevice, image: FileDevice) -> None:
+def save_undo(trial: TrialDevice, image: FileDevice, *, in_place: bool = False) -> None:
     """Write the undo file of a repair on trial, durably, beside the image; who may read that may read it.
+
+    ``in_place`` as in `pack_undo`.
 
     Raises:
         FileExistsError: there is one of an earlier repair.
@@ -126,7 +151,7 @@ def save_undo(trial: TrialDevice, image: FileDevice) -> None:
     path = undo_path(image.path)
     with closing(FileDevice.create_temporary(path, follow_links=False)) as target:
         target.take_attributes_of(image)
-        pack_undo(trial, target)
+        pack_undo(trial, target, in_place=in_place)
         try:
             target.publish(overwrite=False)
         except FileExistsError as error:
@@ -210,7 +235,7 @@ class UndoFile:
         for _ in range(self.header.run_count):
             length = min(_RUN_BYTES_MAX, max(0, self.reader.size() - place))
             run = UndoRun.unpack(self.reader.pread(length, place), place)
-            if not end <= run.offset < self.header.old_bytes:
+            if not end <= run.offset < max(self.header.old_bytes, self.header.new_bytes):
                 raise CorruptionError("undo file", place, f"a run at {run.offset:#x}, out of order")
             yield run
             place, end = place + run.length, run.offset + len(run.old)
@@ -221,6 +246,11 @@ class UndoFile:
     def mark(self) -> Mark | None:
         """What the file says of its image."""
         return self.header.unpack_mark(self.reader.pread(MARK_BYTES, self.header.mark_place))
+
+    @property
+    def tells_behind(self) -> bool:
+        """True if the file tells of all that the repair wrote behind the old end, too."""
+        return any(run.offset + len(run.old) > self.header.old_bytes for run in self.runs())
 
     def put_mark(self, undo: Device, mark: Mark) -> None:
         """Write a mark into the file, which the device holds; a barrier follows."""
@@ -249,7 +279,7 @@ class UndoFile:
             return True
         if self.mark is not Mark.BEGUN or sector[: len(MAGIC)] == MAGIC:
             return False
-        garbled_end = max(BLOCK_BYTES, _roots_end(Header.unpack(self.old_sector_0())))
+        garbled_end = max(BLOCK_BYTES, _roots_end(_header_in(self.old_sector_0())))
         kept = self._sectors_behind(image, garbled_end)
         return force or (all(kept) and (asked or bool(kept)))
 
@@ -337,7 +367,7 @@ def take_back_cut_off(device: Device, undo: Device, *, new_salt: Callable[[], by
     file = UndoFile.read(undo)
     if not file.is_of(device):
         return False
-    if not file.is_laid_on(device, asked=False):
+    if file.mark is not Mark.IN_PLACE and not file.is_laid_on(device, asked=False):
         if file.mark in (Mark.DONE, Mark.SERVED):
             return False
         is_cut_off = bring_home(device, new_salt=new_salt) or file.is_of_cut_off_repair(device.size())
@@ -389,9 +419,10 @@ def undo_on(
     if not force and not file.is_of(device):
         raise CorruptionError("undo file", 0, "it is of another file, which was replaced: see --force")
     old_sector_0 = file.old_sector_0()
-    undo_root = roots.pack_undo_root(Header.unpack(old_sector_0))
+    undo_root = roots.pack_undo_root(_header_in(old_sector_0))
     if not file.is_laid_on(device, asked=True, force=force):
-        bring_home(device, new_salt=new_salt)
+        if file.mark is not Mark.IN_PLACE:
+            bring_home(device, new_salt=new_salt)
         if not force:
             _refuse_later_writes(device, file)
         _require_space(device, file)
@@ -422,7 +453,8 @@ def _lay(device: Device, file: UndoFile) -> int:
     for run in file.runs():
         old = run.old[: max(0, header.old_bytes - run.offset)]
         skipped = 0 if run.offset else SECTOR_BYTES
-        device.pwrite(old[skipped:], run.offset + skipped)
+        if old:
+            device.pwrite(old[skipped:], run.offset + skipped)
         written += len(old)
     return written
 
@@ -432,8 +464,12 @@ def _refuse_later_writes(device: Device, file: UndoFile) -> None:
     size, old_bytes = device.size(), file.header.old_bytes
     if size < min(old_bytes, file.header.new_bytes):
         raise CorruptionError("image", size, changed_since)
-    if size > old_bytes and _is_more_behind(device, file):
+    is_more = _is_strange_behind if file.tells_behind else _is_more_behind
+    if size > old_bytes and is_more(device, file):
         raise CorruptionError("image", old_bytes, changed_since)
+    if file.mark is Mark.IN_PLACE:
+        # A power cut may have garbled any block that was being written, and all of these are in the file.
+        return
     area = read_header(device)
     # Between the header and the end of the root copy nobody keeps anything.
     unused = range(len(area.data), _roots_end(area.header))
@@ -463,12 +499,27 @@ def _is_more_behind(device: Device, file: UndoFile) -> bool:
     return any(entry_place(table, index) not in repaired for index in new)
 
 
+def _is_strange_behind(device: Device, file: UndoFile) -> bool:
+    """Return True if behind the old end lies something else than zeros and what the undo file tells of."""
+    reached = file.header.old_bytes
+    ends = [(run.offset, run.offset + len(run.old)) for run in file.runs()]
+    for start, end in (*ends, (device.size(), device.size())):
+        for offset, length in data_extents_of(device, reached, max(0, start - reached)):
+            for at in range(offset, offset + length, _LOOK_BYTES):
+                if not _native.is_zero(device.pread(min(_LOOK_BYTES, offset + length - at), at)):
+                    return True
+        reached = max(reached, end)
+    return False
+
+
 def _require_space(device: Device, file: UndoFile) -> None:
     """Take the space of what will be laid before the image is changed: a full disk is found out now."""
     size = device.size()
     try:
         for run in file.runs():
-            device.allocate(run.offset, min(len(run.old), file.header.old_bytes - run.offset))
+            length = min(len(run.old), file.header.old_bytes - run.offset)
+            if length > 0:
+                device.allocate(run.offset, length)
     except OSError:
         if device.size() > size:
             device.truncate(size)

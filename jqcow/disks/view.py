@@ -86,6 +86,11 @@ class FileView:
         return self.header.geometry
 
     @property
+    def blocks(self) -> Mapping[int, bytes | bytearray]:
+        """What is laid over the file, by host offset."""
+        return self._blocks
+
+    @property
     def reserved(self) -> list[tuple[int, int]]:
         """The live journal's range as (offset, length), which nothing may use."""
         return [] if self.journal is None else [(self.journal.offset, self.journal.length)]

@@ -31,10 +31,12 @@ from jqcow.engine.mapping import L1Table
 from jqcow.engine.repair import RepairReport
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
+from jqcow.errors import JqcowError
 from jqcow.image.arguments import number, optional_number, writable_view
 from jqcow.image.bitmaps import BitmapReader, ImageBitmaps
 from jqcow.image.entering import Entering, Mode
 from jqcow.image.file import ImageFile
+from jqcow.image.protection import ImageProtection
 from jqcow.image.reports import ImageInfo, Recovered, image_info
 from jqcow.image.transaction import Transaction
 from jqcow.ondisk import layout, naming
@@ -48,6 +50,10 @@ if TYPE_CHECKING:
 
 UNCHECKED_BYTES_MAX = 1 << 20
 """A buffer of this length is made before the range is known to lie within the disk."""
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 class Image(Entering):
@@ -70,12 +76,14 @@ class Image(Entering):
         copy_on_read: bool = False,
         shown: L1Table | None = None,
         repaired: RepairReport | None = None,
+        protect: bool = False,
     ) -> None:
         """Not for users: see `open` and `create`."""
         super().__init__(opened.engine, mode)
         self._backing = backing
         self._guest = opened.engine.guest(self._enter, backing, shown=shown)
         self._copy_on_read = copy_on_read and backing is not None
+        self._shows_snapshot, self._protect = shown is not None, protect
         self.repaired: RepairReport | None = repaired
         self.warnings: tuple[str, ...] = () if mode == "r+" else self._find_warnings()
         self.recovered = None if opened.scan is None else Recovered.from_scan(opened.scan)
@@ -406,6 +414,18 @@ class Image(Entering):
         self._own()
         return ImageBitmaps(self._bitmap_reader, self.transaction)
 
+    @property
+    def protection(self) -> ImageProtection:
+        """Sums of what the disk holds, to be made, renewed, compared and used to heal.
+
+        Raises:
+            ValueError: the image was opened to read a snapshot, of which there are no sums.
+        """
+        self._own()
+        if self._shows_snapshot:
+            raise ValueError("the sums of an image are of its disk, not of a snapshot")
+        return ImageProtection(self, self._bitmap_reader, has_below=self._backing is not None)
+
     def _bitmap_reader(self) -> BitmapReader:
         self._own()
         engine = self._engine
@@ -500,6 +520,7 @@ class Image(Entering):
     def close(self) -> None:
         """Flush, checkpoint, and leave a standard qcow2 image. Closing again does nothing.
 
+        First the protection is renewed, where the opening asked for that; its failure is raised last.
         After a failed barrier, or a call that was cut off, nothing is written: the next opening recovers the
         image. In a forked child this only drops the child's descriptor.
 
@@ -513,7 +534,7 @@ class Image(Entering):
         self._own(changing=True)
         guard = self._engine.guard
         guard.require_not_mine()
-        with guard.turnstile:
+        with self._refreshed(), guard.turnstile:
             try:
                 if self._is_tidy():
                     with guard.alone():
@@ -522,6 +543,17 @@ class Image(Entering):
                         self._closed = True
             finally:
                 self._end()
+
+    @contextmanager
+    def _refreshed(self) -> Iterator[None]:
+        """Renew the protection before the close, if that was asked for; what fails there fails behind it."""
+        with ExitStack() as stack:
+            try:
+                if self._protect and self._is_tidy() and self.protection.needs_refresh():
+                    self.protection.refresh()
+            except (JqcowError, OSError) as error:
+                stack.callback(_raise, error)
+            yield
 
     def _is_tidy(self) -> bool:
         """Return True if closing has something to write, and may."""

@@ -72,6 +72,7 @@ def open(
     probe: bool = False,
     copy_on_read: bool = False,
     passphrase: Passphrase | None = None,
+    protect: bool = False,
 ) -> Image:
     """Open an existing image.
 
@@ -93,10 +94,10 @@ def open(
         probe: tell a backing file's format by its magic if none is stored: a guest may choose a raw one's.
         copy_on_read: with ``"r+"``, write what is read from a backing file into the image, as a change.
         passphrase: of encrypted images: bytes, or a function that gets the path of each and returns its own.
+        protect: with ``"r+"``, renew the protection at a clean close; see `Image.protection`.
 
     Raises:
-        PassphraseError, MissingPackageError: it is encrypted, with no passphrase (that fits) or cryptography.
-        FileAccessDenied: the image has a backing file, and opening it is not allowed.
+        PassphraseError, MissingPackageError, FileAccessDenied: what opens it is not given, or not allowed.
         ValueError: another mode, what does not go with it, or a journal size that no journal can have.
         JqcowError, OSError: no qcow2 image, damaged, refused by name, in use, no such snapshot; a host error.
     """
@@ -115,6 +116,7 @@ def open(
             find_data=lambda engine: _open_data(engine, device, following),
             unlock=_unlocking(passphrase),
             copy_on_read=copy_on_read,
+            protect=protect,
         )
         return _settled(image, device)
 
@@ -290,11 +292,14 @@ def _open(
     repair: What | None = None,
     free_lost: bool = False,
     copy_on_read: bool = False,
+    protect: bool = False,
 ) -> Image:
     check_device(device)
     _check_mode_and_repair(mode, repair)
     if copy_on_read and mode != "r+":
         raise ValueError("copy_on_read writes: it needs mode 'r+'")
+    if protect and mode != "r+":
+        raise ValueError("protect writes: it needs mode 'r+'")
     if snapshot is not None and mode != "r":
         raise ValueError("a snapshot is opened for reading alone: apply it to write to what it holds")
     snapshot = optional_text(snapshot)
@@ -319,7 +324,9 @@ def _open(
         backing = find_backing(engine)
         # Only now: an image whose backing file cannot be opened is not written to.
         repaired = make_writable(opened, repair, free_lost=free_lost) if mode == "r+" else None
-        image = Image(opened, mode, backing, copy_on_read=copy_on_read, shown=shown, repaired=repaired)
+        image = Image(
+            opened, mode, backing, copy_on_read=copy_on_read, shown=shown, repaired=repaired, protect=protect
+        )
         if mode == "r+" and engine.blocks.area.header.incompatible_features & headers.INCOMPATIBLE_CORRUPT:
             _clear_corrupt_mark(image)
         return image

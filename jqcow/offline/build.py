@@ -11,6 +11,8 @@ that touch it; of all others it is 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from jqcow import _native
 from jqcow.device.base import Device
 from jqcow.image.creating import write_blank
@@ -29,6 +31,25 @@ from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, NO_ENTRY, L2Entry, codec_of
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
 
 
+@dataclass(frozen=True)
+class BuildState:
+    """How far an image without compressed clusters is built: all that is not on its device yet.
+
+    Attributes:
+        next_cluster: the first host cluster that is free.
+        reached: the guest offset up to which nothing comes any more.
+        l1_table: as it is so far.
+        l2_index: of the L2 table that is being filled; -1 for none.
+        l2_table: that table.
+    """
+
+    next_cluster: int
+    reached: int
+    l1_table: bytes
+    l2_index: int
+    l2_table: bytes
+
+
 class ImageBuilder:
     """Builds an image on an empty device. Offsets and lengths in bytes."""
 
@@ -39,16 +60,19 @@ class ImageBuilder:
         form: Form,
         luks: NewLuks | None = None,
         data_file: Device | None = None,
+        backing: tuple[bytes, bytes | None] | None = None,
     ) -> None:
         """Start an image of a disk of ``size`` bytes; with ``luks`` an encrypted one, without compression.
 
-        ``data_file`` is that of the form, if it has one, empty.
+        ``data_file`` is that of the form, if it has one, empty. ``backing`` are name and format of a backing
+        file, as a header stores them.
 
         Raises:
             ValueError: the disk needs an L1 table larger than 32 MiB.
         """
         self._device = device
         self._data_file = data_file
+        self._backing = backing
         self._size = size
         self._form = form
         self._geometry = form.geometry
@@ -88,6 +112,42 @@ class ImageBuilder:
         for cluster in range(first, first + count):
             place = HostOffset(host + (cluster - first) * self.cluster_bytes)
             self._map(cluster, self._codec.filled(NO_ENTRY, place, range(self._codec.subclusters)))
+
+    def write_parts(self, data: memoryview, offset: int, filled: list[range], zeroed: list[range]) -> None:
+        """Map parts of one guest cluster: some subclusters to ``data``, some to zeros; the rest shows below.
+
+        Where an image has no subclusters a cluster has one part alone.
+        """
+        self._reach(offset, len(data))
+        entry = NO_ENTRY
+        for part in zeroed:
+            entry = self._codec.zeroed(entry, part, unmap=True)
+        if filled:
+            host = HostOffset(self._next_cluster * self.cluster_bytes)
+            _write_data(self._device, self._luks, data, host, self.cluster_bytes)
+            self._next_cluster += 1
+            for part in filled:
+                entry = self._codec.filled(entry, host, part)
+        self._map(offset // self.cluster_bytes, entry)
+
+    def map_zeros(self, length: int, offset: int) -> None:
+        """Say of whole guest clusters that they read as zeros, whatever is below."""
+        self._reach(offset, length)
+        first = offset // self.cluster_bytes
+        for cluster in range(first, first + self._geometry.clusters(length)):
+            self._map(cluster, self._codec.zero_entry)
+
+    def state(self) -> BuildState:
+        """Return how far the image is built; what that leaves out is on the device, to be made durable."""
+        tables = bytes(self._l1_table), self._l2_index, bytes(self._l2_table)
+        return BuildState(self._next_cluster, self._reached, *tables)
+
+    def go_on(self, state: BuildState) -> None:
+        """Take up what another builder left; what its device has behind that state goes."""
+        self._next_cluster, self._reached = state.next_cluster, state.reached
+        self._l1_table[:] = state.l1_table
+        self._l2_index, self._l2_table = state.l2_index, bytearray(state.l2_table)
+        self._device.truncate(state.next_cluster * self.cluster_bytes)
 
     def write_compressed(self, stream: bytes, offset: int) -> None:
         """Map the guest cluster at ``offset`` to its compressed content; offsets only rise."""
@@ -183,6 +243,8 @@ class ImageBuilder:
         for offset, data in () if self._luks is None else self._luks.parts:
             self._device.pwrite(data, luks_offset + offset)
         area = new_area(header, self._luks, luks_offset, self._form.data_file)
+        if self._backing is not None:
+            area = area.with_backing_file(*self._backing)
         self._device.pwrite(area.data, 0)
 
 

@@ -587,3 +587,10 @@ def _bitmap_fault(host: int, allocated: int, zeros: int) -> str:
 def codec_of(geometry: Geometry) -> L2Codec:
     """Return the codec of an image's L2 entries."""
     return ExtendedL2(geometry) if geometry.has_subclusters else StandardL2(geometry)
+
+
+def reserved_bits(geometry: Geometry) -> int:
+    """Return the bits that no standard entry, or first word of an extended one, has set."""
+    if geometry.has_subclusters:
+        return EXTENDED_RESERVED
+    return L2_RESERVED if geometry.has_zero_flag else L2_RESERVED | ZERO

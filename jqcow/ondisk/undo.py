@@ -13,7 +13,7 @@ Header of the file (`UndoHeader`):
          56 - 63:   when the image's file was made, in nanoseconds since 1970, 0: unknown
 
 Then the runs follow each other (`UndoRun`), in the order of their offsets, each of at most 128 sectors of 512
-bytes, in whole blocks of 4096 bytes of the image:
+bytes, in whole blocks of 4096 bytes of the image. What lies behind the old end may be among them:
 
     Byte  0 -  7:   offset of the first sector in the image, in bytes
           8 - 11:   number of sectors, n
@@ -26,6 +26,7 @@ Behind the runs, at a multiple of 4096, a mark (`Mark`) may stand:
     Byte  0 -  7:   magic, "JQCOWEND": the repair is done, and what follows it is not its own
                     or "JQCOWBGN": the image is being taken back
                     or "JQCOWSRV": it was, and this file has served
+                    or "JQCOWINP": new tables are being put into it, and sector 0 may be any
           8 - 11:   CRC-32C of the header of the file
 """
 
@@ -59,6 +60,7 @@ class Mark(enum.Enum):
     DONE = b"JQCOWEND"
     BEGUN = b"JQCOWBGN"
     SERVED = b"JQCOWSRV"
+    IN_PLACE = b"JQCOWINP"
 
 
 @dataclass(frozen=True)

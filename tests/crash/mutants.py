@@ -32,6 +32,8 @@ from jqcow.ondisk.frame import ZeroOperation
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.root import JournalRange
 from tests.crash.mutants_of_devices import MUTANTS_OF_DEVICES
+from tests.crash.mutants_of_protection import MUTANTS_OF_PROTECTION
+from tests.crash.mutants_of_salvage import MUTANTS_OF_SALVAGE
 from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
 from tests.crash.trials import SCENARIO, SIMULATION, action_of
 from tests.support.mutant import (
@@ -125,6 +127,10 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "anew.begin": ("dropping:written-anew",),
     "anew.content": ("dropping:written-anew",),
     "anew.end": ("dropping:written-anew",),
+    "salvage.target": ("dropping:salvage",),
+    "salvage.report": ("dropping:salvage",),
+    "in-place.tables": ("dropping:in-place",),
+    "in-place.header": ("dropping:in-place",),
     "undo.settle": ("dropping:repair-done",),
     "undo.done": ("dropping:repair-done",),
     "undo.begin": ("dropping:undo",),
@@ -939,6 +945,8 @@ MUTANTS = (
     *OF_ENCRYPTION,
     *OF_DATA_FILES,
     *MUTANTS_OF_DEVICES,
+    *MUTANTS_OF_PROTECTION,
+    *MUTANTS_OF_SALVAGE,
     *MUTANTS_OF_THREADS,
 )
 

@@ -39,6 +39,7 @@ from tests.crash.beside import (
     written_where_a_discard_was,
     written_while_it_is_punched,
 )
+from tests.crash.certain import CERTAIN_SCENARIOS
 from tests.crash.devices import (
     recovery_on_a_used_up_device,
     uncounted_data_on_a_device,
@@ -53,7 +54,9 @@ from tests.crash.foreign import (
     two_formats_of_one_file,
 )
 from tests.crash.judge import PromiseBroken, require
+from tests.crash.protected import PROTECTION_SCENARIOS
 from tests.crash.replaced import replaced_with_its_data_file
+from tests.crash.salvaged import new_tables_in_place, salvage_that_goes_on
 from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
@@ -867,6 +870,8 @@ DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "undo": undo_of_a_repair,
     "key-slots": key_slots,
     "written-anew": written_anew,
+    "salvage": salvage_that_goes_on,
+    "in-place": new_tables_in_place,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
 
@@ -921,5 +926,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         bytes_behind_a_bitmap_table,
         size_of_an_old_snapshot,
         growth_behind_a_snapshot_table,
+        *PROTECTION_SCENARIOS,
+        *CERTAIN_SCENARIOS,
     )
 }

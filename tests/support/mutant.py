@@ -52,6 +52,10 @@ DATA_FILE = "jqcow.engine.datafile:DataFile"
 RESIZING = "jqcow.engine.resizing:Resizing"
 WRITES = "jqcow.engine.write:Writes"
 PLANNING = "jqcow.engine.planning:Planning"
+KNOWN_SUMS = "jqcow.image.known_sums:KnownSums"
+PROTECTION = "jqcow.image.protection:ImageProtection"
+REFRESH = "jqcow.image.refreshing:Refresh"
+REFRESHING_MODULE = "jqcow.image.refreshing"
 FRONTIER = "jqcow.engine.frontier:Frontier"
 
 

@@ -1,7 +1,8 @@
 """What the source of jqcow says about itself: its barriers, and its numbered rules.
 
 A rule is a paragraph "X1. What holds." at the top of a module; its further lines are indented, or follow
-without an empty line. docs/crash-consistency.md lists them.
+without an empty line. docs/crash-consistency.md lists those that are about crashes; those of salvage, with
+two letters, stand in its modules alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "jqcow"
 PAGE = ROOT / "docs" / "crash-consistency.md"
 START, END = "<!-- rules: made by tools/rules -->\n", "<!-- end of rules -->"
-RULE = re.compile(r"^([A-Z]\d+)\. (.+?)(?=^[A-Z]\d+\. |^\s*$|\Z)", re.MULTILINE | re.DOTALL)
+RULE = re.compile(r"^([A-Z]{1,2}\d+)\. (.+?)(?=^[A-Z]{1,2}\d+\. |^\s*$|\Z)", re.MULTILINE | re.DOTALL)
 WIDTH = 120
 
 
@@ -73,7 +74,7 @@ def rules_of(package: Path = PACKAGE) -> Iterator[Rule]:
 
 
 def render(package: Path = PACKAGE) -> str:
-    """Return the lists, one for each module.
+    """Return the lists, one for each module whose rules are about crashes.
 
     Raises:
         ValueError: two rules have one number.
@@ -83,9 +84,12 @@ def render(package: Path = PACKAGE) -> str:
     for rule in rules_of(package):
         if rule.number in seen:
             raise ValueError(f"{rule.module} and {seen[rule.number]} both have a rule {rule.number}")
-        if rule.module not in seen.values():
-            lines += ["", f"`{rule.module}`:", ""]
+        is_first = rule.module not in seen.values()
         seen[rule.number] = rule.module
+        if not rule.module.startswith(tuple(f"{package.name}/{name}/" for name in JUDGED)):
+            continue
+        if is_first:
+            lines += ["", f"`{rule.module}`:", ""]
         lines += textwrap.wrap(
             f"- **{rule.number}** {rule.text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False
         )
@@ -101,7 +105,7 @@ def renew(page: str, lists: str) -> str:
     return before + START + lists + END + after
 
 
-JUDGED = ("engine", "disks", "device", "ondisk")
+JUDGED = ("engine", "disks", "device", "image", "ondisk")
 """The packages whose rules are about crashes; each of these rules has a mutant."""
 
 

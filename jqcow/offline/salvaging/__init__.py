@@ -1,0 +1,1 @@
+"""What `jqcow.offline.salvage` is made of: opening, copying, and the files beside a target."""

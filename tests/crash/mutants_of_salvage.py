@@ -1,0 +1,69 @@
+"""Mutants of rules of salvage: each has something be certain that is not. Others have unit tests alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jqcow import _native
+from jqcow.salvage.evidence import Certainty
+from jqcow.salvage.guestmap import TABLE, Piece
+from jqcow.salvage.survey import Survey
+from jqcow.salvage.tables import LONGEST_BYTES
+from tests.support.mutant import Mutant
+from tests.support.patches import Function, replacing, returning, skipping
+
+
+def take_once_for_all(
+    _: Function, disk: Any, guest_offset: int, length: int, host_offset: int, sure: Certainty
+) -> Iterator[Piece]:
+    """Ask for no other use of a cluster."""
+    yield Piece(guest_offset, length, "data", host_offset, 0, sure, TABLE)
+
+
+def judge_for_any_file(_: Function, tables: Any, table: bytes, marks: Any = None) -> tuple[int, ...]:
+    """Take whatever a table names for data, where the file ends or not."""
+    codec, shape = tables.shape.codec, tables.shape
+    how = codec.entry_bytes, shape.geometry.cluster_bits, shape.reserved
+    return _native.l2_judge(table, *how, LONGEST_BYTES)
+
+
+def as_sure_as_ever(original: Function, patient: Any, snapshot: str | None = None) -> Survey:
+    """Believe the tables, whatever became of the journal."""
+    found: Survey = original(patient, snapshot)
+    found.ceiling = Certainty.CERTAIN
+    return found
+
+
+MUTANTS_OF_SALVAGE = (
+    Mutant(
+        "GM1-zeros-in-tables-are-holes",
+        returning("jqcow.salvage.tables:DiskTables.holes", []),
+        trials=("scenario:sectors-of-zeros-in-tables",),
+    ),
+    Mutant(
+        "GM2-other-uses-do-not-count",
+        replacing("jqcow.salvage.guestmap:GuestMap._data", take_once_for_all),
+        trials=("scenario:one-cluster-for-two",),
+    ),
+    Mutant(
+        "TB2-behind-the-end-are-zeros",
+        replacing("jqcow.salvage.tables:_judge", judge_for_any_file),
+        trials=("scenario:end-that-is-cut-off",),
+    ),
+    Mutant(
+        "RD1-zeros-are-believed",
+        returning("jqcow.salvage.ranges:Ranges.overlaps", False),
+        trials=("scenario:sectors-that-the-host-cannot-read",),
+    ),
+    Mutant(
+        "SV1-data-of-snapshots-has-no-name",
+        skipping("jqcow.salvage.orphans:Unnamed.leave_out"),
+        trials=("scenario:data-of-a-snapshot",),
+    ),
+    Mutant(
+        "SV2-a-lost-journal-is-no-matter",
+        replacing("jqcow.offline.salvaging.patient:Patient.survey", as_sure_as_ever),
+        trials=("scenario:journal-that-is-lost",),
+    ),
+)
