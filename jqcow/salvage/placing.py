@@ -55,11 +55,11 @@ def place_orphans(
     guest_map.tables.are_empty_sure = not len(orphans)
     disk = MappedDisk(guest_map, reader)
     anchors, structures = anchor(guest_map, disk, orphans, find, protection)
-    expectations = Expectations(guest_map, orphans.cluster_bytes)
+    expectations = Expectations(orphans.cluster_bytes)
     expectations.take(structures, disk)
     filling = Filling(guest_map, orphans, _short_zeros(orphans), expectations, anchors.placed)
     filling.fill()
-    if not expectations.clusters and not anchors.placed:
+    if not len(expectations) and not anchors.placed:
         _place_in_order(guest_map, orphans)
     return Placed(_names(structures), len(anchors.placed), len(orphans))
 
