@@ -7,8 +7,9 @@ to one of the places that were proposed for an orphan.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
 from typing import Literal, NamedTuple
@@ -20,7 +21,7 @@ NEXT, NEXT_IN_USE, NEXT_IN_FILE, NEXT_IN_TIME = -0.02, -1.5, -1.0, -2.5
 """What it costs to go on."""
 ENTER_FREE, LEAVE_FREE, STAY_FREE = -2.5, -0.7, -0.05
 """What it costs to go on to a cluster that is free, and back."""
-JUMP, RESUME = -8.0, -3.5
+JUMP, RESUME = -8.0, -5.0
 """What it costs to jump: to a place that a look suggests, or beside what is placed already."""
 NATURAL = 3.5
 """What it tells that a jump leads to where a run would begin: where a piece of a file does, or beside others."""
@@ -30,12 +31,15 @@ LAND, INTERRUPT = 5.0, -1.0
 """What it tells to come to where what is placed goes on, and what it costs to be interrupted by it."""
 GIVE_UP, STAY_LOST = -4.0, -0.05
 """What it costs that an orphan belongs nowhere, and that the one behind it does not, either."""
-BEAM, BEHIND_MAX = 48, 18.0
+BEAM, BEHIND_MAX = 24, 13.0
 """So many paths are followed, none of which is so far behind the best."""
 SKIPPED_MAX = 64
 """So many clusters that are placed may lie between one and the next."""
 DROP, WALK_MAX = 8.0, 512
 """A walk back from a likely place ends when it has lost so much, or has come so far."""
+
+RISE = 2.0
+"""By so much a stretch of clusters that come twice gets dearer each time."""
 
 NOWHERE, END = -1, -1
 
@@ -48,11 +52,13 @@ class Pair:
         index: of the orphan.
         cluster: its place.
         gain: how well it meets what is expected there, and how well it goes on from the pair before.
+        price: of going on, a part of the gain.
     """
 
     index: int
     cluster: int
     gain: float
+    price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class Stretch:
     is_attached: bool
     has_landed: bool
 
+    def repriced(self, paid: Mapping[int, float]) -> Stretch:
+        """Return the stretch without what was paid for clusters that came twice."""
+        pairs = [replace(pair, gain=pair.gain + paid.get(pair.cluster, 0.0)) for pair in self.pairs]
+        return replace(self, pairs=pairs)
+
 
 class _Node(NamedTuple):
     """A step of a path: an orphan's index, its cluster, how it came there, and what that gained.
@@ -80,6 +91,7 @@ class _Node(NamedTuple):
     cluster: int
     before: _Node | None
     gain: float
+    price: float = 0.0
     how: Literal["start", "on", "landing"] = "on"
 
 
@@ -96,22 +108,46 @@ those of the last orphans."""
 class Aligner:
     """Finds paths for orphans."""
 
-    def __init__(self, expectations: Expectations, odds: Odds, is_waiting: Callable[[int], bool]) -> None:
-        """Go through clusters of which ``is_waiting`` says that they may be placed."""
-        self._expectations, self._odds, self._is_waiting = expectations, odds, is_waiting
+    def __init__(
+        self,
+        expectations: Expectations,
+        odds: Odds,
+        is_waiting: Callable[[int], bool],
+        index_at: Callable[[int], int | None],
+    ) -> None:
+        """Go through clusters of which ``is_waiting`` says that they may be placed.
+
+        ``index_at`` returns the index of the orphan that a cluster has by now.
+        """
+        self._expectations, self._odds = expectations, odds
+        self._is_waiting, self._index_at = is_waiting, index_at
         self.gain = lru_cache(maxsize=1 << 17)(self._gain)
+        self._prices: dict[int, float] = {}
         self._ahead = lru_cache(maxsize=1 << 15)(self._find_ahead)
+        self.is_natural = lru_cache(maxsize=1 << 15)(self._is_natural)
+        self.is_end = lru_cache(maxsize=1 << 15)(self._is_end)
 
     def _gain(self, cluster: int, index: int) -> float:
-        return self._odds.of(self._expectations.of(cluster), index)
+        expected = self._expectations.of(cluster)
+        total = self._odds.of(expected, index) - self._prices.get(cluster, 0.0)
+        if (before := self._index_at(cluster - 1)) is not None:
+            total += self._odds.joint(self._expectations.of(cluster - 1), before, expected, index)
+        if (behind := self._index_at(cluster + 1)) is not None:
+            total += self._odds.joint(expected, index, self._expectations.of(cluster + 1), behind)
+        return total
 
     def changed(self) -> None:
-        """Forget what rests on which clusters are waiting."""
-        self._ahead.cache_clear()
+        """Forget what rests on which clusters are waiting, and what is placed."""
+        self.gain.cache_clear()
+        for cached in (self._ahead, self.is_natural, self.is_end):
+            cached.cache_clear()
 
-    def ahead(self, cluster: int, step: int) -> dict[int, float]:
-        """Return where a path may go on from a cluster, forwards or backwards, and at which price."""
-        return self._ahead(cluster, step)
+    def beside(self, cluster: int, step: int) -> set[int]:
+        """Return the clusters right behind a cluster, or before it, in some order, that are waiting."""
+        found = {cluster + step, self._expectations.next_in_use(cluster, step)}
+        found.update(self._expectations.beside_in_file(cluster, step))
+        found.update(self._expectations.beside_in_time(cluster, step))
+        return {other for other in found if other is not None and other >= 0 and self._is_waiting(other)}
 
     def _find_ahead(self, cluster: int, step: int) -> dict[int, float]:
         found: dict[int, float] = {}
@@ -130,7 +166,7 @@ class Aligner:
     def _offer(self, found: dict[int, float], cluster: int, other: int | None, price: float) -> None:
         if other is None:
             return
-        was_free, is_free = self._expectations.of(cluster).is_free, self._expectations.of(other).is_free
+        was_free, is_free = self._expectations.of(cluster).is_idle, self._expectations.of(other).is_idle
         if was_free or is_free:
             price += STAY_FREE if was_free and is_free else ENTER_FREE if is_free else LEAVE_FREE
         found[other] = max(price, found.get(other, price))
@@ -143,7 +179,7 @@ class Aligner:
             or other in self._expectations.beside_in_file(cluster, 1)
         )
 
-    def is_natural(self, cluster: int) -> bool:
+    def _is_natural(self, cluster: int) -> bool:
         """Return whether a run would begin with a cluster."""
         return (
             not self._is_waiting(cluster - 1)
@@ -151,7 +187,7 @@ class Aligner:
             or self._expectations.begins(cluster)
         )
 
-    def is_end(self, cluster: int) -> bool:
+    def _is_end(self, cluster: int) -> bool:
         """Return whether a run would end with a cluster."""
         return not self._is_waiting(cluster + 1) or not self._expectations.in_use(cluster + 1) or (
             self._expectations.begins(cluster + 1)
@@ -215,12 +251,40 @@ class Aligner:
             landed = cluster != NOWHERE and self.leads(cluster, first)
             if score + LAND * landed > best[0]:
                 how: Literal["on", "landing"] = "landing" if landed else "on"
-                best = score + LAND * landed, _Node(-1, last, node, LAND * landed, how)
+                best = score + LAND * landed, _Node(-1, last, node, 0.0, 0.0, how)
             if cluster != NOWHERE and node is not None and node.index >= 0:
                 found[cluster] = (score + INTERRUPT, node)
         found[last] = best
         found[NOWHERE] = (best[0] + STAY_LOST, best[1])
         return found
+
+    def best_once(
+        self, items: Sequence[int], proposals: Proposals, gaps: Gaps, passes: int
+    ) -> list[Stretch]:
+        """Return the stretches of the best path on which few clusters come more than once.
+
+        What does is made dear, a little more each time, until those of its users leave that have the least
+        of it.
+        """
+        for _ in range(passes):
+            stretches = self.best(items, proposals, gaps)
+            users = Counter(pair.cluster for stretch in stretches for pair in stretch.pairs)
+            rises: dict[int, float] = {}
+            for stretch in stretches:
+                twice = [pair.cluster for pair in stretch.pairs if users[pair.cluster] > 1]
+                twice = [cluster for cluster in twice if not self._expectations.of(cluster).is_idle]
+                for cluster in twice:
+                    rises[cluster] = min(rises.get(cluster, RISE), RISE / len(twice))
+            if not rises:
+                break
+            before = dict(self._prices)
+            for cluster, rise in rises.items():
+                self._prices[cluster] = before.get(cluster, 0.0) + rise
+            self.gain.cache_clear()
+        paid = before if rises else dict(self._prices)
+        self._prices.clear()
+        self.gain.cache_clear()
+        return [stretch.repriced(paid) for stretch in stretches]
 
     def _step(self, paths: _Paths, index: int, proposed: Mapping[int, float]) -> _Paths:
         """Return the paths with one more orphan, by the cluster that they have it in."""
@@ -239,14 +303,14 @@ class Aligner:
             for other, price in self._ahead(cluster, 1).items():
                 gain = price + self.gain(other, index) + self.joint(node, other, index)
                 if score + gain > found.get(other, (-1e9, None))[0]:
-                    found[other] = (score + gain, _Node(index, other, node, gain))
+                    found[other] = (score + gain, _Node(index, other, node, gain, price))
         for cluster, price in proposed.items():
             if not self._is_waiting(cluster):
                 continue
             own = self.gain(cluster, index)
             score = left + price + own + (NATURAL if self.is_natural(cluster) else 0.0)
             if score > found.get(cluster, (-1e9, None))[0]:
-                found[cluster] = (score, _Node(index, cluster, leaver, own, "start"))
+                found[cluster] = (score, _Node(index, cluster, leaver, own, 0.0, "start"))
         best = max(score for score, _ in found.values())
         kept = {at: path for at, path in found.items() if path[0] > best - BEHIND_MAX or at == NOWHERE}
         if len(kept) > BEAM:
@@ -273,7 +337,7 @@ def _stretches(node: _Node | None) -> list[Stretch]:
     while node is not None:
         is_orphan = node.index >= 0 and node.cluster != NOWHERE
         if is_orphan:
-            pairs.append(Pair(node.index, node.cluster, node.gain))
+            pairs.append(Pair(node.index, node.cluster, node.gain, node.price))
         if not is_orphan or node.how == "start":
             if pairs:
                 stretches.append(Stretch(pairs[::-1], node.index < 0, has_landed))

@@ -24,8 +24,8 @@ OVERLAPS_MAX = 64
 """So many pieces are looked through that begin before a cluster and may reach into it."""
 CACHED = 1 << 15
 
-FREE, SYSTEM, SLACK = -1, -2, -3
-"""Owners of blocks that no file owns: nobody, the file system itself, and a file that ended before."""
+FREE, SYSTEM, SLACK, UNKNOWN = -1, -2, -3, -4
+"""Owners of blocks that no file owns: nobody, the file system itself, a file that ended before, or who knows."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,21 @@ class Expected:
         tails: for each block in which a file ends, how many of its bytes are the file's.
         runs: (first block, block behind the last, owner) of blocks of one owner; without those with tails.
         edges: the blocks that have another owner than the one before.
+        is_data: a file has data in it.
+        is_free: nobody misses what it holds.
+        is_idle: nothing is known that uses it.
     """
 
     owners: tuple[int, ...]
     tails: dict[int, int]
     runs: tuple[tuple[int, int, int], ...] = field(init=False)
     edges: frozenset[int] = field(init=False)
+    is_data: bool = field(init=False)
+    is_free: bool = field(init=False)
+    is_idle: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        """Derive runs and edges."""
+        """Derive the rest from owners and tails."""
         runs: list[tuple[int, int, int]] = []
         owners = self.owners
         for block, owner in enumerate(owners):
@@ -58,16 +64,10 @@ class Expected:
         changed = (block for block in range(1, len(owners)) if owners[block] != owners[block - 1])
         object.__setattr__(self, "runs", tuple(runs))
         object.__setattr__(self, "edges", frozenset(changed))
-
-    @property
-    def is_data(self) -> bool:
-        """Whether a file has data in the cluster."""
-        return bool(self.tails) or any(owner >= 0 for _, _, owner in self.runs)
-
-    @property
-    def is_free(self) -> bool:
-        """Whether nobody misses what the cluster holds."""
-        return self.runs[0][2] == FREE and len(self.runs) == 1 and not self.tails if self.runs else False
+        all_owners = set(owners)
+        object.__setattr__(self, "is_data", max(all_owners) >= 0)
+        object.__setattr__(self, "is_free", all_owners == {FREE})
+        object.__setattr__(self, "is_idle", all_owners <= {FREE, UNKNOWN})
 
 
 class _Pieces:
@@ -186,7 +186,7 @@ class Expectations:
         """Return what a cluster is expected to hold."""
         start = cluster * self._cluster_bytes
         count, unit = self._cluster_bytes // self.block_bytes, self.block_bytes
-        owners = [SYSTEM] * count
+        owners = [UNKNOWN] * count
         place = max(0, bisect_right(self._free_starts, start) - 1)
         while place < len(self._free_starts) and self._free_starts[place] < start + self._cluster_bytes:
             low = max(0, self._free_starts[place] - start) // unit
@@ -223,9 +223,9 @@ class Expectations:
     # Which cluster comes next
 
     def in_use(self, cluster: int) -> bool:
-        """Return whether something of a file lies in a cluster."""
+        """Return whether something is known that uses a cluster."""
         start = cluster * self._cluster_bytes
-        return any(self._pieces.data[at] for at in self._pieces.touching(start, start + self._cluster_bytes))
+        return any(True for _ in self._pieces.touching(start, start + self._cluster_bytes))
 
     def begins(self, cluster: int) -> bool:
         """Return whether a piece of a file begins in a cluster."""
@@ -244,12 +244,8 @@ class Expectations:
         pieces = self._pieces
         if step > 0:
             at = bisect_left(pieces.starts, (cluster + 1) * self._cluster_bytes)
-            while at < len(pieces) and not pieces.data[at]:
-                at += 1
             return pieces.starts[at] // self._cluster_bytes if at < len(pieces) else None
         at = bisect_left(pieces.starts, max(0, cluster * self._cluster_bytes)) - 1
-        while at >= 0 and not pieces.data[at]:
-            at -= 1
         return None if at < 0 else (pieces.starts[at] + pieces.lengths[at] - 1) // self._cluster_bytes
 
     def beside_in_file(self, cluster: int, step: int) -> Iterator[int]:

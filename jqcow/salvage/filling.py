@@ -15,6 +15,9 @@ import heapq
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
 from operator import itemgetter
 
 from jqcow.salvage.aligning import END, JUMP, LAND, RESUME, Aligner, Pair, Stretch
@@ -30,10 +33,14 @@ SEED_GAIN = 3.0
 """A path begins where an orphan meets what is expected so well."""
 TELLING = 2.0
 """Early on, stretches begin and end with a cluster that tells so much by itself, or beside what is placed."""
-ROUNDS = ((16.0, True), (10.0, True), (6.0, True), (8.0, False), (4.0, False), (1.0, False), (-2.0, False))
-"""What a stretch must gain in each round, and whether it is cut back to what tells."""
+ROUNDS = ((16.0, 1, True), (9.0, 1, True), (5.0, 1, True), (8.0, 4, False), (4.0, 4, False), (-99.0, 4, False))
+"""What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
+PLAIN = 0.9
+"""A pair tells nothing that gains no more."""
+DEAR = -2.0
+"""A stretch is parted at steps that cost so much."""
 GROUPS_TRIED = 12
 """A run that was interrupted may go on in one of so many gaps that follow in the file."""
 
@@ -69,24 +76,28 @@ class Filling:
         self._anchors = sorted((host, guest // self._cluster_bytes) for host, guest in anchored.items())
         self._guests: dict[int, int] = {cluster: host for host, cluster in self._anchors}
         self._taken: dict[int, int] = {}
-        self._aligner = Aligner(expectations, self._odds, self._is_waiting)
+        self._indices: dict[int, int] = {}
+        self._is_open = lru_cache(maxsize=1 << 16)(self._find_open)
+        self._aligner = Aligner(expectations, self._odds, self._is_waiting, self._indices.get)
 
     def _is_waiting(self, cluster: int) -> bool:
         """Return whether a cluster of the disk may be placed."""
-        if cluster in self._guests:
-            return False
+        return cluster not in self._guests and self._is_open(cluster)
+
+    def _find_open(self, cluster: int) -> bool:
         guest = cluster * self._cluster_bytes
-        return guest < self._map.size and self._map.is_open(guest) and not self._map.is_placed(guest)
+        return 0 <= guest < self._map.size and self._map.is_open(guest) and not self._map.is_placed(guest)
 
     def fill(self) -> None:
         """Place what paths place, then what is left over."""
         seeds = [pair for pair in self._seeds()]
-        for wanted, is_cut in ROUNDS:
+        for wanted, passes, is_cut in ROUNDS:
             items = [index for index in range(len(self._hosts)) if index not in self._taken]
             if not items:
                 return
-            stretches = self._aligner.best(items, self._proposals(items, seeds), self._gaps(items))
-            for stretch in sorted(stretches, key=lambda stretch: -_gain_of(stretch.pairs)):
+            stretches = self._aligner.best_once(items, self._proposals(items, seeds), self._gaps(items), passes)
+            parts = [part for stretch in stretches for part in _parts(stretch)]
+            for stretch in sorted(parts, key=lambda part: -_gain_of(part)):
                 self._take(stretch, wanted, is_cut=is_cut)
             self._aligner.changed()
         self._take_rest()
@@ -110,8 +121,10 @@ class Filling:
     def _proposals(self, items: list[int], seeds: list[tuple[int, int]]) -> dict[int, dict[int, float]]:
         """Return for orphans the clusters where a path may begin, and what that costs."""
         proposals: dict[int, dict[int, float]] = defaultdict(dict)
-        for position, cluster in self._beside(items):
+        starts = self._starts(items)
+        for position, cluster in self._beside(items, starts):
             self._propose(proposals, items, position, cluster, RESUME)
+        starts = {items[position] for position in starts}
         for index, cluster in sorted(set(seeds)):
             if index in self._taken or not self._is_waiting(cluster):
                 continue
@@ -119,9 +132,10 @@ class Filling:
                 position = bisect_left(items, index)
                 self._propose(proposals, items, position, cluster, JUMP)
                 for other, place in self._aligner.walk_back(items, position, cluster):
-                    if place in proposals[other]:
+                    if place in proposals.get(other, ()):
                         break
-                    proposals[other][place] = JUMP
+                    if self._aligner.is_natural(place) or other in starts:
+                        proposals[other][place] = JUMP
         return proposals
 
     def _propose(
@@ -136,33 +150,39 @@ class Filling:
             known = proposals[items[position]]
             known[cluster] = max(price, known.get(cluster, price))
 
-    def _beside(self, items: list[int]) -> Iterator[tuple[int, int]]:
-        """Yield (position in ``items``, cluster) of what may go on from what is placed.
-
-        That is the orphan behind it in the file, or one that begins a gap soon after: runs are interrupted.
-        """
-        starts = [
+    def _starts(self, items: list[int]) -> list[int]:
+        """Return the positions in ``items`` of orphans right before which something else lies in the file."""
+        return [
             position
             for position, index in enumerate(items)
             if not position
             or items[position - 1] != index - 1
             or self._hosts[index] != self._hosts[index - 1] + self._cluster_bytes
         ]
+
+    def _beside(self, items: list[int], starts: list[int]) -> Iterator[tuple[int, int]]:
+        """Yield (position in ``items``, cluster) of what may go on from what is placed.
+
+        That is the orphan behind it in the file, or one that begins a gap soon after: runs are interrupted.
+        """
         hosts = [self._hosts[index] for index in items]
+        at_start = set(starts)
+        walked: set[tuple[int, int]] = set()
         for host, cluster in self._placed():
             position = bisect_left(hosts, host)
             group = bisect_left(starts, position)
-            for other in self._aligner.ahead(cluster, 1):
-                for start in starts[group : group + GROUPS_TRIED]:
-                    yield start, other
-            for other in self._aligner.ahead(cluster, -1):
-                for end in [position - 1] + [start - 1 for start in starts[max(0, group - GROUPS_TRIED) : group]]:
-                    if end < 0:
-                        continue
-                    yield end, other
-                    walked = self._aligner.walk_back(items, end, other)
-                    for (_, place), before in zip(walked, range(end - 1, -1, -1), strict=False):
-                        yield before, place
+            for other in self._aligner.beside(cluster, 1):
+                yield from ((start, other) for start in starts[group : group + GROUPS_TRIED])
+            ends = [position - 1, *(start - 1 for start in starts[max(0, group - GROUPS_TRIED) : group])]
+            for other in self._aligner.beside(cluster, -1):
+                for end in ends:
+                    if end >= 0 and (end, other) not in walked:
+                        walked.add((end, other))
+                        yield end, other
+                        back = self._aligner.walk_back(items, end, other)
+                        for (_, place), before in zip(back, range(end - 1, -1, -1), strict=False):
+                            if self._aligner.is_natural(place) or before in at_start:
+                                yield before, place
 
     def _gaps(self, items: list[int]) -> dict[int, tuple[int, int]]:
         """Return between which orphans others lie that are placed: see `aligning.Gaps`."""
@@ -192,13 +212,11 @@ class Filling:
 
     def _take(self, stretch: Stretch, wanted: float, *, is_cut: bool) -> None:
         """Place a stretch if it gains enough; what others have by now is left out."""
-        free = [
-            pair
-            for pair in (self._cut(stretch) if is_cut else stretch.pairs)
-            if self._is_waiting(pair.cluster) and not self._expectations.of(pair.cluster).is_free
-        ]
-        gain = _gain_of(free) + LAND * (stretch.has_landed + stretch.is_attached)
-        if gain < wanted:
+        pairs = self._cut(stretch) if is_cut else stretch.pairs
+        free = [pair for pair in pairs if self._is_waiting(pair.cluster)]
+        free = [pair for pair in free if not self._expectations.of(pair.cluster).is_free]
+        gain = _gain_of(replace(stretch, pairs=free))
+        if not free or gain < wanted:
             return
         certainty = Certainty.LIKELY if gain >= LIKELY_GAIN else Certainty.GUESS
         for pair in free:
@@ -206,7 +224,8 @@ class Filling:
                 self._put(pair.cluster, pair.index, certainty, "what its file system expects there")
 
     def _put(self, cluster: int, index: int, certainty: Certainty, witness: str) -> None:
-        self._taken[index] = cluster
+        self._taken[index], self._indices[cluster] = cluster, index
+        self._odds.learn(self._expectations.of(cluster), index)
         self._guests[cluster] = self._hosts[index]
         guest = cluster * self._cluster_bytes
         self._map.place(Placement(guest, self._hosts[index], self._cluster_bytes, certainty, witness))
@@ -227,5 +246,17 @@ class Filling:
                     break
 
 
-def _gain_of(pairs: list[Pair]) -> float:
-    return sum(pair.gain for pair in pairs)
+def _gain_of(stretch: Stretch) -> float:
+    """Return what tells that a stretch is right; that it is long does not."""
+    told = sum(pair.gain - PLAIN for pair in stretch.pairs if abs(pair.gain) > PLAIN)
+    return told + LAND * (stretch.is_attached + stretch.has_landed)
+
+
+def _parts(stretch: Stretch) -> Iterator[Stretch]:
+    """Yield the parts of a stretch between steps that were dear: each has to tell that it is right."""
+    pairs = stretch.pairs
+    starts = [0, *(at for at, pair in enumerate(pairs) if at and pair.price <= DEAR), len(pairs)]
+    for start, stop in pairwise(starts):
+        yield Stretch(
+            pairs[start:stop], stretch.is_attached and not start, stretch.has_landed and stop == len(pairs)
+        )

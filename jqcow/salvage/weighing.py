@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from math import log
 
-from jqcow.salvage.expecting import FREE, SLACK, SYSTEM, Expected
+from jqcow.salvage.expecting import FREE, SLACK, SYSTEM, UNKNOWN, Expected
 from jqcow.salvage.looks import ZEROS, Looks, changes
 
 IN_USE, IN_FREE = 0.25, -0.1
@@ -30,6 +30,11 @@ CHANGED = -2.0
 """Within a file the kind of bytes changes."""
 CHANGED_MAX = -4.0
 
+OF_KIND, OF_OTHER = 0.6, -2.5
+"""A file's blocks are of the kind of bytes that others of its blocks are, or are not."""
+MIXED = -1
+"""The kind of a file that has several."""
+
 # How often it is so: a file's end, by what precedes the zeros; a whole run of blocks being zeros, or none.
 _TAIL_RIGHT, _TAIL_NEAR, _TAIL_ZERO, _TAIL_SHORT = 0.9, 0.04, 0.03, 0.02
 _DATA_ZEROS, _DATA_FULL = 0.06, 0.85
@@ -39,7 +44,11 @@ _CHANGE_AT_EDGE = 0.6
 
 
 class Odds:
-    """Weighs how clusters look by how all orphans look."""
+    """Weighs how clusters look by how all orphans look.
+
+    Attributes:
+        kinds: of which kind the bytes of files are, by number.
+    """
 
     def __init__(self, looks: Looks) -> None:
         """Take what the orphans look like; they must be all there by now."""
@@ -57,7 +66,23 @@ class Odds:
             kinds = looks.kinds_of(index)
             seen += len(kinds) - 1 - kinds.count(ZEROS)
             changed += len(changes(kinds))
+        self.kinds: dict[int, int] = {}
         self._changed = min(0.5, changed / max(1, seen))
+
+    def learn(self, expected: Expected, index: int) -> None:
+        """Take from an orphan in its place of what kind files are."""
+        kinds = self._looks.kinds_of(index)
+        for first, stop, owner in expected.runs:
+            if owner >= 0:
+                for kind in set(kinds[first:stop]) - {ZEROS}:
+                    self.kinds[owner] = kind if self.kinds.get(owner, kind) == kind else MIXED
+
+    def _kind(self, kinds: bytes, usual: int) -> float:
+        """Return what it tells that blocks of a file are of the kind of others of it, or are not."""
+        seen = set(kinds) - {ZEROS}
+        if usual == MIXED or not seen:
+            return 0.0
+        return OF_KIND if seen == {usual} else OF_OTHER
 
     def tail(self, length: int, valid: int) -> float:
         """Return what a last block tells with so many bytes before its zeros, of so many of the file."""
@@ -78,15 +103,18 @@ class Odds:
 
     def of(self, expected: Expected, index: int) -> float:
         """Return how well an orphan meets what is expected of a cluster."""
-        if expected.is_free:
+        if expected.is_idle:
             return IN_FREE
         lengths = self._looks.lengths_of(index)
         if not any(lengths):
             return ALL_ZEROS if expected.is_data else 0.0
         total = sum(self.tail(lengths[block], valid) for block, valid in expected.tails.items())
         untold = 0.0
+        kinds = self._looks.kinds_of(index)
         for first, stop, owner in expected.runs:
-            if owner != SYSTEM:
+            if owner in self.kinds:
+                total += self._kind(kinds[first:stop], self.kinds[owner])
+            if owner not in (SYSTEM, UNKNOWN):
                 total += self._run(lengths[first:stop], owner)
                 untold += self._ends(lengths[first:stop]) if owner >= 0 else 0.0
         total += max(UNTOLD_MAX, untold)
