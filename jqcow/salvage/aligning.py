@@ -31,7 +31,7 @@ LAND, INTERRUPT = 5.0, -1.0
 """What it tells to come to where what is placed goes on, and what it costs to be interrupted by it."""
 GIVE_UP, STAY_LOST = -4.0, -0.05
 """What it costs that an orphan belongs nowhere, and that the one behind it does not, either."""
-BEAM, BEHIND_MAX = 24, 13.0
+BEAM, BEHIND_MAX = 80, 14.0
 """So many paths are followed, none of which is so far behind the best."""
 SKIPPED_MAX = 64
 """So many clusters that are placed may lie between one and the next."""
