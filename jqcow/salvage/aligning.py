@@ -27,13 +27,15 @@ NATURAL = 3.5
 """What it tells that a jump leads to where a run would begin: where a piece of a file does, or beside others."""
 BROKEN = -2.5
 """What it costs to jump from where a run would go on."""
+NEAR = -1.6
+"""What goes on at a higher price is not said to go on from what is placed."""
 LAND, INTERRUPT = 5.0, -1.0
 """What it tells to come to where what is placed goes on, and what it costs to be interrupted by it."""
 GIVE_UP, STAY_LOST = -4.0, -0.05
 """What it costs that an orphan belongs nowhere, and that the one behind it does not, either."""
 BEAM, BEHIND_MAX = 80, 14.0
 """So many paths are followed, none of which is so far behind the best."""
-SKIPPED_MAX = 64
+SKIPPED_MAX = 4
 """So many clusters that are placed may lie between one and the next."""
 DROP, WALK_MAX = 8.0, 512
 """A walk back from a likely place ends when it has lost so much, or has come so far."""
@@ -100,9 +102,23 @@ _Paths = dict[int, tuple[float, _Node | None]]
 
 Proposals = Mapping[int, Mapping[int, float]]
 """For orphans, clusters to jump to, each with its price."""
-Gaps = Mapping[int, tuple[int, int]]
-"""For orphans, the first and the last of the clusters that the orphans right before are placed in; for END,
-those of the last orphans."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Clusters that orphans are placed in which lie between two others.
+
+    Attributes:
+        first: the first of them in the order of the file.
+        last: the last of them, beginning with the very last.
+    """
+
+    first: list[int]
+    last: list[int]
+
+
+Gaps = Mapping[int, Gap]
+"""What lies before orphans that is placed; for END, behind the last."""
 
 
 class Aligner:
@@ -236,26 +252,32 @@ class Aligner:
         paths: _Paths = {NOWHERE: (0.0, None)}
         for index in items:
             if index in gaps:
-                paths = self._cross(paths, *gaps[index])
+                paths = self._cross(paths, gaps[index])
             paths = self._step(paths, index, proposals.get(index, {}))
         if END in gaps:
-            paths = self._cross(paths, *gaps[END])
+            paths = self._cross(paths, gaps[END])
         _, node = max(paths.values(), key=lambda path: path[0])
         return _stretches(node)
 
-    def _cross(self, paths: _Paths, first: int, last: int) -> _Paths:
+    def _cross(self, paths: _Paths, gap: Gap) -> _Paths:
         """Return paths that have come by what is placed: they stop there, or go on behind it."""
         found: _Paths = {}
         best: tuple[float, _Node | None] = (-1e9, None)
         for cluster, (score, node) in paths.items():
-            landed = cluster != NOWHERE and self.leads(cluster, first)
-            if score + LAND * landed > best[0]:
+            landed = 0.0
+            if cluster != NOWHERE:
+                prices = (LAND + INTERRUPT * at for at, first in enumerate(gap.first) if self.leads(cluster, first))
+                landed = max(prices, default=0.0)
+                if node is not None and node.index >= 0:
+                    found[cluster] = (score + INTERRUPT, node)
+            if score + landed > best[0]:
                 how: Literal["on", "landing"] = "landing" if landed else "on"
-                best = score + LAND * landed, _Node(-1, last, node, 0.0, 0.0, how)
-            if cluster != NOWHERE and node is not None and node.index >= 0:
-                found[cluster] = (score + INTERRUPT, node)
-        found[last] = best
-        found[NOWHERE] = (best[0] + STAY_LOST, best[1])
+                best = score + landed, _Node(-1, NOWHERE, node, 0.0, 0.0, how)
+        score, node = best
+        for at, last in enumerate(gap.last):
+            if last not in found:
+                found[last] = (score + INTERRUPT * at, _Node(-1, last, node, 0.0))
+        found[NOWHERE] = (score + STAY_LOST, node)
         return found
 
     def best_once(
@@ -300,7 +322,8 @@ class Aligner:
         for cluster, (score, node) in paths.items():
             if node is None or cluster == NOWHERE:
                 continue
-            for other, price in self._ahead(cluster, 1).items():
+            ahead = self._ahead(cluster, 1)
+            for other, price in ahead.items():
                 gain = price + self.gain(other, index) + self.joint(node, other, index)
                 if score + gain > found.get(other, (-1e9, None))[0]:
                     found[other] = (score + gain, _Node(index, other, node, gain, price))
@@ -340,7 +363,8 @@ def _stretches(node: _Node | None) -> list[Stretch]:
             pairs.append(Pair(node.index, node.cluster, node.gain, node.price))
         if not is_orphan or node.how == "start":
             if pairs:
-                stretches.append(Stretch(pairs[::-1], node.index < 0, has_landed))
+                is_attached = node.index < 0 and pairs[-1].price > NEAR
+                stretches.append(Stretch(pairs[::-1], is_attached, has_landed))
             pairs, has_landed = [], node.how == "landing"
         node = node.before
     if pairs:

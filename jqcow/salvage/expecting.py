@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from heapq import nlargest
 from itertools import accumulate
 from math import gcd
 
@@ -39,7 +40,7 @@ class Expected:
         edges: the blocks that have another owner than the one before.
         is_data: a file has data in it.
         is_free: nobody misses what it holds.
-        is_idle: nothing is known that uses it.
+        is_idle: no file has something in it: it may never have been written.
     """
 
     owners: tuple[int, ...]
@@ -67,7 +68,7 @@ class Expected:
         all_owners = set(owners)
         object.__setattr__(self, "is_data", max(all_owners) >= 0)
         object.__setattr__(self, "is_free", all_owners == {FREE})
-        object.__setattr__(self, "is_idle", all_owners <= {FREE, UNKNOWN})
+        object.__setattr__(self, "is_idle", all_owners <= {FREE, UNKNOWN, SYSTEM})
 
 
 class _Pieces:
@@ -220,12 +221,18 @@ class Expectations:
                 cluster, within = divmod(end, self._cluster_bytes)
                 yield cluster, within // self.block_bytes, end % self.block_bytes
 
+    def large(self, count: int) -> Iterator[int]:
+        """Yield the first cluster of each of so many of the largest pieces."""
+        pieces = self._pieces
+        for at in nlargest(count, range(len(pieces)), key=pieces.lengths.__getitem__):
+            yield pieces.starts[at] // self._cluster_bytes
+
     # Which cluster comes next
 
     def in_use(self, cluster: int) -> bool:
-        """Return whether something is known that uses a cluster."""
+        """Return whether a file has something in a cluster."""
         start = cluster * self._cluster_bytes
-        return any(True for _ in self._pieces.touching(start, start + self._cluster_bytes))
+        return any(self._pieces.data[at] for at in self._pieces.touching(start, start + self._cluster_bytes))
 
     def begins(self, cluster: int) -> bool:
         """Return whether a piece of a file begins in a cluster."""
@@ -244,8 +251,12 @@ class Expectations:
         pieces = self._pieces
         if step > 0:
             at = bisect_left(pieces.starts, (cluster + 1) * self._cluster_bytes)
+            while at < len(pieces) and not pieces.data[at]:
+                at += 1
             return pieces.starts[at] // self._cluster_bytes if at < len(pieces) else None
         at = bisect_left(pieces.starts, max(0, cluster * self._cluster_bytes)) - 1
+        while at >= 0 and not pieces.data[at]:
+            at -= 1
         return None if at < 0 else (pieces.starts[at] + pieces.lengths[at] - 1) // self._cluster_bytes
 
     def beside_in_file(self, cluster: int, step: int) -> Iterator[int]:

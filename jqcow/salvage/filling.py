@@ -12,6 +12,7 @@ F2. The best stretches come first: what they place no other gets.
 from __future__ import annotations
 
 import heapq
+from heapq import nlargest
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from functools import lru_cache
 from itertools import pairwise
 from operator import itemgetter
 
-from jqcow.salvage.aligning import END, JUMP, LAND, RESUME, Aligner, Pair, Stretch
+from jqcow.salvage.aligning import END, JUMP, LAND, RESUME, Aligner, Gap, Pair, Stretch
 from jqcow.salvage.evidence import Certainty, Orphans, Placement
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.guestmap import GuestMap
@@ -33,7 +34,9 @@ SEED_GAIN = 3.0
 """A path begins where an orphan meets what is expected so well."""
 TELLING = 2.0
 """Early on, stretches begin and end with a cluster that tells so much by itself, or beside what is placed."""
-ROUNDS = ((16.0, 1, True), (9.0, 1, True), (5.0, 1, True), (8.0, 4, False), (4.0, 4, False), (-99.0, 4, False))
+NO_GAIN, LOOSE_GAIN = -1e9, 8.0
+"""What a stretch gains at least, and one that neither goes on from what is placed nor leads to it."""
+ROUNDS = ((16.0, 1, True), (10.0, 1, True), (9.0, 4, False), (7.0, 4, False), (4.5, 4, False), (NO_GAIN, 4, False))
 """What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
@@ -41,6 +44,10 @@ PLAIN = 0.9
 """A pair tells nothing that gains no more."""
 DEAR = -2.0
 """A stretch is parted at steps that cost so much."""
+GAP_ENDS = 6
+"""So many at each end of what lies placed between orphans may go on from these, or lead to them."""
+LARGE_TRIED, BREAKS_TRIED = 48, 48
+"""So many of the largest pieces of files are tried where so many of the longest runs of orphans begin."""
 GROUPS_TRIED = 12
 """A run that was interrupted may go on in one of so many gaps that follow in the file."""
 
@@ -122,8 +129,12 @@ class Filling:
         """Return for orphans the clusters where a path may begin, and what that costs."""
         proposals: dict[int, dict[int, float]] = defaultdict(dict)
         starts = self._starts(items)
+        large = [cluster for cluster in self._expectations.large(LARGE_TRIED) if self._is_waiting(cluster)]
         for position, cluster in self._beside(items, starts):
             self._propose(proposals, items, position, cluster, RESUME)
+        for position in self._breaks(items, starts):
+            for cluster in large:
+                self._propose(proposals, items, position, cluster, JUMP)
         starts = {items[position] for position in starts}
         for index, cluster in sorted(set(seeds)):
             if index in self._taken or not self._is_waiting(cluster):
@@ -160,6 +171,19 @@ class Filling:
             or self._hosts[index] != self._hosts[index - 1] + self._cluster_bytes
         ]
 
+    def _breaks(self, items: list[int], starts: list[int]) -> list[int]:
+        """Return where runs may begin among orphans of which nothing is known: the longest first."""
+        looks, per = self._looks, self._looks.per_cluster
+        found = set(starts)
+        for position, index in enumerate(items):
+            kind, before = looks.kinds[index * per], looks.kinds[index * per - 1] if index else 0
+            length = looks.lengths[index * per - 1] if index else 0
+            if kind and (kind != before or length < looks.block_bytes):
+                found.add(position)
+        order = sorted(found)
+        lengths = {start: stop - start for start, stop in pairwise([*order, len(items)])}
+        return nlargest(BREAKS_TRIED, order, key=lengths.__getitem__)
+
     def _beside(self, items: list[int], starts: list[int]) -> Iterator[tuple[int, int]]:
         """Yield (position in ``items``, cluster) of what may go on from what is placed.
 
@@ -184,14 +208,17 @@ class Filling:
                             if self._aligner.is_natural(place) or before in at_start:
                                 yield before, place
 
-    def _gaps(self, items: list[int]) -> dict[int, tuple[int, int]]:
-        """Return between which orphans others lie that are placed: see `aligning.Gaps`."""
-        gaps: dict[int, tuple[int, int]] = {}
+    def _gaps(self, items: list[int]) -> dict[int, Gap]:
+        """Return between which orphans others lie that are placed."""
+        gaps: dict[int, Gap] = defaultdict(lambda: Gap([], []))
         hosts = [self._hosts[index] for index in items]
         for host, cluster in self._placed():
             position = bisect_left(hosts, host)
-            before = items[position] if position < len(items) else END
-            gaps[before] = (gaps.get(before, (cluster, cluster))[0], cluster)
+            gap = gaps[items[position] if position < len(items) else END]
+            if len(gap.first) < GAP_ENDS:
+                gap.first.append(cluster)
+            gap.last.insert(0, cluster)
+            del gap.last[GAP_ENDS:]
         return gaps
 
     def _placed(self) -> list[tuple[int, int]]:
@@ -216,7 +243,8 @@ class Filling:
         free = [pair for pair in pairs if self._is_waiting(pair.cluster)]
         free = [pair for pair in free if not self._expectations.of(pair.cluster).is_free]
         gain = _gain_of(replace(stretch, pairs=free))
-        if not free or gain < wanted:
+        is_loose = not stretch.is_attached and not stretch.has_landed
+        if not free or gain < wanted or (is_loose and LOOSE_GAIN > wanted > NO_GAIN):
             return
         certainty = Certainty.LIKELY if gain >= LIKELY_GAIN else Certainty.GUESS
         for pair in free:
@@ -248,7 +276,7 @@ class Filling:
 
 def _gain_of(stretch: Stretch) -> float:
     """Return what tells that a stretch is right; that it is long does not."""
-    told = sum(pair.gain - PLAIN for pair in stretch.pairs if abs(pair.gain) > PLAIN)
+    told = sum(max(pair.gain - PLAIN, -1.0) for pair in stretch.pairs if abs(pair.gain) > PLAIN)
     return told + LAND * (stretch.is_attached + stretch.has_landed)
 
 

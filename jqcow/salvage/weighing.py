@@ -30,7 +30,7 @@ CHANGED = -2.0
 """Within a file the kind of bytes changes."""
 CHANGED_MAX = -4.0
 
-OF_KIND, OF_OTHER = 0.6, -2.5
+OF_KIND, OF_OTHER = 0.05, -0.1
 """A file's blocks are of the kind of bytes that others of its blocks are, or are not."""
 MIXED = -1
 """The kind of a file that has several."""
