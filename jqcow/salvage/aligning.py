@@ -19,7 +19,7 @@ from jqcow.salvage.weighing import Odds
 
 NEXT, NEXT_IN_USE, NEXT_IN_FILE, NEXT_IN_TIME = -0.02, -1.5, -1.0, -2.5
 """What it costs to go on."""
-ENTER_FREE, LEAVE_FREE, STAY_FREE = -2.5, -0.7, -0.05
+ENTER_FREE, LEAVE_FREE, STAY_FREE = -1.5, -0.5, -0.02
 """What it costs to go on to a cluster that is free, and back."""
 JUMP, RESUME = -8.0, -5.0
 """What it costs to jump: to a place that a look suggests, or beside what is placed already."""

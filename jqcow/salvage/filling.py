@@ -36,13 +36,13 @@ TELLING = 2.0
 """Early on, stretches begin and end with a cluster that tells so much by itself, or beside what is placed."""
 NO_GAIN, LOOSE_GAIN = -1e9, 8.0
 """What a stretch gains at least, and one that neither goes on from what is placed nor leads to it."""
-ROUNDS = ((16.0, 1, True), (10.0, 1, True), (9.0, 4, False), (7.0, 4, False), (4.5, 4, False), (NO_GAIN, 4, False))
+ROUNDS = ((16.0, 1, True), (10.0, 1, True), (8.0, 4, True), (4.5, 4, True), (4.5, 4, False), (NO_GAIN, 4, False))
 """What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
 PLAIN = 0.9
 """A pair tells nothing that gains no more."""
-DEAR = -2.0
+DEAR = -1.4
 """A stretch is parted at steps that cost so much."""
 GAP_ENDS = 6
 """So many at each end of what lies placed between orphans may go on from these, or lead to them."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import log
 
 from jqcow.salvage.expecting import FREE, SLACK, SYSTEM, UNKNOWN, Expected
-from jqcow.salvage.looks import ZEROS, Looks, changes
+from jqcow.salvage.looks import NOISE, OTHER, TEXT, ZEROS, Looks, changes
 
 IN_USE, IN_FREE = 0.25, -0.1
 """Of clusters in use nearly each was written, of free ones some were."""
@@ -38,9 +38,9 @@ MIXED = -1
 # How often it is so: a file's end, by what precedes the zeros; a whole run of blocks being zeros, or none.
 _TAIL_RIGHT, _TAIL_NEAR, _TAIL_ZERO, _TAIL_SHORT = 0.9, 0.04, 0.03, 0.02
 _DATA_ZEROS, _DATA_FULL = 0.06, 0.85
-_FREE_ZEROS, _FREE_FULL = 0.6, 0.3
+_FREE_ZEROS, _FREE_FULL = 0.5, 0.5
 _SLACK_ZEROS, _SLACK_FULL = 0.97, 0.01
-_CHANGE_AT_EDGE = 0.6
+_CHANGE_AT_EDGE = 0.9
 
 
 class Odds:
@@ -67,6 +67,9 @@ class Odds:
             seen += len(kinds) - 1 - kinds.count(ZEROS)
             changed += len(changes(kinds))
         self.kinds: dict[int, int] = {}
+        dense = [looks.kinds.count(kind) for kind in (TEXT, NOISE, OTHER)]
+        same = sum(count * count for count in dense) / max(1, sum(dense)) ** 2
+        self._at_edge = max(0.05, _CHANGE_AT_EDGE * (1 - same))
         self._changed = min(0.5, changed / max(1, seen))
 
     def learn(self, expected: Expected, index: int) -> None:
@@ -156,8 +159,8 @@ class Odds:
         if not is_edge:
             return CHANGED if is_changed else -log(1 - self._changed)
         if is_changed:
-            return log(_CHANGE_AT_EDGE / self._changed)
-        return log((1 - _CHANGE_AT_EDGE) / (1 - self._changed))
+            return max(0.0, log(self._at_edge / self._changed))
+        return min(0.0, log((1 - self._at_edge) / (1 - self._changed)))
 
     def joint(self, one: Expected, first: int, other: Expected, second: int) -> float:
         """Return what the last block of an orphan and the first of another tell, placed side by side."""
