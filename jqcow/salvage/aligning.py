@@ -29,7 +29,7 @@ BROKEN = -2.5
 """What it costs to jump from where a run would go on."""
 NEAR = -1.6
 """What goes on at a higher price is not said to go on from what is placed."""
-LAND, INTERRUPT = 5.0, -1.0
+LAND, LAND_FAR, INTERRUPT = 5.0, 3.0, -1.0
 """What it tells to come to where what is placed goes on, and what it costs to be interrupted by it."""
 GIVE_UP, STAY_LOST = -4.0, -0.05
 """What it costs that an orphan belongs nowhere, and that the one behind it does not, either."""
@@ -187,13 +187,12 @@ class Aligner:
             price += STAY_FREE if was_free and is_free else ENTER_FREE if is_free else LEAVE_FREE
         found[other] = max(price, found.get(other, price))
 
-    def leads(self, cluster: int, other: int) -> bool:
-        """Return whether a run would go on from one cluster to the other, that is placed."""
-        return (
-            other == cluster + 1
-            or other == self._expectations.next_in_use(cluster, 1)
-            or other in self._expectations.beside_in_file(cluster, 1)
-        )
+    def landing(self, cluster: int, other: int) -> float:
+        """Return what it tells that a run comes from one cluster to the other, that is placed."""
+        if other == cluster + 1:
+            return LAND
+        is_next = other == self._expectations.next_in_use(cluster, 1)
+        return LAND_FAR if is_next or other in self._expectations.beside_in_file(cluster, 1) else 0.0
 
     def _is_natural(self, cluster: int) -> bool:
         """Return whether a run would begin with a cluster."""
@@ -205,8 +204,10 @@ class Aligner:
 
     def _is_end(self, cluster: int) -> bool:
         """Return whether a run would end with a cluster."""
-        return not self._is_waiting(cluster + 1) or not self._expectations.in_use(cluster + 1) or (
-            self._expectations.begins(cluster + 1)
+        return (
+            not self._is_waiting(cluster + 1)
+            or not self._expectations.in_use(cluster + 1)
+            or (self._expectations.begins(cluster + 1))
         )
 
     def _next_waiting(self, cluster: int, step: int) -> int | None:
@@ -266,8 +267,8 @@ class Aligner:
         for cluster, (score, node) in paths.items():
             landed = 0.0
             if cluster != NOWHERE:
-                prices = (LAND + INTERRUPT * at for at, first in enumerate(gap.first) if self.leads(cluster, first))
-                landed = max(prices, default=0.0)
+                prices = (self.landing(cluster, first) + INTERRUPT * at for at, first in enumerate(gap.first))
+                landed = max(0.0, *prices)
                 if node is not None and node.index >= 0:
                     found[cluster] = (score + INTERRUPT, node)
             if score + landed > best[0]:
@@ -280,9 +281,7 @@ class Aligner:
         found[NOWHERE] = (score + STAY_LOST, node)
         return found
 
-    def best_once(
-        self, items: Sequence[int], proposals: Proposals, gaps: Gaps, passes: int
-    ) -> list[Stretch]:
+    def best_once(self, items: Sequence[int], proposals: Proposals, gaps: Gaps, passes: int) -> list[Stretch]:
         """Return the stretches of the best path on which few clusters come more than once.
 
         What does is made dear, a little more each time, until those of its users leave that have the least

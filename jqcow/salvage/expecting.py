@@ -105,7 +105,10 @@ class _Pieces:
         self.by_file = array("I", sorted(of_files, key=lambda at: (self.numbers[at], self.offsets[at])))
         key = self.times, self.numbers, self.offsets
         self.by_time = array("I", sorted(of_files, key=lambda at: tuple(one[at] for one in key)))
-        self._place_in_file, self._place_in_time = _inverse(self.by_file, len(self)), _inverse(self.by_time, len(self))
+        self._place_in_file, self._place_in_time = (
+            _inverse(self.by_file, len(self)),
+            _inverse(self.by_time, len(self)),
+        )
         ends = (start + length for start, length in zip(self.starts, self.lengths, strict=True))
         self._reach = array("Q", accumulate(ends, max))
 

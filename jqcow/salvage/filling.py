@@ -11,18 +11,17 @@ F2. The best stretches come first: what they place no other gets.
 
 from __future__ import annotations
 
-import heapq
-from heapq import nlargest
+from array import array
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
-from operator import itemgetter
+from heapq import nlargest
+from itertools import islice, pairwise
 
 from jqcow.salvage.aligning import END, JUMP, LAND, RESUME, Aligner, Gap, Pair, Stretch
-from jqcow.salvage.evidence import Certainty, Orphans, Placement
+from jqcow.salvage.evidence import Certainty, Placement
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.looks import Looks
@@ -36,7 +35,14 @@ TELLING = 2.0
 """Early on, stretches begin and end with a cluster that tells so much by itself, or beside what is placed."""
 NO_GAIN, LOOSE_GAIN = -1e9, 8.0
 """What a stretch gains at least, and one that neither goes on from what is placed nor leads to it."""
-ROUNDS = ((16.0, 1, True), (10.0, 1, True), (8.0, 4, True), (4.5, 4, True), (4.5, 4, False), (NO_GAIN, 4, False))
+ROUNDS = (
+    (16.0, 1, True),
+    (10.0, 1, True),
+    (8.0, 4, True),
+    (4.5, 4, True),
+    (4.5, 4, False),
+    (NO_GAIN, 4, False),
+)
 """What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
@@ -44,6 +50,11 @@ PLAIN = 0.9
 """A pair tells nothing that gains no more."""
 DEAR = -1.4
 """A stretch is parted at steps that cost so much."""
+CLUSTERS_MAX, BLOCKS_MAX = 1 << 18, 1 << 24
+"""So many orphans are looked at together, of no more blocks: memory does not grow with the image. What lies
+further apart in the file is not compared."""
+REST_AHEAD, REST_GAIN = 64, -4.0
+"""What is left over goes to one of so many places that wait, where nothing speaks so much against it."""
 GAP_ENDS = 6
 """So many at each end of what lies placed between orphans may go on from these, or lead to them."""
 LARGE_TRIED, BREAKS_TRIED = 48, 48
@@ -58,34 +69,37 @@ class Filling:
     def __init__(
         self,
         guest_map: GuestMap,
-        orphans: Orphans,
-        zeros: Iterable[int],
+        cluster_bytes: int,
+        found: Iterable[tuple[int, bytes]],
         expectations: Expectations,
-        anchored: dict[int, int],
+        anchored: Sequence[tuple[int, int]],
     ) -> None:
-        """Begin with all orphans, of which ``anchored`` ones are placed: guest offset by host offset.
+        """Take orphans, as (host offset, content) in the order of the file; zeros may have no content.
 
-        ``zeros``: host offsets of clusters of zeros that nothing names. They take places in the runs.
+        ``anchored``: (host offset, guest offset) of all clusters that are placed, in the order of the file.
         """
-        self._map, self._cluster_bytes = guest_map, orphans.cluster_bytes
+        self._map, self._cluster_bytes = guest_map, cluster_bytes
         self._expectations = expectations
-        self._hosts: list[int] = []
-        self._looks = Looks(expectations.block_bytes, orphans.cluster_bytes)
-        found = heapq.merge(
-            ((host, content) for host, content in orphans if host not in anchored),
-            ((host, b"") for host in zeros),
-            key=itemgetter(0),
-        )
+        self._hosts = array("Q")
+        self._looks = Looks(expectations.block_bytes, cluster_bytes)
         for host, content in found:
             self._hosts.append(host)
             self._looks.add(content)
         self._odds = Odds(self._looks)
-        self._anchors = sorted((host, guest // self._cluster_bytes) for host, guest in anchored.items())
+        self._anchors: list[tuple[int, int]] = []
+        if self._hosts:
+            first = max(0, bisect_left(anchored, (self._hosts[0],)) - GAP_ENDS)
+            last = bisect_left(anchored, (self._hosts[-1],)) + GAP_ENDS
+            self._anchors = [(host, guest // cluster_bytes) for host, guest in anchored[first:last]]
         self._guests: dict[int, int] = {cluster: host for host, cluster in self._anchors}
         self._taken: dict[int, int] = {}
         self._indices: dict[int, int] = {}
         self._is_open = lru_cache(maxsize=1 << 16)(self._find_open)
         self._aligner = Aligner(expectations, self._odds, self._is_waiting, self._indices.get)
+
+    def __len__(self) -> int:
+        """Return how many orphans there are."""
+        return len(self._hosts)
 
     def _is_waiting(self, cluster: int) -> bool:
         """Return whether a cluster of the disk may be placed."""
@@ -97,12 +111,14 @@ class Filling:
 
     def fill(self) -> None:
         """Place what paths place, then what is left over."""
-        seeds = [pair for pair in self._seeds()]
+        seeds = sorted(set(self._seeds()))
         for wanted, passes, is_cut in ROUNDS:
             items = [index for index in range(len(self._hosts)) if index not in self._taken]
             if not items:
                 return
-            stretches = self._aligner.best_once(items, self._proposals(items, seeds), self._gaps(items), passes)
+            stretches = self._aligner.best_once(
+                items, self._proposals(items, seeds), self._gaps(items), passes
+            )
             parts = [part for stretch in stretches for part in _parts(stretch)]
             for stretch in sorted(parts, key=lambda part: -_gain_of(part)):
                 self._take(stretch, wanted, is_cut=is_cut)
@@ -136,7 +152,7 @@ class Filling:
             for cluster in large:
                 self._propose(proposals, items, position, cluster, JUMP)
         starts = {items[position] for position in starts}
-        for index, cluster in sorted(set(seeds)):
+        for index, cluster in seeds:
             if index in self._taken or not self._is_waiting(cluster):
                 continue
             if self._aligner.gain(cluster, index) >= SEED_GAIN:
@@ -260,18 +276,19 @@ class Filling:
 
     def _take_rest(self) -> None:
         """Give what is left in the order of the file to what is expected still, in the order of writing."""
-        waiting = [
-            cluster for cluster in dict.fromkeys(self._expectations.by_writing()) if self._is_waiting(cluster)
-        ]
-        position = 0
+        coming = (cluster for cluster in self._expectations.by_writing() if self._is_waiting(cluster))
+        waiting = deque(islice(coming, REST_AHEAD))
         for index in range(len(self._hosts)):
             if index in self._taken:
                 continue
-            for ahead in range(position, min(position + 64, len(waiting))):
-                if self._aligner.gain(waiting[ahead], index) > -4:
-                    self._put(waiting[ahead], index, Certainty.GUESS, "what was left over, in order")
-                    position = ahead + 1
+            for _ in range(len(waiting)):
+                cluster = waiting[0]
+                if self._is_waiting(cluster) and self._aligner.gain(cluster, index) > REST_GAIN:
+                    self._put(cluster, index, Certainty.GUESS, "what was left over, in order")
+                    waiting.popleft()
                     break
+                waiting.rotate(-1)
+            waiting.extend(islice(coming, REST_AHEAD - len(waiting)))
 
 
 def _gain_of(stretch: Stretch) -> float:

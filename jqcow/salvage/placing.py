@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
 
 from jqcow.salvage.anchoring import Find, anchor
 from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, Placement
 from jqcow.salvage.expecting import Expectations
-from jqcow.salvage.filling import Filling
+from jqcow.salvage.filling import BLOCKS_MAX, CLUSTERS_MAX, Filling
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.orphans import OrphanClusters
 from jqcow.salvage.protection import Protection
@@ -39,6 +42,8 @@ def place_orphans(
     orphans: OrphanClusters,
     find: Find,
     protection: Protection | None = None,
+    *,
+    are_current: bool = False,
 ) -> Placed:
     """Place the orphans in what a disk has lost.
 
@@ -48,20 +53,44 @@ def place_orphans(
         orphans: what is to be placed.
         find: finds the structures of the guest.
         protection: the sums that `jqcow protect` made, where there are any.
+        are_current: no orphan is an old copy: sound refcounts say that none has two users, and there are no
+            snapshots. Else what tells the place of a part of a cluster is certain of no more than that part.
     """
     if protection is not None:
         for host in protection.structures:
             orphans.bits.discard(host // orphans.cluster_bytes)
     guest_map.tables.are_empty_sure = not len(orphans)
     disk = MappedDisk(guest_map, reader)
-    anchors, structures = anchor(guest_map, disk, orphans, find, protection)
+    anchors, structures = anchor(guest_map, disk, orphans, find, protection, are_current=are_current)
     expectations = Expectations(orphans.cluster_bytes)
-    expectations.take(structures, disk)
-    filling = Filling(guest_map, orphans, _short_zeros(orphans), expectations, anchors.placed)
-    filling.fill()
+    expectations.take(structures, disk.trusting(Certainty.LIKELY))
+    if len(expectations):
+        _fill(guest_map, orphans, expectations, sorted(anchors.placed.items()))
     if not len(expectations) and not anchors.placed:
         _place_in_order(guest_map, orphans)
     return Placed(_names(structures), len(anchors.placed), len(orphans))
+
+
+def _fill(
+    guest_map: GuestMap,
+    orphans: OrphanClusters,
+    expectations: Expectations,
+    anchored: list[tuple[int, int]],
+) -> None:
+    """Place what does not tell its place, so many clusters at a time."""
+    at_home = {host for host, _ in anchored}
+    found = heapq.merge(
+        ((host, content) for host, content in orphans if host not in at_home),
+        ((host, b"") for host in _short_zeros(orphans)),
+        key=itemgetter(0),
+    )
+    blocks = orphans.cluster_bytes // expectations.block_bytes
+    count = max(1, min(CLUSTERS_MAX, BLOCKS_MAX // blocks))
+    while True:
+        filling = Filling(guest_map, orphans.cluster_bytes, islice(found, count), expectations, anchored)
+        if not len(filling):
+            return
+        filling.fill()
 
 
 def _short_zeros(orphans: OrphanClusters) -> Iterator[int]:
