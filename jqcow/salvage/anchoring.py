@@ -3,35 +3,49 @@
 AN1. A host cluster for which evidence names two places is certain in neither.
 AN2. A guest cluster for which two host clusters are named, with other bytes, is certain in neither: one of
     them is old, and evidence does not know which.
+AN3. What tells the place of a part of a cluster is certain of that part alone, unless no orphan is an old copy.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from operator import itemgetter
 
 from jqcow.ondisk.protection import reversed_crc
 from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, PlacedDisk, Placement
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.protection import Protection
+from jqcow.salvage.ranges import Ranges
+from jqcow.salvage.reading import MappedDisk
 from jqcow.salvage.sums import SumIndex
 from jqcow.salvage.unit_runs import UnitRuns
 
 MAX_ROUNDS = 8
 """So often evidence is asked anew; each round costs a pass over the orphans."""
+MAX_TRUSTING_ROUNDS = 3
+"""So often it is asked for what is likely by what is likely."""
 
 Find = Callable[[PlacedDisk, Orphans], Iterable[GuestStructure]]
 """Finds the structures of a guest, as `jqcow.salvage.guest.find` does."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Claim:
-    """Where evidence says that a host cluster belongs, and how surely."""
+    """Where evidence says that a host cluster belongs, and how surely.
+
+    Attributes:
+        guest: offset on the disk.
+        certainty: of the whole cluster.
+        witness: who says so.
+        parts: (offset in the cluster, length) of what is certain though the whole is not.
+    """
 
     guest: int
     certainty: Certainty
     witness: str
+    parts: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Anchors:
@@ -41,25 +55,47 @@ class Anchors:
         placed: the guest offset of each host cluster that was placed, by its host offset.
     """
 
-    def __init__(self, guest_map: GuestMap, orphans: Orphans) -> None:
-        """Place ``orphans`` in ``guest_map``."""
-        self._map, self._orphans = guest_map, orphans
+    def __init__(self, guest_map: GuestMap, orphans: Orphans, parts: Ranges, *, are_current: bool) -> None:
+        """Place ``orphans`` in ``guest_map``.
+
+        Args:
+            guest_map: of the disk.
+            orphans: what is to be placed.
+            parts: takes the guest ranges that are certain where their cluster is not.
+            are_current: none of the orphans is an old copy (AN3).
+        """
+        self._map, self._orphans, self._parts, self._are_current = guest_map, orphans, parts, are_current
         self._claims: dict[int, dict[int, _Claim]] = defaultdict(dict)
         self.placed: dict[int, int] = {}
 
-    def add(self, placement: Placement) -> bool:
-        """Take a placement; return False if it says nothing new, or what cannot be."""
+    def add(self, placement: Placement, most: Certainty = Certainty.CERTAIN) -> bool:
+        """Take a placement; return False if it says nothing new, or what cannot be.
+
+        Args:
+            placement: of a cluster, or a part of it.
+            most: nothing by it is surer.
+        """
         cluster_bytes = self._orphans.cluster_bytes
         within = placement.host_offset % cluster_bytes
         guest = placement.guest_offset - within
         if guest < 0 or guest % cluster_bytes or not self._map.is_open(guest):
             return False
+        sure = min(placement.certainty, most)
+        length = min(placement.length, cluster_bytes - within)
+        is_part = length < min(cluster_bytes, self._map.size - guest)
+        part = (within, length)
+        whole = min(sure, Certainty.LIKELY) if is_part and not self._are_current else sure
         claims = self._claims[placement.host_offset - within]
         known = claims.get(guest)
-        if known is not None and known.certainty >= placement.certainty:
-            return False
-        claims[guest] = _Claim(guest, placement.certainty, placement.witness)
-        return True
+        is_new = known is None or known.certainty < whole
+        if known is None:
+            known = claims[guest] = _Claim(guest, whole, placement.witness)
+        elif known.certainty < whole:
+            known.certainty, known.witness = whole, placement.witness
+        if sure > whole and part not in known.parts:
+            known.parts.append(part)
+            is_new = True
+        return is_new
 
     def settle(self) -> int:
         """Place what the claims agree on; return how many clusters are new, or surer than before."""
@@ -68,7 +104,7 @@ class Anchors:
             best = max(claims.values(), key=lambda claim: claim.certainty)
             rivals = [claim for claim in claims.values() if claim.certainty == best.certainty]
             if len(rivals) > 1:
-                best = replace(best, certainty=min(best.certainty, Certainty.GUESS))
+                best = _Claim(best.guest, min(best.certainty, Certainty.GUESS), best.witness)
             wanted[best.guest].append((host, best))
         count = 0
         for guest, hosts in wanted.items():
@@ -77,7 +113,18 @@ class Anchors:
             if self._map.place(placement):
                 self.placed[host] = guest
                 count += 1
+            if self.placed.get(host) == guest:
+                count += self._settle_parts(guest, claim)
         return count
+
+    def _settle_parts(self, guest: int, claim: _Claim) -> bool:
+        """Take over the parts of a cluster that are certain; return whether one is new."""
+        is_new = False
+        for within, length in claim.parts:
+            if not self._parts.has(guest + within, length):
+                self._parts.add(guest + within, length)
+                is_new = True
+        return is_new
 
     def _newest(self, hosts: list[tuple[int, _Claim]]) -> tuple[int, _Claim]:
         """Return which of several host clusters a guest cluster is given; the last one in the file.
@@ -85,40 +132,54 @@ class Anchors:
         Files grow: what was written later lies further out, more often than not.
         """
         surest = max(claim.certainty for _, claim in hosts)
-        rivals = sorted((host, claim) for host, claim in hosts if claim.certainty == surest)
+        rivals = sorted((pair for pair in hosts if pair[1].certainty == surest), key=itemgetter(0))
         host, claim = rivals[-1]
         if len({self._orphans.read(rival) for rival, _ in rivals[-3:]}) > 1:
-            claim = replace(claim, certainty=min(surest, Certainty.LIKELY))
+            claim = _Claim(claim.guest, min(surest, Certainty.LIKELY), claim.witness)
         return host, claim
 
 
 def anchor(
     guest_map: GuestMap,
-    disk: PlacedDisk,
+    disk: MappedDisk,
     orphans: Orphans,
     find: Find,
     protection: Protection | None = None,
+    *,
+    are_current: bool = False,
 ) -> tuple[Anchors, list[GuestStructure]]:
     """Place what tells by itself where it belongs, by structures of the guest and by their checksums.
+
+    Once nothing new is certain, what is likely is believed, too, and tells more that is likely.
+
+    Args:
+        guest_map: of the disk.
+        disk: as far as it is placed.
+        orphans: what is to be placed.
+        find: finds the structures of the guest.
+        protection: the sums that `jqcow protect` made, where there are any.
+        are_current: none of the orphans is an old copy (AN3).
 
     Returns:
         What was placed, and the structures that were found.
     """
-    anchors = Anchors(guest_map, orphans)
+    anchors = Anchors(guest_map, orphans, disk.parts, are_current=are_current)
     if protection is not None:
         for placement in by_protection(protection, guest_map, orphans):
             anchors.add(placement)
         anchors.settle()
     structures: list[GuestStructure] = []
-    for _ in range(MAX_ROUNDS):
-        structures = list(find(disk, orphans))
-        for structure in structures:
-            for placement in structure.place(disk, orphans):
-                anchors.add(placement)
-        for placement in by_sums(structures, guest_map, disk, orphans):
-            anchors.add(placement)
-        if not anchors.settle():
-            break
+    for most, rounds in ((Certainty.CERTAIN, MAX_ROUNDS), (Certainty.LIKELY, MAX_TRUSTING_ROUNDS)):
+        seen = disk.trusting(most)
+        for _ in range(rounds):
+            structures = list(find(seen, orphans))
+            for structure in structures:
+                for placement in structure.place(seen, orphans):
+                    anchors.add(placement, most)
+            for placement in by_sums(structures, guest_map, seen, orphans):
+                anchors.add(placement, most)
+            if not anchors.settle():
+                break
     return anchors, structures
 
 

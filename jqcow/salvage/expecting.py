@@ -1,206 +1,296 @@
-"""What a guest's file systems let expect of clusters that are not placed yet, and how an orphan meets it."""
+"""What a guest's file systems let expect of clusters that are not placed yet.
+
+What is kept is the pieces that files consist of, in arrays; what they make of a cluster is told when it is
+asked for. So the memory is bounded by the count of pieces, however large they are.
+"""
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from math import log
+from functools import lru_cache
+from heapq import nlargest
+from itertools import accumulate
+from math import gcd
 
 from jqcow.salvage.evidence import FilePiece, GuestStructure, PlacedDisk
-from jqcow.salvage.guestmap import GuestMap
 
-BLOCK_BYTES = 4096
-"""The unit in which file systems fill clusters, most of them."""
+BLOCK_BYTES_MAX, BLOCK_BYTES_MIN = 4096, 512
+"""Files end in blocks of the file system: those are compared; the smallest unit of all the pieces is taken."""
+PIECES_MAX = 1 << 20
+"""So many pieces are taken in; what lies in others is not expected."""
+OVERLAPS_MAX = 64
+"""So many pieces are looked through that begin before a cluster and may reach into it."""
+CACHED = 1 << 15
 
-IMPOSSIBLE = -1000.0
-"""A score that rules a place out."""
-
-FILES_MAX = 64
-"""So many files of a cluster are told apart."""
-
-Order = tuple[int, int, int]
+FREE, SYSTEM, SLACK, UNKNOWN = -1, -2, -3, -4
+"""Owners of blocks that no file owns: nobody, the file system itself, a file that ended before, or who knows."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Expected:
     """What a guest cluster is expected to hold.
 
     Attributes:
-        guest: its offset on the disk in bytes.
-        written: when the first of its pieces was written: see `FilePiece`.
-        files: the number of each file with data in it, and where the cluster begins in that file, in bytes;
-            before 0 where the file begins in the cluster.
-        data: a bit for each of its blocks that a file uses.
-        free: a bit for each that is free.
+        owners: the number of the file that each of its blocks belongs to; or FREE, SYSTEM, SLACK.
         tails: for each block in which a file ends, how many of its bytes are the file's.
+        runs: (first block, block behind the last, owner) of blocks of one owner; without those with tails.
+        edges: the blocks that have another owner than the one before.
+        is_data: a file has data in it.
+        is_free: nobody misses what it holds.
+        is_idle: no file has something in it: it may never have been written.
     """
 
-    guest: int
-    written: Order | None = None
-    files: dict[int, int] = field(default_factory=dict)
-    data: int = 0
-    free: int = 0
-    tails: dict[int, int] = field(default_factory=dict)
+    owners: tuple[int, ...]
+    tails: dict[int, int]
+    runs: tuple[tuple[int, int, int], ...] = field(init=False)
+    edges: frozenset[int] = field(init=False)
+    is_data: bool = field(init=False)
+    is_free: bool = field(init=False)
+    is_idle: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the rest from owners and tails."""
+        runs: list[tuple[int, int, int]] = []
+        owners = self.owners
+        for block, owner in enumerate(owners):
+            if block in self.tails:
+                continue
+            if runs and runs[-1][1:] == (block, owner):
+                runs[-1] = (runs[-1][0], block + 1, owner)
+            else:
+                runs.append((block, block + 1, owner))
+        changed = (block for block in range(1, len(owners)) if owners[block] != owners[block - 1])
+        object.__setattr__(self, "runs", tuple(runs))
+        object.__setattr__(self, "edges", frozenset(changed))
+        all_owners = set(owners)
+        object.__setattr__(self, "is_data", max(all_owners) >= 0)
+        object.__setattr__(self, "is_free", all_owners == {FREE})
+        object.__setattr__(self, "is_idle", all_owners <= {FREE, UNKNOWN, SYSTEM})
+
+
+class _Pieces:
+    """Pieces of files in arrays, by guest offset, by place in the file, and by time."""
+
+    def __init__(self) -> None:
+        self.starts, self.lengths, self.valid = array("Q"), array("Q"), array("Q")
+        self.numbers, self.offsets, self.times = array("Q"), array("Q"), array("q")
+        self.data = bytearray()
+        self.by_file, self.by_time = array("I"), array("I")
+        self._place_in_file, self._place_in_time = array("I"), array("I")
+        self._reach = array("Q")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def add(self, piece: FilePiece) -> None:
+        self.starts.append(piece.guest_offset)
+        self.lengths.append(piece.length)
+        self.valid.append(min(piece.valid_bytes, piece.length))
+        self.numbers.append(piece.written[1] & (1 << 64) - 1)
+        self.offsets.append(max(0, piece.written[2]))
+        self.times.append(max(-(1 << 62), min(1 << 62, piece.written[0])))
+        self.data.append(piece.is_data)
+
+    def sort(self) -> None:
+        """Sort by guest offset, and make the other orders anew."""
+        order = sorted(range(len(self)), key=self.starts.__getitem__)
+        for name in ("starts", "lengths", "valid", "numbers", "offsets", "times"):
+            values = getattr(self, name)
+            setattr(self, name, array(values.typecode, (values[at] for at in order)))
+        self.data = bytearray(self.data[at] for at in order)
+        of_files = [at for at in range(len(self)) if self.data[at]]
+        self.by_file = array("I", sorted(of_files, key=lambda at: (self.numbers[at], self.offsets[at])))
+        key = self.times, self.numbers, self.offsets
+        self.by_time = array("I", sorted(of_files, key=lambda at: tuple(one[at] for one in key)))
+        self._place_in_file, self._place_in_time = (
+            _inverse(self.by_file, len(self)),
+            _inverse(self.by_time, len(self)),
+        )
+        ends = (start + length for start, length in zip(self.starts, self.lengths, strict=True))
+        self._reach = array("Q", accumulate(ends, max))
+
+    def beside_in_file(self, at: int, step: int) -> int | None:
+        """Return the piece of the same file that comes next, or before."""
+        place = self._place_in_file[at] + step
+        if not 0 <= place < len(self.by_file):
+            return None
+        other = self.by_file[place]
+        return other if self.numbers[other] == self.numbers[at] else None
+
+    def beside_in_time(self, at: int, step: int) -> int | None:
+        """Return the piece that was written next, or before."""
+        place = self._place_in_time[at] + step
+        return self.by_time[place] if 0 <= place < len(self.by_time) else None
+
+    def touching(self, start: int, end: int) -> Iterator[int]:
+        """Yield the pieces that have bytes in [start, end)."""
+        first = bisect_left(self.starts, start)
+        for at in range(first - 1, max(-1, first - 1 - OVERLAPS_MAX), -1):
+            if self._reach[at] <= start:
+                break
+            if self.starts[at] + self.lengths[at] > start:
+                yield at
+        for at in range(first, len(self)):
+            if self.starts[at] >= end:
+                break
+            yield at
+
+
+def _inverse(order: array[int], count: int) -> array[int]:
+    places = array("I", bytes(4 * count))
+    for place, at in enumerate(order):
+        places[at] = place
+    return places
 
 
 class Expectations:
-    """The clusters that are to be placed, and what is expected of them.
+    """What is expected of clusters, each by its number: its guest offset in clusters.
 
     Attributes:
-        clusters: by guest offset.
+        block_bytes: the unit in which it is told.
     """
 
-    def __init__(self, guest_map: GuestMap, cluster_bytes: int) -> None:
-        """Expect nothing yet of what is open in ``guest_map``."""
-        self._map, self._cluster_bytes = guest_map, cluster_bytes
-        self.block_bytes = min(BLOCK_BYTES, cluster_bytes)
-        self.clusters: dict[int, Expected] = {}
+    def __init__(self, cluster_bytes: int) -> None:
+        """Expect nothing yet."""
+        self._cluster_bytes = cluster_bytes
+        self._pieces = _Pieces()
+        self._free_starts, self._free_ends = array("Q"), array("Q")
+        self.block_bytes = min(BLOCK_BYTES_MAX, cluster_bytes)
+        self.of = lru_cache(maxsize=CACHED)(self._of)
+
+    def __len__(self) -> int:
+        """Return how many pieces are known."""
+        return len(self._pieces)
 
     def take(self, structures: Iterable[GuestStructure], disk: PlacedDisk) -> None:
         """Take what file systems say is in use, and what they say is free."""
+        unit = self.block_bytes
+        free: list[tuple[int, int]] = []
         for structure in structures:
             for piece in structure.pieces(disk):
-                self._use(piece)
-            for offset, length in structure.free(disk):
-                self._free(offset, length)
+                if piece.length > 0 and piece.guest_offset >= 0 and len(self._pieces) < PIECES_MAX:
+                    self._pieces.add(piece)
+                    unit = gcd(unit, piece.guest_offset, piece.length)
+            free += (
+                (offset, offset + length)
+                for offset, length in structure.free(disk)
+                if length > 0 and offset >= 0 and len(free) < PIECES_MAX
+            )
+        self.block_bytes = max(unit, min(BLOCK_BYTES_MIN, self._cluster_bytes))
+        free.sort()
+        self._free_starts = array("Q", (start for start, _ in free))
+        self._free_ends = array("Q", (end for _, end in free))
+        self._pieces.sort()
+        self.of.cache_clear()
 
-    def _use(self, piece: FilePiece) -> None:
-        end_of_data = piece.guest_offset + piece.valid_bytes
-        for guest, first, stop in self._clusters_of(piece.guest_offset, piece.length):
-            expected = self.clusters.get(guest)
-            if expected is None:
-                if not self._map.is_open(guest) or self._map.is_placed(guest):
-                    continue
-                expected = self.clusters[guest] = Expected(guest)
-            position = guest - piece.guest_offset
-            if piece.is_data:
-                if len(expected.files) < FILES_MAX:
-                    expected.files[piece.written[1]] = piece.written[2] + position
-                expected.data |= ((1 << stop - first) - 1) << first
-            written = (*piece.written[:2], piece.written[2] + max(0, position))
-            if piece.is_data and (expected.written is None or written < expected.written):
-                expected.written = written
-            tail_block = (end_of_data - guest) // self.block_bytes
-            tail_bytes = (end_of_data - guest) % self.block_bytes
-            if piece.is_data and tail_bytes and first <= tail_block < stop:
-                expected.tails[tail_block] = tail_bytes
-
-    def _free(self, offset: int, length: int) -> None:
-        """Take what is free: of clusters that are in use in part; others hold nothing that is missed."""
-        edge = min(length, self._cluster_bytes)
-        for start, count in {(offset, edge), (offset + length - edge, edge)}:
-            for guest, first, stop in self._clusters_of(start, count):
-                expected = self.clusters.get(guest)
-                if expected is not None:
-                    expected.free |= ((1 << stop - first) - 1) << first
-
-    def _clusters_of(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (guest offset, first block, block behind the last) of each cluster that a range touches."""
-        end = min(offset + length, self._map.size)
-        guest = offset - offset % self._cluster_bytes
-        while guest < end:
-            first = max(0, offset - guest) // self.block_bytes
-            stop = -(-min(self._cluster_bytes, end - guest) // self.block_bytes)
-            yield guest, first, stop
-            guest += self._cluster_bytes
-
-    def by_writing(self) -> list[Expected]:
-        """Return the clusters of files in the order in which they were written."""
-        files = (found for found in self.clusters.values() if found.files)
-        return sorted(files, key=lambda found: (found.written or (0, 0, 0), found.guest))
-
-    def by_place(self) -> list[Expected]:
-        """Return all clusters in use in the order of the disk, those of the file system itself too."""
-        return sorted(self.clusters.values(), key=lambda found: found.guest)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a cluster looks like.
-
-    Attributes:
-        lengths: for each block, how many of its bytes come before the zeros at its end.
-        texture: what kind of bytes it has: see `texture_of`.
-    """
-
-    lengths: tuple[int, ...]
-    texture: int
-
-
-def fingerprint(content: bytes, block_bytes: int) -> Fingerprint:
-    """Return what a cluster looks like."""
-    starts = range(0, len(content), block_bytes)
-    lengths = tuple(len(content[start : start + block_bytes].rstrip(b"\0")) for start in starts)
-    return Fingerprint(lengths, texture_of(content))
-
-
-_TEXT = bytes(range(32, 127)) + b"\t\n\r"
-_SAMPLE_BYTES = 1024
-
-
-def texture_of(content: bytes) -> int:
-    """Return what kind of bytes a cluster has: 0 zeros, 1 text, 2 noise, as packed data is, 3 others."""
-    sample = b"".join(
-        content[start : start + 64] for start in range(0, len(content), max(64, len(content) // 16))
-    )
-    sample = sample[:_SAMPLE_BYTES].replace(b"\0", b"") if sample.count(0) > 0.875 * len(sample) else sample
-    if not sample:
-        return 0
-    if len(sample.translate(None, _TEXT)) * 20 < len(sample):
-        return 1
-    return 2 if len(set(sample)) * 4 > min(len(sample), 256) * 3 else 3
-
-
-class Odds:
-    """How much it tells that a cluster looks as it does, as logarithms of odds.
-
-    What most orphans look like tells nothing; a file's end where one is expected is one in thousands.
-    """
-
-    TAIL_RIGHT, TAIL_NEAR, TAIL_SHORT = 8.0, 3.0, -2.0
-    REST_MAX = 1.5
-    NEAR_BYTES = 16
-    """A file may end with some zeros of its own."""
-    _OF_DATA = (0.08, 0.04, 0.88)
-    _OF_FREE = (0.60, 0.06, 0.34)
-
-    def __init__(self, fingerprints: Iterable[Fingerprint], block_bytes: int) -> None:
-        """Take what the orphans look like."""
-        self._block_bytes = block_bytes
-        counts = [2, 2, 2]
-        for found in fingerprints:
-            for length in found.lengths:
-                counts[self._class_of(length)] += 1
-        shares = [count / sum(counts) for count in counts]
-        self._data = [log(odds / share) for odds, share in zip(self._OF_DATA, shares, strict=True)]
-        # Most of a file is full blocks, and zeros come in long runs: they tell nothing, however many.
-        self._data[0], self._data[2] = min(-0.02, self._data[0]), 0.0
-        self._free = [log(odds / share) for odds, share in zip(self._OF_FREE, shares, strict=True)]
-
-    def _class_of(self, length: int) -> int:
-        return 0 if not length else 2 if length == self._block_bytes else 1
-
-    def score(self, expected: Expected, found: Fingerprint) -> float:
-        """Return how well a cluster meets what is expected; IMPOSSIBLE where it cannot be it."""
-        total = 0.0
-        for block, valid in expected.tails.items():
-            length = found.lengths[block]
-            if length > valid:
-                return IMPOSSIBLE
-            if length == valid:
-                total += self.TAIL_RIGHT
-            else:
-                total += self.TAIL_NEAR if valid - length < self.NEAR_BYTES else self.TAIL_SHORT
-        return total + max(-self.REST_MAX, min(self.REST_MAX, self._rest(expected, found)))
-
-    def _rest(self, expected: Expected, found: Fingerprint) -> float:
-        """Return what all blocks tell in which no file ends; neighbours are alike, so the sum is bounded."""
-        total = 0.0
-        for block, length in enumerate(found.lengths):
-            if block in expected.tails:
+    def _of(self, cluster: int) -> Expected:
+        """Return what a cluster is expected to hold."""
+        start = cluster * self._cluster_bytes
+        count, unit = self._cluster_bytes // self.block_bytes, self.block_bytes
+        owners = [UNKNOWN] * count
+        place = max(0, bisect_right(self._free_starts, start) - 1)
+        while place < len(self._free_starts) and self._free_starts[place] < start + self._cluster_bytes:
+            low = max(0, self._free_starts[place] - start) // unit
+            high = min(count, max(0, self._free_ends[place] - start) // unit)
+            if high > low:
+                owners[low:high] = [FREE] * (high - low)
+            place += 1
+        tails: dict[int, int] = {}
+        pieces = self._pieces
+        for at in pieces.touching(start, start + self._cluster_bytes):
+            begin = pieces.starts[at] - start
+            low = max(0, begin) // unit
+            high = min(count, -(-(begin + pieces.lengths[at]) // unit))
+            if not pieces.data[at]:
+                owners[low:high] = [SYSTEM] * (high - low)
                 continue
-            if expected.data >> block & 1:
-                total += self._data[self._class_of(length)]
-            elif expected.free >> block & 1:
-                total += self._free[self._class_of(length)]
-        return total
+            valid_end = begin + pieces.valid[at]
+            full = max(low, min(high, -(-valid_end // unit)))
+            owners[low:full] = [pieces.numbers[at]] * (full - low)
+            owners[full:high] = [SLACK] * (high - full)
+            if valid_end % unit and low <= valid_end // unit < high:
+                tails[valid_end // unit] = valid_end % unit
+        return Expected(tuple(owners), tails)
+
+    def tails(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (cluster, block in it, bytes of the file in that block) for each file's end."""
+        pieces = self._pieces
+        for at in range(len(pieces)):
+            end = pieces.starts[at] + pieces.valid[at]
+            if pieces.data[at] and end % self.block_bytes:
+                cluster, within = divmod(end, self._cluster_bytes)
+                yield cluster, within // self.block_bytes, end % self.block_bytes
+
+    def large(self, count: int) -> Iterator[int]:
+        """Yield the first cluster of each of so many of the largest pieces."""
+        pieces = self._pieces
+        for at in nlargest(count, range(len(pieces)), key=pieces.lengths.__getitem__):
+            yield pieces.starts[at] // self._cluster_bytes
+
+    # Which cluster comes next
+
+    def in_use(self, cluster: int) -> bool:
+        """Return whether a file has something in a cluster."""
+        start = cluster * self._cluster_bytes
+        return any(self._pieces.data[at] for at in self._pieces.touching(start, start + self._cluster_bytes))
+
+    def begins(self, cluster: int) -> bool:
+        """Return whether a piece of a file begins in a cluster."""
+        at = bisect_left(self._pieces.starts, cluster * self._cluster_bytes)
+        end = (cluster + 1) * self._cluster_bytes
+        while at < len(self._pieces) and self._pieces.starts[at] < end:
+            if self._pieces.data[at]:
+                return True
+            at += 1
+        return False
+
+    def next_in_use(self, cluster: int, step: int) -> int | None:
+        """Return the nearest cluster in use behind one, or before it."""
+        if self.in_use(cluster + step):
+            return cluster + step
+        pieces = self._pieces
+        if step > 0:
+            at = bisect_left(pieces.starts, (cluster + 1) * self._cluster_bytes)
+            while at < len(pieces) and not pieces.data[at]:
+                at += 1
+            return pieces.starts[at] // self._cluster_bytes if at < len(pieces) else None
+        at = bisect_left(pieces.starts, max(0, cluster * self._cluster_bytes)) - 1
+        while at >= 0 and not pieces.data[at]:
+            at -= 1
+        return None if at < 0 else (pieces.starts[at] + pieces.lengths[at] - 1) // self._cluster_bytes
+
+    def beside_in_file(self, cluster: int, step: int) -> Iterator[int]:
+        """Yield where a file goes on that leaves a cluster, or where it came from."""
+        for at in self._leaving(cluster, step):
+            other = self._pieces.beside_in_file(at, step)
+            if other is not None:
+                yield self._near_end(other, step)
+
+    def beside_in_time(self, cluster: int, step: int) -> Iterator[int]:
+        """Yield what was written next to what ends in a cluster."""
+        for at in self._leaving(cluster, step):
+            other = self._pieces.beside_in_time(at, step)
+            if other is not None:
+                yield self._near_end(other, step)
+
+    def _leaving(self, cluster: int, step: int) -> Iterator[int]:
+        """Yield the pieces of files that end in a cluster, or begin there."""
+        pieces, start = self._pieces, cluster * self._cluster_bytes
+        for at in pieces.touching(start, start + self._cluster_bytes):
+            edge = pieces.starts[at] + pieces.lengths[at] - 1 if step > 0 else pieces.starts[at]
+            if pieces.data[at] and edge // self._cluster_bytes == cluster:
+                yield at
+
+    def _near_end(self, at: int, step: int) -> int:
+        offset = self._pieces.starts[at] + (0 if step > 0 else self._pieces.lengths[at] - 1)
+        return offset // self._cluster_bytes
+
+    def by_writing(self) -> Iterator[int]:
+        """Yield the clusters of files in the order in which they were written; some come again."""
+        for at in self._pieces.by_time:
+            first = self._pieces.starts[at] // self._cluster_bytes
+            last = (self._pieces.starts[at] + self._pieces.lengths[at] - 1) // self._cluster_bytes
+            yield from range(first, last + 1)

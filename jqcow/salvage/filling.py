@@ -1,56 +1,66 @@
 """Orphans that do not tell where they belong: placed by what is expected of them, and by order.
 
 Files are written in runs, and clusters are allocated as they are written: so neighbours in a run are
-neighbours in the file. A *seed* is an orphan that meets what is expected of a guest cluster, mostly by the
-length of a file's last block; from there, and from what is placed already, runs are extended both ways for as
-long as what they meet is expected.
+neighbours in the file. Paths through the orphans (`aligning`) begin where an orphan looks as a cluster should,
+mostly by the length of a file's last block, and beside what is placed. What a path is surest of is placed,
+and the search is made anew with what is left.
 
-FI1. No run places what something surer has placed, and none is more than LIKELY.
-FI2. The best runs come first: what they place no other run gets.
+FI1. No path places what something surer has placed, and none is more than LIKELY.
+FI2. The best stretches come first: what they place no other gets.
 """
 
 from __future__ import annotations
 
-import heapq
+from array import array
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from operator import itemgetter
-from typing import Literal
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from heapq import nlargest
+from itertools import islice, pairwise
 
-from jqcow.salvage.evidence import Certainty, Orphans, Placement
-from jqcow.salvage.expecting import IMPOSSIBLE, Expectations, Expected, Fingerprint, Odds, fingerprint
+from jqcow.salvage.aligning import END, JUMP, LAND, RESUME, Aligner, Gap, Pair, Stretch
+from jqcow.salvage.evidence import Certainty, Placement
+from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.looks import Looks
+from jqcow.salvage.weighing import Odds
 
-SEEDS_PER_CLUSTER = 8
+SEEDS_PER_TAIL = 8
 """An expectation that more orphans meet says nothing."""
+SEED_GAIN = 3.0
+"""A path begins where an orphan meets what is expected so well."""
 TELLING = 2.0
-"""Runs end, as long as there are better ones, with a cluster that tells so much by itself."""
-DROP = 6.0
-"""A run ends where its score falls by so much from its best."""
-LIKELY_SCORE = 8.0
-"""A run of a lower score is a guess."""
-NEAR, APART = 0.02, 0.3
-"""What it tells that neighbours are as far from each other on the disk as in the file, or are not."""
-ALIKE, UNLIKE = 0.3, 2.0
-"""What it tells that two clusters of a file have the same kind of bytes, or have not."""
-SKIPPED_MAX = 64
-"""So many orphans that other runs have taken may lie within a run."""
-RUN_MAX = 4096
-"""So many clusters a run is extended at most to each side; the next seed goes on from there."""
-
-
-Reach = Literal["telling", "file", "any"]
-"""How far runs go: between clusters that tell, within a file, or as far as nothing speaks against them."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Guest clusters and the orphans that they are given."""
-
-    pairs: tuple[tuple[int, int], ...]
-    total: float
+"""Early on, stretches begin and end with a cluster that tells so much by itself, or beside what is placed."""
+NO_GAIN, LOOSE_GAIN = -1e9, 8.0
+"""What a stretch gains at least, and one that neither goes on from what is placed nor leads to it."""
+ROUNDS = (
+    (16.0, 1, True),
+    (10.0, 1, True),
+    (8.0, 4, True),
+    (4.5, 4, True),
+    (4.5, 4, False),
+    (NO_GAIN, 4, False),
+)
+"""What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
+LIKELY_GAIN = 8.0
+"""A stretch that gains less is a guess."""
+PLAIN = 0.9
+"""A pair tells nothing that gains no more."""
+DEAR = -1.4
+"""A stretch is parted at steps that cost so much."""
+CLUSTERS_MAX, BLOCKS_MAX = 1 << 18, 1 << 24
+"""So many orphans are looked at together, of no more blocks: memory does not grow with the image. What lies
+further apart in the file is not compared."""
+REST_AHEAD, REST_GAIN = 64, -4.0
+"""What is left over goes to one of so many places that wait, where nothing speaks so much against it."""
+GAP_ENDS = 6
+"""So many at each end of what lies placed between orphans may go on from these, or lead to them."""
+LARGE_TRIED, BREAKS_TRIED = 48, 48
+"""So many of the largest pieces of files are tried where so many of the longest runs of orphans begin."""
+GROUPS_TRIED = 12
+"""A run that was interrupted may go on in one of so many gaps that follow in the file."""
 
 
 class Filling:
@@ -59,233 +69,239 @@ class Filling:
     def __init__(
         self,
         guest_map: GuestMap,
-        orphans: Orphans,
-        zeros: Iterable[int],
+        cluster_bytes: int,
+        found: Iterable[tuple[int, bytes]],
         expectations: Expectations,
-        anchored: dict[int, int],
+        anchored: Sequence[tuple[int, int]],
     ) -> None:
-        """Begin with all orphans, of which ``anchored`` ones are placed: guest offset by host offset.
+        """Take orphans, as (host offset, content) in the order of the file; zeros may have no content.
 
-        ``zeros``: host offsets of clusters of zeros that nothing names. They take places in the runs.
+        ``anchored``: (host offset, guest offset) of all clusters that are placed, in the order of the file.
         """
-        self._map, self._cluster_bytes = guest_map, orphans.cluster_bytes
-        self._block_bytes = expectations.block_bytes
-        self._hosts: list[int] = []
-        self._looks: list[Fingerprint] = []
-        for host, content in orphans:
-            if host not in anchored:
-                self._hosts.append(host)
-                self._looks.append(fingerprint(content, self._block_bytes))
-        self._add_zeros(zeros)
-        self._odds = Odds(self._looks, self._block_bytes)
-        self._orders: list[list[Expected]] = [expectations.by_writing(), expectations.by_place()]
-        self._positions = [
-            {expected.guest: position for position, expected in enumerate(order)} for order in self._orders
-        ]
-        self._anchored = anchored
-        self._taken_hosts = bytearray(len(self._hosts))
-        self._taken_guests: dict[int, int] = {}
-        self._reach: Reach = "telling"
+        self._map, self._cluster_bytes = guest_map, cluster_bytes
+        self._expectations = expectations
+        self._hosts = array("Q")
+        self._looks = Looks(expectations.block_bytes, cluster_bytes)
+        for host, content in found:
+            self._hosts.append(host)
+            self._looks.add(content)
+        self._odds = Odds(self._looks)
+        self._anchors: list[tuple[int, int]] = []
+        if self._hosts:
+            first = max(0, bisect_left(anchored, (self._hosts[0],)) - GAP_ENDS)
+            last = bisect_left(anchored, (self._hosts[-1],)) + GAP_ENDS
+            self._anchors = [(host, guest // cluster_bytes) for host, guest in anchored[first:last]]
+        self._guests: dict[int, int] = {cluster: host for host, cluster in self._anchors}
+        self._taken: dict[int, int] = {}
+        self._indices: dict[int, int] = {}
+        self._is_open = lru_cache(maxsize=1 << 16)(self._find_open)
+        self._aligner = Aligner(expectations, self._odds, self._is_waiting, self._indices.get)
+
+    def __len__(self) -> int:
+        """Return how many orphans there are."""
+        return len(self._hosts)
+
+    def _is_waiting(self, cluster: int) -> bool:
+        """Return whether a cluster of the disk may be placed."""
+        return cluster not in self._guests and self._is_open(cluster)
+
+    def _find_open(self, cluster: int) -> bool:
+        guest = cluster * self._cluster_bytes
+        return 0 <= guest < self._map.size and self._map.is_open(guest) and not self._map.is_placed(guest)
 
     def fill(self) -> None:
-        """Place what runs place, then what is left over."""
-        self._take_best(list(self._seeds()))
-        self._close_gaps()
-        self._reach = "file"
-        self._take_best(list(self._ends()))
-        self._close_gaps()
-        self._reach = "any"
-        self._take_best(list(self._ends()))
-        self._close_gaps()
+        """Place what paths place, then what is left over."""
+        seeds = sorted(set(self._seeds()))
+        for wanted, passes, is_cut in ROUNDS:
+            items = [index for index in range(len(self._hosts)) if index not in self._taken]
+            if not items:
+                return
+            stretches = self._aligner.best_once(
+                items, self._proposals(items, seeds), self._gaps(items), passes
+            )
+            parts = [part for stretch in stretches for part in _parts(stretch)]
+            for stretch in sorted(parts, key=lambda part: -_gain_of(part)):
+                self._take(stretch, wanted, is_cut=is_cut)
+            self._aligner.changed()
         self._take_rest()
 
-    def _add_zeros(self, zeros: Iterable[int]) -> None:
-        """Put clusters of zeros between the orphans, in the order of the file."""
-        look = fingerprint(bytes(self._cluster_bytes), self._block_bytes)
-        found = heapq.merge(
-            zip(self._hosts, self._looks, strict=True), ((host, look) for host in zeros), key=itemgetter(0)
-        )
-        pairs = list(found)
-        self._hosts, self._looks = [host for host, _ in pairs], [look for _, look in pairs]
-
-    # Runs
+    # Where paths may begin
 
     def _seeds(self) -> Iterator[tuple[int, int]]:
-        """Yield (guest offset, index of an orphan) of pairs to extend from."""
-        by_tail: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, look in enumerate(self._looks):
-            for block, length in enumerate(look.lengths):
-                if 0 < length < self._block_bytes:
-                    by_tail[block, length].append(index)
-        for expected in self._orders[0]:
-            for block, valid in expected.tails.items():
-                found = by_tail.get((block, valid), ())
-                if len(found) <= SEEDS_PER_CLUSTER:
-                    yield from ((expected.guest, index) for index in found)
-        yield from self._beside_anchors()
+        """Yield (index of an orphan, cluster) where a file ends as it should."""
+        looks, per = self._looks, self._looks.per_cluster
+        by_tail: dict[int, list[int]] = defaultdict(list)
+        for at, length in enumerate(looks.lengths):
+            if 0 < length < looks.block_bytes:
+                found = by_tail[(at % per) << 16 | length]
+                if len(found) <= SEEDS_PER_TAIL:
+                    found.append(at // per)
+        for cluster, block, valid in self._expectations.tails():
+            found = by_tail.get(block << 16 | valid, [])
+            if len(found) <= SEEDS_PER_TAIL:
+                yield from ((index, cluster) for index in found)
 
-    def _beside_anchors(self) -> Iterator[tuple[int, int]]:
-        """Yield what follows, in the file and on the disk, what is placed already."""
-        for host, guest in self._anchored.items():
-            index = bisect_left(self._hosts, host)
-            for step, beside in ((1, index), (-1, index - 1)):
-                neighbour = guest + step * self._cluster_bytes
-                is_beside = 0 <= beside < len(self._hosts) and (
-                    self._hosts[beside] == host + step * self._cluster_bytes
-                )
-                if neighbour in self._positions[1] and is_beside:
-                    yield neighbour, beside
-
-    def _take_best(self, seeds: list[tuple[int, int]]) -> None:
-        """Extend all seeds, and take the runs from the best on; one that lost a part is extended anew."""
-        queue: list[tuple[float, int, int]] = []
-        for guest, index in dict.fromkeys(seeds):
-            run = self._best_run(guest, index)
-            if run is not None:
-                heapq.heappush(queue, (-run.total, guest, index))
-        while queue:
-            total, guest, index = heapq.heappop(queue)
-            run = self._best_run(guest, index)
-            if run is None:
+    def _proposals(self, items: list[int], seeds: list[tuple[int, int]]) -> dict[int, dict[int, float]]:
+        """Return for orphans the clusters where a path may begin, and what that costs."""
+        proposals: dict[int, dict[int, float]] = defaultdict(dict)
+        starts = self._starts(items)
+        large = [cluster for cluster in self._expectations.large(LARGE_TRIED) if self._is_waiting(cluster)]
+        for position, cluster in self._beside(items, starts):
+            self._propose(proposals, items, position, cluster, RESUME)
+        for position in self._breaks(items, starts):
+            for cluster in large:
+                self._propose(proposals, items, position, cluster, JUMP)
+        starts = {items[position] for position in starts}
+        for index, cluster in seeds:
+            if index in self._taken or not self._is_waiting(cluster):
                 continue
-            if run.total < -total - 0.001:
-                heapq.heappush(queue, (-run.total, guest, index))
-                continue
-            self._take(run)
+            if self._aligner.gain(cluster, index) >= SEED_GAIN:
+                position = bisect_left(items, index)
+                self._propose(proposals, items, position, cluster, JUMP)
+                for other, place in self._aligner.walk_back(items, position, cluster):
+                    if place in proposals.get(other, ()):
+                        break
+                    if self._aligner.is_natural(place) or other in starts:
+                        proposals[other][place] = JUMP
+        return proposals
 
-    def _best_run(self, guest: int, index: int) -> _Run | None:
-        """Return the better run from a seed: in the order of writing, or in that of the disk."""
-        expected = self._orders[1][self._positions[1][guest]]
-        if self._taken_hosts[index] or guest in self._taken_guests:
-            return None
-        own = self._odds.score(expected, self._looks[index])
-        if own == IMPOSSIBLE:
-            return None
-        best: _Run | None = None
-        for order, positions in enumerate(self._positions):
-            if guest not in positions:
-                continue
-            place = positions[guest]
-            ahead, gained = self._extend(order, place, index, 1)
-            behind, before = self._extend(order, place, index, -1)
-            total = own + gained + before
-            if best is None or total > best.total:
-                best = _Run(((guest, index), *ahead, *behind), total)
-        return best
+    def _propose(
+        self,
+        proposals: dict[int, dict[int, float]],
+        items: list[int],
+        position: int,
+        cluster: int,
+        price: float,
+    ) -> None:
+        if 0 <= position < len(items):
+            known = proposals[items[position]]
+            known[cluster] = max(price, known.get(cluster, price))
 
-    def _extend(self, order: int, place: int, index: int, step: int) -> tuple[list[tuple[int, int]], float]:
-        """Return how a run can go on to one side, as pairs, and what it gains by them."""
-        clusters = self._orders[order]
-        pairs: list[tuple[int, int]] = []
-        total, best_count, best = 0.0, 0, 0.0
-        while len(pairs) < RUN_MAX and total > best - DROP:
-            before = index
-            place += step
-            index = self._next_free(index, step)
-            if index < 0 or not 0 <= place < len(clusters) or clusters[place].guest in self._taken_guests:
-                break
-            gain = self._odds.score(clusters[place], self._looks[index])
-            is_one_file = self._is_one_file(clusters[place], clusters[place - step])
-            if gain == IMPOSSIBLE or (self._reach == "file" and not is_one_file):
-                break
-            pairs.append((clusters[place].guest, index))
-            total += gain + self._nearness(order, place, index, before, step, is_one_file=is_one_file)
-            if total >= best and (gain >= TELLING or self._reach != "telling"):
-                best_count, best = len(pairs), total
-        return pairs[:best_count], best
+    def _starts(self, items: list[int]) -> list[int]:
+        """Return the positions in ``items`` of orphans right before which something else lies in the file."""
+        return [
+            position
+            for position, index in enumerate(items)
+            if not position
+            or items[position - 1] != index - 1
+            or self._hosts[index] != self._hosts[index - 1] + self._cluster_bytes
+        ]
 
-    def _next_free(self, index: int, step: int) -> int:
-        """Return the next orphan to one side that no run has taken, or -1."""
-        for _ in range(SKIPPED_MAX):
-            index += step
-            if not 0 <= index < len(self._hosts):
-                return -1
-            if not self._taken_hosts[index]:
-                return index
-        return -1
+    def _breaks(self, items: list[int], starts: list[int]) -> list[int]:
+        """Return where runs may begin among orphans of which nothing is known: the longest first."""
+        looks, per = self._looks, self._looks.per_cluster
+        found = set(starts)
+        for position, index in enumerate(items):
+            kind, before = looks.kinds[index * per], looks.kinds[index * per - 1] if index else 0
+            length = looks.lengths[index * per - 1] if index else 0
+            if kind and (kind != before or length < looks.block_bytes):
+                found.add(position)
+        order = sorted(found)
+        lengths = {start: stop - start for start, stop in pairwise([*order, len(items)])}
+        return nlargest(BREAKS_TRIED, order, key=lengths.__getitem__)
 
-    def _nearness(
-        self, order: int, place: int, index: int, before: int, step: int, *, is_one_file: bool
-    ) -> float:
-        """Return what it tells if neighbours in a run are neighbours on the disk and in the file."""
-        clusters = self._orders[order]
-        guest_step = clusters[place].guest - clusters[place - step].guest
-        total = NEAR if guest_step == self._hosts[index] - self._hosts[before] else -APART
-        if is_one_file:
-            textures = {self._looks[index].texture, self._looks[before].texture}
-            if 0 not in textures:
-                total += ALIKE if len(textures) == 1 else -UNLIKE
-        return total
+    def _beside(self, items: list[int], starts: list[int]) -> Iterator[tuple[int, int]]:
+        """Yield (position in ``items``, cluster) of what may go on from what is placed.
 
-    def _is_one_file(self, one: Expected, other: Expected) -> bool:
-        """Return True if a file goes on from one cluster to the other, and was the first to write to both."""
-        if one.written is None or other.written is None or one.written[1] != other.written[1]:
-            return False
-        number = one.written[1]
-        if number not in one.files or number not in other.files:
-            return False
-        return abs(one.files[number] - other.files[number]) == self._cluster_bytes
+        That is the orphan behind it in the file, or one that begins a gap soon after: runs are interrupted.
+        """
+        hosts = [self._hosts[index] for index in items]
+        at_start = set(starts)
+        walked: set[tuple[int, int]] = set()
+        for host, cluster in self._placed():
+            position = bisect_left(hosts, host)
+            group = bisect_left(starts, position)
+            for other in self._aligner.beside(cluster, 1):
+                yield from ((start, other) for start in starts[group : group + GROUPS_TRIED])
+            ends = [position - 1, *(start - 1 for start in starts[max(0, group - GROUPS_TRIED) : group])]
+            for other in self._aligner.beside(cluster, -1):
+                for end in ends:
+                    if end >= 0 and (end, other) not in walked:
+                        walked.add((end, other))
+                        yield end, other
+                        back = self._aligner.walk_back(items, end, other)
+                        for (_, place), before in zip(back, range(end - 1, -1, -1), strict=False):
+                            if self._aligner.is_natural(place) or before in at_start:
+                                yield before, place
 
-    def _take(self, run: _Run) -> None:
-        certainty = Certainty.LIKELY if run.total >= LIKELY_SCORE else Certainty.GUESS
-        for guest, index in run.pairs:
-            self._put(guest, index, certainty, "what its file system expects there")
+    def _gaps(self, items: list[int]) -> dict[int, Gap]:
+        """Return between which orphans others lie that are placed."""
+        gaps: dict[int, Gap] = defaultdict(lambda: Gap([], []))
+        hosts = [self._hosts[index] for index in items]
+        for host, cluster in self._placed():
+            position = bisect_left(hosts, host)
+            gap = gaps[items[position] if position < len(items) else END]
+            if len(gap.first) < GAP_ENDS:
+                gap.first.append(cluster)
+            gap.last.insert(0, cluster)
+            del gap.last[GAP_ENDS:]
+        return gaps
 
-    def _put(self, guest: int, index: int, certainty: Certainty, witness: str) -> None:
-        self._taken_hosts[index] = 1
-        self._taken_guests[guest] = index
+    def _placed(self) -> list[tuple[int, int]]:
+        """Return (host offset, cluster) of what is placed, in the order of the file."""
+        taken = ((self._hosts[index], cluster) for index, cluster in self._taken.items())
+        return sorted([*self._anchors, *taken])
+
+    # What becomes of paths
+
+    def _cut(self, stretch: Stretch) -> list[Pair]:
+        """Return a stretch without what tells nothing at its ends, where these are loose."""
+        telling = [place for place, pair in enumerate(stretch.pairs) if pair.gain >= TELLING]
+        if not telling:
+            return stretch.pairs if stretch.is_attached and stretch.has_landed else []
+        first = 0 if stretch.is_attached else telling[0]
+        last = len(stretch.pairs) if stretch.has_landed else telling[-1] + 1
+        return stretch.pairs[first:last]
+
+    def _take(self, stretch: Stretch, wanted: float, *, is_cut: bool) -> None:
+        """Place a stretch if it gains enough; what others have by now is left out."""
+        pairs = self._cut(stretch) if is_cut else stretch.pairs
+        free = [pair for pair in pairs if self._is_waiting(pair.cluster)]
+        free = [pair for pair in free if not self._expectations.of(pair.cluster).is_free]
+        gain = _gain_of(replace(stretch, pairs=free))
+        is_loose = not stretch.is_attached and not stretch.has_landed
+        if not free or gain < wanted or (is_loose and LOOSE_GAIN > wanted > NO_GAIN):
+            return
+        certainty = Certainty.LIKELY if gain >= LIKELY_GAIN else Certainty.GUESS
+        for pair in free:
+            if pair.cluster not in self._guests:
+                self._put(pair.cluster, pair.index, certainty, "what its file system expects there")
+
+    def _put(self, cluster: int, index: int, certainty: Certainty, witness: str) -> None:
+        self._taken[index], self._indices[cluster] = cluster, index
+        self._odds.learn(self._expectations.of(cluster), index)
+        self._guests[cluster] = self._hosts[index]
+        guest = cluster * self._cluster_bytes
         self._map.place(Placement(guest, self._hosts[index], self._cluster_bytes, certainty, witness))
-
-    # What is left
-
-    def _ends(self) -> Iterator[tuple[int, int]]:
-        """Yield pairs that lie beside what is placed, in one of the orders."""
-        if self._reach == "any":
-            yield from self._beside_anchors()
-        for order, positions in zip(self._orders, self._positions, strict=True):
-            taken = [pair for pair in self._taken_guests.items() if pair[0] in positions]
-            for guest, index in taken:
-                for step in (1, -1):
-                    place, beside = positions[guest] + step, index + step
-                    if not (0 <= place < len(order) and 0 <= beside < len(self._hosts)):
-                        continue
-                    if self._reach == "any" or self._is_one_file(order[place], order[positions[guest]]):
-                        yield order[place].guest, beside
-
-    def _close_gaps(self) -> None:
-        """Fill between two clusters that follow each other in an order: what is left there of both sides."""
-        for order in self._orders:
-            previous: int | None = None
-            for position, expected in enumerate(order):
-                if expected.guest not in self._taken_guests:
-                    continue
-                if previous is not None and position - previous > 1:
-                    self._close(order[previous : position + 1])
-                previous = position
-
-    def _close(self, clusters: list[Expected]) -> None:
-        """Fill between the first and the last of guest clusters, if as many orphans are left there."""
-        start, stop = self._taken_guests[clusters[0].guest], self._taken_guests[clusters[-1].guest]
-        if stop - start > 2 * RUN_MAX:
-            return
-        gap = [index for index in range(start + 1, stop) if not self._taken_hosts[index]]
-        between = clusters[1:-1]
-        if len(gap) != len(between):
-            return
-        pairs = list(zip(between, gap, strict=True))
-        if any(self._odds.score(expected, self._looks[index]) == IMPOSSIBLE for expected, index in pairs):
-            return
-        for expected, index in pairs:
-            self._put(expected.guest, index, Certainty.LIKELY, "the order of writing")
 
     def _take_rest(self) -> None:
         """Give what is left in the order of the file to what is expected still, in the order of writing."""
-        waiting = [expected for expected in self._orders[0] if expected.guest not in self._taken_guests]
-        left = [index for index, taken in enumerate(self._taken_hosts) if not taken]
-        position = 0
-        for index in left:
-            for ahead in range(position, min(position + 64, len(waiting))):
-                if self._odds.score(waiting[ahead], self._looks[index]) != IMPOSSIBLE:
-                    self._put(waiting[ahead].guest, index, Certainty.GUESS, "what was left over, in order")
-                    position = ahead + 1
+        coming = (cluster for cluster in self._expectations.by_writing() if self._is_waiting(cluster))
+        waiting = deque(islice(coming, REST_AHEAD))
+        for index in range(len(self._hosts)):
+            if index in self._taken:
+                continue
+            for _ in range(len(waiting)):
+                cluster = waiting[0]
+                if self._is_waiting(cluster) and self._aligner.gain(cluster, index) > REST_GAIN:
+                    self._put(cluster, index, Certainty.GUESS, "what was left over, in order")
+                    waiting.popleft()
                     break
+                waiting.rotate(-1)
+            waiting.extend(islice(coming, REST_AHEAD - len(waiting)))
+
+
+def _gain_of(stretch: Stretch) -> float:
+    """Return what tells that a stretch is right; that it is long does not."""
+    told = sum(max(pair.gain - PLAIN, -1.0) for pair in stretch.pairs if abs(pair.gain) > PLAIN)
+    return told + LAND * (stretch.is_attached + stretch.has_landed)
+
+
+def _parts(stretch: Stretch) -> Iterator[Stretch]:
+    """Yield the parts of a stretch between steps that were dear: each has to tell that it is right."""
+    pairs = stretch.pairs
+    starts = [0, *(at for at, pair in enumerate(pairs) if at and pair.price <= DEAR), len(pairs)]
+    for start, stop in pairwise(starts):
+        yield Stretch(
+            pairs[start:stop], stretch.is_attached and not start, stretch.has_landed and stop == len(pairs)
+        )

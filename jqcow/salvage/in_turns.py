@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from jqcow.salvage.anchoring import Find, anchor
 from jqcow.salvage.candidates import TableSearch
-from jqcow.salvage.evidence import Certainty, GuestStructure, PlacedDisk
+from jqcow.salvage.evidence import Certainty, GuestStructure
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.orphans import OrphanClusters
 from jqcow.salvage.protection import Protection
+from jqcow.salvage.reading import MappedDisk
 
 TURNS_MAX = 8
 """So often tables are looked for anew."""
@@ -19,11 +20,13 @@ TURNS_MAX = 8
 
 def anchor_in_turns(
     guest_map: GuestMap,
-    disk: PlacedDisk,
+    disk: MappedDisk,
     orphans: OrphanClusters,
     find: Find,
     protection: Protection | None,
     search: TableSearch | None,
+    *,
+    are_current: bool = False,
 ) -> tuple[dict[int, int], list[GuestStructure]]:
     """Place what tells by itself where it belongs, and tables.
 
@@ -34,6 +37,7 @@ def anchor_in_turns(
         find: finds the structures of the guest.
         protection: the sums that `jqcow protect` made.
         search: finds tables; None where none is missed.
+        are_current: no orphan is an old copy (AN3).
 
     Returns:
         The guest offset of what was placed, by host offset, and the structures that were found.
@@ -41,13 +45,13 @@ def anchor_in_turns(
     if search is not None:
         search.place({})
         orphans.bits.remove(search.adopted_hosts)
-    anchors, structures = anchor(guest_map, disk, orphans, find, protection)
+    anchors, structures = anchor(guest_map, disk, orphans, find, protection, are_current=are_current)
     placed = dict(anchors.placed)
     for _ in range(TURNS_MAX if search is not None else 0):
         if search is None or not search.place(_certain(guest_map, placed)):
             break
         orphans.bits.remove(search.adopted_hosts)
-        anchors, structures = anchor(guest_map, disk, orphans, find, protection)
+        anchors, structures = anchor(guest_map, disk, orphans, find, protection, are_current=are_current)
         placed |= anchors.placed
     if search is not None:
         search.place_in_order()

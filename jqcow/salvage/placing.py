@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
+from operator import itemgetter
 
 from jqcow.salvage.anchoring import Find
 from jqcow.salvage.candidates import TableSearch
 from jqcow.salvage.evidence import Certainty, GuestStructure, Orphans, PlacedDisk, Placement
 from jqcow.salvage.expecting import Expectations
-from jqcow.salvage.filling import Filling
+from jqcow.salvage.filling import BLOCKS_MAX, CLUSTERS_MAX, Filling
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.in_turns import anchor_in_turns
 from jqcow.salvage.orphans import OrphanClusters
@@ -45,6 +47,8 @@ def place_orphans(
     find: Find,
     protection: Protection | None = None,
     search: TableSearch | None = None,
+    *,
+    are_current: bool = False,
 ) -> Placed:
     """Place the orphans in what a disk has lost.
 
@@ -55,18 +59,22 @@ def place_orphans(
         find: finds the structures of the guest.
         protection: the sums that `jqcow protect` made, where there are any.
         search: finds tables that no L1 table names; None where none is missed.
+        are_current: no orphan is an old copy: sound refcounts say that none has two users, and there are no
+            snapshots. Else what tells the place of a part of a cluster is certain of no more than that part.
     """
     if protection is not None:
         for host in protection.structures:
             orphans.bits.discard(host // orphans.cluster_bytes)
     guest_map.tables.are_empty_sure = not len(orphans)
     disk = MappedDisk(guest_map, reader)
-    anchored, structures = anchor_in_turns(guest_map, disk, orphans, find, protection, search)
-    expectations = Expectations(guest_map, orphans.cluster_bytes)
-    expectations.take(structures, disk)
-    filling = Filling(guest_map, orphans, _short_zeros(orphans), expectations, anchored)
-    filling.fill()
-    if not expectations.clusters and not anchored:
+    anchored, structures = anchor_in_turns(
+        guest_map, disk, orphans, find, protection, search, are_current=are_current
+    )
+    expectations = Expectations(orphans.cluster_bytes)
+    expectations.take(structures, disk.trusting(Certainty.LIKELY))
+    if len(expectations):
+        _fill(guest_map, orphans, expectations, sorted(anchored.items()))
+    if not len(expectations) and not anchored:
         _place_in_order(guest_map, orphans)
     guest_map.tables.are_empty_sure = _is_all_certain(guest_map, anchored, orphans)
     end = _end(guest_map, structures, disk) if "size" in guest_map.tables.shape.lost else 0
@@ -97,6 +105,28 @@ def _is_all_certain(guest_map: GuestMap, anchored: dict[int, int], orphans: Orph
         if piece is None or piece.certainty < Certainty.CERTAIN:
             return False
     return True
+
+
+def _fill(
+    guest_map: GuestMap,
+    orphans: OrphanClusters,
+    expectations: Expectations,
+    anchored: list[tuple[int, int]],
+) -> None:
+    """Place what does not tell its place, so many clusters at a time."""
+    at_home = {host for host, _ in anchored}
+    found = heapq.merge(
+        ((host, content) for host, content in orphans if host not in at_home),
+        ((host, b"") for host in _short_zeros(orphans)),
+        key=itemgetter(0),
+    )
+    blocks = orphans.cluster_bytes // expectations.block_bytes
+    count = max(1, min(CLUSTERS_MAX, BLOCKS_MAX // blocks))
+    while True:
+        filling = Filling(guest_map, orphans.cluster_bytes, islice(found, count), expectations, anchored)
+        if not len(filling):
+            return
+        filling.fill()
 
 
 def _short_zeros(orphans: OrphanClusters) -> Iterator[int]:

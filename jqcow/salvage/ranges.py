@@ -33,6 +33,12 @@ class Ranges:
         index = bisect.bisect_right(self._ends, offset)
         return length > 0 and index < len(self._starts) and self._starts[index] < offset + length
 
+    def has(self, offset: int, length: int) -> bool:
+        """Return True if every byte of a range is in the set."""
+        index = bisect.bisect_right(self._ends, offset)
+        is_found = index < len(self._starts) and self._starts[index] <= offset
+        return length <= 0 or (is_found and offset + length <= self._ends[index])
+
     def within(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, length) of what of a range is in the set."""
         end = offset + length

@@ -9,6 +9,7 @@ from jqcow.ondisk.compression import decompress
 from jqcow.salvage.decrypting import DecryptedSource
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import GuestMap, Piece
+from jqcow.salvage.ranges import Ranges
 from jqcow.salvage.shape import Shape
 from jqcow.salvage.source import Source
 
@@ -76,16 +77,29 @@ class PieceReader:
 
 
 class MappedDisk:
-    """The guest's disk as far as it is placed with certainty: see `evidence.PlacedDisk`."""
+    """The guest's disk as far as it is placed surely enough: see `evidence.PlacedDisk`.
 
-    def __init__(self, guest_map: GuestMap, reader: PieceReader) -> None:
-        """Show what ``guest_map`` is certain of."""
-        self._map, self._reader = guest_map, reader
+    Attributes:
+        parts: guest ranges of clusters that as a whole are less sure: these parts told their place themselves.
+    """
+
+    def __init__(
+        self, guest_map: GuestMap, reader: PieceReader, least: Certainty = Certainty.CERTAIN
+    ) -> None:
+        """Show what ``guest_map`` is so sure of, or surer."""
+        self._map, self._reader, self._least = guest_map, reader, least
+        self.parts = Ranges()
 
     @property
     def size(self) -> int:
         """Return the size of the disk in bytes."""
         return self._map.size
+
+    def trusting(self, least: Certainty) -> MappedDisk:
+        """Return the same disk as far as it is placed so surely."""
+        disk = MappedDisk(self._map, self._reader, least)
+        disk.parts = self.parts
+        return disk
 
     def read(self, offset: int, length: int) -> bytes | None:
         """Return a guest range; None if a byte of it is not placed with certainty."""
@@ -93,7 +107,8 @@ class MappedDisk:
             return None
         found = bytearray()
         for piece in self._map.pieces(offset, length):
-            content = self._reader.read(piece) if piece.certainty == Certainty.CERTAIN else None
+            is_sure = piece.certainty >= self._least or self.parts.has(piece.guest_offset, piece.length)
+            content = self._reader.read(piece) if is_sure else None
             if content is None:
                 return None
             found += content

@@ -1,0 +1,371 @@
+"""The best way to give orphans, in the order of the file, places on the disk: a search with a beam.
+
+A path goes through the orphans one by one and has each in a cluster of the disk, or nowhere. It mostly goes
+on to the next cluster: of the disk, of the file, or of what was written next. It may also jump, at a price,
+to one of the places that were proposed for an orphan.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import itemgetter
+from typing import Literal, NamedTuple
+
+from jqcow.salvage.expecting import Expectations
+from jqcow.salvage.weighing import Odds
+
+NEXT, NEXT_IN_USE, NEXT_IN_FILE, NEXT_IN_TIME = -0.02, -1.5, -1.0, -2.5
+"""What it costs to go on."""
+ENTER_FREE, LEAVE_FREE, STAY_FREE = -1.5, -0.5, -0.02
+"""What it costs to go on to a cluster that is free, and back."""
+JUMP, RESUME = -8.0, -5.0
+"""What it costs to jump: to a place that a look suggests, or beside what is placed already."""
+NATURAL = 3.5
+"""What it tells that a jump leads to where a run would begin: where a piece of a file does, or beside others."""
+BROKEN = -2.5
+"""What it costs to jump from where a run would go on."""
+NEAR = -1.6
+"""What goes on at a higher price is not said to go on from what is placed."""
+LAND, LAND_FAR, INTERRUPT = 5.0, 3.0, -1.0
+"""What it tells to come to where what is placed goes on, and what it costs to be interrupted by it."""
+GIVE_UP, STAY_LOST = -4.0, -0.05
+"""What it costs that an orphan belongs nowhere, and that the one behind it does not, either."""
+BEAM, BEHIND_MAX = 80, 14.0
+"""So many paths are followed, none of which is so far behind the best."""
+SKIPPED_MAX = 4
+"""So many clusters that are placed may lie between one and the next."""
+DROP, WALK_MAX = 8.0, 512
+"""A walk back from a likely place ends when it has lost so much, or has come so far."""
+
+RISE = 2.0
+"""By so much a stretch of clusters that come twice gets dearer each time."""
+
+NOWHERE, END = -1, -1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An orphan in a place.
+
+    Attributes:
+        index: of the orphan.
+        cluster: its place.
+        gain: how well it meets what is expected there, and how well it goes on from the pair before.
+        price: of going on, a part of the gain.
+    """
+
+    index: int
+    cluster: int
+    gain: float
+    price: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Pairs of a path that follow each other without a jump.
+
+    Attributes:
+        pairs: in the order of the file.
+        is_attached: it goes on from what is placed.
+        has_landed: what is placed goes on from it.
+    """
+
+    pairs: list[Pair]
+    is_attached: bool
+    has_landed: bool
+
+    def repriced(self, paid: Mapping[int, float]) -> Stretch:
+        """Return the stretch without what was paid for clusters that came twice."""
+        pairs = [replace(pair, gain=pair.gain + paid.get(pair.cluster, 0.0)) for pair in self.pairs]
+        return replace(self, pairs=pairs)
+
+
+class _Node(NamedTuple):
+    """A step of a path: an orphan's index, its cluster, how it came there, and what that gained.
+
+    ``index`` is negative for what is placed; ``how`` tells whether it is a start, a landing, or neither.
+    """
+
+    index: int
+    cluster: int
+    before: _Node | None
+    gain: float
+    price: float = 0.0
+    how: Literal["start", "on", "landing"] = "on"
+
+
+_Paths = dict[int, tuple[float, _Node | None]]
+
+
+Proposals = Mapping[int, Mapping[int, float]]
+"""For orphans, clusters to jump to, each with its price."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Clusters that orphans are placed in which lie between two others.
+
+    Attributes:
+        first: the first of them in the order of the file.
+        last: the last of them, beginning with the very last.
+    """
+
+    first: list[int]
+    last: list[int]
+
+
+Gaps = Mapping[int, Gap]
+"""What lies before orphans that is placed; for END, behind the last."""
+
+
+class Aligner:
+    """Finds paths for orphans."""
+
+    def __init__(
+        self,
+        expectations: Expectations,
+        odds: Odds,
+        is_waiting: Callable[[int], bool],
+        index_at: Callable[[int], int | None],
+    ) -> None:
+        """Go through clusters of which ``is_waiting`` says that they may be placed.
+
+        ``index_at`` returns the index of the orphan that a cluster has by now.
+        """
+        self._expectations, self._odds = expectations, odds
+        self._is_waiting, self._index_at = is_waiting, index_at
+        self.gain = lru_cache(maxsize=1 << 17)(self._gain)
+        self._prices: dict[int, float] = {}
+        self._ahead = lru_cache(maxsize=1 << 15)(self._find_ahead)
+        self.is_natural = lru_cache(maxsize=1 << 15)(self._is_natural)
+        self.is_end = lru_cache(maxsize=1 << 15)(self._is_end)
+
+    def _gain(self, cluster: int, index: int) -> float:
+        expected = self._expectations.of(cluster)
+        total = self._odds.of(expected, index) - self._prices.get(cluster, 0.0)
+        if (before := self._index_at(cluster - 1)) is not None:
+            total += self._odds.joint(self._expectations.of(cluster - 1), before, expected, index)
+        if (behind := self._index_at(cluster + 1)) is not None:
+            total += self._odds.joint(expected, index, self._expectations.of(cluster + 1), behind)
+        return total
+
+    def changed(self) -> None:
+        """Forget what rests on which clusters are waiting, and what is placed."""
+        self.gain.cache_clear()
+        for cached in (self._ahead, self.is_natural, self.is_end):
+            cached.cache_clear()
+
+    def beside(self, cluster: int, step: int) -> set[int]:
+        """Return the clusters right behind a cluster, or before it, in some order, that are waiting."""
+        found = {cluster + step, self._expectations.next_in_use(cluster, step)}
+        found.update(self._expectations.beside_in_file(cluster, step))
+        found.update(self._expectations.beside_in_time(cluster, step))
+        return {other for other in found if other is not None and other >= 0 and self._is_waiting(other)}
+
+    def _find_ahead(self, cluster: int, step: int) -> dict[int, float]:
+        found: dict[int, float] = {}
+        self._offer(found, cluster, self._next_waiting(cluster + step, step), NEXT)
+        in_use = self._expectations.next_in_use(cluster, step)
+        if in_use is not None:
+            price = NEXT_IN_USE if abs(in_use - cluster) > 1 else NEXT
+            self._offer(found, cluster, self._next_waiting(in_use, step), price)
+        for other in self._expectations.beside_in_file(cluster, step):
+            self._offer(found, cluster, self._next_waiting(other, step), NEXT_IN_FILE)
+        for other in self._expectations.beside_in_time(cluster, step):
+            self._offer(found, cluster, self._next_waiting(other, step), NEXT_IN_TIME)
+        found.pop(cluster, None)
+        return found
+
+    def _offer(self, found: dict[int, float], cluster: int, other: int | None, price: float) -> None:
+        if other is None:
+            return
+        was_free, is_free = self._expectations.of(cluster).is_idle, self._expectations.of(other).is_idle
+        if was_free or is_free:
+            price += STAY_FREE if was_free and is_free else ENTER_FREE if is_free else LEAVE_FREE
+        found[other] = max(price, found.get(other, price))
+
+    def landing(self, cluster: int, other: int) -> float:
+        """Return what it tells that a run comes from one cluster to the other, that is placed."""
+        if other == cluster + 1:
+            return LAND
+        is_next = other == self._expectations.next_in_use(cluster, 1)
+        return LAND_FAR if is_next or other in self._expectations.beside_in_file(cluster, 1) else 0.0
+
+    def _is_natural(self, cluster: int) -> bool:
+        """Return whether a run would begin with a cluster."""
+        return (
+            not self._is_waiting(cluster - 1)
+            or not self._expectations.in_use(cluster - 1)
+            or self._expectations.begins(cluster)
+        )
+
+    def _is_end(self, cluster: int) -> bool:
+        """Return whether a run would end with a cluster."""
+        return (
+            not self._is_waiting(cluster + 1)
+            or not self._expectations.in_use(cluster + 1)
+            or (self._expectations.begins(cluster + 1))
+        )
+
+    def _next_waiting(self, cluster: int, step: int) -> int | None:
+        for _ in range(SKIPPED_MAX):
+            if cluster < 0:
+                return None
+            if self._is_waiting(cluster):
+                return cluster
+            cluster += step
+        return None
+
+    def joint(self, one: Pair | _Node, cluster: int, index: int) -> float:
+        """Return what it tells that an orphan in a cluster goes on from another pair."""
+        if one.index < 0:
+            return 0.0
+        return self._odds.joint(
+            self._expectations.of(one.cluster), one.index, self._expectations.of(cluster), index
+        )
+
+    def walk_back(self, items: Sequence[int], position: int, cluster: int) -> Iterable[tuple[int, int]]:
+        """Yield (index of an orphan, cluster) from a likely pair backwards, as long as it goes well."""
+        total = best = 0.0
+        for place in range(position - 1, max(-1, position - 1 - WALK_MAX), -1):
+            index = items[place]
+            options = self._ahead(cluster, -1)
+            if not options:
+                return
+            gain, cluster = max((self.gain(other, index) + price, other) for other, price in options.items())
+            total += gain
+            best = max(best, total)
+            if total < best - DROP:
+                return
+            yield index, cluster
+
+    def best(self, items: Sequence[int], proposals: Proposals, gaps: Gaps) -> list[Stretch]:
+        """Return the stretches of the best path through orphans; what is between two of them is nowhere.
+
+        Args:
+            items: the indices of the orphans.
+            proposals: where paths may begin.
+            gaps: before which orphans others lie in the file that are placed.
+        """
+        paths: _Paths = {NOWHERE: (0.0, None)}
+        for index in items:
+            if index in gaps:
+                paths = self._cross(paths, gaps[index])
+            paths = self._step(paths, index, proposals.get(index, {}))
+        if END in gaps:
+            paths = self._cross(paths, gaps[END])
+        _, node = max(paths.values(), key=lambda path: path[0])
+        return _stretches(node)
+
+    def _cross(self, paths: _Paths, gap: Gap) -> _Paths:
+        """Return paths that have come by what is placed: they stop there, or go on behind it."""
+        found: _Paths = {}
+        best: tuple[float, _Node | None] = (-1e9, None)
+        for cluster, (score, node) in paths.items():
+            landed = 0.0
+            if cluster != NOWHERE:
+                prices = (self.landing(cluster, first) + INTERRUPT * at for at, first in enumerate(gap.first))
+                landed = max(0.0, *prices)
+                if node is not None and node.index >= 0:
+                    found[cluster] = (score + INTERRUPT, node)
+            if score + landed > best[0]:
+                how: Literal["on", "landing"] = "landing" if landed else "on"
+                best = score + landed, _Node(-1, NOWHERE, node, 0.0, 0.0, how)
+        score, node = best
+        for at, last in enumerate(gap.last):
+            if last not in found:
+                found[last] = (score + INTERRUPT * at, _Node(-1, last, node, 0.0))
+        found[NOWHERE] = (score + STAY_LOST, node)
+        return found
+
+    def best_once(self, items: Sequence[int], proposals: Proposals, gaps: Gaps, passes: int) -> list[Stretch]:
+        """Return the stretches of the best path on which few clusters come more than once.
+
+        What does is made dear, a little more each time, until those of its users leave that have the least
+        of it.
+        """
+        for _ in range(passes):
+            stretches = self.best(items, proposals, gaps)
+            users = Counter(pair.cluster for stretch in stretches for pair in stretch.pairs)
+            rises: dict[int, float] = {}
+            for stretch in stretches:
+                twice = [pair.cluster for pair in stretch.pairs if users[pair.cluster] > 1]
+                twice = [cluster for cluster in twice if not self._expectations.of(cluster).is_idle]
+                for cluster in twice:
+                    rises[cluster] = min(rises.get(cluster, RISE), RISE / len(twice))
+            if not rises:
+                break
+            before = dict(self._prices)
+            for cluster, rise in rises.items():
+                self._prices[cluster] = before.get(cluster, 0.0) + rise
+            self.gain.cache_clear()
+        paid = before if rises else dict(self._prices)
+        self._prices.clear()
+        self.gain.cache_clear()
+        return [stretch.repriced(paid) for stretch in stretches]
+
+    def _step(self, paths: _Paths, index: int, proposed: Mapping[int, float]) -> _Paths:
+        """Return the paths with one more orphan, by the cluster that they have it in."""
+        top, leader = max(paths.values(), key=lambda path: path[0])
+        left, leaver = max(
+            ((score + self._price_to_leave(cluster), node) for cluster, (score, node) in paths.items()),
+            key=itemgetter(0),
+        )
+        lost, lost_node = paths.get(NOWHERE, (-1e9, None))
+        if lost + STAY_LOST < top + GIVE_UP:
+            lost, lost_node = top + GIVE_UP, leader
+        found: _Paths = {NOWHERE: (lost + STAY_LOST, _nowhere(lost_node, index))}
+        for cluster, (score, node) in paths.items():
+            if node is None or cluster == NOWHERE:
+                continue
+            ahead = self._ahead(cluster, 1)
+            for other, price in ahead.items():
+                gain = price + self.gain(other, index) + self.joint(node, other, index)
+                if score + gain > found.get(other, (-1e9, None))[0]:
+                    found[other] = (score + gain, _Node(index, other, node, gain, price))
+        for cluster, price in proposed.items():
+            if not self._is_waiting(cluster):
+                continue
+            own = self.gain(cluster, index)
+            score = left + price + own + (NATURAL if self.is_natural(cluster) else 0.0)
+            if score > found.get(cluster, (-1e9, None))[0]:
+                found[cluster] = (score, _Node(index, cluster, leaver, own, 0.0, "start"))
+        best = max(score for score, _ in found.values())
+        kept = {at: path for at, path in found.items() if path[0] > best - BEHIND_MAX or at == NOWHERE}
+        if len(kept) > BEAM:
+            order = sorted(kept.items(), key=lambda item: -item[1][0])
+            kept = dict(order[:BEAM]) | {NOWHERE: kept[NOWHERE]}
+        return kept
+
+    def _price_to_leave(self, cluster: int) -> float:
+        return 0.0 if cluster == NOWHERE or self.is_end(cluster) else BROKEN
+
+
+def _nowhere(before: _Node | None, index: int) -> _Node | None:
+    """Return a node for an orphan that belongs nowhere; of several in a row one is kept."""
+    if before is None or before.cluster == NOWHERE:
+        return before
+    return _Node(index, NOWHERE, before, 0.0)
+
+
+def _stretches(node: _Node | None) -> list[Stretch]:
+    """Return the stretches of a path that ends with a node."""
+    stretches: list[Stretch] = []
+    pairs: list[Pair] = []
+    has_landed = False
+    while node is not None:
+        is_orphan = node.index >= 0 and node.cluster != NOWHERE
+        if is_orphan:
+            pairs.append(Pair(node.index, node.cluster, node.gain, node.price))
+        if not is_orphan or node.how == "start":
+            if pairs:
+                is_attached = node.index < 0 and pairs[-1].price > NEAR
+                stretches.append(Stretch(pairs[::-1], is_attached, has_landed))
+            pairs, has_landed = [], node.how == "landing"
+        node = node.before
+    if pairs:
+        stretches.append(Stretch(pairs[::-1], False, has_landed))
+    return stretches[::-1]

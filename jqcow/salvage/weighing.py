@@ -1,0 +1,175 @@
+"""How much it tells that a cluster looks as it does: logarithms of odds, against an orphan at random.
+
+What most orphans look like tells nothing; a file's end where one is expected is one in thousands.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from math import log
+
+from jqcow.salvage.expecting import FREE, SLACK, SYSTEM, UNKNOWN, Expected
+from jqcow.salvage.looks import NOISE, OTHER, TEXT, ZEROS, Looks, changes
+
+IN_USE, IN_FREE = 0.25, -0.1
+"""Of clusters in use nearly each was written, of free ones some were."""
+NEAR_BYTES = 16
+"""A file may end with some zeros of its own."""
+LONGER = -9.0
+"""A file that ends before the bytes do; only stale metadata says so."""
+ALL_ZEROS = -1.0
+"""A cluster of zeros where a file has data: it may be, but nothing is lost if it is not placed."""
+RUN_MAX = 2.0
+"""So much a run of blocks of one owner tells at most: neighbours are alike."""
+UNTOLD = -1.5
+"""A block looks like a file's end where none is."""
+UNTOLD_MAX = -4.5
+CHANGED = -2.0
+"""Within a file the kind of bytes changes."""
+CHANGED_MAX = -4.0
+
+OF_KIND, OF_OTHER = 0.05, -0.1
+"""A file's blocks are of the kind of bytes that others of its blocks are, or are not."""
+MIXED = -1
+"""The kind of a file that has several."""
+
+# How often it is so: a file's end, by what precedes the zeros; a whole run of blocks being zeros, or none.
+_TAIL_RIGHT, _TAIL_NEAR, _TAIL_ZERO, _TAIL_SHORT = 0.9, 0.04, 0.03, 0.02
+_DATA_ZEROS, _DATA_FULL = 0.06, 0.85
+_FREE_ZEROS, _FREE_FULL = 0.5, 0.5
+_SLACK_ZEROS, _SLACK_FULL = 0.97, 0.01
+_CHANGE_AT_EDGE = 0.9
+
+
+class Odds:
+    """Weighs how clusters look by how all orphans look.
+
+    Attributes:
+        kinds: of which kind the bytes of files are, by number.
+    """
+
+    def __init__(self, looks: Looks) -> None:
+        """Take what the orphans look like; they must be all there by now."""
+        self._looks = looks
+        self._block_bytes = looks.block_bytes
+        self._counts = Counter(looks.lengths)
+        self._total = max(1, len(looks.lengths))
+        self._partial = self._total - self._counts[0] - self._counts[self._block_bytes]
+        zeros = (self._counts[0] + 2) / (self._total + 4)
+        partial = (self._partial + 1) / (self._total + 4)
+        self._zeros, self._full = zeros, max(0.05, 1 - zeros - partial)
+        self._untold = min(0.0, max(UNTOLD, log(0.01 / partial)))
+        seen, changed = 200, 10
+        for index in range(0, len(looks), max(1, len(looks) // 5000)):
+            kinds = looks.kinds_of(index)
+            seen += len(kinds) - 1 - kinds.count(ZEROS)
+            changed += len(changes(kinds))
+        self.kinds: dict[int, int] = {}
+        dense = [looks.kinds.count(kind) for kind in (TEXT, NOISE, OTHER)]
+        same = sum(count * count for count in dense) / max(1, sum(dense)) ** 2
+        self._at_edge = max(0.05, _CHANGE_AT_EDGE * (1 - same))
+        self._changed = min(0.5, changed / max(1, seen))
+
+    def learn(self, expected: Expected, index: int) -> None:
+        """Take from an orphan in its place of what kind files are."""
+        kinds = self._looks.kinds_of(index)
+        for first, stop, owner in expected.runs:
+            if owner >= 0:
+                for kind in set(kinds[first:stop]) - {ZEROS}:
+                    self.kinds[owner] = kind if self.kinds.get(owner, kind) == kind else MIXED
+
+    def _kind(self, kinds: bytes, usual: int) -> float:
+        """Return what it tells that blocks of a file are of the kind of others of it, or are not."""
+        seen = set(kinds) - {ZEROS}
+        if usual == MIXED or not seen:
+            return 0.0
+        return OF_KIND if seen == {usual} else OF_OTHER
+
+    def tail(self, length: int, valid: int) -> float:
+        """Return what a last block tells with so many bytes before its zeros, of so many of the file."""
+        if length > valid:
+            return LONGER
+        if length == valid:
+            return log(_TAIL_RIGHT / self._chance_of(length))
+        if not length:
+            return min(0.0, log(_TAIL_ZERO / self._zeros))
+        if valid - length < NEAR_BYTES:
+            return max(-2.0, log(_TAIL_NEAR / NEAR_BYTES / self._chance_of(length)))
+        return log(_TAIL_SHORT / valid / self._chance_of(length))
+
+    def _chance_of(self, length: int) -> float:
+        """Return how often a block is filled so far; for lengths that are rare, as often as others."""
+        usual = (self._partial + 1) / self._block_bytes
+        return (max(self._counts[length] - 1, 0) + usual) / (self._total + 4)
+
+    def of(self, expected: Expected, index: int) -> float:
+        """Return how well an orphan meets what is expected of a cluster."""
+        if expected.is_idle:
+            return IN_FREE
+        lengths = self._looks.lengths_of(index)
+        if not any(lengths):
+            return ALL_ZEROS if expected.is_data else 0.0
+        total = sum(self.tail(lengths[block], valid) for block, valid in expected.tails.items())
+        untold = 0.0
+        kinds = self._looks.kinds_of(index)
+        for first, stop, owner in expected.runs:
+            if owner in self.kinds:
+                total += self._kind(kinds[first:stop], self.kinds[owner])
+            if owner not in (SYSTEM, UNKNOWN):
+                total += self._run(lengths[first:stop], owner)
+                untold += self._ends(lengths[first:stop]) if owner >= 0 else 0.0
+        total += max(UNTOLD_MAX, untold)
+        return total + self._edges(expected, index) + (IN_USE if expected.is_data else 0.0)
+
+    def _run(self, lengths: array[int], owner: int) -> float:
+        zero = lengths.count(0)
+        if 0 < zero < len(lengths):
+            return -2.5 if owner == SLACK else -0.5
+        of_zeros, of_full = {FREE: (_FREE_ZEROS, _FREE_FULL), SLACK: (_SLACK_ZEROS, _SLACK_FULL)}.get(
+            owner, (_DATA_ZEROS, _DATA_FULL)
+        )
+        told = log(of_zeros / self._zeros) if zero else log(of_full / (1 - self._zeros))
+        return max(-RUN_MAX, min(RUN_MAX, told))
+
+    def _ends(self, lengths: Sequence[int]) -> float:
+        """Return what it tells that blocks look like ends of files where no file ends."""
+        full = self._block_bytes
+        return self._untold * sum(0 < length < full - NEAR_BYTES for length in lengths)
+
+    def _edges(self, expected: Expected, index: int) -> float:
+        """Return what it tells where the kind of bytes changes, and where files end and others begin."""
+        kinds = self._looks.kinds_of(index)
+        changed = changes(kinds)
+        within = 0.0
+        total = 0.0
+        for block in changed:
+            if block in expected.edges:
+                total += self.edge(is_edge=True, is_changed=True)
+            elif expected.owners[block] >= 0:
+                within += CHANGED
+        for block in expected.edges:
+            if kinds[block] == kinds[block - 1] != ZEROS:
+                total += self.edge(is_edge=True, is_changed=False)
+        return total + max(CHANGED_MAX, within)
+
+    def edge(self, *, is_edge: bool, is_changed: bool) -> float:
+        """Return what two neighbouring blocks tell, by their owners and their kinds of bytes."""
+        if not is_edge:
+            return CHANGED if is_changed else -log(1 - self._changed)
+        if is_changed:
+            return max(0.0, log(self._at_edge / self._changed))
+        return min(0.0, log((1 - self._at_edge) / (1 - self._changed)))
+
+    def joint(self, one: Expected, first: int, other: Expected, second: int) -> float:
+        """Return what the last block of an orphan and the first of another tell, placed side by side."""
+        before, behind = one.owners[-1], other.owners[0]
+        if before < 0 and behind < 0:
+            return 0.0
+        kinds = self._looks.kinds
+        per = self._looks.per_cluster
+        last, start = kinds[first * per + per - 1], kinds[second * per]
+        if not last or not start:
+            return 0.0
+        return self.edge(is_edge=before != behind, is_changed=last != start)
