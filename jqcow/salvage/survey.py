@@ -142,7 +142,7 @@ class Survey:
             if self.is_supposed:
                 self.guest_map.doubt()
             if "size" in self.shape.lost and not self.is_size_known:
-                self.tables.disk_bytes = max(SECTOR_BYTES, self.placed.end)
+                self.tables.end_at(max(SECTOR_BYTES, self.placed.end))
         return self.placed
 
     def grow(self) -> None:
@@ -157,7 +157,7 @@ class Survey:
         index = (size - 1) // self.tables.table_covers
         if index >= len(self.tables.fates):
             self.tables.grow(index)
-        self.tables.disk_bytes = size
+        self.tables.end_at(size)
 
     def _protection(self) -> Protection | None:
         """Return the sums of the active disk, and mark where they lie: that looks like tables."""
