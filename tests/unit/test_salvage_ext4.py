@@ -380,7 +380,7 @@ def test_blocks_of_the_journal_are_counted_from_where_it_starts() -> None:
     assert found[16_384] == 6 * 4096
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_hostile_bytes_end_in_an_answer(default_bytes: bytes, data: st.DataObject) -> None:
     """S3: structures with a few bytes changed."""

@@ -192,7 +192,7 @@ def signed(sector: bytearray) -> bytes:
     return bytes(sector)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 263), st.integers(0, 255)), min_size=1, max_size=6))
 def test_a_hostile_superblock_is_refused_or_bounded(disk: Path, changes: list[tuple[int, int]]) -> None:
     with disk.open("rb") as file:
