@@ -8,6 +8,7 @@ from math import log
 
 from jqcow.salvage.evidence import FilePiece, GuestStructure, PlacedDisk
 from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.tables import Fate
 
 BLOCK_BYTES = 4096
 """The unit in which file systems fill clusters, most of them."""
@@ -17,6 +18,10 @@ IMPOSSIBLE = -1000.0
 
 FILES_MAX = 64
 """So many files of a cluster are told apart."""
+
+CLUSTERS_MAX = 16_384
+ORPHANS_EACH = 4
+"""So many clusters are expected, and so many more for each orphan: a container may claim any length."""
 
 Order = tuple[int, int, int]
 
@@ -50,9 +55,10 @@ class Expectations:
         clusters: by guest offset.
     """
 
-    def __init__(self, guest_map: GuestMap, cluster_bytes: int) -> None:
-        """Expect nothing yet of what is open in ``guest_map``."""
+    def __init__(self, guest_map: GuestMap, cluster_bytes: int, orphan_count: int = 0) -> None:
+        """Expect nothing yet of what is open in ``guest_map``, and little more than orphans can fill (S3)."""
         self._map, self._cluster_bytes = guest_map, cluster_bytes
+        self._clusters_max = CLUSTERS_MAX + ORPHANS_EACH * orphan_count
         self.block_bytes = min(BLOCK_BYTES, cluster_bytes)
         self.clusters: dict[int, Expected] = {}
 
@@ -65,11 +71,30 @@ class Expectations:
                 self._free(offset, length)
 
     def _use(self, piece: FilePiece) -> None:
+        for offset, length in self._open_parts_of(piece.guest_offset, piece.length):
+            self._use_part(piece, offset, length)
+
+    def _open_parts_of(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield (guest offset, length in bytes) of what of a range lies in open clusters."""
+        tables, end = self._map.tables, min(offset + length, self._map.size)
+        covers, step = tables.table_covers, self._cluster_bytes
+        for index in range(offset // covers, min(-(-end // covers), len(tables.fates))):
+            if tables.fates[index] == Fate.ABSENT:
+                continue
+            for part in self._map.open_parts(index):
+                start = max(offset, index * covers + part.entries.start * step)
+                stop = min(end, index * covers + part.entries.stop * step)
+                if start < stop:
+                    yield start, stop - start
+
+    def _use_part(self, piece: FilePiece, offset: int, length: int) -> None:
         end_of_data = piece.guest_offset + piece.valid_bytes
-        for guest, first, stop in self._clusters_of(piece.guest_offset, piece.length):
+        for guest, first, stop in self._clusters_of(offset, length):
             expected = self.clusters.get(guest)
             if expected is None:
-                if not self._map.is_open(guest) or self._map.is_placed(guest):
+                if len(self.clusters) >= self._clusters_max:
+                    return
+                if self._map.is_placed(guest):
                     continue
                 expected = self.clusters[guest] = Expected(guest)
             position = guest - piece.guest_offset

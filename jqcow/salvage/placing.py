@@ -62,7 +62,7 @@ def place_orphans(
     guest_map.tables.are_empty_sure = not len(orphans)
     disk = MappedDisk(guest_map, reader)
     anchored, structures = anchor_in_turns(guest_map, disk, orphans, find, protection, search)
-    expectations = Expectations(guest_map, orphans.cluster_bytes)
+    expectations = Expectations(guest_map, orphans.cluster_bytes, len(orphans))
     expectations.take(structures, disk)
     filling = Filling(guest_map, orphans, _short_zeros(orphans), expectations, anchored)
     filling.fill()
