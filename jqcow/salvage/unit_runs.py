@@ -5,12 +5,14 @@ each run of neighbours in the file, at each place within a unit of which the res
 
 UR1. A run is certain in a unit if no other content has that sum, and chance is ruled out as in sums.py (SU1):
     each cluster is tried at many places, and each of these counts.
+UR2. What is left is tried as units of two runs: the sum of one leaves that of the other. There are many
+    pairs, so none of these is certain.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from jqcow import _native
@@ -19,6 +21,8 @@ from jqcow.salvage.evidence import BlockSum, Certainty, Orphans, Placement
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.sums import CHANCE_MAX
 
+MAX_PAIRS = 1 << 22
+"""So many runs are tried as the first of two, each with each unit."""
 MAX_RIVALS = 8
 """Of so many runs that have the sum of one unit the contents are compared."""
 
@@ -94,6 +98,7 @@ class UnitRuns:
                 self._hosts(run), range(start[1], stop[1], self._cluster_bytes), strict=True
             ):
                 yield Placement(offset, host, self._cluster_bytes, certainty, self._witness)
+        yield from self._in_two(orphans, placed)
 
     def _ends(self, guest: int, run: _Run) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the (host offset, guest offset) where a run in a unit begins, and where it ends."""
@@ -102,12 +107,22 @@ class UnitRuns:
 
     def _tried(self, orphans: Orphans) -> Iterator[tuple[_Run | None, int]]:
         """Yield the runs that have the sum of a unit, and how often one was looked for."""
+        cluster_bytes, units = self._cluster_bytes, self._units
+        for host, longer in self._sums(orphans):
+            for length, values in enumerate(longer, 1):
+                for place, value in enumerate(values):
+                    if value in units:
+                        yield _Run(host - (length - 1) * cluster_bytes, place, length, value), 0
+            yield None, sum(map(len, longer))
+
+    def _sums(self, orphans: Orphans, taken: Container[int] = ()) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yield each host offset, and the sums of the runs that end there, by length and place in a unit."""
         cluster_bytes = self._cluster_bytes
         count = self._unit_bytes // cluster_bytes
-        shifts, units = _Shifts(cluster_bytes, count), self._units
-        before: list[list[int]] = []
-        last = -1
+        shifts, before, last = _Shifts(cluster_bytes, count), list[list[int]](), -1
         for host, content in orphans:
+            if host in taken:
+                continue
             adds = shifts.of(content)
             longer = [adds]
             if last + cluster_bytes == host:
@@ -116,12 +131,43 @@ class UnitRuns:
                     [one ^ other for one, other in zip(values, adds[length:], strict=True)]
                     for length, values in enumerate((values[:-1] for values in before[: count - 1]), 1)
                 ]
-            for length, values in enumerate(longer, 1):
-                for place, value in enumerate(values):
-                    if value in units:
-                        yield _Run(host - (length - 1) * cluster_bytes, place, length, value), 0
-            yield None, sum(map(len, longer))
+            yield host, longer
             before, last = longer, host
+
+    def _in_two(self, orphans: Orphans, placed: dict[int, _Run]) -> Iterator[Placement]:
+        """Yield where the clusters belong of units that are two runs (UR2)."""
+        missed = [
+            (value, guest) for value, found in self._units.items() for guest in found if guest not in placed
+        ]
+        taken = {host for run in placed.values() for host in self._hosts(run)}
+        if not missed:
+            return
+        firsts, likely = list[_Run](), min(self._most, Certainty.LIKELY)
+        seconds: dict[tuple[int, int], _Run] = {}
+        for host, longer in self._sums(orphans, taken):
+            for length, values in enumerate(longer, 1):
+                start = host - (length - 1) * self._cluster_bytes
+                for place, value in enumerate(values):
+                    run = _Run(start, place, length, value)
+                    if place:
+                        seconds.setdefault((place, value), run)
+                    else:
+                        firsts.append(run)
+            if len(firsts) * len(missed) > MAX_PAIRS:
+                return
+        for value, guest in missed:
+            for first in firsts:
+                second = seconds.get((first.count, value ^ first.value))
+                hosts = set(self._hosts(first)) | set(self._hosts(second) if second is not None else ())
+                if second is None or hosts & taken or len(hosts) < first.count + second.count:
+                    continue
+                taken |= hosts
+                for run in (first, second):
+                    start = self._ends(guest, run)[0][1]
+                    for number, host in enumerate(self._hosts(run)):
+                        offset = start + number * self._cluster_bytes
+                        yield Placement(offset, host, self._cluster_bytes, likely, self._witness)
+                break
 
     def _placed(self, found: dict[int, list[_Run]]) -> dict[int, _Run]:
         """Return a run for each unit, none of which shares a cluster with another."""

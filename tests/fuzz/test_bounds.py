@@ -231,6 +231,7 @@ COMMANDS = {
     "snapshot": ("jqcow", "snapshot", "-c", "new", "IMAGE"),
     "resize": ("jqcow", "resize", "IMAGE", "+1M"),
     "recover": ("jqcow-recover", "IMAGE"),
+    "diagnose": ("jqcow-recover", "--deep", "--picture", "PICTURE", "IMAGE"),
 }
 
 
@@ -243,7 +244,11 @@ def test_every_command_is_bounded(attack: Callable[[Path], bytearray], tmp_path:
         path.write_bytes(content)
         if attack in SPARSE_ATTACKS:
             os.truncate(path, SPARSE_BYTES)
-        paths = {"IMAGE": str(path), "TARGET": str(tmp_path / f"{name}.raw")}
+        paths = {
+            "IMAGE": str(path),
+            "TARGET": str(tmp_path / f"{name}.raw"),
+            "PICTURE": str(tmp_path / "p.svg"),
+        }
         took = measure(*(paths.get(word, word) for word in command))
         assert took.cpu_seconds < CPU_SECONDS_MAX, f"{name} took {took}"
         assert took.peak_bytes < PEAK_BYTES_MAX, f"{name} took {took}"
