@@ -304,8 +304,48 @@ class Aligner:
             self.gain.cache_clear()
         paid = before if rises else dict(self._prices)
         self._prices.clear()
+        best: list[Stretch] = []
+        most = -1e9
+        for _ in range(passes):
+            paid = dict(self._prices)
+            stretches = [stretch.repriced(paid) for stretch in self.best(items, proposals, gaps)]
+            worth = self._worth(stretches)
+            if worth > most:
+                best, most = stretches, worth
+            if not self._raise_prices(stretches):
+                break
+            self.gain.cache_clear()
+        self._prices.clear()
         self.gain.cache_clear()
-        return [stretch.repriced(paid) for stretch in stretches]
+        return best
+
+    def _raise_prices(self, stretches: list[Stretch]) -> bool:
+        """Make dearer what comes twice; return whether something does."""
+        users = self.users(stretches)
+        rises: dict[int, float] = {}
+        for stretch in stretches:
+            twice = [pair.cluster for pair in stretch.pairs if users[pair.cluster] > 1]
+            for cluster in twice:
+                rises[cluster] = min(rises.get(cluster, RISE), RISE / len(twice))
+        for cluster, rise in rises.items():
+            self._prices[cluster] = self._prices.get(cluster, 0.0) + rise
+        return bool(rises)
+
+    def users(self, stretches: list[Stretch]) -> Counter[int]:
+        """Return how often each cluster comes in which a file has something."""
+        clusters = (pair.cluster for stretch in stretches for pair in stretch.pairs)
+        return Counter(cluster for cluster in clusters if not self._expectations.of(cluster).is_idle)
+
+    def _worth(self, stretches: list[Stretch]) -> float:
+        """Return what stretches gain if each cluster counts once, for the stretch that gains most."""
+        seen: set[int] = set()
+        worth = 0.0
+        for stretch in sorted(stretches, key=lambda one: -sum(pair.gain for pair in one.pairs)):
+            ends = LAND * (stretch.is_attached + stretch.has_landed)
+            fresh = [pair for pair in stretch.pairs if pair.cluster not in seen]
+            worth += sum(pair.gain for pair in fresh) + ends * len(fresh) / len(stretch.pairs)
+            seen.update(pair.cluster for pair in fresh if not self._expectations.of(pair.cluster).is_idle)
+        return worth
 
     def _step(self, paths: _Paths, index: int, proposed: Mapping[int, float]) -> _Paths:
         """Return the paths with one more orphan, by the cluster that they have it in."""

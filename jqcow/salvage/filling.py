@@ -42,6 +42,9 @@ ROUNDS = (
     (4.5, 4, True),
     (4.5, 4, False),
     (NO_GAIN, 4, False),
+    (NO_GAIN, 4, False),
+    (NO_GAIN, 4, False),
+    (NO_GAIN, 4, False),
 )
 """What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
 LIKELY_GAIN = 8.0
@@ -112,7 +115,7 @@ class Filling:
     def fill(self) -> None:
         """Place what paths place, then what is left over."""
         seeds = sorted(set(self._seeds()))
-        for wanted, passes, is_cut in ROUNDS:
+        for number, (wanted, passes, is_cut) in enumerate(ROUNDS, 1):
             items = [index for index in range(len(self._hosts)) if index not in self._taken]
             if not items:
                 return
@@ -120,8 +123,16 @@ class Filling:
                 items, self._proposals(items, seeds), self._gaps(items), passes
             )
             parts = [part for stretch in stretches for part in _parts(stretch)]
+            users = self._aligner.users(stretches)
+            before = len(self._taken)
             for stretch in sorted(parts, key=lambda part: -_gain_of(part)):
-                self._take(stretch, wanted, is_cut=is_cut)
+                is_wanted_twice = any(users[pair.cluster] > 1 for pair in stretch.pairs)
+                if wanted > NO_GAIN or not is_wanted_twice or number == len(ROUNDS):
+                    self._take(stretch, wanted, is_cut=is_cut)
+            if wanted == NO_GAIN and len(self._taken) == before and number + 1 < len(ROUNDS):
+                # Nothing is free: the best of those that want the same comes first.
+                for stretch in sorted(parts, key=lambda part: -_gain_of(part))[:1]:
+                    self._take(stretch, wanted, is_cut=is_cut)
             self._aligner.changed()
         self._take_rest()
 
