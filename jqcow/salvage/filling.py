@@ -47,6 +47,8 @@ ROUNDS = (
     (NO_GAIN, 4, False),
 )
 """What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
+PLACES_MAX, PLACES_EACH = 16_384, 4
+"""So many places are looked at for the rest, and so many more for each orphan: a piece may claim any length."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
 PLAIN = 0.9
@@ -287,7 +289,8 @@ class Filling:
 
     def _take_rest(self) -> None:
         """Give what is left in the order of the file to what is expected still, in the order of writing."""
-        coming = (cluster for cluster in self._expectations.by_writing() if self._is_waiting(cluster))
+        looked_at = islice(self._expectations.by_writing(), PLACES_MAX + PLACES_EACH * len(self._hosts))
+        coming = (cluster for cluster in looked_at if self._is_waiting(cluster))
         waiting = deque(islice(coming, REST_AHEAD))
         for index in range(len(self._hosts)):
             if index in self._taken:

@@ -1,6 +1,6 @@
 """A damaged image, open to be looked at: nothing of it is ever written.
 
-SV3. A journal that can be replayed is, in memory; one that cannot is a damage, and nothing is certain then:
+PA1. A journal that can be replayed is, in memory; one that cannot is a damage, and nothing is certain then:
     the tables in the file may be older than the data.
 """
 
