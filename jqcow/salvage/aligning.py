@@ -25,6 +25,9 @@ JUMP, RESUME = -8.0, -5.0
 """What it costs to jump: to a place that a look suggests, or beside what is placed already."""
 NATURAL = 3.5
 """What it tells that a jump leads to where a run would begin: where a piece of a file does, or beside others."""
+UNTIMELY, UNTIMELY_EACH, UNTIMELY_MAX = -1.5, 0.15, -6.0
+"""What it tells that what lies around an orphan was written earlier or later: the more files are between, the
+more."""
 BROKEN = -2.5
 """What it costs to jump from where a run would go on."""
 NEAR = -1.6
@@ -140,6 +143,8 @@ class Aligner:
         self.gain = lru_cache(maxsize=1 << 17)(self._gain)
         self._prices: dict[int, float] = {}
         self._ahead = lru_cache(maxsize=1 << 15)(self._find_ahead)
+        self._rank = lru_cache(maxsize=1 << 16)(expectations.rank)
+        self.period_of: Callable[[int], tuple[int, int] | None] = lambda index: None
         self.is_natural = lru_cache(maxsize=1 << 15)(self._is_natural)
         self.is_end = lru_cache(maxsize=1 << 15)(self._is_end)
 
@@ -218,6 +223,14 @@ class Aligner:
                 return cluster
             cluster += step
         return None
+
+    def timely(self, cluster: int, index: int) -> float:
+        """Return what it tells that a run begins with an orphan, by when its neighbours were written."""
+        period, rank = self.period_of(index), self._rank(cluster)
+        if period is None or rank is None:
+            return 0.0
+        away = max(period[0] - rank, rank - period[1], 0)
+        return 0.0 if not away else max(UNTIMELY_MAX, UNTIMELY - UNTIMELY_EACH * away)
 
     def joint(self, one: Pair | _Node, cluster: int, index: int) -> float:
         """Return what it tells that an orphan in a cluster goes on from another pair."""
@@ -364,13 +377,16 @@ class Aligner:
             ahead = self._ahead(cluster, 1)
             for other, price in ahead.items():
                 gain = price + self.gain(other, index) + self.joint(node, other, index)
+                if node.index < 0:
+                    gain += self.timely(other, index)
                 if score + gain > found.get(other, (-1e9, None))[0]:
                     found[other] = (score + gain, _Node(index, other, node, gain, price))
         for cluster, price in proposed.items():
             if not self._is_waiting(cluster):
                 continue
             own = self.gain(cluster, index)
-            score = left + price + own + (NATURAL if self.is_natural(cluster) else 0.0)
+            price += (NATURAL if self.is_natural(cluster) else 0.0) + self.timely(cluster, index)
+            score = left + price + own
             if score > found.get(cluster, (-1e9, None))[0]:
                 found[cluster] = (score, _Node(index, cluster, leaver, own, 0.0, "start"))
         best = max(score for score, _ in found.values())

@@ -112,6 +112,10 @@ class _Pieces:
         ends = (start + length for start, length in zip(self.starts, self.lengths, strict=True))
         self._reach = array("Q", accumulate(ends, max))
 
+    def place_in_time(self, at: int) -> int:
+        """Return the number of a piece in the order of writing."""
+        return self._place_in_time[at]
+
     def beside_in_file(self, at: int, step: int) -> int | None:
         """Return the piece of the same file that comes next, or before."""
         place = self._place_in_file[at] + step
@@ -275,6 +279,13 @@ class Expectations:
             other = self._pieces.beside_in_time(at, step)
             if other is not None:
                 yield self._near_end(other, step)
+
+    def rank(self, cluster: int) -> int | None:
+        """Return the number, in the order of writing, of what was first written to a cluster."""
+        start = cluster * self._cluster_bytes
+        touching = self._pieces.touching(start, start + self._cluster_bytes)
+        ranks = (self._pieces.place_in_time(at) for at in touching if self._pieces.data[at])
+        return min(ranks, default=None)
 
     def _leaving(self, cluster: int, step: int) -> Iterator[int]:
         """Yield the pieces of files that end in a cluster, or begin there."""

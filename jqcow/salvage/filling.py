@@ -14,7 +14,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from heapq import nlargest
@@ -41,10 +41,7 @@ ROUNDS = (
     (8.0, 4, True),
     (4.5, 4, True),
     (4.5, 4, False),
-    (NO_GAIN, 4, False),
-    (NO_GAIN, 4, False),
-    (NO_GAIN, 4, False),
-    (NO_GAIN, 4, False),
+    *[(NO_GAIN, 3, False)] * 8,
 )
 """What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
 PLACES_MAX, PLACES_EACH = 16_384, 4
@@ -60,6 +57,10 @@ CLUSTERS_MAX, BLOCKS_MAX = 1 << 18, 1 << 24
 further apart in the file is not compared."""
 REST_AHEAD, REST_GAIN = 64, -4.0
 """What is left over goes to one of so many places that wait, where nothing speaks so much against it."""
+WHOLE = 0.7
+"""A stretch of which others have taken more is searched for anew."""
+PERIOD_OF = 4
+"""So many pieces before and behind an orphan tell when it was written."""
 GAP_ENDS = 6
 """So many at each end of what lies placed between orphans may go on from these, or lead to them."""
 LARGE_TRIED, BREAKS_TRIED = 48, 48
@@ -121,20 +122,16 @@ class Filling:
             items = [index for index in range(len(self._hosts)) if index not in self._taken]
             if not items:
                 return
+            self._aligner.period_of = self._periods()
             stretches = self._aligner.best_once(
                 items, self._proposals(items, seeds), self._gaps(items), passes
             )
             parts = [part for stretch in stretches for part in _parts(stretch)]
-            users = self._aligner.users(stretches)
             before = len(self._taken)
             for stretch in sorted(parts, key=lambda part: -_gain_of(part)):
-                is_wanted_twice = any(users[pair.cluster] > 1 for pair in stretch.pairs)
-                if wanted > NO_GAIN or not is_wanted_twice or number == len(ROUNDS):
-                    self._take(stretch, wanted, is_cut=is_cut)
-            if wanted == NO_GAIN and len(self._taken) == before and number + 1 < len(ROUNDS):
-                # Nothing is free: the best of those that want the same comes first.
-                for stretch in sorted(parts, key=lambda part: -_gain_of(part))[:1]:
-                    self._take(stretch, wanted, is_cut=is_cut)
+                self._take(stretch, wanted, is_cut=is_cut, least=0.0 if number == len(ROUNDS) else WHOLE)
+            if wanted == NO_GAIN and len(self._taken) == before:
+                break
             self._aligner.changed()
         self._take_rest()
 
@@ -250,6 +247,25 @@ class Filling:
             del gap.last[GAP_ENDS:]
         return gaps
 
+    def _periods(self) -> Callable[[int], tuple[int, int] | None]:
+        """Return what tells when an orphan was written, as numbers in the order of writing: from, and to."""
+        indices = sorted(self._taken)
+        known = [
+            (index, rank)
+            for index in indices
+            if (rank := self._expectations.rank(self._taken[index])) is not None
+        ]
+        places, ranks = [index for index, _ in known], [rank for _, rank in known]
+
+        def period_of(index: int) -> tuple[int, int] | None:
+            at = bisect_left(places, index)
+            before, behind = _distinct(ranks[max(0, at - 64) : at][::-1]), _distinct(ranks[at : at + 64])
+            if len(before) < PERIOD_OF or len(behind) < PERIOD_OF:
+                return None
+            return min(before), max(behind)
+
+        return lru_cache(maxsize=1 << 12)(period_of)
+
     def _placed(self) -> list[tuple[int, int]]:
         """Return (host offset, cluster) of what is placed, in the order of the file."""
         taken = ((self._hosts[index], cluster) for index, cluster in self._taken.items())
@@ -266,11 +282,13 @@ class Filling:
         last = len(stretch.pairs) if stretch.has_landed else telling[-1] + 1
         return stretch.pairs[first:last]
 
-    def _take(self, stretch: Stretch, wanted: float, *, is_cut: bool) -> None:
-        """Place a stretch if it gains enough; what others have by now is left out."""
+    def _take(self, stretch: Stretch, wanted: float, *, is_cut: bool, least: float) -> None:
+        """Place a stretch if it gains enough, and others have not taken more than a share of it by now."""
         pairs = self._cut(stretch) if is_cut else stretch.pairs
         free = [pair for pair in pairs if self._is_waiting(pair.cluster)]
         free = [pair for pair in free if not self._expectations.of(pair.cluster).is_free]
+        if len(free) < least * sum(not self._expectations.of(pair.cluster).is_free for pair in pairs):
+            return
         gain = _gain_of(replace(stretch, pairs=free))
         is_loose = not stretch.is_attached and not stretch.has_landed
         if not free or gain < wanted or (is_loose and LOOSE_GAIN > wanted > NO_GAIN):
@@ -303,6 +321,11 @@ class Filling:
                     break
                 waiting.rotate(-1)
             waiting.extend(islice(coming, REST_AHEAD - len(waiting)))
+
+
+def _distinct(ranks: Iterable[int]) -> list[int]:
+    """Return the first few numbers that differ."""
+    return list(islice(dict.fromkeys(ranks), PERIOD_OF))
 
 
 def _gain_of(stretch: Stretch) -> float:
