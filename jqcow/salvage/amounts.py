@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from jqcow import _native
+from jqcow.ondisk import entries
+from jqcow.ondisk.layout import table_bytes
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import GuestMap, Open, Piece
 from jqcow.salvage.tables import COMPRESSED, DATA, UNALLOCATED, ZERO, Fate
@@ -93,7 +95,7 @@ def _of_table(guest_map: GuestMap, index: int, start: int, end: int, *, has_shar
     cluster_bytes = guest_map.tables.shape.geometry.cluster_bytes
     first, last = -(-start // cluster_bytes), end // cluster_bytes
     found = Amounts()
-    if index in guest_map.tables.likely:
+    if index in guest_map.tables.likely or _names_the_cut(guest_map, index):
         for piece in guest_map.pieces(start, end - start):
             found.take(piece.kind, piece.certainty, piece.length)
         return found
@@ -122,12 +124,25 @@ def _of_known_entries(guest_map: GuestMap, index: int, first: int, stop: int, *,
     return known if isinstance(known, Amounts) else Amounts()
 
 
+def _names_the_cut(guest_map: GuestMap, index: int) -> bool:
+    """Return True if a table may name the cluster within which a file was cut off."""
+    tables, source = guest_map.tables, guest_map.tables.source
+    within = source.size() % tables.shape.geometry.cluster_bytes
+    if not tables.is_cut_off or not within:
+        return False
+    table, last = tables.read(index), source.size() - within
+    words = bytearray(table_bytes(2))
+    for place, copied in enumerate((True, False)):
+        entries.put_entry(words, place, entries.l1_entry(last, copied=copied))
+    return words[: table_bytes(1)] in table or words[table_bytes(1) :] in table
+
+
 def _of_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_shared: bool) -> Amounts:
     tables, found = guest_map.tables, Amounts()
     cluster_bytes, entry_bytes = tables.shape.geometry.cluster_bytes, tables.shape.codec.entry_bytes
     placed, unknown = guest_map.placed.get(index), 0
-    for entries, why in guest_map.open_parts(index):
-        start, end = max(first, entries.start), min(stop, entries.stop)
+    for part, why in guest_map.open_parts(index):
+        start, end = max(first, part.start), min(stop, part.stop)
         if start >= end:
             continue
         unknown += end - start

@@ -144,7 +144,7 @@ class Survey:
             if self.is_supposed or self.others.snapshots or self.shape.area.header.nb_snapshots:
                 self.guest_map.doubt()
             if "size" in self.shape.lost and not self.is_size_known:
-                self.tables.disk_bytes = max(SECTOR_BYTES, self.placed.end)
+                self.tables.end_at(max(SECTOR_BYTES, self.placed.end))
         return self.placed
 
     def grow(self) -> None:
@@ -159,7 +159,7 @@ class Survey:
         index = (size - 1) // self.tables.table_covers
         if index >= len(self.tables.fates):
             self.tables.grow(index)
-        self.tables.disk_bytes = size
+        self.tables.end_at(size)
 
     def _protection(self) -> Protection | None:
         """Return the sums of the active disk, and mark where they lie: that looks like tables."""

@@ -145,6 +145,13 @@ class DiskTables:
         self.disk_bytes = max(self.disk_bytes, (index + 1) * self.table_covers)
         return True
 
+    def end_at(self, disk_bytes: int) -> None:
+        """Have the disk end where it does, after it was taken for larger."""
+        self.disk_bytes = disk_bytes
+        count = self.shape.geometry.l1_entries_for(disk_bytes)
+        del self.fates[count:]
+        self.offsets = self.offsets[:count]
+
     def lose_all(self, entry_count: int) -> None:
         """Take all entries of the L1 table for lost."""
         count = max(entry_count, self.shape.geometry.l1_entries_for(self.disk_bytes))

@@ -396,7 +396,7 @@ class TestGoingOn:
         wanted = self.salvaged(torn, tmp_path / "wanted", kind)
         drawn, cuts, resumed = random.Random(kind), 0, set()
         while True:
-            left = drawn.randrange(20, 90)
+            left = drawn.randrange(40, 120)
             self.cut_after(monkeypatch, left)
             try:
                 found = self.salvaged(torn, tmp_path / "saved", kind)
@@ -607,7 +607,7 @@ class TestInPlace:
     def test_not_after_it_was_used(self, torn: Path) -> None:
         repair_in_place(str(torn))
         with jqcow.open(torn, "r+") as image:
-            image.pwrite(b"\x99" * COVERS, 5 * COVERS)
+            image.pwrite(b"\x99" * COVERS, 2 * COVERS)
         after = torn.read_bytes()
         with pytest.raises(CorruptionError, match="written since"):
             undo_repair(torn)

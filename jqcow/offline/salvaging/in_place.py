@@ -192,6 +192,7 @@ class _Rebuilding:
         not_clean = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_JOURNAL
         header = replace(
             header,
+            size=self._found.guest_map.size if self._found.is_active else header.size,
             l1_table_offset=l1_offset,
             l1_size=l1_size,
             nb_snapshots=len(snapshots),
