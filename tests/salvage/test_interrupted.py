@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -23,6 +24,10 @@ def test_story(story: Callable[[Patient, Path, Random, int], int], tmp_path: Pat
     story(patient, tmp_path, Random(KILLS), KILLS)
 
 
+@pytest.mark.skipif(
+    not os.access("/dev/fuse", os.W_OK) or shutil.which("qemu-storage-daemon") is None,
+    reason="NO READ ERRORS TESTED: they need FUSE and qemu-storage-daemon",
+)
 def test_what_the_host_cannot_read_is_read_around(tmp_path: Path) -> None:
     """Nothing but what lies there is lost, and the source stays as it is: it cannot even be written."""
     patient, chance = Patient.make(tmp_path, 2), Random(2)
