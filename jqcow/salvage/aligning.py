@@ -24,10 +24,12 @@ ENTER_FREE, LEAVE_FREE, STAY_FREE = -1.5, -0.5, -0.02
 JUMP, RESUME = -8.0, -5.0
 """What it costs to jump: to a place that a look suggests, or beside what is placed already."""
 NATURAL = 3.5
-"""What it tells that a jump leads to where a run would begin: where a piece of a file does, or beside others."""
+"""What it tells that a jump leads to where a run would begin: with a piece of a file, or beside others."""
 UNTIMELY, UNTIMELY_EACH, UNTIMELY_MAX = -1.5, 0.15, -6.0
 """What it tells that what lies around an orphan was written earlier or later: the more files are between, the
 more."""
+UNUSUAL_EACH, UNUSUAL_MAX = 0.03, 2.0
+"""What it tells, for each file between, that it is not what was written in the middle of that time."""
 BROKEN = -2.5
 """What it costs to jump from where a run would go on."""
 NEAR = -1.6
@@ -89,10 +91,10 @@ class Stretch:
 class _Node(NamedTuple):
     """A step of a path: an orphan's index, its cluster, how it came there, and what that gained.
 
-    ``index`` is negative for what is placed; ``how`` tells whether it is a start, a landing, or neither.
+    ``item`` is negative for what is placed; ``how`` tells whether it is a start, a landing, or neither.
     """
 
-    index: int
+    item: int
     cluster: int
     before: _Node | None
     gain: float
@@ -144,7 +146,7 @@ class Aligner:
         self._prices: dict[int, float] = {}
         self._ahead = lru_cache(maxsize=1 << 15)(self._find_ahead)
         self._rank = lru_cache(maxsize=1 << 16)(expectations.rank)
-        self.period_of: Callable[[int], tuple[int, int] | None] = lambda index: None
+        self.period_of: Callable[[int], tuple[int, int, int] | None] = lambda index: None
         self.is_natural = lru_cache(maxsize=1 << 15)(self._is_natural)
         self.is_end = lru_cache(maxsize=1 << 15)(self._is_end)
 
@@ -229,15 +231,17 @@ class Aligner:
         period, rank = self.period_of(index), self._rank(cluster)
         if period is None or rank is None:
             return 0.0
-        away = max(period[0] - rank, rank - period[1], 0)
-        return 0.0 if not away else max(UNTIMELY_MAX, UNTIMELY - UNTIMELY_EACH * away)
+        earliest, usual, latest = period
+        total = -min(UNUSUAL_MAX, UNUSUAL_EACH * abs(rank - usual))
+        away = max(earliest - rank, rank - latest, 0)
+        return total if not away else total + max(UNTIMELY_MAX, UNTIMELY - UNTIMELY_EACH * away)
 
-    def joint(self, one: Pair | _Node, cluster: int, index: int) -> float:
-        """Return what it tells that an orphan in a cluster goes on from another pair."""
-        if one.index < 0:
+    def joint(self, one: _Node, cluster: int, index: int) -> float:
+        """Return what it tells that an orphan in a cluster goes on from a step before."""
+        if one.item < 0:
             return 0.0
         return self._odds.joint(
-            self._expectations.of(one.cluster), one.index, self._expectations.of(cluster), index
+            self._expectations.of(one.cluster), one.item, self._expectations.of(cluster), index
         )
 
     def walk_back(self, items: Sequence[int], position: int, cluster: int) -> Iterable[tuple[int, int]]:
@@ -282,7 +286,7 @@ class Aligner:
             if cluster != NOWHERE:
                 prices = (self.landing(cluster, first) + INTERRUPT * at for at, first in enumerate(gap.first))
                 landed = max(0.0, *prices)
-                if node is not None and node.index >= 0:
+                if node is not None and node.item >= 0:
                     found[cluster] = (score + INTERRUPT, node)
             if score + landed > best[0]:
                 how: Literal["on", "landing"] = "landing" if landed else "on"
@@ -377,7 +381,7 @@ class Aligner:
             ahead = self._ahead(cluster, 1)
             for other, price in ahead.items():
                 gain = price + self.gain(other, index) + self.joint(node, other, index)
-                if node.index < 0:
+                if node.item < 0:
                     gain += self.timely(other, index)
                 if score + gain > found.get(other, (-1e9, None))[0]:
                     found[other] = (score + gain, _Node(index, other, node, gain, price))
@@ -385,8 +389,8 @@ class Aligner:
             if not self._is_waiting(cluster):
                 continue
             own = self.gain(cluster, index)
-            price += (NATURAL if self.is_natural(cluster) else 0.0) + self.timely(cluster, index)
-            score = left + price + own
+            natural = NATURAL if self.is_natural(cluster) else 0.0
+            score = left + price + natural + self.timely(cluster, index) + own
             if score > found.get(cluster, (-1e9, None))[0]:
                 found[cluster] = (score, _Node(index, cluster, leaver, own, 0.0, "start"))
         best = max(score for score, _ in found.values())
@@ -413,12 +417,12 @@ def _stretches(node: _Node | None) -> list[Stretch]:
     pairs: list[Pair] = []
     has_landed = False
     while node is not None:
-        is_orphan = node.index >= 0 and node.cluster != NOWHERE
+        is_orphan = node.item >= 0 and node.cluster != NOWHERE
         if is_orphan:
-            pairs.append(Pair(node.index, node.cluster, node.gain, node.price))
+            pairs.append(Pair(node.item, node.cluster, node.gain, node.price))
         if not is_orphan or node.how == "start":
             if pairs:
-                is_attached = node.index < 0 and pairs[-1].price > NEAR
+                is_attached = node.item < 0 and pairs[-1].price > NEAR
                 stretches.append(Stretch(pairs[::-1], is_attached, has_landed))
             pairs, has_landed = [], node.how == "landing"
         node = node.before

@@ -3,7 +3,8 @@
 AN1. A host cluster for which evidence names two places is certain in neither.
 AN2. A guest cluster for which two host clusters are named, with other bytes, is certain in neither: one of
     them is old, and evidence does not know which.
-AN3. What tells the place of a part of a cluster is certain of that part alone, unless no orphan is an old copy.
+AN3. What tells the place of a part of a cluster is certain of that part alone, unless no orphan is an old
+    copy.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from math import gcd
 from jqcow.salvage.evidence import FilePiece, GuestStructure, PlacedDisk
 
 BLOCK_BYTES_MAX, BLOCK_BYTES_MIN = 4096, 512
-"""Files end in blocks of the file system: those are compared; the smallest unit of all the pieces is taken."""
+"""Files end in blocks of the file system; of several sizes the smallest is taken."""
 PIECES_MAX = 1 << 20
 """So many pieces are taken in; what lies in others is not expected."""
 OVERLAPS_MAX = 64
@@ -26,7 +26,7 @@ OVERLAPS_MAX = 64
 CACHED = 1 << 15
 
 FREE, SYSTEM, SLACK, UNKNOWN = -1, -2, -3, -4
-"""Owners of blocks that no file owns: nobody, the file system itself, a file that ended before, or who knows."""
+"""Owners of blocks that no file owns: nobody, the file system, a file that ended before, or who knows."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Orphans that do not tell where they belong: placed by what is expected of them, and by order.
 
 Files are written in runs, and clusters are allocated as they are written: so neighbours in a run are
-neighbours in the file. Paths through the orphans (`aligning`) begin where an orphan looks as a cluster should,
-mostly by the length of a file's last block, and beside what is placed. What a path is surest of is placed,
-and the search is made anew with what is left.
+neighbours in the file. Paths through the orphans (`aligning`) begin where an orphan looks as a cluster
+should, mostly by the length of a file's last block, and beside what is placed. What a path is surest of is
+placed, and the search is made anew with what is left.
 
 FI1. No path places what something surer has placed, and none is more than LIKELY.
 FI2. The best stretches come first: what they place no other gets.
@@ -43,9 +43,9 @@ ROUNDS = (
     (4.5, 4, False),
     *[(NO_GAIN, 3, False)] * 8,
 )
-"""What a stretch must gain in each round, how many passes it has, and whether it is cut back to what tells."""
+"""What a stretch must gain in each round, how many passes that has, and if stretches are cut to what tells."""
 PLACES_MAX, PLACES_EACH = 16_384, 4
-"""So many places are looked at for the rest, and so many more for each orphan: a piece may claim any length."""
+"""So many places are looked at for the rest, and so many more for each orphan: a piece may claim any size."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
 PLAIN = 0.9
@@ -161,7 +161,7 @@ class Filling:
         for position in self._breaks(items, starts):
             for cluster in large:
                 self._propose(proposals, items, position, cluster, JUMP)
-        starts = {items[position] for position in starts}
+        first_ones = {items[position] for position in starts}
         for index, cluster in seeds:
             if index in self._taken or not self._is_waiting(cluster):
                 continue
@@ -171,7 +171,7 @@ class Filling:
                 for other, place in self._aligner.walk_back(items, position, cluster):
                     if place in proposals.get(other, ()):
                         break
-                    if self._aligner.is_natural(place) or other in starts:
+                    if self._aligner.is_natural(place) or other in first_ones:
                         proposals[other][place] = JUMP
         return proposals
 
@@ -247,8 +247,8 @@ class Filling:
             del gap.last[GAP_ENDS:]
         return gaps
 
-    def _periods(self) -> Callable[[int], tuple[int, int] | None]:
-        """Return what tells when an orphan was written, as numbers in the order of writing: from, and to."""
+    def _periods(self) -> Callable[[int], tuple[int, int, int] | None]:
+        """Return what tells when an orphan was written: numbers in that order, the first, usual, and last."""
         indices = sorted(self._taken)
         known = [
             (index, rank)
@@ -257,12 +257,12 @@ class Filling:
         ]
         places, ranks = [index for index, _ in known], [rank for _, rank in known]
 
-        def period_of(index: int) -> tuple[int, int] | None:
+        def period_of(index: int) -> tuple[int, int, int] | None:
             at = bisect_left(places, index)
             before, behind = _distinct(ranks[max(0, at - 64) : at][::-1]), _distinct(ranks[at : at + 64])
             if len(before) < PERIOD_OF or len(behind) < PERIOD_OF:
                 return None
-            return min(before), max(behind)
+            return min(before), sorted(before + behind)[PERIOD_OF], max(behind)
 
         return lru_cache(maxsize=1 << 12)(period_of)
 

@@ -80,7 +80,7 @@ class MappedDisk:
     """The guest's disk as far as it is placed surely enough: see `evidence.PlacedDisk`.
 
     Attributes:
-        parts: guest ranges of clusters that as a whole are less sure: these parts told their place themselves.
+        parts: guest ranges that told their place themselves, of clusters that as a whole are less sure.
     """
 
     def __init__(
