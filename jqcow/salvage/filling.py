@@ -35,15 +35,16 @@ TELLING = 2.0
 """Early on, stretches begin and end with a cluster that tells so much by itself, or beside what is placed."""
 NO_GAIN, LOOSE_GAIN = -1e9, 8.0
 """What a stretch gains at least, and one that neither goes on from what is placed nor leads to it."""
+LAST_ROUNDS = 8
 ROUNDS = (
     (16.0, 1, True),
     (10.0, 1, True),
     (8.0, 4, True),
     (4.5, 4, True),
     (4.5, 4, False),
-    *[(NO_GAIN, 3, False)] * 8,
+    *[(NO_GAIN, 3, False)] * LAST_ROUNDS,
 )
-"""What a stretch must gain in each round, how many passes that has, and if stretches are cut to what tells."""
+"""What a stretch must gain in each round, how many passes that has, and if it is cut to what tells."""
 PLACES_MAX, PLACES_EACH = 16_384, 4
 """So many places are looked at for the rest, and so many more for each orphan: a piece may claim any size."""
 LIKELY_GAIN = 8.0

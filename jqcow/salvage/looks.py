@@ -21,7 +21,7 @@ def kind_of(block: bytes) -> int:
     step = max(_CHUNK_BYTES, len(block) * _CHUNK_BYTES // _SAMPLE_BYTES)
     sample = b"".join(block[start : start + _CHUNK_BYTES] for start in range(0, len(block), step))
     dense = sample.replace(b"\0", b"")
-    if len(dense) * 8 < len(sample):
+    if len(dense) < 0.125 * len(sample):
         dense = block.replace(b"\0", b"")[:_SAMPLE_BYTES]
         if not dense:
             return ZEROS

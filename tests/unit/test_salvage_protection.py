@@ -21,6 +21,7 @@ from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.marks import Marks
 from jqcow.salvage.orphans import OrphanClusters, Unnamed, mark_header
 from jqcow.salvage.protection import Protection, find_protection
+from jqcow.salvage.ranges import Ranges
 from jqcow.salvage.shape import Shape
 from jqcow.salvage.source import Source
 from jqcow.salvage.sums import SumIndex
@@ -87,7 +88,7 @@ def found_in(path: Path, area: HeaderArea) -> tuple[Protection | None, dict[int,
         protection = find_protection(source, area, orphans)
         if protection is None:
             return None, {}
-        anchors = Anchors(guest_map, orphans)
+        anchors = Anchors(guest_map, orphans, Ranges(), are_current=True)
         placements = list(by_protection(protection, guest_map, orphans))
         for placement in placements:
             anchors.add(placement)
