@@ -89,7 +89,7 @@ class Filling:
         for host, content in found:
             self._hosts.append(host)
             self._looks.add(content)
-        self._odds = Odds(self._looks)
+        self._odds = Odds(self._looks, sum(1 for _ in expectations.tails()))
         self._anchors: list[tuple[int, int]] = []
         if self._hosts:
             first = max(0, bisect_left(anchored, (self._hosts[0],)) - GAP_ENDS)
