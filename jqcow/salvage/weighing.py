@@ -19,7 +19,7 @@ NEAR_BYTES = 16
 """A file may end with some zeros of its own."""
 LONGER = -9.0
 """A file that ends before the bytes do; only stale metadata says so."""
-ALL_ZEROS = -1.0
+ALL_ZEROS = -0.1
 """A cluster of zeros where a file has data: it may be, but nothing is lost if it is not placed."""
 RUN_MAX = 2.0
 """So much a run of blocks of one owner tells at most: neighbours are alike."""
