@@ -196,6 +196,8 @@ class Aligner:
 
     def landing(self, cluster: int, other: int) -> float:
         """Return what it tells that a run comes from one cluster to the other, that is placed."""
+        if self._expectations.of(cluster).is_idle:
+            return 0.0
         if other == cluster + 1:
             return LAND
         is_next = other == self._expectations.next_in_use(cluster, 1)

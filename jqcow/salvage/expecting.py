@@ -68,7 +68,7 @@ class Expected:
         all_owners = set(owners)
         object.__setattr__(self, "is_data", max(all_owners) >= 0)
         object.__setattr__(self, "is_free", all_owners == {FREE})
-        object.__setattr__(self, "is_idle", all_owners <= {FREE, UNKNOWN, SYSTEM})
+        object.__setattr__(self, "is_idle", max(all_owners) < 0)
 
 
 class _Pieces:

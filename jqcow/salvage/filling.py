@@ -48,7 +48,7 @@ LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
 PLAIN = 0.9
 """A pair tells nothing that gains no more."""
-DEAR = -1.4
+DEAR = -0.9
 """A stretch is parted at steps that cost so much."""
 CLUSTERS_MAX, BLOCKS_MAX = 1 << 18, 1 << 24
 """So many orphans are looked at together, of no more blocks: memory does not grow with the image. What lies

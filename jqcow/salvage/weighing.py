@@ -13,7 +13,7 @@ from math import log
 from jqcow.salvage.expecting import FREE, SLACK, SYSTEM, UNKNOWN, Expected
 from jqcow.salvage.looks import NOISE, OTHER, TEXT, ZEROS, Looks, changes
 
-IN_USE, IN_FREE = 0.25, -0.1
+IN_USE, IN_FREE = 0.25, -0.15
 """Of clusters in use nearly each was written, of free ones some were."""
 NEAR_BYTES = 16
 """A file may end with some zeros of its own."""
@@ -172,7 +172,7 @@ class Odds:
     def joint(self, one: Expected, first: int, other: Expected, second: int) -> float:
         """Return what the last block of an orphan and the first of another tell, placed side by side."""
         before, behind = one.owners[-1], other.owners[0]
-        if before < 0 and behind < 0:
+        if (before < 0 and behind < 0) or one.is_idle or other.is_idle:
             return 0.0
         kinds = self._looks.kinds
         per = self._looks.per_cluster
