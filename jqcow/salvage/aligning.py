@@ -178,9 +178,8 @@ class Aligner:
         skipped = 0 if nearest is None else abs(nearest - cluster) - 1
         self._offer(found, cluster, nearest, NEXT + SKIP * skipped)
         in_use = self._expectations.next_in_use(cluster, step)
-        if in_use is not None:
-            if abs(in_use - cluster) > 1:
-                self._offer(found, cluster, self._next_waiting(in_use, step), NEXT_IN_USE)
+        if in_use is not None and abs(in_use - cluster) > 1:
+            self._offer(found, cluster, self._next_waiting(in_use, step), NEXT_IN_USE)
         for other in self._expectations.beside_in_file(cluster, step):
             self._offer(found, cluster, self._next_waiting(other, step), NEXT_IN_FILE)
         for other in self._expectations.beside_in_time(cluster, step):

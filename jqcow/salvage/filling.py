@@ -43,7 +43,7 @@ ROUNDS = (
     (4.5, 4, False),
     *[(NO_GAIN, 3, False)] * 8,
 )
-"""What a stretch must gain in each round, how many passes that has, and if stretches are cut to what tells."""
+"""What a stretch must gain in each round, its passes, and whether stretches are cut to what tells."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
 PLAIN = 0.9
