@@ -35,15 +35,18 @@ TELLING = 2.0
 """Early on, stretches begin and end with a cluster that tells so much by itself, or beside what is placed."""
 NO_GAIN, LOOSE_GAIN = -1e9, 8.0
 """What a stretch gains at least, and one that neither goes on from what is placed nor leads to it."""
+LAST_ROUNDS = 8
 ROUNDS = (
     (16.0, 1, True),
     (10.0, 1, True),
     (8.0, 4, True),
     (4.5, 4, True),
     (4.5, 4, False),
-    *[(NO_GAIN, 3, False)] * 8,
+    *[(NO_GAIN, 3, False)] * LAST_ROUNDS,
 )
 """What a stretch must gain in each round, its passes, and whether stretches are cut to what tells."""
+SYSTEM_ROUNDS = 2
+"""So many of the last rounds are made again for what the file system itself uses."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
 PLAIN = 0.9
@@ -114,9 +117,18 @@ class Filling:
         return 0 <= guest < self._map.size and self._map.is_open(guest) and not self._map.is_placed(guest)
 
     def fill(self) -> None:
-        """Place what paths place, then what is left over."""
+        """Place what paths place: of files first, then of the file system itself; then what is left over."""
+        for counts_system, rounds in ((False, ROUNDS), (True, ROUNDS[-SYSTEM_ROUNDS:])):
+            self._expectations.count_system(counts_system)
+            self._aligner.changed()
+            self._go_through(rounds)
+        self._expectations.count_system(False)
+        self._aligner.changed()
+        self._take_rest()
+
+    def _go_through(self, rounds: Sequence[tuple[float, int, bool]]) -> None:
         seeds = sorted(set(self._seeds()))
-        for number, (wanted, passes, is_cut) in enumerate(ROUNDS, 1):
+        for number, (wanted, passes, is_cut) in enumerate(rounds, 1):
             items = [index for index in range(len(self._hosts)) if index not in self._taken]
             if not items:
                 return
@@ -127,11 +139,10 @@ class Filling:
             parts = [part for stretch in stretches for part in _parts(stretch)]
             before = len(self._taken)
             for stretch in sorted(parts, key=lambda part: -_gain_of(part)):
-                self._take(stretch, wanted, is_cut=is_cut, least=0.0 if number == len(ROUNDS) else WHOLE)
+                self._take(stretch, wanted, is_cut=is_cut, least=0.0 if number == len(rounds) else WHOLE)
             if wanted == NO_GAIN and len(self._taken) == before:
                 break
             self._aligner.changed()
-        self._take_rest()
 
     # Where paths may begin
 
