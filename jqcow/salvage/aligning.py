@@ -40,7 +40,7 @@ GIVE_UP, STAY_LOST = -4.0, -0.05
 """What it costs that an orphan belongs nowhere, and that the one behind it does not, either."""
 BEAM, BEHIND_MAX = 80, 14.0
 """So many paths are followed, none of which is so far behind the best."""
-SKIPPED_MAX = 4
+SKIP, SKIPPED_MAX = -1.0, 4
 """So many clusters that are placed may lie between one and the next."""
 DROP, WALK_MAX = 8.0, 512
 """A walk back from a likely place ends when it has lost so much, or has come so far."""
@@ -174,11 +174,12 @@ class Aligner:
 
     def _find_ahead(self, cluster: int, step: int) -> dict[int, float]:
         found: dict[int, float] = {}
-        self._offer(found, cluster, self._next_waiting(cluster + step, step), NEXT)
+        nearest = self._next_waiting(cluster + step, step)
+        skipped = 0 if nearest is None else abs(nearest - cluster) - 1
+        self._offer(found, cluster, nearest, NEXT + SKIP * skipped)
         in_use = self._expectations.next_in_use(cluster, step)
-        if in_use is not None:
-            price = NEXT_IN_USE if abs(in_use - cluster) > 1 else NEXT
-            self._offer(found, cluster, self._next_waiting(in_use, step), price)
+        if in_use is not None and abs(in_use - cluster) > 1:
+            self._offer(found, cluster, self._next_waiting(in_use, step), NEXT_IN_USE)
         for other in self._expectations.beside_in_file(cluster, step):
             self._offer(found, cluster, self._next_waiting(other, step), NEXT_IN_FILE)
         for other in self._expectations.beside_in_time(cluster, step):
@@ -196,6 +197,8 @@ class Aligner:
 
     def landing(self, cluster: int, other: int) -> float:
         """Return what it tells that a run comes from one cluster to the other, that is placed."""
+        if self._expectations.of(cluster).is_idle:
+            return 0.0
         if other == cluster + 1:
             return LAND
         is_next = other == self._expectations.next_in_use(cluster, 1)

@@ -56,7 +56,14 @@ class Anchors:
         placed: the guest offset of each host cluster that was placed, by its host offset.
     """
 
-    def __init__(self, guest_map: GuestMap, orphans: Orphans, parts: Ranges, *, are_current: bool) -> None:
+    def __init__(
+        self,
+        guest_map: GuestMap,
+        orphans: Orphans,
+        parts: Ranges | None = None,
+        *,
+        are_current: bool = False,
+    ) -> None:
         """Place ``orphans`` in ``guest_map``.
 
         Args:
@@ -65,7 +72,8 @@ class Anchors:
             parts: takes the guest ranges that are certain where their cluster is not.
             are_current: none of the orphans is an old copy (AN3).
         """
-        self._map, self._orphans, self._parts, self._are_current = guest_map, orphans, parts, are_current
+        self._map, self._orphans, self._are_current = guest_map, orphans, are_current
+        self._parts = Ranges() if parts is None else parts
         self._claims: dict[int, dict[int, _Claim]] = defaultdict(dict)
         self.placed: dict[int, int] = {}
 

@@ -36,6 +36,7 @@ class Expected:
     Attributes:
         owners: the number of the file that each of its blocks belongs to; or FREE, SYSTEM, SLACK.
         tails: for each block in which a file ends, how many of its bytes are the file's.
+        counts_system: what the file system itself uses was written, too.
         runs: (first block, block behind the last, owner) of blocks of one owner; without those with tails.
         edges: the blocks that have another owner than the one before.
         is_data: a file has data in it.
@@ -45,6 +46,7 @@ class Expected:
 
     owners: tuple[int, ...]
     tails: dict[int, int]
+    counts_system: bool = False
     runs: tuple[tuple[int, int, int], ...] = field(init=False)
     edges: frozenset[int] = field(init=False)
     is_data: bool = field(init=False)
@@ -68,7 +70,9 @@ class Expected:
         all_owners = set(owners)
         object.__setattr__(self, "is_data", max(all_owners) >= 0)
         object.__setattr__(self, "is_free", all_owners == {FREE})
-        object.__setattr__(self, "is_idle", all_owners <= {FREE, UNKNOWN, SYSTEM})
+        object.__setattr__(
+            self, "is_idle", max(all_owners) < 0 and not (self.counts_system and SYSTEM in all_owners)
+        )
 
 
 class _Pieces:
@@ -163,6 +167,7 @@ class Expectations:
         self._pieces = _Pieces()
         self._free_starts, self._free_ends = array("Q"), array("Q")
         self.block_bytes = min(BLOCK_BYTES_MAX, cluster_bytes)
+        self._counts_system = False
         self.of = lru_cache(maxsize=CACHED)(self._of)
 
     def __len__(self) -> int:
@@ -189,6 +194,14 @@ class Expectations:
         self._free_ends = array("Q", (end for _, end in free))
         self._pieces.sort()
         self.of.cache_clear()
+
+    def count_system(self, counts: bool) -> None:
+        """Say whether what the file system itself uses is taken for written, as what files have is."""
+        self._counts_system = counts
+        self.of.cache_clear()
+
+    def _is_used(self, at: int) -> bool:
+        return self._counts_system or bool(self._pieces.data[at])
 
     def _of(self, cluster: int) -> Expected:
         """Return what a cluster is expected to hold."""
@@ -217,7 +230,7 @@ class Expectations:
             owners[full:high] = [SLACK] * (high - full)
             if valid_end % unit and low <= valid_end // unit < high:
                 tails[valid_end // unit] = valid_end % unit
-        return Expected(tuple(owners), tails)
+        return Expected(tuple(owners), tails, self._counts_system)
 
     def tails(self) -> Iterator[tuple[int, int, int]]:
         """Yield (cluster, block in it, bytes of the file in that block) for each file's end."""
@@ -231,7 +244,8 @@ class Expectations:
     def large(self, count: int) -> Iterator[int]:
         """Yield the first cluster of each of so many of the largest pieces."""
         pieces = self._pieces
-        for at in nlargest(count, range(len(pieces)), key=pieces.lengths.__getitem__):
+        used = (at for at in range(len(pieces)) if self._is_used(at))
+        for at in nlargest(count, used, key=pieces.lengths.__getitem__):
             yield pieces.starts[at] // self._cluster_bytes
 
     # Which cluster comes next
@@ -239,14 +253,14 @@ class Expectations:
     def in_use(self, cluster: int) -> bool:
         """Return whether a file has something in a cluster."""
         start = cluster * self._cluster_bytes
-        return any(self._pieces.data[at] for at in self._pieces.touching(start, start + self._cluster_bytes))
+        return any(self._is_used(at) for at in self._pieces.touching(start, start + self._cluster_bytes))
 
     def begins(self, cluster: int) -> bool:
         """Return whether a piece of a file begins in a cluster."""
         at = bisect_left(self._pieces.starts, cluster * self._cluster_bytes)
         end = (cluster + 1) * self._cluster_bytes
         while at < len(self._pieces) and self._pieces.starts[at] < end:
-            if self._pieces.data[at]:
+            if self._is_used(at):
                 return True
             at += 1
         return False
@@ -258,11 +272,11 @@ class Expectations:
         pieces = self._pieces
         if step > 0:
             at = bisect_left(pieces.starts, (cluster + 1) * self._cluster_bytes)
-            while at < len(pieces) and not pieces.data[at]:
+            while at < len(pieces) and not self._is_used(at):
                 at += 1
             return pieces.starts[at] // self._cluster_bytes if at < len(pieces) else None
         at = bisect_left(pieces.starts, max(0, cluster * self._cluster_bytes)) - 1
-        while at >= 0 and not pieces.data[at]:
+        while at >= 0 and not self._is_used(at):
             at -= 1
         return None if at < 0 else (pieces.starts[at] + pieces.lengths[at] - 1) // self._cluster_bytes
 

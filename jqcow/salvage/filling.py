@@ -44,14 +44,16 @@ ROUNDS = (
     (4.5, 4, False),
     *[(NO_GAIN, 3, False)] * LAST_ROUNDS,
 )
-"""What a stretch must gain in each round, how many passes that has, and if it is cut to what tells."""
+"""What a stretch must gain in each round, its passes, and whether stretches are cut to what tells."""
+SYSTEM_ROUNDS = 2
+"""So many of the last rounds are made again for what the file system itself uses."""
 PLACES_MAX, PLACES_EACH = 16_384, 4
 """So many places are looked at for the rest, and so many more for each orphan: a piece may claim any size."""
 LIKELY_GAIN = 8.0
 """A stretch that gains less is a guess."""
 PLAIN = 0.9
 """A pair tells nothing that gains no more."""
-DEAR = -1.4
+DEAR = -0.9
 """A stretch is parted at steps that cost so much."""
 CLUSTERS_MAX, BLOCKS_MAX = 1 << 18, 1 << 24
 """So many orphans are looked at together, of no more blocks: memory does not grow with the image. What lies
@@ -92,7 +94,7 @@ class Filling:
         for host, content in found:
             self._hosts.append(host)
             self._looks.add(content)
-        self._odds = Odds(self._looks)
+        self._odds = Odds(self._looks, sum(1 for _ in expectations.tails()))
         self._anchors: list[tuple[int, int]] = []
         if self._hosts:
             first = max(0, bisect_left(anchored, (self._hosts[0],)) - GAP_ENDS)
@@ -117,9 +119,18 @@ class Filling:
         return 0 <= guest < self._map.size and self._map.is_open(guest) and not self._map.is_placed(guest)
 
     def fill(self) -> None:
-        """Place what paths place, then what is left over."""
+        """Place what paths place: of files first, then of the file system itself; then what is left over."""
+        for counts_system, rounds in ((False, ROUNDS), (True, ROUNDS[-SYSTEM_ROUNDS:])):
+            self._expectations.count_system(counts_system)
+            self._aligner.changed()
+            self._go_through(rounds)
+        self._expectations.count_system(False)
+        self._aligner.changed()
+        self._take_rest()
+
+    def _go_through(self, rounds: Sequence[tuple[float, int, bool]]) -> None:
         seeds = sorted(set(self._seeds()))
-        for number, (wanted, passes, is_cut) in enumerate(ROUNDS, 1):
+        for number, (wanted, passes, is_cut) in enumerate(rounds, 1):
             items = [index for index in range(len(self._hosts)) if index not in self._taken]
             if not items:
                 return
@@ -130,11 +141,10 @@ class Filling:
             parts = [part for stretch in stretches for part in _parts(stretch)]
             before = len(self._taken)
             for stretch in sorted(parts, key=lambda part: -_gain_of(part)):
-                self._take(stretch, wanted, is_cut=is_cut, least=0.0 if number == len(ROUNDS) else WHOLE)
+                self._take(stretch, wanted, is_cut=is_cut, least=0.0 if number == len(rounds) else WHOLE)
             if wanted == NO_GAIN and len(self._taken) == before:
                 break
             self._aligner.changed()
-        self._take_rest()
 
     # Where paths may begin
 

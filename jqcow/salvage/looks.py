@@ -13,6 +13,8 @@ ZEROS, TEXT, NOISE, OTHER = range(4)
 
 _TEXT = bytes(range(32, 127)) + b"\t\n\r"
 _SAMPLE_BYTES = 512
+SPARSE = 8
+"""A sample of which fewer than one byte in so many is not zero says too little."""
 _CHUNK_BYTES = 128
 
 
@@ -21,7 +23,7 @@ def kind_of(block: bytes) -> int:
     step = max(_CHUNK_BYTES, len(block) * _CHUNK_BYTES // _SAMPLE_BYTES)
     sample = b"".join(block[start : start + _CHUNK_BYTES] for start in range(0, len(block), step))
     dense = sample.replace(b"\0", b"")
-    if len(dense) < 0.125 * len(sample):
+    if len(dense) * SPARSE < len(sample):
         dense = block.replace(b"\0", b"")[:_SAMPLE_BYTES]
         if not dense:
             return ZEROS

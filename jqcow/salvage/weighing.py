@@ -13,13 +13,13 @@ from math import log
 from jqcow.salvage.expecting import FREE, SLACK, SYSTEM, UNKNOWN, Expected
 from jqcow.salvage.looks import NOISE, OTHER, TEXT, ZEROS, Looks, changes
 
-IN_USE, IN_FREE = 0.25, -0.1
+IN_USE, IN_FREE = 0.25, -0.15
 """Of clusters in use nearly each was written, of free ones some were."""
 NEAR_BYTES = 16
 """A file may end with some zeros of its own."""
 LONGER = -9.0
 """A file that ends before the bytes do; only stale metadata says so."""
-ALL_ZEROS = -1.0
+ALL_ZEROS = -0.1
 """A cluster of zeros where a file has data: it may be, but nothing is lost if it is not placed."""
 RUN_MAX = 2.0
 """So much a run of blocks of one owner tells at most: neighbours are alike."""
@@ -50,8 +50,12 @@ class Odds:
         kinds: of which kind the bytes of files are, by number.
     """
 
-    def __init__(self, looks: Looks) -> None:
-        """Take what the orphans look like; they must be all there by now."""
+    def __init__(self, looks: Looks, ends: int = 0) -> None:
+        """Take what the orphans look like; they must be all there by now.
+
+        ``ends``: in so many blocks a file is expected to end. What looks like an end, or changes, more often
+        than that does so within files, too.
+        """
         self._looks = looks
         self._block_bytes = looks.block_bytes
         self._counts = Counter(looks.lengths)
@@ -60,7 +64,8 @@ class Odds:
         zeros = (self._counts[0] + 2) / (self._total + 4)
         partial = (self._partial + 1) / (self._total + 4)
         self._zeros, self._full = zeros, max(0.05, 1 - zeros - partial)
-        self._untold = min(0.0, max(UNTOLD, log(0.01 / partial)))
+        within = max(0.01, (self._partial - ends) / (self._total + 4))
+        self._untold = min(0.0, max(UNTOLD, log(within / partial)))
         seen, changed = 200, 10
         for index in range(0, len(looks), max(1, len(looks) // 5000)):
             kinds = looks.kinds_of(index)
@@ -71,6 +76,8 @@ class Odds:
         same = sum(count * count for count in dense) / max(1, sum(dense)) ** 2
         self._at_edge = max(0.05, _CHANGE_AT_EDGE * (1 - same))
         self._changed = min(0.5, changed / max(1, seen))
+        within = self._changed - ends / (self._total + 4)
+        self._change = max(CHANGED, log(max(0.001, within) / self._changed))
 
     def learn(self, expected: Expected, index: int) -> None:
         """Take from an orphan in its place of what kind files are."""
@@ -148,7 +155,7 @@ class Odds:
             if block in expected.edges:
                 total += self.edge(is_edge=True, is_changed=True)
             elif expected.owners[block] >= 0:
-                within += CHANGED
+                within += self._change
         for block in expected.edges:
             if kinds[block] == kinds[block - 1] != ZEROS:
                 total += self.edge(is_edge=True, is_changed=False)
@@ -157,7 +164,7 @@ class Odds:
     def edge(self, *, is_edge: bool, is_changed: bool) -> float:
         """Return what two neighbouring blocks tell, by their owners and their kinds of bytes."""
         if not is_edge:
-            return CHANGED if is_changed else -log(1 - self._changed)
+            return self._change if is_changed else -log(1 - self._changed)
         if is_changed:
             return max(0.0, log(self._at_edge / self._changed))
         return min(0.0, log((1 - self._at_edge) / (1 - self._changed)))
@@ -165,7 +172,7 @@ class Odds:
     def joint(self, one: Expected, first: int, other: Expected, second: int) -> float:
         """Return what the last block of an orphan and the first of another tell, placed side by side."""
         before, behind = one.owners[-1], other.owners[0]
-        if before < 0 and behind < 0:
+        if (before < 0 and behind < 0) or one.is_idle or other.is_idle:
             return 0.0
         kinds = self._looks.kinds
         per = self._looks.per_cluster

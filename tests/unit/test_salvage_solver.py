@@ -1,4 +1,4 @@
-"""Orphans that do not tell their place: what is expected of clusters, how they look, how they are placed."""
+"""Orphans that do not tell their place: what is expected of clusters, how they look, where they go."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_file_s_end_tells_and_what_is_longer_does_not_fit() -> None:
 
 
 def written_disk(seed: int) -> tuple[list[FilePiece], dict[int, bytes], dict[int, int]]:
-    """Return files, orphans by host offset, and where these belong: written in order, apart on the disk."""
+    """Return files, orphans by host offset, and where these belong: files written one after the other."""
     chance = random.Random(seed)
     pieces: list[FilePiece] = []
     clusters: dict[int, bytes] = {}
@@ -202,8 +202,9 @@ def test_files_written_one_after_the_other_are_placed(seed: int) -> None:
     guest_map = FakeMap()
     expectations = expectations_of(pieces)
     Filling(guest_map, CLUSTER, sorted(clusters.items()), expectations, []).fill()
-    placements = guest_map.placed.values()
-    right = sum(placement.guest_offset == truth[placement.host_offset] for placement in placements)
+    right = sum(
+        placement.guest_offset == truth[placement.host_offset] for placement in guest_map.placed.values()
+    )
     assert right > 0.95 * len(truth)
 
 
