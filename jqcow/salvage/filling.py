@@ -45,6 +45,8 @@ ROUNDS = (
     *[(NO_GAIN, 3, False)] * LAST_ROUNDS,
 )
 """What a stretch must gain in each round, its passes, and whether stretches are cut to what tells."""
+MANY = 4096
+"""Of more orphans each round has one pass, and the last round comes once: time matters, too."""
 SYSTEM_ROUNDS = 2
 """So many of the last rounds are made again for what the file system itself uses."""
 PLACES_MAX, PLACES_EACH = 16_384, 4
@@ -130,13 +132,15 @@ class Filling:
 
     def _go_through(self, rounds: Sequence[tuple[float, int, bool]]) -> None:
         seeds = sorted(set(self._seeds()))
+        if len(self._hosts) > MANY:
+            rounds = list(dict.fromkeys(rounds))
         for number, (wanted, passes, is_cut) in enumerate(rounds, 1):
             items = [index for index in range(len(self._hosts)) if index not in self._taken]
             if not items:
                 return
             self._aligner.period_of = self._periods()
             stretches = self._aligner.best_once(
-                items, self._proposals(items, seeds), self._gaps(items), passes
+                items, self._proposals(items, seeds), self._gaps(items), passes if len(items) <= MANY else 1
             )
             parts = [part for stretch in stretches for part in _parts(stretch)]
             before = len(self._taken)
