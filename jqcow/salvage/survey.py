@@ -140,8 +140,17 @@ class Survey:
             self.grow()
             search = self._search()
             orphans = self._with_streams(self.orphans())
-            self.placed = place_orphans(self.guest_map, self.reader(below), orphans, find, protection, search)
-            if self.is_supposed or self.others.snapshots or self.shape.area.header.nb_snapshots:
+            has_snapshots = bool(self.others.snapshots or self.shape.area.header.nb_snapshots)
+            self.placed = place_orphans(
+                self.guest_map,
+                self.reader(below),
+                orphans,
+                find,
+                protection,
+                search,
+                are_current=not has_snapshots and self.unnamed.counts_once(),
+            )
+            if self.is_supposed or has_snapshots:
                 self.guest_map.doubt()
             if "size" in self.shape.lost and not self.is_size_known:
                 self.tables.end_at(max(SECTOR_BYTES, self.placed.end))
