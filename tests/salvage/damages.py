@@ -240,8 +240,9 @@ def double_allocation(victim: Victim) -> bool:
     for offset, length in victim.anatomy.l2:
         table = victim.read(length, offset)
         used = [at for at in range(0, length, width) if table[at : at + 8].strip(b"\0")]
-        for _ in range(3 if len(used) > 1 else 0):
-            source, target = victim.chance.sample(used, 2)
+        # None is both: an entry that is moved on whole is a lie that nothing in the file tells.
+        chosen = victim.chance.sample(used, min(len(used) // 2, 3) * 2)
+        for source, target in zip(chosen[::2], chosen[1::2], strict=True):
             victim.write(table[source : source + width], offset + target)
             done = True
     return done
