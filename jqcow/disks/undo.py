@@ -249,8 +249,11 @@ class UndoFile:
 
     @property
     def tells_behind(self) -> bool:
-        """True if the file tells of all that the repair wrote behind the old end, too."""
-        return any(run.offset + len(run.old) > self.header.old_bytes for run in self.runs())
+        """True if the file tells of all that the repair wrote behind the old end, too.
+
+        The block in which that end lies is in the file of a repair with a journal as well.
+        """
+        return self.mark is Mark.IN_PLACE or any(run.offset >= self.header.old_bytes for run in self.runs())
 
     def put_mark(self, undo: Device, mark: Mark) -> None:
         """Write a mark into the file, which the device holds; a barrier follows."""
