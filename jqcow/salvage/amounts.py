@@ -11,6 +11,9 @@ from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import GuestMap, Open, Piece
 from jqcow.salvage.tables import COMPRESSED, DATA, UNALLOCATED, ZERO, Fate
 
+TABLES_AT_ONCE = 1 << 16
+"""So many lost tables are counted together: an L1 table may name millions."""
+
 
 @dataclass
 class Amounts:
@@ -77,9 +80,26 @@ def amounts_of(guest_map: GuestMap, offset: int, length: int, *, has_shared: boo
             found.below += absent_end - offset
             offset = absent_end
             continue
+        lost_count = lost_tables(guest_map, index)
+        if lost_count:
+            lost_end = min(end, (index + lost_count) * covers)
+            found.lost += lost_end - offset
+            offset = lost_end
+            continue
         found.add(_of_table(guest_map, index, offset, stop, has_shared=has_shared))
         offset = stop
     return found
+
+
+def lost_tables(guest_map: GuestMap, index: int) -> int:
+    """Return how many tables from an L1 entry on are lost and have had nothing back, so many at a time."""
+    tables, placed = guest_map.tables, guest_map.placed
+    fates = tables.fates[index : index + TABLES_AT_ONCE]
+    count = len(fates) - len(fates.lstrip(bytes([Fate.LOST])))
+    if not placed and not tables.likely:
+        return count
+    run = range(index, index + count)
+    return next((at - index for at in run if at in placed or at in tables.likely), count)
 
 
 def _absent_end(guest_map: GuestMap, index: int, end: int) -> int:
@@ -128,7 +148,7 @@ def _names_the_cut(guest_map: GuestMap, index: int) -> bool:
     """Return True if a table may name the cluster within which a file was cut off."""
     tables, source = guest_map.tables, guest_map.tables.source
     within = source.size() % tables.shape.geometry.cluster_bytes
-    if not tables.is_cut_off or not within:
+    if not tables.is_cut_off or not within or tables.fates[index] not in (Fate.WHOLE, Fate.TORN):
         return False
     table, last = tables.read(index), source.size() - within
     words = bytearray(table_bytes(2))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jqcow import _native
-from jqcow.salvage.amounts import Amounts, amounts_of
+from jqcow.salvage.amounts import Amounts, amounts_of, lost_tables
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import TABLE
 from jqcow.salvage.shape import Damage, Damages
@@ -202,12 +202,17 @@ def _disk(survey: Survey, tables: DiskTables, doubts: Damages) -> DiskDiagnosis:
     has_shared = has_shared or tables.certainty < Certainty.CERTAIN or tables.is_cut_off
     total, ranges = Amounts() if has_shared else _by_counts(tables), _Listed()
     seen: dict[int, Amounts] = {}
+    lost_end = 0
     for index, fate in enumerate(tables.fates):
+        if index < lost_end:
+            continue
         is_placed = index in survey.guest_map.placed
         if fate == Fate.ABSENT or (fate == Fate.WHOLE and not has_shared and not is_placed):
             continue
         start, length = tables.guest_range(index)
         if fate == Fate.LOST and not is_placed and index not in tables.likely:
+            lost_end = index + lost_tables(survey.guest_map, index)
+            length = sum(tables.guest_range(lost_end - 1)) - start
             total.lost += length
             ranges.add(start, length, "lost")
             continue
