@@ -10,6 +10,7 @@ image is as it was. What an undo does depends on both:
     mark    sector 0                what the undo does
     any     of an undo              lays the file over the image, and ends
     begun   no magic: lost          the same, if all else is as before or after the repair: a power cut did it
+    begun, served: all as before    the same: it had ended, and may have been no image that can be opened
     inplace any                     begins, unless something else lies behind the old end: it may be no image
     any     another                 recovers the image, refuses one that was written since, and begins
 
@@ -280,11 +281,22 @@ class UndoFile:
         sector = image.pread(SECTOR_BYTES, 0)
         if roots.is_being_undone(sector):
             return True
-        if self.mark is not Mark.BEGUN or sector[: len(MAGIC)] == MAGIC:
+        if sector[: len(MAGIC)] == MAGIC:
+            is_ended = self.mark is Mark.BEGUN or (asked and self.mark is Mark.SERVED)
+            return is_ended and self._is_as_before(image)
+        if self.mark is not Mark.BEGUN:
             return False
         garbled_end = max(BLOCK_BYTES, _roots_end(_header_in(self.old_sector_0())))
         kept = self._sectors_behind(image, garbled_end)
         return force or (all(kept) and (asked or bool(kept)))
+
+    def _is_as_before(self, image: Reader) -> bool:
+        old_bytes = self.header.old_bytes
+        return image.size() == old_bytes and all(
+            image.pread(len(old), run.offset) == old
+            for run in self.runs()
+            if (old := run.old[: max(0, old_bytes - run.offset)])
+        )
 
     def _sectors_behind(self, image: Reader, start: int) -> list[bool]:
         """Tell of each run that reaches behind ``start`` whether all its sectors are before's or after's."""
@@ -429,9 +441,10 @@ def undo_on(
         if not force:
             _refuse_later_writes(device, file)
         _require_space(device, file)
-        file.put_mark(undo, Mark.BEGUN)
-        # Durable now: the mark. Sector 0 is changed next, and may be lost but for the undo file.
-        undo.barrier("undo.begin")
+        if file.mark is not Mark.IN_PLACE:
+            file.put_mark(undo, Mark.BEGUN)
+            # Durable now: the mark. Sector 0 is changed next, and may be lost but for the undo file.
+            undo.barrier("undo.begin")
         device.pwrite(undo_root, 0)
         # Durable now: sector 0, which every program refuses. The rest of the image is changed next (U3).
         device.barrier("undo.root")
