@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any, TypeVar
 
 from jqcow.cli import common, secrets
 from jqcow.cli.diagnosis_text import diagnosis_lines, in_place_lines, salvage_lines
@@ -14,6 +16,7 @@ from jqcow.offline.salvage import diagnose, salvage
 from jqcow.offline.salvaging.in_place import repair_in_place
 from jqcow.salvage.diagnosis import Diagnosis
 
+Report = TypeVar("Report")
 MODES = ("undo", "salvage", "in_place", "diagnose")
 _ALLOWED = {
     "deep": ("diagnose",),
@@ -97,6 +100,22 @@ def _option(name: str) -> str:
     return _DESTINATIONS.get(name, "--" + name.replace("_", "-"))
 
 
+def _below(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the library is told of the files below, and of encryption, in its words."""
+    return {
+        "allow_files": arguments.allow_files,
+        "probe": arguments.probe,
+        "passphrase": secrets.passphrase_of(arguments),
+    }
+
+
+def _print(report: Report, arguments: argparse.Namespace, lines: Callable[[Report], Iterable[str]]) -> None:
+    if arguments.output == "json":
+        common.print_json(common.as_json(report))
+    elif not arguments.quiet:
+        print("\n".join(lines(report)))
+
+
 def damage_of(name: str) -> Diagnosis | None:
     """Return the diagnosis of an image that is damaged; None where recovery is to say what is the matter."""
     with suppress(JqcowError):
@@ -129,9 +148,7 @@ def diagnose_command(arguments: argparse.Namespace) -> int:
             deep=arguments.deep,
             picture=arguments.picture,
             map_file=arguments.map,
-            allow_files=arguments.allow_files,
-            probe=arguments.probe,
-            passphrase=secrets.passphrase_of(arguments),
+            **_below(arguments),
         )
     print_diagnosis(found, arguments.output)
     return exit_code(found)
@@ -150,10 +167,8 @@ def salvage_command(arguments: argparse.Namespace) -> int:
                 certain_only=arguments.certain_only,
                 report=arguments.report,
                 map_file=arguments.map,
-                allow_files=arguments.allow_files,
-                probe=arguments.probe,
-                passphrase=secrets.passphrase_of(arguments),
                 progress=progress,
+                **_below(arguments),
             )
     except FileExistsError as error:
         error.add_note("a salvage replaces no file: choose another name")
@@ -162,10 +177,7 @@ def salvage_command(arguments: argparse.Namespace) -> int:
         if isinstance(error, KeyboardInterrupt) or error.filename != target:
             print("jqcow-recover: run the same command again to go on where it stopped", file=sys.stderr)
         raise
-    if arguments.output == "json":
-        common.print_json(common.as_json(report))
-    elif not arguments.quiet:
-        print("\n".join(salvage_lines(report)))
+    _print(report, arguments, salvage_lines)
     return common.EXIT_OK if report.is_whole else common.EXIT_CORRUPT
 
 
@@ -173,15 +185,7 @@ def in_place_command(arguments: argparse.Namespace) -> int:
     """Give an image new tables."""
     name = arguments.image
     with common.about(name):
-        report = repair_in_place(
-            name,
-            allow_files=arguments.allow_files,
-            probe=arguments.probe,
-            passphrase=secrets.passphrase_of(arguments),
-        )
-    if arguments.output == "json":
-        common.print_json(common.as_json(report))
-    elif not arguments.quiet:
-        print("\n".join(in_place_lines(report)))
+        report = repair_in_place(name, **_below(arguments))
+    _print(report, arguments, in_place_lines)
     is_whole = not (report.lost or report.likely or report.guess)
     return common.EXIT_OK if is_whole else common.EXIT_CORRUPT

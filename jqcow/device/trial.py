@@ -159,14 +159,17 @@ class TrialDevice:
                 if is_wanted and start + at < self.old_bytes:
                     yield start + at, before, after
 
-    def behind(self, unit_bytes: int = SECTOR_BYTES) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, new) of each unit behind the old end, or across it, that is not zeros, in order."""
-        first = self.old_bytes - self.old_bytes % unit_bytes
+    def behind(self, unit_bytes: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, new) of each unit that begins behind the old end and is not zeros, in order.
+
+        `changed` has the one that reaches across the end.
+        """
+        first = self.old_bytes + -self.old_bytes % unit_bytes
         for index in sorted(self._blocks):
             start = index * BLOCK_BYTES
             for at in range(max(start, first), min(start + BLOCK_BYTES, self._size), unit_bytes):
                 new = bytes(self._blocks[index][at - start : at - start + unit_bytes])
-                if at >= self.old_bytes and new != _ZEROS[: len(new)]:
+                if new != _ZEROS[: len(new)]:
                     yield at, new
 
     def _changed_blocks(self) -> Iterator[int]:

@@ -94,6 +94,8 @@ def amounts_of(guest_map: GuestMap, offset: int, length: int, *, has_shared: boo
 def lost_tables(guest_map: GuestMap, index: int) -> int:
     """Return how many tables from an L1 entry on are lost and have had nothing back, so many at a time."""
     tables, placed = guest_map.tables, guest_map.placed
+    if tables.fates[index] != Fate.LOST:
+        return 0
     fates = tables.fates[index : index + TABLES_AT_ONCE]
     count = len(fates) - len(fates.lstrip(bytes([Fate.LOST])))
     if not placed and not tables.likely:

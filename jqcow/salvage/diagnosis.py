@@ -210,8 +210,8 @@ def _disk(survey: Survey, tables: DiskTables, doubts: Damages) -> DiskDiagnosis:
         if fate == Fate.ABSENT or (fate == Fate.WHOLE and not has_shared and not is_placed):
             continue
         start, length = tables.guest_range(index)
-        if fate == Fate.LOST and not is_placed and index not in tables.likely:
-            lost_end = index + lost_tables(survey.guest_map, index)
+        if count := lost_tables(survey.guest_map, index):
+            lost_end = index + count
             length = sum(tables.guest_range(lost_end - 1)) - start
             total.lost += length
             ranges.add(start, length, "lost")

@@ -190,20 +190,11 @@ def failing(image: Path, unreadable: Sequence[Range], folder: Path) -> Iterator[
     ]
     bad = {"driver": "blkdebug", "node-name": "bad", "image": file, "inject-error": rules}
     export = f"type=fuse,id=export,node-name=bad,mountpoint={shown},writable=on,growable=on"
-    daemon = subprocess.Popen(
-        ["qemu-storage-daemon", "--blockdev", json.dumps(bad), "--export", export], stderr=subprocess.DEVNULL
-    )
+    words = ["--blockdev", json.dumps(bad), "--export", export]
     try:
-        for _ in range(200):
-            if shown.stat().st_size:
-                break
-            time.sleep(0.05)
-        else:
-            raise TimeoutError("the failing file is not shown")
-        yield shown
+        with foreign.shown_by_daemon(words, shown, is_quiet=True):
+            yield shown
     finally:
-        daemon.terminate()
-        daemon.wait()
         shown.unlink(missing_ok=True)
 
 

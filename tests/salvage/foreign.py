@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 MAKERS = {
     "ext4": ["mkfs.ext4", "-q", "-F"],
     "xfs": ["mkfs.xfs", "-q", "-f"],
@@ -65,7 +67,10 @@ class Workload:
 
 
 def run(*words: object) -> str:
-    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout
+    """Run a program, also one where an ordinary user does not look; return what it prints."""
+    command = [str(word) for word in words]
+    command[0] = shutil.which(command[0], path=PATH) or command[0]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def secret(passphrase: str) -> list[str]:
@@ -74,31 +79,37 @@ def secret(passphrase: str) -> list[str]:
 
 
 @contextmanager
-def exported(image: Path, folder: Path, passphrase: str = "") -> Iterator[Path]:
-    """Show a qcow2 image as a file of the disk's bytes, written through QEMU."""
-    unlocked = ",encrypt.format=luks,encrypt.key-secret=key" if passphrase else ""
-    shown = folder / "exported"
-    shown.touch()
-    daemon = subprocess.Popen(
-        [
-            "qemu-storage-daemon",
-            *secret(passphrase),
-            *("--blockdev", f"driver=file,node-name=file,filename={image}"),
-            *("--blockdev", f"driver=qcow2,node-name=disk,file=file,discard=unmap{unlocked}"),
-            *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={shown},writable=on,growable=off"),
-        ]
-    )
+def shown_by_daemon(words: Sequence[str], shown: Path, *, is_quiet: bool = False) -> Iterator[None]:
+    """Have qemu-storage-daemon export something over an empty file, as long as that is used."""
+    output = subprocess.DEVNULL if is_quiet else None
+    daemon = subprocess.Popen(["qemu-storage-daemon", *words], stderr=output)
     try:
         for _ in range(200):
             if shown.stat().st_size:
                 break
             time.sleep(0.05)
         else:
-            raise TimeoutError("the disk is not exported")
-        yield shown
+            raise TimeoutError(f"nothing is exported over {shown.name}")
+        yield
     finally:
         daemon.terminate()
         daemon.wait()
+
+
+@contextmanager
+def exported(image: Path, folder: Path, passphrase: str = "") -> Iterator[Path]:
+    """Show a qcow2 image as a file of the disk's bytes, written through QEMU."""
+    unlocked = ",encrypt.format=luks,encrypt.key-secret=key" if passphrase else ""
+    shown = folder / "exported"
+    shown.touch()
+    words = [
+        *secret(passphrase),
+        *("--blockdev", f"driver=file,node-name=file,filename={image}"),
+        *("--blockdev", f"driver=qcow2,node-name=disk,file=file,discard=unmap{unlocked}"),
+        *("--export", f"type=fuse,id=export,node-name=disk,mountpoint={shown},writable=on,growable=off"),
+    ]
+    with shown_by_daemon(words, shown):
+        yield shown
 
 
 @contextmanager

@@ -12,6 +12,19 @@ from jqcow.salvage.evidence import Certainty, GuestStructure, Placement
 UNIT_BYTES = 4096
 
 
+class Memory:
+    """A file in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def size(self) -> int:
+        return len(self.data)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return self.data[offset : offset + length].ljust(length, b"\0")
+
+
 class Orphans:
     """Clusters at host offsets that follow each other."""
 

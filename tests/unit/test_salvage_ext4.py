@@ -383,7 +383,7 @@ def test_blocks_of_the_journal_are_counted_from_where_it_starts() -> None:
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_hostile_bytes_end_in_an_answer(default_bytes: bytes, data: st.DataObject) -> None:
-    """S3: structures with a few bytes changed."""
+    """Structures with a few bytes changed."""
     changed = bytearray(default_bytes)
     for _ in range(data.draw(st.integers(1, 8))):
         block = data.draw(st.sampled_from([0, 1, 2, 66, 67, 68, 69, 70, 71, 72, 73, 600]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,19 +14,13 @@ from hypothesis import strategies as st
 from jqcow.salvage.evidence import Certainty, Placement, Volume
 from jqcow.salvage.guest import ntfs
 from jqcow.salvage.guest.ntfs_ondisk import Boot, IndexBuffer, Record, fixed_up, unpacked_runs
+from tests.salvage.foreign import PATH, run
 from tests.salvage.scattered import Placed, Scattered, settle, wrong
 
-PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 pytestmark = pytest.mark.skipif(not shutil.which("mkntfs", path=PATH), reason="ntfs-3g")
 SIZE = 40 << 20
 START = 1 << 20
 SNAPSHOTS = bytes.fromhex("6b87083876c1484eb7ae04046e6cc752")
-
-
-def run(*words: object) -> str:
-    command = [str(word) for word in words]
-    command[0] = shutil.which(command[0], path=PATH) or command[0]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def make(folder: Path, *options: str, seed: int = 1, size: int = SIZE, files: int = 80) -> Path:

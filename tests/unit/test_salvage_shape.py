@@ -30,6 +30,7 @@ from jqcow.salvage.snapshots import copies_of_l1, find_snapshots
 from jqcow.salvage.source import Source
 from jqcow.salvage.streams import StreamOrphans, find_streams
 from jqcow.salvage.tables import Fate, read_tables
+from tests.support.orphans import Memory
 
 WORDS = st.one_of(
     st.just(0),
@@ -38,19 +39,6 @@ WORDS = st.one_of(
     st.sampled_from([1, 0xFFFF_FFFF, 0x0001_0001_0001_0001, 0x0F0F, 1 << 62 | 5 << 54 | 70_000]),
     st.integers(0, (1 << 64) - 1),
 )
-
-
-class Memory:
-    """A file in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def size(self) -> int:
-        return len(self.data)
-
-    def pread(self, length: int, offset: int) -> bytes:
-        return self.data[offset : offset + length].ljust(length, b"\0")
 
 
 @dataclass

@@ -209,7 +209,7 @@ def test_files_written_one_after_the_other_are_placed(seed: int) -> None:
 
 
 def test_nothing_is_more_than_likely_and_no_cluster_comes_twice() -> None:
-    """F1, and one place for each orphan."""
+    """FI1, and one place for each orphan."""
     pieces, clusters, _ = written_disk(5)
     guest_map = FakeMap()
     Filling(guest_map, CLUSTER, sorted(clusters.items()), expectations_of(pieces), []).fill()
@@ -229,7 +229,7 @@ def test_what_is_placed_more_surely_stays() -> None:
 
 
 def test_lies_about_files_end_in_time() -> None:
-    """S3: pieces that overlap, lie beyond the disk, have no length, or are told again and again."""
+    """Pieces that overlap, lie beyond the disk, have no length, or are told again and again."""
     chance = random.Random(7)
     pieces = [
         FilePiece(

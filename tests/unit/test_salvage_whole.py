@@ -19,6 +19,7 @@ from jqcow.offline.salvaging.in_place import repair_in_place
 from jqcow.ondisk.header import HeaderArea
 from jqcow.salvage.bare import shape_of
 from jqcow.salvage.source import Source
+from tests.support.orphans import Memory
 
 CLUSTER = 16_384
 SIZE = 48 << 20
@@ -252,19 +253,6 @@ class TestGuests:
             disk = image.pread(SIZE, 0)
         made, right = saved(tmp_path, path.read_bytes(), no_header, disk)
         assert (made.size, right) == (SIZE, 1.0)
-
-
-class Memory:
-    """A file in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def size(self) -> int:
-        return len(self.data)
-
-    def pread(self, length: int, offset: int) -> bytes:
-        return self.data[offset : offset + length].ljust(length, b"\0")
 
 
 def gpt_header(disk_bytes: int) -> bytes:

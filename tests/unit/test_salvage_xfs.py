@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,13 @@ from jqcow import _native
 from jqcow.salvage.evidence import Certainty, Volume
 from jqcow.salvage.guest import xfs
 from jqcow.salvage.guest.xfs_ondisk import Inode, Superblock
+from tests.salvage.foreign import PATH, run
 from tests.salvage.scattered import Placed, Scattered, settle, wrong
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("mkfs.xfs", path="/usr/sbin:/sbin:/usr/bin"), reason="xfsprogs"
-)
+pytestmark = pytest.mark.skipif(not shutil.which("mkfs.xfs", path=PATH), reason="xfsprogs")
 SIZE = 320 << 20
 START = 1 << 20
 SIZES = pytest.mark.parametrize("cluster_bytes", [512, 4096, 65536, 2 << 20])
-
-
-def run(*words: object) -> str:
-    command = [str(word) for word in words]
-    command[0] = shutil.which(command[0], path="/usr/sbin:/sbin:/usr/bin") or command[0]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def make(folder: Path, *options: str, seed: int = 1) -> Path:

@@ -172,9 +172,6 @@ def test_only_the_codec_knows_what_an_entry_looks_like(path: Path) -> None:
     if path.parent.name == "guest":
         return  # A guest's own structures: what they look like is their module's business.
     allowed = {"struct"} if path.parent.name == "device" else set()
-    if path.parent.name == "guest":
-        # What a guest's structures look like has nothing to do with a table's entries.
-        allowed = {"struct", "8"}
     assert not [use for use in entry_layout(parse(path)) if use[0] not in allowed]
 
 

@@ -21,7 +21,6 @@ import re
 from collections.abc import Iterator, Sequence
 
 from jqcow.salvage.evidence import (
-    BlockSum,
     Certainty,
     FilePiece,
     Orphans,
@@ -29,6 +28,7 @@ from jqcow.salvage.evidence import (
     Placement,
     Volume,
 )
+from jqcow.salvage.guest.filesystem import FileSystem
 from jqcow.salvage.guest.ntfs_mft import Mft, Stream, layout_of, placed_first
 from jqcow.salvage.guest.ntfs_ondisk import ATTRIBUTE_DATA, RECORD_IN_USE, Boot, Record, Runs
 from jqcow.salvage.guest.ntfs_places import Evidence
@@ -44,36 +44,21 @@ _MISSING_MAX = 1 << 20
 _BITS_ALIKE = re.compile(rb"\x00+|[\x01-\xfe]", re.DOTALL)
 
 
-class Ntfs:
+class Ntfs(FileSystem):
     """An NTFS volume on the guest's disk."""
 
+    kind = "NTFS"
+
     def __init__(self, start: int, boot: Boot, certainty: Certainty, place: str) -> None:
-        self._start = start
+        super().__init__(start, boot.length, certainty, place)
         self._boot = boot
-        self._certainty = certainty
-        self._place = place
         self._scan: Scan | None = None
-
-    @property
-    def name(self) -> str:
-        """Return what it is and where."""
-        return f"NTFS in {self._place}"
-
-    @property
-    def start(self) -> int:
-        """Return where it starts on the guest's disk, in bytes."""
-        return self._start
-
-    @property
-    def length(self) -> int:
-        """Return its length in bytes."""
-        return self._boot.length
 
     def place(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
         """Yield boot sectors and records of the MFT, and the directories of those that are placed."""
         if self._scan is None:
-            self._scan = scanned(orphans, self._start, self._boot)
-        evidence = Evidence(disk, orphans, self._start, self._boot, self._scan)
+            self._scan = scanned(orphans, self.start, self._boot)
+        evidence = Evidence(disk, orphans, self.start, self._boot, self._scan)
         layouts = evidence.layouts()
         evidence.claim_boots()
         if layouts:
@@ -135,12 +120,8 @@ class Ntfs:
         cluster_bytes, at = self._boot.cluster_bytes, 0
         for cluster, count in [*used, (self._boot.cluster_count, 0)]:
             if cluster > at:
-                yield self._start + at * cluster_bytes, (cluster - at) * cluster_bytes
+                yield self.start + at * cluster_bytes, (cluster - at) * cluster_bytes
             at = max(at, cluster + count)
-
-    def sums(self, disk: PlacedDisk) -> Iterator[BlockSum]:
-        """Yield nothing: NTFS keeps no checksums."""
-        return iter(())
 
     def _unset(self, bits: bytes, first: int) -> Iterator[tuple[int, int]]:
         """Yield guest ranges of clear bits, the first of which is a cluster's number."""
@@ -150,21 +131,21 @@ class Ntfs:
             if match[0][0] == 0:
                 count = min(len(match[0]) * 8, end - at)
                 if count > 0:
-                    yield self._start + at * cluster_bytes, count * cluster_bytes
+                    yield self.start + at * cluster_bytes, count * cluster_bytes
             else:
                 for bit in range(at, min(at + 8, end)):
                     if not match[0][0] >> (bit - at) & 1:
-                        yield self._start + bit * cluster_bytes, cluster_bytes
+                        yield self.start + bit * cluster_bytes, cluster_bytes
 
     def _placed_mft(self, disk: PlacedDisk) -> Mft | None:
-        if (first := placed_first(disk, self._start, self._boot)) is None:
+        if (first := placed_first(disk, self.start, self._boot)) is None:
             return None
         layout = layout_of(first, [])
         if layout is None:
             return None
-        mft = Mft(disk, self._start, self._boot, layout)
+        mft = Mft(disk, self.start, self._boot, layout)
         longer = layout_of(first, mft.extensions(first))
-        return Mft(disk, self._start, self._boot, longer or layout)
+        return Mft(disk, self.start, self._boot, longer or layout)
 
     def _records(self, mft: Mft) -> Iterator[Record]:
         missing = 0
@@ -189,7 +170,7 @@ class Ntfs:
             valid = length if stream.is_compressed else min(length, written_bytes - at)
             if valid > 0:
                 length = -(-valid // cluster_bytes) * cluster_bytes
-                offset = self._start + run.cluster * cluster_bytes
+                offset = self.start + run.cluster * cluster_bytes
                 written_ns = changed_ns if at else made_ns
                 yield FilePiece(offset, length, valid, (written_ns, number, at), is_data)
 

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from jqcow.salvage.evidence import (
-    BlockSum,
     Certainty,
     FilePiece,
     Orphans,
@@ -27,6 +26,7 @@ from jqcow.salvage.evidence import (
     Volume,
 )
 from jqcow.salvage.guest.claims import Claims, Window, Word, windows
+from jqcow.salvage.guest.filesystem import FileSystem
 from jqcow.salvage.guest.starts import Found, Seen, Start, compatible, room, start_of
 from jqcow.salvage.guest.xfs_log import RECORD_BYTES_MAX, named_in_log
 from jqcow.salvage.guest.xfs_ondisk import (
@@ -142,32 +142,17 @@ class _Trees:
         return offset if pointer < self._superblock.group_blocks else None
 
 
-class Xfs:
+class Xfs(FileSystem):
     """An XFS file system on the guest's disk."""
 
+    kind = "XFS"
+
     def __init__(self, start: int, superblock: Superblock, certainty: Certainty, place: str) -> None:
-        self._start = start
+        super().__init__(start, superblock.length, certainty, place)
         self._superblock = superblock
-        self._certainty = certainty
-        self._place = place
         self._claims: Claims | None = None
         self._inode_blocks: set[int] = set()
         self._sorted_blocks: list[int] | None = None
-
-    @property
-    def name(self) -> str:
-        """Return what it is and where."""
-        return f"XFS in {self._place}"
-
-    @property
-    def start(self) -> int:
-        """Return where it starts on the guest's disk, in bytes."""
-        return self._start
-
-    @property
-    def length(self) -> int:
-        """Return its length in bytes."""
-        return self._superblock.length
 
     def place(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
         """Yield the orphans that name their place; they are looked through once."""
@@ -183,7 +168,7 @@ class Xfs:
         for window in windows(orphans, max(step, superblock.directory_bytes, RECORD_BYTES_MAX * 5 // 4)):
             if superblock.uuid not in window.content:
                 continue
-            first = self._start % step if len(window.content) > step else 0
+            first = self.start % step if len(window.content) > step else 0
             for at in range(first, len(window.content), step):
                 named = list(named_in_block(window.read, at, superblock))
                 self._take(claims, window, named)
@@ -196,13 +181,13 @@ class Xfs:
         if lone and (len(lone) == 1 or lone[-1][0] > lone[-2][0]):
             # Of superblocks with nothing beside them that tells of which group, the first is the one in use.
             word = Word(Certainty.LIKELY, "XFS superblock", lone[-1][0])
-            claims.say(lone[-1][1], self._start, superblock.sector_bytes, word)
+            claims.say(lone[-1][1], self.start, superblock.sector_bytes, word)
         return claims
 
     def _take(self, claims: Claims, window: Window, named: Iterable[Named]) -> None:
         for one in named:
             word = Word(Certainty.CERTAIN if one.is_proved else Certainty.LIKELY, one.witness, one.lsn)
-            claims.say(window.host_offset + one.start, self._start + one.address, one.length, word)
+            claims.say(window.host_offset + one.start, self.start + one.address, one.length, word)
             if one.witness == INODES:
                 self._inode_blocks.add(one.address // self._superblock.block_bytes)
 
@@ -216,7 +201,7 @@ class Xfs:
         if superblock.log_block and (log := superblock.block_offset(superblock.log_block)) is not None:
             yield self._metadata(log, superblock.log_blocks * superblock.block_bytes, (made, 0, log))
         for group in range(superblock.group_count):
-            trees = _Trees(disk, self._start, superblock)
+            trees = _Trees(disk, self.start, superblock)
             base = superblock.group_offset(group)
             yield self._metadata(base, superblock.block_bytes, (made, 0, base))
             yield from self._of_inodes(disk, trees, group)
@@ -234,24 +219,20 @@ class Xfs:
             if (space := self._space(disk, group)) is None:
                 continue
             magic, root, levels = space.roots[0]
-            base = self._start + superblock.group_offset(group)
-            trees = _Trees(disk, self._start, superblock)
+            base = self.start + superblock.group_offset(group)
+            trees = _Trees(disk, self.start, superblock)
             for records in trees.group_leaves(magic, group, root, levels):
                 for at in range(0, len(records), 8):
                     block, count = (int.from_bytes(records[i : i + 4]) for i in (at, at + 4))
                     if block + count <= superblock.group_blocks and count:
                         yield base + block * superblock.block_bytes, count * superblock.block_bytes
 
-    def sums(self, disk: PlacedDisk) -> Iterator[BlockSum]:
-        """Yield nothing: XFS keeps no checksums of data."""
-        return iter(())
-
     def _metadata(self, offset: int, length: int, written: tuple[int, int, int]) -> FilePiece:
-        return FilePiece(self._start + offset, length, length, written, is_data=False)
+        return FilePiece(self.start + offset, length, length, written, is_data=False)
 
     def _space(self, disk: PlacedDisk, group: int) -> GroupSpace | None:
         sector_bytes = self._superblock.sector_bytes
-        offset = self._start + self._superblock.group_offset(group) + sector_bytes
+        offset = self.start + self._superblock.group_offset(group) + sector_bytes
         sector = disk.read(offset, sector_bytes)
         found = GroupSpace.unpack(sector, self._superblock) if sector else None
         return found if found and found.group == group else None
@@ -260,7 +241,7 @@ class Xfs:
         offset = self._superblock.inode_offset(number)
         if offset is None:
             return None
-        data = disk.read(self._start + offset, self._superblock.inode_bytes)
+        data = disk.read(self.start + offset, self._superblock.inode_bytes)
         inode = Inode.unpack(data, self._superblock) if data else None
         return inode if inode and inode.number == number else None
 
@@ -276,7 +257,7 @@ class Xfs:
         """
         superblock = self._superblock
         sector_bytes, per_block = superblock.sector_bytes, 1 << superblock.inode_bits
-        offset = self._start + superblock.group_offset(group) + 2 * sector_bytes
+        offset = self.start + superblock.group_offset(group) + 2 * sector_bytes
         sector = disk.read(offset, sector_bytes)
         header = GroupInodes.unpack(sector, superblock) if sector else None
         seen: set[int] = set()
@@ -338,7 +319,7 @@ class Xfs:
                     yield self._metadata(offset, length, written)
                 elif (valid := min(length, inode.size - at)) > 0:
                     length = -(-valid // superblock.block_bytes) * superblock.block_bytes
-                    yield FilePiece(self._start + offset, length, valid, written)
+                    yield FilePiece(self.start + offset, length, valid, written)
 
 
 def _extents(trees: _Trees, inode: int, fork: Fork) -> Iterator[Extent]:
