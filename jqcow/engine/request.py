@@ -339,12 +339,17 @@ class Requests:
 
     def check_whole_clusters(self, offset: int, length: int) -> None:
         """Raise ValueError unless a guest range within the disk is one of whole clusters, or to its end."""
+        self._check_whole(offset, length, self._cluster_bytes, "clusters")
+
+    def check_whole_subclusters(self, offset: int, length: int) -> None:
+        """Raise ValueError unless a range within the disk is one of whole subclusters, or to its end."""
+        self._check_whole(offset, length, self.tables.mapping.codec.subcluster_bytes, "subclusters")
+
+    def _check_whole(self, offset: int, length: int, unit_bytes: int, what: str) -> None:
         self.check_range(offset, length)
-        ends = offset + length == self.tables.mapping.disk_bytes or not length % self._cluster_bytes
-        if offset % self._cluster_bytes or not ends:
-            raise ValueError(
-                f"{length} bytes at {offset} are not whole clusters of {self._cluster_bytes} bytes"
-            )
+        ends = offset + length == self.tables.mapping.disk_bytes or not length % unit_bytes
+        if offset % unit_bytes or not ends:
+            raise ValueError(f"{length} bytes at {offset} are not whole {what} of {unit_bytes} bytes")
 
     def check_change(self, offset: int, length: int) -> int:
         """Refuse a change of a guest range that may not be made as a whole; return the size of the disk."""

@@ -87,14 +87,17 @@ class Zeroing:
         return self._has_zero_flag or self.reads.backing is None
 
     def hide_below(self, offset: int, length: int) -> None:
-        """Make whole clusters read as zeros whatever lies below them, now or later."""
-        self.requests.planned(lambda: self.requests.check_whole_clusters(offset, length))
+        """Make whole subclusters read as zeros whatever lies below them, now or later."""
+        self.requests.planned(lambda: self.requests.check_whole_subclusters(offset, length))
         for start, span in self.requests.spans(offset, length):
             head, tail = self._whole_subclusters(start, span, self.tables.mapping.disk_bytes)
             if self._is_raw_outside:
                 self._zero_raw(head, min(tail, self.tables.mapping.disk_bytes))
             elif self._has_zero_flag:
                 self._set_entries(self._clusters(head, tail), head, tail, self._hidden)
+                # What is left at the ends are parts of compressed clusters: no entry can tell of these.
+                self.zero_part(start, min(head, start + span) - start)
+                self.zero_part(tail, start + span - tail)
             else:
                 self.write_over(head, tail - head)
 

@@ -253,12 +253,12 @@ class Transaction:
                 self._tables.view.set_area(area)
 
     def hide_below(self, length: int, offset: int) -> None:
-        """Make whole clusters read as zeros whatever file is put below them.
+        """Make whole clusters, or subclusters if it has them, read as zeros whatever is put below.
 
         `write_zeroes` leaves out what reads as zeros by the present backing file.
 
         Raises:
-            ValueError: not whole clusters, or they reach past the end.
+            ValueError: not whole ones, or they reach past the end.
             TransactionError, OSError: as `pwrite`.
         """
         length, offset = number(length), number(offset)

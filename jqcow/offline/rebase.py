@@ -163,7 +163,10 @@ def _is_below(extent: Extent) -> bool:
 def _copy_window(
     image: Image, transaction: Transaction, new: Disk | None, offset: int, length: int, cluster_bytes: int
 ) -> int:
-    """Copy the clusters of a range that read otherwise on the new chain; return how many bytes those are."""
+    """Copy the parts of a range that read otherwise on the new chain; return how many bytes those are.
+
+    A part is as long as a cluster. Where clusters have subclusters, it may begin at any of them.
+    """
     if image.reads_as_zeros(length, offset) and shows_zeros(new, length, offset):
         return 0
     old, other = image.pread(length, offset), bytearray(length)

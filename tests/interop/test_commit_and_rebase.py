@@ -11,7 +11,7 @@ import pytest
 import jqcow
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
-from tests.interop.rounds import RawModel
+from tests.interop.rounds import RawModel, Rounds
 from tests.interop.test_backing import CHAINS, MIB, make_chain, scribble
 from tests.support.qemu import check_clean, compare, done, qemu_io
 
@@ -104,6 +104,26 @@ def test_rebase_to_nothing(
     with jqcow.open(rounds.image) as image:
         assert image.backing_file is None
     rounds.by_qemu(10)
+
+
+def test_rebase_of_subclusters(tmp_path: Path) -> None:
+    """What shows from below begins in the middle of clusters, also where the old base has zeros."""
+    base, model = tmp_path / "base.raw", RawModel(tmp_path / "model", MIB)
+    other, image = tmp_path / "other.raw", tmp_path / "image"
+    base.write_bytes(bytes(MIB // 2) + b"b" * (MIB // 2))
+    other.write_bytes(b"o" * MIB)
+    options = ["-o", "extended_l2=on,cluster_size=16k", "-b", "base.raw", "-F", "raw"]
+    done("qemu-img", "create", "-q", "-f", "qcow2", *options, image)
+    model.write(base.read_bytes(), 0)
+    for offset in (1536, 70144, 190464, MIB - 16896):
+        done("qemu-io", "-c", f"write -P 0x77 {offset} 512", image)
+        model.write(b"w" * 512, offset)
+    rebase(image, "other.raw", "raw", allow_files=True)
+    base.unlink()
+    rounds = Rounds(image, model, 16384, random.Random(5))
+    rounds.judge()
+    rounds.by_jqcow(10)
+    rounds.by_qemu(5)
 
 
 def test_rebase_to_the_same_content_copies_nothing(tmp_path: Path) -> None:

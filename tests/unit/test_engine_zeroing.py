@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 import jqcow
 from jqcow.ondisk.l2 import NO_ENTRY, ZERO_CLUSTER, ZERO_ENTRY, L2Entry
+from jqcow.testing import SimulatedDevice
 from tests.unit.engines import CLUSTER, MIB, OLD, SECTOR, Below, overlay
+
+WIDE, UNIT = 1 << 16, 2048
+"""A cluster with subclusters, and one of its 32."""
+
+
+@pytest.fixture
+def extended() -> Iterator[jqcow.Image]:
+    """An empty image with subclusters, over a backing file of sevens."""
+    device = SimulatedDevice()
+    with (
+        jqcow.create_on_device(device, MIB, cluster_size=WIDE, extended_l2=True) as image,
+        image.transaction() as transaction,
+    ):
+        transaction.set_backing_file("base.raw", "raw")
+    device.reopen()
+    with jqcow.open_device(device, "r+", backing=Below(b"\7" * MIB)) as image:
+        yield image
 
 
 @pytest.mark.parametrize("unmap", [False, True])
@@ -79,6 +99,29 @@ def test_hiding_what_may_come_below(image: jqcow.Image) -> None:
     with image.transaction() as transaction:
         transaction.hide_below(CLUSTER, MIB // 2)
     assert image._guest.reads.entry(MIB // 2 // CLUSTER) == ZERO_ENTRY
+
+
+class TestHidingSubclusters:
+    """In an image with subclusters, whole ones are enough: what shows from below may begin at any."""
+
+    def test_a_part_of_a_cluster(self, extended: jqcow.Image) -> None:
+        with extended.transaction() as transaction:
+            transaction.pwrite(b"x" * UNIT, 0)
+            transaction.hide_below(2 * UNIT, 2 * UNIT)
+        assert extended.pread(5 * UNIT, 0) == b"x" * UNIT + b"\7" * UNIT + bytes(2 * UNIT) + b"\7" * UNIT
+        assert extended.check().ok
+
+    def test_a_part_of_a_compressed_cluster_is_written(self, extended: jqcow.Image) -> None:
+        """No entry tells of a part of it."""
+        extended.pwrite_compressed(b"x" * 2 * WIDE, 0)
+        with extended.transaction() as transaction:
+            transaction.hide_below(WIDE, WIDE // 2)
+        half = b"x" * (WIDE // 2)
+        assert extended.pread(2 * WIDE, 0) == half + bytes(WIDE) + half and extended.check().ok
+
+    def test_less_than_one_is_refused(self, extended: jqcow.Image) -> None:
+        with extended.transaction() as transaction, pytest.raises(ValueError, match="not whole subclusters"):
+            transaction.hide_below(UNIT - SECTOR, 0)
 
 
 def test_a_resize_meanwhile_is_noticed(image: jqcow.Image) -> None:
