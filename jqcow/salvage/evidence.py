@@ -163,6 +163,13 @@ class GuestStructure(Protocol):
         """Yield what the file system has in use, in any order, as far as its metadata is placed."""
         ...
 
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield what files had that are there no more, as far as their metadata is left.
+
+        Others may have some of it by now, live or deleted, too.
+        """
+        ...
+
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield (guest offset, length in bytes) of what the file system knows to be free."""
         ...

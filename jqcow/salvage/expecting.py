@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nlargest
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from math import gcd
 
 from jqcow.salvage.evidence import FilePiece, GuestStructure, PlacedDisk
+from jqcow.salvage.ranges import Ranges
 
 BLOCK_BYTES_MAX, BLOCK_BYTES_MIN = 4096, 512
 """Files end in blocks of the file system; of several sizes the smallest is taken."""
@@ -24,6 +25,8 @@ PIECES_MAX = 1 << 20
 OVERLAPS_MAX = 64
 """So many pieces are looked through that begin before a cluster and may reach into it."""
 CACHED = 1 << 15
+DELETED = 1 << 63
+"""Marks the numbers of files that are deleted."""
 
 FREE, SYSTEM, SLACK, UNKNOWN = -1, -2, -3, -4
 """Owners of blocks that no file owns: nobody, the file system, a file that ended before, or who knows."""
@@ -178,9 +181,10 @@ class Expectations:
         """Take what file systems say is in use, and what they say is free."""
         unit = self.block_bytes
         free: list[tuple[int, int]] = []
+        structures = list(structures)
         for structure in structures:
-            for piece in structure.pieces(disk):
-                if piece.length > 0 and piece.guest_offset >= 0 and len(self._pieces) < PIECES_MAX:
+            for piece in islice(structure.pieces(disk), PIECES_MAX - len(self._pieces)):
+                if piece.length > 0 and piece.guest_offset >= 0:
                     self._pieces.add(piece)
                     unit = gcd(unit, piece.guest_offset, piece.length)
             free += (
@@ -193,7 +197,27 @@ class Expectations:
         self._free_starts = array("Q", (start for start, _ in free))
         self._free_ends = array("Q", (end for _, end in free))
         self._pieces.sort()
+        self._take_deleted(chain.from_iterable(structure.deleted(disk) for structure in structures))
+        self._pieces.sort()
         self.of.cache_clear()
+
+    def _take_deleted(self, deleted: Iterable[FilePiece]) -> None:
+        """Take what files had that are deleted, but for what others have; what was written last counts."""
+        pieces, taken = self._pieces, Ranges()
+        for at in range(len(pieces)):
+            taken.add(pieces.starts[at], pieces.lengths[at])
+        some = islice(deleted, PIECES_MAX - len(pieces))
+        found = {piece for piece in some if piece.is_data and piece.length > 0 and piece.guest_offset >= 0}
+        for piece in sorted(found, key=lambda one: (one.written, one.guest_offset), reverse=True):
+            if piece.guest_offset % self.block_bytes or piece.length % self.block_bytes:
+                continue
+            for start, length in list(taken.without(piece.guest_offset, piece.length)):
+                skipped = start - piece.guest_offset
+                valid_bytes = max(0, min(length, piece.valid_bytes - skipped))
+                written_ns, number, offset = piece.written
+                written = written_ns, number | DELETED, offset + skipped
+                self._pieces.add(FilePiece(start, length, valid_bytes, written))
+                taken.add(start, length)
 
     def count_system(self, counts: bool) -> None:
         """Say whether what the file system itself uses is taken for written, as what files have is."""
@@ -316,6 +340,8 @@ class Expectations:
     def by_writing(self) -> Iterator[int]:
         """Yield the clusters of files in the order in which they were written; some come again."""
         for at in self._pieces.by_time:
+            if self._pieces.numbers[at] & DELETED:
+                continue
             first = self._pieces.starts[at] // self._cluster_bytes
             last = (self._pieces.starts[at] + self._pieces.lengths[at] - 1) // self._cluster_bytes
             yield from range(first, last + 1)

@@ -3,7 +3,8 @@
 Files are written in runs, and clusters are allocated as they are written: so neighbours in a run are
 neighbours in the file. Paths through the orphans (`aligning`) begin where an orphan looks as a cluster
 should, mostly by the length of a file's last block, and beside what is placed. What a path is surest of is
-placed, and the search is made anew with what is left.
+placed, and the search is made anew with what is left. What files had that are deleted is a file's, too: where
+its place is known it is not taken for part of another.
 
 FI1. No path places what something surer has placed, and none is more than LIKELY.
 FI2. The best stretches come first: what they place no other gets.

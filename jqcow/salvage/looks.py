@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from jqcow import _native
+from jqcow.salvage.continuity import ORDER, Continuity
 
 ZEROS, TEXT, NOISE, OTHER = range(4)
 """Kinds of bytes: text, or noise, as packed and encrypted data is."""
@@ -43,6 +44,7 @@ class Looks:
         per_cluster: how many blocks a cluster has.
         lengths: for each block, how many of its bytes come before the zeros at its end.
         kinds: the kind of bytes of each block.
+        continuity: how text goes on in them.
     """
 
     def __init__(self, block_bytes: int, cluster_bytes: int) -> None:
@@ -51,6 +53,8 @@ class Looks:
         self.per_cluster = cluster_bytes // block_bytes
         self.lengths = array("H")
         self.kinds = bytearray()
+        self.continuity = Continuity()
+        self._ends = bytearray()
         self._zeros = array("H", bytes(2 * self.per_cluster)), bytes(self.per_cluster)
 
     def __len__(self) -> int:
@@ -62,16 +66,30 @@ class Looks:
         if not content or _native.is_zero(content):
             self.lengths.extend(self._zeros[0])
             self.kinds += self._zeros[1]
+            self._ends += bytes(2 * ORDER)
             return
+        self._ends += content[:ORDER] + content[-ORDER:]
         for start in range(0, len(content), self.block_bytes):
             block = content[start : start + self.block_bytes]
             filled = len(block.rstrip(b"\0"))
             self.lengths.append(filled)
             self.kinds.append(kind_of(block) if filled else ZEROS)
+            if self.kinds[-1] == TEXT and filled == len(block):
+                self.continuity.add(block)
 
     def lengths_of(self, index: int) -> array[int]:
         """Return how far the blocks of a cluster are filled."""
         return self.lengths[index * self.per_cluster : (index + 1) * self.per_cluster]
+
+    def follows(self, first: int, second: int) -> float:
+        """Return what it tells that the text of one cluster goes on with that of another."""
+        per, ends = self.per_cluster, self._ends
+        if self.kinds[first * per + per - 1] != TEXT or self.kinds[second * per] != TEXT:
+            return 0.0
+        end = bytes(ends[(2 * first + 1) * ORDER : (2 * first + 2) * ORDER])
+        told = self.continuity.follows(end, bytes(ends[2 * second * ORDER : (2 * second + 1) * ORDER]))
+        # Neighbours in the file go on from each other wherever they belong: it tells nothing of one place.
+        return min(0.0, told) if second == first + 1 else told
 
     def kinds_of(self, index: int) -> bytes:
         """Return what kinds of bytes the blocks of a cluster have."""

@@ -48,6 +48,16 @@ class Ranges:
                 return
             yield start, stop - start
 
+    def without(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, length) of what of a range is not in the set."""
+        for start, count in self.within(offset, length):
+            if start > offset:
+                yield offset, start - offset
+            length -= start + count - offset
+            offset = start + count
+        if length > 0:
+            yield offset, length
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield (offset, length) of all, in order."""
         return ((start, end - start) for start, end in zip(self._starts, self._ends, strict=True))

@@ -179,4 +179,5 @@ class Odds:
         last, start = kinds[first * per + per - 1], kinds[second * per]
         if not last or not start:
             return 0.0
-        return self.edge(is_edge=before != behind, is_changed=last != start)
+        told = self.edge(is_edge=before != behind, is_changed=last != start)
+        return told + self._looks.follows(first, second) if before == behind else told

@@ -47,6 +47,7 @@ class FakeSystem:
 
     told: list[FilePiece]
     free_ranges: list[tuple[int, int]] = field(default_factory=list)
+    gone: list[FilePiece] = field(default_factory=list)
     name: str = "a file system"
 
     def place(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
@@ -54,6 +55,9 @@ class FakeSystem:
 
     def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         return iter(self.told)
+
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        return iter(self.gone)
 
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         return iter(self.free_ranges)

@@ -200,6 +200,10 @@ class Btrfs:
                 length = self._superblock.node_bytes if is_small else key.offset
                 yield Extent(key.objectid, length, generation, is_small or bool(flags & EXTENT_OF_TREE))
 
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield nothing: file data tells its place by its checksums, mostly."""
+        return iter(())
+
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield what is in no chunk, and what the extent tree has free between two extents.
 

@@ -148,6 +148,11 @@ class Ext4:
         tables = self._index.known.tables if self._index else {}
         return ext4_files.pieces(Volume4(self._superblock, self._offset, disk), tables)
 
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield what the journal's copies of inodes had in use; see `GuestStructure.deleted`."""
+        for number, inode in self._index.old_inodes() if self._index else ():
+            yield from ext4_files.of_file(Volume4(self._superblock, self._offset, disk), number, inode)
+
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield what the bitmaps of blocks have free; see `GuestStructure.free`."""
         return ext4_files.free(Volume4(self._superblock, self._offset, disk))

@@ -41,7 +41,7 @@ def pieces(volume: Volume4, tables: Mapping[int, GroupDescriptor]) -> Iterator[F
         yield _piece(volume, descriptor.inode_bitmap, 1, made)
         yield _piece(volume, descriptor.inode_table, superblock.table_blocks, made)
         for number, inode in volume.inodes(group, descriptor):
-            yield from _of_file(volume, number, inode)
+            yield from of_file(volume, number, inode)
 
 
 def _piece(volume: Volume4, block: int, count: int, written: tuple[int, int, int]) -> FilePiece:
@@ -49,7 +49,8 @@ def _piece(volume: Volume4, block: int, count: int, written: tuple[int, int, int
     return FilePiece(volume.offset + block * size, count * size, count * size, written, is_data=False)
 
 
-def _of_file(volume: Volume4, number: int, inode: Inode) -> Iterator[FilePiece]:
+def of_file(volume: Volume4, number: int, inode: Inode) -> Iterator[FilePiece]:
+    """Yield what an inode has in use."""
     size = volume.superblock.block_bytes
     superblock = volume.superblock
     is_own = inode.kind == DIRECTORY or number < INODE_OF_USERS or number == superblock.orphan_inode

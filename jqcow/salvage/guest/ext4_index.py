@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from jqcow.salvage.evidence import Orphans, PlacedDisk
 from jqcow.salvage.guest import crc_inverse, ext4_log_places
@@ -29,6 +29,7 @@ from jqcow.salvage.guest.ext4_ondisk import (
     INODE_UNINIT,
     PRIMARY_AT,
     RECOVER,
+    REGULAR,
     SUPERBLOCK_BYTES,
     ExtentNode,
     Inode,
@@ -42,6 +43,9 @@ MARKED_MAX = 1 << 21
 
 JOURNAL_RUNS_MAX, JOURNAL_BLOCKS_MAX = 1 << 10, 1 << 22
 """No journal is in so many parts, or so large."""
+
+COPIED_MAX = 1 << 16
+"""So many copies of inodes are remembered of a journal that is placed."""
 
 VARIANTS_MAX = 4096
 """So many ways to put an extent tree together are tried."""
@@ -77,6 +81,7 @@ class Index:
         self._trees: dict[int, Inode] = {}
         self._journal_read: set[int] = set()
         self._bitmaps_sought: set[int] = set()
+        self._copied: list[tuple[int, Inode]] = []
         for host_offset, data in orphans:
             marks = self._marker.marks(data)
             if marks and len(self.marks) < MARKED_MAX:
@@ -100,6 +105,21 @@ class Index:
                 number += 1
         blocks = self._log_places.blocks(self._journal)
         return ext4_log_places.offsets(blocks, spots, place, self._orphans.cluster_bytes)
+
+    def old_inodes(self) -> Iterator[tuple[int, Inode]]:
+        """Yield (number, inode) of all copies of regular files' inodes, from journal and orphans."""
+        yield from self._copied
+        size = self.superblock.block_bytes
+        for host_offset, marks in self.marks.items():
+            tables = [mark.at for mark in marks if mark.kind is Kind.INODES]
+            data = self._orphans.read(host_offset) if tables else b""
+            for at in tables:
+                yield from self._files_in(data[at : at + size])
+
+    def _files_in(self, block: bytes) -> Iterator[tuple[int, Inode]]:
+        for number, inode in self._marker.inodes(block):
+            if inode.kind == REGULAR and inode.has_blocks():
+                yield number, inode
 
     def _take(self, mark: Mark, block: bytes) -> None:
         if mark.kind is Kind.DESCRIPTORS:
@@ -214,6 +234,8 @@ class Index:
         kind = int.from_bytes(data[4:8])
         if data[:4] != JOURNAL_MAGIC:
             self.known.log.take_placed(crc_inverse.alone(data))
+            if self.superblock.summed and len(self._copied) < COPIED_MAX:
+                self._copied += self._files_in(data)
         elif kind == SUPERBLOCK:
             self._journal = JournalSuperblock.unpack(data) or self._journal
         elif kind == DESCRIPTOR:

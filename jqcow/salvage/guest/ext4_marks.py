@@ -243,6 +243,15 @@ class Marker:
                 at = self._first + block * self._size
                 yield self._mark(Kind.INODES, data, at, base, said.count(base))
 
+    def inodes(self, data: bytes) -> Iterator[tuple[int, Inode]]:
+        """Yield (number, inode) of those in a block of an inode table that have the checksum of it."""
+        step = self._superblock.inode_bytes
+        for at in range(0, self._size, step):
+            slot = data[at : at + step]
+            number = self.inode_number(slot) if slot[0x80:0x81].translate(_EXTRA_SIZES) == b"\1" else None
+            if number is not None and (number - 1) % self._superblock.inodes_per_block == at // step:
+                yield number, Inode.unpack(slot)
+
     def inode_number(self, data: bytes) -> int | None:
         """Return the number that an inode's checksum tells; None where the bytes are no inode."""
         if data[0x70:0x74] != b"\0\0\0\0":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jqcow.salvage.evidence import BlockSum, Certainty, PlacedDisk
+from jqcow.salvage.evidence import BlockSum, Certainty, FilePiece, PlacedDisk
 
 
 class FileSystem:
@@ -28,6 +28,10 @@ class FileSystem:
     def name(self) -> str:
         """Return what it is and where."""
         return f"{self.kind} in {self._place}"
+
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield nothing, where what is deleted leaves no trace."""
+        return iter(())
 
     def sums(self, disk: PlacedDisk) -> Iterator[BlockSum]:
         """Yield nothing: it keeps no checksums of data."""

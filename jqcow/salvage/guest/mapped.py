@@ -105,12 +105,12 @@ class Mapped:
     def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         """Yield what the structure has in use."""
         view = self._view(disk)
-        for piece in self._structure.pieces(view):
-            valid_bytes = piece.valid_bytes
-            for place, count in view.ranges(piece.guest_offset, piece.length):
-                own = min(max(valid_bytes, 0), count)
-                yield replace(piece, guest_offset=place, length=count, valid_bytes=own)
-                valid_bytes -= count
+        yield from _mapped(view, self._structure.pieces(view))
+
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield what the structure had in use."""
+        view = self._view(disk)
+        yield from _mapped(view, self._structure.deleted(view))
 
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield what the structure knows to be free."""
@@ -125,6 +125,16 @@ class Mapped:
             for place, count in view.ranges(block.guest_offset, block.length):
                 if count == block.length:
                     yield replace(block, guest_offset=place)
+
+
+def _mapped(view: MappedDisk, pieces: Iterator[FilePiece]) -> Iterator[FilePiece]:
+    """Yield pieces in a volume as those of the disk."""
+    for piece in pieces:
+        valid_bytes = piece.valid_bytes
+        for place, count in view.ranges(piece.guest_offset, piece.length):
+            own = min(max(valid_bytes, 0), count)
+            yield replace(piece, guest_offset=place, length=count, valid_bytes=own)
+            valid_bytes -= count
 
 
 class Limited:
@@ -147,6 +157,10 @@ class Limited:
     def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         """Yield what the structure has in use."""
         return self._structure.pieces(disk)
+
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield what the structure had in use."""
+        return self._structure.deleted(disk)
 
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield what the structure knows to be free."""

@@ -80,6 +80,15 @@ class Ntfs(FileSystem):
                 for stream in mft.streams(record):
                     yield from self._of_stream(record, stream)
 
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield what records have that are not in use: NTFS leaves them as they were."""
+        if (mft := self._placed_mft(disk)) is None:
+            return
+        for record in self._records(mft):
+            if not record.flags & RECORD_IN_USE and not record.base:
+                for stream in mft.streams(record):
+                    yield from self._of_stream(record, stream)
+
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield what the bitmap says is free; where it is not placed, what no record has, if all are."""
         mft = self._placed_mft(disk)

@@ -70,6 +70,10 @@ class Opaque:
         for offset, length in self._unknown:
             yield FilePiece(offset, length, length, (0, 0, offset))
 
+    def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
+        """Yield nothing: it is not known."""
+        yield from ()
+
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield nothing: it is not known."""
         yield from ()
