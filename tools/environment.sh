@@ -97,7 +97,7 @@ environment_stamp() {
     (
         cd "$root" || exit
         printf '%s\n' "$root" "$1" "$("$(find_python)" -VV)"
-        cat pyproject.toml tools/build_hook.py jqcow/_version.py jqcow/_native/{build.py,kernels.c,kernels.h}
+        cat pyproject.toml tools/build_hook.py jqcow/_version.py jqcow/_native/{build.py,kernels.c,tables.c,kernels.h}
     ) | sha256sum | cut -d ' ' -f 1
 }
 

@@ -20,6 +20,7 @@ from jqcow._native.sectors import (
     SECTOR_SNAPSHOT,
     SECTOR_ZERO,
 )
+from jqcow._native.table_twins import CountedFile, EntryCounts
 from jqcow._native.twins import (
     COMPRESSED,
     DATA,
@@ -29,13 +30,16 @@ from jqcow._native.twins import (
     MARK_STRUCTURE,
     UNALLOCATED,
     ZERO,
+    count_entries,
     crc32c,
     find_unmarked,
+    first_difference,
     is_zero,
     l2_judge,
     l2_run,
     l2_shared,
     refcount_add,
+    refcount_decode,
     refcount_find_used,
     refcount_find_zero,
     refcount_get,
@@ -46,16 +50,20 @@ from jqcow._native.twins import (
     set_copied,
     subcluster_run,
     xts_whiten,
+    zero_run,
 )
 
 KERNELS = (
+    "count_entries",
     "crc32c",
     "find_unmarked",
+    "first_difference",
     "is_zero",
     "l2_judge",
     "l2_run",
     "l2_shared",
     "refcount_add",
+    "refcount_decode",
     "refcount_find_used",
     "refcount_find_zero",
     "refcount_get",
@@ -66,6 +74,7 @@ KERNELS = (
     "set_copied",
     "subcluster_run",
     "xts_whiten",
+    "zero_run",
 )
 
 __all__ = [
@@ -85,15 +94,20 @@ __all__ = [
     "SECTOR_ZERO",
     "UNALLOCATED",
     "ZERO",
+    "CountedFile",
+    "EntryCounts",
     "active",
     "build_info",
+    "count_entries",
     "crc32c",
     "find_unmarked",
+    "first_difference",
     "is_zero",
     "l2_judge",
     "l2_run",
     "l2_shared",
     "refcount_add",
+    "refcount_decode",
     "refcount_find_used",
     "refcount_find_zero",
     "refcount_get",
@@ -105,6 +119,7 @@ __all__ = [
     "set_copied",
     "subcluster_run",
     "xts_whiten",
+    "zero_run",
 ]
 
 _serving: ModuleType = twins

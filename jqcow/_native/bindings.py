@@ -6,10 +6,13 @@ from changing its buffers meanwhile.
 
 from __future__ import annotations
 
-from jqcow._native import twins
+from array import array
+
+from jqcow._native import table_twins, twins
 from jqcow._native._kernels import ffi, lib
+from jqcow._native.buffers import Buffer, WritableBuffer
 from jqcow._native.sectors import SECTOR_BYTES
-from jqcow._native.twins import Buffer, WritableBuffer
+from jqcow._native.table_twins import CountedFile, EntryCounts
 
 _from_buffer = ffi.from_buffer
 
@@ -163,3 +166,46 @@ def xts_whiten(data: WritableBuffer, tweaks: Buffer, sector_bytes: int) -> None:
     view, firsts = _from_buffer(data, require_writable=True), _from_buffer(tweaks)
     twins.check_whitening(len(view), len(firsts), sector_bytes)
     lib.jqcow_xts_whiten(view, firsts, len(view) // sector_bytes, sector_bytes)
+
+
+def first_difference(first: memoryview, second: memoryview, start: int, stop: int) -> int:
+    """See :func:`jqcow._native.table_twins.first_difference`."""
+    table_twins.check_array_range(first, second, start, stop)
+    ours, theirs = _from_buffer(first), _from_buffer(second)
+    return lib.jqcow_first_difference(ours, first.itemsize, theirs, second.itemsize, start, stop)  # type: ignore[no-any-return]
+
+
+def refcount_decode(block: Buffer, order: int) -> array[int]:
+    """See :func:`jqcow._native.table_twins.refcount_decode`."""
+    view = _from_buffer(block)
+    refcounts = table_twins.decoded_array(len(view), order)
+    lib.jqcow_refcount_decode(
+        view, order, len(refcounts), _from_buffer(memoryview(refcounts), require_writable=True)
+    )
+    return refcounts
+
+
+def zero_run(data: Buffer, start: int, stop: int, unit_bytes: int) -> tuple[bool, int]:
+    """See :func:`jqcow._native.table_twins.zero_run`."""
+    view = _from_buffer(data)
+    table_twins.check_units(len(view), start, stop, unit_bytes)
+    packed = lib.jqcow_zero_run(view, start, stop, unit_bytes)
+    return bool(packed & 1), packed >> 1
+
+
+def count_entries(
+    file: CountedFile, table: Buffer, start: int, stop: int, following: int, is_active: bool, repeats: int
+) -> EntryCounts:
+    """See :func:`jqcow._native.table_twins.count_entries`."""
+    view = _from_buffer(table)
+    table_twins.check_counted(file, len(view), start, stop, following, repeats)
+    arrays = (_from_buffer(file.references, require_writable=True), _from_buffer(file.refcounts))
+    owners = _from_buffer(file.owners)
+    widths = file.references.itemsize, file.refcounts.itemsize
+    sizes = file.cluster_bits, len(file.owners), file.reserved_bits, file.refcount_max
+    counting = ffi.new(
+        "struct jqcow_counting *", (*arrays, owners, *widths, *sizes, *file.avoided, file.outside, following)
+    )
+    stopped = lib.jqcow_count_entries(counting, view, start, stop, file.entry_bytes, is_active, repeats)
+    counts = (counting.following, counting.allocated, counting.fragmented, counting.compressed)
+    return EntryCounts(stopped, *counts, counting.zeros)

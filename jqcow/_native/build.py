@@ -24,7 +24,7 @@ def kernel_builder(options: Sequence[str] = OPTIMISED) -> FFI:
     builder.cdef((HERE / "kernels.h").read_text(encoding="utf-8"))
     builder.set_source(
         MODULE,
-        '#include "kernels.c"',
+        '#include "kernels.c"\n#include "tables.c"',
         include_dirs=[str(HERE)],
         extra_compile_args=list(options),
         extra_link_args=list(options),

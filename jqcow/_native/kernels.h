@@ -4,8 +4,8 @@
  *
  * No kernel allocates, does I/O, keeps state or fails. The caller has checked every index and
  * length against its buffers. Pointers need no alignment. Integers in tables
- * and refcount blocks are big-endian, as qcow2 has them. The twins in twins.py say the same in
- * Python.
+ * and refcount blocks are big-endian, as qcow2 has them; in arrays they are the host's. The twins, in
+ * twins.py and table_twins.py, say the same in Python.
  */
 
 uint32_t jqcow_crc32c(const void *data, size_t length_bytes, uint32_t value);
@@ -45,3 +45,35 @@ void jqcow_set_copied(void *table, size_t start, size_t stop, int copied, size_t
 
 /* XORs each 16-byte block with its XTS tweak; tweaks has 16 bytes for each sector: that of its first block. */
 void jqcow_xts_whiten(void *data, const void *tweaks, size_t sector_count, size_t sector_bytes);
+
+/* The index of the first entry in which two arrays differ, or -1; their entries take 1, 2, 4 or 8 bytes. */
+int64_t jqcow_first_difference(const void *first, size_t first_bytes, const void *second,
+                               size_t second_bytes, size_t start, size_t stop);
+/* Into an array; entries of less than a byte take one. */
+void jqcow_refcount_decode(const void *block, int order, size_t entry_count, void *refcounts);
+/* Returns the number of units in a row, shifted left by 1, plus 1 if they are zeros. */
+uint64_t jqcow_zero_run(const void *data, size_t start, size_t stop, size_t unit_bytes);
+
+/* A file whose references are counted: see CountedFile in table_twins.py. */
+struct jqcow_counting {
+    void *references;
+    const void *refcounts;
+    const void *owners;
+    size_t reference_bytes;
+    size_t refcount_bytes;
+    int cluster_bits;
+    uint64_t cluster_count;
+    uint64_t reserved_bits;
+    uint64_t refcount_max;
+    uint64_t avoided_first;
+    uint64_t avoided_end;
+    uint64_t outside;
+    uint64_t following;
+    uint64_t allocated;
+    uint64_t fragmented;
+    uint64_t compressed;
+    uint64_t zeros;
+};
+
+size_t jqcow_count_entries(struct jqcow_counting *file, const void *table, size_t start, size_t stop,
+                           size_t entry_bytes, int is_active, uint64_t repeats);

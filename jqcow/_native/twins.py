@@ -11,10 +11,9 @@ from array import array
 from functools import cache
 from itertools import islice
 
+from jqcow._native import table_twins
+from jqcow._native.buffers import Buffer, WritableBuffer, byte_view
 from jqcow._native.sectors import SECTOR_BYTES, sector_kind
-
-Buffer = bytes | bytearray | memoryview
-WritableBuffer = bytearray | memoryview
 
 UNALLOCATED = 0
 ZERO = 1
@@ -27,6 +26,11 @@ MARK_ORDER = 1
 """Marks of clusters are as refcounts of this order."""
 MARK_MANY = 2
 MARK_STRUCTURE = 3
+
+count_entries = table_twins.count_entries
+first_difference = table_twins.first_difference
+refcount_decode = table_twins.refcount_decode
+zero_run = table_twins.zero_run
 
 _ENTRY = struct.Struct(">Q")
 _EXTENDED_ENTRY = struct.Struct(">QQ")
@@ -394,15 +398,6 @@ def first_host_offset(table: Buffer, place: int, kind: int) -> int:
     """Return the ``host_offset`` of a run of ``kind`` whose first entry is at ``place`` bytes."""
     entry: int = _ENTRY.unpack_from(table, place)[0]
     return entry & (_ENTRY_COMPRESSED - 1) if kind == COMPRESSED else entry & _ENTRY_OFFSET
-
-
-def byte_view(data: Buffer | array[int]) -> memoryview:
-    """Return ``data`` as a flat view of bytes; its length is in bytes."""
-    view = memoryview(data)
-    if view.format == "B" and view.ndim == 1:
-        return view
-    # An empty view refuses the cast.
-    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def refcount_entry_count(length_bytes: int, order: int) -> int:

@@ -35,21 +35,21 @@ from jqcow.checker.findings import Finding, Kind
 from jqcow.checker.header import CRYPT_METHOD_PLACE, header_faults
 from jqcow.checker.lost import Holes, LostData
 from jqcow.checker.tables import (
-    COMPARED_CLUSTERS,
     REFCOUNT_CODES,
     Counts,
-    decode_refcounts,
     layers,
+    used,
     zeroed,
 )
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import entries, features, layout, luks, snapshots
 from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of
-from jqcow.ondisk.layout import MAX_CLUSTER_BITS, MAX_L1_ENTRIES, SECTOR_BYTES, table_bytes
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, FoundEntry, codec_of, reserved_bits
+from jqcow.ondisk.layout import DATA_FILE, MAX_CLUSTER_BITS, MAX_L1_ENTRIES, SECTOR_BYTES, table_bytes
 from jqcow.ondisk.snapshots import MAX_SNAPSHOT_L1_BYTES, TableEntry
 
 _L1_STEP_BYTES = 1 << 20
+_ENTRIES_AT_ONCE = 64
 
 _LEAKS = (Kind.LEAK, Kind.LEAK_PAST_END)
 _STRICTER = (*_LEAKS, Kind.LOST_DATA, Kind.OVERLAP, Kind.RESERVED_RANGE, Kind.L1_TOO_SMALL, Kind.HEADER)
@@ -152,11 +152,24 @@ class _Check(Claims):
         self.refcounts = zeroed(REFCOUNT_CODES.get(header.refcount_order, "B"), self.cluster_count)
         self.active_pointers = zeroed("I", self.cluster_count)
         self.snapshot_pointers = zeroed("Q", self.cluster_count if header.nb_snapshots else 0)
+        self.counted = _native.CountedFile(
+            references=self.references,
+            refcounts=self.refcounts,
+            owners=self.owners,
+            cluster_bits=self.cluster_bits,
+            entry_bytes=self.codec.entry_bytes,
+            reserved_bits=reserved_bits(header.geometry),
+            refcount_max=self.refcount_max,
+            avoided=self.hull_of_reserved(),
+            outside=DATA_FILE if header.geometry.has_data_file else 0,
+        )
         self.blocks: dict[int, int] = {}
         self.past_end: set[int] = set()
         used_clusters = self.geometry.clusters(header.size)
         self.holes = Holes(used_clusters * self.codec.entry_bytes)
-        self.allocated = self.fragmented = self.compressed = self.zeros = self.following = 0
+        self.allocated = self.fragmented = self.compressed = self.zeros = 0
+        self.following = 0
+        """Where the data cluster before ended on the host, in the L2 table that is walked."""
 
     def run(self) -> CheckReport:
         """Walk everything, compare, and report."""
@@ -175,8 +188,7 @@ class _Check(Claims):
         return CheckReport(
             counts=dict(self.findings.counts),
             findings=tuple(self.findings.kept),
-            image_end_offset=Counts(self.count_code, self.references, self.refcounts).end()
-            << self.cluster_bits,
+            image_end_offset=Counts(self.references, self.refcounts).end() << self.cluster_bits,
             total_clusters=self.geometry.clusters(header.size),
             allocated_clusters=self.allocated,
             fragmented_clusters=self.fragmented,
@@ -220,7 +232,9 @@ class _Check(Claims):
         order = self.header.refcount_order
         if inside:
             inside_bytes = (inside << order) + 7 >> 3
-            self.refcounts[first : first + inside] = decode_refcounts(data[:inside_bytes], order)[:inside]
+            self.refcounts[first : first + inside] = _native.refcount_decode(data[:inside_bytes], order)[
+                :inside
+            ]
         whole_bytes, bits = divmod(inside << order, 8)
         outside = bytearray(data[whole_bytes:])
         if bits:
@@ -231,7 +245,7 @@ class _Check(Claims):
 
     def report_leaks_past_end(self, first: int, data: bytes | bytearray) -> None:
         """Report the nonzero refcounts in ``data``, which starts with that of cluster ``first``."""
-        for cluster, refcount in enumerate(decode_refcounts(data, self.header.refcount_order), first):
+        for cluster, refcount in enumerate(_native.refcount_decode(data, self.header.refcount_order), first):
             if refcount:
                 detail = f"refcount {refcount} of a cluster past the end of the file"
                 place = cluster << self.cluster_bits
@@ -359,56 +373,71 @@ class _Check(Claims):
 
     def walk_l2_tables(self) -> None:
         """Walk each L2 table once, with the number of L1 entries that point to it."""
-        for start in range(0, self.cluster_count, COMPARED_CLUSTERS):
-            stop = start + COMPARED_CLUSTERS
-            kinds = self.owners[start:stop]
-            if _native.is_zero(kinds):
-                continue
-            active, others = self.active_pointers[start:stop], self.snapshot_pointers[start:stop]
-            counts = zip(active, others or bytes(len(active)), strict=True)
-            for cluster, (of_disk, of_snapshots) in enumerate(counts, start):
-                if of_disk or of_snapshots:
-                    self.walk_l2_table(cluster << self.cluster_bits, of_disk, of_disk + of_snapshots)
+        for cluster in used(self.active_pointers, self.snapshot_pointers):
+            active = self.active_pointers[cluster]
+            others = self.snapshot_pointers[cluster] if self.header.nb_snapshots else 0
+            self.walk_l2_table(cluster << self.cluster_bits, active, active + others)
 
     def walk_l2_table(self, offset: int, active: int, repeats: int) -> None:
         """Check one L2 table that ``repeats`` L1 entries point to, ``active`` of them of the active disk."""
-        following, self.following = 0, 0
-        unaligned, entry_bytes = self.cluster_bytes - 1, self.codec.entry_bytes
+        self.following, position = 0, 0
         data = self.read(self.cluster_bytes, offset)
         self.holes.see_l2_table(data)
-        for found in self.codec.found(data):
-            position, raw, kind, host, copied, _, has_reserved, fault = found
-            place = offset + position * entry_bytes
-            if fault:
-                self.findings.add(Kind.SUBCLUSTERS, "L2 entry", place, f"{raw:#018x} has {fault}", repeats)
+        while position < self.codec.per_table:
+            position = self.count_right_entries(data, position, active, repeats)
+            # Where one entry is wrong its neighbours often are.
+            stop = min(position + _ENTRIES_AT_ONCE, self.codec.per_table)
+            if position < stop:
+                self.check_l2_entries(data, offset, position, stop, active, repeats)
+            position = stop
+
+    def count_right_entries(self, data: bytes, position: int, active: int, repeats: int) -> int:
+        """Count the references of entries of an L2 table up to one that needs a look; return its position."""
+        found = _native.count_entries(
+            self.counted, data, position, self.codec.per_table, self.following, bool(active), repeats
+        )
+        self.following = found.following
+        self.allocated += found.allocated * active
+        self.fragmented += found.fragmented * active
+        self.compressed += found.compressed * active
+        self.zeros += found.zeros * active
+        return found.stop
+
+    def check_l2_entries(
+        self, data: bytes, offset: int, start: int, stop: int, active: int, repeats: int
+    ) -> None:
+        """Check entries [start, stop) of the L2 table at ``offset`` one by one."""
+        entry_bytes = self.codec.entry_bytes
+        for found in self.codec.found(data[start * entry_bytes : stop * entry_bytes]):
+            place = offset + (start + found.position) * entry_bytes
+            if found.bitmap_fault:
+                detail = f"{found.raw:#018x} has {found.bitmap_fault}"
+                self.findings.add(Kind.SUBCLUSTERS, "L2 entry", place, detail, repeats)
             if self.geometry.has_data_file:
                 self.check_outside(place, found, active, repeats)
-                continue
-            if kind == COMPRESSED_CLUSTER:
+            elif found.kind == COMPRESSED_CLUSTER:
                 self.check_compressed(place, found, active, repeats)
-                continue
-            if has_reserved or (kind == ZERO_CLUSTER and self.header.version == 2):
-                self.findings.add(Kind.RESERVED_BITS, "L2 entry", place, f"{raw:#018x}", repeats)
-            if kind == ZERO_CLUSTER:
-                self.zeros += active
-            if not host:
-                continue
-            self.allocated += active
-            if following and host != following:
-                self.fragmented += active
-            following = host + self.cluster_bytes
-            if host & unaligned:
-                self.findings.add(Kind.UNALIGNED, "L2 entry", place, f"{raw:#018x}", repeats)
-                continue
-            cluster = host >> self.cluster_bits
-            # Entries come by the million: those that are right take as few calls as can be.
-            is_inside = cluster < self.cluster_count
-            if active and not (is_inside and copied == (self.refcounts[cluster] == 1)):
-                self.check_copied("L2 entry", place, raw, copied, cluster, active)
-            if is_inside and not self.owners[cluster]:
-                self.refer(cluster, "L2 entry", place, repeats)
             else:
-                self.refer_data(place, cluster, "data", host, repeats)
+                self.check_standard(place, found, active, repeats)
+
+    def check_standard(self, place: int, found: FoundEntry, active: int, repeats: int) -> None:
+        """Check the L2 entry of a cluster that is not compressed."""
+        kind, host, raw = found.kind, found.host, found.raw
+        if found.has_reserved or (kind == ZERO_CLUSTER and self.header.version == 2):
+            self.findings.add(Kind.RESERVED_BITS, "L2 entry", place, f"{raw:#018x}", repeats)
+        self.zeros += active if kind == ZERO_CLUSTER else 0
+        if not host:
+            return
+        self.allocated += active
+        self.fragmented += active if self.following and host != self.following else 0
+        self.following = host + self.cluster_bytes
+        if host % self.cluster_bytes:
+            self.findings.add(Kind.UNALIGNED, "L2 entry", place, f"{raw:#018x}", repeats)
+            return
+        cluster = host >> self.cluster_bits
+        if active:
+            self.check_copied("L2 entry", place, raw, found.copied, cluster, active)
+        self.refer_data(place, cluster, "data", host, repeats)
 
     def check_outside(self, place: int, found: FoundEntry, active: int, repeats: int) -> None:
         """Check the L2 entry of a cluster in an external data file, which no refcount counts."""
@@ -490,11 +519,11 @@ class _Check(Claims):
         order = self.header.refcount_order
         position, bits = divmod(slot << order, 8)
         data = self.read(max(1 << order >> 3, 1), self.blocks[index] + position)
-        return decode_refcounts(data, order)[bits >> order]
+        return _native.refcount_decode(data, order)[bits >> order]
 
     def compare(self) -> None:
         """Compare refcounts with references, cluster by cluster where they differ."""
-        counts = Counts(self.count_code, self.references, self.refcounts)
+        counts = Counts(self.references, self.refcounts)
         lost = LostData(
             counts.is_leaked, counts.is_counted, self.read_cluster, self.codec, self.cluster_bits, self.holes
         )

@@ -50,6 +50,11 @@ class Claims:
         self.findings = Findings()
         self.refcounts_are_used_twice = False
 
+    def hull_of_reserved(self) -> tuple[int, int]:
+        """Return [first, end) of clusters that has all reserved ranges in it."""
+        ends = [end for _, end in self.reserved]
+        return (min(first for first, _ in self.reserved), max(ends)) if ends else (0, 0)
+
     def claim(self, owner: str, offset: int, length: int, source: str, source_offset: int) -> bool:
         """Count a reference to each cluster of a metadata structure, and note their owner.
 

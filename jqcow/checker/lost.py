@@ -60,8 +60,10 @@ class Holes:
         if _native.is_zero(data):
             self.tables = True
         elif not self.sectors:
-            starts = range(0, min(len(data), self._used_bytes), SECTOR_BYTES)
-            self.sectors = any(_native.is_zero(data[start : start + SECTOR_BYTES]) for start in starts)
+            count = -(-min(len(data), self._used_bytes) // SECTOR_BYTES)
+            if count:
+                first_is_zero, length = _native.zero_run(data, 0, count, SECTOR_BYTES)
+                self.sectors = first_is_zero or length < count
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,8 +11,11 @@ from typing import Literal
 
 from jqcow import _native
 
-COMPARED_CLUSTERS = 8192
+_COMPARED_CLUSTERS = 8192
 """So many clusters are looked at in one go."""
+
+_DIFFERENCES_AT_ONCE = 64
+"""Where one cluster is wrong its neighbours often are."""
 
 _LAZY_BYTES = 1 << 20
 
@@ -31,17 +33,18 @@ def zeroed(code: Code, count: int) -> memoryview:
     return memoryview(store).cast("B").cast(code)
 
 
-def decode_refcounts(data: bytes | bytearray, order: int) -> array[int]:
-    """Return the refcounts of ``1 << order`` bits in ``data``."""
-    if order >= 3:
-        refcounts = array(REFCOUNT_CODES[order], bytes(data))
-        if sys.byteorder == "little":
-            refcounts.byteswap()
-        return refcounts
-    width = 1 << order
-    mask = (1 << width) - 1
-    # Refcounts of less than a byte start at the least significant bit.
-    return array("B", [byte >> shift & mask for byte in data for shift in range(0, 8, width)])
+def used(*counters: memoryview) -> Iterator[int]:
+    """Yield the indices at which any of the counters, of ``zeroed``, is not 0; an empty one has none."""
+    arrays = [(part.cast("B"), part.itemsize.bit_length() + 2, len(part)) for part in counters if part]
+    index, end = 0, max((count for *_, count in arrays), default=0)
+    while index < end:
+        stop = end
+        for data, order, count in arrays:
+            found = _native.refcount_find_used(data, order, index, min(stop, count)) if index < count else -1
+            stop = found if found >= 0 else stop
+        if stop < end:
+            yield stop
+        index = stop + 1
 
 
 def layers(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -64,9 +67,8 @@ def layers(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Counts:
-    """The references to each cluster of a file, of an array type code, beside the refcounts."""
+    """The references to each cluster of a file, beside the refcounts."""
 
-    code: Code
     references: memoryview
     refcounts: memoryview
 
@@ -80,15 +82,14 @@ class Counts:
 
     def differences(self) -> Iterator[tuple[int, int, int]]:
         """Yield (cluster, refcount, references) where the two differ."""
-        for start in range(0, len(self.refcounts), COMPARED_CLUSTERS):
-            stop = min(start + COMPARED_CLUSTERS, len(self.refcounts))
-            if self._is_unused(start, stop):
-                continue
-            references = array(self.code, self.references[start:stop])
-            refcounts = array(self.code, self.refcounts[start:stop])
-            if references == refcounts:
-                continue
-            for cluster, (stored, counted) in enumerate(zip(refcounts, references, strict=True), start):
+        start, end = 0, len(self.refcounts)
+        while start < end:
+            found = _native.first_difference(self.refcounts, self.references, start, end)
+            if found < 0:
+                return
+            start = min(found + _DIFFERENCES_AT_ONCE, end)
+            pairs = zip(self.refcounts[found:start], self.references[found:start], strict=True)
+            for cluster, (stored, counted) in enumerate(pairs, found):
                 if stored != counted:
                     yield cluster, stored, counted
 
@@ -99,8 +100,8 @@ class Counts:
 
     def end(self) -> int:
         """Return the index behind the last cluster with a refcount or a reference."""
-        for stop in range(len(self.refcounts), 0, -COMPARED_CLUSTERS):
-            start = max(stop - COMPARED_CLUSTERS, 0)
+        for stop in range(len(self.refcounts), 0, -_COMPARED_CLUSTERS):
+            start = max(stop - _COMPARED_CLUSTERS, 0)
             if self._is_unused(start, stop):
                 continue
             used = zip(self.references[start:stop], self.refcounts[start:stop], strict=True)

@@ -103,8 +103,8 @@ def main() -> int:
     for target, data in inputs:
         target.run(data)
     print(f"{len(inputs)} inputs under {module.__file__}")
-    tests = ROOT / "tests" / "unit" / "test_native.py"
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", "--kernels=c", str(tests)]))
+    tests = [str(ROOT / "tests" / "unit" / name) for name in ("test_native.py", "test_native_tables.py")]
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", "--kernels=c", *tests]))
 
 
 if __name__ == "__main__":
