@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from jqcow.errors import CorruptionError, FormatError
-from jqcow.ondisk import entries, layout, snapshots
+from jqcow.ondisk import bitmaps, entries, layout, snapshots
 from jqcow.ondisk.entries import DamagedEntry
-from jqcow.ondisk.header import BITMAPS_STRUCT, EXTENSION_BITMAPS, HeaderArea
+from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import table_bytes
 
 Read = Callable[[int, int], bytes]
@@ -65,12 +65,8 @@ def _find_in_snapshot_table(read: Read, area: HeaderArea, file_bytes: int) -> No
 
 
 def _find_in_bitmaps(read: Read, area: HeaderArea, file_bytes: int) -> None:
-    extension = area.find(EXTENSION_BITMAPS)
-    if extension is None:
+    place = bitmaps.place_of(area)
+    if place is None:
         return
-    if len(extension.data) < BITMAPS_STRUCT.size:
-        raise FormatError("the bitmaps extension is cut short")
-    _, _, length, offset = BITMAPS_STRUCT.unpack_from(extension.data)
-    is_placed = offset % (1 << area.header.cluster_bits) == 0 and 0 < offset < layout.MAX_HOST_OFFSET
-    if not is_placed or offset + length > layout.round_up(file_bytes, 1 << area.header.cluster_bits):
-        raise CorruptionError("bitmap directory", offset, f"{length} bytes are not there")
+    if place.offset + place.length_bytes > layout.round_up(file_bytes, 1 << area.header.cluster_bits):
+        raise CorruptionError("bitmap directory", place.offset, f"{place.length_bytes} bytes are not there")

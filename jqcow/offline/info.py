@@ -179,7 +179,7 @@ def _qcow2_facts(view: FileView) -> Qcow2Facts:
         backing_format=backing_format.data.decode("utf-8", "replace") if backing_format else None,
         snapshots=_readable_snapshots(view),
         journal=_live_journal(view),
-        bitmaps=read_bitmaps(view.read, view.area),
+        bitmaps=_readable_bitmaps(view),
         encryption=_ENCRYPTION.get(header.crypt_method, "unknown") if header.crypt_method else None,
         luks=_luks(view),
         external_data=_external_data(view.area),
@@ -234,6 +234,14 @@ def _readable_snapshots(view: FileView) -> tuple[Snapshot, ...]:
     """Return the snapshots, none where their table is damaged: the disk is there all the same."""
     try:
         return _snapshots(view)
+    except (CorruptionError, FormatError):
+        return ()
+
+
+def _readable_bitmaps(view: FileView) -> tuple[Bitmap, ...]:
+    """Return the bitmaps, none where their directory is damaged."""
+    try:
+        return read_bitmaps(view.read, view.area)
     except (CorruptionError, FormatError):
         return ()
 

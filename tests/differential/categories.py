@@ -354,6 +354,14 @@ def _only(kind: Kind, *theirs: str) -> Predicate:
     return explains
 
 
+def _has_an_extension_twice(difference: Difference) -> bool:
+    report = difference.checking.report
+    if report is None or difference.checking.their_verdict not in ("clean", "leaks"):
+        return False
+    others = [found for found in report.findings if found.kind not in (Kind.LEAK, Kind.LOST_DATA)]
+    return bool(others) and all("another one of its type follows" in found.detail for found in others)
+
+
 # Other numbers: the same damage, counted in another way
 
 
@@ -501,6 +509,8 @@ CATEGORIES = (
              "tables are not encrypted, and no check needs it", _lacks_its_passphrase),
     Category(VERDICT, "a length at the end marker of the extensions",
              "nothing follows the marker; jqcow does not look at it", _has_marked_length),
+    Category(VERDICT, "a header extension that stands twice",
+             "each type may stand once; QEMU looks at none of the feature names", _has_an_extension_twice),
     Category(VERDICT, "compressed data cut off, by less than a cluster",
              "it cannot be read, by QEMU neither", _is_data_cut_off),
     Category(VERDICT, "metadata that shares its cluster, with a refcount that allows it",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import jqcow
+from jqcow.cli.common import EXIT_CORRUPT
 from jqcow.cli.main import main
 from jqcow.errors import JqcowError
 from jqcow.offline.info import read_info
@@ -60,10 +61,13 @@ def too_many_snapshots(tables: Tables) -> None:
     struct.pack_into(">I", tables.image, 60, 1 << 20)
 
 
-def bitmaps_nowhere(tables: Tables) -> None:
-    extension = struct.pack(">IIIIQQ", EXTENSION_BITMAPS, 24, 1, 0, 64, 1 << 41)
-    tables.image[112 : 112 + len(extension) + 8] = extension + bytes(8)
-    tables.image[95] |= AUTOCLEAR_BITMAPS
+def bitmaps_said_by(data: bytes) -> Damage:
+    def damage(tables: Tables) -> None:
+        extension = struct.pack(">II", EXTENSION_BITMAPS, len(data)) + data
+        tables.image[112 : 112 + len(extension) + 8] = extension + bytes(8)
+        tables.image[95] |= AUTOCLEAR_BITMAPS
+
+    return damage
 
 
 LOST_TABLES: dict[str, Damage] = {
@@ -81,9 +85,17 @@ OTHERS: dict[str, Damage] = {
     "snapshot table misaligned": snapshots_at(12345),
     "snapshot table past the end": snapshots_at(1 << 40),
     "too many snapshots": too_many_snapshots,
-    "bitmap directory": bitmaps_nowhere,
 }
-ALL = LOST_TABLES | OTHERS
+BITMAPS: dict[str, Damage] = {
+    "bitmap directory past the end": bitmaps_said_by(struct.pack(">IIQQ", 1, 0, 64, 1 << 41)),
+    "bitmap directory misaligned": bitmaps_said_by(struct.pack(">IIQQ", 1, 0, 64, CLUSTER + 8)),
+    "bitmap directory too short": bitmaps_said_by(struct.pack(">IIQQ", 9, 0, 64, CLUSTER)),
+    "no bitmaps": bitmaps_said_by(struct.pack(">IIQQ", 0, 0, 64, CLUSTER)),
+    "reserved field": bitmaps_said_by(struct.pack(">IIQQ", 1, 7, 64, CLUSTER)),
+    "bitmaps extension without data": bitmaps_said_by(b""),
+    "bitmaps extension cut short": bitmaps_said_by(bytes(16)),
+}
+ALL = LOST_TABLES | OTHERS | BITMAPS
 SEEN = [name for name in ALL if name != "over an L2 table"]
 """With a warning: entries of another table can look right, and only a walk of all tells."""
 
@@ -134,6 +146,17 @@ def test_commands_say_it(path: Path, command: list[str], capfd: pytest.CaptureFi
     assert "warning: " in capfd.readouterr().err
     if target.exists():
         assert target.read_bytes()[: len(DATA)] == DATA
+
+
+@pytest.mark.parametrize("name", BITMAPS)
+def test_a_check_finds_it_and_checks_the_rest(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "damaged.qcow2"
+    path.write_bytes(damaged(name))
+    assert main(["check", str(path)]) == EXIT_CORRUPT
+    told = capfd.readouterr()
+    assert "bitmap" in told.err and "allocated" in told.out
 
 
 @pytest.mark.parametrize("name", LOST_TABLES)
