@@ -144,7 +144,7 @@ class Aligner:
         self._is_waiting, self._index_at = is_waiting, index_at
         self.gain = lru_cache(maxsize=1 << 17)(self._gain)
         self._prices: dict[int, float] = {}
-        self._ahead = lru_cache(maxsize=1 << 15)(self._find_ahead)
+        self.ahead = lru_cache(maxsize=1 << 15)(self._find_ahead)
         self._rank = lru_cache(maxsize=1 << 16)(expectations.rank)
         self.period_of: Callable[[int], tuple[int, int, int] | None] = lambda index: None
         self.is_natural = lru_cache(maxsize=1 << 15)(self._is_natural)
@@ -162,7 +162,7 @@ class Aligner:
     def changed(self) -> None:
         """Forget what rests on which clusters are waiting, and what is placed."""
         self.gain.cache_clear()
-        for cached in (self._ahead, self.is_natural, self.is_end):
+        for cached in (self.ahead, self.is_natural, self.is_end):
             cached.cache_clear()
 
     def beside(self, cluster: int, step: int) -> set[int]:
@@ -252,7 +252,7 @@ class Aligner:
         total = best = 0.0
         for place in range(position - 1, max(-1, position - 1 - WALK_MAX), -1):
             index = items[place]
-            options = self._ahead(cluster, -1)
+            options = self.ahead(cluster, -1)
             if not options:
                 return
             gain, cluster = max((self.gain(other, index) + price, other) for other, price in options.items())
@@ -381,7 +381,7 @@ class Aligner:
         for cluster, (score, node) in paths.items():
             if node is None or cluster == NOWHERE:
                 continue
-            ahead = self._ahead(cluster, 1)
+            ahead = self.ahead(cluster, 1)
             for other, price in ahead.items():
                 gain = price + self.gain(other, index) + self.joint(node, other, index)
                 if node.item < 0:

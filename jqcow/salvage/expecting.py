@@ -44,6 +44,7 @@ class Expected:
         edges: the blocks that have another owner than the one before.
         is_data: a file has data in it.
         is_free: nobody misses what it holds.
+        is_needed: a file that is not deleted has data in it.
         is_idle: no file has something in it: it may never have been written.
     """
 
@@ -54,6 +55,7 @@ class Expected:
     edges: frozenset[int] = field(init=False)
     is_data: bool = field(init=False)
     is_free: bool = field(init=False)
+    is_needed: bool = field(init=False)
     is_idle: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class Expected:
         all_owners = set(owners)
         object.__setattr__(self, "is_data", max(all_owners) >= 0)
         object.__setattr__(self, "is_free", all_owners == {FREE})
+        object.__setattr__(self, "is_needed", any(0 <= owner < DELETED for owner in all_owners))
         object.__setattr__(
             self, "is_idle", max(all_owners) < 0 and not (self.counts_system and SYSTEM in all_owners)
         )
@@ -336,6 +339,15 @@ class Expectations:
     def _near_end(self, at: int, step: int) -> int:
         offset = self._pieces.starts[at] + (0 if step > 0 else self._pieces.lengths[at] - 1)
         return offset // self._cluster_bytes
+
+    def needed(self) -> Iterator[int]:
+        """Yield the clusters in which files have data that are not deleted, in order."""
+        pieces, end = self._pieces, 0
+        for at in range(len(pieces)):
+            if pieces.data[at] and not pieces.numbers[at] & DELETED:
+                first = max(end, pieces.starts[at] // self._cluster_bytes)
+                end = max(end, -(-(pieces.starts[at] + pieces.valid[at]) // self._cluster_bytes))
+                yield from range(first, end)
 
     def by_writing(self) -> Iterator[int]:
         """Yield the clusters of files in the order in which they were written; some come again."""

@@ -4,7 +4,8 @@ Files are written in runs, and clusters are allocated as they are written: so ne
 neighbours in the file. Paths through the orphans (`aligning`) begin where an orphan looks as a cluster
 should, mostly by the length of a file's last block, and beside what is placed. What a path is surest of is
 placed, and the search is made anew with what is left. What files had that are deleted is a file's, too: where
-its place is known it is not taken for part of another.
+its place is known it is not taken for part of another. What is a guess then moves to where it tells more
+(`mending`).
 
 FI1. No path places what something surer has placed, and none is more than LIKELY.
 FI2. The best stretches come first: what they place no other gets.
@@ -12,6 +13,7 @@ FI2. The best stretches come first: what they place no other gets.
 
 from __future__ import annotations
 
+import heapq
 from array import array
 from bisect import bisect_left
 from collections import defaultdict, deque
@@ -20,12 +22,14 @@ from dataclasses import replace
 from functools import lru_cache
 from heapq import nlargest
 from itertools import islice, pairwise
+from operator import itemgetter
 
 from jqcow.salvage.aligning import END, JUMP, LAND, RESUME, Aligner, Gap, Pair, Stretch
 from jqcow.salvage.evidence import Certainty, Placement
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.looks import Looks
+from jqcow.salvage.mending import Mender
 from jqcow.salvage.weighing import Odds
 
 SEEDS_PER_TAIL = 8
@@ -105,6 +109,7 @@ class Filling:
             self._anchors = [(host, guest // cluster_bytes) for host, guest in anchored[first:last]]
         self._guests: dict[int, int] = {cluster: host for host, cluster in self._anchors}
         self._taken: dict[int, int] = {}
+        self._said: dict[int, tuple[Certainty, str]] = {}
         self._indices: dict[int, int] = {}
         self._is_open = lru_cache(maxsize=1 << 16)(self._find_open)
         self._aligner = Aligner(expectations, self._odds, self._is_waiting, self._indices.get)
@@ -127,9 +132,45 @@ class Filling:
             self._expectations.count_system(counts_system)
             self._aligner.changed()
             self._go_through(rounds)
+            if not counts_system and len(self._hosts) <= MANY:
+                self._mend()
         self._expectations.count_system(False)
         self._aligner.changed()
         self._take_rest()
+        for index, cluster in self._taken.items():
+            guest = cluster * self._cluster_bytes
+            self._map.place(Placement(guest, self._hosts[index], self._cluster_bytes, *self._said[index]))
+
+    def _mend(self) -> None:
+        """Move what is a guess, or has no place, to where it tells more."""
+        taken = {index: self._taken.get(index) for index in range(len(self._hosts))}
+        order = heapq.merge(
+            ((host, index, None) for index, host in enumerate(self._hosts)),
+            ((host, None, cluster) for host, cluster in self._anchors),
+            key=itemgetter(0),
+        )
+        anchored = {cluster for _, cluster in self._anchors}
+        mender = Mender(
+            self._expectations,
+            self._odds,
+            taken,
+            [one[1:] for one in order],
+            lambda cluster: cluster not in anchored and self._is_open(cluster),
+            lambda index: self._said.get(index, (Certainty.GUESS,))[0] == Certainty.GUESS,
+        )
+        self._expectations.count_system(True)
+        mender.mend()
+        self._expectations.count_system(False)
+        moved = {index for index, cluster in mender.clusters.items() if cluster != taken[index]}
+        for index in moved & self._taken.keys():
+            self._take_back(index)
+        for index in moved:
+            if (cluster := mender.clusters[index]) is not None:
+                self._put(cluster, index, Certainty.GUESS, "all that is expected, taken together")
+
+    def _take_back(self, index: int) -> None:
+        cluster = self._taken.pop(index)
+        del self._indices[cluster], self._guests[cluster], self._said[index]
 
     def _go_through(self, rounds: Sequence[tuple[float, int, bool]]) -> None:
         seeds = sorted(set(self._seeds()))
@@ -318,8 +359,7 @@ class Filling:
         self._taken[index], self._indices[cluster] = cluster, index
         self._odds.learn(self._expectations.of(cluster), index)
         self._guests[cluster] = self._hosts[index]
-        guest = cluster * self._cluster_bytes
-        self._map.place(Placement(guest, self._hosts[index], self._cluster_bytes, certainty, witness))
+        self._said[index] = certainty, witness
 
     def _take_rest(self) -> None:
         """Give what is left in the order of the file to what is expected still, in the order of writing."""

@@ -34,6 +34,8 @@ SAMPLED_BYTES = 16 << 20
 """So much is read to try a cluster size."""
 FEW = 0.125
 """Tables that name less of a file tell less than an L1 table in its usual place."""
+CHANCE = 1 / 256
+"""Tables that name less of a file are tables by chance."""
 SURE_WEIGHT = 2
 """What a cluster size names that an L1 or refcount table speaks for counts so often."""
 ORDERS = (4, 3, 5, 6, 0, 1, 2)
@@ -156,7 +158,8 @@ class Structures(Lookalikes):
         if best is not None and best[0] and best[2]:
             return best[1], True
         usual = self._bits_of_usual_l1()
-        if best is None or not best[0] or (usual is not None and best[0] < FEW * data_bytes):
+        least = CHANCE if usual is None else FEW
+        if best is None or not best[0] or best[0] < least * data_bytes:
             return usual, False
         return best[1], False
 

@@ -247,3 +247,15 @@ def test_damaged_clusters_never_raise(disk: Path, seed: int) -> None:
 
 
 CACHE: list[Scattered] = []
+
+
+def test_a_cleared_log_takes_what_is_cleared(disk: Path) -> None:
+    orphans = Scattered.of(disk, 65536, chance=random.Random(4))
+    cleared = {host for host, content in orphans if content.count(0xFF) == len(content)}
+    placements = settle(found_in(orphans), Placed(SIZE, orphans), orphans)
+    found = [one for one in placements if one.witness == "NTFS log, cleared"]
+    assert {one.host_offset for one in found} == cleared and len(cleared) > 8
+    by_guest = {guest: orphans.contents[host] for host, guest in orphans.truth.items()}
+    assert all(by_guest[one.guest_offset] == orphans.contents[one.host_offset] for one in found)
+    assert len({one.guest_offset for one in found}) == len(found)
+    assert all(one.certainty is Certainty.LIKELY for one in found)

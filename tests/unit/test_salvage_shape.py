@@ -22,6 +22,7 @@ from jqcow.salvage.candidates import TableSearch
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.heading import read_shape
+from jqcow.salvage.inference import Structures
 from jqcow.salvage.marks import Marks
 from jqcow.salvage.orphans import Unnamed, mark_header
 from jqcow.salvage.reading import PieceReader
@@ -331,3 +332,11 @@ def test_l1_table_of_a_lost_snapshot_is_not_taken_for_the_disks(make: Make) -> N
     snapshots, damages = find_snapshots(source := Source(made.without("snapshots")), read_shape(source))
     assert [found.snapshot for found in snapshots] == [None]
     assert damages or snapshots
+
+
+def test_a_table_by_chance_tells_no_cluster_size() -> None:
+    data = bytearray(random.Random(8).randbytes(1 << 20))
+    data[512:1024] = struct.pack(">Q", 1 << 63 | 4096).ljust(512, b"\0")
+    assert Structures(Source(Memory(bytes(data)))).find_cluster_bits() == (None, False)
+    data = data[: 64 << 10]
+    assert Structures(Source(Memory(bytes(data)))).find_cluster_bits() == (9, False)

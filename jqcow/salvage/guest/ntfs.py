@@ -12,7 +12,7 @@ NT2. Where the orphans show copies of records, by a store of volume snapshots or
 NT3. Where the volume starts is certain only as `starts` says.
 
 The log tells nothing here: records of other structures lie in it without their own head, and not where a
-sector starts.
+sector starts. Where it was cleared, one of its clusters is like any other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jqcow.salvage.guest.ntfs_places import Evidence
 from jqcow.salvage.guest.ntfs_scan import Scan, boots_in, scanned
 from jqcow.salvage.guest.starts import Found, Seen, Start, compatible, room, start_of
 
-_BITMAP = 6
+_LOG, _BITMAP = 2, 6
 _USER_RECORDS = 24
 """Records below are the file system's own."""
 _SPARE_RECORDS = range(16, _USER_RECORDS)
@@ -53,6 +53,7 @@ class Ntfs(FileSystem):
         super().__init__(start, boot.length, certainty, place)
         self._boot = boot
         self._scan: Scan | None = None
+        self._cleared: list[Placement] = []
 
     def place(self, disk: PlacedDisk, orphans: Orphans) -> Iterator[Placement]:
         """Yield boot sectors and records of the MFT, and the directories of those that are placed."""
@@ -67,6 +68,31 @@ class Ntfs(FileSystem):
         is_single = len(layouts) == 1 and not self._scan.has_snapshots
         at_most = Certainty.CERTAIN if is_single else Certainty.LIKELY
         yield from evidence.claims.placements(disk, min(at_most, self._certainty))
+        if not self._cleared:
+            self._cleared = list(self._cleared_log(disk, self._scan.cleared, orphans.cluster_bytes))
+        yield from self._cleared
+
+    def _cleared_log(self, disk: PlacedDisk, hosts: list[int], cluster_bytes: int) -> Iterator[Placement]:
+        """Yield a place in the log for clusters whose bits are all set, in the order of the file."""
+        mft = self._placed_mft(disk) if hosts else None
+        record = mft.record(_LOG) if mft else None
+        streams = mft.streams(record) if mft and record else []
+        places = (
+            place
+            for stream in streams
+            for run in stream.runs.runs
+            if stream.type == ATTRIBUTE_DATA and run.cluster is not None
+            for place in self._whole(run.cluster, run.count, cluster_bytes)
+            if place + cluster_bytes <= disk.size and disk.read(place, 1) is None
+        )
+        for host, place in zip(hosts, places, strict=False):
+            yield Placement(place, host, cluster_bytes, Certainty.LIKELY, f"{self.kind} log, cleared")
+
+    def _whole(self, cluster: int, count: int, cluster_bytes: int) -> range:
+        """Return where clusters of the image begin that lie as a whole in a run."""
+        start = self.start + cluster * self._boot.cluster_bytes
+        first = -(-start // cluster_bytes) * cluster_bytes
+        return range(first, start + count * self._boot.cluster_bytes - cluster_bytes + 1, cluster_bytes)
 
     def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         """Yield what files have outside of their records, as far as it was ever written.

@@ -47,6 +47,7 @@ class Scan:
         buffers: of directories, with their offsets in the file.
         boot_offsets: of copies of the volume's own boot sector in the file.
         boots: boot sectors of whatever volumes.
+        cleared: the offsets of orphans whose bits are all set, as a log is cleared.
         has_snapshots: whether a store of volume snapshots was seen.
     """
 
@@ -54,6 +55,7 @@ class Scan:
     buffers: list[tuple[int, IndexBuffer]] = field(default_factory=list)
     boot_offsets: list[int] = field(default_factory=list)
     boots: set[Boot] = field(default_factory=set)
+    cleared: list[int] = field(default_factory=list)
     has_snapshots: bool = False
 
     def hosts_of(self, number: int, boot: Boot) -> list[int]:
@@ -92,6 +94,8 @@ def scanned(orphans: Orphans, start: int, boot: Boot) -> Scan:
                 data = window.read(at, boot.index_bytes)
                 if data and (buffer := IndexBuffer.unpack(data)):
                     scan.buffers.append((window.host_offset + at, buffer))
+        if content.count(0xFF) == len(content):
+            scan.cleared.append(window.host_offset)
         scan.has_snapshots = scan.has_snapshots or _SNAPSHOT_STORE in content
     return scan
 

@@ -1,0 +1,241 @@
+"""What paths left in doubt, put in better places: runs of orphans change places as long as that gains.
+
+A path goes through the orphans in the order of the file and knows nothing of clusters that it leaves empty.
+Here all of a disk counts at once: what each orphan tells in its place, beside its neighbours on the disk and
+in the file, and what is missed. A run is tried where clusters are empty or in doubt; what is there takes the
+places that the run leaves, or none.
+
+ME1. What paths are sure of stays where it is.
+ME2. Each change gains; so it ends, and so many are tried at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
+from math import inf
+
+from jqcow.salvage.aligning import BROKEN, JUMP, NATURAL, RESUME, Aligner
+from jqcow.salvage.expecting import Expectations
+from jqcow.salvage.weighing import Odds
+
+MISSED = -3.0
+"""What it costs that nobody has a cluster in which a file has something."""
+NOWHERE = -2.0
+"""What it costs where placed orphans and others are neighbours in the file."""
+SMOOTH = -3.0
+"""Steps that cost less go on with a run."""
+GAIN_MIN = 0.5
+TRIED_MAX = 30_000
+"""So many changes are tried."""
+RUN_MAX, NEEDED_EACH = 1024, 16
+RESUMED_WITHIN = 96
+"""So many orphans after it was interrupted a run may go on."""
+
+Places = dict[int, int | None]
+"""Where orphans are put, by index; None for nowhere."""
+
+
+class Mender:
+    """Moves runs of orphans.
+
+    Attributes:
+        clusters: where each orphan is, by index; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        expectations: Expectations,
+        odds: Odds,
+        taken: Places,
+        order: Sequence[tuple[int | None, int | None]],
+        is_free: Callable[[int], bool],
+        is_doubtful: Callable[[int], bool],
+    ) -> None:
+        """Take what paths found.
+
+        Args:
+            expectations: of clusters.
+            odds: of what they look like.
+            taken: where each orphan is by now.
+            order: (index, None) of orphans and (None, cluster) of what is placed, in the order of the file.
+            is_free: whether a cluster of the disk may be given to orphans.
+            is_doubtful: whether an orphan, by its index, may be moved.
+        """
+        self._expectations, self._odds, self._order = expectations, odds, order
+        self._is_doubtful = is_doubtful
+        self._aligner = Aligner(expectations, odds, is_free, lambda cluster: None)
+        self.clusters = dict(taken)
+        self._holders = {cluster: index for index, cluster in taken.items() if cluster is not None}
+        self._at = {index: at for at, (index, _) in enumerate(order) if index is not None}
+        self._is_missed = lru_cache(maxsize=1 << 16)(self._find_missed)
+        self._is_free = is_free
+        self._left = TRIED_MAX
+
+    def _find_missed(self, cluster: int) -> bool:
+        return self._expectations.of(cluster).is_needed
+
+    # What a part of it gains
+
+    def _cluster_at(self, at: int) -> int | None:
+        index, cluster = self._order[at]
+        return cluster if index is None else self.clusters[index]
+
+    def _step(self, at: int) -> float:
+        """Return what it costs to go on to a place in the order of the file from the one before."""
+        if not 0 < at < len(self._order):
+            return 0.0
+        one, other = self._cluster_at(at - 1), self._cluster_at(at)
+        is_fixed = self._order[at - 1][0] is None and self._order[at][0] is None
+        if is_fixed or (one is None and other is None):
+            return 0.0
+        if one is None or other is None:
+            natural = self._aligner.is_end(one) if one is not None else self._aligner.is_natural(other or 0)
+            return NOWHERE if natural else NOWHERE + BROKEN
+        price = self._aligner.ahead(one, 1).get(other)
+        if price is not None:
+            return price
+        if self._order[at][0] is None and self._aligner.landing(one, other):
+            return 0.0
+        before = self._holders.get(other - 1)
+        if before is not None and 0 < at - self._at[before] < RESUMED_WITHIN:
+            price = RESUME
+        else:
+            price = JUMP + NATURAL if self._aligner.is_natural(other) else JUMP
+        return price if self._aligner.is_end(one) else price + BROKEN
+
+    def _worth(self, indices: Iterable[int], clusters: Iterable[int]) -> float:
+        """Return what these orphans and clusters gain, with their neighbours."""
+        holders, of = self._holders, self._expectations.of
+        steps: set[int] = set()
+        total = 0.0
+        for index in indices:
+            steps.update((self._at[index], self._at[index] + 1))
+            if (cluster := self.clusters[index]) is not None:
+                total += self._aligner.gain(cluster, index)
+        pairs = {cluster - step for cluster in clusters for step in (0, 1)}
+        for cluster in pairs:
+            first, second = holders.get(cluster), holders.get(cluster + 1)
+            if second is not None:
+                steps.add(self._at[second])
+                if first is not None:
+                    total += self._odds.joint(of(cluster), first, of(cluster + 1), second)
+        for cluster in set(clusters):
+            if cluster not in holders and self._is_missed(cluster):
+                total += MISSED
+        return total + sum(map(self._step, steps))
+
+    def _put(self, changes: Places) -> Places:
+        """Put orphans elsewhere; return where they were."""
+        before = {index: self.clusters[index] for index in changes}
+        for cluster in before.values():
+            if cluster is not None:
+                self._holders.pop(cluster, None)
+        for index, cluster in changes.items():
+            self.clusters[index] = cluster
+            if cluster is not None:
+                self._holders[cluster] = index
+        return before
+
+    def _try(self, changes: Places) -> bool:
+        """Keep a change if it gains."""
+        self._left -= 1
+        changes = {index: cluster for index, cluster in changes.items() if self.clusters[index] != cluster}
+        if not changes:
+            return False
+        every = [*changes.values(), *(self.clusters[index] for index in changes)]
+        clusters = [cluster for cluster in every if cluster is not None]
+        worth = self._worth(changes, clusters)
+        before = self._put(changes)
+        if self._worth(changes, clusters) >= worth + GAIN_MIN:
+            return True
+        self._put(before)
+        return False
+
+    # What is tried
+
+    def mend(self) -> None:
+        """Move runs as long as that gains."""
+        is_better = True
+        while is_better and self._left > 0:
+            is_better = False
+            for run in [*self._runs(SMOOTH), *self._runs(-inf)]:
+                for start in list(self._targets(run)):
+                    if self._left > 0 and self._move(run, start):
+                        is_better = True
+                        break
+
+    def _runs(self, least: float) -> Iterator[list[int]]:
+        """Yield runs of orphans that may be moved: neighbours in the file, whose steps cost no more."""
+        run: list[int] = []
+        for at, (index, _) in enumerate(self._order):
+            if run and (index is None or self._step(at) < least or len(run) == RUN_MAX):
+                yield run
+                run = []
+            if index is not None and self._is_doubtful(index):
+                run.append(index)
+            elif run:
+                yield run
+                run = []
+        if run:
+            yield run
+
+    def _targets(self, run: list[int]) -> Iterator[int]:
+        """Yield where a run might begin: where clusters are missed, or go on from others."""
+        found: set[int] = set()
+        at = self._at[run[0]]
+        for place in range(max(0, at - RESUMED_WITHIN), at):
+            cluster = self._cluster_at(place)
+            if cluster is not None:
+                found.update(self._aligner.ahead(cluster, 1))
+        for start, length in self._missed():
+            found.add(start)
+            if length >= len(run):
+                found.add(start + length - len(run))
+        found.discard(self.clusters[run[0]] if self.clusters[run[0]] is not None else -1)
+        yield from sorted(found)
+
+    def _missed(self) -> Iterator[tuple[int, int]]:
+        """Yield (first, count) of clusters that nobody has and that are missed."""
+        first = count = 0
+        for cluster in islice(self._expectations.needed(), NEEDED_EACH * len(self.clusters)):
+            if not self._may_change(cluster):
+                continue
+            if count and cluster == first + count and not self._aligner.is_natural(cluster):
+                count += 1
+            else:
+                if count:
+                    yield first, count
+                first, count = cluster, 1
+        if count:
+            yield first, count
+
+    def _may_change(self, cluster: int) -> bool:
+        holder = self._holders.get(cluster)
+        return self._is_free(cluster) and (holder is None or self._is_doubtful(holder))
+
+    def _move(self, run: list[int], start: int) -> bool:
+        """Try a run from a cluster on, as a whole and as far as a file goes."""
+        places: list[int] = []
+        cluster: int | None = start
+        while cluster is not None and len(places) < len(run):
+            if not self._may_change(cluster) or self._expectations.of(cluster).is_idle:
+                break
+            places.append(cluster)
+            ahead = self._aligner.ahead(cluster, 1)
+            cluster = max(ahead, key=ahead.__getitem__, default=None)
+        if not places:
+            return False
+        moved: Places = dict(zip(run, places, strict=False))
+        left = [self.clusters[index] for index in moved]
+        evicted = [self._holders[place] for place in places if place in self._holders]
+        evicted = [index for index in evicted if index not in moved]
+        nowhere: Places = dict.fromkeys(evicted)
+        rest: Places = dict.fromkeys(run[len(places) :])
+        swapped: Places = dict(zip(evicted, [one for one in left if one not in places], strict=False))
+        if self._try(nowhere | moved):
+            return True
+        if rest and self._try(nowhere | rest | moved):
+            return True
+        return bool(swapped) and self._try(nowhere | swapped | moved)
