@@ -6,16 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jqcow import RepairReport
-from jqcow.checker.check import CheckReport
 from jqcow.cli import common, snapshots
 from jqcow.cli.common import human_size, plural
-from jqcow.cli.passphrases import luks_json
 from jqcow.disks.policy import Following
 from jqcow.errors import printable
-from jqcow.image.opening import open_alone
 from jqcow.offline.info import (
     ImageFacts,
     Qcow2Facts,
@@ -23,11 +19,13 @@ from jqcow.offline.info import (
     read_chain,
     read_info,
 )
-from jqcow.offline.map import MapLine, map_file
-from jqcow.offline.records import JournalListing, Record, read_journal
-from jqcow.offline.undo import undo_repair
 from jqcow.ondisk.bitmaps import Bitmap
 from jqcow.ondisk.naming import protocol_of, resolve
+
+if TYPE_CHECKING:
+    from jqcow import CheckReport, RepairReport
+    from jqcow.offline.map import MapLine
+    from jqcow.offline.records import JournalListing, Record
 
 _COMPAT = {2: "0.10", 3: "1.1"}
 _MAP_ROW = "{:<16}{:<16}{:<16}{}"
@@ -170,8 +168,11 @@ def _specific(special: Qcow2Facts) -> dict[str, Any]:
     if special.external_data is not None and special.external_data.name is not None:
         data["data-file"] = special.external_data.name
     if special.encryption is not None:
-        luks = special.luks
-        data["encrypt"] = {"format": special.encryption} if luks is None else luks_json(luks)
+        data["encrypt"] = {"format": special.encryption}
+        if special.luks is not None:
+            from jqcow.cli.passphrases import luks_json
+
+            data["encrypt"] = luks_json(special.luks)
     if special.external_data is not None:
         data["data-file-raw"] = special.external_data.is_raw
     if special.version >= 3:
@@ -251,7 +252,7 @@ def check_command(arguments: argparse.Namespace) -> int:
     return common.EXIT_LEAKS if report.leaks else common.EXIT_OK
 
 
-def _repair(arguments: argparse.Namespace) -> RepairReport:
+def _repair(arguments: argparse.Namespace) -> RepairReport | None:
     """Repair an image where that was asked for, and say what was wrong."""
     journal_size = common.journal_size_of(arguments)
     if arguments.repair is None:
@@ -259,7 +260,9 @@ def _repair(arguments: argparse.Namespace) -> RepairReport:
             raise common.CommandError("--journal-size is for what writes: use it with -r")
         if arguments.free_lost_data:
             raise common.CommandError("--free-lost-data says what a repair may free: use it with -r")
-        return RepairReport()
+        return None
+    from jqcow.image.opening import open_alone
+
     if arguments.force_share:
         raise common.CommandError("-r writes: it cannot be used beside another writer, with -U")
     with (
@@ -272,8 +275,8 @@ def _repair(arguments: argparse.Namespace) -> RepairReport:
             free_lost=arguments.free_lost_data,
         ) as image,
     ):
-        report = image.repaired or RepairReport()
-    if report.changed and arguments.output == "human" and not arguments.quiet:
+        report = image.repaired
+    if report is not None and report.changed and arguments.output == "human" and not arguments.quiet:
         print("The following inconsistencies were found and repaired:\n")
         print(f"    {report.leaks} leaked clusters")
         print(f"    {_corruptions(report)} corruptions\n")
@@ -298,7 +301,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[CheckReport, bool]:
     return check_file(arguments.image, force_share=shared), facts.qcow2.journal is not None
 
 
-def _check_json(report: CheckReport, filename: str, repaired: RepairReport) -> dict[str, Any]:
+def _check_json(report: CheckReport, filename: str, repaired: RepairReport | None) -> dict[str, Any]:
     """Return the report with qemu-img's names; like it, without the numbers that are 0 and may be."""
     optional = {
         "total-clusters": report.total_clusters,
@@ -306,8 +309,8 @@ def _check_json(report: CheckReport, filename: str, repaired: RepairReport) -> d
         "corruptions": report.errors - report.lost,
         "leaks": report.leaks,
         "lost-data": report.lost,
-        "corruptions-fixed": _corruptions(repaired),
-        "leaks-fixed": repaired.leaks,
+        "corruptions-fixed": 0 if repaired is None else _corruptions(repaired),
+        "leaks-fixed": 0 if repaired is None else repaired.leaks,
         "fragmented-clusters": report.fragmented_clusters,
         "compressed-clusters": report.compressed_clusters,
     }
@@ -355,6 +358,8 @@ def _allocation_line(report: CheckReport) -> str:
 
 def undo_command(arguments: argparse.Namespace) -> int:
     """Take a repair back."""
+    from jqcow.offline.undo import undo_repair
+
     with common.about(arguments.image):
         report = undo_repair(arguments.image, force=arguments.force)
     common.print_undone(report, arguments.output)
@@ -366,6 +371,8 @@ def undo_command(arguments: argparse.Namespace) -> int:
 
 def map_command(arguments: argparse.Namespace) -> int:
     """Print the extents of a disk."""
+    from jqcow.offline.map import map_file
+
     common.print_warnings(arguments.image, arguments.format, force_share=arguments.force_share)
     start = common.parse_size(arguments.start_offset, unit=1)
     length = None if arguments.max_length is None else common.parse_size(arguments.max_length, unit=1)
@@ -408,6 +415,8 @@ def _json_line(line: MapLine) -> str:
 
 def journal_command(arguments: argparse.Namespace) -> int:
     """Print the records of a live journal."""
+    from jqcow.offline.records import read_journal
+
     with common.about(arguments.image):
         listing = read_journal(arguments.image)
     if arguments.output == "json":

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 from collections.abc import Sequence
 
-from jqcow.cli import (
-    amending,
-    bitmaps,
-    chains,
-    common,
-    copying,
-    images,
-    looking,
-    measuring,
-    passphrases,
-    protecting,
-    snapshots,
-)
+from jqcow.cli import common
 
 PROGRAM = "jqcow"
+GROUPS = {
+    "images": ("create", "resize"),
+    "looking": ("info", "check", "map", "journal", "undo"),
+    "snapshots": ("snapshot",),
+    "amending": ("amend",),
+    "bitmaps": ("bitmap",),
+    "passphrases": ("passphrase",),
+    "chains": ("commit", "rebase"),
+    "copying": ("convert",),
+    "measuring": ("measure",),
+    "protecting": ("protect", "verify", "heal"),
+}
+"""The modules of this package that have commands: what a command does not need is not imported."""
 _NEGATIVE = re.compile(r"-\.?\d", re.ASCII)
 
 _EPILOG = """\
@@ -36,8 +38,8 @@ A crashed image is brought home by jqcow-recover. Sizes take k, M, G, T, P and E
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line; with the name of a command that of its module's alone."""
     parser = common.Parser(
         prog=PROGRAM,
         description="qcow2 images whose metadata changes are transactions.",
@@ -46,25 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     common.add_version(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for group in (
-        images,
-        looking,
-        snapshots,
-        amending,
-        bitmaps,
-        passphrases,
-        chains,
-        copying,
-        measuring,
-        protecting,
-    ):
-        group.add_parsers(commands)
+    for module in [module for module, names in GROUPS.items() if command in names] or GROUPS:
+        importlib.import_module(f"jqcow.cli.{module}").add_parsers(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return its exit code."""
-    arguments = build_parser().parse_args(_with_signed_size(common.arguments_of(argv)))
+    words = common.arguments_of(argv)
+    arguments = build_parser(words[0] if words else None).parse_args(_with_signed_size(words))
     return common.run(PROGRAM, lambda: int(arguments.command(arguments)))
 
 

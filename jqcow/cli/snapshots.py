@@ -11,7 +11,6 @@ from typing import Any
 from jqcow.cli import common
 from jqcow.cli.common import human_size
 from jqcow.errors import printable
-from jqcow.image.opening import open_alone
 from jqcow.offline.info import read_snapshots
 from jqcow.ondisk.snapshots import Snapshot
 
@@ -61,6 +60,8 @@ def snapshot_command(arguments: argparse.Namespace) -> int:
 def _change(arguments: argparse.Namespace) -> int:
     if arguments.force_share or arguments.output == "json":
         raise common.CommandError("-U and --output=json are about the list: use them with -l")
+    from jqcow.image.opening import open_alone
+
     # What is below the image stays closed: snapshots share what is its own.
     journal_size = common.journal_size_of(arguments)
     with common.about(arguments.image), open_alone(arguments.image, "r+", journal_size=journal_size) as image:

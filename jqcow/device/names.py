@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import warnings
 from collections.abc import Callable
@@ -218,7 +217,7 @@ def open_unnamed(directory: str) -> int | None:
 def temporary_name(target: str) -> str:
     """Return a free name beside ``target``, hidden and not to be mistaken for an image."""
     directory, base = os.path.split(target)
-    return os.path.join(directory, f".{base[:50]}.{secrets.token_hex(4)}.partial")
+    return os.path.join(directory, f".{base[:50]}.{os.urandom(4).hex()}.partial")
 
 
 def link_unnamed(descriptor: int, target: str) -> bool:

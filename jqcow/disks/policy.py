@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from jqcow.errors import FileAccessDenied, JqcowError, UnsupportedFeatureError, printable
-from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.naming import DISK_FORMATS, DiskFormat, NamedFile
+
+if TYPE_CHECKING:
+    from jqcow.ondisk.keys import Passphrase
 
 FilePolicy = bool | Callable[[NamedFile], bool]
 """Which files named inside images may be opened: all, none, or those for which a function returns True."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jqcow.checker.check import CheckReport, check_structure
 from jqcow.device.file import FileDevice
-from jqcow.disks.chain import walk
 from jqcow.disks.files import open_to_read
 from jqcow.disks.policy import Following
 from jqcow.disks.raw import RawDisk
@@ -22,6 +20,9 @@ from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 from jqcow.ondisk.snapshots import Snapshot
+
+if TYPE_CHECKING:
+    from jqcow.checker.check import CheckReport
 
 STAT_BLOCK_BYTES = 512
 """The unit of st_blocks, whatever the file system's block size."""
@@ -141,6 +142,7 @@ def read_chain(
     Raises:
         JqcowError, OSError: as `jqcow.disks.chain.walk_below`.
     """
+    from jqcow.disks.chain import walk
 
     def visit(device: FileDevice, known: DiskFormat) -> tuple[ImageFacts, NamedFile | None]:
         facts, area = _facts(device, known)
@@ -277,5 +279,7 @@ def check_file(path: str | os.PathLike[str], *, force_share: bool = False) -> Ch
         JqcowError: the metadata cannot be walked, or the image is in use by a writer.
         OSError: the host failed.
     """
+    from jqcow.checker.check import check_structure
+
     with open_view(path, share_writers=force_share) as view:
         return check_structure(view.read, view.size(), reserved=view.reserved)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -492,6 +495,24 @@ def test_version_tells_which_kernels_serve(
         command(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out == f"jqcow {jqcow.__version__}, {_native.build_info()}\n"
+
+
+@pytest.mark.parametrize("module", main.GROUPS)
+def test_every_module_has_the_commands_that_it_is_known_for(module: str) -> None:
+    commands = argparse.ArgumentParser().add_subparsers()
+    importlib.import_module(f"jqcow.cli.{module}").add_parsers(commands)
+    assert tuple(commands.choices) == main.GROUPS[module]
+
+
+def test_looking_at_an_image_does_not_import_what_writes_one(tmp_path: Path) -> None:
+    jqcow.create(tmp_path / "a.qcow2", 1 << 20).close()
+    code = "import sys\nfrom jqcow.cli import main\nmain.main(['info', sys.argv[1]])\nprint(*sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.qcow2"], capture_output=True, text=True, check=True
+    )
+    loaded = set(told.stdout.splitlines()[-1].split())
+    assert "jqcow.disks.view" in loaded
+    assert not loaded & {"jqcow.engine.engine", "jqcow.image.image", "jqcow.checker.check", "hashlib"}
 
 
 # The document

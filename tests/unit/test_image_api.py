@@ -7,6 +7,8 @@ import errno
 import gc
 import io
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -591,3 +593,12 @@ class TestOldBytes:
             other.resize(SIZE)
             assert other.pread(SIZE - 8 * CLUSTER, 8 * CLUSTER) == bytes(SIZE - 8 * CLUSTER)
             assert other.check().ok
+
+
+def test_every_name_of_the_package_is_there_when_it_is_asked_for() -> None:
+    code = "import jqcow; print(all(name in dir(jqcow) and getattr(jqcow, name) for name in jqcow.__all__))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "True\n"
+    assert sorted([*jqcow._HOMES, "__version__"]) == sorted(jqcow.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        jqcow.nothing  # noqa: B018
