@@ -140,9 +140,12 @@ def write_zeros(device: Device, offset: int, length: int) -> None:
 
 def hole_end(reader: Reader, offset: int, end: int) -> int:
     """Return how far a range is a hole, which reads as zeros; ``offset`` where the reader cannot tell."""
-    if not isinstance(reader, Sparse):
+    # Not by isinstance, which looks for all that a protocol has: tables are asked about one by one.
+    data_extents = getattr(reader, "data_extents", None)
+    if data_extents is None:
         return offset
-    start, _ = next(iter(reader.data_extents(offset, end - offset)), (end, 0))
+    start: int
+    start, _ = next(iter(data_extents(offset, end - offset)), (end, 0))
     return start
 
 

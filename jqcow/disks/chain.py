@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from jqcow.device.disk import Disk, Extent, joined
 from jqcow.device.file import FileDevice, identity_in
+from jqcow.device.holes import HostRegions
 from jqcow.disks.files import open_to_read
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.outside import open_data_file
@@ -188,6 +189,21 @@ class Chain(Disk):
             start = whole.offset + inside
             found.append(Extent(start, end - start, "unallocated", None, max(0, depth - 1)))
         return found
+
+    def stored_extents(self, length: int, offset: int) -> Iterator[Extent]:
+        """As `extents`; data in a hole of its file is ``zero``. The files do not change meanwhile."""
+        regions: dict[int, HostRegions] = {}
+        for extent in self.extents(length, offset):
+            layer, host = self.layers[extent.depth], extent.host_offset
+            # A hole reads as noise where data is encrypted; a raw disk knows its own.
+            if extent.kind != "data" or host is None or isinstance(layer, RawDisk) or layer.is_encrypted:
+                yield extent
+                continue
+            if extent.depth not in regions:
+                regions[extent.depth] = HostRegions(layer.data_device)
+            for start, count, is_data in regions[extent.depth].pieces(host, extent.length):
+                place = extent.offset + start - host
+                yield Extent(place, count, "data" if is_data else "zero", start, extent.depth)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``."""

@@ -108,10 +108,15 @@ class ImageBuilder:
             _write_data(self._device, self._luks, data, host, count * self.cluster_bytes)
             # The host offsets of one write are in a row, also where an L2 table ends within it.
             self._next_cluster += count
-        first = offset // self.cluster_bytes
-        for cluster in range(first, first + count):
-            place = HostOffset(host + (cluster - first) * self.cluster_bytes)
-            self._map(cluster, self._codec.filled(NO_ENTRY, place, range(self._codec.subclusters)))
+        first, whole = offset // self.cluster_bytes, range(self._codec.subclusters)
+        done = 0
+        while done < count:
+            within = self._open_l2_table(first + done)
+            length = min(count - done, self._codec.per_table - within)
+            place = HostOffset(host + done * self.cluster_bytes)
+            entry = self._codec.filled(NO_ENTRY, place, whole)
+            self._codec.encode_row(self._l2_table, within, entry, length)
+            done += length
 
     def write_parts(self, data: memoryview, offset: int, filled: list[range], zeroed: list[range]) -> None:
         """Map parts of one guest cluster: some subclusters to ``data``, some to zeros; the rest shows below.
@@ -200,12 +205,17 @@ class ImageBuilder:
         return shared
 
     def _map(self, guest_cluster: int, entry: L2Entry) -> None:
+        within = self._open_l2_table(guest_cluster)
+        self._codec.encode(self._l2_table, within, entry)
+
+    def _open_l2_table(self, guest_cluster: int) -> int:
+        """Go on in the L2 table of a guest cluster, which may be the next one; return its index there."""
         l2_index, within = divmod(guest_cluster, self._codec.per_table)
         if l2_index != self._l2_index:
             self._finish_l2_table()
             self._l2_index = l2_index
             self._l2_table = bytearray(self.cluster_bytes)
-        self._codec.encode(self._l2_table, within, entry)
+        return within
 
     def _finish_l2_table(self) -> None:
         if self._l2_index < 0:

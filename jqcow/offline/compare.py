@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from heapq import merge
 
 from jqcow.device.disk import Disk
+from jqcow.disks.chain import Chain
 from jqcow.ondisk import layout
 
 BUFFER_BYTES = 1 << 20
@@ -51,13 +52,15 @@ def _either(one: Disk, other: Disk) -> Iterator[tuple[int, int]]:
             reached = end
 
 
-def windows(disk: Disk, unit: int, limit: int) -> Iterator[tuple[int, int]]:
+def windows(disk: Disk, unit: int, limit: int, *, holes: bool = True) -> Iterator[tuple[int, int]]:
     """Yield (offset, length) of whole units that may hold data: in order, apart, at most ``limit`` bytes.
 
-    The last one ends at the end of the disk. ``limit`` is a multiple of ``unit``.
+    The last one ends at the end of the disk. ``limit`` is a multiple of ``unit``. Without ``holes`` tables
+    alone count: what lies in a hole of a chain's file is data then.
     """
     reached = 0
-    for extent in disk.extents(disk.size, 0):
+    find = disk.stored_extents if holes and isinstance(disk, Chain) else disk.extents
+    for extent in find(disk.size, 0):
         if not extent.holds_data:
             continue
         start = max(reached, extent.offset - extent.offset % unit)

@@ -392,14 +392,17 @@ def _copy(disk: Disk, device: Device, data_file: Device | None, form: _Form, pro
 def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:
     """Return (start, end) of the parts of ``data`` that are not zero, in steps of ``unit`` bytes."""
     runs: list[tuple[int, int]] = []
-    for start in range(0, len(data), unit):
-        end = min(start + unit, len(data))
-        if _native.is_zero(data[start:end]):
-            continue
-        if runs and runs[-1][1] == start:
-            runs[-1] = (runs[-1][0], end)
-        else:
-            runs.append((start, end))
+    unit_index, count = 0, len(data) // unit
+    while unit_index < count:
+        is_zero, length = _native.zero_run(data, unit_index, count, unit)
+        if not is_zero:
+            runs.append((unit_index * unit, (unit_index + length) * unit))
+        unit_index += length
+    rest = count * unit
+    if rest < len(data) and not _native.is_zero(data[rest:]):
+        # The last unit may be cut at the end of the disk.
+        start = runs.pop()[0] if runs and runs[-1][1] == rest else rest
+        runs.append((start, len(data)))
     return runs
 
 

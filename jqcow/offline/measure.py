@@ -82,9 +82,8 @@ def measure(
         bitmaps = None
         if isinstance(top, ImageDisk) and target_format == "qcow2":
             bitmaps = _bitmap_bytes(form.geometry, chain.size, top.bitmaps.directory.entries)
-        found = sum(
-            layout.round_up(length, unit) for _, length in windows(chain, unit, max(unit, _WINDOW_BYTES))
-        )
+        limit = max(unit, _WINDOW_BYTES)
+        found = sum(layout.round_up(length, unit) for _, length in windows(chain, unit, limit, holes=False))
         data_bytes = found if use.preallocation == "off" else chain.size
         return _measured(chain.size, data_bytes, target_format, form, encryption, journal_size, bitmaps)
 

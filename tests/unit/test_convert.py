@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import jqcow
+from jqcow.device import libc
 from jqcow.disks.chain import open_disk
 from jqcow.disks.files import probe_format
 from jqcow.offline import convert as converting
@@ -30,6 +32,7 @@ from jqcow.ondisk.l2 import compressed_entry
 from jqcow.ondisk.layout import Geometry
 from jqcow.testing import SimulatedDevice
 from tests.support.compressed import compressible, mixed_disk, streams_of
+from tests.support.qemu import done, done_in_spite_of_load, qemu_io
 
 MIB = 1 << 20
 
@@ -116,6 +119,37 @@ def test_holes_are_not_read(tmp_path: Path) -> None:
     create_raw(tmp_path / "a.raw", 1 << 40)
     report = convert(tmp_path / "a.raw", tmp_path / "b.qcow2", verify=True)
     assert (report.read_bytes, report.written_bytes) == (0, 0)
+
+
+def test_clusters_in_holes_of_the_file_are_not_read(tmp_path: Path) -> None:
+    done("qemu-img", "create", "-qf", "qcow2", "-o", "preallocation=metadata", tmp_path / "a.qcow2", "1G")
+    report = convert(tmp_path / "a.qcow2", tmp_path / "b.raw", target_format="raw", verify=True)
+    assert report.read_bytes == 0
+    qemu_io(tmp_path / "a.qcow2", "write -P 7 100M 300k", "write -P 8 700M 64k")
+    report = convert(tmp_path / "a.qcow2", tmp_path / "c.qcow2", verify=True)
+    assert 364 << 10 <= report.read_bytes < MIB
+    # What is below is hidden by a hole of the file above.
+    (tmp_path / "base.raw").write_bytes(b"below" * 20_000)
+    overlay = tmp_path / "o.qcow2"
+    done("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", tmp_path / "base.raw", overlay)
+    qemu_io(overlay, "write -P 1 0 64k")
+    with jqcow.open(overlay, allow_files=True) as image:
+        host = next(image.extents()).host_offset
+    assert host is not None
+    with overlay.open("r+b") as file:
+        libc.call("fallocate", file.fileno(), 3, ctypes.c_int64(host), ctypes.c_int64(65536))
+    report = convert(overlay, tmp_path / "d.raw", target_format="raw", allow_files=True, verify=True)
+    done("qemu-img", "compare", "-f", "qcow2", "-F", "raw", overlay, tmp_path / "d.raw")
+    assert report.read_bytes < 64 << 10
+
+
+def test_holes_of_an_encrypted_image_are_noise_to_the_guest(tmp_path: Path) -> None:
+    secret = f"secret,id=s,data={'x' * 8}"
+    form = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,preallocation=metadata"
+    created = ("create", "-qf", "qcow2", "--object", secret, "-o", form, tmp_path / "a.qcow2", "1M")
+    done_in_spite_of_load("qemu-img", *created)
+    report = convert(tmp_path / "a.qcow2", tmp_path / "b.raw", target_format="raw", passphrase=b"x" * 8)
+    assert report.read_bytes == report.written_bytes == MIB
 
 
 def test_an_odd_last_sector_is_padded(tmp_path: Path) -> None:
