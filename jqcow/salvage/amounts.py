@@ -162,16 +162,19 @@ def _names_the_cut(guest_map: GuestMap, index: int) -> bool:
 def _of_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_shared: bool) -> Amounts:
     tables, found = guest_map.tables, Amounts()
     cluster_bytes, entry_bytes = tables.shape.geometry.cluster_bytes, tables.shape.codec.entry_bytes
-    placed, unknown = guest_map.placed.get(index), 0
+    placed, unknown, replaced = guest_map.placed.get(index), 0, 0
     for part, why in guest_map.open_parts(index):
         start, end = max(first, part.start), min(stop, part.stop)
         if start >= end:
             continue
-        unknown += end - start
         certainties = placed.certainties[start:end] if placed is not None else b""
         for certainty in Certainty:
             number = certainties.count(certainty)
             found.take("data", certainty, number * cluster_bytes)
+        if why == Open.SHARED:
+            replaced += len(certainties) - certainties.count(0)
+            continue
+        unknown += end - start
         nobody = end - start - (len(certainties) - certainties.count(0))
         kind = "below" if why in (Open.EMPTY, Open.HOLE) else "lost"
         found.take(kind, Certainty.GUESS, nobody * cluster_bytes)
@@ -187,7 +190,9 @@ def _of_entries(guest_map: GuestMap, index: int, first: int, stop: int, *, has_s
             table, entry_bytes, guest_map.marks.cluster_bits, guest_map.marks.data
         )
     sure = min(tables.certainty, Certainty.LIKELY) if index in tables.crowded else tables.certainty
-    found.take("data", sure, (counts[DATA] + counts[COMPRESSED] - many - structures) * cluster_bytes)
+    named = counts[DATA] + counts[COMPRESSED] - replaced
+    many = max(0, many - replaced)
+    found.take("data", sure, (named - many - structures) * cluster_bytes)
     found.likely += many * cluster_bytes
     found.guess += structures * cluster_bytes
     found.zero += counts[ZERO] * cluster_bytes

@@ -174,7 +174,7 @@ def anchor(
     """
     anchors = Anchors(guest_map, orphans, disk.parts, are_current=are_current)
     if protection is not None:
-        for placement in by_protection(protection, guest_map, orphans):
+        for placement in by_protection(protection, guest_map, disk, orphans):
             anchors.add(placement)
         anchors.settle()
     structures: list[GuestStructure] = []
@@ -203,14 +203,22 @@ def by_sums(
     yield from index.placements(orphans)
 
 
-def by_protection(protection: Protection, guest_map: GuestMap, orphans: Orphans) -> Iterator[Placement]:
+def by_protection(
+    protection: Protection, guest_map: GuestMap, disk: MappedDisk, orphans: Orphans
+) -> Iterator[Placement]:
     """Yield where the orphans belong of which `jqcow protect` kept the sums."""
     witness, unit_bytes = "sums of jqcow protect", protection.units.unit_bytes
     index: SumIndex | UnitRuns
     if unit_bytes > orphans.cluster_bytes:
-        index = UnitRuns(guest_map, orphans.cluster_bytes, unit_bytes, witness, protection.certainty)
+        index = UnitRuns(guest_map, disk, orphans.cluster_bytes, unit_bytes, witness, protection.certainty)
     else:
         index = SumIndex(guest_map, orphans.cluster_bytes, witness, protection.certainty, reversed_crc)
+    likely = disk.trusting(Certainty.LIKELY)
     for block_sum in protection.sums():
-        index.add(block_sum)
+        start, end = block_sum.guest_offset, min(block_sum.guest_offset + unit_bytes, disk.size)
+        if any(guest_map.is_open(offset) for offset in range(start, end, orphans.cluster_bytes)):
+            # What a table says and the sum confirms is looked for nowhere else.
+            content = likely.read(start, end - start)
+            if content is None or block_sum.crc32c != reversed_crc(content.ljust(unit_bytes, b"\0")):
+                index.add(block_sum)
     yield from index.placements(orphans)

@@ -2,7 +2,8 @@
 
 A cluster lies in the file at a multiple of its size, and on the disk, too. So the distances between places
 of what tells by itself where it belongs are multiples of that size, and only half of them of a larger one.
-Blocks of one content may be taken for each other: a few distances are wrong.
+Blocks of one content may be taken for each other: a few distances are wrong. Where the start of the disk is
+lost, too, nothing is certain, and what is likely tells.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def shape_of(source: Source) -> Shape:
     except FormatError:
         distances = _distances(source)
         if not any(distances):
-            raise
+            return read_shape(source, by_chance=True)
     if len(distances) < DISTANCES_MIN:
         return read_shape(source, DEFAULT_CLUSTER_BITS)
     sizes = range(layout.MIN_CLUSTER_BITS, layout.MAX_CLUSTER_BITS + 1)
@@ -54,8 +55,13 @@ def _distances(source: Source) -> set[int]:
     found.grow()
     disk = MappedDisk(found.guest_map, found.reader())
     anchors, _ = anchor(found.guest_map, disk, found.orphans(), find)
-    return {host - guest for host, guest in anchors.placed.items() if _is_certain(found.guest_map, guest)}
+    for least in (Certainty.CERTAIN, Certainty.LIKELY):
+        placed = anchors.placed.items()
+        sure = {host - guest for host, guest in placed if _is_so_sure(found.guest_map, guest, least)}
+        if any(sure):
+            return sure
+    return set()
 
 
-def _is_certain(guest_map: GuestMap, guest: int) -> bool:
-    return all(piece.certainty == Certainty.CERTAIN for piece in guest_map.pieces(guest, 1))
+def _is_so_sure(guest_map: GuestMap, guest: int, least: Certainty) -> bool:
+    return all(piece.certainty >= least for piece in guest_map.pieces(guest, 1))

@@ -67,6 +67,8 @@ class Open(Enum):
     """Its sector of the table is all zeros: it may have been, too, but most holes are holes."""
     BEYOND = auto()
     """It names what lies past the end of the file: it is gone, unless something knows better."""
+    SHARED = auto()
+    """It names a cluster that has another use, too: what is certain of another one knows better."""
 
 
 _KNOWN: dict[Open, int] = {
@@ -74,6 +76,7 @@ _KNOWN: dict[Open, int] = {
     Open.EMPTY: 0,
     Open.HOLE: Certainty.GUESS,
     Open.BEYOND: Certainty.LIKELY,
+    Open.SHARED: Certainty.LIKELY,
 }
 """What has to be surer than this to be believed."""
 
@@ -116,16 +119,18 @@ class GuestMap:
         marks: what names each cluster.
         placed: what evidence says, by L1 index.
         counted: which table's entries were counted last, and what they come to (`jqcow.salvage.amounts`).
+        opens_shared: entries that name clusters with another use may be placed: something knows all content.
         packed: which compressed clusters are meant by placements behind the end of the file.
     """
 
     tables: DiskTables
     marks: Marks
     placed: dict[int, PlacedEntries] = field(default_factory=dict)
+    opens_shared: bool = False
     packed: PackedPlaces | None = None
     counted: tuple[object, object] = ((), None)
     _witnesses: list[str] = field(default_factory=list)
-    _open: dict[int, tuple[tuple[int, bool], list[OpenPart]]] = field(default_factory=dict)
+    _open: dict[int, tuple[tuple[int, bool, bool], list[OpenPart]]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -148,7 +153,7 @@ class GuestMap:
     def open_parts(self, index: int) -> list[OpenPart]:
         """Return which entries of a table may be placed, and why, in their order."""
         tables = self.tables
-        known = tables.fates[index], self._may_be_wiped(index)
+        known = tables.fates[index], self._may_be_wiped(index), self.opens_shared
         if index not in self._open or self._open[index][0] != known:
             self._open[index] = known, list(self._find_open(index))
         return self._open[index][1]
@@ -172,8 +177,21 @@ class GuestMap:
         ]
         if self._may_be_wiped(index):
             found += [(first, count, Open.HOLE) for first, count in tables.holes(index)]
+        if self.opens_shared:
+            found += [(first, count, Open.SHARED) for first, count in self._shared_entries(index)]
         for first, count, why in sorted(found, key=lambda part: part[0]):
             yield OpenPart(range(first, first + count), why)
+
+    def _shared_entries(self, index: int) -> Iterator[tuple[int, int]]:
+        """Yield (first, count) of the entries of a table that name clusters with another use, too."""
+        tables, table = self.tables, self.tables.read(index)
+        bits, entry_bytes = tables.shape.geometry.cluster_bits, tables.shape.codec.entry_bytes
+        if not any(_native.l2_shared(memoryview(table), entry_bytes, bits, self.marks.data)):
+            return
+        for piece in self._as_table_says(table, 0, 0, tables.table_covers, Certainty.CERTAIN):
+            if piece.kind == "data" and piece.certainty < Certainty.CERTAIN:
+                first = piece.guest_offset >> bits
+                yield first, (piece.end - 1 >> bits) - first + 1
 
     def is_placed(self, guest_offset: int) -> bool:
         """Return True if what lies at a guest offset is known, if not with certainty: nothing is missed."""
@@ -181,7 +199,7 @@ class GuestMap:
         placed = self.placed.get(index)
         if placed is not None and placed.certainties[entry]:
             return True
-        if index < len(self.tables.fates) and self._how_open(index, entry) == Open.BEYOND:
+        if index < len(self.tables.fates) and self._how_open(index, entry) in (Open.BEYOND, Open.SHARED):
             return True
         return self._is_likely(index, entry) and self.tables.likely[index][1] > Certainty.GUESS
 
@@ -350,7 +368,12 @@ class GuestMap:
                     count = len(following) - len(following.lstrip(b"\0"))
                     length = min(end - start, length + count * cluster_bytes)
                 likely = self.tables.read_likely(index)
-                if why == Open.HOLE or (why == Open.EMPTY and self.tables.are_empty_sure):
+                if why == Open.SHARED:
+                    said = self._as_table_says(
+                        self.tables.read(index), first_offset, start, start + length, self.tables.certainty
+                    )
+                    yield from self._as_is_sure(index, said)
+                elif why == Open.HOLE or (why == Open.EMPTY and self.tables.are_empty_sure):
                     sure = self.tables.certainty
                     if not self.tables.are_empty_sure:
                         sure = min(sure, Certainty.LIKELY)

@@ -48,26 +48,27 @@ _FIELDS = tuple(field.name for field in fields(Header))
 _VERSION_3 = 3
 
 
-def read_shape(source: Source, cluster_bits: int | None = None) -> Shape:
+def read_shape(source: Source, cluster_bits: int | None = None, *, by_chance: bool = False) -> Shape:
     """Return what a file must be read as; what a live journal says is laid over ``source``.
 
     Args:
         source: the file.
         cluster_bits: what to take where nothing tells the cluster size.
+        by_chance: believe also what may look like tables by chance.
 
     Raises:
         FormatError: nothing in the file looks like a part of a qcow2 image.
         UnsupportedFeatureError: the data of the disk lies in another file.
         OSError: the host failed, other than by what it cannot read.
     """
-    return _Reading(source, cluster_bits).read()
+    return _Reading(source, cluster_bits, by_chance=by_chance).read()
 
 
 class _Reading:
     """One reading: the numbers so far, and what is to be said of them."""
 
-    def __init__(self, source: Source, default_bits: int | None) -> None:
-        self._source = source
+    def __init__(self, source: Source, default_bits: int | None, *, by_chance: bool) -> None:
+        self._source, self._by_chance = source, by_chance
         self._default_bits = default_bits
         self._structures = Structures(source)
         self._inferred: set[str] = set()
@@ -219,6 +220,9 @@ class _Reading:
     def _can_be_offset(self, offset: int) -> bool:
         return 0 < offset < self._source.size() and offset % SECTOR_BYTES == 0
 
+    def _find_cluster_bits(self) -> tuple[int | None, bool]:
+        return self._structures.find_cluster_bits(by_chance=self._by_chance or self._is_there)
+
     def _take_cluster_bits(self) -> None:
         numbers, structures = self._numbers, self._structures
         bits = numbers["cluster_bits"]
@@ -228,7 +232,7 @@ class _Reading:
         new = [found for found in range(9, 22) if structures.refcounts_at(1 << found, found) is not None]
         if can_be and self._is_there and (not new or bits in new):
             return
-        found, is_sure = (new[0], True) if new else structures.find_cluster_bits()
+        found, is_sure = (new[0], True) if new else self._find_cluster_bits()
         self._infer(
             "cluster_bits", found, "the cluster size is lost", self._default_bits or DEFAULT_CLUSTER_BITS
         )

@@ -140,8 +140,11 @@ class Structures(Lookalikes):
 
     # The cluster size
 
-    def find_cluster_bits(self) -> tuple[int | None, bool]:
-        """Return the cluster size as a power of two, None where nothing tells; and whether it is sure."""
+    def find_cluster_bits(self, *, by_chance: bool = False) -> tuple[int | None, bool]:
+        """Return the cluster size as a power of two, None where nothing tells; and whether it is sure.
+
+        ``by_chance``: tables that name nearly nothing of the file tell, too.
+        """
         for bits in CLUSTER_BITS:
             if self.refcounts_at(1 << bits, bits) is not None:
                 return bits, True
@@ -158,7 +161,7 @@ class Structures(Lookalikes):
         if best is not None and best[0] and best[2]:
             return best[1], True
         usual = self._bits_of_usual_l1()
-        least = CHANCE if usual is None else FEW
+        least = FEW if usual is not None else 0 if by_chance else CHANCE
         if best is None or not best[0] or best[0] < least * data_bytes:
             return usual, False
         return best[1], False

@@ -65,6 +65,7 @@ def place_orphans(
     if protection is not None:
         for host in protection.structures:
             orphans.bits.discard(host // orphans.cluster_bytes)
+        guest_map.opens_shared = True
     guest_map.tables.are_empty_sure = not len(orphans)
     disk = MappedDisk(guest_map, reader)
     anchored, structures = anchor_in_turns(

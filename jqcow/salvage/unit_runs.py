@@ -5,8 +5,9 @@ each run of neighbours in the file, at each place within a unit of which the res
 
 UR1. A run is certain in a unit if no other content has that sum, and chance is ruled out as in sums.py (SU1):
     each cluster is tried at many places, and each of these counts.
-UR2. What is left is tried as units of two runs: the sum of one leaves that of the other. There are many
-    pairs, so none of these is certain.
+UR2. What is left is tried as units of two runs, zeros between them or not: the sum of one leaves that of the
+    other. There are many pairs, so none of these is certain.
+UR3. What of a unit is not open must be certain: it is left out of the sum.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.ondisk.protection import sum_of, zeros_crc
-from jqcow.salvage.evidence import BlockSum, Certainty, Orphans, Placement
+from jqcow.salvage.evidence import BlockSum, Certainty, Orphans, PlacedDisk, Placement
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.sums import CHANCE_MAX
 
@@ -57,10 +58,18 @@ class UnitRuns:
     """Finds runs of clusters by sums of units, each of which has several clusters."""
 
     def __init__(
-        self, guest_map: GuestMap, cluster_bytes: int, unit_bytes: int, witness: str, most: Certainty
+        self,
+        guest_map: GuestMap,
+        disk: PlacedDisk,
+        cluster_bytes: int,
+        unit_bytes: int,
+        witness: str,
+        most: Certainty,
     ) -> None:
-        """Look for places that are open in ``guest_map``; none will be surer than ``most``."""
+        """Look for places that are open in ``guest_map``, of ``disk``; none will be surer than ``most``."""
         self._map, self._cluster_bytes, self._unit_bytes = guest_map, cluster_bytes, unit_bytes
+        self._disk = disk
+        self._shifts = _Shifts(cluster_bytes, unit_bytes // cluster_bytes)
         self._witness, self._most = witness, most
         self._units: dict[int, list[int]] = defaultdict(list)
         self._unit_count = 0
@@ -69,9 +78,16 @@ class UnitRuns:
         """Take the sum of a unit, by its guest offset; one of which nothing is open is left out."""
         end = min(block_sum.guest_offset + self._unit_bytes, self._map.size)
         clusters = range(block_sum.guest_offset, end, self._cluster_bytes)
-        if not any(self._map.is_open(offset) for offset in clusters):
+        known = [offset for offset in clusters if not self._map.is_open(offset)]
+        if len(known) == len(clusters):
             return
-        self._units[block_sum.crc32c ^ zeros_crc(self._unit_bytes)].append(block_sum.guest_offset)
+        value = block_sum.crc32c ^ zeros_crc(self._unit_bytes)
+        for offset in known:
+            content = self._disk.read(offset, min(self._cluster_bytes, self._map.size - offset))
+            if content is None:
+                return
+            value ^= self._shifts.of(content)[(offset - block_sum.guest_offset) // self._cluster_bytes]
+        self._units[value].append(block_sum.guest_offset)
         self._unit_count += 1
 
     def placements(self, orphans: Orphans) -> Iterator[Placement]:
@@ -119,11 +135,11 @@ class UnitRuns:
         """Yield each host offset, and the sums of the runs that end there, by length and place in a unit."""
         cluster_bytes = self._cluster_bytes
         count = self._unit_bytes // cluster_bytes
-        shifts, before, last = _Shifts(cluster_bytes, count), list[list[int]](), -1
+        before, last = list[list[int]](), -1
         for host, content in orphans:
             if host in taken:
                 continue
-            adds = shifts.of(content)
+            adds = self._shifts.of(content)
             longer = [adds]
             if last + cluster_bytes == host:
                 # One more cluster: each run before it, one place further on.
@@ -157,7 +173,11 @@ class UnitRuns:
                 return
         for value, guest in missed:
             for first in firsts:
-                second = seconds.get((first.count, value ^ first.value))
+                rest, places = (
+                    value ^ first.value,
+                    range(first.count, self._unit_bytes // self._cluster_bytes),
+                )
+                second = next(filter(None, (seconds.get((place, rest)) for place in places)), None)
                 hosts = set(self._hosts(first)) | set(self._hosts(second) if second is not None else ())
                 if second is None or hosts & taken or len(hosts) < first.count + second.count:
                     continue

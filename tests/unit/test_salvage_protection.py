@@ -22,6 +22,7 @@ from jqcow.salvage.marks import Marks
 from jqcow.salvage.orphans import OrphanClusters, Unnamed, mark_header
 from jqcow.salvage.protection import Protection, find_protection
 from jqcow.salvage.ranges import Ranges
+from jqcow.salvage.reading import MappedDisk, PieceReader
 from jqcow.salvage.shape import Shape
 from jqcow.salvage.source import Source
 from jqcow.salvage.sums import SumIndex
@@ -89,7 +90,8 @@ def found_in(path: Path, area: HeaderArea) -> tuple[Protection | None, dict[int,
         if protection is None:
             return None, {}
         anchors = Anchors(guest_map, orphans, Ranges(), are_current=True)
-        placements = list(by_protection(protection, guest_map, orphans))
+        disk = MappedDisk(guest_map, PieceReader(source, shape))
+        placements = list(by_protection(protection, guest_map, disk, orphans))
         for placement in placements:
             anchors.add(placement)
         anchors.settle()
@@ -221,6 +223,9 @@ class Everywhere:
     def is_open(self, _: int) -> bool:
         return True
 
+    def read(self, _: int, length: int) -> bytes | None:
+        raise AssertionError("nothing is known")
+
 
 def block(number: int) -> bytes:
     return Random(number).randbytes(4096)
@@ -276,7 +281,7 @@ def test_two_contents_of_one_sum_are_not_certain() -> None:
 
 def runs_of(*units: tuple[int, list[int | None]]) -> UnitRuns:
     """Return what knows units by guest offset, each of blocks or zeros."""
-    index = UnitRuns(Everywhere(), 4096, 16384, "sums", Certainty.CERTAIN)  # type: ignore[arg-type]
+    index = UnitRuns(Everywhere(), Everywhere(), 4096, 16384, "sums", Certainty.CERTAIN)  # type: ignore[arg-type]
     for guest, numbers in units:
         content = b"".join(bytes(4096) if number is None else block(number) for number in numbers)
         index.add(BlockSum(guest, 16384, reversed_crc(content)))
