@@ -296,9 +296,8 @@ class Mapping:
         Raises:
             CorruptionError: an entry is not one that an image can have.
         """
-        for block in range(table, table + self._cluster_bytes, self.geometry.block_bytes):
-            for run in self._references(table, HostOffset(block)):
-                yield run.cluster, run.cluster_count
+        for run in self.all_runs(table):
+            yield run.cluster, run.cluster_count
 
     def check_l2_table(self, l1_index: int, table: HostOffset) -> None:
         """Check all entries of an L2 table, which ``l1_index`` has.
@@ -315,9 +314,9 @@ class Mapping:
             self.name_guest_range(error, offset, self._cluster_bytes)
             raise
 
-    def standard_runs(self, table: HostOffset, block: HostOffset) -> Iterator[References]:
-        """Yield the runs of a block of L2 entries whose COPIED flag counts: not of compressed clusters."""
-        return (run for run in self._references(table, block) if not run.compressed)
+    def standard_runs(self, table: HostOffset) -> Iterator[References]:
+        """Yield the runs of L2 entries of a table whose COPIED flag counts: not of compressed clusters."""
+        return (run for run in self.all_runs(table) if not run.compressed)
 
     def zero_entries(self, table: HostOffset, block: HostOffset) -> Iterator[tuple[int, L2Entry]]:
         """Yield (index in the table, entry) of those in a metadata block of it that have the zero flag.
@@ -334,11 +333,13 @@ class Mapping:
                     yield index, self._entry_at(table, index)
             position += run.subcluster_count
 
-    def _references(self, table: HostOffset, block: HostOffset) -> Iterator[References]:
-        index, per_block = 0, self.codec.per_block
-        while index < per_block:
-            # Taken anew each time: the caller may have changed the flags of the run before.
-            run = self._host_run(block, index, per_block - index)
+    def all_runs(self, table: HostOffset) -> Iterator[References]:
+        """Yield the runs of host clusters that the entries of an L2 table refer to, checked (G1)."""
+        # The table as it is now: the caller may change flags of runs that it was given.
+        data = self.view.read(table, self._cluster_bytes)
+        index, per_table = 0, self.codec.per_table
+        while index < per_table:
+            run = self._host_run(table, data, index, per_table - index)
             if run.length:
                 hosts = self.codec.hosts(L2Entry(COMPRESSED_CLUSTER, run.host, False, run.length))
                 yield References(index, ClusterIndex(hosts.start), len(hosts), False, True)
@@ -348,15 +349,15 @@ class Mapping:
                 )
             index += run.entry_count
 
-    def _host_run(self, block: HostOffset, index: int, limit: int) -> HostRun:
-        """Return what the entries of a metadata block from ``index`` on refer to, checked (G1)."""
-        place = HostOffset(block + index * self.codec.entry_bytes)
+    def _host_run(self, table: HostOffset, data: bytes, index: int, limit: int) -> HostRun:
+        """Return what the entries ``data`` of a table from ``index`` on refer to, checked (G1)."""
+        place = HostOffset(table + index * self.codec.entry_bytes)
         try:
-            run = self.codec.host_run(self.view.block(block), index, limit)
+            run = self.codec.host_run(data, index, limit)
         except DamagedEntry as error:
             if limit > 1:
                 # One damaged entry takes nothing from those before it.
-                return self._host_run(block, index, limit // 2)
+                return self._host_run(table, data, index, limit // 2)
             raise CorruptionError("L2 table", place, str(error)) from error
         if run.length:
             self._check_compressed(place, run.host, run.length)
@@ -425,6 +426,16 @@ class MappingEditor(Mapping):
         except ValueError as error:
             raise UnsupportedFeatureError("compressed data this far out in the file", str(error)) from error
 
+    def set_copied(self, table: HostOffset, position: int, count: int, *, copied: bool) -> None:
+        """Set or clear the flags of ``count`` entries of a table, block by block."""
+        codec, end = self.codec, position + count
+        while position < end:
+            number, within = divmod(position, codec.per_block)
+            stop = min(within + end - position, codec.per_block)
+            block = self.view.edit(HostOffset(table + number * self.geometry.block_bytes))
+            codec.set_copied(block, within, stop, copied=copied)
+            position += stop - within
+
     def _own_l2_table(self, l1_index: int) -> HostOffset:
         """Return the host offset of an L2 table that may be changed (G3)."""
         table = self.l2_table(l1_index)
@@ -456,13 +467,16 @@ class MappingEditor(Mapping):
         self.set_l1_entry(l1_index, HostOffset(0), copied=False)
         return left_one
 
-    def release_l2_table(self, table: HostOffset) -> list[ClusterIndex]:
-        """Give up one reference to an L2 table and to all that it maps; return what has one owner left."""
+    def release_l2_table(self, table: HostOffset, *, tells: bool = True) -> list[ClusterIndex]:
+        """Give up one reference to an L2 table and to all that it maps; return what has one owner left.
+
+        Not ``tells``: return nothing. Of a whole disk it would be millions.
+        """
         left_one: list[ClusterIndex] = []
-        for block in range(table, table + self._cluster_bytes, self.geometry.block_bytes):
-            for run in self._references(table, HostOffset(block)):
-                left = self.refcounts.release(run.cluster, run.cluster_count)
-                left_one += () if run.compressed else left
+        for run in self.all_runs(table):
+            for left in self.refcounts.release_runs(run.cluster, run.cluster_count):
+                if tells and not run.compressed:
+                    left_one += map(ClusterIndex, range(left.start, left.start + left.count))
         self.refcounts.release_metadata(self.geometry.cluster_of(table))
         return left_one
 

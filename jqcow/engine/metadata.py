@@ -41,6 +41,9 @@ Block = bytes | bytearray
 CLEAN_BLOCKS_MAX = 8192
 """Clean blocks kept in memory: 32 MiB of metadata, which maps 256 GiB of 64 KiB clusters."""
 
+AHEAD_BYTES_MAX = 2 << 20
+"""The largest cluster: so much of a table is read at once."""
+
 RUN_BLOCKS_MAX = 256
 """Log images that one write brings home."""
 
@@ -285,6 +288,13 @@ class Blocks:
         self._keep(offset, block)
         return block
 
+    def load_row(self, offsets: list[HostOffset]) -> None:
+        """Read blocks that are not in memory, and lie close together, in one go, with the lock held."""
+        start, size = offsets[0], self.geometry.block_bytes
+        data = self.medium.pread(offsets[-1] + size - start, start)
+        for offset in offsets:
+            self._keep(offset, data[offset - start : offset - start + size])
+
     def load_unlocked(self, absent: Absent) -> None:
         """Read a block from the device without the lock, for whoever looks again (D6)."""
         block = self.medium.pread(self.geometry.block_bytes, absent.offset)
@@ -433,11 +443,27 @@ class View:
     def read(self, offset: HostOffset, length: int) -> bytes:
         """Return ``length`` bytes of metadata from host ``offset``."""
         parts, end, size = [], offset + length, self.geometry.block_bytes
+        if length <= AHEAD_BYTES_MAX:
+            self._look_ahead(HostOffset(offset - offset % size), end)
         while offset < end:
             within = offset % size
             parts.append(bytes(self.block(HostOffset(offset - within))[within : within + end - offset]))
             offset = HostOffset(offset + len(parts[-1]))
         return b"".join(parts)
+
+    def _look_ahead(self, offset: HostOffset, end: int) -> None:
+        """Read what is not in memory of some blocks in a row at once."""
+        row = map(HostOffset, range(offset, end, self.geometry.block_bytes))
+        changes, in_flight = self.changes.blocks, self.staged.in_flight
+        absent = [
+            at
+            for at in row
+            if at not in changes
+            and not (in_flight is not None and at in in_flight.blocks)
+            and self.blocks.find(at) is None
+        ]
+        if len(absent) > 1:
+            self.blocks.load_row(absent)
 
     def hole_end(self, offset: HostOffset, end: int) -> int:
         """Return how far blocks from ``offset`` on are a hole of the file, with nothing newer in memory."""
@@ -493,3 +519,6 @@ class MemoryView(View):
 
     def _absent(self, offset: HostOffset) -> Block:
         raise Absent(offset, self.blocks.generation)
+
+    def _look_ahead(self, offset: HostOffset, end: int) -> None:
+        """What is not in memory is read without the lock, block by block."""

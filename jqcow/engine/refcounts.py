@@ -350,10 +350,12 @@ class Allocation(Refcounts):
             CorruptionError: one of them is free.
             UnsupportedFeatureError: its refcount does not fit the refcount's width.
         """
-        for run_start, _, before in self.runs(start, count):
-            if not before:
-                self._refuse(run_start, -1)
-        self._add(start, count, 1)
+        for piece in self._edited_pieces(start, count):
+            order = self.geometry.refcount_order
+            free = _native.refcount_find_zero(self.view.block(piece.block), order, piece.position, piece.stop)
+            if free >= 0:
+                self._refuse(ClusterIndex(piece.first + free - piece.position), -1)
+            self._add_in(piece, 1)
 
     def release(self, start: ClusterIndex, count: int = 1) -> list[ClusterIndex]:
         """Take a reference from each of the data clusters; those without another one are free.
@@ -363,15 +365,23 @@ class Allocation(Refcounts):
         Raises:
             CorruptionError: one of them is free already, or holds metadata.
         """
+        return [
+            ClusterIndex(cluster)
+            for run in self.release_runs(start, count)
+            for cluster in range(run.start, run.start + run.count)
+        ]
+
+    def release_runs(self, start: ClusterIndex, count: int) -> list[Run]:
+        """As `release`; those that have one reference left are told as runs."""
         changes = self.view.changes
-        left_one: list[ClusterIndex] = []
+        left_one: list[Run] = []
         for run, left in self._take_reference(start, count):
-            clusters = map(ClusterIndex, range(run.start, run.start + run.count))
             if left:
-                left_one += clusters if left == 1 else ()
+                left_one += (run,) if left == 1 else ()
                 continue
-            for cluster in clusters:
-                self.check_holds_data(cluster)
+            clusters = range(run.start, run.start + run.count)
+            for cluster in () if self.space.metadata.isdisjoint(clusters) else clusters:
+                self.check_holds_data(ClusterIndex(cluster))
             _stop_packing_in(run, changes, self.geometry)
             self.space.free(run.start, run.count)
             changes.freed_data.append(run)
@@ -390,10 +400,6 @@ class Allocation(Refcounts):
         self.space.free(run.start, run.count)
         changes.freed_metadata.append(run)
         changes.freed_clusters += run.count
-
-    def _add(self, start: int, count: int, delta: int) -> None:
-        for piece in self._edited_pieces(start, count):
-            self._add_in(piece, delta)
 
     def _add_in(self, piece: Piece, delta: int) -> bytearray:
         """Add to the refcounts of one metadata block; return it."""
@@ -430,7 +436,8 @@ class Allocation(Refcounts):
             UnsupportedFeatureError: it does not fit the refcount's width.
             OSError: the host has no space for a refcount block.
         """
-        self._add(start, count, references - refcount)
+        for piece in self._edited_pieces(start, count):
+            self._add_in(piece, references - refcount)
         if not references:
             # What they hold is not known: as if it were metadata, whose old blocks may still be replayed.
             self.free_as_metadata(Run(start, count))

@@ -18,7 +18,7 @@ from contextlib import suppress
 from jqcow.engine.tables import Tables
 from jqcow.errors import CorruptionError
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER
-from jqcow.ondisk.layout import ClusterIndex, GuestCluster, HostOffset
+from jqcow.ondisk.layout import ClusterIndex, GuestCluster
 
 MAX_SHARERS = 1 << 20
 """So many guest clusters are kept in mind: it bounds memory. The flags of others stay as they are."""
@@ -56,16 +56,15 @@ def _find_sharers(tables: Tables, left: Sequence[ClusterIndex]) -> dict[ClusterI
 
 
 def _sharers(tables: Tables, left: Sequence[ClusterIndex]) -> Iterator[tuple[ClusterIndex, GuestCluster]]:
-    mapping, geometry = tables.mapping, tables.geometry
+    mapping = tables.mapping
     for l1_index, table in mapping.l2_tables(0):
-        for block in range(table, table + geometry.cluster_bytes, geometry.block_bytes):
-            first = l1_index * mapping.codec.per_table + (block - table) // mapping.codec.entry_bytes
-            for run in mapping.standard_runs(table, HostOffset(block)):
-                guest_of = first + run.position - run.cluster
-                end = run.cluster + run.cluster_count
-                for start, count, refcount in tables.refcounts.runs(run.cluster, run.cluster_count):
-                    if refcount > 1:
-                        for cluster in range(start, start + count):
-                            yield ClusterIndex(cluster), GuestCluster(guest_of + cluster)
-                for cluster in left[bisect_left(left, run.cluster) : bisect_left(left, end)]:
-                    yield cluster, GuestCluster(guest_of + cluster)
+        first = l1_index * mapping.codec.per_table
+        for run in mapping.standard_runs(table):
+            guest_of = first + run.position - run.cluster
+            end = run.cluster + run.cluster_count
+            for start, count, refcount in tables.refcounts.runs(run.cluster, run.cluster_count):
+                if refcount > 1:
+                    for cluster in range(start, start + count):
+                        yield ClusterIndex(cluster), GuestCluster(guest_of + cluster)
+            for cluster in left[bisect_left(left, run.cluster) : bisect_left(left, end)]:
+                yield cluster, GuestCluster(guest_of + cluster)

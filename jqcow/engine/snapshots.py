@@ -126,8 +126,7 @@ class Snapshots:
         if len(old.snapshots) >= tables.MAX_SNAPSHOTS:
             raise UnsupportedFeatureError(f"more than {tables.MAX_SNAPSHOTS} snapshots")
         active = self.mapping.l1
-        self._share(active)
-        self.set_copied_flags()
+        self._share(active, is_active=True)
         snapshot = Snapshot(
             l1_table_offset=self.mapping.copy_l1(
                 active.offset, layout.table_bytes(active.entry_count), active.entry_count
@@ -172,16 +171,24 @@ class Snapshots:
         self.set_copied_flags()
         self._write_table(old, tuple(kept for kept in old.snapshots if kept != snapshot))
 
-    def _share(self, l1: L1Table) -> None:
-        for _, table in self.mapping.l2_tables(0, l1):
-            for start, count in self.mapping.references(table):
-                self.refcounts.share(start, count)
+    def _share(self, l1: L1Table, *, is_active: bool = False) -> None:
+        """Count all that an L1 table reaches once more (N1).
+
+        Of what the active one has nothing has one user then: no flag stays (N2).
+        """
+        for l1_index, table in self.mapping.l2_tables(0, l1):
+            for run in self.mapping.all_runs(table):
+                self.refcounts.share(run.cluster, run.cluster_count)
+                if is_active and run.copied:
+                    self.mapping.set_copied(table, run.position, run.cluster_count, copied=False)
             self.refcounts.share(self.geometry.cluster_of(table), 1)
+            if is_active and self.mapping.l1_is_copied(l1_index):
+                self.mapping.set_l1_entry(l1_index, table, copied=False)
 
     def _release(self, l1: L1Table) -> None:
         """Give up an L1 table and its references to all that it reaches (N1)."""
         for _, table in self.mapping.l2_tables(0, l1):
-            self.mapping.release_l2_table(table)
+            self.mapping.release_l2_table(table, tells=False)
         first = self.geometry.cluster_of(l1.offset)
         self.refcounts.release_metadata(first, self.geometry.clusters(layout.table_bytes(l1.entry_count)))
 
@@ -224,11 +231,11 @@ class Snapshots:
                 wrong += 1
                 if change:
                     self.mapping.set_l1_entry(l1_index, table, copied=copied)
-            for block in range(table, table + self.geometry.cluster_bytes, self.geometry.block_bytes):
-                if self.view.geometry.has_data_file:
+            if self.view.geometry.has_data_file:
+                for block in range(table, table + self.geometry.cluster_bytes, self.geometry.block_bytes):
                     wrong += self._set_copied_outside(HostOffset(block), change=change)
-                else:
-                    wrong += self._set_copied_in_block(table, HostOffset(block), change=change)
+            else:
+                wrong += self._set_copied_in_table(table, change=change)
         return wrong
 
     def _set_copied_outside(self, block: HostOffset, *, change: bool) -> int:
@@ -240,16 +247,16 @@ class Snapshots:
             codec.set_copied(self.view.edit(block), position, position + 1, copied=True)
         return len(positions)
 
-    def _set_copied_in_block(self, table: HostOffset, block: HostOffset, *, change: bool) -> int:
-        wrong, codec = 0, self.mapping.codec
-        for run in self.mapping.standard_runs(table, block):
+    def _set_copied_in_table(self, table: HostOffset, *, change: bool) -> int:
+        wrong = 0
+        for run in self.mapping.standard_runs(table):
             index = run.position
             for _, count, refcount in self.refcounts.runs(run.cluster, run.cluster_count):
                 copied = refcount == 1
                 if run.copied != copied:
                     wrong += count
                     if change:
-                        codec.set_copied(self.view.edit(block), index, index + count, copied=copied)
+                        self.mapping.set_copied(table, index, count, copied=copied)
                 index += count
         return wrong
 

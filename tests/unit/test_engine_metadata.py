@@ -441,6 +441,25 @@ class TestView:
         assert metadata.view.read(HostOffset(PLACES[4] - 1), 3) == bytes([PLACES[3] // BLOCK]) + bytes(2)
         assert set(metadata.view.newest()) == {PLACES[1], PLACES[4], PLACES[5]}
 
+    def test_a_row_is_read_at_once_and_what_is_newer_stays(self, metadata: Metadata) -> None:
+        place, reads = PLACES[1], []
+        metadata.put(place, b"log")
+        metadata.cut()
+        metadata.publish()
+        metadata.put(PLACES[3], b"new")
+        pread = metadata.device.pread
+        metadata.device.pread = lambda length, offset: reads.append((length, offset)) or pread(length, offset)  # type: ignore[method-assign]
+        data = metadata.view.read(PLACES[0], len(PLACES) * BLOCK)
+        assert data == b"".join(metadata.seen()) and data[BLOCK : BLOCK + 3] == b"log"
+        assert reads == [(len(PLACES) * BLOCK, PLACES[0])]
+        metadata.blocks.images_are_home()
+        assert metadata.view.block(place)[:3] == b"log"
+
+    def test_who_must_not_wait_reads_no_row(self, metadata: Metadata) -> None:
+        view = MemoryView(metadata.blocks, metadata.staged)
+        with pytest.raises(Absent):
+            view.read(PLACES[0], 2 * BLOCK)
+
 
 class TestPrivateView:
     """D5: what a transaction stages is seen by itself alone until its record is durable."""

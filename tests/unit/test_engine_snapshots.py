@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
+import jqcow
 from jqcow.engine.engine import Engine
 from jqcow.engine.mapping import Mapping
 from jqcow.engine.snapshots import NewSnapshot
@@ -16,6 +18,7 @@ from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, ZERO_CLUSTER, L2Entry, data_entr
 from jqcow.ondisk.layout import ENTRY_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.testing import Fault, FaultPlan
+from tests.support.qemu import check_clean, done, qemu_io
 from tests.unit.engines import (
     MIB,
     SECTOR,
@@ -351,3 +354,19 @@ class TestSurvey:
             tables.snapshots._write_table(table, (wide,))
         with pytest.raises(CorruptionError, match="too few"):
             engine.public.snapshots.l1_to_show("one")
+
+
+def test_runs_that_reach_over_many_blocks_of_a_table(tmp_path: Path) -> None:
+    """A table of 64 KiB has 16 blocks; its first run ends in the midst of the third."""
+    path = tmp_path / "a.qcow2"
+    done("qemu-img", "create", "-qf", "qcow2", "-o", "preallocation=metadata", path, "512M")
+    qemu_io(path, "discard 70M 64k", "discard 80M 64k", "write -c -P 3 80M 64k", "write -z -u 90M 1M")
+    with jqcow.open(path, "r+") as image:
+        image.create_snapshot("one")
+        assert image.check().ok
+        image.pwrite(b"x" * 70_000, 69 << 20)
+    check_clean(path)
+    with jqcow.open(path, "r+") as image:
+        image.delete_snapshot("one")
+        assert image.check().ok
+    check_clean(path)
