@@ -80,6 +80,7 @@ class ImageDisk(Disk):
         self._reads = engine.guest(_always, shown=shown).reads
         # One for all walks: nothing changes the tables, and a chain asks for a range in pieces.
         self._walk = self._reads.walk()
+        self._walked = self._reads.of_whole_tables()
 
     @property
     def path(self) -> str:
@@ -126,7 +127,7 @@ class ImageDisk(Disk):
     def _extents(self, length: int, offset: int) -> Iterator[Extent]:
         end = offset + length
         while offset < end:
-            run = self._reads.first_run(offset, end - offset, self._walk)
+            run = self._walked.first_run(offset, end - offset, self._walk)
             yield extent_of(run, offset)
             offset += run.length
 

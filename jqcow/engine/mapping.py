@@ -80,6 +80,8 @@ class Mapping:
         self.shown = shown
         self._cluster_bytes = self.geometry.cluster_bytes
         self._subcluster_bytes = self.codec.subcluster_bytes
+        self._span = self.codec.subclusters_per_block
+        """Subclusters whose entries are looked at in one go."""
         self._header: Header | None = None
         """The header that `l1` was made from."""
 
@@ -144,7 +146,7 @@ class Mapping:
         return entries.decode_l1(self.view.entry(l1_offset, l1_index))[1]
 
     def run(self, offset: GuestOffset, length: int) -> MappedRun:
-        """Return the first run of one kind at guest ``offset``: at most ``length`` bytes, within one block.
+        """Return the first run of one kind at guest ``offset``: at most ``length`` bytes, within one span.
 
         Raises:
             CorruptionError: a table entry on the way is not one that an image can have.
@@ -159,7 +161,7 @@ class Mapping:
                 tables = self._absent_tables(l1_index, self.l1)
                 reach = (tables * codec.subclusters_per_table - position) * unit - within
                 return MappedRun(UNALLOCATED, HostOffset(0), min(length, reach))
-            limit = codec.subclusters_per_block - position % codec.subclusters_per_block
+            limit = self._span - position % self._span
             limit = min(limit, -(-(within + length) // unit))
             kind, host, count, copied, packed_bytes = self._subclusters(table, position, limit)
         except CorruptionError as error:
@@ -178,14 +180,13 @@ class Mapping:
         error.guest_range = start, max(offset + 1, min(start + unit_bytes, self.disk_bytes)) - start
 
     def _subclusters(self, table: HostOffset, position: int, limit: int) -> L2Run:
-        """Return the run of subclusters from ``position`` on within one metadata block, checked (G1)."""
+        """Return the run of subclusters from ``position`` on within one span of entries, checked (G1)."""
         codec = self.codec
         l2_index, subcluster = divmod(position, codec.subclusters)
-        index = l2_index % codec.per_block
         place = HostOffset(table + l2_index * codec.entry_bytes)
-        block = self.view.block(HostOffset(place - index * codec.entry_bytes))
+        entries_at_hand, index = self._entries_at(table, l2_index)
         try:
-            run = codec.run(block, index * codec.subclusters + subcluster, limit)
+            run = codec.run(entries_at_hand, index * codec.subclusters + subcluster, limit)
         except DamagedEntry as error:
             if limit > 1:
                 # One damaged entry takes nothing from those before it.
@@ -202,6 +203,11 @@ class Mapping:
             if last > count * codec.subclusters:
                 run = run._replace(subcluster_count=count * codec.subclusters - subcluster)
         return run
+
+    def _entries_at(self, table: HostOffset, l2_index: int) -> tuple[bytes | bytearray, int]:
+        """Return entries of an L2 table, and where among them that of ``l2_index`` is."""
+        number, index = divmod(l2_index, self.codec.per_block)
+        return self.view.block(HostOffset(table + number * self.geometry.block_bytes)), index
 
     def _checked_outside(self, place: HostOffset, run: L2Run, subcluster: int) -> L2Run:
         """Return what of a run the data file has: all, or the clusters before its end, at least one."""
@@ -314,10 +320,6 @@ class Mapping:
             self.name_guest_range(error, offset, self._cluster_bytes)
             raise
 
-    def standard_runs(self, table: HostOffset) -> Iterator[References]:
-        """Yield the runs of L2 entries of a table whose COPIED flag counts: not of compressed clusters."""
-        return (run for run in self.all_runs(table) if not run.compressed)
-
     def zero_entries(self, table: HostOffset, block: HostOffset) -> Iterator[tuple[int, L2Entry]]:
         """Yield (index in the table, entry) of those in a metadata block of it that have the zero flag.
 
@@ -334,7 +336,10 @@ class Mapping:
             position += run.subcluster_count
 
     def all_runs(self, table: HostOffset) -> Iterator[References]:
-        """Yield the runs of host clusters that the entries of an L2 table refer to, checked (G1)."""
+        """Yield the runs of host clusters that the entries of an L2 table refer to, checked (G1).
+
+        A flag counts where they are not ``compressed``.
+        """
         # The table as it is now: the caller may change flags of runs that it was given.
         data = self.view.read(table, self._cluster_bytes)
         index, per_table = 0, self.codec.per_table
@@ -396,6 +401,23 @@ class Mapping:
             raise CorruptionError(
                 structure, place, f"{what} lies past the end of the file, which has {file_bytes} bytes"
             )
+
+
+class TableMapping(Mapping):
+    """The mapping of an image that does not change, for walks: a table is looked at whole."""
+
+    def __init__(self, view: View, space: Space, shown: L1Table | None = None) -> None:
+        super().__init__(view, space, shown)
+        self._span = self.codec.subclusters_per_table
+        self._table = HostOffset(0)
+        self._entries = b""
+
+    def _entries_at(self, table: HostOffset, l2_index: int) -> tuple[bytes | bytearray, int]:
+        """As in `Mapping`: all entries of the table, which is kept for the next call."""
+        if table != self._table:
+            self._entries = self.view.read(table, self._cluster_bytes)
+            self._table = table
+        return self._entries, l2_index
 
 
 class MappingEditor(Mapping):

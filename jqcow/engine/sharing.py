@@ -59,7 +59,9 @@ def _sharers(tables: Tables, left: Sequence[ClusterIndex]) -> Iterator[tuple[Clu
     mapping = tables.mapping
     for l1_index, table in mapping.l2_tables(0):
         first = l1_index * mapping.codec.per_table
-        for run in mapping.standard_runs(table):
+        for run in mapping.all_runs(table):
+            if run.compressed:
+                continue
             guest_of = first + run.position - run.cluster
             end = run.cluster + run.cluster_count
             for start, count, refcount in tables.refcounts.runs(run.cluster, run.cluster_count):

@@ -249,7 +249,9 @@ class Snapshots:
 
     def _set_copied_in_table(self, table: HostOffset, *, change: bool) -> int:
         wrong = 0
-        for run in self.mapping.standard_runs(table):
+        for run in self.mapping.all_runs(table):
+            if run.compressed:
+                continue
             index = run.position
             for _, count, refcount in self.refcounts.runs(run.cluster, run.cluster_count):
                 copied = refcount == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -30,6 +31,7 @@ from jqcow.offline.overlay import create_overlay
 from jqcow.offline.rebase import rebase
 from jqcow.ondisk.header import HeaderArea
 from jqcow.testing import SimulatedDevice
+from tests.support.qemu import done, qemu_io
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -350,3 +352,18 @@ def test_clusters_that_zeros_keep_are_told() -> None:
         kept = [(part.offset, part.length, part.host_offset) for part in disk.kept_clusters(zeros)]
     assert kept[0] == (CLUSTER, 2 * CLUSTER, data.host_offset + CLUSTER)
     assert kept[1:] in ([], [(3 * CLUSTER, CLUSTER, None)])
+
+
+def test_tables_are_walked_whole_as_they_are_in_pieces(tmp_path: Path) -> None:
+    """Runs over the borders of blocks and tables, and others: a chain looks at tables, an image at blocks."""
+    path = tmp_path / "a.qcow2"
+    done("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=8k", path, "64M")
+    chance = random.Random(3)
+    places = (chance.randrange(7000) for _ in range(40))
+    writes = [f"write -q -P 1 {place * 8}k {chance.choice((8, 24, 900))}k" for place in places]
+    qemu_io(path, *writes, "write -q -z 3M 5M", "write -q -c 20M 8k", "discard -q 30M 1M")
+    with jqcow.open(path) as image, closing(open_disk(path)) as chain:
+        expected = list(image.extents())
+        assert len(expected) > 30 and list(chain.extents(chain.size, 0)) == expected
+        part = [extent.kind for extent in chain.extents(5 << 20, (1 << 20) + 4096)]
+        assert part == [extent.kind for extent in image.extents(5 << 20, (1 << 20) + 4096)]

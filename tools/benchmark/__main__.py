@@ -15,6 +15,7 @@ from tests.support import figures
 from tools.benchmark.barriers import compare_barriers
 from tools.benchmark.calls import compare_calls
 from tools.benchmark.compress import compare_compression
+from tools.benchmark.images import compare_images
 from tools.benchmark.speed import compare_speed
 from tools.benchmark.threads import count_shared
 
@@ -48,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     compress = parts.add_parser("compress", parents=[common], help="time convert -c by both")
     compress.add_argument("--rounds", type=int, default=5)
     compress.add_argument("--size", type=int, default=128, metavar="MIB", help="of the disk")
+    images = parts.add_parser("images", parents=[common], help="processor time of verbs on a whole image")
+    images.add_argument("--rounds", type=int, default=7)
+    images.add_argument("--size", type=int, default=1024, metavar="GIB", help="of the disk, all mapped")
     calls = parts.add_parser("calls", parents=[common], help="CPU time per call, beside another checkout")
     calls.add_argument("other", type=Path, metavar="CHECKOUT")
     calls.add_argument("--rounds", type=int, default=5)
@@ -64,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.part == "calls":
             costs = compare_calls(folder, options.rounds, options.calls, options.other.resolve())
             text, data, status = costs.format_table(), dataclasses.asdict(costs), 0
+        elif options.part == "images":
+            verbs = compare_images(folder, options.rounds, options.size << 30)
+            text, data, status = verbs.format_table(), dataclasses.asdict(verbs), 0
         elif options.part == "compress":
             works = compare_compression(folder, options.rounds, options.size << 20)
             text, data, status = works.format_table(), dataclasses.asdict(works), 0
