@@ -26,13 +26,20 @@ CUT_ELSEWHERE = ("slots.material", "slots.wiped", "anew.begin", "anew.content", 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a campaign aims at: ``states`` distinct ones; one in ``qemu_every`` is judged by QEMU too."""
+    """What a campaign aims at: ``states`` distinct ones; one in ``qemu_every`` is judged by QEMU too.
+
+    A campaign may be made in pieces: this one goes on after ``workloads_before``, with ``states_before``, and
+    ends after ``workloads_max`` more.
+    """
 
     states: int = 200_000
     seed: int = 1
     jobs: int = 2
     only: tuple[str, ...] = ()
     qemu_every: int = 80
+    workloads_before: int = 0
+    states_before: int = 0
+    workloads_max: int | None = None
 
     @property
     def budget(self) -> int:
@@ -40,6 +47,11 @@ class Plan:
         return min(BUDGET, max(2, self.states // 1000))
 
     def names(self) -> Iterator[str]:
+        """Yield the workloads of this piece, at most."""
+        end = None if self.workloads_max is None else self.workloads_before + self.workloads_max
+        return itertools.islice(self._all_names(), self.workloads_before, end)
+
+    def _all_names(self) -> Iterator[str]:
         """Yield workload names without end: every family in every cluster size, seed after seed."""
         for seed in itertools.count(self.seed):
             for family in FAMILIES.values():
@@ -49,8 +61,9 @@ class Plan:
 
     def is_met(self, total: Outcome) -> bool:
         """Return True if that is enough."""
-        enough_workloads = total.counts["workloads"] >= min(MIN_WORKLOADS, max(1, self.states // 1000))
-        return enough_workloads and total.ledger.report().distinct_states >= self.states
+        workloads = self.workloads_before + total.counts["workloads"]
+        enough_workloads = workloads >= min(MIN_WORKLOADS, max(1, self.states // 1000))
+        return enough_workloads and self.states_before + total.ledger.report().distinct_states >= self.states
 
 
 def laboratory(plan: Plan, name: str, judge: Judge) -> Laboratory:  # type: ignore[type-arg]

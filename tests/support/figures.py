@@ -38,6 +38,8 @@ def record(
     tables: Mapping[str, Iterable[str]] | None = None,
     text: str = "",
     program: str = "",
+    *,
+    adds: bool = False,
 ) -> None:
     """Write the figures of a run; the title and the note of an older file stay.
 
@@ -47,18 +49,23 @@ def record(
         tables: lines of text, columns apart by two spaces, the first line the names of the columns.
         text: what else is to be shown, such as a small table.
         program: the name of the command, where it is not the script's.
+        adds: the run goes on with the one that the file has: numbers are added, shares are of all.
     """
     if not path:
         return
     file = Path(path)
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    rows = {name: table_of(lines) for name, lines in (tables or {}).items()}
+    if adds and old.get("totals"):
+        totals = {name: sum_of(old["totals"].get(name, 0), value) for name, value in totals.items()}
+        rows = {name: joined(old["tables"].get(name, found), found) for name, found in rows.items()}
     figures = {
         "title": old.get("title", file.stem),
         "note": old.get("note", ""),
         "command": command_of(program, sys.argv),
         "totals": dict(totals),
         "text": text,
-        "tables": {name: table_of(lines) for name, lines in (tables or {}).items()},
+        "tables": rows,
     }
     file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
@@ -78,6 +85,28 @@ def table_of(lines: Iterable[str]) -> dict[str, Any]:
     """Read a table from lines of text."""
     (_, *columns), *rows = (re.split(r"\s{2,}", line.strip()) for line in lines if line.strip())
     return {"columns": columns, "rows": {name: [number_of(cell) for cell in cells] for name, *cells in rows}}
+
+
+def recorded(path: str | Path) -> dict[str, float | str]:
+    """Return the totals that a file has, none where there is no file."""
+    file = Path(path)
+    if not path or not file.exists():
+        return {}
+    totals: dict[str, float | str] = json.loads(file.read_text(encoding="utf-8")).get("totals", {})
+    return totals
+
+
+def sum_of(before: float | str, now: float | str) -> float | str:
+    """Return the sum of two numbers; of texts the later one."""
+    return now if isinstance(before, str) or isinstance(now, str) else before + now
+
+
+def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return a table with the rows of both: those of one name are added."""
+    rows = dict(before["rows"])
+    for name, cells in now["rows"].items():
+        rows[name] = [sum_of(*pair) for pair in zip(rows.get(name, [0] * len(cells)), cells, strict=True)]
+    return {"columns": now["columns"], "rows": rows}
 
 
 def number_of(text: str) -> float | str:

@@ -42,5 +42,17 @@ def test_a_recorded_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert re.search(r"flush\.record +20/3,000", page)
 
 
+def test_a_run_in_pieces_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tools/campaign"])
+    file = tmp_path / "campaign-new.json"
+    assert figures.recorded(file) == {}
+    for barrier in ("flush.record", "flush.data"):
+        rows = ["barrier  calls  before", f"{barrier}  1  2,000", "close.clear  1  2"]
+        figures.record(file, {"workloads": 2, "share": "1%"}, {"barrier": rows}, adds=True)
+    assert figures.recorded(file) == {"workloads": 4, "share": "1%"}
+    rows = json.loads(file.read_text())["tables"]["barrier"]["rows"]
+    assert rows == {"flush.record": [1, 2000], "flush.data": [1, 2000], "close.clear": [2, 4]}
+
+
 def test_nothing_is_recorded_without_a_file() -> None:
     figures.record("", {"seeds": 1})
