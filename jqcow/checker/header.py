@@ -24,6 +24,9 @@ from jqcow.ondisk.header import (
 BACKING_FORMAT_BYTES_MAX = 15
 """The longest name of a format that QEMU opens."""
 
+HOST_OFFSET_MAX = (1 << 63) - 1
+"""What QEMU takes for an offset where a table has no entries."""
+
 CRYPT_METHOD_PLACE = 32
 SNAPSHOTS_OFFSET_PLACE = 64
 AUTOCLEAR_PLACE = 88
@@ -38,7 +41,10 @@ def header_faults(area: HeaderArea) -> Iterator[tuple[str, int, str]]:
     has_data_file = header.incompatible_features & INCOMPATIBLE_EXTERNAL_DATA
     if header.version > 2 and header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW and not has_data_file:
         yield "header", AUTOCLEAR_PLACE, "a raw data file in an image that has no data file"
-    if not header.nb_snapshots and header.snapshots_offset % (1 << header.cluster_bits):
+    is_nowhere = header.snapshots_offset > HOST_OFFSET_MAX or header.snapshots_offset % (
+        1 << header.cluster_bits
+    )
+    if not header.nb_snapshots and is_nowhere:
         yield "header", SNAPSHOTS_OFFSET_PLACE, f"a snapshot table at {header.snapshots_offset:#x}"
     try:
         luks.pointer_of(area)

@@ -112,6 +112,19 @@ def _is_freed_by_a_record(difference: Difference) -> bool:
     )
 
 
+def _is_overwritten_by_a_record(difference: Difference) -> bool:
+    evidence, cluster_bytes = difference.evidence, difference.tables.cluster_bytes
+    is_forged = any(part.startswith("frame_operations") for part in evidence.case.story)
+
+    def was_written(cluster: int | None) -> bool:
+        if cluster is None:
+            return False
+        place = slice(cluster * cluster_bytes, (cluster + 1) * cluster_bytes)
+        return evidence.case.content[place] != evidence.content[place]
+
+    return is_forged and all(map(was_written, _clusters_that_recovery_changed(difference)))
+
+
 def _is_metadata_of_a_live_image(difference: Difference) -> bool:
     metadata = difference.tables.metadata()
     return Kind.OVERLAP in difference.checking.counts and all(
@@ -458,6 +471,8 @@ CATEGORIES = (
              "recovery writes the metadata; both checks find an error", _is_metadata_of_a_live_image),
     Category(BYTES, "a forged record frees what a table maps",
              "no program writes that; both checks find an error", _is_freed_by_a_record),
+    Category(BYTES, "a forged record has a block for a cluster of data",
+             "no program writes that; recovery puts the block in place", _is_overwritten_by_a_record),
     Category(ONLY_QEMU, "data or a table past the end of the file",
              "QEMU makes zeros of what is gone", _entry_is("lies past the end", "gone")),
     Category(ONLY_QEMU, "reserved bits in an entry",

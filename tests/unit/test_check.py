@@ -353,6 +353,7 @@ class TestStricterThanQemu:
         [
             (104, b"\x01"),
             (104, b"\x20"),
+            (64, b"\x80"),
             (71, b"\x08"),
             (95, b"\x02"),
             (112, struct.pack(">II24s", EXTENSION_ENCRYPTION, 16, b"")),
