@@ -422,9 +422,9 @@ class TestHostile:
         patient.image[place:] = ENTRY.pack(patient.l2 | COPIED) * repeats
         patient.change_header(36, ">I", repeats)
         patient.change_header(40, ">Q", place)
-        started = time.monotonic()
+        started = time.process_time()
         report = patient.check()
-        assert time.monotonic() - started < 15
+        assert time.process_time() - started < 15
         assert report.allocated_clusters == 3 * repeats
         assert report.counts[Kind.REFCOUNT_TOO_LOW] > 0
         assert len(report.findings) == KEPT_FINDINGS
