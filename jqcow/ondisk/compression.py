@@ -8,6 +8,9 @@ cluster says that it has ended. What QEMU reads is read here, what it refuses is
 - Zstandard frames, skippable ones among them, may follow one another until the cluster is full; the frame
   that fills it must end there. A frame need not tell the size of its content.
 
+ISA-L writes deflate where its package is installed (the extra ``fast``) and no level is asked for: four
+times as fast, and some per cent larger than zlib's.
+
 The limits on memory and time are jqcow's own: output stops at the size of a cluster, a Zstandard window has
 at most the 8 MiB that RFC 8878 asks every decoder to support, and a cluster has at most 4096 frames.
 """
@@ -16,8 +19,10 @@ from __future__ import annotations
 
 import threading
 import zlib
+from functools import cache
 from operator import index
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import zstandard
 
@@ -37,6 +42,8 @@ DEFLATE_WINDOW_BITS_WRITTEN = 12
 # Readers of whole clusters, QEMU among them, never notice a distance beyond 4 KiB, so such streams exist.
 DEFLATE_WINDOW_BITS_READ = 15
 DEFLATE_MEMORY_LEVEL = 9
+ISAL_LEVEL = 3
+"""ISA-L's best. Its levels are others than those of zlib."""
 ZSTD_DEFAULT_LEVEL = 3
 ZSTD_WINDOW_BYTES_MAX = 8 << 20
 ZSTD_FRAMES_MAX = 4096
@@ -102,7 +109,8 @@ def compress(data: bytes | memoryview, compression_type: int, level: int | None 
     Args:
         data: the whole cluster.
         compression_type: 0 (zlib) or 1 (zstd).
-        level: 1 to 9 for zlib, 1 to 22 for zstd, of which more is smaller and slower; None is 6 and 3.
+        level: 1 to 9 for zlib, 1 to 22 for zstd, of which more is smaller and slower; None is 6 and 3, or
+            ISA-L instead of zlib where it is installed.
 
     Raises:
         UnsupportedFeatureError: another compression type.
@@ -126,13 +134,26 @@ def check_level(compression_type: int, level: int | None) -> None:
 
 
 def _deflate(data: bytes | memoryview, level: int | None) -> bytes:
-    stream = zlib.compressobj(
-        zlib.Z_DEFAULT_COMPRESSION if level is None else level,
-        zlib.DEFLATED,
-        -DEFLATE_WINDOW_BITS_WRITTEN,
-        DEFLATE_MEMORY_LEVEL,
-    )
-    return stream.compress(data) + stream.flush()
+    form = zlib.DEFLATED, -DEFLATE_WINDOW_BITS_WRITTEN, DEFLATE_MEMORY_LEVEL
+    isal = _isal() if level is None else None
+    stream: Any
+    if isal is not None:
+        stream = isal.compressobj(ISAL_LEVEL, *form)
+    else:
+        stream = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION if level is None else level, *form)
+    packed: bytes = stream.compress(data) + stream.flush()
+    return packed
+
+
+@cache
+def _isal() -> ModuleType | None:
+    """Return ISA-L's deflate where it is installed."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return None
+    found: ModuleType = isal_zlib
+    return found
 
 
 def _inflate(data: bytes | memoryview, cluster_bytes: int) -> bytes:

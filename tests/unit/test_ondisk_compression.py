@@ -86,6 +86,41 @@ def test_deflate_keeps_to_a_window_of_4_kib() -> None:
     assert compress(far * 2, COMPRESSION_ZLIB) is None
 
 
+def by_small_steps(stream: bytes) -> bytes:
+    """Return what a deflate stream holds, read so that no distance beyond 4 KiB goes unseen."""
+    reader = zlib.decompressobj(-compression.DEFLATE_WINDOW_BITS_WRITTEN)
+    content = piece = reader.decompress(stream, 256)
+    while piece:
+        piece = reader.decompress(reader.unconsumed_tail, 256)
+        content += piece
+    return content
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["isal", "zlib"])
+def test_deflate_by_isa_l_or_without_it(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
+    if not is_there:
+        monkeypatch.setattr(compression, "_isal", lambda: None)
+    assert (compression._isal() is not None) is is_there
+    chance = random.Random(4)
+    # Repeated at distances around 4096 bytes.
+    repeated = [(chance.randbytes(period) * 20)[:CLUSTER_BYTES] for period in (4095, 4096, 4097, 5000)]
+    for content in (*repeated, bytes(512), chance.randbytes(100) * 6, CONTENT):
+        stream = compress(content, COMPRESSION_ZLIB)
+        if stream is not None:
+            assert by_small_steps(stream) == content
+            assert decompress(padded(stream), len(content), COMPRESSION_ZLIB) == content
+    # A level that is asked for is one of zlib's.
+    levels = [compress(CONTENT, COMPRESSION_ZLIB, level) for level in (6, None)]
+    assert (levels[0] == levels[1]) is not is_there
+
+
+def test_a_larger_window_would_be_seen() -> None:
+    stream = zlib.compressobj(6, zlib.DEFLATED, -15)
+    data = random.Random(5).randbytes(5000) * 5
+    with pytest.raises(zlib.error, match="too far back"):
+        by_small_steps(stream.compress(data) + stream.flush())
+
+
 def test_deflate_with_a_larger_window_is_read() -> None:
     content = random.Random(1).randbytes(HALF - 500)
     content = (content * 3)[:CLUSTER_BYTES]
