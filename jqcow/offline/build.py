@@ -199,9 +199,9 @@ class ImageBuilder:
         shared = self._shared_refcounts.get(index)
         if shared is None:
             return pack_ones(self._geometry, count)
-        if count < self._geometry.refcounts_per_cluster:
-            for within in range(count, self._geometry.refcounts_per_cluster):
-                _native.refcount_set(shared, within, self._form.refcount_order, 0)
+        # Behind the last cluster each is the 1 that it began with.
+        end = self._geometry.refcounts_per_cluster
+        _native.refcount_add(shared, self._form.refcount_order, count, end, -1)
         return shared
 
     def _map(self, guest_cluster: int, entry: L2Entry) -> None:
