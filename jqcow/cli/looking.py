@@ -227,6 +227,8 @@ def _info_lines(facts: ImageFacts) -> Iterator[str]:
         records = plural(journal.record_count, "record")
         torn = ", and one torn by a crash" if journal.torn_tail else ""
         yield f"Live journal: {records}{torn}, {human_size(journal.length)} at {journal.offset:#x}"
+        if journal.pending_bytes:
+            yield f"    Small writes of the guest wait in it: {human_size(journal.pending_bytes)}"
         yield "    The image was not closed. Nothing that was flushed is lost."
         yield "    jqcow replays the journal when it opens the image; for other programs run jqcow-recover."
 

@@ -169,6 +169,10 @@ def _journal_lines(found: JournalFound, *, dry_run: bool) -> Iterator[str]:
     home = "would go home" if dry_run else "brought home"
     blocks, length = plural(found.blocks_applied, "metadata block"), human_size(found.bytes_applied)
     yield f"            {blocks}, {length}, {home}"
+    if found.pending_writes:
+        done = "would be done" if dry_run else "done"
+        writes, length = plural(found.pending_writes, "small write"), human_size(found.pending_bytes)
+        yield f"            {writes} of the guest, {length}, {done}"
     torn = found.torn_tail
     if torn is None:
         yield "  dropped   no record: the journal ends with a whole one"

@@ -12,6 +12,7 @@ from jqcow.engine.bitmaps import Bitmaps
 from jqcow.engine.engine import open_engine
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import Medium
+from jqcow.engine.read import PENDING
 from jqcow.ondisk import naming
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.keys import Passphrase
@@ -20,6 +21,7 @@ from jqcow.ondisk.layout import DATA_FILE
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 _KINDS: dict[int, ExtentKind] = {
+    PENDING: "data",
     DATA: "data",
     ZERO_CLUSTER: "zero",
     COMPRESSED_CLUSTER: "compressed",

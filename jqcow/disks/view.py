@@ -19,6 +19,7 @@ from jqcow.disks.files import open_to_read
 from jqcow.engine import scan as scans
 from jqcow.engine.scan import Scan
 from jqcow.ondisk import entries, layout
+from jqcow.ondisk.frame import IntentOperation
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.root import JournalRange
@@ -38,6 +39,7 @@ class FileView:
         *,
         journal: JournalRange | None = None,
         scan: Scan | None = None,
+        intents: tuple[IntentOperation, ...] = (),
     ) -> None:
         """Lay blocks and a header over a file.
 
@@ -47,10 +49,12 @@ class FileView:
             blocks: by host offset, each of the geometry's block size; not to change while the view is used.
             journal: the range of a live journal, which nothing may use; None on a clean image.
             scan: what that journal holds, where it was read.
+            intents: writes of the guest that it has and the tables do not show, in their order.
         """
         self.area = area
         self.journal = journal
         self.scan = scan
+        self.intents = intents
         self._reader = reader
         self._blocks = blocks
         self._block_bytes = self.geometry.block_bytes
@@ -73,7 +77,14 @@ class FileView:
         if root is None:
             return cls(reader, scans.read_header(reader), {})
         scan, replayed = scans.read_journal(reader, root)
-        return cls(reader, replayed.area, replayed.blocks, journal=scan.extent, scan=scan)
+        return cls(
+            reader,
+            replayed.area,
+            replayed.blocks,
+            journal=scan.extent,
+            scan=scan,
+            intents=replayed.intents,
+        )
 
     @property
     def header(self) -> Header:

@@ -58,6 +58,8 @@ class Closing:
         """
         with self.commits.turn.lock:
             self.commits.begin_turn()
+            # First: what it writes has bits.
+            self.commits.destage()
             with self.medium.lock:
                 self.commits.tracking.cool()
             if not self.public.changes.is_empty:

@@ -25,11 +25,16 @@ from jqcow.engine import scan
 from jqcow.engine.log import Log
 from jqcow.engine.medium import EXPECTED
 from jqcow.engine.metadata import ChangeSet
+from jqcow.engine.pending import Piece
 from jqcow.engine.tables import Tables
 from jqcow.engine.tracking import Cold, Region, Tracking
 
 STAGED_ZERO_BYTES_MAX = scan.ZEROED_BYTES_MIN // 4
 """New metadata clusters of changes that are not committed: a record must not zero more than an epoch may."""
+INTENTS_BYTES_MAX = 256 << 10
+"""More than this one record does not take of what the guest wrote: the ordinary path writes it once."""
+HALF_PARTS = 2**3
+"""Nor does it take more than such a part of a half; and so much is left for the record of destaging."""
 STAGED_FREE_BYTES_MAX = 1 << 30
 """Clusters freed by changes that are not committed keep their space on the host: no more than this."""
 
@@ -82,11 +87,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What a commit makes durable: ``changes``, None if nothing is staged; and the regions with it."""
+    """What a commit makes durable: ``changes``, None if nothing is staged; the regions with it; and
+    ``pieces`` that the guest wrote."""
 
     ticket: int
     changes: ChangeSet | None
     warm: list[Region]
+    pieces: list[Piece]
+
+
+def _nothing() -> None:
+    """There is nothing to destage."""
 
 
 class Commits:
@@ -97,7 +108,10 @@ class Commits:
         self.public = log.public
         self.medium = log.medium
         self.turn = Turn()
+        self.pending = log.pending
         self.tracking = Tracking(log.public)
+        self.destage: Callable[[], None] = _nothing
+        """With the turn taken and the lock free: does what is pending by the ordinary path (destaging.py)."""
 
     def begin_turn(self) -> None:
         """Called first by whoever has taken the turn.
@@ -135,7 +149,27 @@ class Commits:
             if not self.turn.is_covered(ticket):
                 with self.medium.lock:
                     admit()
+                if self._is_tight():
+                    self.destage()
                 self.commit(self.public)
+
+    def _is_tight(self) -> bool:
+        """Return True if the journal has more for pending writes than it should: they are done first."""
+        journal, pending = self.log.journal, self.pending
+        if journal is None or pending.is_empty:
+            return False
+        fresh_bytes = pending.fresh.length_bytes
+        part_bytes = journal.extent.half_bytes // HALF_PARTS
+        if fresh_bytes > min(INTENTS_BYTES_MAX, part_bytes):
+            return True
+        room_bytes = journal.room_bytes - part_bytes
+        is_short = len(pending.logged) > 0 and room_bytes < fresh_bytes
+        return is_short or pending.length_bytes > self.pending_limit()
+
+    def pending_limit(self) -> int:
+        """Return how many bytes may be pending; none where there is no journal."""
+        journal = self.log.journal
+        return 0 if journal is None else journal.extent.half_bytes // 4
 
     def _others_cover(self, ticket: int) -> bool:
         """Wait while others commit; return True once everything up to ``ticket`` is durable."""
@@ -182,10 +216,32 @@ class Commits:
             self.commit(self.public)
 
     def cool(self, admit: Callable[[], None]) -> None:
-        """Stage what the bitmaps have a reason for, with the lock free (tracking.py, B3)."""
+        """Stage what the bitmaps have a reason for, with the lock free (tracking.py, B3).
+
+        Nothing is pending then, if the caller is alone.
+
+        Raises:
+            OSError: as `flush`.
+        """
+        self.settle(admit)
         with self.medium.lock:
             admit()
             self.tracking.cool()
+
+    def settle(self, admit: Callable[[], None]) -> None:
+        """Do what is pending by the ordinary path, with the lock free. The next record says that it is done.
+
+        So whatever comes over it is acknowledged by that record, or a later one.
+
+        Raises:
+            OSError: the host failed; it is pending still.
+        """
+        if not self.pending.is_empty:
+            with self.turn.lock:
+                self.begin_turn()
+                with self.medium.lock:
+                    admit()
+                self.destage()
 
     def staged_limit(self) -> int:
         """Return how many staged blocks call for a commit."""
@@ -216,11 +272,11 @@ class Commits:
     def _make_durable(self, tables: Tables) -> None:
         try:
             cut = self._cut(tables)
-            if cut.changes is None:
+            if cut.changes is None and not cut.pieces:
                 # Durable now: data written in place, and whatever an earlier process left unsynced.
                 self.medium.barrier("flush.data")
             else:
-                self._write_record(cut.changes)
+                self._write_record(cut.changes, cut.pieces)
         except BaseException:
             self._take_back(tables)
             raise
@@ -235,29 +291,34 @@ class Commits:
     def _cut(self, tables: Tables) -> _Cut:
         with self.medium.lock, self.medium.section():
             # A transaction finds nothing warm (tracking.py, B4).
-            return _Cut(self.turn.cut(), tables.staged.cut(), self.tracking.cut())
+            # Who has a transaction finds nothing pending (destaging.py, I4).
+            return _Cut(self.turn.cut(), tables.staged.cut(), self.tracking.cut(), self.pending.cut())
 
-    def _write_record(self, changes: ChangeSet) -> None:
+    def _write_record(self, changes: ChangeSet | None, pieces: list[Piece]) -> None:
         """Make one record of the cut durable."""
-        if changes.ordered:
-            # Durable now: the data of ordered pairs (T1). The record that maps it may land from here on.
+        if changes is not None and changes.ordered:
+            # Durable now: the data of ordered pairs (T1), and of what the record declares done (I2). The
+            # record that maps it may land from here on.
             self.medium.barrier("flush.ordered")
         else:
             # Durable now: what the record maps in a data file, and all that was overwritten there (X1).
             self.medium.data_barrier()
-        payload = self.log.make_room(changes)
+        payload = self.log.make_room(changes, pieces)
         self.log.require_journal().append(payload)
-        # Durable now: the record, and the data of its zero-safe pairs. The flush is acknowledged.
+        # Durable now: the record, with what the guest wrote in it, and the data of its zero-safe pairs. The
+        # flush is acknowledged.
         self.medium.barrier("flush.record")
 
     def _publish(self, tables: Tables, cut: _Cut) -> None:
         """Everybody sees what is durable. A transaction's covers all flushes: nothing else is staged then."""
         with self.medium.lock, self.medium.section():
-            if cut.changes is not None:
+            if cut.changes is not None or cut.pieces:
                 journal = self.log.require_journal()
                 journal.accept()
-                self.public.blocks.publish(cut.changes)
-                self.public.space.publish(cut.changes, journal.epoch)
+                self.pending.landed(journal.sequence, 0 if cut.changes is None else cut.changes.done)
+                if cut.changes is not None:
+                    self.public.blocks.publish(cut.changes)
+                    self.public.space.publish(cut.changes, journal.epoch)
             tables.staged.landed()
             self.tracking.made_durable(cut.warm)
             self.turn.cover(cut.ticket)
@@ -277,6 +338,7 @@ class Commits:
 
     def _restage(self, tables: Tables) -> None:
         tables.staged.take_back()
+        self.pending.take_back()
         # A frame that is still pending may yet be found.
         journal = self.log.journal
         self.turn.is_undecided = journal is not None and journal.is_pending
@@ -293,6 +355,7 @@ class Commits:
             self.begin_turn()
             with self.medium.lock:
                 admit()
+            self.destage()
             self.commit(self.public)
             if self.log.journal is not None and not self.log.journal.epoch_is_empty:
                 self.log.checkpoint()

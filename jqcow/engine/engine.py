@@ -46,6 +46,7 @@ from jqcow.engine.closing import Closing
 from jqcow.engine.commit import Commits
 from jqcow.engine.copying import Copying
 from jqcow.engine.datafile import DataFile
+from jqcow.engine.destaging import Destaging, SmallWrites
 from jqcow.engine.guestdata import GuestData, data_on, unlocked_data
 from jqcow.engine.journal import Contents, Journal
 from jqcow.engine.lifecycle import Lifecycle
@@ -68,6 +69,7 @@ from jqcow.engine.zeroing import Zeroing
 from jqcow.errors import FormatError
 from jqcow.ondisk import features
 from jqcow.ondisk import root as roots
+from jqcow.ondisk.frame import IntentOperation
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, HeaderArea
 from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.layout import HostOffset
@@ -113,6 +115,33 @@ class Engine:
         self.lifecycle = Lifecycle(self.commits)
         self.closing = Closing(self.lifecycle)
         self.data = data_on(medium, self.public.view)
+        self.journals_small_writes = False
+        self.commits.destage = self._destage
+
+    def _destage(self) -> None:
+        """Do all that is pending; the turn is taken. It needs no backing file (destaging.py, I7)."""
+        if not self.log.pending.is_empty:
+            requests = Requests(
+                self.public,
+                self.lifecycle,
+                self.commits,
+                self.guard,
+                self._admit_destaging,
+                alone=True,
+                destages=True,
+            )
+            Destaging(Guest(requests, self.data, None).writes, self.commits).run()
+
+    def _admit_destaging(self, changing: bool) -> None:
+        self.medium.require_known()
+        if changing:
+            self.medium.require_healthy()
+
+    @property
+    def _may_journal(self) -> bool:
+        """True if small writes may wait in the journal of this image."""
+        is_plain = not self.data.is_encrypted and not self.geometry.has_data_file
+        return self.journals_small_writes and is_plain and not self.medium.has_fixed_size
 
     def attach(self, data_file: Device) -> None:
         """Give an image with an external data file that file; before anything is asked of the guest's data.
@@ -151,7 +180,10 @@ class Engine:
         requests = Requests(
             tables or self.public, self.lifecycle, self.commits, self.guard, admit, alone=alone
         )
-        return Guest(requests, self.data, backing)
+        guest = Guest(requests, self.data, backing)
+        if self._may_journal and tables is None and not alone:
+            guest.writes.small = SmallWrites(guest.writes)
+        return guest
 
 
 def settle(medium: Medium) -> None:
@@ -169,11 +201,15 @@ def settle(medium: Medium) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened image, of which nothing was written yet: its engine, and what its live journal holds."""
+    """An opened image, of which nothing was written yet: its engine, and what its live journal holds.
+
+    ``intents``: writes of the guest among that which the tables do not show.
+    """
 
     engine: Engine
     root: LiveRoot | None = None
     scan: Scan | None = None
+    intents: tuple[IntentOperation, ...] = ()
 
 
 def open_engine(
@@ -228,7 +264,8 @@ def _open_live(medium: Medium, root: LiveRoot, journal_bytes: int, new_salt: New
     engine.space.reserve(HostOffset(extent.offset), extent.length)
     engine.space.find_used_end = engine.public.refcounts.used_end
     engine.log.journal = Journal(medium, extent, Contents.of_scan(found))
-    return Opened(engine, root, found)
+    engine.log.pending.load(replayed.intents)
+    return Opened(engine, root, found, replayed.intents)
 
 
 def make_writable(

@@ -19,6 +19,7 @@ J7. No part of a live range is given back that a crash state may replay (`dead_p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jqcow.engine.medium import Medium
@@ -32,6 +33,7 @@ from jqcow.ondisk.frame import (
     EncodedPayload,
     FrameHeader,
     HeaderOperation,
+    IntentOperation,
 )
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import HostOffset
@@ -53,9 +55,11 @@ class Contents:
     zeroed_bytes: int
 
     @classmethod
-    def opening(cls, area: HeaderArea, epoch: int, sequence: int) -> Contents:
-        """Return an opening frame behind the record ``sequence``: the header, and nothing else (J4)."""
-        payload = frames.encode_operations([HeaderOperation(area.data)])
+    def opening(
+        cls, area: HeaderArea, epoch: int, sequence: int, carried: Sequence[IntentOperation] = ()
+    ) -> Contents:
+        """Return an opening frame behind the record ``sequence``: the header, and what is not done."""
+        payload = frames.encode_operations([HeaderOperation(area.data), *carried])
         frame = frames.frame_payload(payload, bytes(SALT_BYTES), epoch, sequence + 1)
         return cls(epoch, sequence + 1, (frame,), payload.decoded_length, 0)
 
@@ -118,6 +122,11 @@ class Journal:
     def is_pending(self) -> bool:
         """True from the beginning of an append until its frame was accepted or revoked."""
         return self._pending is not None
+
+    @property
+    def room_bytes(self) -> int:
+        """Length of what is left of the running half."""
+        return self.extent.half_bytes - self._position
 
     def has_room(self, payload: EncodedPayload) -> bool:
         """Return True if a frame with this payload fits behind the last one (J5)."""

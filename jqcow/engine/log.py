@@ -11,18 +11,21 @@ T4. An epoch ends only after all its log images are home under a completed barri
 T7. The file reaches to the end of the highest cluster in use before a checkpoint's barrier, and is never
     cut below that.
 T8. A record is never longer than a half; a longer one moves the journal to a larger range first.
+I3. The first frame of an epoch, and the opening frame of a new range, carries every intent that is not
+    declared done: the frames that held it count no more.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jqcow.device.base import no_space
 from jqcow.engine.clusters import Run
 from jqcow.engine.journal import HEADER_FRAME_BYTES, Contents, Journal, dead_parts, write_range
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Blocks, ChangeSet
+from jqcow.engine.pending import Pending, Piece
 from jqcow.engine.root import Root
 from jqcow.engine.space import Space
 from jqcow.engine.tables import Tables
@@ -30,7 +33,7 @@ from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.frame import EncodedPayload, HeaderOperation
+from jqcow.ondisk.frame import EncodedPayload, HeaderOperation, IntentOperation, Operation
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 from jqcow.ondisk.root import MAX_JOURNAL_BYTES, MIN_JOURNAL_BYTES, JournalRange
 
@@ -64,6 +67,7 @@ class Log:
         in_transaction: a transaction is open: what it took looks free in the public tables, which must not be
             searched for free clusters then.
         is_sparse: the range does not have all its space on the host yet.
+        pending: what the guest wrote and the tables do not tell yet.
     """
 
     def __init__(self, public: Tables, root: Root, journal_bytes: int, new_salt: NewSalt) -> None:
@@ -79,6 +83,7 @@ class Log:
         self.new_salt = new_salt
         self.in_transaction = False
         self.is_sparse = False
+        self.pending = Pending()
 
     def require_journal(self) -> Journal:
         """Return the journal of a live image."""
@@ -88,34 +93,44 @@ class Log:
 
     # Room for a record
 
-    def make_room(self, changes: ChangeSet) -> EncodedPayload:
-        """Encode a change set for the place where its frame goes; that may take a checkpoint, and a move.
+    def make_room(self, changes: ChangeSet | None, pieces: Sequence[Piece] = ()) -> EncodedPayload:
+        """Encode a record for the place where its frame goes; that may take a checkpoint, and a move.
+
+        Args:
+            changes: of metadata; None: there are none.
+            pieces: what the guest wrote, which the record has as intents.
 
         Raises:
             OSError: the checkpoint or the move failed; the log is live as before.
             UnsupportedFeatureError: the record is too large for any journal.
         """
-        payload = self._encode(changes)
+        payload = self._encode(changes, pieces)
         if not self.require_journal().has_room(payload):
             if not self.require_journal().epoch_is_empty:
                 self.checkpoint()
                 # Now the record opens an epoch.
-                payload = self._encode(changes)
+                payload = self._encode(changes, pieces)
             if not self.require_journal().has_room(payload):
                 self._grow(*self._lengths_for(payload))
-                payload = self._encode(changes)
+                payload = self._encode(changes, pieces)
         return payload
 
-    def _encode(self, changes: ChangeSet) -> EncodedPayload:
-        """Encode a change set; the first frame of an epoch starts with the header (J4)."""
-        operations = changes.operations()
-        if self.require_journal().epoch_is_empty and changes.area is None:
-            operations = [HeaderOperation(self.blocks.area.data), *operations]
+    def _encode(self, changes: ChangeSet | None, pieces: Sequence[Piece]) -> EncodedPayload:
+        """Encode a record; the first of an epoch starts with the header, and what is not done (J4, I3)."""
+        journal = self.require_journal()
+        operations: list[Operation] = [] if changes is None else changes.operations()
+        if journal.epoch_is_empty:
+            if changes is None or changes.area is None:
+                operations.insert(0, HeaderOperation(self.blocks.area.data))
+            operations += self.pending.carried(0 if changes is None else changes.done)
+        sequence = journal.sequence + 1
+        operations += [IntentOperation(sequence, piece.offset, bytes(piece.data)) for piece in pieces]
         return frames.encode_operations(operations)
 
     def _lengths_for(self, payload: EncodedPayload) -> tuple[int, int]:
         """Return journal lengths for an opening frame and this payload: with room to spare, the shortest."""
-        opening = roots.MAX_LIVE_HEADER_BYTES + 2 * frames.FRAME_ALIGNMENT
+        carried = sum(len(intent.data) + frames.INTENT_BYTES_MAX for intent in self.pending.carried(0))
+        opening = roots.MAX_LIVE_HEADER_BYTES + 2 * frames.FRAME_ALIGNMENT + carried
         most = MAX_JOURNAL_BYTES // 2
         needed = opening + max(payload.decoded_length, payload.frame_length)
         if max(needed, payload.zeroed_length) > most:
@@ -288,7 +303,8 @@ class Log:
     def _grow(self, length: int, shortest: int) -> None:
         """Go on in a new range of ``length`` bytes, or of fewer. The running epoch is home."""
         journal = self.require_journal()
-        contents = Contents.opening(self.blocks.area, journal.epoch, journal.sequence)
+        carried = self.pending.carried(0)
+        contents = Contents.opening(self.blocks.area, journal.epoch, journal.sequence, carried)
         self.root.settle()
         self._move_to(self.lay(length, contents, shortest))
 

@@ -32,7 +32,7 @@ from jqcow.device.base import hole_end
 from jqcow.engine.clusters import ClusterRuns, Run
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import entries
-from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
+from jqcow.ondisk.frame import BlockOperation, DoneOperation, HeaderOperation, Operation, ZeroOperation
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset, entry_place
 
@@ -94,6 +94,7 @@ class ChangeSet:
         outside: in a transaction, all clusters that it wrote to in a data file (datafile.py, X4).
         vacated: places in the data file that the set gives up, and nobody has planned to write since.
         reach_bytes: in a transaction, the largest size that the disk had, in it or before it.
+        done: the record declares intents up to this sequence done (destaging.py); 0: none.
     """
 
     def __init__(self, geometry: Geometry, *, private: bool = False, packed_end: int = 0) -> None:
@@ -111,6 +112,7 @@ class ChangeSet:
         self.outside: set[ClusterIndex] = set()
         self.vacated = ClusterRuns()
         self.reach_bytes = 0
+        self.done = 0
         self._zeroed: dict[HostOffset, None] = {}
         self._marks: list[Mark] = []
         self._zero_block = _zero_block(geometry.block_bytes)
@@ -122,7 +124,7 @@ class ChangeSet:
     @property
     def is_empty(self) -> bool:
         """True if there is nothing to log."""
-        return not self.blocks and self.area is None
+        return not self.blocks and self.area is None and not self.done
 
     @property
     def is_private(self) -> bool:
@@ -233,6 +235,7 @@ class ChangeSet:
     def operations(self) -> list[Operation]:
         """Return the set as journal operations, in the order in which replay applies them."""
         header = [HeaderOperation(self.area.data)] if self.area is not None else []
+        done = [DoneOperation(self.done)] if self.done else []
         cluster_bytes = self.geometry.cluster_bytes
         zeros = [ZeroOperation(offset, cluster_bytes) for offset in sorted(self._zeroed)]
         blocks = [
@@ -240,7 +243,7 @@ class ChangeSet:
             for offset, block in sorted(self.blocks.items())
             if block is not self._zero_block
         ]
-        return [*header, *zeros, *blocks]
+        return [*header, *done, *zeros, *blocks]
 
     def absorb(self, newer: ChangeSet) -> None:
         """Lay a newer set over this one, whose record failed: both travel in the next record."""
@@ -248,6 +251,7 @@ class ChangeSet:
         self._zeroed.update(newer._zeroed)
         self.area = newer.area or self.area
         self.ordered |= newer.ordered
+        self.done = max(self.done, newer.done)
         self.taken += newer.taken
         self.freed_data += newer.freed_data
         self.freed_metadata += newer.freed_metadata

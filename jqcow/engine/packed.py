@@ -99,6 +99,7 @@ class PackedWrites:
         requests.enter_change()
         cluster_bytes = self.tables.geometry.cluster_bytes
         requests.check_range(offset, min(cluster_bytes, self.tables.mapping.disk_bytes - offset))
+        requests.require_settled(offset, cluster_bytes)
         first = offset // cluster_bytes
         requests.guard.require_free(first, first + 1)
         requests.require_live()

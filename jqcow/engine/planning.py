@@ -86,7 +86,9 @@ class Planning:
         Raises:
             Cold: bitmaps have to be durable first (tracking.py, B1).
         """
-        plan = WritePlan(self._pieces(offset, length), (offset, 0 if copies else length))
+        start = offset - offset % SECTOR_BYTES
+        self.requests.require_settled(start, layout.round_up(offset + length, SECTOR_BYTES) - start)
+        plan = WritePlan(self.pieces(offset, length), (offset, 0 if copies else length))
         if self._subcluster_bytes < self._cluster_bytes and not self._is_outside:
             self._carry(plan, offset, offset + length)
         if all(piece.in_place for piece in plan.pieces):
@@ -156,7 +158,7 @@ class Planning:
                 yield Piece(offset, run.length, run, False)
             offset = GuestOffset(offset + run.length)
 
-    def _pieces(self, offset: GuestOffset, length: int) -> list[Piece]:
+    def pieces(self, offset: GuestOffset, length: int) -> list[Piece]:
         """Return the runs of a guest range that is about to be changed; data clusters are checked for it.
 
         Raises:

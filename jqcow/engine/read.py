@@ -10,6 +10,7 @@ from jqcow.device.disk import Disk, read_padded, shows_zeros
 from jqcow.engine.guestdata import GuestData
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.metadata import Absent
+from jqcow.engine.pending import Piece
 from jqcow.engine.request import Request, Requests
 from jqcow.engine.walk import Walk
 from jqcow.errors import CorruptionError, FormatError
@@ -19,6 +20,9 @@ from jqcow.ondisk.layout import GuestCluster, GuestOffset, HostOffset
 
 RUNS_AT_ONCE = 1024
 """Runs that are resolved with the lock held: it bounds memory, and how long others wait."""
+
+PENDING = -1
+"""The kind of a run that the guest wrote, and that no cluster holds yet."""
 
 ZERO_CHUNK_BYTES = 1 << 20
 _ZEROS = bytes(ZERO_CHUNK_BYTES)
@@ -49,9 +53,10 @@ class Reads:
         """Read what can be resolved at once, from ``position`` in the buffer on; return how far that is."""
         request = Request()
         with request.running:
-            runs = self.requests.planned(
+            runs, pieces = self.requests.planned(
                 lambda: self._plan_read(request, offset + position, len(buffer) - position)
             )
+            start = position
             try:
                 for run in runs:
                     self.read_run(
@@ -60,16 +65,21 @@ class Reads:
                     position += run.length
             finally:
                 self.requests.guard.end(request)
+        for piece in pieces:
+            # I1: what is pending lies over what the tables map.
+            part = piece.part(offset + start, offset + position)
+            if len(part.data):
+                buffer[part.offset - offset : part.end - offset] = part.data
         return position
 
-    def _plan_read(self, request: Request, offset: int, length: int) -> list[MappedRun]:
+    def _plan_read(self, request: Request, offset: int, length: int) -> tuple[list[MappedRun], list[Piece]]:
         self.requests.admit(False)
         self.requests.check_range(offset, length)
         runs = self._runs_at_hand(GuestOffset(offset), length)
         first, end = self.requests.clusters_of_sectors(offset, length)
         self.requests.guard.require_not_changing(first, end)
         self.requests.guard.begin(request, first=first, end=end)
-        return runs
+        return runs, self.requests.pending.layers(offset, offset + length)
 
     def _runs_at_hand(self, offset: GuestOffset, length: int, walk: Walk | None = None) -> list[MappedRun]:
         """Return the first runs of a guest range, up to a block that is not in memory.
@@ -149,10 +159,19 @@ class Reads:
         return Walk(self.tables.space)
 
     def first_run(self, offset: int, length: int, walk: Walk | None = None) -> MappedRun:
-        """Return the first run of a guest range, which may be a step of a ``walk``."""
+        """Return the first run of a guest range, which may be a step of a ``walk``; a piece is one, too."""
 
         def look() -> MappedRun:
             self.requests.admit(False)
+            waiting = self.requests.pending.layers(offset, offset + length)
+            if waiting:
+                first = min(waiting, key=lambda piece: piece.offset)
+                if first.offset <= offset:
+                    return MappedRun(PENDING, HostOffset(0), min(length, first.end - offset))
+                return step(first.offset - offset)
+            return step(length)
+
+        def step(length: int) -> MappedRun:
             run = self.tables.mapping_at_hand.run(GuestOffset(offset), length)
             if walk is not None:
                 walk.meet(self.tables.mapping_at_hand, offset)
@@ -171,6 +190,8 @@ class Reads:
 
     def reads_as_zeros(self, offset: int, length: int) -> bool:
         """Return True if a guest range reads as zeros, as far as the tables of the chain tell."""
+        if self.requests.planned(lambda: self.requests.pending.overlaps(offset, offset + length)):
+            return False
         for run in self.runs(offset, length):
             if run.kind in (DATA, COMPRESSED_CLUSTER):
                 return False

@@ -26,8 +26,10 @@ from jqcow.engine.commit import Commits
 from jqcow.engine.lifecycle import Lifecycle
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Absent
+from jqcow.engine.pending import Pending
 from jqcow.engine.tables import Tables
 from jqcow.engine.tracking import Cold, PrivateMarks, Tracking
+from jqcow.ondisk import layout
 from jqcow.ondisk.header import CRYPT_NONE
 from jqcow.ondisk.layout import GuestOffset
 
@@ -199,6 +201,10 @@ class NotData(Exception):
         self.make = make
 
 
+class Unsettled(Exception):
+    """What is pending has to be destaged before a request can be planned (destaging.py, I4)."""
+
+
 class Requests:
     """Guest requests on one image through one set of tables. Ranges are (guest offset, length) in bytes.
 
@@ -216,14 +222,16 @@ class Requests:
         admit: Callable[[bool], None],
         *,
         alone: bool = False,
+        destages: bool = False,
     ) -> None:
-        """``alone``: the caller is (Q2)."""
+        """``alone``: the caller is (Q2). ``destages``: it sees what is pending as if it were not there."""
         self.tables = tables
         self.lifecycle = lifecycle
         self.commits = commits
         self.dirty: Tracking | PrivateMarks = (
             commits.tracking if tables is commits.public else PrivateMarks(tables)
         )
+        self.pending = commits.pending if tables is commits.public and not destages else Pending()
         self.guard = guard
         self.medium = tables.blocks.medium
         self.geometry = tables.geometry
@@ -270,6 +278,8 @@ class Requests:
                 self._heat(cold)
             except NotData as missing:
                 self._wait_for(missing.make)
+            except Unsettled:
+                self.settle()
             except Busy as busy:
                 self.guard.wait(busy)
 
@@ -281,6 +291,10 @@ class Requests:
 
     def _heat(self, cold: Cold) -> None:
         self._wait_for(lambda: self.commits.heat(cold, self.require_admitted))
+
+    def settle(self) -> None:
+        """Have what is pending destaged, or wait for what is in the way; errors as `Commits.settle`."""
+        self._wait_for(lambda: self.commits.settle(self.require_admitted))
 
     def _wait_for(self, act: Callable[[], None]) -> None:
         """Do what is to be durable before; where others are in the way wait for them instead."""
@@ -311,6 +325,11 @@ class Requests:
         if header.autoclear_features & ~header.raw_bit:
             # A bit that jqcow does not know vouches for the data; going live clears it under a barrier.
             self.require_live()
+
+    def require_settled(self, offset: int, length: int) -> None:
+        """Raise Unsettled if a write is pending in a guest range: it comes before a change there (I4)."""
+        if not self.pending.is_empty and self.pending.overlaps(offset, offset + length):
+            raise Unsettled
 
     def require_live(self) -> None:
         """Raise NotLive unless the image has its journal: metadata will change."""
@@ -357,6 +376,9 @@ class Requests:
         def check() -> int:
             self.enter_change()
             self.check_range(offset, length)
+            # Whole clusters: what is looked at next are their entries.
+            start = offset - offset % self._cluster_bytes
+            self.require_settled(start, layout.round_up(offset + length, self._cluster_bytes) - start)
             return self.tables.mapping.disk_bytes
 
         return self.planned(check)

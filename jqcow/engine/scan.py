@@ -28,12 +28,14 @@ from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import (
     FRAME_ALIGNMENT,
     BlockOperation,
+    DoneOperation,
     FrameHeader,
     HeaderOperation,
+    IntentOperation,
     Operation,
     ZeroOperation,
 )
-from jqcow.ondisk.header import MAGIC, Header, HeaderArea
+from jqcow.ondisk.header import CRYPT_NONE, MAGIC, Header, HeaderArea
 from jqcow.ondisk.layout import MAX_CLUSTER_BITS, SECTOR_BYTES, Geometry
 from jqcow.ondisk.root import JournalRange
 
@@ -264,7 +266,25 @@ def read_journal(reader: Reader, root: LiveRoot) -> tuple[Scan, Replayed]:
     for offset in replayed.blocks:
         if extent.offset <= offset < extent.end:
             raise CorruptionError("journal", extent.offset, f"it would write into itself at {offset:#x}")
+    _check_intents(extent, replayed)
     return found, replayed
+
+
+def _check_intents(extent: JournalRange, replayed: Replayed) -> None:
+    """Raise CorruptionError for guest writes that no writer leaves to be done."""
+    header = replayed.area.header
+    if not replayed.intents:
+        return
+    if header.crypt_method != CRYPT_NONE or header.has_data_file:
+        raise CorruptionError(
+            "journal", extent.offset, "it holds writes of a guest for another kind of image"
+        )
+    if sum(len(intent.data) for intent in replayed.intents) > extent.half_bytes:
+        raise CorruptionError("journal", extent.offset, "more writes of a guest wait than a half can hold")
+    for intent in replayed.intents:
+        if intent.offset + len(intent.data) > header.size:
+            detail = f"a write of the guest at {intent.offset:#x} lies past the end of the disk"
+            raise CorruptionError("journal", extent.offset, detail)
 
 
 def read_root_copy(reader: Reader) -> bytes | None:
@@ -290,10 +310,14 @@ def read_header(reader: Reader) -> HeaderArea:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the operations of a journal leave: the newest header, and the newest blocks by host offset."""
+    """What the operations of a journal leave: the newest header, and the newest blocks by host offset.
+
+    ``intents`` are the guest's writes that are not done, in their order.
+    """
 
     area: HeaderArea
     blocks: dict[int, bytes]
+    intents: tuple[IntentOperation, ...] = ()
 
 
 def replay(operations: Iterable[Operation], geometry: Geometry) -> Replayed:
@@ -309,9 +333,15 @@ def replay(operations: Iterable[Operation], geometry: Geometry) -> Replayed:
     """
     area: HeaderArea | None = None
     blocks: dict[int, bytes] = {}
+    intents: list[IntentOperation] = []
+    done = 0
     zeros = bytes(geometry.block_bytes)
     for operation in operations:
         match operation:
+            case IntentOperation():
+                intents.append(operation)
+            case DoneOperation(sequence):
+                done = max(done, sequence)
             case HeaderOperation(data):
                 area = _next_area(area, HeaderArea.parse(data), geometry)
             case ZeroOperation(start, length):
@@ -321,7 +351,7 @@ def replay(operations: Iterable[Operation], geometry: Geometry) -> Replayed:
                 blocks[offset] = data
     if area is None:
         raise CorruptionError("journal", 0, "it holds no header")
-    return Replayed(area, blocks)
+    return Replayed(area, blocks, tuple(intent for intent in intents if intent.sequence > done))
 
 
 def _next_area(before: HeaderArea | None, area: HeaderArea, geometry: Geometry) -> HeaderArea:

@@ -13,6 +13,7 @@ M5. The file ends where a sector does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from jqcow.engine.clusters import Run
 from jqcow.engine.planning import Fresh, Piece, Planning, WritePlan
@@ -23,8 +24,21 @@ from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, NO_ENTRY, UNALLOCATED, ZER
 from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
+class SmallWriting(Protocol):
+    """Who takes small writes (destaging.py)."""
+
+    def take(self, data: memoryview, offset: int) -> bool:
+        """Have a write wait; False if it has to go the ordinary way."""
+        ...
+
+
 class Writes(Planning):
-    """Writes of a guest. Each part up to a metadata block of mapping is all or nothing in its mapping."""
+    """Writes of a guest. Each part up to a metadata block of mapping is all or nothing in its mapping.
+
+    ``small`` takes those that wait in the journal, where there are any.
+    """
+
+    small: SmallWriting | None = None
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write the guest's bytes at ``offset``.
@@ -33,6 +47,8 @@ class Writes(Planning):
             OSError: sectors of the failed part that were overwritten in place may be old or new; all else
                 of it is as before.
         """
+        if self.small is not None and self.small.take(data, offset):
+            return
         for start, length in self.requests.spans_to_change(offset, len(data)):
             self.write_span(data[start - offset : start - offset + length], start, within_disk=True)
 

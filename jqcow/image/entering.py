@@ -11,6 +11,9 @@ from jqcow.engine.request import is_mine
 from jqcow.errors import ImageClosedError, ImageInUse, PoisonedError, ReadOnlyError, TransactionError
 
 Mode = Literal["r", "r+"]
+SmallWrites = Literal["in-place", "journal"]
+"""Where small writes go first: to the clusters that they will have, or to the journal."""
+SMALL_WRITES: SmallWrites = "in-place"
 
 
 class Entering:

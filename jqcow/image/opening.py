@@ -38,7 +38,7 @@ from jqcow.errors import (
     UnsupportedFeatureError,
 )
 from jqcow.image.arguments import optional_text
-from jqcow.image.entering import Mode
+from jqcow.image.entering import SMALL_WRITES, Mode, SmallWrites
 from jqcow.image.image import Image
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import naming
@@ -73,15 +73,14 @@ def open(
     copy_on_read: bool = False,
     passphrase: Passphrase | None = None,
     protect: bool = False,
+    small_writes: SmallWrites = SMALL_WRITES,
 ) -> Image:
     """Open an existing image.
 
-    ``"r"`` writes no byte: a live journal is replayed in memory. ``"r+"`` recovers a crashed one first, mends
-    one with the dirty bit and clears away a journal that a crash left; others change by the first write.
+    ``"r"`` writes nothing: a live journal is replayed. ``"r+"`` first recovers, or mends a set dirty bit.
 
     Args:
-        path: the image.
-        mode: ``"r"`` or ``"r+"``.
+        path, mode: the image, and ``"r"`` or ``"r+"``.
         journal_size: in bytes, of the next journal; None keeps what there is, or 8 MiB.
         force_share: with ``"r"``, read beside a writer, as ``qemu-img -U`` does: not a live journal.
         snapshot: with ``"r"``, the id or name of a snapshot to read instead of the disk.
@@ -94,11 +93,11 @@ def open(
         probe: tell a backing file's format by its magic if none is stored: a guest may choose a raw one's.
         copy_on_read: with ``"r+"``, write what is read from a backing file into the image, as a change.
         passphrase: of encrypted images: bytes, or a function that gets the path of each and returns its own.
-        protect: with ``"r+"``, renew the protection at a clean close; see `Image.protection`.
+        protect, small_writes: renew the protection at a clean close; keep short writes in the journal.
 
     Raises:
         PassphraseError, MissingPackageError, FileAccessDenied: what opens it is not given, or not allowed.
-        ValueError: another mode, what does not go with it, or a journal size that no journal can have.
+        ValueError: another mode, what does not go with it, or no size of a journal.
         JqcowError, OSError: no qcow2 image, damaged, refused by name, in use, no such snapshot; a host error.
     """
     passphrase = hidden(passphrase)
@@ -117,6 +116,7 @@ def open(
             unlock=_unlocking(passphrase),
             copy_on_read=copy_on_read,
             protect=protect,
+            small_writes=small_writes,
         )
         return _settled(image, device)
 
@@ -195,6 +195,20 @@ def _check_mode_and_repair(mode: Mode, repair: What | None) -> None:
         raise ValueError(f"repair is 'leaks', 'all' or 'bitmaps', in mode 'r+', not {repair!r} in {mode!r}")
 
 
+def _check_choices(
+    mode: Mode, snapshot: str | None, small_writes: SmallWrites, *, copy_on_read: bool, protect: bool
+) -> None:
+    """Refuse what does not go with a mode."""
+    if small_writes not in ("in-place", "journal"):
+        raise ValueError(f"small_writes is 'in-place' or 'journal', not {small_writes!r}")
+    if copy_on_read and mode != "r+":
+        raise ValueError("copy_on_read writes: it needs mode 'r+'")
+    if protect and mode != "r+":
+        raise ValueError("protect writes: it needs mode 'r+'")
+    if snapshot is not None and mode != "r":
+        raise ValueError("a snapshot is opened for reading alone: apply it to write to what it holds")
+
+
 def open_device(
     device: Device,
     mode: Mode = "r",
@@ -207,12 +221,13 @@ def open_device(
     backing: OwnDisk | Callable[[NamedFile], OwnDisk] | None = None,
     data_file: Device | Callable[[NamedFile], Device] | None = None,
     passphrase: Passphrase | None = None,
+    small_writes: SmallWrites = SMALL_WRITES,
 ) -> Image:
     """Open the image on a device of your own; see `open`. `Image.close` closes the device.
 
     Args:
         device: what holds the image.
-        mode: as in `open`; so are ``journal_size``, ``snapshot`` and ``repair``.
+        mode: as in `open`; so are ``journal_size``, ``snapshot``, ``repair`` and ``small_writes``.
         journal_size: in bytes.
         new_salt: makes the 16-byte salt of each new journal; a seeded one makes a simulation replayable.
         snapshot: to read.
@@ -249,6 +264,7 @@ def open_device(
         find_backing=find_backing,
         find_data=find_data,
         unlock=_unlocking(passphrase),
+        small_writes=small_writes,
     )
 
 
@@ -293,15 +309,11 @@ def _open(
     free_lost: bool = False,
     copy_on_read: bool = False,
     protect: bool = False,
+    small_writes: SmallWrites = SMALL_WRITES,
 ) -> Image:
     check_device(device)
     _check_mode_and_repair(mode, repair)
-    if copy_on_read and mode != "r+":
-        raise ValueError("copy_on_read writes: it needs mode 'r+'")
-    if protect and mode != "r+":
-        raise ValueError("protect writes: it needs mode 'r+'")
-    if snapshot is not None and mode != "r":
-        raise ValueError("a snapshot is opened for reading alone: apply it to write to what it holds")
+    _check_choices(mode, snapshot, small_writes, copy_on_read=copy_on_read, protect=protect)
     snapshot = optional_text(snapshot)
     opened = open_engine(
         Medium(device),
@@ -321,6 +333,7 @@ def _open(
             check_device(data_file)
             engine.attach(data_file)
         unlock(engine)
+        engine.journals_small_writes = small_writes == "journal"
         backing = find_backing(engine)
         # Only now: an image whose backing file cannot be opened is not written to.
         repaired = make_writable(opened, repair, free_lost=free_lost) if mode == "r+" else None

@@ -33,13 +33,17 @@ _ENCRYPTION: dict[int, Literal["aes", "luks"]] = {1: "aes", 2: "luks"}
 
 @dataclass(frozen=True)
 class LiveJournal:
-    """The journal of an image that was not closed. Offset and lengths in bytes."""
+    """The journal of an image that was not closed. Offset and lengths in bytes.
+
+    ``pending_bytes``: what the guest wrote, and no table shows yet.
+    """
 
     offset: int
     length: int
     epoch: int
     record_count: int
     torn_tail: bool
+    pending_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,8 @@ def _live_journal(view: FileView) -> LiveJournal | None:
         return None
     extent = scan.extent
     torn = scan.torn_tail is not None
-    return LiveJournal(extent.offset, extent.length, scan.epoch, len(scan.frames), torn)
+    waiting = sum(len(intent.data) for intent in view.intents)
+    return LiveJournal(extent.offset, extent.length, scan.epoch, len(scan.frames), torn, waiting)
 
 
 def check_file(path: str | os.PathLike[str], *, force_share: bool = False) -> CheckReport:

@@ -11,7 +11,14 @@ from jqcow.checker.tables import layers
 from jqcow.disks.view import FileView, open_view
 from jqcow.engine.scan import Scan
 from jqcow.ondisk import entries, l2, snapshots
-from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
+from jqcow.ondisk.frame import (
+    BlockOperation,
+    DoneOperation,
+    HeaderOperation,
+    IntentOperation,
+    Operation,
+    ZeroOperation,
+)
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import table_bytes, table_entries
 from jqcow.ondisk.snapshots import Snapshot
@@ -28,8 +35,8 @@ _SEARCHED_L1_BYTES = 256 << 20
 class RecordedOperation:
     """One operation of a record.
 
-    ``kind`` is ``block``, ``zero`` or ``header``; ``offset`` and ``length`` in bytes, on the host;
-    ``meaning`` tells what the range holds after replay, in words.
+    ``kind`` is ``block``, ``zero``, ``header``, ``intent`` or ``done``; ``offset`` and ``length`` in bytes,
+    on the host, and of an intent on the disk; ``meaning`` tells what the range holds after replay, in words.
     """
 
     kind: str
@@ -137,6 +144,9 @@ class _Meanings:
 
     def __init__(self, view: FileView) -> None:
         self._view = view
+        operations = () if view.scan is None else view.scan.operations
+        done = (each.sequence for each in operations if isinstance(each, DoneOperation))
+        self._done = max(done, default=0)
         self._geometry = view.geometry
         cluster_bytes, header = self._geometry.cluster_bytes, view.header
         self._codec = l2.codec_of(self._geometry)
@@ -159,7 +169,7 @@ class _Meanings:
         changed = {
             operation.offset // cluster_bytes * cluster_bytes
             for operation in (() if scan is None else scan.operations)
-            if not isinstance(operation, HeaderOperation)
+            if isinstance(operation, BlockOperation | ZeroOperation)
         }
         tables: set[int] = set()
         spans = [(each.l1_table_offset, each.l1_table_offset + table_bytes(each.l1_size)) for each in found]
@@ -192,6 +202,12 @@ class _Meanings:
                 if header.nb_snapshots:
                     meaning += f", {header.nb_snapshots} snapshots at {header.snapshots_offset:#x}"
                 return RecordedOperation("header", 0, len(data), meaning)
+            case IntentOperation(sequence, offset, data):
+                state = "done later" if sequence <= self._done else "not done"
+                meaning = f"a write to guest range {offset:#x} to {offset + len(data):#x}, {state}"
+                return RecordedOperation("intent", offset, len(data), meaning)
+            case DoneOperation(sequence):
+                return RecordedOperation("done", 0, 0, f"writes up to record {sequence} are done")
             case ZeroOperation(offset, length):
                 return RecordedOperation("zero", offset, length, f"new {self._meaning(offset, length)}")
             case BlockOperation(offset, data):

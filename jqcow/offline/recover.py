@@ -24,7 +24,7 @@ from jqcow.engine.repair import RepairReport
 from jqcow.engine.scan import Scan, find_live_root, read_root_copy
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import header as headers
-from jqcow.ondisk.frame import BlockOperation, ZeroOperation
+from jqcow.ondisk.frame import BlockOperation, IntentOperation, ZeroOperation
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.root import journal_length
@@ -57,6 +57,8 @@ class JournalFound:
         bytes_applied: their length.
         stale_frames: valid records of earlier epochs; they are in their homes and not needed.
         torn_tail: a record that was cut off, or None.
+        pending_writes: small writes of the guest that the records hold, and that no table shows yet.
+        pending_bytes: their length.
     """
 
     offset: int
@@ -69,6 +71,8 @@ class JournalFound:
     bytes_applied: int
     stale_frames: int
     torn_tail: TornRecord | None
+    pending_writes: int = 0
+    pending_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def _recover(device: Device, name: str | None, how: _How) -> RecoveryReport:
         repaired = make_writable(opened)
         opened.engine.closing.clean()
     seconds = time.perf_counter() - started
-    found = _describe_journal(opened.scan, opened.engine.geometry.block_bytes)
+    found = _describe_journal(opened.scan, opened.engine.geometry.block_bytes, opened.intents)
     state: State = "live by root copy" if root.is_copy else "live"
     return RecoveryReport(
         image=name,
@@ -261,7 +265,7 @@ def _foreign_notes(header: Header) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _describe_journal(scan: Scan, block_bytes: int) -> JournalFound:
+def _describe_journal(scan: Scan, block_bytes: int, intents: tuple[IntentOperation, ...]) -> JournalFound:
     blocks: set[int] = set()
     for operation in scan.operations:
         match operation:
@@ -281,6 +285,8 @@ def _describe_journal(scan: Scan, block_bytes: int) -> JournalFound:
         bytes_applied=len(blocks) * block_bytes,
         stale_frames=scan.stale_frames,
         torn_tail=None if torn is None else TornRecord(torn.sequence, torn.epoch, torn.offset, torn.reason),
+        pending_writes=len(intents),
+        pending_bytes=sum(len(intent.data) for intent in intents),
     )
 
 
@@ -293,11 +299,18 @@ def _actions(state: State, found: JournalFound, *, is_dirty: bool) -> tuple[str,
     actions += [
         f"copy the {found.record_count} live records to a new place, and make them durable there",
         f"write {found.blocks_applied} metadata blocks to their homes",
+        *_pending(found),
         *(["count the refcounts anew, as the dirty bit asks"] if is_dirty else []),
         "write the header in standard layout, without the journal's feature bit",
         f"give back the journal's {found.length} bytes",
     ]
     return tuple(actions)
+
+
+def _pending(found: JournalFound) -> list[str]:
+    if not found.pending_writes:
+        return []
+    return [f"do {found.pending_writes} small writes of the guest, of {found.pending_bytes} bytes in all"]
 
 
 def _verify(device: Device) -> Verification:

@@ -1,4 +1,4 @@
-"""Journal frames: one checksummed record of metadata changes.
+"""Journal frames: one checksummed record of metadata changes, and of guest writes that wait to be done.
 
 A frame is a fixed header, a payload and zero padding up to a multiple of 4096 bytes. Big-endian::
 
@@ -19,6 +19,11 @@ The decoded payload is a MessagePack array of operations, applied in order. Each
     [1, host offset, bytes]   block: the whole metadata block at this offset, min(4096, cluster size) bytes
     [2, host offset, length]  zero: this range of blocks, within one cluster, reads as zeros
     [3, bytes]                header: all used header bytes in standard layout
+    [4, sequence, guest offset, bytes]   intent: these sectors were written; sequence of its first record
+    [5, sequence]             done: what intents up to this sequence tell is in its place
+
+I6. No frame has the magic of frames in the data of an intent: where a scan looks into a torn frame, or into
+    what is left of an older one, no guest's bytes pass for a frame.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ import zstandard
 from jqcow import _native
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import layout
-from jqcow.ondisk.layout import Geometry
+from jqcow.ondisk.layout import SECTOR_BYTES, Geometry
 from jqcow.ondisk.root import MAX_LIVE_HEADER_BYTES, SALT_BYTES
 
 FRAME_STRUCT = struct.Struct(">8sHBBI16sQQQII")
@@ -53,8 +58,13 @@ ZSTD_LEVEL = 1
 KIND_BLOCK = 1
 KIND_ZERO = 2
 KIND_HEADER = 3
+KIND_INTENT = 4
+KIND_DONE = 5
+KINDS = range(KIND_BLOCK, KIND_DONE + 1)
 
-ITEM_LENGTH_MAX = 3
+ITEM_LENGTH_MAX = 4
+INTENT_BYTES_MAX = 32
+"""Bytes that an intent takes in a payload beside its data, at most."""
 _SCALAR_BYTES = {*range(0x80), *range(0xC4, 0xC7), *range(0xCC, 0xD4), *range(0xE0, 0x100)}
 """First bytes of numbers and of byte strings (MessagePack specification, "Formats")."""
 
@@ -82,7 +92,26 @@ class HeaderOperation:
     data: bytes
 
 
-Operation = BlockOperation | ZeroOperation | HeaderOperation
+@dataclass(frozen=True, slots=True)
+class IntentOperation:
+    """The guest wrote ``data``, whole sectors, at ``offset`` (guest, bytes): a later record does the write.
+
+    ``sequence`` is that of the record which was the first to say so: a copy of the intent keeps it.
+    """
+
+    sequence: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DoneOperation:
+    """The writes of all intents up to ``sequence`` are done, durably."""
+
+    sequence: int
+
+
+Operation = BlockOperation | ZeroOperation | HeaderOperation | IntentOperation | DoneOperation
 _Damage = Callable[[str], CorruptionError]
 
 
@@ -173,11 +202,21 @@ def crc_matches(parts: Iterable[bytes | memoryview]) -> bool:
     return crc == stored
 
 
+def may_be_intent(data: bytes) -> bool:
+    """Return True if bytes that a guest wrote may stand in a frame (I6)."""
+    return FRAME_MAGIC not in data
+
+
 def encode_operations(operations: Sequence[Operation]) -> EncodedPayload:
-    """Encode operations as a payload, compressed where that is shorter."""
+    """Encode operations as a payload, compressed where that is shorter; never where intents are among them.
+
+    What a compressor makes of a guest's bytes nobody chose: it might look like a frame (I6).
+    """
     plain: bytes = msgpack.packb([_as_list(operation) for operation in operations], use_bin_type=True)
-    packed = _compressors.compressor.compress(plain)
     zeroed = zeroed_length(operations)
+    if any(isinstance(operation, IntentOperation) for operation in operations):
+        return EncodedPayload(ENCODING_PLAIN, plain, len(plain), zeroed)
+    packed = _compressors.compressor.compress(plain)
     if len(packed) < len(plain):
         return EncodedPayload(ENCODING_ZSTD, packed, len(plain), zeroed)
     return EncodedPayload(ENCODING_PLAIN, plain, len(plain), zeroed)
@@ -206,6 +245,10 @@ def _as_list(operation: Operation) -> list[int | bytes]:
             return [KIND_ZERO, offset, length]
         case HeaderOperation(data):
             return [KIND_HEADER, data]
+        case IntentOperation(sequence, offset, data):
+            return [KIND_INTENT, sequence, offset, data]
+        case DoneOperation(sequence):
+            return [KIND_DONE, sequence]
 
 
 def frame_payload(payload: EncodedPayload, salt: bytes, epoch: int, sequence: int) -> bytes:
@@ -268,7 +311,7 @@ def decode_operations(
     operations: list[Operation] = []
     header_count = zeroed_bytes = 0
     for item in _items(plain, damaged):
-        operation = _as_operation(item, geometry, damaged)
+        operation = _as_operation(item, geometry, header, damaged)
         header_count += isinstance(operation, HeaderOperation)
         zeroed_bytes += operation.length if isinstance(operation, ZeroOperation) else 0
         if header_count > 1 or zeroed_bytes > zeroed_limit_bytes:
@@ -291,7 +334,7 @@ def _items(plain: bytes | memoryview, damaged: _Damage) -> Iterator[list[int | b
                 if not _is_scalar(plain[unpacker.tell() : unpacker.tell() + 1]):
                     raise damaged("an operation of the wrong shape")
                 item.append(unpacker.unpack())
-                if item[0] not in (KIND_BLOCK, KIND_ZERO, KIND_HEADER) or len(item) > ITEM_LENGTH_MAX:
+                if item[0] not in KINDS or len(item) > ITEM_LENGTH_MAX:
                     break
             yield item
     except (ValueError, msgpack.UnpackException) as error:
@@ -316,8 +359,10 @@ def _decompress(payload: bytes | memoryview, length: int, damaged: _Damage) -> b
         raise damaged(f"the payload does not decompress: {error}") from error
 
 
-def _as_operation(item: object, geometry: Geometry, damaged: _Damage) -> Operation:
+def _as_operation(item: object, geometry: Geometry, header: FrameHeader, damaged: _Damage) -> Operation:
     match item:
+        case [4, int(), int(), bytes()] | [5, int()]:
+            return _as_promise(item, header, damaged)
         case [1, int(offset), bytes(data)]:
             aligned = offset % geometry.block_bytes == 0 and len(data) == geometry.block_bytes
             if not aligned or not geometry.cluster_bytes <= offset < layout.MAX_HOST_OFFSET:
@@ -333,6 +378,22 @@ def _as_operation(item: object, geometry: Geometry, damaged: _Damage) -> Operati
             if len(data) > MAX_LIVE_HEADER_BYTES:
                 raise damaged(f"a header of {len(data)} bytes")
             return HeaderOperation(data)
-        case [int(kind), *_] if kind not in (KIND_BLOCK, KIND_ZERO, KIND_HEADER):
+        case [int(kind), *_] if kind not in KINDS:
             raise UnsupportedFeatureError(f"journal operation of kind {kind}")
+    raise damaged("an operation of the wrong shape")
+
+
+def _as_promise(item: object, header: FrameHeader, damaged: _Damage) -> IntentOperation | DoneOperation:
+    """Return what a record says of guest writes."""
+    match item:
+        case [4, int(sequence), int(offset), bytes(data)]:
+            is_plain = header.encoding == ENCODING_PLAIN and may_be_intent(data)
+            aligned = offset >= 0 and offset % SECTOR_BYTES == 0 and len(data) % SECTOR_BYTES == 0
+            if not aligned or not data or not is_plain or not 0 < sequence <= header.sequence:
+                raise damaged(f"an intent of {len(data)} bytes at {offset:#x}")
+            return IntentOperation(sequence, offset, data)
+        case [5, int(sequence)]:
+            if not 0 < sequence < header.sequence:
+                raise damaged(f"intents up to record {sequence} are done in record {header.sequence}")
+            return DoneOperation(sequence)
     raise damaged("an operation of the wrong shape")

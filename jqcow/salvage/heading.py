@@ -15,6 +15,7 @@ from jqcow import _native
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError, printable
 from jqcow.ondisk import layout
 from jqcow.ondisk import root as roots
+from jqcow.ondisk.frame import IntentOperation
 from jqcow.ondisk.header import (
     CREATED_HEADER_BYTES,
     EXTENSION_EXTERNAL_DATA,
@@ -78,6 +79,7 @@ class _Reading:
         self._numbers: dict[str, int] = {}
         self._is_there = False
         self._journal: JournalRange | None = None
+        self._intents: tuple[IntentOperation, ...] = ()
         self._l1: FoundL1 | None = None
 
     def read(self) -> Shape:
@@ -98,6 +100,7 @@ class _Reading:
             frozenset(self._doubtful),
             tuple(self._damages),
             self._journal,
+            self._intents,
         )
 
     def _infer(self, name: str, value: int | None, meaning: str, default: int = 0) -> None:
@@ -133,6 +136,7 @@ class _Reading:
         faults = replayed.faults or ([] if replayed.area else ["no whole frame is left of it"])
         self._damages += [Damage("journal", self._journal.offset, fault) for fault in faults]
         self._source.lay_over(replayed.blocks)
+        self._intents = tuple(replayed.intents)
         return replayed.area or root
 
     def _header_of_frames(self) -> dict[str, int]:

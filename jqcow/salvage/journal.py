@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.frame import FRAME_ALIGNMENT, BlockOperation, FrameHeader, HeaderOperation, ZeroOperation
+from jqcow.ondisk.frame import (
+    FRAME_ALIGNMENT,
+    BlockOperation,
+    DoneOperation,
+    FrameHeader,
+    HeaderOperation,
+    IntentOperation,
+    ZeroOperation,
+)
 from jqcow.ondisk.layout import Geometry
 from jqcow.ondisk.root import JournalRange
 from jqcow.salvage.source import LOOK_BYTES, Source
@@ -44,11 +52,13 @@ class Replayed:
         blocks: the metadata blocks, by host offset.
         area: the newest header, b"" for none.
         faults: what could not be read, in words.
+        intents: the writes of the guest that are not done, in their order.
     """
 
     blocks: dict[int, bytes] = field(default_factory=dict)
     area: bytes = b""
     faults: list[str] = field(default_factory=list)
+    intents: list[IntentOperation] = field(default_factory=list)
 
 
 def frame_at(source: Source, offset: int) -> FoundFrame | None:
@@ -91,7 +101,7 @@ def live_frames(source: Source, journal: JournalRange) -> list[FoundFrame]:
 def replay(source: Source, found: Iterable[FoundFrame], geometry: Geometry) -> Replayed:
     """Apply frames in their order; one that cannot be decoded is a fault, and left out."""
     replayed = Replayed()
-    left, zeroed_left = DECODED_BYTES_MAX, ZEROED_BYTES_MAX
+    left, zeroed_left, done = DECODED_BYTES_MAX, ZEROED_BYTES_MAX, 0
     for frame in found:
         left -= frame.header.decoded_length
         if left < 0:
@@ -113,6 +123,11 @@ def replay(source: Source, found: Iterable[FoundFrame], geometry: Geometry) -> R
                     replayed.blocks.update(dict.fromkeys(places, zeros))
                 case HeaderOperation(data):
                     replayed.area = data
+                case IntentOperation():
+                    replayed.intents.append(operation)
+                case DoneOperation(sequence):
+                    done = max(done, sequence)
+    replayed.intents = [intent for intent in replayed.intents if intent.sequence > done]
     limit = source.size() + ZEROED_BYTES_MAX
     replayed.blocks = {place: data for place, data in replayed.blocks.items() if place < limit}
     return replayed

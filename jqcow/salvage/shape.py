@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jqcow.ondisk import layout
+from jqcow.ondisk.frame import IntentOperation
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.l2 import L2Codec, codec_of, reserved_bits
 from jqcow.ondisk.layout import Geometry
@@ -79,6 +80,7 @@ class Shape:
         doubtful: the names of those for which others would do as well.
         damages: what is wrong with the header.
         journal: where a live journal lies; None without one, or where that is lost.
+        intents: writes of the guest in a damaged journal, which the tables do not show, in their order.
     """
 
     area: HeaderArea
@@ -87,6 +89,7 @@ class Shape:
     doubtful: frozenset[str] = frozenset()
     damages: tuple[Damage, ...] = ()
     journal: JournalRange | None = None
+    intents: tuple[IntentOperation, ...] = ()
 
     def resized(self, size: int) -> Shape:
         """Return the shape with a better size of the disk, in bytes, where the header's is lost."""

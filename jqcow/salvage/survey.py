@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from jqcow.errors import SnapshotNotFound
+from jqcow.ondisk.frame import IntentOperation
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.sectors import SectorCipher
 from jqcow.ondisk.snapshots import Snapshot
@@ -69,6 +70,7 @@ class Survey:
         is_supposed: by a supposition: see `guest.sizes`.
         ceiling: nothing is surer than this.
         placed: what became of the orphans; None as long as they were not placed.
+        intents: writes of the guest that a journal has, and the tables do not show, in their order.
     """
 
     source: Source
@@ -83,6 +85,7 @@ class Survey:
     is_supposed: bool = False
     ceiling: Certainty = Certainty.CERTAIN
     placed: Placed | None = None
+    intents: tuple[IntentOperation, ...] = ()
     _ciphers: list[SectorCipher] = field(default_factory=list)
 
     @property

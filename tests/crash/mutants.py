@@ -34,6 +34,7 @@ from jqcow.ondisk.root import JournalRange
 from tests.crash.mutants_of_devices import MUTANTS_OF_DEVICES
 from tests.crash.mutants_of_protection import MUTANTS_OF_PROTECTION
 from tests.crash.mutants_of_salvage import MUTANTS_OF_SALVAGE
+from tests.crash.mutants_of_small_writes import MUTANTS_OF_SMALL_WRITES
 from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
 from tests.crash.trials import SCENARIO, SIMULATION, action_of
 from tests.support.mutant import (
@@ -947,6 +948,7 @@ MUTANTS = (
     *MUTANTS_OF_DEVICES,
     *MUTANTS_OF_PROTECTION,
     *MUTANTS_OF_SALVAGE,
+    *MUTANTS_OF_SMALL_WRITES,
     *MUTANTS_OF_THREADS,
 )
 

@@ -57,6 +57,7 @@ from tests.crash.judge import PromiseBroken, require
 from tests.crash.protected import PROTECTION_SCENARIOS
 from tests.crash.replaced import replaced_with_its_data_file
 from tests.crash.salvaged import new_tables_in_place, salvage_that_goes_on
+from tests.crash.small_scenarios import SMALL_WRITES_SCENARIOS
 from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
@@ -928,5 +929,6 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         growth_behind_a_snapshot_table,
         *PROTECTION_SCENARIOS,
         *CERTAIN_SCENARIOS,
+        *SMALL_WRITES_SCENARIOS,
     )
 }

@@ -21,7 +21,7 @@ IS_QUICK = _native.active() == "c"
 """The twins are slow: they get fewer states, and no recovery is crashed."""
 STATES_PER_INTERVAL, SNAPSHOT_STATES_PER_INTERVAL = (6, 2) if IS_QUICK else (2, 1)
 """The stories of snapshots have more intervals than others; of features there are many families."""
-OF_FEATURES = frozenset(names_in("features"))
+OF_FEATURES = frozenset(names_in("features", "small-writes"))
 QEMU_EVERY = 40
 SAMPLE = [
     # The cluster sizes take turns, so that a short run meets them all.
@@ -57,6 +57,9 @@ def laboratory_for(family: Family) -> Laboratory:  # type: ignore[type-arg]
         return laboratory(STATES_PER_INTERVAL, QEMU_EVERY)
     is_small = of_snapshots or family.name in OF_FEATURES
     states = SNAPSHOT_STATES_PER_INTERVAL if is_small else STATES_PER_INTERVAL
+    if family.name in names_in("small-writes"):
+        # They flush again and again, and so have the most intervals.
+        states = 1
     return Laboratory(Judge(QEMU_EVERY), options=LabOptions(budget=states, seed=SEED, kill=True))
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
+from jqcow.image.entering import SMALL_WRITES, SmallWrites
 from jqcow.testing import SimulatedDevice, Workload
-from tests.crash import amended, overlays, stories
+from tests.crash import amended, overlays, small_writes, stories
 from tests.crash.layouts import GarbageRule
 from tests.crash.stories import Story, tell
 from tests.crash.undone import undone
@@ -36,6 +37,7 @@ class Family:
     cluster_sizes: tuple[int, ...] = CLUSTER_SIZES
     weight: float = 1.0
     journal_bytes: int = JOURNAL_BYTES
+    small_writes: SmallWrites = SMALL_WRITES
 
     def workload(self, cluster_bytes: int, seed: int) -> Workload[Expectation]:
         """Return the family's workload for a cluster size and a seed: the same on every run."""
@@ -46,7 +48,13 @@ class Family:
         def run(device: SimulatedDevice, expectation: Expectation) -> None:
             if rule is not None:
                 rule.follow(device)
-            session = Session(device, expectation, written=1 << 16, journal_bytes=self.journal_bytes)
+            session = Session(
+                device,
+                expectation,
+                written=1 << 16,
+                journal_bytes=self.journal_bytes,
+                small_writes=self.small_writes,
+            )
             tell(self.story, Player(session, Random(f"story {name}")))
 
         return Workload(
@@ -387,11 +395,38 @@ _OF_BLOCK_DEVICES = (
     Family("device-preallocated", "device-full", stories.PREALLOCATED, SMALL_TABLES),
     Family("device-preallocated-old-space", "device-dirty", stories.PREALLOCATED_OLD_SPACE, (1024, 4096)),
 )
+_OF_SMALL_WRITES = tuple(
+    Family(f"intents-{name}", start, story, *sizes, small_writes="journal")
+    for name, start, story, *sizes in (
+        ("logged", "used", small_writes.LOGGED),
+        ("over", "full", small_writes.OVER_EACH_OTHER),
+        ("parts", "full", small_writes.PARTS_OF_SECTORS),
+        ("mixed", "full", small_writes.MIXED),
+        ("mixed-overlay", "overlay-unpunchable", small_writes.MIXED),
+        ("mixed-snapshots", "snapshots-unpunchable", small_writes.MIXED),
+        ("mixed-subclusters", "subclusters-unpunchable", small_writes.MIXED, WITH_SUBCLUSTERS),
+        ("mixed-bitmaps", "bitmaps-unpunchable", small_writes.MIXED),
+        ("epochs", "used", small_writes.EPOCHS),
+        ("killed", "used", small_writes.KILLED),
+        ("fails", "unpunchable", small_writes.FAILS),
+        ("barrier-fails", "full", small_writes.BARRIER_FAILS),
+        ("disk-full", "used", small_writes.DISK_FULL),
+        ("moves", "used", small_writes.MOVES),
+        ("transactions", "full", small_writes.TRANSACTIONS),
+        ("snapshots", "snapshots", stories.BETWEEN_WRITES),
+        ("overlay", "overlay", stories.REOPENED),
+        ("resizes", "full", stories.RESIZES),
+        ("reuse", "full", stories.REUSE),
+        ("copy-on-read", "overlay-unpunchable", overlays.COPIED_UP),
+        ("compressed", "snapshots-unpunchable", stories.compressed, PACKED),
+    )
+)
 GROUPS = {
     "plain": _PLAIN,
     "transactions": _OF_TRANSACTIONS,
     "snapshots": _OF_SNAPSHOTS,
     "overlays": _OF_OVERLAYS,
+    "small-writes": _OF_SMALL_WRITES,
     "features": (*_OF_FEATURES, *_OF_BITMAPS, *_OF_ENCRYPTION, *_OF_DATA_FILES, *_OF_BLOCK_DEVICES),
 }
 FAMILIES = {family.name: family for families in GROUPS.values() for family in families}

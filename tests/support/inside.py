@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import jqcow
 from jqcow.engine import tracking
 from jqcow.engine.engine import make_writable, open_engine
+from jqcow.engine.journal import Journal
 from jqcow.engine.medium import Medium
 from jqcow.engine.read import Reads
 from jqcow.engine.request import Requests
@@ -84,6 +85,11 @@ def are_zero_safe(image: jqcow.Image, clusters: range) -> bool | None:
 def are_used(image: jqcow.Image, clusters: range) -> bool:
     """Return True if all of these host clusters have a refcount."""
     return all(image._engine.public.refcounts.get(cluster) for cluster in clusters)
+
+
+def journal_of(image: jqcow.Image) -> Journal:
+    """Return the journal of a live image."""
+    return image._engine.log.require_journal()
 
 
 def header_of(image: jqcow.Image) -> HeaderArea:

@@ -17,6 +17,7 @@ from typing import Any, Unpack
 
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
+from jqcow.image.entering import SMALL_WRITES, SmallWrites
 from jqcow.image.transaction import Savepoint, Transaction
 from jqcow.ondisk.encryption import Encryption
 from jqcow.ondisk.form import FormOptions, Preallocation
@@ -91,6 +92,7 @@ def open_simulated(
     snapshot: str | None = None,
     *,
     journal_bytes: int = JOURNAL_BYTES,
+    small_writes: SmallWrites = SMALL_WRITES,
     backing: Callable[[NamedFile], Any] = find_below,
 ) -> jqcow.Image:
     """Open the image on a device, closed before or not, with salts that a replay meets again."""
@@ -101,6 +103,7 @@ def open_simulated(
         journal_size=journal_bytes,
         new_salt=salts_of(device),
         snapshot=snapshot,
+        small_writes=small_writes,
         backing=backing,
         # What is not encrypted needs none.
         passphrase=PASSPHRASE,
@@ -347,6 +350,7 @@ class Session(User):
     faults_seen: int = 0
     written: int = 0
     journal_bytes: int = JOURNAL_BYTES
+    small_writes: SmallWrites = SMALL_WRITES
     _was_killed: bool = False
 
     # Coming and going
@@ -362,7 +366,7 @@ class Session(User):
 
     def new_image(self) -> jqcow.Image:
         """Return the image, opened for writing."""
-        return open_simulated(self.device, journal_bytes=self.journal_bytes)
+        return open_simulated(self.device, journal_bytes=self.journal_bytes, small_writes=self.small_writes)
 
     def open(self) -> None:
         """Open for writing; a live image is recovered."""

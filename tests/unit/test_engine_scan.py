@@ -10,7 +10,14 @@ from jqcow.engine.scan import replay
 from jqcow.errors import CorruptionError, FormatError
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import Form
-from jqcow.ondisk.frame import BlockOperation, HeaderOperation, Operation, ZeroOperation
+from jqcow.ondisk.frame import (
+    BlockOperation,
+    DoneOperation,
+    HeaderOperation,
+    IntentOperation,
+    Operation,
+    ZeroOperation,
+)
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.layout import Geometry
 
@@ -47,6 +54,13 @@ def test_zeros_cover_every_block_of_their_range_and_blocks_after_them_lie_over()
     assert sorted(blocks) == list(range(65536, 131072, GEOMETRY.block_bytes))
     assert blocks[69632] == block(b"b")
     assert all(blocks[offset] == bytes(GEOMETRY.block_bytes) for offset in blocks if offset != 69632)
+
+
+def test_intents_are_left_that_no_record_declares_done() -> None:
+    intents = [IntentOperation(sequence, 512, bytes(512)) for sequence in (2, 3, 5)]
+    operations: list[Operation] = [HEADER, *intents[:2], DoneOperation(3), DoneOperation(2), intents[2]]
+    assert replay(operations, GEOMETRY).intents == (intents[2],)
+    assert replay([HEADER, *intents], GEOMETRY).intents == tuple(intents)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,9 @@ def test_operations() -> None:
     kinds = {
         name: int(kind) for kind, name in re.findall(r"^\[(\d),.*\]\s+(\w+):", section("Operations"), re.M)
     }
-    assert kinds == {"block": frame.KIND_BLOCK, "zero": frame.KIND_ZERO, "header": frame.KIND_HEADER}
+    names = ("block", "zero", "header", "intent", "done")
+    assert kinds == {name: getattr(frame, f"KIND_{name.upper()}") for name in names}
+    assert sorted(kinds.values()) == list(frame.KINDS)
     assert number_after("Operations", r"min\((\d+), cluster size\)") == layout.BLOCK_BYTES_MAX
     assert number_after("Operations", r"of at most (\d+) bytes") == root.MAX_LIVE_HEADER_BYTES
 

@@ -20,9 +20,11 @@ from jqcow.ondisk.frame import (
     ENCODING_ZSTD,
     FRAME_HEADER_BYTES,
     BlockOperation,
+    DoneOperation,
     EncodedPayload,
     FrameHeader,
     HeaderOperation,
+    IntentOperation,
     Operation,
     ZeroOperation,
     crc_matches,
@@ -55,7 +57,17 @@ def operations_of(geometry: Geometry) -> st.SearchStrategy[list[Operation]]:
         st.integers(1, blocks_per_cluster),
     )
     header = st.builds(HeaderOperation, st.binary(max_size=4096))
-    blocks = st.lists(st.builds(BlockOperation, place, random_block | even_block) | zero, max_size=4)
+    sectors = st.binary(min_size=512, max_size=512).map(lambda data: data * 2)
+    intent = st.builds(
+        lambda sequence, sector, data: IntentOperation(sequence, sector * 512, data),
+        st.integers(1, 9),
+        st.integers(0, 1 << 50),
+        sectors,
+    )
+    promise = intent | st.builds(DoneOperation, st.integers(1, 8))
+    blocks = st.lists(
+        st.builds(BlockOperation, place, random_block | even_block) | zero | promise, max_size=4
+    )
     return st.builds(lambda headers, others: headers + others, st.lists(header, max_size=1), blocks)
 
 
@@ -83,7 +95,7 @@ def decode_plain(plain: bytes, geometry: Geometry = LARGE) -> tuple[Operation, .
 def test_frames_round_trip(geometry: Geometry, data: st.DataObject) -> None:
     operations = data.draw(operations_of(geometry))
     epoch = data.draw(st.integers(1, (1 << 64) - 1))
-    sequence = data.draw(st.integers(0, (1 << 64) - 1))
+    sequence = data.draw(st.integers(9, (1 << 64) - 1))
     payload = encode_operations(operations)
     frame = frame_payload(payload, SALT, epoch, sequence)
     assert len(frame) == payload.frame_length
@@ -251,10 +263,39 @@ class TestHostilePayloads:
         with pytest.raises(CorruptionError):
             decode_plain(msgpack.packb(items))
 
-    @pytest.mark.parametrize("kind", [0, 4, 255, -1])
+    @pytest.mark.parametrize("kind", [0, 6, 255, -1])
     def test_an_unknown_kind_is_refused_by_name(self, kind: int) -> None:
         with pytest.raises(UnsupportedFeatureError, match=f"kind {kind}"):
             decode_plain(msgpack.packb([[kind, 65536, b""]]))
+
+    @pytest.mark.parametrize(
+        "item",
+        [
+            [4, 0, 512, bytes(512)],
+            [4, 10, 512, bytes(512)],
+            [4, 9, 511, bytes(512)],
+            [4, 9, -512, bytes(512)],
+            [4, 9, 512, bytes(511)],
+            [4, 9, 512, b""],
+            [4, 9, 512, b"jqcowFRM" * 64],
+            [4, 9, bytes(512)],
+            [5, 9],
+            [5, 0],
+            [5, 1, 1],
+        ],
+    )
+    def test_promises_that_no_writer_makes(self, item: list[object]) -> None:
+        with pytest.raises(CorruptionError):
+            decode_plain(msgpack.packb([item]))
+
+    def test_an_intent_is_never_compressed(self) -> None:
+        operations = [HeaderOperation(bytes(4096)), IntentOperation(9, 512, bytes(512))]
+        payload = encode_operations(operations)
+        assert payload.encoding == ENCODING_PLAIN
+        assert decode_plain(payload.data) == tuple(operations)
+        packed = zstandard.ZstdCompressor().compress(payload.data)
+        with pytest.raises(CorruptionError):
+            decode(header_of(ENCODING_ZSTD, packed, payload.decoded_length), packed)
 
     def test_one_bad_operation_spoils_the_frame(self) -> None:
         with pytest.raises(CorruptionError):

@@ -145,6 +145,10 @@ def rebuilt(
     for offset, block in patient.source.laid.items():
         trial.pwrite(block, offset)
     found = patient.survey()
+    if found.intents:
+        raise UnsupportedFeatureError(
+            "repair in place while the journal has writes of the guest", "have it back into a new file"
+        )
     found.unlock(patient.cipher(following.passphrase))
     if following.allow is False:
         found.place()

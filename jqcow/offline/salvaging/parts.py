@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 from jqcow import _native
+from jqcow.engine.pending import Piece as Written
+from jqcow.engine.pending import Pieces
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.salvage.amounts import certainty_of
 from jqcow.salvage.evidence import Certainty
@@ -15,6 +19,8 @@ from jqcow.salvage.reading import PieceReader
 from jqcow.salvage.survey import Survey
 
 Kind = Literal["data", "zero", "below", "lost"]
+JOURNAL = "journal"
+"""The witness of what no table shows yet."""
 PART_BYTES = 2 << 20
 """So much is read at once."""
 
@@ -72,9 +78,34 @@ class Parts:
         """Read the disk of ``survey``; what is less sure than ``least`` counts as lost."""
         self._survey, self._reader, self._least = survey, reader, least
         self._cluster_bytes = survey.shape.geometry.cluster_bytes
+        laid = (Written(each.offset, memoryview(each.data)) for each in survey.intents)
+        self._written = list(Pieces.of(laid))
 
     def from_offset(self, offset: int) -> Iterator[Part]:
         """Yield what there is from a guest offset on to the end of the disk, in order, without gaps."""
+        if not self._written:
+            yield from self._from_tables(offset)
+            return
+        for part in self._from_tables(offset):
+            yield from self._laid_over(part)
+
+    def _laid_over(self, part: Part) -> Iterator[Part]:
+        """Yield a part, with what a journal has of it in place of what the tables show."""
+        position = part.offset
+        first = bisect_right(self._written, position, key=lambda written: written.end)
+        for written in islice(self._written, first, None):
+            if written.offset >= part.end:
+                break
+            if position < written.offset:
+                yield part.cut(position, written.offset)
+            new = written.part(position, part.end)
+            content = bytes(new.data)
+            yield Part(new.offset, len(content), "data", self._survey.ceiling, JOURNAL, content=content)
+            position = new.end
+        if position < part.end:
+            yield part.cut(position, part.end)
+
+    def _from_tables(self, offset: int) -> Iterator[Part]:
         disk = self._survey.guest_map
         for piece in disk.pieces(offset, disk.size - offset):
             certainty = certainty_of(piece, self._survey.ceiling)

@@ -20,6 +20,7 @@ from jqcow.disks.view import FileView
 from jqcow.engine.scan import find_live_root
 from jqcow.errors import CorruptionError, FormatError, PassphraseError, UnsupportedFeatureError
 from jqcow.ondisk import keys, luks, naming
+from jqcow.ondisk.frame import IntentOperation
 from jqcow.ondisk.header import CRYPT_NONE
 from jqcow.ondisk.keys import Passphrase, secret_for
 from jqcow.ondisk.luks import LuksHeader
@@ -62,6 +63,7 @@ class Patient:
         shape: what it is read as.
         has_live_journal: it crashed while jqcow wrote to it.
         journal: where that lies, as a structure.
+        intents: writes of the guest that it has, and the tables do not show, in their order.
         damages: what is wrong with it.
         identity: of the file, which its backing files must not be.
         started: when the look at it began, by `time.perf_counter`.
@@ -75,11 +77,14 @@ class Patient:
     journal: Places = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
     started: float = 0.0
+    intents: tuple[IntentOperation, ...] = ()
 
     def survey(self, snapshot: str | None = None) -> Survey:
         """Look at all structures; errors as `jqcow.salvage.survey.survey`."""
         found = survey(self.source, self.shape, snapshot, self.journal)
         self.shape = found.shape
+        if snapshot is None:
+            found.intents = self.intents or self.shape.intents
         if self.damages or any(each.structure == JOURNAL for each in self.shape.damages):
             found.ceiling = Certainty.LIKELY
         return found
@@ -165,12 +170,13 @@ def patient_on(
     """Look at an image on any reader; errors as `open_patient`."""
     started = time.perf_counter()
     source, damages, journal, is_live = Source(reader, bad), list[Damage](), Places(), False
+    intents: tuple[IntentOperation, ...] = ()
     try:
         is_live = find_live_root(source, use_root_copy=True) is not None
         if is_live:
             view = FileView.of_file(source, use_root_copy=True)
             journal = [(JOURNAL, *place) for place in view.reserved]
-            source = ReplayedSource(view, source)
+            source, intents = ReplayedSource(view, source), view.intents
     except (CorruptionError, FormatError) as error:
         # A header that breaks the specification is for `shape_of`.
         if is_live:
@@ -179,4 +185,4 @@ def patient_on(
     shape = shape_of(source)
     if shape.journal is not None:
         journal = [(JOURNAL, shape.journal.offset, shape.journal.length)]
-    return Patient(path, source, shape, is_live, identity, journal, damages, started)
+    return Patient(path, source, shape, is_live, identity, journal, damages, started, intents)

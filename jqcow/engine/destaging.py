@@ -1,0 +1,140 @@
+"""Small writes of a guest: into the journal first, and by the ordinary path later, many at a time.
+
+A small write waits in memory (`pending`). A flush logs it as an intent: data and all in one record, under one
+barrier, without any metadata. *Destaging* does what is pending by the ordinary path, in the order of the
+disk, and stages the declaration that it is done. Other changes of the same place come after that.
+
+I2. The record that declares intents done is ordered: what destaging wrote is durable before it (T1).
+I4. Nothing but a small write changes what the guest reads at a place while a piece is pending there: who
+    wants to waits until it is destaged. Who is alone, or closes, finds nothing pending at all.
+I5. A small write is whole sectors: laid over any state of a sector it leaves the sector that it wrote.
+I7. A small write needs nothing from below: it is one only where the image has an entry of its own, or no
+    backing file. So whoever recovers an image needs none either.
+I8. The bits of a small write are durable in the bitmaps before it is pending (tracking.py, B1).
+I9. Destaging waits for the changes in flight that began before: one of them may write the same place, and
+    what was read since would come back.
+I10. A round declares intents done up to the first that it has not written.
+"""
+
+from __future__ import annotations
+
+from jqcow.engine.commit import Commits
+from jqcow.engine.pending import Piece
+from jqcow.engine.write import Writes
+from jqcow.ondisk import frame as frames
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, UNALLOCATED
+from jqcow.ondisk.layout import SECTOR_BYTES, GuestOffset
+
+SMALL_BYTES_MAX = 32 << 10
+"""A longer write goes the ordinary way: it would cost more to write it twice."""
+SPARE_BYTES = 1 << 20
+"""The host has so much more space than what is pending will need, or small writes go the ordinary way."""
+
+
+class Destaging:
+    """The ordinary path, for what is pending."""
+
+    def __init__(self, writes: Writes, commits: Commits) -> None:
+        """Take a way in that finds nothing pending, and waits for nobody who is alone."""
+        self.writes = writes
+        self.commits = commits
+        self.public = commits.public
+        self.pending = commits.pending
+        self.medium = commits.medium
+
+    def run(self) -> None:
+        """Do all that is pending; whoever calls this has the turn, and commits next.
+
+        Raises:
+            JqcowError, OSError: it is pending still.
+        """
+        if self.pending.is_empty:
+            return
+        with self.medium.lock:
+            begun = self.pending.begin_round(self.commits.log.require_journal().sequence)
+        # None of them waits for the turn: those that run do without it.
+        self.writes.guard.drain()
+        for offset, data in begun.runs():
+            self.writes.write(data, offset)
+            if self.commits.is_large(self.public.changes):
+                self.commits.commit(self.public)
+        with self.medium.lock, self.medium.section():
+            done = self.pending.end_round(begun, self.commits.log.require_journal().sequence)
+            if done:
+                self.public.changes.done = done
+                self.public.changes.ordered = True
+
+
+class SmallWrites:
+    """A guest's small writes, as long as they are pending. Errors as `Requests`."""
+
+    def __init__(self, writes: Writes) -> None:
+        self.writes = writes
+        self.requests = writes.requests
+        self.commits = writes.requests.commits
+        self.pending = self.commits.pending
+        self.medium = writes.medium
+        self._cluster_bytes = writes.geometry.cluster_bytes
+
+    def take(self, data: memoryview, offset: int) -> bool:
+        """Have a write wait, if it is one that may; else it has to go the ordinary way.
+
+        Raises:
+            OSError: there was too much that waited; the disk is as before.
+        """
+        length, limit = len(data), self.commits.pending_limit()
+        if not 0 < length <= SMALL_BYTES_MAX or not _are_whole_sectors(offset, length):
+            return False
+        if length > limit // 2:
+            # Overwriting in place needs no journal: an image goes live with a change of its tables.
+            return False
+        copy = bytes(data)
+        if not frames.may_be_intent(copy):
+            return False
+        while self.pending.length_bytes + length > limit:
+            # Where somebody is alone this waits, and looks again.
+            self.requests.settle()
+            self.requests.commit_if_large()
+        return self.requests.planned(lambda: self._plan(copy, offset))
+
+    def _plan(self, data: bytes, offset: int) -> bool:
+        requests, length = self.requests, len(data)
+        requests.enter_change()
+        requests.check_range(offset, length)
+        if not requests.lifecycle.is_live or not self._may_wait(GuestOffset(offset), length):
+            return False
+        requests.dirty.will_write(offset, length)
+        with self.medium.section():
+            # Before it can be read: the next flush acknowledges it (commit.py, C2).
+            self.commits.turn.is_clean = False
+            self.pending.fresh.lay(Piece(offset, memoryview(data)))
+        return True
+
+    def _may_wait(self, offset: GuestOffset, length: int) -> bool:
+        """Return True if nothing but the host's failure can keep a write from being done later.
+
+        Raises:
+            CorruptionError: the ordinary path would refuse it, too.
+        """
+        needs_space = False
+        for piece in self.writes.pieces(offset, length):
+            kind = piece.run.kind
+            if kind == COMPRESSED_CLUSTER or (kind == UNALLOCATED and self._shows_below()):
+                return False
+            needs_space |= not piece.in_place
+        return not needs_space or self._has_space()
+
+    def _shows_below(self) -> bool:
+        """Return True if what has no entry shows what lies below (I7)."""
+        return self.writes.reads.backing is not None
+
+    def _has_space(self) -> bool:
+        """Return True if the host has room for a new cluster for each piece, and what else that takes."""
+        free_bytes = self.medium.free_bytes()
+        waiting = len(self.pending.fresh) + len(self.pending.in_flight) + len(self.pending.logged)
+        return free_bytes is None or free_bytes >= SPARE_BYTES + (waiting + 2) * self._cluster_bytes
+
+
+def _are_whole_sectors(offset: int, length: int) -> bool:
+    """Return True if a range begins and ends between sectors (I5)."""
+    return not offset % SECTOR_BYTES and not length % SECTOR_BYTES

@@ -1,0 +1,85 @@
+"""Mutants (`tests.crash.mutants`) without a rule of the small writes that wait in the journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.crash.trials import SCENARIO
+from tests.support.mutant import (
+    COMMITS,
+    DESTAGING,
+    DESTAGING_MODULE,
+    FRAME,
+    GUARD,
+    PENDING,
+    REQUESTS,
+    SMALL_WRITES,
+    TRACKING,
+    Mutant,
+    seeds,
+)
+from tests.support.patches import after, returning, skipping, with_argument, with_result
+
+
+def declare_unordered(_: None, destaging: Any) -> None:
+    """Let the record that declares intents done land before what they wrote."""
+    destaging.public.changes.ordered = False
+
+
+MUTANTS_OF_SMALL_WRITES = (
+    Mutant(
+        "I1-read-from-the-tables-alone",
+        returning(f"{PENDING}.layers", []),
+        trials=("intents-logged/4096/0",),
+    ),
+    Mutant(
+        "I2-done-before-it-is-durable",
+        after(f"{DESTAGING}.run", declare_unordered),
+        trials=("intents-logged/4096/0", *seeds("intents-over/4096", 3)),
+    ),
+    Mutant(
+        "I3-nothing-is-carried",
+        with_result(f"{PENDING}.carried", lambda _: []),
+        trials=seeds("intents-killed/4096", 3),
+    ),
+    Mutant(
+        "I4-other-changes-do-not-wait",
+        skipping(f"{REQUESTS}.require_settled"),
+        trials=seeds("intents-mixed/4096", 3),
+    ),
+    Mutant(
+        "I4-pending-in-a-transaction",
+        skipping(f"{COMMITS}.settle", during=f"{COMMITS}.cool"),
+        trials=seeds("intents-transactions/4096", 3),
+    ),
+    Mutant(
+        "I5-parts-of-sectors",
+        returning(f"{DESTAGING_MODULE}:_are_whole_sectors", True),
+        trials=("intents-parts/4096/0",),
+    ),
+    Mutant(
+        "I6-guest-data-like-a-frame",
+        returning(f"{FRAME}:may_be_intent", True),
+        trials=(SCENARIO + "guest-data-like-a-frame",),
+    ),
+    Mutant(
+        "I7-needs-the-backing-file",
+        returning(f"{SMALL_WRITES}._shows_below", False),
+        trials=seeds("intents-mixed-overlay/4096", 3),
+    ),
+    Mutant(
+        "I8-pending-before-its-bits",
+        skipping(f"{TRACKING}.will_write", during=f"{SMALL_WRITES}._plan"),
+        trials=seeds("intents-mixed-bitmaps/8192", 4),
+    ),
+    Mutant(
+        "I9-beside-an-older-write",
+        skipping(f"{GUARD}.drain", during=f"{DESTAGING}.run"),
+        trials=(SCENARIO + "small-write-over-a-longer-one",),
+    ),
+    Mutant(
+        "I10-declared-done-and-not-written",
+        with_argument(f"{PENDING}.begin_round", "newest", lambda newest: newest + 100),
+        trials=(SCENARIO + "small-write-during-a-round",),
+    ),
+)

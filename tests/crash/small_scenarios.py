@@ -1,0 +1,85 @@
+"""Stories of small writes that wait in the journal, where threads meet or the guest is hostile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jqcow
+from jqcow.ondisk import frame as frames
+from jqcow.ondisk.frame import FRAME_ALIGNMENT, FRAME_HEADER_BYTES, HeaderOperation, IntentOperation
+from jqcow.testing import SimulatedDevice, enumerate_states
+from tests.crash.judge import require
+from tests.support import inside
+from tests.support.beside import HeldUp
+from tests.support.users import create_simulated, open_simulated
+
+CLUSTER_BYTES = 4096
+SECTOR_BYTES = 512
+DISK_BYTES = 16 << 20
+LONG_JOURNAL = 512 << 10
+
+
+def _live_image(journal_bytes: int = 64 << 10) -> tuple[SimulatedDevice, jqcow.Image]:
+    """Return a live image whose first clusters hold data, on its device: small writes wait."""
+    device = SimulatedDevice()
+    create_simulated(device, DISK_BYTES, CLUSTER_BYTES).close()
+    image = open_simulated(device, journal_bytes=journal_bytes, small_writes="journal")
+    image.pwrite(b"\x33" * (8 * CLUSTER_BYTES), 0)
+    image.flush()
+    return device, image
+
+
+def small_write_over_a_longer_one() -> None:
+    """P1: a longer write is held up; a small one over it is flushed and read, and brought home."""
+    device, image = _live_image()
+    small = b"\x55" * SECTOR_BYTES
+    with HeldUp(device, lambda: image.pwrite(b"\x44" * (SECTOR_BYTES + 1), 0), call="pwrite") as held:
+        image.pwrite(small, 0)
+        image.flush()
+        require(image.pread(SECTOR_BYTES, 0) == small, "P1: a small write is not read")
+        held.run(image.checkpoint)
+    require(image.pread(SECTOR_BYTES, 0) == small, "P1: an older write came back")
+
+
+def small_write_during_a_round() -> None:
+    """P1: while others are brought home, which takes several records, a small write comes."""
+    device, image = _live_image()
+    # Each lies in a metadata block of mapping of its own.
+    for number in range(6):
+        image.pwrite(bytes([number + 1]) * SECTOR_BYTES, (number + 1) * (2 << 20))
+        image.flush() if number == 2 else None
+    with HeldUp(device, image.checkpoint, call="pwrite"):
+        image.pwrite(b"\x55" * SECTOR_BYTES, CLUSTER_BYTES)
+    require(image.pread(1, CLUSTER_BYTES) == b"\x55", "P1: a completed write is gone")
+    image.flush()
+    recovered = open_simulated(device.crash(next(iter(enumerate_states(device, budget=1)))))
+    require(recovered.pread(1, CLUSTER_BYTES) == b"\x55", "P1: a flushed write is gone")
+
+
+def guest_data_like_a_frame() -> None:
+    """P4: the guest writes what looks like a newer record of the journal, and its own record is torn."""
+    device, image = _live_image(LONG_JOURNAL)
+    journal = inside.journal_of(image)
+    payload = frames.encode_operations([HeaderOperation(inside.header_of(image).data)])
+    forged = frames.frame_payload(payload, journal.extent.salt, journal.epoch + 7, journal.sequence + 9)
+    intent = IntentOperation(journal.sequence + 1, 0, bytes(3 * FRAME_ALIGNMENT))
+    before_data = FRAME_HEADER_BYTES + len(frames.encode_operations([intent]).data) - len(intent.data)
+    # Where a frame may start.
+    data = (bytes(FRAME_ALIGNMENT - before_data) + forged).ljust(len(intent.data), b"\0")
+    crashed: list[SimulatedDevice] = []
+
+    def cut(name: str, device: SimulatedDevice) -> None:
+        crashed.extend(device.crash(state) for state in enumerate_states(device, budget=64))
+
+    image.pwrite(data, 0)
+    device.barrier_listeners.append(cut)
+    image.flush()
+    for each in crashed:
+        open_simulated(each).close()
+
+
+SMALL_WRITES_SCENARIOS: tuple[Callable[[], None], ...] = (
+    small_write_over_a_longer_one,
+    small_write_during_a_round,
+    guest_data_like_a_frame,
+)
