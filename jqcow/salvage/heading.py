@@ -13,11 +13,13 @@ from dataclasses import fields, replace
 
 from jqcow import _native
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError, printable
-from jqcow.ondisk import layout
+from jqcow.ondisk import layout, luks
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.frame import IntentOperation
 from jqcow.ondisk.header import (
     CREATED_HEADER_BYTES,
+    CRYPT_LUKS,
+    EXTENSION_ENCRYPTION,
     EXTENSION_EXTERNAL_DATA,
     EXTENSION_STRUCT,
     INCOMPATIBLE_COMPRESSION,
@@ -30,6 +32,7 @@ from jqcow.ondisk.header import (
     V2_BYTES,
     V3_BYTES,
     V3_STRUCT,
+    Extension,
     Header,
     HeaderArea,
 )
@@ -81,6 +84,7 @@ class _Reading:
         self._journal: JournalRange | None = None
         self._intents: tuple[IntentOperation, ...] = ()
         self._l1: FoundL1 | None = None
+        self._encryption: luks.Pointer | None = None
 
     def read(self) -> Shape:
         data = self._source.pread(HEADER_BYTES, 0)
@@ -91,6 +95,7 @@ class _Reading:
         self._take_refcounts()
         self._take_l1()
         self._take_features()
+        self._take_encryption()
         self._take_snapshots()
         self._take_size()
         return Shape(
@@ -224,9 +229,6 @@ class _Reading:
     def _can_be_offset(self, offset: int) -> bool:
         return 0 < offset < self._source.size() and offset % SECTOR_BYTES == 0
 
-    def _find_cluster_bits(self) -> tuple[int | None, bool]:
-        return self._structures.find_cluster_bits(by_chance=self._by_chance or self._is_there)
-
     def _take_cluster_bits(self) -> None:
         numbers, structures = self._numbers, self._structures
         bits = numbers["cluster_bits"]
@@ -236,7 +238,8 @@ class _Reading:
         new = [found for found in range(9, 22) if structures.refcounts_at(1 << found, found) is not None]
         if can_be and self._is_there and (not new or bits in new):
             return
-        found, is_sure = (new[0], True) if new else self._find_cluster_bits()
+        by_chance = self._by_chance or self._is_there
+        found, is_sure = (new[0], True) if new else structures.find_cluster_bits(by_chance=by_chance)
         self._infer(
             "cluster_bits", found, "the cluster size is lost", self._default_bits or DEFAULT_CLUSTER_BITS
         )
@@ -410,6 +413,14 @@ class _Reading:
         if numbers["crypt_method"] > 2:
             self._infer("crypt_method", None, f"crypt_method {numbers['crypt_method']} is none")
 
+    def _take_encryption(self) -> None:
+        """Look for the header of an encryption that the lost one of the image named."""
+        if self._is_there or self._numbers["crypt_method"]:
+            return
+        self._encryption = self._structures.find_encryption(self._numbers["cluster_bits"], self._l1)
+        if self._encryption is not None:
+            self._infer("crypt_method", CRYPT_LUKS, "how it is encrypted is lost")
+
     def _disagrees(self, extended: bool) -> bool:
         """Return True if the first tables that the L1 table names are none with such entries."""
         bits = self._numbers["cluster_bits"]
@@ -477,6 +488,11 @@ class _Reading:
             self._infer("backing_file_offset", None, "where the name of the backing file is is lost")
             numbers["backing_file_size"] = 0
         packed = Header(**self._numbers).pack()
+        found: tuple[Extension, ...] = ()
+        if self._encryption is not None:
+            place = luks.POINTER_STRUCT.pack(self._encryption.offset, self._encryption.length)
+            found = (Extension(EXTENSION_ENCRYPTION, place),)
+            packed += found[0].pack()
         tries: list[Callable[[], HeaderArea]] = [
             lambda: HeaderArea.parse(packed + data[len(packed) :]),
             lambda: HeaderArea.parse(packed),
@@ -485,7 +501,7 @@ class _Reading:
             with suppress(FormatError, CorruptionError):
                 return attempt()
             self._damages.append(Damage("header", len(packed), "its extensions cannot be read"))
-        return HeaderArea(Header(**self._numbers), (), packed)
+        return HeaderArea(Header(**self._numbers), found, packed)
 
 
 def _journal_geometry(cluster_bits: int, root: bytes) -> Geometry:

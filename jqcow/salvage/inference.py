@@ -7,16 +7,17 @@ that count their own cluster. Tables of an image in the image have another file'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
 from jqcow import _native
-from jqcow.errors import CorruptionError, FormatError
-from jqcow.ondisk import entries, layout, snapshots
+from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
+from jqcow.ondisk import entries, layout, luks, snapshots
 from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from jqcow.ondisk.header import Header
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, FoundEntry, codec_of
-from jqcow.ondisk.layout import Geometry, table_bytes
+from jqcow.ondisk.layout import Geometry, HostOffset, table_bytes
 from jqcow.ondisk.snapshots import TableEntry
 from jqcow.salvage.lookalikes import (
     CANDIDATES_MAX,
@@ -26,6 +27,7 @@ from jqcow.salvage.lookalikes import (
     SAMPLED_TABLES,
     FoundL1,
     Lookalikes,
+    words_of,
 )
 from jqcow.salvage.streams import stream_length
 
@@ -36,6 +38,8 @@ FEW = 0.125
 """Tables that name less of a file tell less than an L1 table in its usual place."""
 CHANCE = 1 / 256
 """Tables that name less of a file are tables by chance."""
+ENCRYPTION_WITHIN = 64 << 20
+"""So far from its start a file has the header of its encryption: it comes with the first structures."""
 SURE_WEIGHT = 2
 """What a cluster size names that an L1 or refcount table speaks for counts so often."""
 ORDERS = (4, 3, 5, 6, 0, 1, 2)
@@ -236,6 +240,31 @@ class Structures(Lookalikes):
             if offset and len(found) > len(best[1]) and any(table is not None for table in l1):
                 best = offset, found
         return best
+
+    # Encryption
+
+    def find_encryption(self, cluster_bits: int, l1: FoundL1 | None) -> luks.Pointer | None:
+        """Return where a LUKS header lies that is the image's: no L2 table names it, and there are such.
+
+        One that a table names is the guest's; without any table nothing tells whose it is.
+        """
+        places = self._l2_places(cluster_bits, l1)
+        for offset in range(0, min(self._source.size(), ENCRYPTION_WITHIN), 1 << cluster_bits):
+            start = self._pread(luks.HEADER_BYTES, offset)
+            if not places or not start.startswith(luks.MAGIC):
+                continue
+            with suppress(FormatError, UnsupportedFeatureError, CorruptionError):
+                header = luks.LuksHeader.unpack(start)
+                length = header.payload_sector * layout.SECTOR_BYTES
+                header.validate(length)
+                names = (entries.l1_entry(offset, copied=copied) for copied in (True, False))
+                if length <= luks.HEADER_BYTES_MAX and not self._is_named(set(names), cluster_bits, places):
+                    return luks.Pointer(HostOffset(offset), length)
+        return None
+
+    def _is_named(self, words: set[int], cluster_bits: int, places: list[int]) -> bool:
+        tables = (self._pread(1 << cluster_bits, place) for place in places[:CANDIDATES_MAX])
+        return any(not words.isdisjoint(words_of(table)) for table in tables)
 
     # Kinds of entries
 

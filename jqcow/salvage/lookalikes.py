@@ -212,7 +212,7 @@ class Lookalikes:
             places = self._l2_places(cluster_bits, table)[:RIVAL_TABLES_MAX]
             words: set[int] = set()
             for place in places:
-                words |= wanted & _words(self._pread(1 << cluster_bits, place))
+                words |= wanted & words_of(self._pread(1 << cluster_bits, place))
             names[table.offset] = {entries.split_l1(word)[0] for word in words}
         return [
             table
@@ -268,7 +268,7 @@ class Lookalikes:
             return None
         wanted = {entries.l1_entry(offset, copied=copied) for offset in likely for copied in (True, False)}
         for place in places if likely else ():
-            named = wanted & _words(self._pread(1 << cluster_bits, place))
+            named = wanted & words_of(self._pread(1 << cluster_bits, place))
             likely -= {entries.split_l1(word)[0] for word in named}
         return likely
 
@@ -279,7 +279,7 @@ class Lookalikes:
         return [entries.split_l1(word)[0] for _, word in entries.nonzero_entries(table)]
 
 
-def _words(table: bytes) -> set[int]:
+def words_of(table: bytes) -> set[int]:
     """Return the words of a table."""
     words = array("Q", table)
     if sys.byteorder == "little":

@@ -17,6 +17,8 @@ import jqcow
 from jqcow import _native
 from jqcow._native import twins
 from jqcow.errors import JqcowError, UnsupportedFeatureError
+from jqcow.offline import salvage as verb
+from jqcow.ondisk import luks
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.salvage.candidates import TableSearch
 from jqcow.salvage.evidence import Certainty
@@ -31,6 +33,7 @@ from jqcow.salvage.snapshots import copies_of_l1, find_snapshots
 from jqcow.salvage.source import Source
 from jqcow.salvage.streams import StreamOrphans, find_streams
 from jqcow.salvage.tables import Fate, read_tables
+from tests.support.encrypted import PASSPHRASE, encryption
 from tests.support.orphans import Memory
 
 WORDS = st.one_of(
@@ -342,3 +345,24 @@ def test_a_table_by_chance_tells_no_cluster_size() -> None:
     assert structures.find_cluster_bits(by_chance=True) == (9, False)
     data = data[: 64 << 10]
     assert Structures(Source(Memory(bytes(data)))).find_cluster_bits() == (9, False)
+
+
+def test_the_header_of_an_encryption_is_found(tmp_path: Path) -> None:
+    """The header and the L1 table are lost; a LUKS header that a table names would be the guest's."""
+    pytest.importorskip("cryptography")
+    path, content = tmp_path / "disk.qcow2", random.Random(9).randbytes(1 << 20)
+    with jqcow.create(path, 4 << 20, cluster_size=65536, encryption=encryption()) as image:
+        image.pwrite(content, 0)
+    data = bytearray(path.read_bytes())
+    area = HeaderArea.parse(bytes(data[:65536]))
+    place = luks.pointer_of(area)
+    l1 = area.header.l1_table_offset
+    (table,) = (word & ~(1 << 63) for (word,) in struct.iter_unpack(">Q", data[l1 : l1 + 8]))
+    assert place is not None
+    data[:65536] = data[l1 : l1 + 65536] = bytes(65536)
+    path.write_bytes(data)
+    assert luks.pointer_of(read_shape(Source(Memory(bytes(data)))).area) == place
+    verb.salvage(path, tmp_path / "saved", target_format="raw", passphrase=PASSPHRASE)
+    assert (tmp_path / "saved").read_bytes()[: len(content)] == content
+    data[table + 512 : table + 520] = struct.pack(">Q", 1 << 63 | place.offset)
+    assert read_shape(Source(Memory(bytes(data)))).area.header.crypt_method == 0
