@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal, NamedTuple
 
 from jqcow import _native
+from jqcow.ondisk.entries import split_l1
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, ZERO_CLUSTER
 from jqcow.salvage.evidence import Certainty, Placement
 from jqcow.salvage.marks import MANY, STRUCTURE, Marks
@@ -24,9 +26,10 @@ from jqcow.salvage.tables import DiskTables, Fate
 
 Kind = Literal["data", "compressed", "zero", "below", "lost"]
 
-_FATES_AT_ONCE = 4096
+_FATES_AT_ONCE, _TABLES_KEPT = 4096, 8
 TABLE = "L2 table"
 """The witness of what a table says."""
+SHARED = f"{TABLE}, for a cluster that has another use, too"
 
 
 class Piece(NamedTuple):
@@ -88,6 +91,18 @@ class OpenPart(NamedTuple):
     why: Open
 
 
+class _Uses(NamedTuple):
+    """What entries of a table share.
+
+    Attributes:
+        twice: where compressed data starts that several of them name: marks count clusters.
+        has_shared: one names a cluster that has another use, too.
+    """
+
+    twice: frozenset[int]
+    has_shared: bool
+
+
 @dataclass
 class PlacedEntries:
     """What evidence says of the entries of an L2 table that is lost, wholly or in part.
@@ -130,6 +145,7 @@ class GuestMap:
     packed: PackedPlaces | None = None
     counted: tuple[object, object] = ((), None)
     _witnesses: list[str] = field(default_factory=list)
+    _known_uses: dict[bytes, _Uses] = field(default_factory=dict)
     _open: dict[int, tuple[tuple[int, bool, bool], list[OpenPart]]] = field(default_factory=dict)
 
     @property
@@ -320,12 +336,43 @@ class GuestMap:
             if run.kind == DATA:
                 yield from self._data(start, length, run.host + skipped, sure)
             elif run.kind == COMPRESSED_CLUSTER:
-                yield Piece(start, length, "compressed", run.host, run.length, sure, TABLE)
-            elif run.kind == ZERO_CLUSTER:
-                yield Piece(start, length, "zero", 0, 0, sure, TABLE)
+                is_shared = run.host in self._uses(table).twice
+                certainty = min(sure, Certainty.LIKELY) if is_shared else sure
+                witness = SHARED if is_shared else TABLE
+                yield Piece(start, length, "compressed", run.host, run.length, certainty, witness)
             else:
-                yield Piece(start, length, "below", 0, 0, sure, TABLE)
+                kind: Kind = "zero" if run.kind == ZERO_CLUSTER else "below"
+                whole = Piece(start, length, kind, 0, 0, sure, TABLE)
+                if self.tables.shape.geometry.has_subclusters and self._uses(table).has_shared:
+                    yield from self._without_data(whole, table, first_offset)
+                else:
+                    yield whole
             start += length
+
+    def _without_data(self, piece: Piece, table: bytes, first_offset: int) -> Iterator[Piece]:
+        """Yield where entries have no data; where their cluster has another use, too, that is not certain."""
+        bits, entry_bytes = self.marks.cluster_bits, self.tables.shape.codec.entry_bytes
+        start = piece.guest_offset
+        while start < piece.end:
+            position = (start - first_offset) >> bits
+            stop = min(piece.end, first_offset + (position + 1 << bits))
+            host = split_l1(int.from_bytes(table[position * entry_bytes :][:8], "big"))[0]
+            part = piece._replace(guest_offset=start, length=stop - start)
+            if host and self.marks.of(host >> bits) in (MANY, STRUCTURE):
+                part = part._replace(certainty=min(piece.certainty, Certainty.LIKELY), witness=SHARED)
+            yield part
+            start = stop
+
+    def _uses(self, table: bytes) -> _Uses:
+        if table not in self._known_uses:
+            if len(self._known_uses) >= _TABLES_KEPT:
+                self._known_uses.clear()
+            codec = self.tables.shape.codec
+            starts = Counter(found.host for found in codec.found(table) if found.length)
+            shared = _native.l2_shared(table, codec.entry_bytes, self.marks.cluster_bits, self.marks.data)
+            twice = frozenset(start for start, count in starts.items() if count > 1)
+            self._known_uses[table] = _Uses(twice, any(shared))
+        return self._known_uses[table]
 
     def _data(self, guest_offset: int, length: int, host_offset: int, sure: Certainty) -> Iterator[Piece]:
         """Yield a run of data, parted where its clusters are marked otherwise."""
@@ -347,7 +394,7 @@ class GuestMap:
             certainty, witness = sure, TABLE
             if mark in (MANY, STRUCTURE):
                 certainty = min(sure, Certainty.LIKELY if mark == MANY else Certainty.GUESS)
-                witness = f"{TABLE}, for a cluster that has another use, too"
+                witness = SHARED
             yield Piece(guest_offset, taken, "data", host_offset, 0, certainty, witness)
             guest_offset += taken
             host_offset += taken
