@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any, cast
 
-from jqcow.cli import common, secrets
-from jqcow.cli.progress import add_progress, progress_kind, shown_progress
+from jqcow.cli import common, names, secrets
+from jqcow.cli.progress import add_progress, progress_of
 from jqcow.errors import printable
 from jqcow.image.amending import AmendReport
 from jqcow.offline.amend import amend
@@ -37,6 +36,10 @@ def add_parsers(commands: Any) -> None:
         "refcounts or another size, whole or not at all. A crashed image is recovered first.",
     )
     common.add_format(parser)
+    names.add_image_opts(parser)
+    names.add_objects(parser)
+    common.add_cache(parser, "-t")
+    parser.add_argument("--force", action="store_true", help="taken as qemu-img takes it, and not needed")
     parser.add_argument(
         "-o",
         dest="options",
@@ -54,17 +57,21 @@ def add_parsers(commands: Any) -> None:
     add_progress(parser)
     common.add_output(parser)
     common.add_quiet(parser)
-    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("image", metavar="IMAGE", nargs="?" if common.profile_of(parser).is_qemu else None)
     parser.set_defaults(command=amend_command)
 
 
 def amend_command(arguments: argparse.Namespace) -> int:
     """Amend an image."""
+    if arguments.profile.is_qemu:
+        from jqcow.cli.qemu import changing
+
+        return changing.amend(arguments)
     if arguments.format == "raw":
         raise common.CommandError("a raw file has no options that could be amended")
     options = _options_of(",".join(arguments.options))
     name = arguments.image
-    with common.about(name), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+    with common.about(name), progress_of(arguments) as progress:
         report = amend(
             name,
             shrink=arguments.shrink,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jqcow
-from jqcow.cli import common
+from jqcow.cli import common, names
 from jqcow.errors import printable
 from jqcow.image.bitmaps import granularity_bits
 from jqcow.image.opening import open_alone
@@ -64,6 +64,8 @@ def add_parsers(commands: Any) -> None:
     bitmap.add_argument("-b", dest="source", metavar="FILE", help="the image that SOURCE of --merge is in")
     bitmap.add_argument("-F", dest="source_format", choices=("qcow2",), help="the format of FILE")
     bitmap.add_argument("-f", dest="format", choices=("qcow2",), help="the format of IMAGE")
+    names.add_image_opts(bitmap)
+    names.add_objects(bitmap)
     common.add_journal_size(bitmap)
     common.add_output(bitmap)
     common.add_quiet(bitmap)

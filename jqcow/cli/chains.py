@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-from jqcow.cli import common, secrets
+from jqcow.cli import common, names, secrets
 from jqcow.cli.common import human_size
-from jqcow.cli.progress import add_progress, progress_kind, shown_progress
+from jqcow.cli.progress import add_progress, progress_of
 from jqcow.errors import printable
 from jqcow.offline.commit import commit
 from jqcow.offline.rebase import rebase
@@ -18,6 +18,10 @@ def add_parsers(commands: Any) -> None:
     """Add the subcommands of this module."""
     parsers = _add_commit(commands), _add_rebase(commands)
     for parser in parsers:
+        common.add_format(parser)
+        names.add_image_opts(parser)
+        names.add_objects(parser)
+        common.add_cache(parser, "-t")
         common.add_allow_files(parser)
         secrets.add_passphrase(parser)
         common.add_journal_size(parser)
@@ -35,6 +39,13 @@ def _add_commit(commands: Any) -> argparse.ArgumentParser:
         "Whatever interrupts it, the overlay reads as before.",
     )
     parser.add_argument("-d", dest="keep", action="store_true", help="do not empty the overlay")
+    parser.add_argument(
+        "-b",
+        dest="base",
+        metavar="BASE",
+        help="the backing file, if it is to be told; does not empty the overlay",
+    )
+    parser.add_argument("-r", dest="rate", metavar="RATE", help="taken as qemu-img takes it, and not needed")
     parser.set_defaults(command=commit_command)
     return parser
 
@@ -50,20 +61,28 @@ def _add_rebase(commands: Any) -> argparse.ArgumentParser:
         "-b",
         dest="backing_file",
         metavar="FILE",
-        required=True,
+        required=not common.profile_of(parser).is_qemu,
         help="the new backing file, as it is to be stored: relative to the overlay; empty for none",
     )
-    parser.add_argument("-F", dest="backing_format", choices=common.FORMATS, help="format of the new one")
+    parser.add_argument(
+        "-F", dest="backing_format", choices=common.formats(parser), help="format of the new one"
+    )
     parser.add_argument(
         "-u", dest="unsafe", action="store_true", help="change the name alone, and open no backing file"
     )
+    common.add_cache(parser, "-T")
+    common.add_force_share(parser)
     parser.set_defaults(command=rebase_command)
     return parser
 
 
 def commit_command(arguments: argparse.Namespace) -> int:
     """Commit an overlay."""
-    with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+    if arguments.profile.is_qemu:
+        from jqcow.cli.qemu import changing
+
+        return changing.commit(arguments)
+    with common.about(arguments.image), progress_of(arguments) as progress:
         report = commit(arguments.image, keep=arguments.keep, **_how(arguments), progress=progress)
     if arguments.output == "json":
         common.print_json(common.as_json(report))
@@ -87,12 +106,16 @@ def _how(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def rebase_command(arguments: argparse.Namespace) -> int:
     """Put an overlay over another backing file."""
+    if arguments.profile.is_qemu:
+        from jqcow.cli.qemu import changing
+
+        return changing.rebase(arguments)
     name = arguments.backing_file or None
     # As in qemu-img, what -F says of no backing file is not looked at.
     image_format = None if name is None else arguments.backing_format
     if name is not None and image_format is None:
         raise common.CommandError("a backing file needs its format: -F qcow2 or -F raw")
-    with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+    with common.about(arguments.image), progress_of(arguments) as progress:
         report = rebase(
             arguments.image, name, image_format, unsafe=arguments.unsafe, **_how(arguments), progress=progress
         )

@@ -12,18 +12,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, cast
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import jqcow
-from jqcow import _native
-from jqcow.errors import ImageInUse, UnsupportedFeatureError, printable
-from jqcow.offline.warnings import read_warnings
-from jqcow.ondisk import layout
-from jqcow.ondisk.compression import CompressionType
-from jqcow.ondisk.form import PREALLOCATIONS, Compat, FileOptions, Preallocation
-from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import DiskFormat
+from jqcow.cli.profile import CAREFUL, Profile
+from jqcow.errors import ImageInUse, JqcowError, UnsupportedFeatureError, printable
+
+if TYPE_CHECKING:
+    from jqcow.ondisk.compression import CompressionType
+    from jqcow.ondisk.form import Compat, FileOptions, Preallocation
+    from jqcow.ondisk.naming import DiskFormat
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -35,6 +34,8 @@ BY_SIGNAL = 128
 """A signal's number is added, as shells do."""
 
 FORMATS = ("qcow2", "raw")
+PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+SECTOR_BYTES = 512
 
 FORM_OPTIONS = (
     "cluster_size",
@@ -71,21 +72,91 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses abbreviated options, and whose usage errors exit with 1 as in qemu-img."""
+    """A parser that refuses abbreviated options, and whose usage errors exit with 1 as in qemu-img.
 
-    def __init__(self, **options: Any) -> None:
-        """Take the arguments of `argparse.ArgumentParser`."""
+    Options may stand anywhere among the arguments, as getopt allows; what follows ``--`` is none.
+    """
+
+    def __init__(self, *, profile: Profile = CAREFUL, **options: Any) -> None:
+        """Take the arguments of `argparse.ArgumentParser`; ``profile`` says what commands do unasked."""
         super().__init__(allow_abbrev=False, **options)
+        self.profile = profile
+        self.command: str | None = None
+        """The command that runs, if this parser is above it."""
+        self.set_defaults(profile=profile, verb=self.prog.rpartition(" ")[2])
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and leave; code 2 would mean a corrupt image."""
-        self.exit(EXIT_FAILED, f"{self.prog}: {message}\nTry '{self.prog} --help' for more information.\n")
+        if self.profile.is_qemu:
+            from jqcow.cli.qemu import usage
+
+            message = usage.reworded(self.command or self.prog.rpartition(" ")[2], message)
+        name = self.profile.program if self.profile.is_qemu else self.prog
+        stop = "" if self.profile.is_qemu else "."
+        told = f"{name}: {message}\nTry '{name} --help' for more information{stop}\n"
+        self.exit(EXIT_FAILED, told)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as `argparse` does, options first."""
+        if args is not None and self._subparsers is None:
+            args = self._options_first(list(args))
+        return super().parse_known_args(args, namespace)
+
+    def _options_first(self, args: list[str]) -> list[str]:
+        options, operands = list[str](), list[str]()
+        waiting = iter(args)
+        for arg in waiting:
+            if arg == "--":
+                operands += waiting
+            elif arg.startswith("--"):
+                options += self._long_option(arg, waiting)
+            elif arg.startswith("-") and len(arg) > 1:
+                options += self._short_options(arg, waiting)
+            else:
+                operands.append(arg)
+        return [*options, *(["--"] if any(one.startswith("-") for one in operands) else []), *operands]
+
+    def _long_option(self, arg: str, waiting: Iterator[str]) -> list[str]:
+        name, equals, _ = arg.partition("=")
+        action = self._option_string_actions.get(name)
+        if action is None:
+            self.error(f"unrecognized option '{name}'")
+        if equals or action.nargs == 0:
+            return [arg]
+        return [f"{name}={self._value_of(name, waiting)}"]
+
+    def _short_options(self, arg: str, waiting: Iterator[str]) -> list[str]:
+        found: list[str] = []
+        for index, letter in enumerate(arg[1:], 2):
+            name = f"-{letter}"
+            action = self._option_string_actions.get(name)
+            if action is None:
+                self.error(f"unrecognized option '{arg if len(arg) == 2 else name}'")
+            if action.nargs != 0:
+                value = arg[index:] or self._value_of(name, waiting)
+                return [*found, *([name + value] if value else [name, ""])]
+            found.append(name)
+        return found
+
+    def _value_of(self, name: str, waiting: Iterator[str]) -> str:
+        value = next(waiting, None)
+        if value is None:
+            self.error(f"missing argument for option '{name}'")
+        return value
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Add ``--version``: what runs, and which kernels serve it."""
-    version = f"jqcow {jqcow.__version__}, {_native.build_info()}"
-    parser.add_argument("--version", action="version", version=version, help="print version and kernels")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print version and kernels")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print it and leave; the kernels are loaded only now."""
+        from jqcow import _native
+
+        print(f"jqcow {jqcow.__version__}, {_native.build_info()}")
+        parser.exit()
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -101,15 +172,41 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 class CommandError(Exception):
     """A command failed: the message for its user, and the exit code."""
 
-    def __init__(self, message: str, code: int = EXIT_FAILED) -> None:
+    def __init__(self, message: str, code: int = EXIT_FAILED, *, ends_line: bool = True) -> None:
         super().__init__(message)
         self.code = code
+        self.ends_line = ends_line
+
+
+def formats(parser: argparse.ArgumentParser) -> Sequence[str] | None:
+    """Return the formats that an option may have; as qemu-img a command says itself which are unknown."""
+    return None if profile_of(parser).is_qemu else FORMATS
+
+
+def disk_format(name: str | None) -> DiskFormat | None:
+    """Return a format by its name.
+
+    Raises:
+        CommandError: jqcow has no such format.
+    """
+    if name not in (None, *FORMATS):
+        raise CommandError(f"Unknown driver '{name}'")
+    return cast("DiskFormat | None", name)
+
+
+def profile_of(parser: argparse.ArgumentParser) -> Profile:
+    """Return what the commands of a parser do unasked."""
+    return parser.profile if isinstance(parser, Parser) else CAREFUL
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """Add ``-f FORMAT``, of an existing file."""
     parser.add_argument(
-        "-f", dest="format", choices=FORMATS, help="format of the image (default: told by its magic)"
+        "-f",
+        "--format",
+        dest="format",
+        choices=formats(parser),
+        help="format of the image (default: told by its magic)",
     )
 
 
@@ -118,11 +215,13 @@ def add_allow_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-files",
         action="store_true",
+        default=profile_of(parser).allows_files,
         help="open the files that images name inside (default: refuse them)",
     )
     parser.add_argument(
         "--probe",
         action="store_true",
+        default=profile_of(parser).probes,
         help="tell the format of a backing file by its magic where the image does not say it",
     )
 
@@ -161,8 +260,19 @@ def journal_size_of(arguments: argparse.Namespace) -> int | None:
 def add_options(parser: argparse.ArgumentParser, names: str = "cluster_size=SIZE") -> None:
     """Add ``-o name=value,...``, of a new image."""
     parser.add_argument(
-        "-o", dest="options", metavar="OPTIONS", default="", help=f"{names}, of a new qcow2 image"
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help=f"{names}, of a new qcow2 image",
     )
+
+
+def add_cache(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add options of qemu-img that say how it caches: they change no byte, and jqcow goes its own way."""
+    for name in names:
+        parser.add_argument(name, metavar="CACHE", help="taken as qemu-img takes it, and not needed")
 
 
 def split_options(text: str) -> list[str]:
@@ -170,14 +280,14 @@ def split_options(text: str) -> list[str]:
     return [part.replace(",,", ",") for part in _OPTION.findall(text)]
 
 
-def named_options(options: str, image_format: str, names: Container[str]) -> dict[str, str]:
+def named_options(options: Sequence[str], image_format: str, names: Container[str]) -> dict[str, str]:
     """Return what ``-o`` options say of these names; the last one counts.
 
     Raises:
         ValueError: another option, save for those that ask for what jqcow does anyway.
     """
     found: dict[str, str] = {}
-    for option in split_options(options):
+    for option in split_options(",".join(options)):
         name, _, value = option.partition("=")
         is_known = name in names and (image_format == "qcow2" or name in RAW_OPTIONS)
         if is_known and value:
@@ -193,7 +303,7 @@ def file_options(found: Mapping[str, str]) -> FileOptions:
     Raises:
         CommandError: a value that is no number, or neither on nor off. Other values the callee refuses.
     """
-    known = FileOptions()
+    known: FileOptions = {}
     if "cluster_size" in found:
         known["cluster_size"] = parse_size(found["cluster_size"], unit=1)
     if "refcount_bits" in found:
@@ -201,15 +311,15 @@ def file_options(found: Mapping[str, str]) -> FileOptions:
             raise CommandError(f"refcount_bits must be a number, not '{found['refcount_bits']}'")
         known["refcount_bits"] = int(found["refcount_bits"])
     if "compression_type" in found:
-        known["compression_type"] = cast(CompressionType, found["compression_type"])
+        known["compression_type"] = cast("CompressionType", found["compression_type"])
     if "extended_l2" in found:
         known["extended_l2"] = _switch("extended_l2", found["extended_l2"])
     if "lazy_refcounts" in found:
         known["lazy_refcounts"] = _switch("lazy_refcounts", found["lazy_refcounts"])
     if "compat" in found:
-        known["compat"] = cast(Compat, _COMPAT.get(found["compat"], found["compat"]))
+        known["compat"] = cast("Compat", _COMPAT.get(found["compat"], found["compat"]))
     if "preallocation" in found:
-        known["preallocation"] = cast(Preallocation, found["preallocation"])
+        known["preallocation"] = cast("Preallocation", found["preallocation"])
     if "data_file" in found:
         known["data_file"] = found["data_file"]
     if "data_file_raw" in found:
@@ -285,20 +395,41 @@ def run(program: str, command: Callable[[], int]) -> int:
         print(f"{program}: {f'ended by {stop}' if str(stop) else 'interrupted'}", file=sys.stderr)
         return BY_SIGNAL + number
     except CommandError as error:
-        print(f"{program}: {printable(str(error))}", file=sys.stderr)
+        end = "\n" if error.ends_line else ""
+        print(f"{program}: {printable_lines(str(error))}", file=sys.stderr, end=end)
         return error.code
-    except (jqcow.JqcowError, OSError, ValueError) as error:
+    except (JqcowError, OSError, ValueError) as error:
         print(f"{program}: {printable(describe(error))}", file=sys.stderr)
         return exit_code(error)
 
 
-def print_warnings(name: str, image_format: str | None, *, force_share: bool = False) -> None:
+def printable_lines(text: str) -> str:
+    """Return a text of our own lines that steers no terminal."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def print_warnings(
+    arguments: argparse.Namespace, name: str, image_format: str | None, *, force_share: bool = False
+) -> None:
     """Print on stderr what is wrong with an image and does not stop reading it, a line each."""
+    if arguments.profile.is_qemu:
+        return
     # What stops reading is the command's own to tell.
-    with suppress(jqcow.JqcowError, OSError):
+    from jqcow.offline.warnings import read_warnings
+
+    with suppress(JqcowError, OSError):
         for warning in read_warnings(name, cast("DiskFormat | None", image_format), force_share=force_share):
             text = f"warning: {name}: {warning}; it can be read, not written"
             print(printable(text), file=sys.stderr)
+
+
+def opening(arguments: argparse.Namespace, name: str) -> AbstractContextManager[None]:
+    """Name the image in errors of opening it, in the words of the profile."""
+    if arguments.profile.is_qemu:
+        from jqcow.cli.qemu import wording
+
+        return wording.opening(getattr(arguments, "given", name))
+    return about(name)
 
 
 @contextmanager
@@ -310,7 +441,7 @@ def about(name: str) -> Iterator[None]:
         if not hasattr(error, "__notes__"):
             error.add_note("--overwrite replaces it")
         raise
-    except jqcow.JqcowError as error:
+    except JqcowError as error:
         text = describe(error)
         raise CommandError(text if name in text else f"{name}: {text}", exit_code(error)) from error
 
@@ -353,7 +484,7 @@ def parse_size(text: str, unit: int = SECTOR_BYTES) -> int:
         length = int(whole) * factor + int(fraction) * factor // 10 ** len(fraction)
     else:
         length = int(number) * factor
-    length = layout.round_up(length, unit)
+    length = -(-length // unit) * unit
     if length >= _SIZE_MAX:
         raise ValueError(f"'{text}' is too large: a disk has less than 8 EiB")
     return length

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jqcow
-from jqcow.cli import common, secrets
+from jqcow.cli import common, names, secrets
 from jqcow.cli.common import human_size
 from jqcow.errors import printable
 from jqcow.offline.convert import create_raw
 from jqcow.offline.overlay import base_size, create_overlay
 from jqcow.ondisk import layout
-from jqcow.ondisk.encryption import Encryption
-from jqcow.ondisk.form import DEFAULT_CLUSTER_BYTES, FileOptions
+from jqcow.ondisk.form import DEFAULT_CLUSTER_BYTES
 from jqcow.ondisk.layout import SECTOR_BYTES
 
 _OPTIONS = (*common.FORM_OPTIONS, *secrets.ENCRYPTION_OPTIONS, "backing_file", "backing_fmt")
@@ -31,27 +31,34 @@ def _add_create(commands: Any) -> None:
     create = commands.add_parser(
         "create", help="create an image", description="Create an image. It appears whole and durable."
     )
+    profile = common.profile_of(create)
     create.add_argument(
-        "-f", dest="format", choices=common.FORMATS, default="qcow2", help="format (default: qcow2)"
+        "-f",
+        dest="format",
+        choices=common.formats(create),
+        default=profile.new_format,
+        help=f"format (default: {profile.new_format})",
     )
     common.add_options(
         create,
         f"{common.FORM_OPTIONS_HELP}, {secrets.ENCRYPTION_HELP}, backing_file=NAME, backing_fmt=FORMAT",
     )
-    secrets.add_objects(create)
+    names.add_objects(create)
     secrets.add_passphrase(create, what="the new image, with encrypt.format=luks")
-    create.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    create.add_argument(
+        "--overwrite", action="store_true", default=profile.overwrites, help="replace an existing file"
+    )
     create.add_argument(
         "-b", dest="backing_file", metavar="BASE", help="backing file; a relative name is relative to IMAGE"
     )
     create.add_argument(
-        "-F", dest="backing_format", metavar="FORMAT", choices=common.FORMATS, help="format of BASE"
+        "-F", dest="backing_format", metavar="FORMAT", choices=common.formats(create), help="format of BASE"
     )
     create.add_argument(
         "-u", dest="unsafe", action="store_true", help="do not open BASE, which need not exist"
     )
     common.add_quiet(create)
-    create.add_argument("image", metavar="IMAGE")
+    create.add_argument("image", metavar="IMAGE", nargs="?" if profile.is_qemu else None)
     create.add_argument(
         "size", metavar="SIZE", nargs="?", help="of the disk, rounded up to 512 bytes (default: that of BASE)"
     )
@@ -66,6 +73,8 @@ def _add_resize(commands: Any) -> None:
         "A crashed image is recovered first.",
     )
     common.add_format(resize)
+    names.add_image_opts(resize)
+    names.add_objects(resize)
     resize.add_argument(
         "--shrink", action="store_true", help="allow a smaller disk: what lies behind its end is lost"
     )
@@ -81,15 +90,17 @@ def _add_resize(commands: Any) -> None:
 
 def create_command(arguments: argparse.Namespace) -> int:
     """Create an image."""
+    if arguments.profile.is_qemu:
+        from jqcow.cli.qemu import creating
+
+        return creating.create(arguments)
     found = _take_options(arguments)
-    wanted = common.file_options(found)
     _check_backing_options(arguments)
-    encryption = secrets.encryption_of(arguments, found, arguments.image)
     with common.about(arguments.image):
         size = _size_of_new(arguments)
-        _create(arguments, size, wanted, encryption)
+        make(arguments, found, size)
     if not arguments.quiet:
-        cluster_bytes = wanted.get("cluster_size", DEFAULT_CLUSTER_BYTES)
+        cluster_bytes = common.file_options(found).get("cluster_size", DEFAULT_CLUSTER_BYTES)
         clusters = f" cluster_size={cluster_bytes}" if arguments.format == "qcow2" else ""
         base = ""
         if arguments.backing_file is not None:
@@ -135,10 +146,11 @@ def _size_of_new(arguments: argparse.Namespace) -> int:
     return found if arguments.size is None else common.parse_size(arguments.size)
 
 
-def _create(
-    arguments: argparse.Namespace, size: int, wanted: FileOptions, encryption: Encryption | None
-) -> None:
+def make(arguments: argparse.Namespace, found: Mapping[str, str], size: int) -> None:
+    """Make an empty image as arguments and -o say; ``found`` is what these say of a qcow2 image."""
     path, overwrite = arguments.image, arguments.overwrite
+    wanted = common.file_options(found)
+    encryption = secrets.encryption_of(arguments, found, path)
     if arguments.format == "raw":
         preallocation, nocow = wanted.get("preallocation", "off"), wanted.get("nocow", False)
         create_raw(path, size, overwrite=overwrite, preallocation=preallocation, nocow=nocow)
@@ -161,6 +173,10 @@ def _create(
 
 def resize_command(arguments: argparse.Namespace) -> int:
     """Make a disk larger or smaller."""
+    if arguments.profile.is_qemu:
+        from jqcow.cli.qemu import changing
+
+        return changing.resize(arguments)
     if arguments.format == "raw":
         raise common.CommandError("a raw file is resized by truncate; jqcow resizes qcow2 images")
     text: str = arguments.size

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jqcow.cli import common, snapshots
+from jqcow.cli import common, names, snapshots
 from jqcow.cli.common import human_size, plural
 from jqcow.disks.policy import Following
 from jqcow.errors import printable
@@ -78,8 +78,11 @@ def add_parsers(commands: Any) -> None:
     )
     undo.add_argument("--force", action="store_true", help="also where the image was written since")
     undo.set_defaults(command=undo_command)
+    common.add_cache(check, "-T")
     for parser in (info, check, mapping):
         common.add_format(parser)
+        names.add_image_opts(parser)
+        names.add_objects(parser)
         common.add_force_share(parser)
     for parser in (info, mapping):
         common.add_allow_files(parser)
@@ -101,11 +104,14 @@ def _following(arguments: argparse.Namespace) -> Following:
 
 def info_command(arguments: argparse.Namespace) -> int:
     """Print what an image is, or what each file of its backing chain is."""
-    common.print_warnings(arguments.image, arguments.format, force_share=arguments.force_share)
+    common.print_warnings(arguments, arguments.image, arguments.format, force_share=arguments.force_share)
     if arguments.backing_chain:
         return _chain_info(arguments)
-    with common.about(arguments.image):
-        facts = read_info(arguments.image, arguments.format, force_share=arguments.force_share)
+    with common.opening(arguments, arguments.image):
+        facts = read_info(
+            arguments.image, common.disk_format(arguments.format), force_share=arguments.force_share
+        )
+    _refuse_unknown(arguments, facts)
     if arguments.output == "json":
         common.print_json(_info_json(facts))
     else:
@@ -113,9 +119,22 @@ def info_command(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
+def _refuse_unknown(arguments: argparse.Namespace, facts: ImageFacts) -> None:
+    """Refuse unknown incompatible features where qemu-img would, which tells nothing of such an image."""
+    if arguments.profile.is_qemu and facts.qcow2 is not None and facts.qcow2.unknown_incompatible:
+        from jqcow.cli.qemu.wording import unsupported
+
+        told = unsupported(", ".join(facts.qcow2.unknown_features))
+        raise common.CommandError(f"Could not open '{arguments.given}': {told}")
+
+
 def _chain_info(arguments: argparse.Namespace) -> int:
-    with common.about(arguments.image):
-        chain = read_chain(arguments.image, arguments.format, following=_following(arguments))
+    with common.opening(arguments, arguments.image):
+        chain = read_chain(
+            arguments.image, common.disk_format(arguments.format), following=_following(arguments)
+        )
+    for facts in chain:
+        _refuse_unknown(arguments, facts)
     if arguments.output == "json":
         common.print_json([_info_json(facts) for facts in chain])
     else:
@@ -123,26 +142,46 @@ def _chain_info(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
+_INFO_ORDER = (
+    "snapshots",
+    "backing-filename-format",
+    "virtual-size",
+    "filename",
+    "cluster-size",
+    "format",
+    "actual-size",
+    "format-specific",
+    "full-backing-filename",
+    "encrypted",
+    "backing-filename",
+    "dirty-flag",
+    "jqcow-journal",
+)
+"""As qemu-img 7.2 prints them."""
+
+
 def _info_json(facts: ImageFacts) -> dict[str, Any]:
     """Return the facts with qemu-img's names; what only jqcow knows is under ``jqcow-journal``."""
     special = facts.qcow2
-    told: dict[str, Any] = {}
-    if special is not None and special.snapshots:
-        told["snapshots"] = [snapshots.snapshot_json(snapshot) for snapshot in special.snapshots]
-    told |= {"virtual-size": facts.virtual_size, "filename": facts.filename}
+    told: dict[str, Any] = {
+        "virtual-size": facts.virtual_size,
+        "filename": facts.filename,
+        "format": facts.format,
+        "actual-size": facts.actual_size,
+        "dirty-flag": special is not None and special.dirty,
+    }
     if special is not None:
         told["cluster-size"] = special.cluster_size
-    told |= {"format": facts.format, "actual-size": facts.actual_size}
-    if special is not None:
         told["format-specific"] = {"type": "qcow2", "data": _specific(special)}
+        if special.snapshots:
+            told["snapshots"] = [snapshots.snapshot_json(snapshot) for snapshot in special.snapshots]
         if special.backing_file is not None:
             told |= _backing(special.backing_file, special.backing_format, facts.filename)
         if special.encryption is not None:
             told["encrypted"] = True
-    told["dirty-flag"] = special is not None and special.dirty
-    if special is not None and special.journal is not None:
-        told["jqcow-journal"] = common.as_json(special.journal)
-    return told
+        if special.journal is not None:
+            told["jqcow-journal"] = common.as_json(special.journal)
+    return {name: told[name] for name in _INFO_ORDER if name in told}
 
 
 def _backing(name: str, backing_format: str | None, filename: str) -> dict[str, Any]:
@@ -238,8 +277,12 @@ def _info_lines(facts: ImageFacts) -> Iterator[str]:
 
 def check_command(arguments: argparse.Namespace) -> int:
     """Check an image; print the findings on stderr and the summary on stdout, as qemu-img does."""
+    if arguments.profile.is_qemu:
+        from jqcow.cli.qemu import checking
+
+        return checking.check(arguments)
     repaired = _repair(arguments)
-    with common.about(arguments.image):
+    with common.opening(arguments, arguments.image):
         report, is_live = _checked(arguments)
     if is_live and not arguments.quiet:
         print("The journal is live: checked as after recovery (jqcow-recover).", file=sys.stderr)
@@ -268,7 +311,7 @@ def _repair(arguments: argparse.Namespace) -> RepairReport | None:
     if arguments.force_share:
         raise common.CommandError("-r writes: it cannot be used beside another writer, with -U")
     with (
-        common.about(arguments.image),
+        common.opening(arguments, arguments.image),
         open_alone(
             arguments.image,
             "r+",
@@ -362,7 +405,7 @@ def undo_command(arguments: argparse.Namespace) -> int:
     """Take a repair back."""
     from jqcow.offline.undo import undo_repair
 
-    with common.about(arguments.image):
+    with common.opening(arguments, arguments.image):
         report = undo_repair(arguments.image, force=arguments.force)
     common.print_undone(report, arguments.output)
     return common.EXIT_OK
@@ -375,13 +418,14 @@ def map_command(arguments: argparse.Namespace) -> int:
     """Print the extents of a disk."""
     from jqcow.offline.map import map_file
 
-    common.print_warnings(arguments.image, arguments.format, force_share=arguments.force_share)
+    common.print_warnings(arguments, arguments.image, arguments.format, force_share=arguments.force_share)
     start = common.parse_size(arguments.start_offset, unit=1)
     length = None if arguments.max_length is None else common.parse_size(arguments.max_length, unit=1)
-    with common.about(arguments.image):
+    with common.opening(arguments, arguments.image):
         lines = map_file(arguments.image, arguments.format, start, length, following=_following(arguments))
     if arguments.output == "json":
-        print("[" + ",\n".join(_json_line(line) for line in lines) + "]")
+        tells_compressed = not arguments.profile.is_qemu
+        print("[" + ",\n".join(_json_line(line, tells_compressed) for line in lines) + "]")
         return common.EXIT_OK
     print(_MAP_ROW.format("Offset", "Length", "Mapped to", "File"))
     for line in lines:
@@ -401,11 +445,11 @@ def _hex(number: int) -> str:
     return f"{number:#x}" if number else "0"
 
 
-def _json_line(line: MapLine) -> str:
+def _json_line(line: MapLine, tells_compressed: bool) -> str:
     extent = line.extent
     told = {"start": extent.offset, "length": extent.length, "depth": extent.depth}
     told |= {"present": line.present, "zero": line.zero, "data": line.data}
-    if extent.kind == "compressed":
+    if extent.kind == "compressed" and tells_compressed:
         told["compressed"] = True
     if extent.host_offset is not None:
         told["offset"] = extent.host_offset
@@ -419,7 +463,7 @@ def journal_command(arguments: argparse.Namespace) -> int:
     """Print the records of a live journal."""
     from jqcow.offline.records import read_journal
 
-    with common.about(arguments.image):
+    with common.opening(arguments, arguments.image):
         listing = read_journal(arguments.image)
     if arguments.output == "json":
         common.print_json(common.as_json(listing))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
-from jqcow.cli import common, secrets
+from jqcow.cli import common, names, secrets
 from jqcow.offline.measure import Measurement, measure, measure_size
 from jqcow.ondisk import root as roots
 
@@ -19,8 +20,14 @@ def add_parsers(commands: Any) -> None:
         "from a file.",
     )
     common.add_format(parser)
+    names.add_image_opts(parser)
+    names.add_objects(parser)
     parser.add_argument(
-        "-O", dest="target_format", choices=common.FORMATS, default="raw", help="format (default: raw)"
+        "-O",
+        dest="target_format",
+        choices=common.formats(parser),
+        default="raw",
+        help="format (default: raw)",
     )
     common.add_options(parser, f"{common.FORM_OPTIONS_HELP}, {secrets.ENCRYPTION_HELP}")
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="a snapshot, by id or name")
@@ -67,13 +74,18 @@ def measure_command(arguments: argparse.Namespace) -> int:
                 journal_size=journal_size,
                 **options,
             )
-    _print(found, arguments.output)
+    if arguments.profile.is_qemu:
+        # A script knows but what qemu-img tells.
+        found = replace(found, journal=0)
+    _print(arguments, found)
     return common.EXIT_OK
 
 
-def _print(found: Measurement, output: str) -> None:
-    if output == "json":
+def _print(arguments: argparse.Namespace, found: Measurement) -> None:
+    if arguments.output == "json":
         values = common.as_json(found)
+        if arguments.profile.is_qemu:
+            del values["journal"]
         common.print_json({name: value for name, value in values.items() if value is not None})
         return
     print(f"required size: {found.required}")

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, TextIO
 
 from jqcow.cli.common import human_size
@@ -39,10 +39,15 @@ def progress_kind(arguments: argparse.Namespace) -> ProgressKind:
     return kind
 
 
+def progress_of(arguments: argparse.Namespace) -> AbstractContextManager[Progress]:
+    """Give a function that shows how far a command is, as its arguments ask for it."""
+    return shown_progress(progress_kind(arguments), sys.stderr, arguments.verb)
+
+
 @contextmanager
-def shown_progress(kind: ProgressKind, stream: TextIO) -> Iterator[Progress]:
+def shown_progress(kind: ProgressKind, stream: TextIO, description: str) -> Iterator[Progress]:
     """Give a function that shows how far the work is, no oftener than people can read."""
-    shown = _Shown(kind, stream)
+    shown = _Shown(kind, stream, description)
     try:
         yield shown
     finally:
@@ -52,8 +57,10 @@ def shown_progress(kind: ProgressKind, stream: TextIO) -> Iterator[Progress]:
 class _Shown:
     """Shows progress on a stream. Percentages only rise until a new pass (verification) begins."""
 
-    def __init__(self, kind: ProgressKind, stream: TextIO) -> None:
+    def __init__(self, kind: ProgressKind, stream: TextIO, description: str) -> None:
         self._kind = kind
+        self._description = description
+        self._started = time.monotonic()
         self._stream = stream
         self._last_time = -SECONDS_BETWEEN
         self._last_percent = -1
@@ -77,7 +84,13 @@ class _Shown:
 
     def _show(self, done: int, total: int, percent: int) -> None:
         if self._kind == "json":
-            print(json.dumps({"done-bytes": done, "total-bytes": total}), file=self._stream, flush=True)
+            told = {
+                "transferred": done,
+                "size": total,
+                "elapsed": round(time.monotonic() - self._started, 3),
+                "description": self._description,
+            }
+            print(json.dumps(told), file=self._stream, flush=True)
         elif self._kind == "lines":
             print(f"{percent}% of {human_size(total)}", file=self._stream, flush=True)
         else:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 from jqcow.cli import common
 from jqcow.cli.common import human_size
-from jqcow.cli.progress import add_progress, progress_kind, shown_progress
+from jqcow.cli.progress import add_progress, progress_of
 from jqcow.errors import printable
 from jqcow.image.known_sums import State, UnitRange
 from jqcow.image.protection import VerifyReport
@@ -80,7 +79,7 @@ def protect_command(arguments: argparse.Namespace) -> int:
         if not arguments.quiet and arguments.output == "human":
             print("The protection is removed." if had_any else "There is no protection.")
         return common.EXIT_OK
-    with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+    with common.about(arguments.image), progress_of(arguments) as progress:
         report = offline.protect(
             arguments.image,
             refresh=arguments.refresh,
@@ -101,7 +100,7 @@ def protect_command(arguments: argparse.Namespace) -> int:
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """Verify an image."""
-    with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+    with common.about(arguments.image), progress_of(arguments) as progress:
         report = offline.verify(arguments.image, progress=progress, **_how(arguments))
     if arguments.output == "json":
         common.print_json(_verify_json(report))
@@ -115,7 +114,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
 def heal_command(arguments: argparse.Namespace) -> int:
     """Heal an image."""
     journal_size = common.journal_size_of(arguments)
-    with common.about(arguments.image), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+    with common.about(arguments.image), progress_of(arguments) as progress:
         report = offline.heal(
             arguments.image,
             arguments.backup,

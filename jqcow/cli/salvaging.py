@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from jqcow.cli import common, secrets
 from jqcow.cli.diagnosis_text import diagnosis_lines, in_place_lines, salvage_lines
-from jqcow.cli.progress import add_progress, progress_kind, shown_progress
+from jqcow.cli.progress import add_progress, progress_of
 from jqcow.errors import JqcowError
 from jqcow.offline.salvage import diagnose, salvage
 from jqcow.offline.salvaging.in_place import repair_in_place
@@ -158,7 +158,7 @@ def salvage_command(arguments: argparse.Namespace) -> int:
     """Write what can be had back of an image into a new file."""
     name, target = arguments.image, arguments.salvage
     try:
-        with common.about(name), shown_progress(progress_kind(arguments), sys.stderr) as progress:
+        with common.about(name), progress_of(arguments) as progress:
             report = salvage(
                 name,
                 target,

@@ -53,22 +53,32 @@ def add_passphrase(parser: argparse.ArgumentParser, prefix: str = "", what: str 
     )
 
 
-def add_objects(parser: argparse.ArgumentParser) -> None:
-    """Add ``--object secret,id=ID,file=FILE``, as in qemu-img."""
-    parser.add_argument(
-        "--object",
-        dest="objects",
-        metavar="SECRET",
-        action="append",
-        default=[],
-        help="secret,id=ID,file=FILE: a passphrase for encrypt.key-secret=ID",
-    )
-
-
 def passphrase_of(arguments: argparse.Namespace, prefix: str = "") -> Passphrase:
     """Return the passphrase that was given, or what asks for it, once, when an image needs it."""
     found = _given(arguments, prefix)
+    named = None if prefix else getattr(arguments, "secret", None)
+    if found is None and named is not None:
+        found = secret_named(arguments, named)
+    if found is None and arguments.profile.is_qemu:
+        return _refuse
     return functools.cache(_ask) if found is None else found
+
+
+def _refuse(image: str) -> Secret:
+    raise PassphraseError("Parameter 'encrypt.key-secret' is required for cipher", image)
+
+
+def secret_named(arguments: argparse.Namespace, name: str) -> Secret:
+    """Return the secret of this id.
+
+    Raises:
+        CommandError: no ``--object`` has it.
+    """
+    found = named_secrets(arguments)
+    if name not in found:
+        is_qemu = arguments.profile.is_qemu
+        raise CommandError(f"No secret with id '{name}'" if is_qemu else f"no --object has the id '{name}'")
+    return found[name]
 
 
 def new_passphrase_of(arguments: argparse.Namespace, prefix: str, image: str) -> Secret:
@@ -120,19 +130,26 @@ def _ask_new(image: str) -> Secret:
     return _encoded(first)
 
 
-def _named_secrets(objects: list[str]) -> dict[str, Secret]:
-    """Return what ``--object`` names, by id."""
+def named_secrets(arguments: argparse.Namespace) -> dict[str, Secret]:
+    """Return what ``--object`` names, by id. Objects of other kinds are for what jqcow does not do."""
     found: dict[str, Secret] = {}
-    for text in objects:
+    for text in arguments.objects:
         kind, *parts = split_options(text) or [""]
         fields = dict(part.partition("=")[::2] for part in parts)
-        if "data" in fields:
+        if kind != "secret":
+            continue
+        if "data" in fields and not arguments.profile.is_qemu:
             # Not the text: it has a secret in it.
             raise CommandError("a secret among arguments is seen by everybody: use file=, not data=")
-        known = kind == "secret" and set(fields) <= {"id", "file", "format"}
-        if not known or not {"id", "file"} <= set(fields):
+        if "id" not in fields or not set(fields) <= {"id", "file", "data", "format"}:
             raise CommandError("--object is secret,id=ID,file=FILE and, perhaps, format=raw or base64")
-        found[fields["id"]] = _decoded(_from_file(fields["file"]), fields.get("format", "raw"))
+        if "data" in fields:
+            read = Secret(fields["data"].encode(errors="surrogateescape"))
+        elif "file" in fields:
+            read = _from_file(fields["file"])
+        else:
+            raise CommandError("--object is secret,id=ID,file=FILE and, perhaps, format=raw or base64")
+        found[fields["id"]] = _decoded(read, fields.get("format", "raw"))
     return found
 
 
@@ -157,15 +174,14 @@ def encryption_of(
     ``source``, else it is asked for.
     """
     named = {name: value for name, value in options.items() if name in ENCRYPTION_OPTIONS}
-    secrets = _named_secrets(arguments.objects)
     if not named:
+        # What is wrong with a secret is told all the same.
+        named_secrets(arguments)
         return None
     if named.get("encrypt.format") != "luks":
         raise CommandError(_NO_LUKS)
     if "encrypt.key-secret" in named:
-        if named["encrypt.key-secret"] not in secrets:
-            raise CommandError(f"no --object has the id '{named['encrypt.key-secret']}'")
-        secret = secrets[named["encrypt.key-secret"]]
+        secret = secret_named(arguments, named["encrypt.key-secret"])
     elif isinstance(source, Secret):
         secret = source
     else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jqcow.cli import common
+from jqcow.cli import common, names
 from jqcow.cli.common import human_size
 from jqcow.errors import printable
 from jqcow.offline.info import read_snapshots
@@ -34,6 +34,8 @@ def add_parsers(commands: Any) -> None:
         "-a", dest="apply", metavar="SNAPSHOT", help="make the disk what it was: what it holds now is lost"
     )
     action.add_argument("-d", dest="delete", metavar="SNAPSHOT", help="delete a snapshot, by id or name")
+    names.add_image_opts(snapshot)
+    names.add_objects(snapshot)
     common.add_journal_size(snapshot)
     common.add_quiet(snapshot)
     common.add_force_share(snapshot)
@@ -43,11 +45,15 @@ def add_parsers(commands: Any) -> None:
 
 def snapshot_command(arguments: argparse.Namespace) -> int:
     """Print the snapshots of an image, or change them."""
+    if arguments.profile.is_qemu and not arguments.list:
+        from jqcow.cli.qemu import changing
+
+        return changing.snapshot(arguments)
     if not arguments.list:
         return _change(arguments)
     if arguments.journal_size is not None:
         raise common.CommandError("--journal-size is for what writes: -l does not")
-    common.print_warnings(arguments.image, "qcow2", force_share=arguments.force_share)
+    common.print_warnings(arguments, arguments.image, "qcow2", force_share=arguments.force_share)
     with common.about(arguments.image):
         found = read_snapshots(arguments.image, force_share=arguments.force_share)
     if arguments.output == "json":

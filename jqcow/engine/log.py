@@ -62,6 +62,7 @@ class Log:
     Attributes:
         journal: None while the image is clean.
         journal_bytes: length of the next range.
+        distance_bytes: how far behind the end of everything the next range is laid.
         shortest_bytes: the least that the first range may have, where the host is short of space.
         new_salt: makes the salt of each new range.
         in_transaction: a transaction is open: what it took looks free in the public tables, which must not be
@@ -79,6 +80,7 @@ class Log:
         self.root = root
         self.journal: Journal | None = None
         self.journal_bytes = journal_bytes
+        self.distance_bytes = 0
         self.shortest_bytes = MIN_JOURNAL_BYTES
         self.new_salt = new_salt
         self.in_transaction = False
@@ -260,7 +262,8 @@ class Log:
         end = int(self.geometry.offset_of(self.space.frontier))
         if not self.medium.has_fixed_size:
             end = max(self.medium.size(), end)
-        offset = HostOffset(layout.round_up(end, unit))
+        distance_bytes = 0 if self.medium.has_fixed_size else self.distance_bytes
+        offset = HostOffset(layout.round_up(end + distance_bytes, unit))
         try:
             self.space.require_room(self.geometry.clusters(offset + length))
         except OSError:
@@ -270,7 +273,9 @@ class Log:
             offset = self.geometry.offset_of(found)
         if offset + length > layout.MAX_HOST_OFFSET:
             raise UnsupportedFeatureError("a file of more than 64 PiB")
-        self.space.reserve(offset, length)
+        self.space.reserve(
+            offset, length, ClusterIndex(self.geometry.clusters(end)) if distance_bytes else None
+        )
         return JournalRange(offset, length, self.new_salt())
 
     def _free_row(self, count: int, unit: int) -> ClusterIndex | None:

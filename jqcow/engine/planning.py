@@ -250,6 +250,7 @@ class Planning:
                 count = end - cluster
                 if kept:
                     count = next((at - cluster for at in range(cluster, end) if at in kept), count)
+                self._leave_place_for_table(cluster)
                 run = self.tables.refcounts.take(count)
                 plan.uncounted.append(run)
                 self._plan_new(run, cluster, piece)
@@ -259,6 +260,14 @@ class Planning:
                 run = Run(place, 1, zero_safe=self._plan_part(place, cluster, piece))
             plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new))
             cluster += run.count
+
+    def _leave_place_for_table(self, cluster: int) -> None:
+        """Where tables are to lie before what they map: keep a place for the L2 table of a guest cluster."""
+        space, mapping = self.tables.space, self.tables.mapping
+        if space.tables_first:
+            l1_index = cluster // mapping.codec.per_table
+            if l1_index not in space.kept_for_tables and not mapping.l2_table(l1_index):
+                space.kept_for_tables[l1_index] = space.take(1)
 
     def _plan_new(self, run: Run, cluster: int, piece: Piece) -> None:
         """Remember what a piece leaves unwritten of new clusters, of which the first is for ``cluster``."""

@@ -253,7 +253,13 @@ class Allocation(Refcounts):
         """Take clusters for metadata, and allocate them on the host (R3)."""
         changes = self.view.changes
         space = self.space
-        run = space.take(1, ordered=changes.is_private) if count == 1 else space.take_row(count)
+        if count == 1:
+            kept = next(iter(space.kept_for_tables), None)
+            run = (
+                space.take(1, ordered=changes.is_private) if kept is None else space.kept_for_tables.pop(kept)
+            )
+        else:
+            run = space.take_row(count)
         changes.taken.append(run)
         offset, length = self.geometry.offset_of(run.start), count * self.geometry.cluster_bytes
         if offset + length > layout.MAX_HOST_OFFSET:

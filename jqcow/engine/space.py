@@ -21,10 +21,10 @@ A free cluster is in exactly one of these places, and moves on by these calls:
 S1. A freed data cluster is handed out only after the record that frees it is durable.
 S2. A freed metadata cluster is handed out only after a durable frame declares the epoch that frees it
     checkpointed, or the journal is gone: until then replay may write its old blocks.
-S3. A cluster is zero-safe only if it lies past the frontier, which never goes back, or this process punched
-    it under a completed barrier; so is, later, what of it no request has planned to write. Clusters of a
-    failed operation are unknown. On a device of fixed size, which shows old bytes everywhere, none is
-    zero-safe.
+S3. A cluster is zero-safe only if it lies past the frontier, which never goes back, or was left out when a
+    journal range was laid further behind, or this process punched it under a completed barrier; so is, later,
+    what of it no request has planned to write. Clusters of a failed operation are unknown. On a device of
+    fixed size, which shows old bytes everywhere, none is zero-safe.
 S4. Clusters of a live journal range are never handed out.
 S5. Clusters of a transaction whose record failed wait for a barrier: the record may come back to life.
 S6. A freed cluster is punched or handed out only after every request has ended that began before the record
@@ -83,6 +83,7 @@ class Space(Frontier):
 
     Attributes:
         reserved: the clusters of journal ranges (S4).
+        left_out: clusters before the last of these that were free when it was laid.
         metadata: the clusters that hold metadata, so that no guest cluster may be written there (G2).
         search_at, search_end: where the refcounts are still to be searched for free clusters.
         host_punches: False once the host has refused to.
@@ -95,6 +96,8 @@ class Space(Frontier):
         abandoned: the clusters that these had, as far as that can be told: no data is lost with them.
         unwritten: the subclusters that still are as zero-safe as their cluster when it was taken (S3).
         vacated: of an image with a data file, what goes back to the host.
+        tables_first: L2 tables get a place before the data that they map.
+        kept_for_tables: clusters that were taken for L2 tables to be made, by the index of their L1 entry.
         is_distrusted: a refcount turned out to be too low; see `distrust`.
     """
 
@@ -102,6 +105,7 @@ class Space(Frontier):
         super().__init__(medium, geometry)
         self.reserved: list[Run] = []
         self.zero_safe = ClusterRuns()
+        self.left_out = range(0)
         self.unknown = ClusterRuns()
         self.metadata: set[ClusterIndex] = set()
         self.search_at = 0
@@ -118,6 +122,8 @@ class Space(Frontier):
         self.unwritten = UnwrittenParts()
         self.is_distrusted = False
         self._requests = requests
+        self.tables_first = False
+        self.kept_for_tables: dict[int, Run] = {}
         self._lent = ClusterRuns()
         self._freed = ClusterRuns()
         self._old_metadata: _Waiting = {}
@@ -165,6 +171,11 @@ class Space(Frontier):
 
     def take_row(self, count: int) -> Run:
         """Take exactly ``count`` clusters in a row: at the frontier or, where that ends, between others."""
+        row = None if self.is_distrusted else _row_within(self.zero_safe, self.left_out, count)
+        if row is not None:
+            self.zero_safe.discard(row.start, count)
+            self._lent.add(row.start, count)
+            return row
         if self._has_room(count) or self.is_distrusted:
             return self.take_at_frontier(count)
         start = self.free_row(count)
@@ -307,9 +318,15 @@ class Space(Frontier):
         start = self.geometry.cluster_of(offset)
         return Run(start, self.geometry.clusters(offset + length) - start)
 
-    def reserve(self, offset: HostOffset, length: int) -> None:
-        """Keep the clusters of a journal range from being handed out (S4)."""
+    def reserve(self, offset: HostOffset, length: int, end: ClusterIndex | None = None) -> None:
+        """Keep the clusters of a journal range from being handed out (S4).
+
+        It is laid behind ``end``, past the frontier, if that is given: what lies between is free (S3).
+        """
         run = self._clusters_of(offset, length)
+        if end is not None:
+            self.zero_safe.add(end, run.start - end)
+            self.left_out = range(end, run.start)
         self.reserved.append(run)
         self.unknown.discard(run.start, run.count)
         self.frontier = ClusterIndex(max(self.frontier, run.start + run.count))
@@ -319,6 +336,15 @@ class Space(Frontier):
         run = self._clusters_of(offset, length)
         self.reserved.remove(run)
         self.retire([run])
+
+
+def _row_within(runs: ClusterRuns, within: range, count: int) -> Run | None:
+    """Return ``count`` zero-safe clusters in a row that lie in a range."""
+    for run in runs if within else ():
+        start = max(run.start, within.start)
+        if start + count <= min(run.start + run.count, within.stop):
+            return Run(ClusterIndex(start), count, zero_safe=True)
+    return None
 
 
 def _before(waiting: _Waiting, number: int) -> list[Run]:

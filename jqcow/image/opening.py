@@ -49,10 +49,29 @@ from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 @dataclass(frozen=True)
 class JournalLength:
-    """The length in bytes of the next journal, 0 for the default. ``is_exact``: shorter ones do not do."""
+    """The length in bytes of the next journal, 0 for the default. ``is_exact``: shorter ones do not do.
+
+    ``distance_bytes``: how far behind the end of the file it is laid.
+    """
 
     length_bytes: int
     is_exact: bool = False
+    distance_bytes: int = 0
+
+
+class FarJournal(int):
+    """The size in bytes of a journal that is laid far behind the end of the file.
+
+    What is written meanwhile continues the file, which a clean close cuts behind it. A file in use is long.
+    """
+
+    distance_bytes: int
+
+    def __new__(cls, length_bytes: int, distance_bytes: int = 1 << 30) -> FarJournal:
+        """``distance_bytes``: how far behind; what is written beyond lies behind the journal."""
+        far = super().__new__(cls, length_bytes)
+        far.distance_bytes = distance_bytes
+        return far
 
 
 _Given = TypeVar("_Given", OwnDisk, Device)
@@ -323,6 +342,8 @@ def _open(
         repair=repair,
     )
     engine = opened.engine
+    engine.log.distance_bytes = journal.distance_bytes
+    engine.public.space.tables_first = journal.distance_bytes > 0
     if journal.is_exact:
         engine.log.shortest_bytes = journal.length_bytes
     shown = None if snapshot is None else engine.public.snapshots.l1_to_show(snapshot)
@@ -354,7 +375,9 @@ def _open(
 
 def _journal_length(journal_size: int | None) -> JournalLength:
     """Return what `open` was asked for."""
-    return JournalLength(0 if journal_size is None else roots.journal_length(journal_size))
+    distance_bytes = journal_size.distance_bytes if isinstance(journal_size, FarJournal) else 0
+    length_bytes = 0 if journal_size is None else roots.journal_length(journal_size)
+    return JournalLength(length_bytes, distance_bytes=distance_bytes)
 
 
 def _prepare(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from heapq import merge
 
-from jqcow.device.disk import Disk
+from jqcow.device.disk import Disk, Extent, read_padded
 from jqcow.disks.chain import Chain
 from jqcow.ondisk import layout
 
@@ -14,6 +15,100 @@ UNIT_BYTES = 4096
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two disks compare; offsets in bytes.
+
+    Attributes:
+        sizes_differ: one disk is longer than the other, and they are equal up to where the shorter one ends.
+        content: where the first byte is that differs; what is past the end of a disk counts as zeros. None
+            where there is none.
+        status: where the two first differ in what they have of their own, None if that was not asked for.
+    """
+
+    sizes_differ: bool
+    content: int | None = None
+    status: int | None = None
+
+
+def compare_disks(
+    one: Disk, other: Disk, *, strict: bool = False, progress: Progress = lambda done, total: None
+) -> Comparison:
+    """Compare two disks byte for byte, as ``qemu-img compare`` does.
+
+    Args:
+        one: a disk.
+        other: another one.
+        strict: their sizes must be equal, and so must be which ranges are data, zeros or in no file; the
+            comparison ends where that differs.
+        progress: called with the bytes of the larger disk that are done, and all of them.
+
+    Raises:
+        JqcowError: a disk cannot be read.
+        OSError: the host failed.
+    """
+    sizes_differ = one.size != other.size
+    if strict and sizes_differ:
+        return Comparison(sizes_differ)
+    size = max(one.size, other.size)
+    buffers = bytearray(BUFFER_BYTES), bytearray(BUFFER_BYTES)
+    for offset, length, statuses in _pieces(one, other):
+        if strict and statuses[0] != statuses[1]:
+            return Comparison(sizes_differ, status=offset)
+        if any(status.holds_data for status in statuses):
+            for start in range(offset, offset + length, BUFFER_BYTES):
+                count = min(BUFFER_BYTES, offset + length - start)
+                found = _differs(one, other, start, count, buffers)
+                if found is not None:
+                    is_behind = found >= min(one.size, other.size)
+                    return Comparison(is_behind, content=found)
+        progress(offset + length, size)
+    return Comparison(sizes_differ)
+
+
+@dataclass(frozen=True)
+class _Status:
+    """What a disk says of a range: that it holds data, and that a file of its chain has it."""
+
+    holds_data: bool
+    is_allocated: bool
+
+
+_PAST_THE_END = _Status(holds_data=False, is_allocated=False)
+
+
+def _status_of(extent: Extent | None) -> _Status:
+    return _PAST_THE_END if extent is None else _Status(extent.holds_data, extent.kind != "unallocated")
+
+
+def _pieces(one: Disk, other: Disk) -> Iterator[tuple[int, int, tuple[_Status, _Status]]]:
+    """Yield (offset, length, statuses) of ranges in which neither disk changes its status."""
+    walks = one.extents(one.size, 0), other.extents(other.size, 0)
+    heads = [next(walk, None) for walk in walks]
+    offset = 0
+    while any(heads):
+        end = min(head.end for head in heads if head is not None)
+        first, second = (_status_of(head) for head in heads)
+        yield offset, end - offset, (first, second)
+        offset = end
+        heads = [
+            next(walk, None) if head is not None and head.end == end else head
+            for walk, head in zip(walks, heads, strict=True)
+        ]
+
+
+def _differs(
+    one: Disk, other: Disk, offset: int, length: int, buffers: tuple[bytearray, bytearray]
+) -> int | None:
+    """Return the offset of the first byte of a range that differs, None where none does."""
+    first, second = (memoryview(buffer)[:length] for buffer in buffers)
+    read_padded(one, first, offset)
+    read_padded(other, second, offset)
+    if first == second:
+        return None
+    return offset + _first_unequal(bytes(first), bytes(second))
 
 
 def first_difference(one: Disk, other: Disk) -> int | None:

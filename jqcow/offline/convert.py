@@ -202,6 +202,7 @@ def convert(
     snapshot: str | None = None,
     allow_files: FilePolicy = False,
     probe: bool = False,
+    share_writers: bool = False,
     target_format: DiskFormat = "qcow2",
     compressed: bool = False,
     compression_level: int | None = None,
@@ -217,12 +218,12 @@ def convert(
     """Copy a disk into a new file of ``target_format``, durably.
 
     Args:
-        source: the file to read; locked against writers meanwhile.
-        target: the file to make; it appears under this name when it is whole and durable.
+        source, target: the file to read, and the one to make, which appears whole and durable.
         source_format: None tells it by the magic.
         snapshot: id or name of an internal snapshot of the source, to be copied instead of its disk.
         allow_files: whether backing files of the source may be opened, as in `jqcow.open`, and copied too.
         probe: tell formats of backing files that are not stored by their magic.
+        share_writers: read beside a writer, as ``force_share`` of `jqcow.open`.
         target_format: ``raw`` or ``qcow2``.
         compressed: compress the clusters of a qcow2 target.
         compression_level: 1 to 9 for zlib, 1 to 22 for zstd; None is 6 and 3.
@@ -231,27 +232,27 @@ def convert(
         salvage: make zeros of what cannot be read of the source; `ConvertReport.lost` tells what that was.
         bitmaps: ``all`` copies persistent bitmaps too, ``sound`` those that are not in use or damaged.
         progress: called with the bytes of the disk that are done, and all of them.
-        passphrase: of an encrypted source and of encrypted files below it, as in `jqcow.open`.
+        passphrase: of an encrypted source and files below it, as in `jqcow.open`.
         encryption: how to encrypt a qcow2 target; None: not at all.
         options: what the target is to be, as `FileOptions` says; a raw one takes preallocation and nocow.
 
     Raises:
-        ValueError: what the target cannot have, a snapshot of a raw file, or source and target are one file.
+        ValueError: what the target cannot have, a snapshot of a raw file, or both are one file.
         FileExistsError: the target exists.
         FileAccessDenied: the source names a backing file, and that is not allowed.
         JqcowError: the source or a bitmap is damaged, a file in use, or the verification found a difference.
         OSError: the host failed. After this, as after a `JqcowError`, there is no new target.
     """
     passphrase = hidden(passphrase)
-    compression = Compression(options.get("compression_type", "zlib"), compression_level)
-    form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, compression, encryption)
+    packing = Compression(options.get("compression_type", "zlib"), compression_level)
+    form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, packing, encryption)
     _check_targets(source, target, form, overwrite=overwrite)
-    following = Following(allow_files, probe, passphrase=passphrase)
+    following = Following(allow_files, probe, share_writers=share_writers, passphrase=passphrase)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
         losses = Losses()
         form = dataclasses.replace(form, bitmaps=_bitmaps_of(chain, bitmaps, form, snapshot))
-        disk = _readable(chain, losses, salvage=salvage)
-        amounts = _write(disk, target, form, progress, overwrite=overwrite, verify=verify)
+        readable = _readable(chain, losses, salvage=salvage)
+        amounts = _write(readable, target, form, progress, overwrite=overwrite, verify=verify)
         return _report(chain, source, target, form, amounts, losses)
 
 
@@ -417,6 +418,25 @@ def _verify(disk: Disk, device: Device, data_file: Device | None, form: _Form) -
     if difference is not None:
         raise JqcowError(f"verification failed: source and target differ at guest offset {difference:#x}")
     return time.perf_counter() - started
+
+
+def convert_disk(
+    disk: Disk,
+    target: str | os.PathLike[str],
+    target_format: DiskFormat,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+    **options: Unpack[FileOptions],
+) -> None:
+    """Copy an open disk into a new file, durably; the last sector is filled up with zeros.
+
+    Arguments and errors as `convert`; ``disk`` stays open.
+    """
+    form = _Form(
+        target_format, Form.of(options), HostUse.of(options), is_compressed=False, compression=Compression()
+    )
+    _write(disk, target, form, progress, overwrite=overwrite, verify=False)
 
 
 def create_raw(

@@ -99,6 +99,8 @@ class Qcow2Facts:
     luks: LuksFacts | None
     external_data: ExternalData | None
     unknown_features: tuple[str, ...]
+    unknown_incompatible: int
+    l1_table_offset: int
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ def _qcow2_facts(view: FileView) -> Qcow2Facts:
         luks=_luks(view),
         external_data=_external_data(view.area),
         unknown_features=(*unknown_features(view.area), *ignored_features(view.area)),
+        unknown_incompatible=incompatible & ~(headers.INCOMPATIBLE_KNOWN | headers.INCOMPATIBLE_JOURNAL),
+        l1_table_offset=header.l1_table_offset,
     )
 
 

@@ -34,7 +34,17 @@ _HARMLESS = {
         "node-name",
         "read-only",
     )
-} | {"file.aio", "file.locking", "encrypt.format", "encrypt.key-secret"}
+} | {
+    "cache-clean-interval",
+    "cache-size",
+    "encrypt.format",
+    "encrypt.key-secret",
+    "file.aio",
+    "file.locking",
+    "l2-cache-entry-size",
+    "l2-cache-size",
+    "refcount-cache-size",
+}
 """Options that say how a file is opened, not what it shows. jqcow opens it in its own way.
 
 Those of encryption say which of QEMU's secrets has the passphrase; jqcow gets it from its caller.

@@ -123,6 +123,8 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "close.clear": ("reopened/4096/0",),
     "close.release": ("reopened/4096/0",),
     "commit.base": ("dropping:commit",),
+    "copy.target": ("dropping:written-into",),
+    "resize.raw": ("dropping:written-into",),
     "slots.material": ("dropping:key-slots",),
     "slots.wiped": ("dropping:key-slots",),
     "anew.begin": ("dropping:written-anew",),

@@ -59,6 +59,7 @@ from tests.crash.replaced import replaced_with_its_data_file
 from tests.crash.salvaged import new_tables_in_place, salvage_that_goes_on
 from tests.crash.small_scenarios import SMALL_WRITES_SCENARIOS
 from tests.crash.snapshot_tables import growth_behind_a_snapshot_table, size_of_an_old_snapshot
+from tests.crash.written_into import written_into
 from tests.support.beside import HeldUp, Others
 from tests.support.expectation import SECTOR_BYTES, Windows
 from tests.support.inside import Shown
@@ -873,6 +874,7 @@ DROPPING_SCENARIOS: dict[str, Callable[[tuple[str, ...]], None]] = {
     "written-anew": written_anew,
     "salvage": salvage_that_goes_on,
     "in-place": new_tables_in_place,
+    "written-into": written_into,
 }
 """Those that show the need of a barrier: they are told which ones do nothing."""
 

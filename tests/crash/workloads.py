@@ -17,6 +17,7 @@ from tests.crash.layouts import GarbageRule
 from tests.crash.stories import Story, tell
 from tests.crash.undone import undone
 from tests.support.expectation import Expectation
+from tests.support.journals import FAR_JOURNAL
 from tests.support.player import Player
 from tests.support.starts import STARTS
 from tests.support.users import JOURNAL_BYTES, Session
@@ -99,6 +100,12 @@ _PLAIN = (
     Family("barrier-fails-shown", "unforgetting", stories.BARRIER_FAILS),
     Family("disk-full", "used", stories.DISK_FULL),
     Family("full-at-opening", "used", stories.FULL_AT_OPENING),
+    Family("far-journal", "used", stories.REOPENED, journal_bytes=FAR_JOURNAL),
+    Family("far-journal-reuse", "full", stories.REUSE, journal_bytes=FAR_JOURNAL),
+    Family("far-journal-killed", "used", stories.KILLED, journal_bytes=FAR_JOURNAL),
+    Family("far-journal-fails", "full", stories.HOST_FAILS, journal_bytes=FAR_JOURNAL),
+    Family("far-journal-transactions", "full", stories.SAVEPOINTS, journal_bytes=FAR_JOURNAL),
+    Family("far-journal-snapshots", "snapshots", stories.BETWEEN_WRITES, journal_bytes=FAR_JOURNAL),
     Family("short-journals", "used", stories.SHORT_JOURNALS, journal_bytes=256 << 10),
 )
 _OF_TRANSACTIONS = (

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import jqcow
 from jqcow.engine.clusters import Run
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.engine.request import Guard, Request
 from jqcow.engine.space import RECYCLE_CLUSTERS, Space
+from jqcow.image.opening import FarJournal
 from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
 from jqcow.testing import SimulatedDevice
+from tests.support.qemu import done
 
 CLUSTER = 512
 GEOMETRY = Geometry(9)
@@ -256,3 +261,33 @@ class TestRecycling:
         pools.barrier()
         pools.space.add_found(ClusterIndex(3), 4)
         assert list(pools.space.unknown) == [run(3, 4)] and not pools.space.zero_safe
+
+
+# A journal that is laid far behind the end of the file
+
+
+def test_what_is_left_before_a_journal_continues_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    jqcow.create(path, 64 << 20).close()
+    with jqcow.open(path, "r+", journal_size=FarJournal(65536)) as image:
+        image.pwrite(b"\x11" * (3 << 20), 0)
+        image.flush()
+        assert path.stat().st_size > 1 << 30
+        image.create_snapshot("one")
+        first, *others = image.extents(3 << 20, 0)
+    # The L2 table has the first free cluster, and no journal divides the data.
+    assert (first.host_offset, first.length, others) == (5 * 65536, 3 << 20, [])
+    assert path.stat().st_size < 5 << 20
+    done("qemu-img", "check", path)
+
+
+def test_what_does_not_fit_before_a_journal_lies_behind_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    jqcow.create(path, 64 << 20).close()
+    with jqcow.open(path, "r+", journal_size=FarJournal(65536, distance_bytes=1 << 20)) as image:
+        for offset in range(0, 4 << 20, 1 << 18):
+            image.pwrite(b"\x11" * (1 << 18), offset)
+            image.flush()
+    done("qemu-img", "check", path)
+    with jqcow.open(path) as image:
+        assert image.pread(4 << 20, 0) == b"\x11" * (4 << 20)

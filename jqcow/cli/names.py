@@ -1,0 +1,131 @@
+"""Names of images among arguments: paths, ``file:`` and ``json:`` names, and ``--image-opts``.
+
+All of them name plain files. What else QEMU could open by such a name is refused (`jqcow.ondisk.json_names`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+
+from jqcow.cli.common import CommandError
+from jqcow.errors import UnsupportedFeatureError
+from jqcow.ondisk.json_names import RefusedName, parse_json_name
+from jqcow.ondisk.naming import meaning_of, protocol_of
+
+_SECRET = "encrypt.key-secret"
+_SINGLE = re.compile(r"\"(?:[^\"\\\\]|\\\\.)*\"|'((?:[^'\\\\]|\\\\.)*)'")
+_OF_THE_OPENING = ("force-share", "file.force-share")
+
+
+@dataclass(frozen=True)
+class Named:
+    """An image among arguments.
+
+    Attributes:
+        text: as it was given.
+        path: the file.
+        format: as given, or as the name says; None: neither does.
+        secret: id of the secret that has its passphrase, if the name says one.
+        force_share: what the name says of reading beside a writer, if anything.
+    """
+
+    text: str
+    path: str
+    format: str | None = None
+    secret: str | None = None
+    force_share: bool | None = None
+
+
+def add_image_opts(parser: argparse.ArgumentParser) -> None:
+    """Add ``--image-opts``."""
+    parser.add_argument(
+        "--image-opts",
+        action="store_true",
+        help="the image is named by options: driver=qcow2,file.filename=PATH",
+    )
+
+
+def add_objects(parser: argparse.ArgumentParser) -> None:
+    """Add ``--object secret,id=ID,file=FILE``, as in qemu-img."""
+    parser.add_argument(
+        "--object",
+        dest="objects",
+        metavar="SECRET",
+        action="append",
+        default=[],
+        help="secret,id=ID,file=FILE: a passphrase for encrypt.key-secret=ID; other kinds are not needed",
+    )
+
+
+def resolve(arguments: argparse.Namespace) -> None:
+    """Put the file in the place of its name, for a command with one image."""
+    given = arguments.image
+    found = named(given, getattr(arguments, "format", None), image_opts=arguments.image_opts)
+    arguments.given, arguments.image, arguments.secret = given, found.path, found.secret
+    arguments.format = found.format
+    if found.force_share is not None:
+        if getattr(arguments, "force_share", False) and not found.force_share:
+            raise CommandError("--force-share/-U conflicts with image options")
+        arguments.force_share = found.force_share
+
+
+def named(text: str, image_format: str | None, *, image_opts: bool = False) -> Named:
+    """Return what a name among arguments means.
+
+    Raises:
+        CommandError: it means no plain file, or contradicts ``-f``.
+    """
+    try:
+        if image_opts:
+            if image_format is not None:
+                raise CommandError("--image-opts and --format are mutually exclusive")
+            return _of_options(text, _pairs(text), None)
+        if protocol_of(text) == "json":
+            return _of_json(text, image_format)
+        return Named(text, meaning_of(text, "").path, image_format)
+    except (RefusedName, UnsupportedFeatureError) as refused:
+        raise CommandError(f"Could not open '{text}': {refused}") from refused
+
+
+def _of_json(text: str, image_format: str | None) -> Named:
+    # QEMU takes single quotes, too.
+    rest = _SINGLE.sub(_double, text.partition(":")[2])
+    try:
+        options = json.loads(rest)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        # It says why.
+        parse_json_name(rest)
+        raise RefusedName("it is no JSON object")
+    return _of_options(text, options, image_format)
+
+
+def _double(found: re.Match[str]) -> str:
+    inside: str | None = found[1]
+    return found[0] if inside is None else json.dumps(inside.replace("\\'", "'"))
+
+
+def _of_options(text: str, options: dict[str, object], image_format: str | None) -> Named:
+    shares = {name: options.pop(name) for name in _OF_THE_OPENING if name in options}
+    path, driver = parse_json_name(json.dumps(options))
+    if None not in (driver, image_format) and driver != image_format:
+        raise RefusedName(f"its driver is {driver}, not {image_format}")
+    secret = _secret(options)
+    share = None if not shares else any(value in (True, "on", "yes", "true") for value in shares.values())
+    return Named(text, path, image_format or driver, secret, share)
+
+
+def _secret(options: dict[str, object]) -> str | None:
+    below = options.get("encrypt")
+    found = options.get(_SECRET) or (below.get("key-secret") if isinstance(below, dict) else None)
+    return str(found) if found else None
+
+
+def _pairs(text: str) -> dict[str, object]:
+    from jqcow.cli.qemu.options import plain_pairs
+
+    return dict(plain_pairs(text))

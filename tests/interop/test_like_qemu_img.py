@@ -1,0 +1,183 @@
+"""jqcow-img beside qemu-img: the same commands must say the same, exit alike and leave equal disks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jqcow.cli.main import main_like_qemu_img
+from tests.support.qemu import done
+
+DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+ICOUNT = re.compile(r" +0?$", re.MULTILINE)
+"""Of a new snapshot qemu-img says that no instruction was counted, jqcow that none were."""
+SIZES = re.compile(r"(disk size: |\"actual-size\": )[\d.]+( [KM]iB)?")
+
+
+def theirs(words: list[str], folder: Path) -> tuple[int, str, str]:
+    found = subprocess.run(["qemu-img", *words], cwd=folder, capture_output=True, text=True, check=False)
+    return found.returncode, found.stdout, found.stderr
+
+
+def ours(words: list[str], folder: Path) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main_like_qemu_img(words)
+            except SystemExit as left:
+                code = int(left.code or 0)
+    finally:
+        os.chdir(before)
+    return code, out.getvalue(), err.getvalue()
+
+
+def plain(told: tuple[int, str, str]) -> tuple[int, str, str]:
+    """Return what was told without dates, and without what a file takes on the host."""
+    code, out, err = told
+    return code, ICOUNT.sub("", SIZES.sub(r"\1SIZE", DATE.sub("DATE", out))), err
+
+
+STORIES: dict[str, list[str]] = {
+    "create": [
+        "create -f qcow2 a.qcow2 64M",
+        "create -f qcow2 -o cluster_size=4k,lazy_refcounts=on,compat=v3 a.qcow2 1M",
+        "create a.raw 1M",
+        "create -f qcow2 -o size=3M a.qcow2",
+        "create -f qcow2 file:a.qcow2 1M",
+        "info a.qcow2",
+        "info --output=json a.raw",
+    ],
+    "create refuses": [
+        "create -f qcow2 a.qcow2",
+        "create -f qcow2 a.qcow2 xyz",
+        "create -f qcow2 a.qcow2 1M more",
+        "create -f qcow2 -o foo=bar a.qcow2 1M",
+        "create -f qcow2 -o size=1M a.qcow2 1M",
+        "create -f qcow2 -o cluster_size=1000 a.qcow2 1M",
+        "create -f qcow2 -o refcount_bits=7 a.qcow2 1M",
+        "create -f qcow2 -o refcount_bits=8,compat=0.10 a.qcow2 1M",
+        "create -f qcow2 -o compat=0.42 a.qcow2 1M",
+        "create -f qcow2 -o preallocation=1234 a.qcow2 1M",
+        "create -f qcow2 -b none.qcow2 -F qcow2 a.qcow2",
+        "create -f nothing a.qcow2 1M",
+        "create -f qcow2 -o ,, a.qcow2 1M",
+        "create -f qcow2 --nothing a.qcow2 1M",
+        "create -f qcow2 -o help a.qcow2",
+        "create -o help",
+    ],
+    "overlays": [
+        "create -f qcow2 base.qcow2 1M",
+        "create -f qcow2 -b base.qcow2 a.qcow2",
+        "create -f qcow2 -b base.qcow2 -F qcow2 a.qcow2",
+        "info --backing-chain a.qcow2",
+        "info --output=json a.qcow2",
+        "map --output=json a.qcow2",
+        "rebase -u -b base.qcow2 a.qcow2",
+        "rebase -u -b base.qcow2 -F qcow2 a.qcow2",
+        "rebase -b none.qcow2 -F qcow2 a.qcow2",
+        "commit a.qcow2",
+        "commit base.qcow2",
+        "commit -b other a.qcow2",
+    ],
+    "look": [
+        "create -q -f qcow2 a.qcow2 1M",
+        "check a.qcow2",
+        "check --output=json a.qcow2",
+        "map a.qcow2",
+        "info none.qcow2",
+        "info -f qcow2 data.raw",
+        "check -f raw data.raw",
+        "info json:{'driver':'qcow2','file':{'driver':'file','filename':'a.qcow2'}}",
+        "info --image-opts driver=qcow2,file.filename=a.qcow2",
+        "measure --size 1G -O qcow2",
+    ],
+    "snapshots": [
+        "create -q -f qcow2 a.qcow2 1M",
+        "snapshot -c one a.qcow2",
+        "snapshot -l a.qcow2",
+        "snapshot -d two a.qcow2",
+        "snapshot -d one a.qcow2",
+        "check a.qcow2",
+    ],
+    "sizes": [
+        "create -q -f qcow2 a.qcow2 1M",
+        "resize a.qcow2 +1M",
+        "resize a.qcow2 1M",
+        "resize --shrink a.qcow2 1M",
+        "resize a.qcow2 -5M",
+        "resize a.qcow2 nothing",
+        "resize --preallocation=full a.qcow2 1M",
+        "resize -f raw data.raw 1M",
+        "info data.raw",
+    ],
+    "amend": [
+        "create -q -f qcow2 a.qcow2 1M",
+        "amend -o compat=0.10 a.qcow2",
+        "amend -o lazy_refcounts=on a.qcow2",
+        "amend -o compat=1.1,lazy_refcounts=on a.qcow2",
+        "amend -o cluster_size=4k a.qcow2",
+        "amend -o nothing=1 a.qcow2",
+        "amend -o compat=7 a.qcow2",
+        "amend -f qcow2 -o help",
+        "amend -f raw -o size=1M data.raw",
+        "info a.qcow2",
+    ],
+    "compare": [
+        "create -q -f qcow2 a.qcow2 64k",
+        "compare a.qcow2 data.raw",
+        "compare data.raw data.raw",
+        "compare a.qcow2 short.raw",
+        "compare -s a.qcow2 short.raw",
+        "compare a.qcow2 none.raw",
+        "compare a.qcow2",
+    ],
+    "convert": [
+        "convert -O qcow2 data.raw a.qcow2",
+        "compare data.raw a.qcow2",
+        "convert -c -O qcow2 a.qcow2 packed.qcow2",
+        "compare packed.qcow2 a.qcow2",
+        "convert -O raw data.raw short.raw two.raw",
+        "info two.raw",
+        "convert -n -O raw data.raw two.raw",
+        "convert -n -O raw two.raw data.raw",
+        "convert -n -o size=1 data.raw two.raw",
+        "convert --target-is-zero data.raw two.raw",
+        "convert -c data.raw two.raw",
+        "convert -S 0 -O qcow2 short.raw full.qcow2",
+        "check full.qcow2",
+        "map full.qcow2",
+        "convert -c -S 0 -O qcow2 short.raw full.qcow2",
+        "map --output=json full.qcow2",
+        "convert -O qcow2 -B a.qcow2 -F qcow2 -o size=1 a.qcow2 top.qcow2",
+        "convert none.raw a.qcow2",
+        "convert",
+        "dd if=data.raw of=part.raw bs=1k count=3 skip=2",
+        "compare part.raw two.raw",
+        "dd if=data.raw",
+        "dd if=data.raw of=part.raw what=1",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", sorted(STORIES))
+def test_both_say_the_same(name: str, tmp_path: Path) -> None:
+    folders = tmp_path / "theirs", tmp_path / "ours"
+    for folder in folders:
+        folder.mkdir()
+        (folder / "data.raw").write_bytes(b"\x55" * 20480 + bytes(45056))
+        (folder / "short.raw").write_bytes(bytes(32768))
+    for story in STORIES[name]:
+        words = story.split()
+        assert plain(ours(words, folders[1])) == plain(theirs(words, folders[0])), story
+    for found in folders[1].glob("*.qcow2"):
+        done("qemu-img", "check", found)
+        done("qemu-img", "compare", found, folders[0] / found.name)
