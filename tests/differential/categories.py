@@ -388,7 +388,7 @@ def _qemu_gave_up(difference: Difference) -> bool:
 
 def _is_shared_refcount_block(difference: Difference) -> bool:
     report = difference.checking.report
-    lines = _qemu_told(difference, r"^ERROR refcount block \d+ refcount=")
+    lines = _qemu_told(difference, r"ERROR refcount block \d+ refcount=")
     is_all = report is not None and difference.checking.corruptions == report.corruptions + lines
     return bool(lines) and is_all and Kind.OVERLAP in difference.checking.counts
 
@@ -399,7 +399,7 @@ def _is_unaligned(difference: Difference) -> bool:
 
 
 def _has_flags_in_the_refcount_table(difference: Difference) -> bool:
-    told = _qemu_told(difference, r"^ERROR refcount table entry \d+ has reserved bits set")
+    told = _qemu_told(difference, r"ERROR refcount table entry \d+ has reserved bits set")
     return bool(told) and Kind.RESERVED_BITS in difference.checking.counts
 
 
@@ -422,7 +422,7 @@ def _has_the_zero_flag_for_none(difference: Difference) -> bool:
 
 
 def _has_subclusters_of_compressed_data(difference: Difference) -> bool:
-    told = _qemu_told(difference, r"^ERROR compressed cluster \d+ with non-zero subcluster allocation bitmap")
+    told = _qemu_told(difference, r"ERROR compressed cluster \d+ with non-zero subcluster allocation bitmap")
     return bool(told) and Kind.SUBCLUSTERS in difference.checking.counts
 
 
