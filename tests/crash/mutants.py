@@ -452,7 +452,11 @@ OF_MAPPING_AND_SNAPSHOTS = (
     ),
     Mutant(
         "N1-data-not-counted",
-        returning(f"{MAPPING}.references", (), during=f"{SNAPSHOTS}._share"),
+        skipping(
+            f"{ALLOCATION}.share",
+            during=f"{SNAPSHOTS}._share",
+            only=lambda refcounts, start, count: start not in refcounts.space.metadata,
+        ),
         trials=("snapshots/4096/0",),
     ),
     Mutant(
@@ -471,7 +475,7 @@ OF_MAPPING_AND_SNAPSHOTS = (
     ),
     Mutant(
         "N2-flags-left-by-create",
-        skipping(f"{SNAPSHOTS}.set_copied_flags", during=f"{SNAPSHOTS}.create"),
+        skipping(f"{MAPPING_EDITOR}.set_copied", during=f"{SNAPSHOTS}.create"),
         trials=("snapshots/4096/0",),
     ),
     Mutant(

@@ -87,7 +87,7 @@ def test_progress_of_long_commands(command: list[str], capsys: pytest.CaptureFix
     assert main.main([*command, "-q", "--allow-files", "--progress=json", "image"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert lines[-1].pop("elapsed") >= 0
-    assert lines[-1] == {"transferred": 4 * MIB, "size": 4 * MIB, "description": "convert"}
+    assert lines[-1] == {"transferred": 4 * MIB, "size": 4 * MIB, "description": command[0]}
 
 
 def test_a_format_of_no_backing_file_is_not_looked_at(capsys: pytest.CaptureFixture[str]) -> None:

@@ -389,7 +389,7 @@ def test_progress_as_json_lines(image: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_progress_as_a_bar() -> None:
     stream = io.StringIO()
-    with progress_of.shown_progress("bar", stream) as progress:
+    with progress_of.shown_progress("bar", stream, "convert") as progress:
         progress(0, 100)
         progress(100, 100)
     assert stream.getvalue().endswith("100% of 100 B\n")
@@ -398,7 +398,7 @@ def test_progress_as_a_bar() -> None:
 
 def test_progress_as_lines_is_short() -> None:
     stream = io.StringIO()
-    with progress_of.shown_progress("lines", stream) as progress:
+    with progress_of.shown_progress("lines", stream, "convert") as progress:
         for done in range(1001):
             progress(done, 1000)
     assert 11 <= len(stream.getvalue().splitlines()) <= 12

@@ -67,7 +67,7 @@ def miscount(engine: Engine, *clusters: ClusterIndex) -> None:
     """Count clusters in use as free, as damage does: nobody frees them, or gives them back to the host."""
     with changing(engine) as tables:
         for cluster in clusters:
-            tables.refcounts._add(cluster, 1, -1)
+            tables.refcounts._take_reference(cluster, 1)
 
 
 def make_too_low(engine: Engine) -> None:
