@@ -266,7 +266,7 @@ OF_JOURNAL = (
     ),
     Mutant(
         "J4-epoch-without-header",
-        replacing(f"{LOG}._encode", lambda _, log, changes: frames.encode_operations(changes.operations())),
+        replacing(f"{LOG}._encode", lambda _, log, changes, *more: frames.encode_operations(changes.operations())),
         trials=("epochs/4096/0",),
     ),
     Mutant(
@@ -630,14 +630,17 @@ OF_COMMITS = (
     Mutant(
         "T1-record-before-data-of-a-transaction",
         holding(
-            f"{COMMITS}._write_record", "changes.ordered", False, only=lambda _, changes: changes.is_private
+            f"{COMMITS}._write_record",
+            "changes.ordered",
+            False,
+            only=lambda _, changes, *more: changes.is_private,
         ),
         trials=("transactions-new/4096/0",),
     ),
     Mutant("T2-flush-without-barrier", without_barrier("flush.record"), trials=("reopened/4096/0",)),
     Mutant(
         "T3-home-before-its-record",
-        after(f"{LOG}.make_room", lambda _, log, changes: write_home(log.medium, changes)),
+        after(f"{LOG}.make_room", lambda _, log, changes, *more: write_home(log.medium, changes)),
         trials=seeds("reopened/512", 2),
     ),
     Mutant("T4-epoch-ends-in-the-log", skipping(f"{LOG}.write_homes"), trials=("reopened/4096/0",)),

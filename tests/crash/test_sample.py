@@ -19,7 +19,7 @@ from tests.crash.workloads import (
 SEED = 7
 IS_QUICK = _native.active() == "c"
 """The twins are slow: they get fewer states, and no recovery is crashed."""
-STATES_PER_INTERVAL, SNAPSHOT_STATES_PER_INTERVAL = (6, 2) if IS_QUICK else (2, 1)
+STATES_PER_INTERVAL, SNAPSHOT_STATES_PER_INTERVAL = (4, 2) if IS_QUICK else (2, 1)
 """The stories of snapshots have more intervals than others; of features there are many families."""
 OF_FEATURES = frozenset(names_in("features", "small-writes"))
 QEMU_EVERY = 40
@@ -28,7 +28,7 @@ SAMPLE = [
     pytest.param(family, family.cluster_sizes[number % len(family.cluster_sizes)], id=name)
     for number, (name, family) in enumerate(FAMILIES.items())
     # The twins do what the kernels do in every family; of features they see some.
-    if IS_QUICK or name not in OF_FEATURES or number % 4 == 0
+    if IS_QUICK or name not in OF_FEATURES or number % 8 == 0
 ]
 COVERING = (
     "fresh/1024",
@@ -44,7 +44,7 @@ COVERING = (
 
 
 def laboratory(states: int, qemu_every: int, ledger: Ledger | None = None) -> Laboratory:  # type: ignore[type-arg]
-    options = LabOptions(budget=states, seed=SEED, depth=2, nested_every=12, nested_budget=3, kill=True)
+    options = LabOptions(budget=states, seed=SEED, depth=2, nested_every=24, nested_budget=3, kill=True)
     return Laboratory(Judge(qemu_every), recover=recover_and_close, options=options, ledger=ledger)
 
 
