@@ -37,7 +37,9 @@ SAMPLED_BYTES = 16 << 20
 FEW = 0.125
 """Tables that name less of a file tell less than an L1 table in its usual place."""
 CHANCE = 1 / 256
-"""Tables that name less of a file are tables by chance."""
+"""Short tables that name less of a file are tables by chance."""
+LONG_TABLE_BITS = 12
+"""A table of so large a cluster is not short."""
 ENCRYPTION_WITHIN = 64 << 20
 """So far from its start a file has the header of its encryption: it comes with the first structures."""
 SURE_WEIGHT = 2
@@ -165,7 +167,9 @@ class Structures(Lookalikes):
         if best is not None and best[0] and best[2]:
             return best[1], True
         usual = self._bits_of_usual_l1()
-        least = FEW if usual is not None else 0 if by_chance else CHANCE
+        # A table of 64 entries may be one by chance, one of 512 is not.
+        is_long = best is not None and best[1] >= LONG_TABLE_BITS
+        least = FEW if usual is not None else 0 if by_chance or is_long else CHANCE
         if best is None or not best[0] or best[0] < least * data_bytes:
             return usual, False
         return best[1], False

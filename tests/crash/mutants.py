@@ -266,7 +266,9 @@ OF_JOURNAL = (
     ),
     Mutant(
         "J4-epoch-without-header",
-        replacing(f"{LOG}._encode", lambda _, log, changes, *more: frames.encode_operations(changes.operations())),
+        replacing(
+            f"{LOG}._encode", lambda _, log, changes, *more: frames.encode_operations(changes.operations())
+        ),
         trials=("epochs/4096/0",),
     ),
     Mutant(
