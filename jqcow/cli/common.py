@@ -226,6 +226,27 @@ def add_allow_files(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_target_format(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Add the option -O."""
+    parser.add_argument(
+        "-O",
+        dest="target_format",
+        choices=formats(parser),
+        default=default,
+        help="format (default: raw)",
+    )
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add the option --overwrite."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=profile_of(parser).overwrites,
+        help="replace an existing target",
+    )
+
+
 def add_force_share(parser: argparse.ArgumentParser) -> None:
     """Add ``-U``, of what only reads."""
     parser.add_argument(

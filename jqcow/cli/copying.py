@@ -33,9 +33,7 @@ def add_parsers(commands: Any) -> None:
         "The target appears under its name when it is whole and durable.",
     )
     common.add_format(parser)
-    parser.add_argument(
-        "-O", dest="target_format", choices=common.formats(parser), help="format (default: raw)"
-    )
+    common.add_target_format(parser)
     common.add_options(parser, f"{common.FORM_OPTIONS_HELP}, {secrets.ENCRYPTION_HELP}")
     names.add_image_opts(parser)
     names.add_objects(parser)
@@ -52,12 +50,7 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="copy a snapshot, by id or name")
     common.add_allow_files(parser)
     common.add_force_share(parser)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        default=common.profile_of(parser).overwrites,
-        help="replace an existing target",
-    )
+    common.add_overwrite(parser)
     parser.add_argument(
         "--verify", action="store_true", help="reread source and target and compare them, before naming it"
     )

@@ -22,24 +22,13 @@ def add_parsers(commands: Any) -> None:
         description="Copy blocks of a disk into a new file. It appears under its name whole and durable.",
     )
     common.add_format(parser)
-    parser.add_argument(
-        "-O",
-        dest="target_format",
-        choices=common.formats(parser),
-        default="raw",
-        help="format (default: raw)",
-    )
+    common.add_target_format(parser, default="raw")
     names.add_image_opts(parser)
     names.add_objects(parser)
     secrets.add_passphrase(parser)
     common.add_allow_files(parser)
     common.add_force_share(parser)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        default=common.profile_of(parser).overwrites,
-        help="replace an existing target",
-    )
+    common.add_overwrite(parser)
     parser.add_argument(
         "operands",
         metavar="OPERAND",

@@ -22,13 +22,7 @@ def add_parsers(commands: Any) -> None:
     common.add_format(parser)
     names.add_image_opts(parser)
     names.add_objects(parser)
-    parser.add_argument(
-        "-O",
-        dest="target_format",
-        choices=common.formats(parser),
-        default="raw",
-        help="format (default: raw)",
-    )
+    common.add_target_format(parser, default="raw")
     common.add_options(parser, f"{common.FORM_OPTIONS_HELP}, {secrets.ENCRYPTION_HELP}")
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="a snapshot, by id or name")
     parser.add_argument("--size", metavar="SIZE", help="of a new disk, instead of a file")

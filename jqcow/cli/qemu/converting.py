@@ -88,14 +88,7 @@ def _new_target(arguments: argparse.Namespace, text: str, size: int) -> dict[str
     options_of.require_format(image_format)
     found = options_of.parsed(text, options_of.of_new(image_format))
     found["size"] = str(size)
-    for option, value, what in (
-        ("backing_file", arguments.backing_file, "Backing file"),
-        ("backing_fmt", arguments.backing_format, "Backing file format"),
-    ):
-        if value is not None:
-            if image_format != "qcow2":
-                raise CommandError(f"{what} not supported for file format '{image_format}'")
-            found[option] = value
+    creating.take_backing(arguments, image_format, found)
     return found
 
 

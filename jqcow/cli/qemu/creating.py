@@ -63,7 +63,7 @@ def make(arguments: argparse.Namespace, name: str, image_format: str, text: str,
             found["size"] = str(size)
     elif size is not None:
         raise CommandError("The image size must be specified only once")
-    _take_backing(arguments, image_format, found)
+    take_backing(arguments, image_format, found)
     backing = found.get("backing_file")
     if backing is not None:
         if backing == name:
@@ -79,7 +79,8 @@ def make(arguments: argparse.Namespace, name: str, image_format: str, text: str,
     write(arguments, name, image_format, found)
 
 
-def _take_backing(arguments: argparse.Namespace, image_format: str, found: dict[str, str]) -> None:
+def take_backing(arguments: argparse.Namespace, image_format: str, found: dict[str, str]) -> None:
+    """Add what ``-b`` or ``-B``, and ``-F``, say to the options of a new image, which must have such."""
     for option, value, what in (
         ("backing_file", arguments.backing_file, "Backing file"),
         ("backing_fmt", arguments.backing_format, "Backing file format"),
