@@ -6,6 +6,7 @@ that count their own cluster. Tables of an image in the image have another file'
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk import entries, layout, luks, snapshots
 from jqcow.ondisk.compression import COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from jqcow.ondisk.header import Header
-from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, FoundEntry, codec_of
+from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, FoundEntry, codec_of, reserved_bits
 from jqcow.ondisk.layout import Geometry, HostOffset, table_bytes
 from jqcow.ondisk.snapshots import TableEntry
 from jqcow.salvage.lookalikes import (
@@ -30,6 +31,7 @@ from jqcow.salvage.lookalikes import (
     words_of,
 )
 from jqcow.salvage.streams import stream_length
+from jqcow.salvage.tables import LONGEST_BYTES
 
 CLUSTER_BITS = range(layout.MIN_CLUSTER_BITS, layout.MAX_CLUSTER_BITS + 1)
 SAMPLED_BYTES = 16 << 20
@@ -273,13 +275,22 @@ class Structures(Lookalikes):
     # Kinds of entries
 
     def first_table_fits(self, l1: FoundL1, cluster_bits: int, *, extended: bool) -> bool:
-        """Return False if the first L2 table that has entries has none of this kind, but of the other."""
+        """Return False if the first L2 table that tells of which kind its entries are has the other kind."""
         for place in self._l2_places(cluster_bits, l1)[:SAMPLED_TABLES]:
-            table = self._pread(1 << cluster_bits, place)
-            if not _native.is_zero(table):
-                fits = not self.judge(table, cluster_bits, extended=extended)[INVALID]
-                return fits or bool(self.judge(table, cluster_bits, extended=not extended)[INVALID])
+            kind = self._has_pairs(self._pread(1 << cluster_bits, place), cluster_bits)
+            if kind is not None:
+                return kind == extended
         return True
+
+    def _has_pairs(self, table: bytes, cluster_bits: int) -> bool | None:
+        """Return True if most of what every other word of a table holds is no entry: bitmaps; None: nothing.
+
+        A few entries that cannot be, of a table that noise hit or of a file that was cut off, change nothing.
+        """
+        second = array("Q", table)[1::2].tobytes()
+        reserved = reserved_bits(Geometry(cluster_bits))
+        counts = _native.l2_judge(second, layout.table_bytes(1), cluster_bits, reserved, LONGEST_BYTES)
+        return None if _native.is_zero(second) else 2 * counts[INVALID] > sum(counts[1 : INVALID + 1])
 
     def mapped_bytes(self, l1: FoundL1, geometry: Geometry) -> int:
         """Return where the last guest cluster ends that the tables of an L1 table map."""
@@ -318,14 +329,7 @@ class Structures(Lookalikes):
         votes = [0, 0]
         for place in places[:: max(1, len(places) // SAMPLED_TABLES)][: 4 * SAMPLED_TABLES]:
             table = self._pread(1 << cluster_bits, place)
-            fits = [
-                not self.judge(table, cluster_bits, extended=extended)[INVALID] for extended in (False, True)
-            ]
-            if fits[0] != fits[1]:
-                votes[fits[1]] += 1
-            elif fits[0] and _native.sector_kinds(table, self._source.size()).translate(None, _NO_PAIRS):
-                votes[1] += 1
+            kind = self._has_pairs(table, cluster_bits)
+            if kind is not None and (l1 is not None or self._is_l2_of_any_kind(place, 1 << cluster_bits)):
+                votes[kind] += 1
         return votes[1] > votes[0]
-
-
-_NO_PAIRS = bytes(kind for kind in range(256) if kind & 0xC0 != _native.SECTOR_PAIRS)

@@ -337,6 +337,27 @@ def test_l1_table_of_a_lost_snapshot_is_not_taken_for_the_disks(make: Make) -> N
     assert damages or snapshots
 
 
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("has_noise", [False, True])
+def test_impossible_entries_do_not_tell_their_kind(make: Make, extended: bool, has_noise: bool) -> None:
+    """The file ends before what the last word names, or that is noise: all others could be pairs, too."""
+    made = make(f"cluster_size=16384,extended_l2={'on' if extended else 'off'}", 24 << 20, 16_384)
+    header, data = made.header, bytearray(made.data)
+    (word,) = struct.unpack_from(">Q", data, header.l1_table_offset)
+    table = word & ~(1 << 63)
+    last = bytes.fromhex("e1a5" * 4) if has_noise else struct.pack(">Q", 1 << 63 | len(data) + 16_384)
+    words = [1 << 63 | header.l1_table_offset + place * 16_384 for place in range(5, 11)]
+    data[table : table + 16_384] = bytes(16_384)
+    if extended:
+        words[1::2] = [0xFFFF_FFFF, 0x0F0F, 0xFF00_0000_0000]
+        data[table : table + 48] = struct.pack(">6Q", *words)
+        data[table + 48 : table + 56] = last
+    else:
+        data[table : table + 48] = struct.pack(">6Q", *words)
+        data[table + 8 : table + 16] = last
+    assert read_shape(Source(Memory(bytes(data)))).area.header.has_subclusters == extended
+
+
 def test_a_table_by_chance_tells_no_cluster_size() -> None:
     data = bytearray(random.Random(8).randbytes(1 << 20))
     data[512:1024] = struct.pack(">Q", 1 << 63 | 4096).ljust(512, b"\0")
