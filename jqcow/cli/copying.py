@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from jqcow.cli import common, names, secrets
+from jqcow.cli import common, names, piped, secrets
 from jqcow.cli.common import CommandError, human_size
 from jqcow.cli.progress import add_progress, progress_of
 from jqcow.errors import printable
@@ -17,6 +17,7 @@ from jqcow.errors import printable
 if TYPE_CHECKING:
     from jqcow.device.disk import Disk
     from jqcow.disks.chain import Chain
+    from jqcow.disks.files import Source
     from jqcow.offline.convert import ConvertReport
     from jqcow.ondisk.naming import DiskFormat
 
@@ -118,8 +119,7 @@ def convert_command(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.target == "-":
-        raise CommandError("'-' as the target: jqcow writes no pipe; ./- is a file of that name")
+    piped.check(arguments)
     if arguments.skip_broken_bitmaps and not arguments.bitmaps:
         raise CommandError("--skip-broken-bitmaps is for --bitmaps")
     if not arguments.into and (arguments.target_is_zero or arguments.target_image_opts):
@@ -172,6 +172,7 @@ def convert_one(arguments: argparse.Namespace) -> ConvertReport:
 
     source = source_of(arguments, arguments.sources[0])
     target = names.named(arguments.target, None).path
+    poured = piped.output() if piped.is_pipe(arguments, target) else None
     target_format = common.disk_format(arguments.target_format) or "raw"
     known = (*common.FORM_OPTIONS, *secrets.ENCRYPTION_OPTIONS)
     named = common.named_options(arguments.options, target_format, known)
@@ -179,15 +180,17 @@ def convert_one(arguments: argparse.Namespace) -> ConvertReport:
     # Read once: a descriptor gives it once.
     passphrase = secrets.passphrase_of(arguments)
     encryption = secrets.encryption_of(arguments, named, target, passphrase)
-    common.print_warnings(arguments, source.path, source.format)
+    if not piped.is_pipe(arguments, source.path):
+        common.print_warnings(arguments, source.path, source.format)
     with (
         common.opening(arguments, source.path),
         progress_of(arguments) as progress,
     ):
+        opened = piped.opened(arguments, source.path)
         return convert(
-            source.path,
-            target,
-            source_format=common.disk_format(source.format) or _probe(arguments, source.path),
+            opened,
+            target if poured is None else poured,
+            source_format=common.disk_format(source.format) or _probe(arguments, opened),
             snapshot=snapshot_of(arguments),
             allow_files=arguments.allow_files,
             probe=arguments.probe,
@@ -206,15 +209,16 @@ def convert_one(arguments: argparse.Namespace) -> ConvertReport:
         )
 
 
-def _probe(arguments: argparse.Namespace, source: str) -> DiskFormat:
+def _probe(arguments: argparse.Namespace, source: Source) -> DiskFormat:
     """Tell the format of the source; raw is what everything else looks like, so it is said."""
     from jqcow.disks.files import open_to_read
 
     device, found = open_to_read(source, share_writers=arguments.shares)
-    device.close()
+    if device is not source:
+        device.close()
     if found == "raw" and not arguments.quiet and not arguments.profile.is_qemu:
         print(
-            f"WARNING: the format of '{source}' was not given and it looks raw. Use -f raw if it is.",
+            f"WARNING: the format of '{device.path}' was not given and it looks raw. Use -f raw if it is.",
             file=sys.stderr,
         )
     return found
@@ -239,7 +243,7 @@ def open_sources(arguments: argparse.Namespace, stack: ExitStack) -> list[Chain]
         )
         with common.opening(arguments, given.path):
             chain = open_disk(
-                given.path,
+                piped.opened(arguments, given.path),
                 common.disk_format(given.format),
                 snapshot=snapshot_of(arguments),
                 following=following,
@@ -323,7 +327,9 @@ def print_report(arguments: argparse.Namespace, report: ConvertReport) -> Iterat
     if arguments.output == "json":
         common.print_json(common.as_json(report))
     elif not arguments.quiet:
-        print("\n".join(_report_lines(report)))
+        # Standard output has the image, and nothing else.
+        stream = sys.stderr if piped.is_pipe(arguments, arguments.target) else sys.stdout
+        print("\n".join(_report_lines(report)), file=stream)
 
 
 def _warnings(report: ConvertReport) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import TypeVar
 from jqcow.device.disk import Disk, Extent, joined
 from jqcow.device.file import FileDevice, identity_in
 from jqcow.device.holes import HostRegions
-from jqcow.disks.files import open_to_read
+from jqcow.disks.files import Source, open_to_read
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.outside import open_data_file
 from jqcow.disks.policy import NOT_FOLLOWING, Following, naming_the_image, require_allowed, stored_format
@@ -50,7 +50,7 @@ FileDisk = RawDisk | ImageDisk
 
 
 def walk(
-    path: str | os.PathLike[str],
+    path: Source,
     disk_format: DiskFormat | None,
     following: Following,
     visit: Visit[Found],
@@ -59,7 +59,7 @@ def walk(
     """Yield what ``visit`` makes of each file of a chain, from the top; it then closes the files.
 
     Args:
-        path: of the file at the top.
+        path: of the file at the top, or that file, open.
         disk_format: of that file; None tells it by its magic.
         following: how names are followed.
         visit: is given each file when it is asked for; where it raises, the file is closed.
@@ -246,7 +246,7 @@ def _telling_of(layer: FileDisk, length: int, offset: int) -> Iterator[None]:
 
 
 def open_disk(
-    path: str | os.PathLike[str],
+    path: Source,
     disk_format: DiskFormat | None = None,
     *,
     snapshot: str | None = None,
@@ -255,7 +255,7 @@ def open_disk(
     """Open the disk in a file for reading, with all that it names below itself.
 
     Args:
-        path: the file.
+        path: the file, or an open one.
         disk_format: None tells it by its magic.
         snapshot: id or name of an internal snapshot to read instead of the disk.
         following: how names are followed.
@@ -273,7 +273,7 @@ def open_disk(
 
     def visit_top(device: FileDevice, known: DiskFormat) -> tuple[FileDisk, NamedFile | None]:
         if known == "raw" and snapshot is not None:
-            raise ValueError(f"{os.fspath(path)} is a raw file, which has no snapshots")
+            raise ValueError(f"{device.path} is a raw file, which has no snapshots")
         return _as_layer(device, known, following, met, snapshot)
 
     return _collected(walk(path, disk_format, following, visit_top, _visiting_layers(following, met)))

@@ -12,6 +12,9 @@ from jqcow.ondisk import foreign
 from jqcow.ondisk.header import MAGIC
 from jqcow.ondisk.naming import DiskFormat
 
+Source = str | os.PathLike[str] | FileDevice
+"""A file by its path, or an open one, which whoever opens the disk in it takes over."""
+
 
 def probe_format(reader: Reader) -> DiskFormat:
     """Tell the format by its magic; a crashed jqcow image that lost sector 0 counts as qcow2.
@@ -32,7 +35,7 @@ def probe_format(reader: Reader) -> DiskFormat:
 
 
 def open_to_read(
-    path: str | os.PathLike[str],
+    path: Source,
     disk_format: DiskFormat | None = None,
     *,
     share_writers: bool = False,
@@ -41,7 +44,7 @@ def open_to_read(
     """Open a file for reading, and tell its format.
 
     Args:
-        path: the file.
+        path: the file. An open one is taken as it is.
         disk_format: None tells it by the magic.
         share_writers: also while another program writes; what is read may then be old, mixed or wrong.
         real_path: see `FileDevice.open`.
@@ -52,7 +55,10 @@ def open_to_read(
             journal is live.
         OSError: the host failed.
     """
-    device = FileDevice.open(path, writable=False, share_writers=share_writers, real_path=real_path)
+    if isinstance(path, FileDevice):
+        device = path
+    else:
+        device = FileDevice.open(path, writable=False, share_writers=share_writers, real_path=real_path)
     try:
         known = disk_format or probe_format(device)
         if share_writers and known == "qcow2":

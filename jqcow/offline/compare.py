@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from heapq import merge
 
+from jqcow import _native
 from jqcow.device.disk import Disk, Extent, read_padded
 from jqcow.disks.chain import Chain
 from jqcow.ondisk import layout
@@ -165,6 +166,23 @@ def windows(disk: Disk, unit: int, limit: int, *, holes: bool = True) -> Iterato
             yield start, step
             start += step
         reached = max(reached, end)
+
+
+def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:
+    """Return (start, end) of the parts of ``data`` that are not zero, in steps of ``unit`` bytes."""
+    runs: list[tuple[int, int]] = []
+    unit_index, count = 0, len(data) // unit
+    while unit_index < count:
+        is_zero, length = _native.zero_run(data, unit_index, count, unit)
+        if not is_zero:
+            runs.append((unit_index * unit, (unit_index + length) * unit))
+        unit_index += length
+    rest = count * unit
+    if rest < len(data) and not _native.is_zero(data[rest:]):
+        # The last unit may be cut at the end of the disk.
+        start = runs.pop()[0] if runs and runs[-1][1] == rest else rest
+        runs.append((start, len(data)))
+    return runs
 
 
 def _first_unequal(one: bytes, other: bytes) -> int:

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from operator import index
 from typing import Protocol, Unpack
 
-from jqcow import _native
 from jqcow.device.base import Device
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice
 from jqcow.device.filling import take_space
+from jqcow.device.stream import OutputStream
 from jqcow.device.targets import new_target
-from jqcow.disks.chain import Chain, identity_of, open_disk
+from jqcow.disks.chain import Chain, Identity, identity_of, open_disk
+from jqcow.disks.files import Source
 from jqcow.disks.image import ImageDisk
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.disks.raw import RawDisk
@@ -32,9 +33,10 @@ from jqcow.errors import JqcowError
 from jqcow.image.creating import create_data_file, publish
 from jqcow.offline.bitmaps import NO_BITMAPS, ChosenBitmaps, Which, choose
 from jqcow.offline.build import ImageBuilder, PreallocatedImage
-from jqcow.offline.compare import Progress, first_difference, windows
+from jqcow.offline.compare import Progress, first_difference, nonzero_runs, windows
 from jqcow.offline.compressing import CompressingWriter, Compression
 from jqcow.offline.losses import Losses, LostRange, SalvagedDisk, refuse_lost_data
+from jqcow.offline.streaming import stream_image, stream_raw
 from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
@@ -43,6 +45,7 @@ from jqcow.ondisk.naming import DiskFormat, check_format, meaning_of
 
 BUFFER_BYTES = 2 << 20
 RAW_UNIT_BYTES = 4096
+STANDARD_OUTPUT = "standard output"
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,8 @@ class _CompressedTarget:
 
 
 def convert(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: Source,
+    target: str | os.PathLike[str] | OutputStream,
     *,
     source_format: DiskFormat | None = None,
     snapshot: str | None = None,
@@ -218,7 +221,9 @@ def convert(
     """Copy a disk into a new file of ``target_format``, durably.
 
     Args:
-        source, target: the file to read, and the one to make, which appears whole and durable.
+        source: the file to read, or an open one, which is closed.
+        target: the file to make, which appears whole and durable; or a pipe, into which an image goes in
+            order (`jqcow.offline.streaming`).
         source_format: None tells it by the magic.
         snapshot: id or name of an internal snapshot of the source, to be copied instead of its disk.
         allow_files: whether backing files of the source may be opened, as in `jqcow.open`, and copied too.
@@ -246,28 +251,34 @@ def convert(
     passphrase = hidden(passphrase)
     packing = Compression(options.get("compression_type", "zlib"), compression_level)
     form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, packing, encryption)
-    _check_targets(source, target, form, overwrite=overwrite)
+    if isinstance(target, OutputStream):
+        _check_stream(form, verify=verify)
+    else:
+        _check_targets(source, target, form, overwrite=overwrite)
     following = Following(allow_files, probe, share_writers=share_writers, passphrase=passphrase)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
         losses = Losses()
         form = dataclasses.replace(form, bitmaps=_bitmaps_of(chain, bitmaps, form, snapshot))
         readable = _readable(chain, losses, salvage=salvage)
-        amounts = _write(readable, target, form, progress, overwrite=overwrite, verify=verify)
+        if isinstance(target, OutputStream):
+            amounts = _pour(readable, target, form, progress)
+        else:
+            amounts = _write(readable, target, form, progress, overwrite=overwrite, verify=verify)
         return _report(chain, source, target, form, amounts, losses)
 
 
 def _report(
     chain: Chain,
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    source: Source,
+    target: str | os.PathLike[str] | OutputStream,
     form: _Form,
     amounts: _Amounts,
     losses: Losses,
 ) -> ConvertReport:
     return ConvertReport(
-        source=os.fspath(source),
+        source=source.path if isinstance(source, FileDevice) else os.fspath(source),
         source_format=chain.layers[0].format,
-        target=os.fspath(target),
+        target=STANDARD_OUTPUT if isinstance(target, OutputStream) else os.fspath(target),
         target_format=form.format,
         virtual_size=chain.size,
         **dataclasses.asdict(amounts),
@@ -298,25 +309,54 @@ def _readable(chain: Chain, losses: Losses, *, salvage: bool) -> Disk:
     return chain
 
 
-def _check_targets(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], form: _Form, *, overwrite: bool
-) -> None:
+def _check_stream(form: _Form, *, verify: bool) -> None:
+    """Refuse what a pipe cannot have."""
+    if verify:
+        raise ValueError("what went into a pipe cannot be read again to be verified")
+    if form.image.data_file is not None:
+        raise ValueError("an image in a pipe has no external data file beside it")
+    if form.host_use.preallocation in ("falloc", "full") or form.host_use.nocow:
+        raise ValueError("a pipe takes no space: whoever writes the file preallocates it")
+
+
+def _check_targets(source: Source, target: str | os.PathLike[str], form: _Form, *, overwrite: bool) -> None:
     """As `_check_target`, also of a data file."""
     _check_target(source, target, overwrite=overwrite)
     if form.image.data_file is not None:
         _check_target(source, meaning_of(form.image.data_file, "").path, overwrite=overwrite)
 
 
-def _check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool) -> None:
+def _check_target(source: Source, target: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Find out before the work whether the target could get its name after it."""
     if not os.path.lexists(target):
         return
-    if os.path.exists(target) and identity_of(os.fspath(source)) == identity_of(os.fspath(target)):
+    if os.path.exists(target) and _identity(source) == identity_of(os.fspath(target)):
         raise ValueError(f"{os.fspath(target)} is the source as well as the target")
     if not overwrite:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(target))
     if os.path.exists(target):
         FileDevice.open(target, writable=True).close()
+
+
+def _identity(source: Source) -> Identity:
+    return source.identity() if isinstance(source, FileDevice) else identity_of(os.fspath(source))
+
+
+def _pour(disk: Disk, stream: OutputStream, form: _Form, progress: Progress) -> _Amounts:
+    """Copy a disk into a pipe."""
+    started = time.perf_counter()
+    plain = not form.is_compressed and form.encryption is None and not form.bitmaps.names
+    if form.format == "raw":
+        read = stream_raw(disk, stream, progress)
+    elif plain and form.host_use.preallocation == "off":
+        read = stream_image(disk, form.image, stream, progress)
+    else:
+        with closing(stream.new_spool()) as spool:
+            amounts = _copy(disk, spool, None, form, progress)
+            stream.write_spool(spool)
+        return dataclasses.replace(amounts, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return _Amounts(read.read_bytes, read.written_bytes, 0, 0, stream.written_bytes, seconds)
 
 
 def _write(
@@ -388,23 +428,6 @@ def _copy(disk: Disk, device: Device, data_file: Device | None, form: _Form, pro
         progress(disk.size, disk.size)
         packed = target.compressed_bytes, target.packed_bytes
         return _Amounts(read_bytes, written_bytes, *packed, device.size())
-
-
-def nonzero_runs(data: memoryview, unit: int) -> list[tuple[int, int]]:
-    """Return (start, end) of the parts of ``data`` that are not zero, in steps of ``unit`` bytes."""
-    runs: list[tuple[int, int]] = []
-    unit_index, count = 0, len(data) // unit
-    while unit_index < count:
-        is_zero, length = _native.zero_run(data, unit_index, count, unit)
-        if not is_zero:
-            runs.append((unit_index * unit, (unit_index + length) * unit))
-        unit_index += length
-    rest = count * unit
-    if rest < len(data) and not _native.is_zero(data[rest:]):
-        # The last unit may be cut at the end of the disk.
-        start = runs.pop()[0] if runs and runs[-1][1] == rest else rest
-        runs.append((start, len(data)))
-    return runs
 
 
 def _verify(disk: Disk, device: Device, data_file: Device | None, form: _Form) -> float:
