@@ -47,6 +47,9 @@ BUFFER_BYTES = 2 << 20
 RAW_UNIT_BYTES = 4096
 STANDARD_OUTPUT = "standard output"
 
+Target = str | os.PathLike[str] | OutputStream
+"""A file to make, by its path, or a pipe."""
+
 
 @dataclass(frozen=True)
 class ConvertReport:
@@ -199,7 +202,7 @@ class _CompressedTarget:
 
 def convert(
     source: Source,
-    target: str | os.PathLike[str] | OutputStream,
+    target: Target,
     *,
     source_format: DiskFormat | None = None,
     snapshot: str | None = None,
@@ -222,8 +225,7 @@ def convert(
 
     Args:
         source: the file to read, or an open one, which is closed.
-        target: the file to make, which appears whole and durable; or a pipe, into which an image goes in
-            order (`jqcow.offline.streaming`).
+        target: the file to make, which appears whole and durable; or a pipe (`jqcow.offline.streaming`).
         source_format: None tells it by the magic.
         snapshot: id or name of an internal snapshot of the source, to be copied instead of its disk.
         allow_files: whether backing files of the source may be opened, as in `jqcow.open`, and copied too.
@@ -251,26 +253,20 @@ def convert(
     passphrase = hidden(passphrase)
     packing = Compression(options.get("compression_type", "zlib"), compression_level)
     form = _Form(target_format, Form.of(options), HostUse.of(options), compressed, packing, encryption)
-    if isinstance(target, OutputStream):
-        _check_stream(form, verify=verify)
-    else:
-        _check_targets(source, target, form, overwrite=overwrite)
+    _check_targets(source, target, form, overwrite=overwrite, verify=verify)
     following = Following(allow_files, probe, share_writers=share_writers, passphrase=passphrase)
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
         losses = Losses()
         form = dataclasses.replace(form, bitmaps=_bitmaps_of(chain, bitmaps, form, snapshot))
         readable = _readable(chain, losses, salvage=salvage)
-        if isinstance(target, OutputStream):
-            amounts = _pour(readable, target, form, progress)
-        else:
-            amounts = _write(readable, target, form, progress, overwrite=overwrite, verify=verify)
+        amounts = _put(readable, target, form, progress, overwrite=overwrite, verify=verify)
         return _report(chain, source, target, form, amounts, losses)
 
 
 def _report(
     chain: Chain,
     source: Source,
-    target: str | os.PathLike[str] | OutputStream,
+    target: Target,
     form: _Form,
     amounts: _Amounts,
     losses: Losses,
@@ -319,8 +315,11 @@ def _check_stream(form: _Form, *, verify: bool) -> None:
         raise ValueError("a pipe takes no space: whoever writes the file preallocates it")
 
 
-def _check_targets(source: Source, target: str | os.PathLike[str], form: _Form, *, overwrite: bool) -> None:
-    """As `_check_target`, also of a data file."""
+def _check_targets(source: Source, target: Target, form: _Form, *, overwrite: bool, verify: bool) -> None:
+    """As `_check_target`, also of a data file; or refuse what a pipe cannot have."""
+    if isinstance(target, OutputStream):
+        _check_stream(form, verify=verify)
+        return
     _check_target(source, target, overwrite=overwrite)
     if form.image.data_file is not None:
         _check_target(source, meaning_of(form.image.data_file, "").path, overwrite=overwrite)
@@ -340,6 +339,14 @@ def _check_target(source: Source, target: str | os.PathLike[str], *, overwrite: 
 
 def _identity(source: Source) -> Identity:
     return source.identity() if isinstance(source, FileDevice) else identity_of(os.fspath(source))
+
+
+def _put(
+    disk: Disk, target: Target, form: _Form, progress: Progress, *, overwrite: bool, verify: bool
+) -> _Amounts:
+    if isinstance(target, OutputStream):
+        return _pour(disk, target, form, progress)
+    return _write(disk, target, form, progress, overwrite=overwrite, verify=verify)
 
 
 def _pour(disk: Disk, stream: OutputStream, form: _Form, progress: Progress) -> _Amounts:
