@@ -224,8 +224,7 @@ def convert(
     """Copy a disk into a new file of ``target_format``, durably.
 
     Args:
-        source: the file to read, or an open one, which is closed.
-        target: the file to make, which appears whole and durable; or a pipe (`jqcow.offline.streaming`).
+        source, target: the file to read, and the one to make, which appears whole and durable; or pipes.
         source_format: None tells it by the magic.
         snapshot: id or name of an internal snapshot of the source, to be copied instead of its disk.
         allow_files: whether backing files of the source may be opened, as in `jqcow.open`, and copied too.
