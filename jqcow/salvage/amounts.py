@@ -117,7 +117,11 @@ def _of_table(guest_map: GuestMap, index: int, start: int, end: int, *, has_shar
     cluster_bytes = guest_map.tables.shape.geometry.cluster_bytes
     first, last = -(-start // cluster_bytes), end // cluster_bytes
     found = Amounts()
-    if index in guest_map.tables.likely or _names_the_cut(guest_map, index):
+    if (
+        index in guest_map.tables.likely
+        or _names_the_cut(guest_map, index)
+        or guest_map.has_shared_streams(index)
+    ):
         for piece in guest_map.pieces(start, end - start):
             found.take(piece.kind, piece.certainty, piece.length)
         return found

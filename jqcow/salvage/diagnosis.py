@@ -198,8 +198,9 @@ def _disk(survey: Survey, tables: DiskTables, doubts: Damages) -> DiskDiagnosis:
     has_shared = bool(tables.counts[DOUBLED] or tables.counts[STRUCTURES]) or any(
         each.meaning == OVERLAP for each in (*survey.unnamed.damages, *survey.others.damages, *tables.damages)
     )
-    # Counts do not tell how sure tables are, nor where a file was cut off.
+    # Counts do not tell how sure tables are, nor where a file was cut off, nor of streams.
     has_shared = has_shared or tables.certainty < Certainty.CERTAIN or tables.is_cut_off
+    has_shared = has_shared or bool(tables.streams.twice)
     total, ranges = Amounts() if has_shared else _by_counts(tables), _Listed()
     seen: dict[int, Amounts] = {}
     lost_end = 0

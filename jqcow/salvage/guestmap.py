@@ -95,7 +95,7 @@ class _Uses(NamedTuple):
     """What entries of a table share.
 
     Attributes:
-        twice: where compressed data starts that several of them name: marks count clusters.
+        twice: where compressed data starts that other entries name, too.
         has_shared: one names a cluster that has another use, too.
     """
 
@@ -145,7 +145,7 @@ class GuestMap:
     packed: PackedPlaces | None = None
     counted: tuple[object, object] = ((), None)
     _witnesses: list[str] = field(default_factory=list)
-    _known_uses: dict[bytes, _Uses] = field(default_factory=dict)
+    _known_uses: dict[tuple[bytes, int], _Uses] = field(default_factory=dict)
     _open: dict[int, tuple[tuple[int, bool, bool], list[OpenPart]]] = field(default_factory=dict)
 
     @property
@@ -363,16 +363,22 @@ class GuestMap:
             yield part
             start = stop
 
+    def has_shared_streams(self, index: int) -> bool:
+        """Return True if a table names compressed data that another entry names, too."""
+        return bool(self.tables.streams.twice and self._uses(self.tables.read(index)).twice)
+
     def _uses(self, table: bytes) -> _Uses:
-        if table not in self._known_uses:
+        known = table, len(self.tables.streams.twice)
+        if known not in self._known_uses:
             if len(self._known_uses) >= _TABLES_KEPT:
                 self._known_uses.clear()
             codec = self.tables.shape.codec
             starts = Counter(found.host for found in codec.found(table) if found.length)
             shared = _native.l2_shared(table, codec.entry_bytes, self.marks.cluster_bits, self.marks.data)
-            twice = frozenset(start for start, count in starts.items() if count > 1)
-            self._known_uses[table] = _Uses(twice, any(shared))
-        return self._known_uses[table]
+            twice = {start for start, count in starts.items() if count > 1}
+            twice |= self.tables.streams.twice & starts.keys()
+            self._known_uses[known] = _Uses(frozenset(twice), any(shared))
+        return self._known_uses[known]
 
     def _data(self, guest_offset: int, length: int, host_offset: int, sure: Certainty) -> Iterator[Piece]:
         """Yield a run of data, parted where its clusters are marked otherwise."""

@@ -31,7 +31,7 @@ from jqcow.salvage.lookalikes import (
     words_of,
 )
 from jqcow.salvage.streams import stream_length
-from jqcow.salvage.tables import LONGEST_BYTES
+from jqcow.salvage.tables import COMPRESSED, DATA, LONGEST_BYTES
 
 CLUSTER_BITS = range(layout.MIN_CLUSTER_BITS, layout.MAX_CLUSTER_BITS + 1)
 SAMPLED_BYTES = 16 << 20
@@ -283,14 +283,16 @@ class Structures(Lookalikes):
         return True
 
     def _has_pairs(self, table: bytes, cluster_bits: int) -> bool | None:
-        """Return True if most of what every other word of a table holds is no entry: bitmaps; None: nothing.
+        """Return if the entries of a table are extended: every other word is a bitmap; None: nothing tells.
 
-        A few entries that cannot be, of a table that noise hit or of a file that was cut off, change nothing.
+        More of these words could be entries that name something, or could be none. A few that cannot be, of a
+        table that noise hit or of a file that was cut off, change nothing.
         """
         second = array("Q", table)[1::2].tobytes()
         reserved = reserved_bits(Geometry(cluster_bits))
         counts = _native.l2_judge(second, layout.table_bytes(1), cluster_bits, reserved, LONGEST_BYTES)
-        return None if _native.is_zero(second) else 2 * counts[INVALID] > sum(counts[1 : INVALID + 1])
+        named, strange = counts[DATA] + counts[COMPRESSED], counts[INVALID]
+        return None if named == strange else strange > named
 
     def mapped_bytes(self, l1: FoundL1, geometry: Geometry) -> int:
         """Return where the last guest cluster ends that the tables of an L1 table map."""

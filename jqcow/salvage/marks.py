@@ -5,7 +5,9 @@ Memory is that of the clusters that are named: what nobody touches of a large ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Set
+from itertools import pairwise
 
 from jqcow import _native
 from jqcow._native import MARK_MANY, MARK_ORDER, MARK_STRUCTURE
@@ -18,6 +20,9 @@ _WINDOW = 1 << 16
 """Clusters that are searched at once: the kernels' twins look at all of them."""
 
 _BYTES_AT_ONCE = 1 << 20
+
+STARTS_MAX = 1 << 21
+"""So many streams are compared, 128 GiB of them in clusters of 64 KiB."""
 
 NOBODY, ONE, MANY, STRUCTURE = 0, 1, MARK_MANY, MARK_STRUCTURE
 
@@ -112,3 +117,36 @@ class Bits:
         """Yield the clusters in order."""
         for first, count in self.runs():
             yield from range(first, first + count)
+
+
+class StreamStarts:
+    """Where the compressed data of entries starts: marks are of clusters, which many streams share."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._starts, self._new = array("Q"), False
+        self._twice: set[int] = set()
+
+    def take(self, starts: Iterable[int]) -> None:
+        """Take where the streams start that the entries of a table name.
+
+        Of more than `STARTS_MAX` those are found that one table names twice.
+        """
+        some = array("Q", starts)
+        self._new = True
+        if len(self._starts) + len(some) <= STARTS_MAX:
+            self._starts += some
+        else:
+            self._twice |= _repeated(some)
+
+    @property
+    def twice(self) -> Set[int]:
+        """The starts that several entries have."""
+        if self._new:
+            self._twice |= _repeated(self._starts)
+            self._new = False
+        return self._twice
+
+
+def _repeated(numbers: Iterable[int]) -> set[int]:
+    return {one for one, other in pairwise(sorted(numbers)) if one == other}

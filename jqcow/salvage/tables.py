@@ -30,7 +30,7 @@ from jqcow.ondisk.layout import (
 )
 from jqcow.ondisk.snapshots import Snapshot
 from jqcow.salvage.evidence import Certainty
-from jqcow.salvage.marks import Marks
+from jqcow.salvage.marks import Marks, StreamStarts
 from jqcow.salvage.shape import Damage, Damages, Shape
 from jqcow.salvage.source import Source
 
@@ -76,6 +76,7 @@ class DiskTables:
         crowded: the L1 indices of tables whose place has another use, too: nothing that they say is certain.
         is_cut_off: the file ends before what the tables name.
         is_l1_damaged: an entry of the L1 table is lost, or all of it.
+        streams: where the compressed data starts that entries name.
     """
 
     name: str
@@ -94,6 +95,7 @@ class DiskTables:
     are_empty_sure: bool = False
     is_cut_off: bool = False
     is_l1_damaged: bool = False
+    streams: StreamStarts = field(default_factory=StreamStarts)
     _read: tuple[int, bytes] = (-1, b"")
     _holes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
@@ -355,8 +357,11 @@ def _judge_again(tables: DiskTables, index: int, verdict: _Verdict, marks: Marks
 
 
 def _judge_and_mark(tables: DiskTables, table: bytes, marks: Marks) -> None:
-    for place, count in enumerate(_judge(tables, table, marks)):
+    counts = _judge(tables, table, marks)
+    for place, count in enumerate(counts):
         tables.counts[place] += count
+    if counts[COMPRESSED]:
+        tables.streams.take(found.host for found in tables.shape.codec.found(table) if found.length)
 
 
 def _judge_table(tables: DiskTables, index: int, marks: Marks) -> None:

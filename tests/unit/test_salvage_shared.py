@@ -7,23 +7,50 @@ import subprocess
 from pathlib import Path
 from random import Random
 
-from jqcow.offline.salvage import salvage
+import pytest
+
+from jqcow.offline.salvage import diagnose, salvage
+from jqcow.salvage import marks
 from tests.support.patients import Tables
 
 CLUSTER = 65536
 COUNT = 12
 
 
+def packed(folder: Path, options: str, count: int) -> tuple[Path, Tables]:
+    """Return an image of compressed clusters, and its tables."""
+    raw, path, chance = folder / "disk.raw", folder / "disk.qcow2", Random(1)
+    raw.write_bytes(b"".join(chance.randbytes(256) * 16 for _ in range(count * CLUSTER >> 12)))
+    words = ["-f", "raw", "-O", "qcow2", "-o", options]
+    subprocess.run(["qemu-img", "convert", "-c", *words, raw, path], check=True)
+    return path, Tables(path.read_bytes())
+
+
 def test_a_stream_that_two_entries_name_is_certain_for_none(tmp_path: Path) -> None:
-    raw, path, chance = tmp_path / "disk.raw", tmp_path / "disk.qcow2", Random(1)
-    raw.write_bytes(b"".join(chance.randbytes(CLUSTER // 16) * 16 for _ in range(COUNT)))
-    subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, path], check=True)
-    tables = Tables(path.read_bytes())
+    path, tables = packed(tmp_path, "cluster_size=64k", COUNT)
     entries = range(tables.l2, tables.l2 + 8 * COUNT, 8)
     tables.image[entries[7] : entries[7] + 8] = tables.image[entries[2] : entries[2] + 8]
     path.write_bytes(tables.image)
     made = salvage(path, tmp_path / "saved.raw", target_format="raw")
     assert (made.certain, made.likely) == ((COUNT - 2) * CLUSTER, 2 * CLUSTER)
+    (disk,) = diagnose(path).disks
+    assert (disk.certain, disk.likely) == (made.certain, made.likely)
+
+
+@pytest.mark.parametrize("starts_max", [marks.STARTS_MAX, 0])
+def test_a_stream_that_two_tables_name_is_certain_for_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starts_max: int
+) -> None:
+    """Of more streams than are compared at once that is not seen."""
+    monkeypatch.setattr(marks, "STARTS_MAX", starts_max)
+    path, tables = packed(tmp_path, "cluster_size=4k", 64)
+    other = int.from_bytes(tables.image[tables.l1 + 8 : tables.l1 + 16], "big") & ~(1 << 63)
+    tables.image[other : other + 8] = tables.image[tables.l2 : tables.l2 + 8]
+    path.write_bytes(tables.image)
+    made = salvage(path, tmp_path / "saved.raw", target_format="raw")
+    (disk,) = diagnose(path).disks
+    assert made.likely == disk.likely == (2 * 4096 if starts_max else 0)
+    assert made.certain == disk.certain == 64 * CLUSTER - made.likely
 
 
 def test_nothing_of_an_extended_entry_is_certain_that_two_have(tmp_path: Path) -> None:
