@@ -20,6 +20,7 @@ from jqcow._version import __version__
 if TYPE_CHECKING:
     from jqcow.checker.check import CheckReport
     from jqcow.device.disk import Extent
+    from jqcow.device.objects import ObjectDevice
     from jqcow.engine.repair import RepairReport
     from jqcow.errors import (
         BitmapError,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "jqcow.checker.check": ("CheckReport",),
     "jqcow.device.disk": ("Extent",),
+    "jqcow.device.objects": ("ObjectDevice",),
     "jqcow.engine.repair": ("RepairReport",),
     "jqcow.errors": (
         "BitmapError",
@@ -134,6 +136,7 @@ __all__ = [
     "JqcowError",
     "MissingPackageError",
     "NamedFile",
+    "ObjectDevice",
     "PassphraseError",
     "PoisonedError",
     "ReadOnlyError",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jqcow.device.disk import Disk, Extent
 
 
+@runtime_checkable
 class OwnDisk(Protocol):
     """The least that jqcow asks of a disk below an image. Offsets and lengths in bytes, within the disk."""
 

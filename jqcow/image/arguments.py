@@ -6,6 +6,7 @@ type raises TypeError, and nothing is read or written.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,7 +16,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["check_date", "number", "optional_number", "optional_text", "text", "writable_view"]
+__all__ = [
+    "check_date",
+    "number",
+    "optional_number",
+    "optional_path",
+    "optional_text",
+    "text",
+    "writable_view",
+]
 
 
 def optional_number(value: int | None) -> int | None:
@@ -37,6 +46,15 @@ def text(value: str) -> str:
 def optional_text(value: str | None) -> str | None:
     """Return a text, None as None."""
     return None if value is None else text(value)
+
+
+def optional_path(value: str | os.PathLike[str] | None) -> str | None:
+    """Return a path as a str, None as None.
+
+    Raises:
+        TypeError: it is none; bytes are not, as what an image stores is text.
+    """
+    return None if value is None else text(os.fspath(value))
 
 
 def check_date(value: datetime | None) -> None:

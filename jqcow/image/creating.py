@@ -12,6 +12,8 @@ from jqcow.device.targets import NewContent, Target, give_up_before, new_target,
 from jqcow.disks.chain import open_below
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.engine.engine import random_salt
+from jqcow.image.arguments import optional_path
+from jqcow.image.below import Below, FindBelow
 from jqcow.image.image import Image
 from jqcow.image.opening import closed_on_error, open_blank, open_device
 from jqcow.ondisk import layout, naming
@@ -28,7 +30,7 @@ def create(
     path: str | os.PathLike[str],
     size: int,
     *,
-    backing_file: str | None = None,
+    backing_file: str | os.PathLike[str] | None = None,
     backing_format: DiskFormat | None = None,
     allow_files: FilePolicy = False,
     overwrite: bool = False,
@@ -65,7 +67,7 @@ def create(
     """
     passphrase = hidden(passphrase)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    named_below = {"backing_file": backing_file, "backing_format": backing_format}
+    named_below = {"backing_file": optional_path(backing_file), "backing_format": backing_format}
     form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
     target = os.fspath(path)
     new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
@@ -165,6 +167,9 @@ def create_on_device(
     device: Device,
     size: int,
     *,
+    backing_file: str | os.PathLike[str] | None = None,
+    backing_format: DiskFormat | None = None,
+    backing: Below | FindBelow | None = None,
     journal_size: int = roots.DEFAULT_JOURNAL_BYTES,
     new_salt: Callable[[], bytes] = random_salt,
     encryption: Encryption | None = None,
@@ -173,11 +178,13 @@ def create_on_device(
 ) -> Image:
     """Create an image on an empty device of your own, durably, and return it open; see `create`.
 
-    ``data_device`` is an empty one for the external data file that ``data_file`` of the options names.
+    ``backing`` is what `open_device` takes, for the name ``backing_file``; it is opened when the image is
+    there. ``data_device`` is an empty one for the external data file that ``data_file`` of the options names.
     """
     check_device(device)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    form, host_use, blank = plan_image(size, options, encryption=encryption)
+    named_below = {"backing_file": optional_path(backing_file), "backing_format": backing_format}
+    form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
     preallocation = host_use.preallocation
     if (data_device is None) != (form.data_file is None):
         raise ValueError("an external data file has a name, data_file, and a device, data_device")
@@ -198,6 +205,7 @@ def create_on_device(
         journal_size=journal_size,
         new_salt=new_salt,
         passphrase=passphrase,
+        backing=backing,
         data_file=data_device,
     )
 

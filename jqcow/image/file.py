@@ -30,8 +30,9 @@ class OpenImage(Protocol):
 class ImageFile(io.RawIOBase):
     """A disk as a raw binary file with a position.
 
-    Closing it leaves the image open, and flushes nothing: it may be closed by the garbage collector, at any
-    time.
+    It does what `io` says of such files; a disk has no descriptor and no other length, so ``fileno`` and
+    ``truncate`` raise `io.UnsupportedOperation`. Closing leaves the image open, and flushes nothing: it may
+    be closed by the garbage collector, at any time.
     """
 
     def __init__(self, image: OpenImage) -> None:
@@ -41,21 +42,30 @@ class ImageFile(io.RawIOBase):
         self._position = 0
         self._closing = False
 
+    @property
+    def mode(self) -> str:
+        """``"rb"``, or ``"rb+"`` if the image was opened for writing."""
+        return "rb+" if self._image.mode == "r+" else "rb"
+
     def readable(self) -> bool:
         """Always True."""
+        self._require_open()
         return True
 
     def writable(self) -> bool:
         """True if the image was opened for writing."""
+        self._require_open()
         return self._image.mode == "r+"
 
     def seekable(self) -> bool:
         """Always True."""
+        self._require_open()
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move the position; past the end is allowed, as in files."""
         offset, whence = number(offset), number(whence)
+        self._require_open()
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._image.size}
         if whence not in base or base[whence] + offset < 0:
             raise ValueError(f"cannot seek to {offset} from {whence}")
@@ -64,18 +74,30 @@ class ImageFile(io.RawIOBase):
 
     def tell(self) -> int:
         """Return the position."""
+        self._require_open()
         return self._position
 
     def readinto(self, buffer: Any) -> int:
         """Read up to the end of the disk."""
+        self._require_open()
         with writable_view(buffer) as view:
             length = min(len(view), max(0, self._image.size - self._position))
             self._image.pread_into(view[:length], min(self._position, self._image.size))
         self._position += length
         return length
 
+    def readall(self) -> bytes:
+        """Read all up to the end of the disk, at once."""
+        self._require_open()
+        data = bytearray(max(0, self._image.size - self._position))
+        self.readinto(data)
+        return bytes(data)
+
     def write(self, buffer: Any) -> int:
         """Write at the position; what would lie past the end raises ValueError, as a disk does not grow."""
+        self._require_open()
+        if not self.writable():
+            raise io.UnsupportedOperation("the image is open for reading only")
         written = self._image.pwrite(buffer, self._position)
         self._position += written
         return written
@@ -90,3 +112,7 @@ class ImageFile(io.RawIOBase):
         """Close the file alone."""
         self._closing = True
         super().close()
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")

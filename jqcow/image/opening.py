@@ -6,17 +6,17 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from jqcow.device.base import Device, check_device, has_fixed_size
 from jqcow.device.disk import Disk
-from jqcow.device.file import FileDevice, remove_file
+from jqcow.device.file import FileDevice, path_of, remove_file
+from jqcow.device.objects import SeekableFile, as_device
 from jqcow.device.trial import TrialDevice
 from jqcow.disks.chain import Chain, Identity, identity_of, open_below
 from jqcow.disks.files import refuse_live_journal
 from jqcow.disks.outside import data_file_named, open_data_file
-from jqcow.disks.own import Adopted, OwnDisk
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.disks.undo import (
     bring_home,
@@ -38,48 +38,22 @@ from jqcow.errors import (
     UnsupportedFeatureError,
 )
 from jqcow.image.arguments import optional_text
+from jqcow.image.below import Below, Counted, FindBelow, disk_below
 from jqcow.image.entering import SMALL_WRITES, Mode, SmallWrites
 from jqcow.image.image import Image
+from jqcow.image.journals import JournalLength, journal_length
 from jqcow.ondisk import header as headers
 from jqcow.ondisk import naming
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
-
-@dataclass(frozen=True)
-class JournalLength:
-    """The length in bytes of the next journal, 0 for the default. ``is_exact``: shorter ones do not do.
-
-    ``distance_bytes``: how far behind the end of the file it is laid.
-    """
-
-    length_bytes: int
-    is_exact: bool = False
-    distance_bytes: int = 0
-
-
-class FarJournal(int):
-    """The size in bytes of a journal that is laid far behind the end of the file.
-
-    What is written meanwhile continues the file, which a clean close cuts behind it. A file in use is long.
-    """
-
-    distance_bytes: int
-
-    def __new__(cls, length_bytes: int, distance_bytes: int = 1 << 30) -> FarJournal:
-        """``distance_bytes``: how far behind; what is written beyond lies behind the journal."""
-        far = super().__new__(cls, length_bytes)
-        far.distance_bytes = distance_bytes
-        return far
-
-
-_Given = TypeVar("_Given", OwnDisk, Device)
+_Given = TypeVar("_Given", Below, Device)
 _Closable = TypeVar("_Closable", bound=FileDevice | Chain | None)
 
 
 def open(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Device | SeekableFile,
     mode: Mode = "r",
     *,
     journal_size: int | None = None,
@@ -99,7 +73,7 @@ def open(
     ``"r"`` writes nothing: a live journal is replayed. ``"r+"`` first recovers, or mends a set dirty bit.
 
     Args:
-        path, mode: the image, and ``"r"`` or ``"r+"``.
+        path, mode: the image, or an object that holds it (`open_device`), and ``"r"`` or ``"r+"``.
         journal_size: in bytes, of the next journal; None keeps what there is, or 8 MiB.
         force_share: with ``"r"``, read beside a writer, as ``qemu-img -U`` does: not a live journal.
         snapshot: with ``"r"``, the id or name of a snapshot to read instead of the disk.
@@ -122,7 +96,7 @@ def open(
     passphrase = hidden(passphrase)
     _check_mode(mode, journal_size, repair, force_share=force_share)
     following = Following(allow_files, probe, share_writers=force_share, passphrase=passphrase)
-    with closed_on_error(FileDevice.open(path, writable=mode == "r+", share_writers=force_share)) as device:
+    with _device_of(path, mode, force_share=force_share) as device:
         image = _open(
             device,
             mode,
@@ -140,6 +114,21 @@ def open(
         return _settled(image, device)
 
 
+@contextmanager
+def _device_of(
+    path: str | os.PathLike[str] | Device | SeekableFile, mode: Mode, *, force_share: bool
+) -> Iterator[Device]:
+    """Open a file, which is closed on an error, or take an object of the caller's own, which is not."""
+    if isinstance(path, str | bytes | os.PathLike):
+        device = FileDevice.open(path, writable=mode == "r+", share_writers=force_share)
+        with closed_on_error(device):
+            yield device
+        return
+    if force_share:
+        raise ValueError("force_share is about the locks of files: an object has none")
+    yield as_device(path)
+
+
 def open_blank(
     device: FileDevice,
     data_file: FileDevice | None,
@@ -152,7 +141,7 @@ def open_blank(
     return _open(
         device,
         "r+",
-        journal=_journal_length(journal_size),
+        journal=journal_length(journal_size),
         find_backing=lambda engine: chain,
         find_data=lambda engine: data_file,
         unlock=_unlocking(passphrase),
@@ -178,7 +167,7 @@ def open_base(
         image = _open(
             device,
             "r+",
-            journal=_journal_length(journal_size),
+            journal=journal_length(journal_size),
             find_backing=lambda engine: _open_chain(engine, device, following, above),
             find_data=lambda engine: _open_data(engine, device, following, above),
             unlock=_unlocking(following.passphrase),
@@ -229,7 +218,7 @@ def _check_choices(
 
 
 def open_device(
-    device: Device,
+    device: Device | SeekableFile,
     mode: Mode = "r",
     *,
     journal_size: int | None = None,
@@ -237,7 +226,7 @@ def open_device(
     snapshot: str | None = None,
     repair: What | None = None,
     free_lost: bool = False,
-    backing: OwnDisk | Callable[[NamedFile], OwnDisk] | None = None,
+    backing: Below | FindBelow | None = None,
     data_file: Device | Callable[[NamedFile], Device] | None = None,
     passphrase: Passphrase | None = None,
     small_writes: SmallWrites = SMALL_WRITES,
@@ -245,7 +234,7 @@ def open_device(
     """Open the image on a device of your own; see `open`. `Image.close` closes the device.
 
     Args:
-        device: what holds the image.
+        device: what holds the image: a device, or an object with ``read`` and ``seek``, to be read alone.
         mode: as in `open`; so are ``journal_size``, ``snapshot``, ``repair`` and ``small_writes``.
         journal_size: in bytes.
         new_salt: makes the 16-byte salt of each new journal; a seeded one makes a simulation replayable.
@@ -253,7 +242,8 @@ def open_device(
         repair: what to repair.
         free_lost: as in `open`.
         backing: the disk below the image, or a function that returns it, called with what the image names if
-            it names a file. `Image.close` closes the disk.
+            it names a file; a device serves, too, and what that names is asked for likewise. `Image.close`
+            closes the disk.
         data_file: the device that is the external data file of the image, or a function that returns it,
             called with what the image names. `Image.close` closes it.
         passphrase: of an encrypted image, as in `open`.
@@ -262,12 +252,19 @@ def open_device(
         FileAccessDenied: the image names a backing file or a data file, and there is none.
         ValueError: there is a disk or a data file, and the image names none.
     """
+    device, passphrase = as_device(device), hidden(passphrase)
+    further = None
+    if callable(backing):
+        backing = backing if isinstance(backing, Counted) else Counted(backing)
+        further = backing.below()
 
-    passphrase = hidden(passphrase)
+    def open_next(found: Device) -> Image:
+        return open_device(found, backing=further, passphrase=passphrase)
 
     def find_backing(engine: Engine) -> Disk | None:
-        below = _given(naming.backing_file_of(engine.blocks.area, "the image"), backing, "backing file")
-        return below if below is None or isinstance(below, Disk) else Adopted(below)
+        named = naming.backing_file_of(engine.blocks.area, "the image")
+        below = _given(named, backing, "backing file")
+        return None if named is None or below is None else disk_below(below, named, open_next)
 
     def find_data(engine: Engine) -> Device | None:
         return _given(data_file_named(engine.blocks.area, "the image"), data_file, "external data file")
@@ -275,7 +272,7 @@ def open_device(
     return _open(
         device,
         mode,
-        journal=_journal_length(journal_size),
+        journal=journal_length(journal_size),
         new_salt=new_salt,
         snapshot=snapshot,
         repair=repair,
@@ -301,8 +298,14 @@ def _given(
             raise ValueError(f"the image has no {what}")
         return None
     if given is None:
-        raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
+        _refuse_named(named)
+        return None
     return given(named) if callable(given) else given
+
+
+def _refuse_named(named: NamedFile | None) -> None:
+    if named is not None:
+        raise FileAccessDenied(named.image, named.purpose, named.name, named.path)
 
 
 def _unlocking(passphrase: Passphrase | None) -> Callable[[Engine], None]:
@@ -373,15 +376,8 @@ def _open(
         raise
 
 
-def _journal_length(journal_size: int | None) -> JournalLength:
-    """Return what `open` was asked for."""
-    distance_bytes = journal_size.distance_bytes if isinstance(journal_size, FarJournal) else 0
-    length_bytes = 0 if journal_size is None else roots.journal_length(journal_size)
-    return JournalLength(length_bytes, distance_bytes=distance_bytes)
-
-
 def _prepare(
-    device: FileDevice,
+    device: Device,
     journal_size: int | None,
     repair: What | None,
     *,
@@ -392,9 +388,11 @@ def _prepare(
 
     Beside a writer that ``following`` allows nothing can be told of a live journal: it is refused.
     """
+    length = journal_length(journal_size)
+    if not isinstance(device, FileDevice):
+        return length
     if following is not None and following.share_writers:
         refuse_live_journal(device)
-    length = _journal_length(journal_size)
     if repair is None:
         return length
     return _prepare_repair(device, length, repair, free_lost=free_lost, following=following)
@@ -479,9 +477,9 @@ def _take_back_cut_off(device: FileDevice) -> bool:
     return False
 
 
-def _settled(image: Image, device: FileDevice) -> Image:
+def _settled(image: Image, device: Device) -> Image:
     """Return an opened image; whoever writes to it does so after a repair, if there was one."""
-    if not device.read_only:
+    if isinstance(device, FileDevice) and not device.read_only:
         try:
             settle_undo(device)
         except BaseException:
@@ -553,15 +551,21 @@ def open_backing(
 
 
 def _open_chain(
-    engine: Engine, device: FileDevice, following: Following, above: Iterable[Identity] = ()
+    engine: Engine, device: Device, following: Following, above: Iterable[Identity] = ()
 ) -> Chain | None:
-    named = naming.backing_file_of(engine.blocks.area, device.path)
+    named = naming.backing_file_of(engine.blocks.area, path_of(device) or "the image")
+    if not isinstance(device, FileDevice):
+        _refuse_named(named)
+        return None
     return None if named is None else open_below(named, [*above, device.identity()], following)
 
 
 def _open_data(
-    engine: Engine, device: FileDevice, following: Following, above: Iterable[Identity] = ()
+    engine: Engine, device: Device, following: Following, above: Iterable[Identity] = ()
 ) -> FileDevice | None:
+    if not isinstance(device, FileDevice):
+        _refuse_named(data_file_named(engine.blocks.area, "the image"))
+        return None
     others = [*above, device.identity()]
     writable = not device.read_only
     return open_data_file(engine.blocks.area, device.path, others, following, writable=writable)

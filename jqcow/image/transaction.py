@@ -8,6 +8,7 @@ Committing switches the mapping in one record.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,15 @@ from jqcow.engine.snapshots import NewSnapshot
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import TransactionError
-from jqcow.image.arguments import check_date, number, optional_number, optional_text, text, writable_view
+from jqcow.image.arguments import (
+    check_date,
+    number,
+    optional_number,
+    optional_path,
+    optional_text,
+    text,
+    writable_view,
+)
 from jqcow.image.bitmaps import TransactionBitmaps
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.form import Preallocation, preallocation_of
@@ -229,7 +238,9 @@ class Transaction:
 
     # Below the image
 
-    def set_backing_file(self, name: str | None, backing_format: DiskFormat | None = None) -> None:
+    def set_backing_file(
+        self, name: str | os.PathLike[str] | None, backing_format: DiskFormat | None = None
+    ) -> None:
         """Name another backing file in the header, or none. Nothing is copied and nothing is opened.
 
         Whoever opens the image next sees the other file's disk where this one has nothing of its own; until
@@ -245,7 +256,7 @@ class Transaction:
             FormatError: the header has no room for it.
             TransactionError, OSError: as `pwrite`.
         """
-        name, stored = optional_text(name), optional_text(backing_format)
+        name, stored = optional_path(name), optional_text(backing_format)
         self._enter(changing=True)
         with self._lock:
             area = naming.name_backing_file(self._tables.view.area, name, stored)

@@ -47,7 +47,7 @@ def create_overlay(
     path: str | os.PathLike[str],
     size: int,
     *,
-    backing_file: str,
+    backing_file: str | os.PathLike[str],
     backing_format: DiskFormat,
     overwrite: bool = False,
     encryption: Encryption | None = None,
@@ -72,6 +72,7 @@ def create_overlay(
         OSError: the host failed; nothing is left under the name.
     """
     size = layout.disk_size(size)
+    backing_file = os.fspath(backing_file)
     named_below = {"backing_file": backing_file, "backing_format": backing_format}
     form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
     overlay = os.fspath(path)

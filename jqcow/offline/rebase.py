@@ -13,6 +13,7 @@ from jqcow.disks.chain import Chain, open_disk
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.image import Image
+from jqcow.image.arguments import optional_path
 from jqcow.image.opening import open as open_image
 from jqcow.image.opening import open_alone, open_backing
 from jqcow.image.transaction import Transaction
@@ -34,7 +35,7 @@ class RebaseReport:
 
 def rebase(
     path: str | os.PathLike[str],
-    backing_file: str | None,
+    backing_file: str | os.PathLike[str] | None,
     backing_format: DiskFormat | None = None,
     *,
     unsafe: bool = False,
@@ -66,6 +67,7 @@ def rebase(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the image is as it was.
     """
+    backing_file = optional_path(backing_file)
     passphrase = hidden(passphrase)
     if unsafe:
         with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:

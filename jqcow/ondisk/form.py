@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from operator import index
 from typing import Literal, TypedDict, get_args
@@ -55,7 +56,7 @@ class FormOptions(TypedDict, total=False):
     extended_l2: bool
     lazy_refcounts: bool
     compat: Compat
-    data_file: str
+    data_file: str | os.PathLike[str]
     data_file_raw: bool
 
 
@@ -164,6 +165,8 @@ class Form:
 
 
 def _name(value: object) -> str | None:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if value is not None and not isinstance(value, str):
         raise TypeError(f"the name of a data file is a str, not {type(value).__name__}")
     return value

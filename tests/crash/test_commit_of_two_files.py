@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import pytest
 
 import jqcow
-from jqcow.image.opening import JournalLength, _open
+from jqcow.image.journals import JournalLength
+from jqcow.image.opening import _open
 from jqcow.offline.commit import copy_into, raw_base
 from jqcow.ondisk.naming import NamedFile
 from jqcow.testing import CrashSpace, SimulatedDevice

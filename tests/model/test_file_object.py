@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import random
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +76,48 @@ def test_file_outlives_neither_more_nor_less_than_asked(image: jqcow.Image) -> N
     image.close()
     with pytest.raises(jqcow.ImageClosedError):
         second.read(1)
+
+
+def test_what_io_expects(image: jqcow.Image) -> None:
+    """Its modes, what it cannot do, and that a closed file says so."""
+    file = image.as_file()
+    assert (file.mode, file.readable(), file.writable(), file.seekable()) == ("rb+", True, True, True)
+    assert not file.isatty()
+    for call in (file.fileno, file.truncate):
+        with pytest.raises(io.UnsupportedOperation):
+            call()
+    file.seek(DISK_BYTES - 3)
+    assert file.read() == bytes(3) and file.readall() == b""
+    file.seek(0)
+    image.pwrite(b"one\ntwo\n", 0)
+    assert io.TextIOWrapper(io.BufferedReader(file), encoding="ascii").readline() == "one\n"
+    file.close()
+    used = (file.tell, lambda: file.seek(0), file.read, lambda: file.write(b""), file.readable, file.flush)
+    for use in used:
+        with pytest.raises(ValueError, match="closed"):
+            use()
+
+
+def test_file_of_an_image_that_is_only_read(image: jqcow.Image, tmp_path: Path) -> None:
+    jqcow.create(tmp_path / "a.qcow2", DISK_BYTES).close()
+    with jqcow.open(tmp_path / "a.qcow2") as read:
+        file = read.as_file()
+        assert file.mode == "rb" and not file.writable()
+        with pytest.raises(io.UnsupportedOperation, match="reading only"):
+            file.write(b"x")
+        assert io.BufferedReader(file).peek(1)[:1] == b"\0"
+
+
+def test_archives_and_copies(image: jqcow.Image, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_bytes(b"notes" * 1000)
+    with io.BufferedRandom(image.as_file()) as disk, tarfile.open(fileobj=disk, mode="w") as archive:
+        archive.add(tmp_path / "notes", "notes")
+    with tarfile.open(fileobj=image.as_file()) as archive:
+        found = archive.extractfile("notes")
+        assert found is not None and found.read() == b"notes" * 1000
+    with (tmp_path / "copy").open("wb") as copy:
+        shutil.copyfileobj(image.as_file(), copy)
+    assert (tmp_path / "copy").read_bytes() == image.pread(DISK_BYTES, 0)
 
 
 def test_writing_past_the_end_is_refused(image: jqcow.Image) -> None:

@@ -12,7 +12,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet, Undone
 from jqcow.engine.request import Guard, Request
 from jqcow.engine.space import RECYCLE_CLUSTERS, Space
-from jqcow.image.opening import FarJournal
+from jqcow.image.journals import FarJournal
 from jqcow.ondisk.layout import ClusterIndex, Geometry, HostOffset
 from jqcow.testing import SimulatedDevice
 from tests.support.qemu import done

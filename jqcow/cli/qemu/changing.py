@@ -17,7 +17,7 @@ from jqcow.errors import SnapshotNotFound
 
 if TYPE_CHECKING:
     from jqcow.image import Image
-    from jqcow.image.opening import FarJournal
+    from jqcow.image.journals import FarJournal
     from jqcow.ondisk.amendment import AmendOptions
 
 _SIGNS = {"+": 1, "-": -1}
@@ -39,7 +39,7 @@ def _following(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def far_journal() -> FarJournal:
     """Return the size of a journal that leaves the file as compact as qemu-img does."""
-    from jqcow.image.opening import FarJournal
+    from jqcow.image.journals import FarJournal
     from jqcow.ondisk.root import DEFAULT_JOURNAL_BYTES
 
     return FarJournal(DEFAULT_JOURNAL_BYTES)
