@@ -70,6 +70,14 @@ class Counted:
         return Counted(self._find, self._left - 1)
 
 
+def counted(backing: Below | FindBelow | None) -> tuple[Below | FindBelow | None, FindBelow | None]:
+    """Return what finds the disk below an image, and the one below that, in a chain of bounded length."""
+    if not callable(backing):
+        return backing, None
+    finding = backing if isinstance(backing, Counted) else Counted(backing)
+    return finding, finding.below()
+
+
 def disk_below(given: Below, named: NamedFile, open_image: Callable[[Device], Image]) -> Disk:
     """Return what a caller gives for a backing file as a disk.
 

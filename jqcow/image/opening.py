@@ -38,7 +38,7 @@ from jqcow.errors import (
     UnsupportedFeatureError,
 )
 from jqcow.image.arguments import optional_text
-from jqcow.image.below import Below, Counted, FindBelow, disk_below
+from jqcow.image.below import Below, FindBelow, counted, disk_below
 from jqcow.image.entering import SMALL_WRITES, Mode, SmallWrites
 from jqcow.image.image import Image
 from jqcow.image.journals import JournalLength, journal_length
@@ -235,12 +235,8 @@ def open_device(
 
     Args:
         device: what holds the image: a device, or an object with ``read`` and ``seek``, to be read alone.
-        mode: as in `open`; so are ``journal_size``, ``snapshot``, ``repair`` and ``small_writes``.
-        journal_size: in bytes.
+        mode, journal_size: as in `open`; so are ``snapshot``, ``repair``, ``free_lost`` and ``small_writes``.
         new_salt: makes the 16-byte salt of each new journal; a seeded one makes a simulation replayable.
-        snapshot: to read.
-        repair: what to repair.
-        free_lost: as in `open`.
         backing: the disk below the image, or a function that returns it, called with what the image names if
             it names a file; a device serves, too, and what that names is asked for likewise. `Image.close`
             closes the disk.
@@ -253,10 +249,7 @@ def open_device(
         ValueError: there is a disk or a data file, and the image names none.
     """
     device, passphrase = as_device(device), hidden(passphrase)
-    further = None
-    if callable(backing):
-        backing = backing if isinstance(backing, Counted) else Counted(backing)
-        further = backing.below()
+    backing, further = counted(backing)
 
     def open_next(found: Device) -> Image:
         return open_device(found, backing=further, passphrase=passphrase)

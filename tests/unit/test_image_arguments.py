@@ -56,10 +56,10 @@ def kinds_of(annotation: str) -> set[str]:
 def wrong_values(annotation: str) -> Iterator[Any]:
     """Yield values that are not of an annotated type, as far as that is one that is checked."""
     kinds = kinds_of(annotation)
-    if "Device" in kinds:
-        return
-    if "os.PathLike[str]" in kinds:
+    if kinds & {"os.PathLike[str]", "Source", "Target"}:
         yield 5.5
+    elif "Device" in kinds:
+        return
     elif kinds & WRONG.keys():
         for value in WRONG[min(kinds & WRONG.keys())]:
             if not (value is None and "None" in kinds):
