@@ -117,7 +117,8 @@ class FixedSize(Protocol):
 
 def has_fixed_size(device: object) -> bool:
     """Return True for a device of fixed size."""
-    return isinstance(device, FixedSize) and device.has_fixed_size
+    # Not by isinstance, which is slow: it is asked with every run of a write.
+    return bool(getattr(device, "has_fixed_size", False))
 
 
 @runtime_checkable
@@ -131,7 +132,8 @@ class Zeroing(Protocol):
 
 def write_zeros(device: Device, offset: int, length: int) -> None:
     """Write zeros over a range."""
-    if isinstance(device, Zeroing) and device.zero_out(offset, length):
+    zero_out = getattr(device, "zero_out", None)
+    if zero_out is not None and zero_out(offset, length):
         return
     zeros = memoryview(bytes(min(ZEROS_AT_ONCE, length)))
     for start in range(0, length, ZEROS_AT_ONCE):

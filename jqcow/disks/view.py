@@ -130,7 +130,9 @@ class FileView:
         file_bytes = self._reader.size()
         geometry, table_offset = self.geometry, self.header.refcount_table_offset
         table = self.read(self.header.refcount_table_clusters * geometry.cluster_bytes, table_offset)
-        for index in reversed(range(layout.table_entries(len(table)))):
+        # A table has room for growth: most of its end is empty.
+        used = -(-len(table.rstrip(bytes(1))) // layout.ENTRY_BYTES)
+        for index in reversed(range(used)):
             block, _ = entries.split_refcount_table(entries.entry_at(table, index))
             if block and block not in seen and (block < file_bytes or block in self._blocks):
                 seen.add(block)

@@ -20,7 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from random import Random
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from jqcow.device.base import ReadBuffer
 from jqcow.testing.changes import Allocate, Change, InFlight, Punch, Truncate, Version, Write
@@ -46,6 +46,22 @@ class DurableState(Protocol):
     def beside(self) -> DurableState | None:
         """What it left of the companion, None where there is none."""
         ...
+
+
+class _Sight(NamedTuple):
+    """What sectors were at one moment: their bytes, as far as the buffer went, and which of them held data."""
+
+    content: bytes
+    data_sectors: set[int]
+
+
+class _Noted(NamedTuple):
+    """A change of sectors, by its number, that is in no history yet."""
+
+    number: int
+    sectors: range
+    before: _Sight
+    after: _Sight
 
 
 BarrierListener = Callable[[str, "SimulatedDevice"], None]
@@ -109,7 +125,9 @@ class SimulatedDevice:
         self._backed = set(everything)
         # By the number of the change that reserved the sector; 0: durably.
         self._reserved: dict[int, int] = {}
-        self._histories: dict[int, list[Version]] = {}
+        self._folded: dict[int, list[Version]] = {}
+        # Changes whose sectors have no history yet: most are durable before anybody asks for one.
+        self._noted: list[_Noted] = []
         self._sizes: list[tuple[int, int]] = [(0, self._size)]
         self._changes: list[Change] = []
         self._last_change = 0
@@ -300,7 +318,7 @@ class SimulatedDevice:
         with self._lock:
             heir = self._successor(self.content(), self._data)
             heir._backed, heir._reserved = set(self._backed), dict(self._reserved)
-            heir._histories = {sector: list(history) for sector, history in self._histories.items()}
+            heir._folded = {sector: list(history) for sector, history in self._histories.items()}
             heir._sizes = list(self._sizes)
             heir._changes = list(self._changes)
             heir._last_change = self._last_change
@@ -398,13 +416,13 @@ class SimulatedDevice:
     def _write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
         sectors = self._sectors(offset, len(data))
-        self._remember(sectors)
+        before = self._sight(sectors)
         change = Write(self._next_number(), offset, data)
         self._grow(change.number, end)
         self._bytes[offset:end] = data
         self._data.update(sectors)
         self._backed.update(sectors)
-        self._record(change, sectors)
+        self._note(change, sectors, before)
 
     def _punch(self, offset: int, length: int) -> None:
         change = Punch(self._next_number(), offset, length)
@@ -435,13 +453,13 @@ class SimulatedDevice:
         """Zero a range of the buffer; the sectors that lie in it as a whole become holes."""
         length = max(0, end - start)
         sectors = self._sectors(start, length)
-        self._remember(sectors)
+        before = self._sight(sectors)
         self._bytes[start : start + length] = bytes(length)
         whole = range(-(-start // self.sector_bytes), (start + length) // self.sector_bytes)
         self._data.difference_update(whole)
         self._backed.difference_update(whole)
         self._give_up_reserved(whole)
-        self._record(change, sectors)
+        self._note(change, sectors, before)
 
     def _give_up_reserved(self, sectors: range) -> None:
         for sector in [sector for sector in self._reserved if sector in sectors]:
@@ -471,30 +489,40 @@ class SimulatedDevice:
             return range(0)
         return range(offset // self.sector_bytes, -(-(offset + length) // self.sector_bytes))
 
-    def _value(self, sector: int) -> bytes:
-        start = sector * self.sector_bytes
-        value = bytes(self._bytes[start : start + self.sector_bytes])
-        # One shared object for all zero sectors: a pre-written range costs no memory of its own.
-        return self._zero_sector if not value or value == self._zero_sector else value
+    def _sight(self, sectors: range) -> _Sight:
+        content = self._bytes[sectors.start * self.sector_bytes : sectors.stop * self.sector_bytes]
+        return _Sight(bytes(content), self._data.intersection(sectors))
 
-    def _remember(self, sectors: range) -> None:
-        for sector in sectors:
-            if sector not in self._histories:
-                self._histories[sector] = [Version(0, self._value(sector), sector in self._data)]
-
-    def _record(self, change: Change, sectors: range) -> None:
+    def _note(self, change: Change, sectors: range, before: _Sight) -> None:
         self._changes.append(change)
-        for sector in sectors:
-            version = Version(change.number, self._value(sector), sector in self._data)
-            self._histories[sector].append(version)
+        self._noted.append(_Noted(change.number, sectors, before, self._sight(sectors)))
+
+    @property
+    def _histories(self) -> dict[int, list[Version]]:
+        """What every sector that is not durable was since the last barrier, the durable version first."""
+        histories = self._folded
+        for noted in self._noted:
+            for place, sector in enumerate(noted.sectors):
+                if sector not in histories:
+                    histories[sector] = [self._version(0, sector, place, noted.before)]
+                histories[sector].append(self._version(noted.number, sector, place, noted.after))
+        self._noted.clear()
+        return histories
+
+    def _version(self, number: int, sector: int, place: int, sight: _Sight) -> Version:
+        value = sight.content[place * self.sector_bytes : (place + 1) * self.sector_bytes]
+        # One shared object for all zero sectors: a pre-written range costs no memory of its own.
+        is_zero = not value or value == self._zero_sector
+        return Version(number, self._zero_sector if is_zero else value, sector in sight.data_sectors)
 
     def _durable_buffer(self) -> bytearray:
         durable = bytearray(self._bytes)
-        touched_end = (max(self._histories, default=-1) + 1) * self.sector_bytes
+        histories = self._histories
+        touched_end = (max(histories, default=-1) + 1) * self.sector_bytes
         needed = max(touched_end, *(size for _, size in self._sizes))
         needed += -needed % self.sector_bytes
         durable.extend(bytes(max(0, needed - len(durable))))
-        for sector, history in self._histories.items():
+        for sector, history in histories.items():
             start = sector * self.sector_bytes
             durable[start : start + self.sector_bytes] = history[0].value
         return durable
@@ -508,7 +536,8 @@ class SimulatedDevice:
             # Another barrier completed meanwhile and left nothing in flight: all that is covered was in it.
             return
         if through == self._last_change and not self._lost_through:
-            self._histories.clear()
+            self._folded.clear()
+            self._noted.clear()
         for sector, history in list(self._histories.items()):
             self._settle_sector(sector, history, through)
         self._settle_size(through)
