@@ -18,7 +18,7 @@ from jqcow.device.base import Reader, hole_end
 from jqcow.disks.files import open_to_read
 from jqcow.engine import scan as scans
 from jqcow.engine.scan import Scan
-from jqcow.ondisk import entries, layout
+from jqcow.ondisk import entries
 from jqcow.ondisk.frame import IntentOperation
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.ondisk.layout import Geometry
@@ -131,8 +131,7 @@ class FileView:
         geometry, table_offset = self.geometry, self.header.refcount_table_offset
         table = self.read(self.header.refcount_table_clusters * geometry.cluster_bytes, table_offset)
         # A table has room for growth: most of its end is empty.
-        used = -(-len(table.rstrip(bytes(1))) // layout.ENTRY_BYTES)
-        for index in reversed(range(used)):
+        for index in reversed(range(entries.last_present(table) + 1)):
             block, _ = entries.split_refcount_table(entries.entry_at(table, index))
             if block and block not in seen and (block < file_bytes or block in self._blocks):
                 seen.add(block)

@@ -48,6 +48,10 @@ SURE_WEIGHT = 2
 """What a cluster size names that an L1 or refcount table speaks for counts so often."""
 ORDERS = (4, 3, 5, 6, 0, 1, 2)
 """Widths of refcounts, the most frequent first."""
+NARROW_ORDER_MAX = 2
+"""Up to this width the bits of anything may be refcounts, so they must count what holds data."""
+TRIED_CLUSTERS = 4096
+"""So many are looked at for that."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,35 @@ class Structures(Lookalikes):
             right += count == 1
             wrong += count != 1
         last = blocks.get((cluster_count - 1) // per_block)
+        is_narrow = geometry.refcount_order <= NARROW_ORDER_MAX
+        is_usual = table == geometry.cluster_bytes and not is_narrow
         if last is None:
             wrong += 1
         elif cluster_count % per_block:
             block = read.get(last) or self._pread(geometry.cluster_bytes, last)
             order = geometry.refcount_order
             past = _native.refcount_find_used(block, order, cluster_count % per_block, per_block)
-            if past >= 0 and table != geometry.cluster_bytes:
+            if past >= 0 and not is_usual:
                 return False
             wrong += past >= 0
-        is_usual = table == geometry.cluster_bytes and right >= len(used) + 1
-        return right >= 2 and (right >= RIGHT * (right + wrong) or (is_usual and wrong == 1))
+        is_likely = right >= RIGHT * (right + wrong) or (is_usual and right > len(used) and wrong == 1)
+        return right >= 2 and is_likely and (not is_narrow or self._counts_data(blocks, geometry))
+
+    def _counts_data(self, blocks: dict[int, int], geometry: Geometry) -> bool:
+        """Return if the first refcount block counts what holds data in its part of the file."""
+        if 0 not in blocks:
+            return False
+        block = self._pread(geometry.cluster_bytes, blocks[0])
+        order, counted, total = geometry.refcount_order, 0, 0
+        tried = min(TRIED_CLUSTERS, geometry.refcounts_per_cluster)
+        own_bytes = min(self._source.size(), tried * geometry.cluster_bytes)
+        for start, length in self._source.data_extents(0, own_bytes):
+            stop = geometry.clusters(start + length)
+            cluster = start >> geometry.cluster_bits
+            while cluster < stop:
+                value, count = _native.refcount_run(block, order, cluster, stop)
+                counted, total, cluster = counted + count * bool(value), total + count, cluster + count
+        return counted >= RIGHT * total
 
     def find_refcounts(self, cluster_bits: int) -> FoundRefcounts | None:
         """Return the refcount table; where new images have it, or else where something looks like one."""

@@ -57,6 +57,22 @@ class Version(NamedTuple):
     is_data: bool
 
 
+class Sight(NamedTuple):
+    """What sectors were at one moment: bytes, as far as the buffer went, and which of them held data."""
+
+    content: bytes
+    data_sectors: set[int]
+
+
+class Noted(NamedTuple):
+    """A change of sectors, by its number, that is in no history yet."""
+
+    number: int
+    sectors: range
+    before: Sight
+    after: Sight
+
+
 @dataclass(frozen=True)
 class InFlight:
     """All that a crash at this moment may or may not leave behind: a snapshot, safe to keep.

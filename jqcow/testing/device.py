@@ -20,10 +20,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from jqcow.device.base import ReadBuffer
-from jqcow.testing.changes import Allocate, Change, InFlight, Punch, Truncate, Version, Write
+from jqcow.testing.changes import Allocate, Change, InFlight, Noted, Punch, Sight, Truncate, Version, Write
 from jqcow.testing.faults import EVERYTHING, Fault, FaultPlan, no_space
 
 SECTOR_BYTES = 512
@@ -46,22 +46,6 @@ class DurableState(Protocol):
     def beside(self) -> DurableState | None:
         """What it left of the companion, None where there is none."""
         ...
-
-
-class _Sight(NamedTuple):
-    """What sectors were at one moment: their bytes, as far as the buffer went, and which of them held data."""
-
-    content: bytes
-    data_sectors: set[int]
-
-
-class _Noted(NamedTuple):
-    """A change of sectors, by its number, that is in no history yet."""
-
-    number: int
-    sectors: range
-    before: _Sight
-    after: _Sight
 
 
 BarrierListener = Callable[[str, "SimulatedDevice"], None]
@@ -127,7 +111,7 @@ class SimulatedDevice:
         self._reserved: dict[int, int] = {}
         self._folded: dict[int, list[Version]] = {}
         # Changes whose sectors have no history yet: most are durable before anybody asks for one.
-        self._noted: list[_Noted] = []
+        self._noted: list[Noted] = []
         self._sizes: list[tuple[int, int]] = [(0, self._size)]
         self._changes: list[Change] = []
         self._last_change = 0
@@ -489,13 +473,13 @@ class SimulatedDevice:
             return range(0)
         return range(offset // self.sector_bytes, -(-(offset + length) // self.sector_bytes))
 
-    def _sight(self, sectors: range) -> _Sight:
+    def _sight(self, sectors: range) -> Sight:
         content = self._bytes[sectors.start * self.sector_bytes : sectors.stop * self.sector_bytes]
-        return _Sight(bytes(content), self._data.intersection(sectors))
+        return Sight(bytes(content), self._data.intersection(sectors))
 
-    def _note(self, change: Change, sectors: range, before: _Sight) -> None:
+    def _note(self, change: Change, sectors: range, before: Sight) -> None:
         self._changes.append(change)
-        self._noted.append(_Noted(change.number, sectors, before, self._sight(sectors)))
+        self._noted.append(Noted(change.number, sectors, before, self._sight(sectors)))
 
     @property
     def _histories(self) -> dict[int, list[Version]]:
@@ -509,7 +493,7 @@ class SimulatedDevice:
         self._noted.clear()
         return histories
 
-    def _version(self, number: int, sector: int, place: int, sight: _Sight) -> Version:
+    def _version(self, number: int, sector: int, place: int, sight: Sight) -> Version:
         value = sight.content[place * self.sector_bytes : (place + 1) * self.sector_bytes]
         # One shared object for all zero sectors: a pre-written range costs no memory of its own.
         is_zero = not value or value == self._zero_sector

@@ -368,6 +368,16 @@ def test_a_table_by_chance_tells_no_cluster_size() -> None:
     assert Structures(Source(Memory(bytes(data)))).find_cluster_bits() == (9, False)
 
 
+def test_bits_of_a_dirty_bitmap_are_no_refcounts() -> None:
+    """Where a table names a bitmap, its bits may count the table, the bitmap and the header by chance."""
+    data = bytearray(random.Random(8).randbytes(12 << 20))
+    data[1 << 18 : 1 << 19] = struct.pack(">Q", 3 << 18).ljust(1 << 18, b"\0")
+    data[3 << 18 : 1 << 20] = bytes.fromhex("0b0ba6a37a73").ljust(1 << 18, b"\0")
+    assert Structures(Source(Memory(bytes(data)))).refcounts_at(1 << 18, 18) is None
+    data[3 << 18 : (3 << 18) + 6] = b"\xff" * 6
+    assert Structures(Source(Memory(bytes(data)))).refcounts_at(1 << 18, 18) is not None
+
+
 def test_the_header_of_an_encryption_is_found(tmp_path: Path) -> None:
     """The header and the L1 table are lost; a LUKS header that a table names would be the guest's."""
     pytest.importorskip("cryptography")
