@@ -6,14 +6,14 @@
 
 What cancelling means:
 
-A1. A call that has not begun never does: nothing changed. One that has begun is waited for, and then
+AI1. A call that has not begun never does: nothing changed. One that has begun is waited for, and then
     CancelledError is raised. So nothing goes on behind the caller's back, and its buffer is its own again.
-A2. A cancelled write is a write that nobody flushed: it was done, or not. A cancelled flush, or commit of a
+AI2. A cancelled write is a write that nobody flushed: it was done, or not. A cancelled flush, or commit of a
     transaction, has failed or not; `AsyncTransaction.receipt` tells. What a failed one means for the image,
     the next call raises.
-A3. A transaction whose block is cancelled is undone before the block is left.
+AI3. A transaction whose block is cancelled is undone before the block is left.
 
-A4. While a transaction is open no change waits for its end in a thread: reads would wait behind it, also
+AI4. While a transaction is open no change waits for its end in a thread: reads would wait behind it, also
     those of the task that has it open.
 
 An image belongs to one event loop. Threads of the program may use `AsyncImage.image` meanwhile.
@@ -51,7 +51,7 @@ _R = TypeVar("_R")
 
 
 async def _run(threads: Executor, function: Callable[[], _R]) -> _R:
-    """Run a function in a thread; cancelled, it does not begin, or is waited for (A1)."""
+    """Run a function in a thread; cancelled, it does not begin, or is waited for (AI1)."""
     running = threads.submit(function)
     waiting = asyncio.wrap_future(running)
     try:
@@ -64,7 +64,7 @@ async def _run(threads: Executor, function: Callable[[], _R]) -> _R:
 
 
 async def _end_of(waiting: asyncio.Future[Any]) -> None:
-    """Wait for what has begun, however often this is cancelled; its error is nobody's any more (A2)."""
+    """Wait for what has begun, however often this is cancelled; its error is nobody's any more (AI2)."""
     while not waiting.done():
         try:
             await asyncio.wait([waiting])
@@ -141,7 +141,7 @@ def create(
 
 
 class _Gate:
-    """Lets changes in, or one transaction when they have ended (A4)."""
+    """Lets changes in, or one transaction when they have ended (AI4)."""
 
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()
@@ -334,7 +334,7 @@ class AsyncImage:
 async def _entered(
     thread: Executor, manager: AbstractContextManager[jqcow.Transaction]
 ) -> AsyncIterator[jqcow.Transaction]:
-    """Enter and leave a context manager in a thread; once entered, it is left, whatever is cancelled (A3)."""
+    """Enter and leave a context manager in a thread; once entered, it is left, whatever is cancelled (AI3)."""
     entered: list[jqcow.Transaction] = []
     try:
         await _run(thread, lambda: entered.append(manager.__enter__()))
