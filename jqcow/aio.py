@@ -334,7 +334,7 @@ class AsyncImage:
 async def _entered(
     thread: Executor, manager: AbstractContextManager[jqcow.Transaction]
 ) -> AsyncIterator[jqcow.Transaction]:
-    """Enter and leave a context manager in a thread; once entered, it is left, whatever is cancelled (AI3)."""
+    """Enter and leave a context manager in a thread; what was entered is left, come what may (AI3)."""
     entered: list[jqcow.Transaction] = []
     try:
         await _run(thread, lambda: entered.append(manager.__enter__()))
