@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from jqcow.image.file import ImageFile
     from jqcow.image.opening import open, open_device
     from jqcow.image.transaction import Receipt, Savepoint, Transaction
+    from jqcow.nbd import serve
     from jqcow.ondisk.bitmaps import Bitmap
     from jqcow.ondisk.encryption import Encryption
     from jqcow.ondisk.keys import Secret
@@ -105,6 +106,7 @@ _NAMES = {
         "Savepoint",
         "Transaction",
     ),
+    "jqcow.nbd": ("serve",),
     "jqcow.ondisk.bitmaps": ("Bitmap",),
     "jqcow.ondisk.encryption": ("Encryption",),
     "jqcow.ondisk.keys": ("Secret",),
@@ -157,6 +159,7 @@ __all__ = [
     "create_on_device",
     "open",
     "open_device",
+    "serve",
 ]
 
 

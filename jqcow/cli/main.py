@@ -33,6 +33,7 @@ GROUPS = {
     "differing": ("diff",),
     "measuring": ("measure",),
     "protecting": ("protect", "verify", "heal"),
+    "serving": ("serve",),
 }
 """The modules by the commands that they have: only that of the command that runs is imported."""
 _GROUP_OF = {command: group for group, commands in GROUPS.items() for command in commands}

@@ -52,7 +52,7 @@ def compare(image: Path, raw: Path) -> None:
     done("qemu-img", "compare", "-f", "qcow2", "-F", "raw", image, raw)
 
 
-def qemu_io(path: Path, *commands: str, kind: str = "qcow2") -> str:
+def qemu_io(path: Path | str, *commands: str, kind: str = "qcow2") -> str:
     """Run qemu-io commands on an image; one that it complains of fails the test."""
     output = done("qemu-io", "-f", kind, *(word for command in commands for word in ("-c", command)), path)
     assert not any(word in output.lower() for word in COMPLAINTS), output

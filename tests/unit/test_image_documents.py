@@ -67,6 +67,7 @@ def test_every_public_member_is_documented(owner: type) -> None:
     [
         jqcow.create,
         jqcow.open,
+        jqcow.serve,
         jqcow.Image.pread,
         jqcow.Image.pread_into,
         jqcow.Image.pwrite,
