@@ -7,7 +7,7 @@ system_needs=(
     mke2fs:e2fsprogs debugfs:e2fsprogs e2fsck:e2fsprogs
     mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkntfs:ntfs-3g qemu-storage-daemon:qemu-system-common
     mkfs.fat:dosfstools fsck.fat:dosfstools mcopy:mtools sfdisk:fdisk
-    nbdinfo:libnbd-bin nbdcopy:libnbd-bin fio:fio
+    nbdinfo:libnbd-bin nbdcopy:libnbd-bin fio:fio openssl:openssl
     mount:mount umount:mount losetup:mount strace:strace gcc:gcc
 )
 

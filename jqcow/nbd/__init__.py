@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ def serve(
     name: str = "",
     description: str = "",
     read_only: bool = False,
+    tls: ssl.SSLContext | None = None,
     limits: Limits | None = None,
 ) -> Iterator[Server]:
     """Serve an image over NBD while the block runs; `Server.uri` says where.
@@ -41,6 +43,7 @@ def serve(
         name: of the export.
         description: of the export.
         read_only: refuse all changes.
+        tls: a server's context: whoever does not use TLS is told nothing.
         limits: what clients may take.
 
     Raises:
@@ -61,5 +64,5 @@ def serve(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="jqcow-nbd-"))
             address = UnixAddress(os.path.join(folder, "socket"))
         yield stack.enter_context(
-            Server(Export(image, name, description, read_only=read_only), address, limits=limits)
+            Server(Export(image, name, description, read_only=read_only), address, limits=limits, tls=tls)
         )

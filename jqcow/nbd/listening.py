@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -11,6 +12,8 @@ from urllib.parse import quote
 
 BACKLOG = 128
 DEFAULT_PORT = 10809
+FIRST_INHERITED = 3
+"""The first descriptor that systemd hands over (sd_listen_fds)."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,30 @@ def _listen_tcp(address: TcpAddress) -> list[socket.socket]:
     return found
 
 
-def uri_of(listener: socket.socket, name: str, *, tls: bool = False) -> str:
-    """Return the NBD URI of an export at a listening socket."""
+def inherited(count: int) -> list[socket.socket]:
+    """Return the first ``count`` sockets that were handed to this process, as systemd does: from 3 on.
+
+    Raises:
+        OSError: a descriptor is not a socket that listens.
+    """
+    found = []
+    for descriptor in range(FIRST_INHERITED, FIRST_INHERITED + count):
+        one = socket.socket(fileno=descriptor)
+        found.append(one)
+        one.set_inheritable(False)
+        if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.EINVAL, f"descriptor {descriptor} is not a socket that listens")
+    return found
+
+
+def uri_of(listener: socket.socket, name: str, *, host: str = "", tls: bool = False) -> str:
+    """Return the NBD URI of an export at a listening socket; ``host`` is its name, if it has one."""
     scheme = "nbds" if tls else "nbd"
     export = quote(name, safe="")
     if listener.family == socket.AF_UNIX:
         return f"{scheme}+unix:///{export}?socket={quote(listener.getsockname())}"
-    host, port = listener.getsockname()[:2]
+    address, port = listener.getsockname()[:2]
+    host = host or address
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{export}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -45,9 +46,14 @@ class _Chosen(Exception):
 class Negotiation:
     """One negotiation. ``exports`` by their names; the one named "" is the default."""
 
-    def __init__(self, stream: Stream, exports: Mapping[str, Export]) -> None:
+    def __init__(
+        self, stream: Stream, exports: Mapping[str, Export], tls: ssl.SSLContext | None = None
+    ) -> None:
+        """With ``tls`` nothing is told in the clear."""
         self._stream = stream
         self._exports = exports
+        self._tls = tls
+        self._is_secure = tls is None
         self._no_zeroes = False
         self._structured = False
         self._extended = False
@@ -57,6 +63,7 @@ class Negotiation:
             Option.EXPORT_NAME: self._export_name,
             Option.ABORT: self._abort,
             Option.LIST: self._list,
+            Option.STARTTLS: self._start_tls,
             Option.INFO: self._info,
             Option.GO: self._go,
             Option.STRUCTURED_REPLY: self._structured_reply,
@@ -101,6 +108,11 @@ class Negotiation:
             self._refuse(Reply.ERR_TOO_BIG, f"an option of {length} bytes is too long")
             return
         data = self._stream.receive(length)
+        if not self._is_secure and self._option not in (Option.STARTTLS, Option.ABORT):
+            if self._option == Option.EXPORT_NAME:
+                raise HangUp("the client does not use TLS")
+            self._refuse(Reply.ERR_TLS_REQD, "this server needs TLS")
+            return
         answer = self._answers.get(self._option)
         if answer is None:
             self._refuse(Reply.ERR_UNSUP, f"option {self._option} is not known")
@@ -148,6 +160,17 @@ class Negotiation:
         for name, export in self._exports.items():
             self._reply(Reply.SERVER, protocol.counted(name.encode()) + export.description.encode())
         self._reply(Reply.ACK)
+
+    def _start_tls(self, data: bytes) -> None:
+        self._require_empty(data)
+        if self._tls is None:
+            self._refuse(Reply.ERR_POLICY, "this server has no TLS")
+        elif self._is_secure:
+            self._refuse(Reply.ERR_INVALID, "the connection is by TLS")
+        else:
+            self._reply(Reply.ACK)
+            self._stream.secure(self._tls)
+            self._is_secure = True
 
     def _info(self, data: bytes) -> None:
         self._tell(data)

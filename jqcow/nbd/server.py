@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import selectors
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from types import TracebackType
 
 from jqcow.nbd.export import Export
 from jqcow.nbd.limits import Budget, Limits
-from jqcow.nbd.listening import Address, forget, listen, uri_of
+from jqcow.nbd.listening import Address, TcpAddress, forget, listen, uri_of
 from jqcow.nbd.negotiation import Negotiation
 from jqcow.nbd.protocol import HangUp
 from jqcow.nbd.stream import Stream
@@ -38,7 +39,7 @@ class _Client:
         server = self._server
         try:
             self._stream.begin_handshake(server.limits.handshake_seconds)
-            agreed = Negotiation(self._stream, {server.export.name: server.export}).run()
+            agreed = Negotiation(self._stream, {server.export.name: server.export}, server.tls).run()
             self._stream.end_handshake()
             transmission = Transmission(self._stream, agreed, server.budget, server.flusher, server.limits)
             with self._changing:
@@ -83,6 +84,7 @@ class Server:
         listeners: Sequence[socket.socket] = (),
         limits: Limits | None = None,
         persistent: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Listen; nobody is accepted yet.
 
@@ -92,14 +94,17 @@ class Server:
             listeners: sockets that listen already, instead; they are closed, and keep their names.
             limits: what clients may take.
             persistent: serve on when no client is left; otherwise `run` ends then.
+            tls: for `ssl.PROTOCOL_TLS_SERVER`: who does not use it is told nothing.
 
         Raises:
             OSError: nobody can listen there.
         """
         self.export = export
+        self.tls = tls
         self.limits = limits or Limits()
         self.budget = Budget(self.limits.inflight_bytes)
         self._listeners = list(listeners) if address is None else listen(address)
+        self._host = address.host if isinstance(address, TcpAddress) else ""
         self._is_ours = address is not None
         self._persistent = persistent
         self._clients: set[_Client] = set()
@@ -114,7 +119,7 @@ class Server:
     @property
     def uri(self) -> str:
         """The NBD URI of the export, at the first of the sockets."""
-        return uri_of(self._listeners[0], self.export.name)
+        return uri_of(self._listeners[0], self.export.name, host=self._host, tls=self.tls is not None)
 
     @property
     def address(self) -> object:

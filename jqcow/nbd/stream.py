@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from struct import Struct
 
 from jqcow.nbd.protocol import HangUp
+from jqcow.nbd.tls import Tls
 
 LOOK_SECONDS = 1
 """So often a sender that waits looks whether it should go on."""
@@ -27,6 +29,18 @@ class Stream:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.settimeout(None)
         self._until: float | None = None
+        self._tls: Tls | None = None
+        self._wait_on: Callable[[], bool] = lambda: False
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Go on by TLS; nothing that came in the clear is left to be taken for what came by TLS.
+
+        Raises:
+            HangUp: the client is gone, late, or not one to be served.
+        """
+        tls = Tls(context, self._receive_plain, lambda data: self._send_plain([data], self._wait_on))
+        tls.shake_hands()
+        self._tls = tls
 
     # The negotiation, which has an end
 
@@ -67,6 +81,12 @@ class Stream:
 
     def receive_some(self, view: memoryview) -> int:
         """Take what is there, at least a byte; errors as `receive`."""
+        found = self._receive_plain(view) if self._tls is None else self._tls.receive_some(view)
+        if not found:
+            raise HangUp("the client is gone")
+        return found
+
+    def _receive_plain(self, view: memoryview) -> int:
         try:
             self._keep_time()
             found = self._socket.recv_into(view)
@@ -90,6 +110,15 @@ class Stream:
         Raises:
             HangUp: the client is gone, or may not be waited for.
         """
+        if self._tls is None:
+            self._send_plain(buffers, may_wait)
+            return
+        self._wait_on = may_wait
+        self._tls.send(buffers)
+
+    def _send_plain(
+        self, buffers: Sequence[bytes | bytearray | memoryview], may_wait: Callable[[], bool]
+    ) -> None:
         left = [part for part in buffers if len(part)]
         while left:
             try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import socket
+import ssl
+import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ import jqcow
 from jqcow.cli.main import main
 from tests.support import nbd
 from tests.support.nbd import Served, connected, served
-from tests.support.qemu import check_clean, compare, done, qemu_io
+from tests.support.qemu import check_clean, compare, done, qemu_io, run
 
 SIZE = 16 << 20
 
@@ -179,3 +183,89 @@ def test_tcp(disk: Path) -> None:
             assert client.do(nbd.WRITE, 0, data=b"x").error == nbd.EPERM
         with socket.create_connection(("localhost", port)):
             pass
+
+
+# Other ways to be served
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as libnbd and QEMU want it: an authority, a server and a client; and one of strangers."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for name in (folder, folder / "strangers"):
+        name.mkdir(exist_ok=True)
+        done("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+             "-subj", "/CN=ca", "-keyout", name / "ca-key.pem", "-out", name / "ca-cert.pem")  # fmt: skip
+        for who in ("server", "client"):
+            done("openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                 "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
+                 "-keyout", name / f"{who}-key.pem", "-out", name / "request.pem")  # fmt: skip
+            done("openssl", "x509", "-req", "-in", name / "request.pem", "-CA", name / "ca-cert.pem",
+                 "-CAkey", name / "ca-key.pem", "-copy_extensions", "copy", "-CAcreateserial",
+                 "-out", name / f"{who}-cert.pem")  # fmt: skip
+    return folder
+
+
+def test_tls(disk: Path, certificates: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    with served("-t", "-p", "0", "--tls-certificates", certificates, "--tls-verify-peer", disk) as server:
+        assert server.uri.startswith("nbds://")
+        uri = f"{server.uri}?tls-certificates={certificates}"
+        done("nbdcopy", uri, raw)
+        done("nbdcopy", raw, uri)
+        port = int(server.uri.rpartition(":")[2].strip("/"))
+        for wrong in (
+            uri.replace("nbds:", "nbd:"),
+            f"{server.uri}?tls-certificates={certificates}/strangers",
+        ):
+            assert run("nbdinfo", "--size", wrong).returncode != 0
+        with contextlib.closing(nbd.Client(("localhost", port))) as client:
+            client.greet()
+            assert [kind for kind, _ in client.option(nbd.LIST)] == [nbd.TLS_REQD]
+            assert [kind for kind, _ in client.go()] == [nbd.TLS_REQD]
+            # What follows in the clear is not taken for what came by TLS.
+            client.send(
+                b"IHAVEOPT" + struct.pack(">II", nbd.STARTTLS, 0) + b"IHAVEOPT" + struct.pack(">II", 3, 0)
+            )
+            assert client.is_hung_up()
+    compare(disk, raw)
+    check_clean(disk)
+
+
+def test_tls_with_keys_is_refused_where_python_has_none(disk: Path, tmp_path: Path) -> None:
+    """From Python 3.13 on it serves."""
+    (tmp_path / "keys").write_text(f"me:{'ab' * 32}\n")
+    if not hasattr(ssl.SSLContext, "set_psk_server_callback"):
+        assert main(["serve", "--tls-psk", str(tmp_path / "keys"), str(disk)]) == 1
+        return
+    with served("-t", "--tls-psk", tmp_path / "keys", disk) as server:
+        uri = f"nbds+unix://me@/?socket={server.socket}&tls-psk-file={tmp_path / 'keys'}"
+        assert done("nbdinfo", "--size", uri).strip() == str(SIZE)
+
+
+def test_sockets_from_systemd(disk: Path) -> None:
+    """libnbd does as systemd does."""
+    told = done("nbdinfo", "--size", "--", "[", sys.executable, "-m", "jqcow", "serve", "-q", disk, "]")
+    assert told.strip() == str(SIZE)
+
+
+def test_a_snapshot_is_served_read_only(disk: Path) -> None:
+    with jqcow.open(disk, "r+") as image:
+        image.create_snapshot("before")
+        before = image.pread(10, 1 << 20)
+        image.pwrite(b"after", 1 << 20)
+    content = disk.read_bytes()
+    with served("-t", "-l", "before", disk) as server, connected(server.socket) as client:
+        assert client.read(10, 1 << 20) == before
+        assert client.do(nbd.WRITE, 0, data=b"x").error == nbd.EPERM
+    assert disk.read_bytes() == content
+
+
+def test_changes_that_are_forgotten(disk: Path) -> None:
+    content = disk.read_bytes()
+    with served("-t", "-s", disk) as server, connected(server.socket) as client:
+        kept = client.read(512, 2 << 20)
+        client.write(b"for now" * 1000, 1 << 20, nbd.FUA)
+        assert client.read(7000, 1 << 20) == b"for now" * 1000
+        assert client.read(512, 2 << 20) == kept
+    assert disk.read_bytes() == content

@@ -93,6 +93,7 @@ def test_a_client_that_wants_nothing(server: Server) -> None:
 @pytest.mark.parametrize(
     ("option", "data", "reply"),
     [
+        (nbd.STARTTLS, b"", nbd.POLICY),
         (nbd.LIST, b"x", nbd.INVALID),
         (nbd.STRUCTURED, b"x", nbd.INVALID),
         (nbd.EXTENDED, b"x", nbd.INVALID),
