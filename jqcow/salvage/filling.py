@@ -156,7 +156,8 @@ class Filling:
             taken,
             [one[1:] for one in order],
             lambda cluster: cluster not in anchored and self._is_open(cluster),
-            lambda index: self._said.get(index, (Certainty.GUESS,))[0] == Certainty.GUESS,
+            self._is_guess,
+            self._periods(are_guesses_left_out=True),
         )
         self._expectations.count_system(True)
         mender.mend()
@@ -167,6 +168,9 @@ class Filling:
         for index in moved:
             if (cluster := mender.clusters[index]) is not None:
                 self._put(cluster, index, Certainty.GUESS, "all that is expected, taken together")
+
+    def _is_guess(self, index: int) -> bool:
+        return self._said.get(index, (Certainty.GUESS,))[0] == Certainty.GUESS
 
     def _take_back(self, index: int) -> None:
         cluster = self._taken.pop(index)
@@ -304,9 +308,9 @@ class Filling:
             del gap.last[GAP_ENDS:]
         return gaps
 
-    def _periods(self) -> Callable[[int], tuple[int, int, int] | None]:
+    def _periods(self, *, are_guesses_left_out: bool = False) -> Callable[[int], tuple[int, int, int] | None]:
         """Return what tells when an orphan was written: numbers in that order, the first, usual, and last."""
-        indices = sorted(self._taken)
+        indices = [one for one in sorted(self._taken) if not (are_guesses_left_out and self._is_guess(one))]
         known = [
             (index, rank)
             for index in indices

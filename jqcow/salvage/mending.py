@@ -3,7 +3,7 @@
 A path goes through the orphans in the order of the file and knows nothing of clusters that it leaves empty.
 Here all of a disk counts at once: what each orphan tells in its place, beside its neighbours on the disk and
 in the file, and what is missed. A run is tried where clusters are empty or in doubt; what is there takes the
-places that the run leaves, or none.
+places that the run leaves, or none. Or a run pushes what is there on, by as much as it is long.
 
 ME1. What paths are sure of stays where it is.
 ME2. Each change gains; so it ends, and so many are tried at most.
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from heapq import nlargest
+from itertools import islice, pairwise
 from math import inf
 
 from jqcow.salvage.aligning import BROKEN, JUMP, NATURAL, RESUME, Aligner
@@ -24,12 +25,18 @@ MISSED = -3.0
 """What it costs that nobody has a cluster in which a file has something."""
 NOWHERE = -2.0
 """What it costs where placed orphans and others are neighbours in the file."""
-SMOOTH = -3.0
-"""Steps that cost less go on with a run."""
+SMOOTH, PARTED = -3.0, -1.9
+"""Steps that cost less go on with a run: with what is nowhere, or without."""
 GAIN_MIN = 0.5
 TRIED_MAX = 30_000
 """So many changes are tried."""
+LOOKED_AT = 64
+"""A look at so many orphans that might be pushed counts as a change that is tried."""
 RUN_MAX, NEEDED_EACH = 1024, 16
+PUSHED_MAX, STOPS_TRIED, MISSED_TRIED = 16, 3, 2
+"""So long a run may push others, so many places are tried up to which it does, and for those behind them."""
+PUSH_GAIN = -4.0
+"""What is pushed may tell so much less in itself: neighbours count, too."""
 RESUMED_WITHIN = 96
 """So many orphans after it was interrupted a run may go on."""
 
@@ -52,6 +59,7 @@ class Mender:
         order: Sequence[tuple[int | None, int | None]],
         is_free: Callable[[int], bool],
         is_doubtful: Callable[[int], bool],
+        period_of: Callable[[int], tuple[int, int, int] | None] = lambda index: None,
     ) -> None:
         """Take what paths found.
 
@@ -62,10 +70,12 @@ class Mender:
             order: (index, None) of orphans and (None, cluster) of what is placed, in the order of the file.
             is_free: whether a cluster of the disk may be given to orphans.
             is_doubtful: whether an orphan, by its index, may be moved.
+            period_of: when an orphan was written, as `Aligner.period_of`.
         """
         self._expectations, self._odds, self._order = expectations, odds, order
         self._is_doubtful = is_doubtful
         self._aligner = Aligner(expectations, odds, is_free, lambda cluster: None)
+        self._aligner.period_of = period_of
         self.clusters = dict(taken)
         self._holders = {cluster: index for index, cluster in taken.items() if cluster is not None}
         self._at = {index: at for at, (index, _) in enumerate(order) if index is not None}
@@ -90,20 +100,22 @@ class Mender:
         is_fixed = self._order[at - 1][0] is None and self._order[at][0] is None
         if is_fixed or (one is None and other is None):
             return 0.0
+        index = self._order[at][0]
+        timely = 0.0 if other is None or index is None else self._aligner.timely(other, index)
         if one is None or other is None:
             natural = self._aligner.is_end(one) if one is not None else self._aligner.is_natural(other or 0)
-            return NOWHERE if natural else NOWHERE + BROKEN
+            return timely + (NOWHERE if natural else NOWHERE + BROKEN)
         price = self._aligner.ahead(one, 1).get(other)
         if price is not None:
             return price
-        if self._order[at][0] is None and self._aligner.landing(one, other):
+        if index is None and self._aligner.landing(one, other):
             return 0.0
         before = self._holders.get(other - 1)
         if before is not None and 0 < at - self._at[before] < RESUMED_WITHIN:
             price = RESUME
         else:
             price = JUMP + NATURAL if self._aligner.is_natural(other) else JUMP
-        return price if self._aligner.is_end(one) else price + BROKEN
+        return price + timely + (0.0 if self._aligner.is_end(one) else BROKEN)
 
     def _worth(self, indices: Iterable[int], clusters: Iterable[int]) -> float:
         """Return what these orphans and clusters gain, with their neighbours."""
@@ -160,11 +172,24 @@ class Mender:
         is_better = True
         while is_better and self._left > 0:
             is_better = False
-            for run in [*self._runs(SMOOTH), *self._runs(-inf)]:
+            for run in self._all_runs():
                 for start in list(self._targets(run)):
                     if self._left > 0 and self._move(run, start):
                         is_better = True
                         break
+            for at in range(1, len(self._order)):
+                for run, start, step in self._pushes(at):
+                    if self._left > 0 and self._push(run, start, step):
+                        is_better = True
+                        break
+
+    def _all_runs(self) -> list[list[int]]:
+        """Return runs that may be moved, in several ways, the most likely first."""
+        found = [run for least in (SMOOTH, PARTED, -inf) for run in self._runs(least)]
+        for run in self._runs(-inf):
+            starts = [0, *(at for at in range(1, len(run)) if self._odds.parts(run[at])), len(run)]
+            found += [run[start:stop] for start, stop in pairwise(starts)]
+        return [list(run) for run in dict.fromkeys(map(tuple, found))]
 
     def _runs(self, least: float) -> Iterator[list[int]]:
         """Yield runs of orphans that may be moved: neighbours in the file, whose steps cost no more."""
@@ -239,3 +264,64 @@ class Mender:
         if rest and self._try(nowhere | rest | moved):
             return True
         return bool(swapped) and self._try(nowhere | swapped | moved)
+
+    def _pushes(self, at: int) -> Iterator[tuple[list[int], int, int]]:
+        """Yield (run, cluster, step) of what may push others on, or back, where neighbours in the file part.
+
+        That is the end of what comes before a place in the file, if it belongs before what comes behind it,
+        or the start of what comes behind, if it belongs behind what comes before.
+        """
+        if self._step(at) > NOWHERE:
+            return
+        for step, places in ((1, range(at - 1, -1, -1)), (-1, range(at, len(self._order)))):
+            start, run = self._cluster_at(at if step > 0 else at - 1), list[int]()
+            for place in places[:PUSHED_MAX] if start is not None else ():
+                index = self._order[place][0]
+                if index is None or not self._is_doubtful(index):
+                    break
+                run.insert(0, index)
+                yield run, start or 0, step
+
+    def _push(self, run: list[int], start: int, step: int) -> bool:
+        """Try a run from a cluster on, or back: what is there moves by as much, as far as it tells most."""
+        items, moved, own = list(run), list[tuple[int, int]](), set(run)
+        told = -sum(map(self._gain_now, run))
+        stops: list[tuple[float, int, int]] = []
+        cluster: int | None = start
+        while cluster is not None and len(moved) < min(len(items), RUN_MAX):
+            if not self._may_change(cluster) or self._expectations.of(cluster).is_idle:
+                break
+            index, holder = items[len(moved)], self._holders.get(cluster)
+            if holder is not None and holder not in own:
+                items.append(holder)
+                told -= self._gain_now(holder)
+            told += self._aligner.gain(cluster, index)
+            moved.append((index, cluster))
+            stops.append((told, len(moved), len(items)))
+            ahead = self._aligner.ahead(cluster, step)
+            cluster = max(ahead, key=ahead.__getitem__, default=None)
+        self._left -= len(moved) // LOOKED_AT
+        left = [self.clusters[index] for index in run]
+        for told, count, stop in nlargest(STOPS_TRIED, stops):
+            if told < PUSH_GAIN:
+                break
+            changes: Places = dict(moved[:count])
+            rest = sorted(items[count:stop], key=self._at.__getitem__)
+            vacant = sorted(place for place in left if place is not None and place not in changes.values())
+            for places in (vacant, *self._best_missed(rest), []):
+                free = [place for place in places if place not in changes.values()]
+                elsewhere = {**dict.fromkeys(rest), **dict(zip(rest, free, strict=False))}
+                if self._try(changes | elsewhere):
+                    return True
+        return False
+
+    def _gain_now(self, index: int) -> float:
+        cluster = self.clusters[index]
+        return 0.0 if cluster is None else self._aligner.gain(cluster, index)
+
+    def _best_missed(self, run: list[int]) -> list[range]:
+        """Return the places that are missed where a run tells most."""
+        found = [range(first, first + min(count, len(run))) for first, count in self._missed()]
+        found = [places for places in found if self._holders.keys().isdisjoint(places)]
+        told = {places: sum(map(self._aligner.gain, places, run)) for places in found}
+        return nlargest(MISSED_TRIED, told, key=told.__getitem__) if run else []

@@ -23,6 +23,8 @@ SAMPLED = 256
 """So many named clusters tell whether a refcount block is sound."""
 SOUND = 0.9
 """Of them so many have to be counted."""
+ZEROS_MAX = 256
+"""So many clusters of zeros in a row may have been written."""
 CACHE_BYTES = 32 << 20
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 """Of arrays of refcounts, by their width."""
@@ -139,8 +141,13 @@ class Unnamed:
         """Take the clusters in which the file has data and that nobody names."""
         bits = self._shape.geometry.cluster_bits
         self.uncounted_bytes += stop - first << bits
+        end = first
         for offset, length in self._source.data_extents(first << bits, stop - first << bits):
-            for cluster in range(offset >> bits, -(-(offset + length) >> bits)):
+            # A short hole was written, too: nothing else makes a file so long.
+            start = offset >> bits
+            start = end if start - end <= ZEROS_MAX else start
+            end = -(-(offset + length) >> bits)
+            for cluster in range(start, end):
                 if cluster < stop and self._marks.of(cluster) == NOBODY:
                     self.bits.add(cluster)
 

@@ -15,12 +15,9 @@ from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.filling import BLOCKS_MAX, CLUSTERS_MAX, Filling
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.in_turns import anchor_in_turns
-from jqcow.salvage.orphans import OrphanClusters
+from jqcow.salvage.orphans import ZEROS_MAX, OrphanClusters
 from jqcow.salvage.protection import Protection
 from jqcow.salvage.reading import MappedDisk, PieceReader
-
-ZEROS_MAX = 256
-"""So many clusters of zeros in a row may have been written."""
 
 
 @dataclass(frozen=True)

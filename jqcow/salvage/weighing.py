@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from math import log
 
 from jqcow.salvage.expecting import FREE, SLACK, SYSTEM, UNKNOWN, Expected
@@ -30,6 +31,8 @@ CHANGED = -2.0
 """Within a file the kind of bytes changes."""
 CHANGED_MAX = -4.0
 
+STRANGE, STRANGE_MAX = -0.4, -4.0
+"""A block that the file system itself uses is text or noise, and so much at most."""
 OF_KIND, OF_OTHER = 0.05, -0.1
 """A file's blocks are of the kind of bytes that others of its blocks are, or are not."""
 MIXED = -1
@@ -66,11 +69,13 @@ class Odds:
         self._zeros, self._full = zeros, max(0.05, 1 - zeros - partial)
         within = max(0.01, (self._partial - ends) / (self._total + 4))
         self._untold = min(0.0, max(UNTOLD, log(within / partial)))
-        seen, changed = 200, 10
+        seen, changed, pairs, parted = 200, 10, 200, 10
         for index in range(0, len(looks), max(1, len(looks) // 5000)):
             kinds = looks.kinds_of(index)
             seen += len(kinds) - 1 - kinds.count(ZEROS)
             changed += len(changes(kinds))
+            pairs += len(kinds) - 1
+            parted += sum(bool(one) != bool(other) for one, other in pairwise(kinds))
         self.kinds: dict[int, int] = {}
         dense = [looks.kinds.count(kind) for kind in (TEXT, NOISE, OTHER)]
         same = sum(count * count for count in dense) / max(1, sum(dense)) ** 2
@@ -78,6 +83,8 @@ class Odds:
         self._changed = min(0.5, changed / max(1, seen))
         within = self._changed - ends / (self._total + 4)
         self._change = max(CHANGED, log(max(0.001, within) / self._changed))
+        # Zeros begin or end at a block far less often than blocks are zeros.
+        self._parted = max(0.0, log(self._zeros * (1 - self._zeros) * pairs / parted))
 
     def learn(self, expected: Expected, index: int) -> None:
         """Take from an orphan in its place of what kind files are."""
@@ -114,7 +121,7 @@ class Odds:
     def of(self, expected: Expected, index: int) -> float:
         """Return how well an orphan meets what is expected of a cluster."""
         if expected.is_idle:
-            return IN_FREE
+            return IN_FREE + self._strange(expected, index)
         lengths = self._looks.lengths_of(index)
         if not any(lengths):
             return ALL_ZEROS if expected.is_data else 0.0
@@ -127,8 +134,14 @@ class Odds:
             if owner not in (SYSTEM, UNKNOWN):
                 total += self._run(lengths[first:stop], owner)
                 untold += self._ends(lengths[first:stop]) if owner >= 0 else 0.0
-        total += max(UNTOLD_MAX, untold)
+        total += max(UNTOLD_MAX, untold) + self._strange(expected, index)
         return total + self._edges(expected, index) + (IN_USE if expected.is_data else 0.0)
+
+    def _strange(self, expected: Expected, index: int) -> float:
+        """Return what it tells that a file system's own blocks are not what it writes there."""
+        kinds = self._looks.kinds_of(index)
+        owned = (kinds[first:stop] for first, stop, owner in expected.runs if owner == SYSTEM)
+        return max(STRANGE_MAX, STRANGE * sum(part.count(TEXT) + part.count(NOISE) for part in owned))
 
     def _run(self, lengths: array[int], owner: int) -> float:
         zero = lengths.count(0)
@@ -159,7 +172,14 @@ class Odds:
         for block in expected.edges:
             if kinds[block] == kinds[block - 1] != ZEROS:
                 total += self.edge(is_edge=True, is_changed=False)
+            elif self._is_end(expected, block) and (kinds[block] == ZEROS) != (kinds[block - 1] == ZEROS):
+                total += self._parted
         return total + max(CHANGED_MAX, within)
+
+    def _is_end(self, expected: Expected, block: int) -> bool:
+        """Return if a file ends or begins between two blocks, and none of them is filled in part."""
+        before, owner = expected.owners[block - 1], expected.owners[block]
+        return (before >= 0) != (owner >= 0) and not {block - 1, block} & expected.tails.keys()
 
     def edge(self, *, is_edge: bool, is_changed: bool) -> float:
         """Return what two neighbouring blocks tell, by their owners and their kinds of bytes."""
@@ -168,6 +188,11 @@ class Odds:
         if is_changed:
             return max(0.0, log(self._at_edge / self._changed))
         return min(0.0, log((1 - self._at_edge) / (1 - self._changed)))
+
+    def parts(self, index: int) -> bool:
+        """Return if an orphan begins with other bytes than the one before it in the file ended with."""
+        first = index * self._looks.per_cluster
+        return self._looks.kinds[first] != self._looks.kinds[first - 1]
 
     def joint(self, one: Expected, first: int, other: Expected, second: int) -> float:
         """Return what the last block of an orphan and the first of another tell, placed side by side."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.looks import Looks
 from jqcow.salvage.mending import Mender, Places
@@ -33,8 +35,12 @@ def two_files() -> tuple[Expectations, Odds]:
     return expectations, Odds(looks, 2)
 
 
-def mended(taken: list[int | None], sure: frozenset[int] = frozenset()) -> Places:
-    expectations, odds = two_files()
+def mended(
+    taken: list[int | None],
+    sure: frozenset[int] = frozenset(),
+    known: tuple[Expectations, Odds] | None = None,
+) -> Places:
+    expectations, odds = known or two_files()
     order = [(index, None) for index in range(len(taken))]
     mender = Mender(
         expectations,
@@ -51,6 +57,28 @@ def mended(taken: list[int | None], sure: frozenset[int] = frozenset()) -> Place
 def test_runs_change_places() -> None:
     assert list(mended([10, 11, 12, 30, 31, 32, None, 13]).values()) == TRUTH
     assert list(mended([None, None, None, 31, 32, None, None, None]).values()) == TRUTH
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_run_pushes_what_is_in_its_place(is_back: bool) -> None:
+    """A file of which no cluster tells its place, but first and last are sure; within it one with an end."""
+    chance, first, second = random.Random(2), (6, 8)[is_back], (8, 6)[is_back]
+    text = b"".join(b"line %d of it\n" % number for number in range(CLUSTER))
+    looks, last = Looks(BLOCK, CLUSTER), 10 + first + second - 1
+    for part in (
+        *(chance.randbytes(CLUSTER) for _ in range(first)),
+        *(text[:CLUSTER], text[CLUSTER : CLUSTER + END].ljust(CLUSTER, b"\0")),
+        *(chance.randbytes(CLUSTER) for _ in range(second)),
+    ):
+        looks.add(part)
+    truth = [*range(10, 10 + first), 30, 31, *range(10 + first, last + 1)]
+    taken = [10, 30, 31, *range(11, last + 1)]
+    if is_back:
+        taken = [*range(10, last), 30, 31, last]
+    whole = (first + second) * CLUSTER
+    pieces = [piece(10 * CLUSTER, whole, whole, 2), piece(30 * CLUSTER, 2 * CLUSTER, CLUSTER + END, 1)]
+    known = expectations_of(pieces), Odds(looks, 1)
+    assert list(mended(list(taken), frozenset((0, len(truth) - 1)), known).values()) == truth
 
 
 def test_what_is_sure_stays() -> None:
