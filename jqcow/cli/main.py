@@ -32,6 +32,7 @@ GROUPS = {
     "dd": ("dd",),
     "differing": ("diff",),
     "measuring": ("measure",),
+    "mounting": ("mount",),
     "protecting": ("protect", "verify", "heal"),
     "serving": ("serve",),
 }

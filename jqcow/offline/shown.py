@@ -58,6 +58,10 @@ class Part:
                 raise ValueError(f"{whole.nbytes} bytes at {offset} are not within a file of {self.size}")
         return self.image.pwrite(buffer, self.offset + offset)
 
+    def write_zeroes(self, length: int, offset: int, unmap: bool = True) -> None:
+        """Make a range, which lies within the file, read as zeros; as `Image.write_zeroes`."""
+        self.image.write_zeroes(length, self.offset + offset, unmap)
+
     def flush(self) -> None:
         """Flush the image."""
         self.image.flush()
