@@ -28,6 +28,7 @@ GROUPS = {
     "passphrases": ("passphrase",),
     "chains": ("commit", "rebase"),
     "copying": ("convert",),
+    "compacting": ("compact",),
     "comparing": ("compare",),
     "dd": ("dd",),
     "differing": ("diff",),
