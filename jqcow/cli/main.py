@@ -31,6 +31,7 @@ GROUPS = {
     "compacting": ("compact",),
     "comparing": ("compare",),
     "dd": ("dd",),
+    "exporting": ("export", "import"),
     "differing": ("diff",),
     "measuring": ("measure",),
     "mounting": ("mount",),
