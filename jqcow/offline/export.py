@@ -1,9 +1,10 @@
 """A disk as chunks of one length, each under the hash of its content: what two exports share is there once.
 
 A directory holds ``chunks/ab/abcd...``, named by SHA-256, and for each export an index ``NAME.json``: the
-size of the disk, the length of chunks, and in order the hash of each, or null for zeros. The last chunk is as long
-as what is left of the disk. Chunks start at multiples of their length in the disk, so a change within a disk
-changes only the chunks it lies in. Files are plain bytes: any program can read them, and store them its way.
+size of the disk, the length of chunks, and in order the hash of each, or null for zeros. The last chunk is
+as long as what is left of the disk. Chunks start at multiples of their length in the disk, so a change
+within a disk changes only the chunks it lies in. Files are plain bytes: any program can read them, and
+store them its way.
 
 EX1. A chunk gets its name when it is whole and durable, and the index when all its chunks are: whatever cuts
     an export off, each index in the directory tells of a whole disk.
