@@ -6,7 +6,7 @@ as long as what is left of the disk. Chunks start at multiples of their length i
 within a disk changes only the chunks it lies in. Files are plain bytes: any program can read them, and
 store them its way.
 
-EX1. A chunk gets its name when it is whole and durable, and the index when all its chunks are: whatever cuts
+XP1. A chunk gets its name when it is whole and durable, and the index when all its chunks are: whatever cuts
     an export off, each index in the directory tells of a whole disk.
 """
 
@@ -169,7 +169,7 @@ def chunk_path(chunks: Path, name: str) -> Path:
 
 
 def _publish(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that gets its name when it is durable (EX1)."""
+    """Write a file that gets its name when it is durable (XP1)."""
     with closing(FileDevice.create_temporary(path)) as file:
         file.pwrite(data, 0)
         try:
