@@ -1,12 +1,14 @@
 """The hatchling hook that compiles the C kernels when a wheel is built or an editable install is made.
 
 Where they cannot be compiled (no compiler, no Python.h) the build goes on without them: the wheel is then
-pure Python, and the twins serve.
+pure Python, and the twins serve. A wheel also gets the man pages and the completion, made of the parsers.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -37,6 +39,7 @@ class KernelsHook(BuildHookInterface[Any]):
         else:
             self.scratch = tempfile.TemporaryDirectory(prefix="jqcow-wheel-")
             target_directory = Path(self.scratch.name)
+            build_data["shared_data"].update(manual_files(Path(self.root), target_directory / "share"))
         try:
             built = load_builder(package_directory).compile_kernels(target_directory)
         except VerificationError as error:
@@ -51,6 +54,15 @@ class KernelsHook(BuildHookInterface[Any]):
         """Remove the scratch directory of a wheel build."""
         if version != "editable":
             self.scratch.cleanup()
+
+
+def manual_files(root: Path, directory: Path) -> dict[str, str]:
+    """Write man pages and completion below a directory; return them with their places in an installation."""
+    # In a process of its own: it imports jqcow as it is in the tree.
+    command = [sys.executable, "-m", "jqcow.cli.manual", str(directory)]
+    subprocess.run(command, cwd=root, check=True)
+    made = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path): f"share/{path.relative_to(directory)}" for path in made}
 
 
 def load_builder(package_directory: Path) -> ModuleType:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jqcow.cli import common
+from jqcow.cli import common, examples
 from jqcow.cli.profile import CAREFUL, QEMU_IMG, Profile
 
 PROGRAM = CAREFUL.program
@@ -54,6 +54,15 @@ A crashed image is brought home by jqcow-recover. Sizes take k, M, G, T, P and E
 """
 
 
+class _Help(argparse.HelpFormatter):
+    """Breaks lines, but not those of examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith(examples.TITLE):
+            return text
+        return super()._fill_text(text, width, indent)
+
+
 def build_parser(profile: Profile = CAREFUL, command: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line: of all commands, or of the one that runs."""
     parser = common.Parser(
@@ -76,6 +85,9 @@ def build_parser(profile: Profile = CAREFUL, command: str | None = None) -> argp
     group = _GROUP_OF.get(command or "")
     for name in [group] if group else GROUPS:
         importlib.import_module(f"jqcow.cli.{name}").add_parsers(commands)
+    if not profile.is_qemu:
+        for name, subparser in commands.choices.items():
+            subparser.epilog, subparser.formatter_class = examples.told(name), _Help
     return parser
 
 
