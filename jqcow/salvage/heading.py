@@ -359,7 +359,10 @@ class _Reading:
         if strange is None:
             return False
         strange -= {self._numbers["refcount_table_offset"]} | of_snapshots
-        return all(self._refcount(offset) == 0 for offset in strange)
+        is_of_bitmap = self._structures.is_of_bitmap
+        return all(
+            self._refcount(offset) == 0 or is_of_bitmap(offset, bits, self._refcount) for offset in strange
+        )
 
     def _snapshots_found(self) -> list[TableEntry]:
         numbers = self._numbers

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -20,8 +21,12 @@ from jqcow.salvage.sweep import Sweep, sweep
 
 SAMPLED_TABLES = 16
 """So many tables that an L1 table names tell whether it is one."""
+EMPTY_TABLES = 64
+"""So many are looked at to find these, if some are all zeros."""
 WORK_FACTOR, WORK_BYTES = 16, 1 << 27
-"""So often a file is read in all, and so much more, in blocks of 4 KiB: a hostile one could ask for any."""
+"""So often a file is read in all, and so much more: a hostile one could ask for any."""
+LOOK_BYTES_MIN = 1 << 10
+"""A look at less costs as much."""
 WORD_BYTES = 1 << 10
 """A word of a table costs as much work as so many bytes."""
 RIVALS_MAX = 64
@@ -29,6 +34,8 @@ RIVAL_TABLES_MAX = 256
 """So many L1 tables are compared, by so many of their L2 tables."""
 HOPELESS = 3
 """If the first so many are none, it is none."""
+GAP_BYTES = 32 << 10
+"""So much of an L1 table in a row may name nothing that tells."""
 RIGHT = 0.8
 """Of what a table names so much has to be what it should."""
 CANDIDATES_MAX = 1 << 14
@@ -45,7 +52,7 @@ class FoundL1:
         offset: in the file, in bytes.
         entry_count: up to the last entry in use.
         named: how many entries name something.
-        sampled: how many of these were looked at.
+        sampled: how many of these were looked at, but for those that are all zeros.
         right: how many of them name an L2 table.
         newest: the highest host offset that it names.
     """
@@ -73,7 +80,7 @@ class Lookalikes:
 
     def _pread(self, length: int, offset: int) -> bytes:
         """Read, and count the work that a look costs."""
-        self._left -= max(length, layout.BLOCK_BYTES_MAX)
+        self._left -= max(length, LOOK_BYTES_MIN)
         return self._source.pread(length, offset)
 
     @property
@@ -106,11 +113,13 @@ class Lookalikes:
             return True
         return bits >= layout.MIN_SUBCLUSTER_CLUSTER_BITS and self.is_l2(offset, bits, extended=True)
 
-    def _name_l2(self, places: list[int], cluster_bytes: int) -> bool:
-        """Return True if each place has an L2 table, or had one and is all zeros; one of them has."""
+    def _name_l2(self, places: list[int], cluster_bytes: int) -> bool | None:
+        """Return if each place has an L2 table, or had one and is all zeros; None if none of them has one."""
         found = [self._is_l2_of_any_kind(place, cluster_bytes) for place in places]
         empty = [_native.is_zero(self._pread(cluster_bytes, place)) for place in places]
-        return any(found) and all(one or other for one, other in zip(found, empty, strict=True))
+        if not all(one or other for one, other in zip(found, empty, strict=True)):
+            return False
+        return True if any(found) else None
 
     def count_l2(self, cluster_bits: int) -> int:
         """Return how many clusters look like L2 tables."""
@@ -133,23 +142,32 @@ class Lookalikes:
             return None
         if entry_count is None and not self._may_begin_l1(offset, cluster_bytes):
             return None
-        table = self._l1_bytes(offset, cluster_bytes, entry_count)
+        table = self._l1_bytes(offset, cluster_bytes, entry_count, GAP_BYTES)
+        found = self._as_l1(table, offset, cluster_bytes)
+        if found is None and entry_count is None and len(table) > cluster_bytes:
+            # Behind a gap another table may begin.
+            table = self._l1_bytes(offset, cluster_bytes, entry_count, 0)
+            found = self._as_l1(table, offset, cluster_bytes)
+        return found
+
+    def _as_l1(self, table: bytes, offset: int, cluster_bytes: int) -> FoundL1 | None:
         named = self._take_words(table)
         good = [(index, found) for index, word in named if (found := self._l2_offset(word, cluster_bytes))]
         if not good or len(good) < RIGHT * len(named) or len({found for _, found in good}) < len(good):
             return None
-        sampled = good[:: max(1, len(good) // SAMPLED_TABLES)][:SAMPLED_TABLES]
-        right = tables = 0
-        for tried, (_, place) in enumerate(sampled):
-            if tried == HOPELESS and not tables:
-                return None
-            found = self._is_l2_of_any_kind(place, cluster_bytes)
-            right += found
-            tables += found or _native.is_zero(self._pread(cluster_bytes, place))
-        if tables < RIGHT * len(sampled):
+        sampled = good[:: max(1, len(good) // EMPTY_TABLES)]
+        right = empty = tried = 0
+        for tried, (_, place) in enumerate(sampled, 1):
+            is_right = self._is_l2_of_any_kind(place, cluster_bytes)
+            right += is_right
+            empty += not is_right and _native.is_zero(self._pread(cluster_bytes, place))
+            if right == SAMPLED_TABLES or (tried == HOPELESS and not right + empty):
+                break
+        if right + empty < RIGHT * tried:
             return None
         newest = max(found for _, found in good)
-        return FoundL1(offset, named[-1][0] + 1, len(good), len(sampled), right, newest)
+        # Tables that are all zeros speak neither for it nor against it, unless all are.
+        return FoundL1(offset, named[-1][0] + 1, len(good), max(1, tried - empty), right, newest)
 
     def _may_begin_l1(self, offset: int, cluster_bytes: int) -> bool:
         """Return False if what a cluster names first is no L2 table, and was none."""
@@ -164,20 +182,26 @@ class Lookalikes:
             if place
         )
 
-    def _l1_bytes(self, offset: int, cluster_bytes: int, entry_count: int | None) -> bytes:
+    def _l1_bytes(self, offset: int, cluster_bytes: int, entry_count: int | None, gap_bytes: int) -> bytes:
         if entry_count is not None:
             return self._pread(min(table_bytes(entry_count), layout.MAX_L1_BYTES), offset)
-        table = b""
-        while len(table) < layout.MAX_L1_BYTES and not self._is_tired:
-            part = self._pread(cluster_bytes, offset + len(table))
-            words = self._take_words(part) if self._looks_like_table(part) else []
-            places = [self._l2_offset(word, cluster_bytes) for _, word in words]
-            if not places or not all(places):
+        table = pending = b""
+        while len(table) + len(pending) < layout.MAX_L1_BYTES and not self._is_tired:
+            part = self._pread(cluster_bytes, offset + len(table) + len(pending))
+            if not self._looks_like_table(part):
                 break
-            # An L2 table may lie behind it.
-            if table and not self._name_l2(places[:HOPELESS], cluster_bytes):
+            places = [self._l2_offset(word, cluster_bytes) for _, word in self._take_words(part)]
+            if not all(places) or not (places or table):
                 break
-            table += part
+            # An L2 table may lie behind it, and what names nothing, or zeros alone, is a part if one follows.
+            sampled = places[:: max(1, len(places) // HOPELESS)]
+            names = self._name_l2(sampled, cluster_bytes) if table else True
+            if names:
+                table, pending = table + pending + part, b""
+            elif names is None and len(pending) + cluster_bytes <= gap_bytes:
+                pending += part
+            else:
+                break
         return table
 
     def _l2_offset(self, word: int, cluster_bytes: int) -> int:
@@ -271,6 +295,13 @@ class Lookalikes:
             named = wanted & words_of(self._pread(1 << cluster_bits, place))
             likely -= {entries.split_l1(word)[0] for word in named}
         return likely
+
+    def is_of_bitmap(self, offset: int, cluster_bits: int, refcount: Callable[[int], int | None]) -> bool:
+        """Return if a table has no COPIED flag for clusters that have one user: an L2 table would."""
+        words = self._take_words(self._pread(1 << cluster_bits, offset))
+        sampled = words[:: max(1, len(words) // SAMPLED_TABLES)]
+        named = [entries.split_l1(word)[:2] for _, word in sampled]
+        return all(not is_copied and refcount(place) == 1 for place, is_copied in named)
 
     def _l2_places(self, cluster_bits: int, l1: FoundL1 | None) -> list[int]:
         if l1 is None:

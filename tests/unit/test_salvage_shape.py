@@ -18,6 +18,7 @@ from jqcow import _native
 from jqcow._native import twins
 from jqcow.errors import JqcowError, UnsupportedFeatureError
 from jqcow.offline import salvage as verb
+from jqcow.offline.protect import protect
 from jqcow.ondisk import luks
 from jqcow.ondisk.header import Header, HeaderArea
 from jqcow.salvage.candidates import TableSearch
@@ -356,6 +357,34 @@ def test_impossible_entries_do_not_tell_their_kind(make: Make, extended: bool, h
         data[table : table + 48] = struct.pack(">6Q", *words)
         data[table + 8 : table + 16] = last
     assert read_shape(Source(Memory(bytes(data)))).area.header.has_subclusters == extended
+
+
+def test_an_l1_table_of_many_clusters_may_name_empty_tables(tmp_path: Path) -> None:
+    """What the guest discarded leaves L2 tables of zeros behind."""
+    image, count = tmp_path / "a.qcow2", 256
+    qemu("qemu-img", "create", "-f", "qcow2", "-o", "cluster_size=512", image, count << 15)
+    lines = [f"write -P {1 + place % 99} {place << 15} 512" for place in range(count)]
+    qemu("qemu-io", image, script="\n".join([*lines, "q", ""]))
+    made, data = Made(image.read_bytes(), b""), bytearray(image.read_bytes())
+    for place, (entry,) in enumerate(
+        struct.iter_unpack(">Q", data[made.header.l1_table_offset :][: 8 * count])
+    ):
+        if place % 17:
+            table = entry & ~(1 << 63)
+            data[table : table + 512] = bytes(512)
+    found = read_shape(Source(Made(bytes(data), b"").without("header")))
+    assert found.area.header.l1_table_offset == made.header.l1_table_offset
+    assert found.area.header.l1_size == count and not found.doubtful
+
+
+def test_a_table_of_a_bitmap_is_none_of_a_lost_l1_table(tmp_path: Path) -> None:
+    image = tmp_path / "a.qcow2"
+    qemu("qemu-img", "create", "-f", "qcow2", "-o", "cluster_size=4096", image, "8M")
+    qemu("qemu-io", image, script="write -P 1 0 4M\nq\n")
+    protect(image)
+    header = HeaderArea.parse(image.read_bytes()[:4096]).header
+    shape = read_shape(Source(Made(image.read_bytes(), b"").without("header")))
+    assert shape.area.header.l1_table_offset == header.l1_table_offset and not shape.doubtful
 
 
 def test_a_table_by_chance_tells_no_cluster_size() -> None:
