@@ -508,10 +508,12 @@ class ExtendedL2(L2Codec):
         entry = self.decode(buffer, index)
         if entry.kind == COMPRESSED_CLUSTER:
             return HostRun(entry.host, 1, entry.copied, entry.length)
+        if self._is_outside and not entry.host:
+            is_empty, count = _native.zero_run(buffer, index, index + limit, 16)
+            return HostRun(entry.host, count if is_empty else 1, entry.copied, 0)
         _, host, count = _native.l2_run(buffer, index, limit, self._cluster_bits, 16)
         # One at offset 0 of a data file looks like those that have none.
-        count = 1 if self._is_outside and not host else count
-        return HostRun(entry.host, count, entry.copied, 0)
+        return HostRun(entry.host, count if host or not self._is_outside else 1, entry.copied, 0)
 
     def found(self, table: bytes) -> Iterator[FoundEntry]:
         """See `L2Codec.found`."""

@@ -107,11 +107,11 @@ BARRIER_TRIALS: dict[str, tuple[str, ...]] = {
     "live.root": ("autoclear/4096/0",),
     "root.settle": ("root:root-write-fails/8192/0",),
     "flush.data": ("in-place/4096/0",),
-    "flush.ordered": ("reuse/4096/0",),
+    "flush.ordered": ("deep:reuse/4096/0",),
     "flush.record": ("reopened/4096/0",),
-    "checkpoint.homes": ("epochs/4096/0",),
-    "move.range": ("move/4096/0",),
-    "move.root": tuple(f"barrier-fails-shown/4096/{seed}" for seed in (0, 7)),
+    "checkpoint.homes": ("deep:epochs/4096/0",),
+    "move.range": ("deep:move/4096/0",),
+    "move.root": tuple(f"deep:barrier-fails-shown/4096/{seed}" for seed in (0, 7)),
     "open.data": ("data-file-killed-in-place/1024/0",),
     "data.first": ("data-file-in-place/1024/0",),
     "open.settle": tuple(f"root:move-killed/8192/{seed}" for seed in range(4)),
@@ -250,12 +250,12 @@ OF_JOURNAL = (
     Mutant(
         "J1-frames-side-by-side-in-a-block",
         Number(f"{FRAME}:FRAME_ALIGNMENT", 512),
-        trials=("epochs/8192/0",),
+        trials=("deep:epochs/8192/0",),
     ),
     Mutant(
         "J2-failed-frame-accepted",
         replacing(f"{JOURNAL}.revoke", lambda _, journal: journal._pending and journal.accept()),
-        trials=seeds("host-fails/4096", 3),
+        trials=seeds("deep:host-fails/4096", 3),
     ),
     Mutant(
         "J3-sequence-with-gaps",
@@ -364,7 +364,7 @@ OF_SPACE = (
     Mutant(
         "S5-failed-transaction-free-at-once",
         replacing(f"{SPACE}.retire", free_retired_at_once, during=f"{PRIVATE}._forget"),
-        trials=("commit-fails-first/4096/0",),
+        trials=("deep:commit-fails-first/4096/0",),
     ),
 )
 
@@ -516,7 +516,7 @@ OF_WRITES = (
     Mutant(
         "W2-dirty-cluster-unordered",
         with_result(f"{WRITES}._write_fresh", lambda _: False),
-        trials=("reuse/4096/0",),
+        trials=("deep:reuse/4096/0",),
     ),
     Mutant(
         "W2-compressed-data-unordered",
@@ -628,7 +628,7 @@ OF_SHARING = (
 )
 
 OF_COMMITS = (
-    Mutant("T1-record-before-ordered-data", without_barrier("flush.ordered"), trials=("reuse/4096/0",)),
+    Mutant("T1-record-before-ordered-data", without_barrier("flush.ordered"), trials=("deep:reuse/4096/0",)),
     Mutant(
         "T1-record-before-data-of-a-transaction",
         holding(
@@ -637,7 +637,7 @@ OF_COMMITS = (
             False,
             only=lambda _, changes, *more: changes.is_private,
         ),
-        trials=("transactions-new/4096/0",),
+        trials=("deep:transactions-new/4096/0",),
     ),
     Mutant("T2-flush-without-barrier", without_barrier("flush.record"), trials=("reopened/4096/0",)),
     Mutant(
@@ -872,7 +872,7 @@ OF_DATA_FILES = (
     Mutant(
         "X3-zeros-in-the-tables-alone",
         skipping(f"{DATA_FILE}.zero", during=f"{WRITES}._run_write"),
-        trials=("data-file-raw-reopened/1024/0",),
+        trials=("deep:data-file-raw-reopened/1024/0",),
     ),
     Mutant(
         "X3-discarded-before-it-is-zeros",

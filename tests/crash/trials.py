@@ -34,8 +34,8 @@ DROPPING = "dropping:"
 ROOT = "root:"
 DEEP = "deep:"
 SIMULATION = "simulation:"
-BUDGET = 16
-DEEP_BUDGET = 64
+BUDGET = 4
+DEEP_BUDGET = 16
 ROOT_BUDGET = 32
 
 

@@ -20,7 +20,7 @@ from jqcow.ondisk.l2 import (
     L2Entry,
     codec_of,
 )
-from jqcow.ondisk.layout import SUBCLUSTERS, Geometry, HostOffset
+from jqcow.ondisk.layout import DATA_FILE, SUBCLUSTERS, Geometry, HostOffset
 
 BITS = 16
 CLUSTER = 1 << BITS
@@ -94,6 +94,18 @@ def test_data_goes_on_in_the_next_entry() -> None:
     run = CODEC.run(table, 7, 8 * SUBCLUSTERS - 7)
     assert run == (DATA, HOST + 7 * 2048, 8 * SUBCLUSTERS - 7, True, 0)
     assert CODEC.host_run(table, 2, 6) == HostRun(HostOffset(HOST + 2 * CLUSTER), 6, True, 0)
+
+
+def test_empty_entries_of_a_data_file_are_one_run() -> None:
+    """The one that has the data file's first cluster is another, though its word has no offset."""
+    codec = ExtendedL2(Geometry(BITS, has_subclusters=True, has_data_file=True))
+    first, zeros = (COPIED, 1), (0, 1 << 32)
+    table = b"".join(
+        l2.EXTENDED.pack(*pair) for pair in ((0, 0), (0, 0), (0, 0), first, (0, 0), zeros, (0, 0))
+    )
+    runs = [codec.place_run(table, index, 7 - index) for index in (0, 3, 4, 5, 6)]
+    assert [(run.host, run.entry_count) for run in runs] == [(0, 3), (DATA_FILE, 1), (0, 1), (0, 1), (0, 1)]
+    assert codec.host_run(table, 3, 4).host == 0
 
 
 @pytest.mark.parametrize(
