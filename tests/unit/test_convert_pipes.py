@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import jqcow
+from jqcow.device import names
 from jqcow.device.stream import OutputStream, Spool, spool_of
 from jqcow.disks.chain import open_disk
 from jqcow.offline.convert import convert
@@ -211,6 +212,15 @@ def test_spool_has_holes_and_no_name(tmp_path: Path) -> None:
         assert spool.pread(len(content), 0) == content
         assert sum(length for _, length in spool.data_extents(0, len(content))) <= 8192
         assert os.listdir(tmp_path) == ["given"]
+
+
+def test_spool_loses_its_name_where_it_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every file system knows files without a name."""
+    monkeypatch.setattr(names, "open_unnamed", lambda directory: None)
+    with closing(Spool.create(tmp_path, "standard input")) as spool:
+        spool.pwrite(b"kept", 0)
+        assert os.listdir(tmp_path) == [] and spool.pread(4, 0) == b"kept"
+        assert spool.path == "standard input"
 
 
 def test_full_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
