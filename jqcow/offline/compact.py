@@ -90,7 +90,8 @@ def compact(
         snapshots = [snapshot.id for snapshot in image.snapshots()]
     found = _zero_ranges(path, snapshots, Following(allow_files, probe, passphrase=passphrase), progress)
     with open_image(path, "r+", **options) as image:
-        zeroed_bytes = sum(_zero(image, start, end) for start, end in found)
+        buffer = memoryview(bytearray(BUFFER_BYTES))
+        zeroed_bytes = sum(_zero(image, start, end, buffer) for start, end in found)
     punched_bytes = _punch_free(path)
     return CompactReport(zeroed_bytes, punched_bytes, before_bytes, _taken(path))
 
@@ -181,10 +182,12 @@ def _zero_runs(disk: Chain, start: int, end: int, unit: int) -> Iterator[Range]:
             yield offset + count * unit, offset + len(data)
 
 
-def _zero(image: Image, start: int, end: int) -> int:
+def _zero(image: Image, start: int, end: int, buffer: memoryview) -> int:
     """Free a range if it still reads as zeros; return how many bytes that is."""
-    for offset in range(start, end, BUFFER_BYTES):
-        if not _native.is_zero(image.pread(min(BUFFER_BYTES, end - offset), offset)):
+    for offset in range(start, end, len(buffer)):
+        data = buffer[: min(len(buffer), end - offset)]
+        image.pread_into(data, offset)
+        if not _native.is_zero(data):
             return 0
     image.write_zeroes(end - start, start)
     return end - start
