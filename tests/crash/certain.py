@@ -21,6 +21,8 @@ from tests.support.users import create_simulated, open_simulated
 CLUSTER_BYTES = 4096
 DISK_BYTES = 4 << 20
 SECTOR_BYTES = 512
+SUBCLUSTER_CLUSTER_BYTES = 16384
+"""The smallest clusters that may have subclusters."""
 
 
 class Failing:
@@ -38,12 +40,12 @@ class Failing:
         return self._content[offset : offset + length].ljust(length, b"\0")
 
 
-def made() -> tuple[bytes, bytes]:
-    """Return an image of which every second cluster holds data, and its disk."""
+def made(cluster_bytes: int = CLUSTER_BYTES, every: int = 2) -> tuple[bytes, bytes]:
+    """Return an image of which every second cluster holds data, or so, and its disk."""
     device, drawn = SimulatedDevice(), Random(5)
-    with create_simulated(device, DISK_BYTES, CLUSTER_BYTES) as image:
-        for start in range(0, DISK_BYTES, 2 * CLUSTER_BYTES):
-            image.pwrite(drawn.randbytes(CLUSTER_BYTES), start)
+    with create_simulated(device, DISK_BYTES, cluster_bytes) as image:
+        for start in range(0, DISK_BYTES, every * cluster_bytes):
+            image.pwrite(drawn.randbytes(cluster_bytes), start)
         disk = image.pread(DISK_BYTES, 0)
     return device.content(), disk
 
@@ -84,6 +86,14 @@ def end_that_is_cut_off() -> None:
     last = max(tables.entry(tables.l2 + place) & (1 << 56) - SECTOR_BYTES for place in range(0, 4096, 8))
     tables.set_entry(tables.l2, len(content) + CLUSTER_BYTES | 1 << 63)
     require(last < len(content), "the file has its data")
+    require_truth(bytes(tables.image), disk)
+
+
+def end_behind_an_odd_entry() -> None:
+    """HD1: one entry that cannot be tells nothing of all others, which could be pairs as well."""
+    content, disk = made(SUBCLUSTER_CLUSTER_BYTES, 1)
+    tables = Tables(content)
+    tables.set_entry(tables.l2 + 8, len(content) + SUBCLUSTER_CLUSTER_BYTES | 1 << 63)
     require_truth(bytes(tables.image), disk)
 
 
@@ -131,6 +141,7 @@ CERTAIN_SCENARIOS: tuple[Callable[[], None], ...] = (
     sectors_of_zeros_in_tables,
     one_cluster_for_two,
     end_that_is_cut_off,
+    end_behind_an_odd_entry,
     sectors_that_the_host_cannot_read,
     data_of_a_snapshot,
     journal_that_is_lost,

@@ -9,7 +9,7 @@ from jqcow import _native
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import TABLE, Piece
 from jqcow.salvage.survey import Survey
-from jqcow.salvage.tables import LONGEST_BYTES
+from jqcow.salvage.tables import INVALID, LONGEST_BYTES
 from tests.support.mutant import Mutant
 from tests.support.patches import Function, replacing, returning, skipping
 
@@ -26,6 +26,14 @@ def judge_for_any_file(_: Function, tables: Any, table: bytes, marks: Any = None
     codec, shape = tables.shape.codec, tables.shape
     how = codec.entry_bytes, shape.geometry.cluster_bits, shape.reserved
     return _native.l2_judge(table, *how, LONGEST_BYTES)
+
+
+def one_entry_tells_of_all(_: Function, structures: Any, table: bytes, cluster_bits: int) -> bool | None:
+    """Take a table for one of the other kind where one entry is wrong for this one."""
+    plain, extended = (
+        structures.judge(table, cluster_bits, extended=kind)[INVALID] for kind in (False, True)
+    )
+    return None if bool(plain) == bool(extended) else bool(plain)
 
 
 def as_sure_as_ever(original: Function, patient: Any, snapshot: str | None = None) -> Survey:
@@ -50,6 +58,11 @@ MUTANTS_OF_SALVAGE = (
         "TB2-behind-the-end-are-zeros",
         replacing("jqcow.salvage.tables:_judge", judge_for_any_file),
         trials=("scenario:end-that-is-cut-off",),
+    ),
+    Mutant(
+        "HD1-one-entry-tells-of-all",
+        replacing("jqcow.salvage.inference:Structures._has_pairs", one_entry_tells_of_all),
+        trials=("scenario:end-behind-an-odd-entry",),
     ),
     Mutant(
         "RD1-zeros-are-believed",

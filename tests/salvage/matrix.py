@@ -6,7 +6,8 @@ D2. What it calls certain is where it belongs: no certain byte is wrong, but whe
 D3. At least 99 % of the bytes whose tables are as they were come back right and certain.
 D4. The damaged file is not changed.
 D5. A salvage ends by itself, with no traceback.
-D6. Of a protected image whose sums are as they were, all that the file still has comes back.
+D6. Of a protected image whose sums are as they were, all that the file still has comes back; but for units
+    of several clusters that it has in part: their sum tells of all of it.
 
 What is measured: *present* is what the damaged file still has, in its place; *tables* what of that has
 entries, in L1 and L2 table, whose sectors are as they were, and no other user.
@@ -25,6 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from jqcow.ondisk.protection import Units
 from tests.salvage import bases, columns
 from tests.salvage.anatomy import Piece, Range
 from tests.salvage.bases import Base
@@ -192,10 +194,20 @@ class Trial:
             cell.broken.append(f"D2: {cell.wrong_certain} certain bytes are wrong, as at {first}: {told}")
         if cell.tables_right < RIGHT_AND_CERTAIN_MIN * cell.tables:
             cell.broken.append(f"D3: {share(cell.tables_right, cell.tables)} % of what has its tables")
-        missing = len((present & base.data) - right) * SECTOR_BYTES
+        missing = len((present & base.data) - right - self._units_in_part(present)) * SECTOR_BYTES
         if base.is_protected and missing and self._sums_are_whole():
             cell.broken.append(f"D6: {missing} bytes of {cell.present} are not back")
         self._count({"jqcow": salvaged.target})
+
+    def _units_in_part(self, present: Sectors) -> Sectors:
+        """Return the units of several clusters, of a protected disk, of which the file lacks something."""
+        base, cluster_bits = self._base, self._base.anatomy.header.cluster_bits
+        unit_bytes = Units(base.size, cluster_bits).unit_bytes
+        if unit_bytes <= 1 << cluster_bits:
+            return Sectors.of(base.size, [])
+        lost = ((start, start + length) for start, length in (base.data - present).ranges())
+        units = {unit for start, end in lost for unit in range(start // unit_bytes, -(-end // unit_bytes))}
+        return Sectors.of(base.size, [(unit * unit_bytes, unit_bytes) for unit in units])
 
     def _sums_are_whole(self) -> bool:
         anatomy = self._base.anatomy
