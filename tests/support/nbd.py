@@ -44,7 +44,11 @@ class Client:
         elif isinstance(where, str):
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.settimeout(WAIT_SECONDS)
-            self.socket.connect(where)
+            try:
+                self.socket.connect(where)
+            except BaseException:
+                self.socket.close()
+                raise
         else:
             self.socket = socket.create_connection(where, timeout=WAIT_SECONDS)
         self.socket.settimeout(WAIT_SECONDS)
