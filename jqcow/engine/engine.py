@@ -143,6 +143,12 @@ class Engine:
         is_plain = not self.data.is_encrypted and not self.geometry.has_data_file
         return self.journals_small_writes and is_plain and not self.medium.has_fixed_size
 
+    @property
+    def _has_plain_clusters(self) -> bool:
+        """True if a cluster of data is where its entry says, whole and as it is (known.py, Q4)."""
+        geometry = self.geometry
+        return not (self.data.is_encrypted or geometry.has_data_file or geometry.has_subclusters)
+
     def attach(self, data_file: Device) -> None:
         """Give an image with an external data file that file; before anything is asked of the guest's data.
 
@@ -181,6 +187,8 @@ class Engine:
             tables or self.public, self.lifecycle, self.commits, self.guard, admit, alone=alone
         )
         guest = Guest(requests, self.data, backing)
+        if tables is None and not alone and self._has_plain_clusters:
+            guest.reads.known = self.blocks.known
         if self._may_journal and tables is None and not alone:
             guest.writes.small = SmallWrites(guest.writes)
         return guest

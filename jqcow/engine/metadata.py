@@ -30,6 +30,7 @@ from typing import NamedTuple
 from jqcow import _native
 from jqcow.device.base import hole_end
 from jqcow.engine.clusters import ClusterRuns, Run
+from jqcow.engine.known import KnownPlaces
 from jqcow.engine.medium import Medium
 from jqcow.ondisk import entries
 from jqcow.ondisk.frame import BlockOperation, DoneOperation, HeaderOperation, Operation, ZeroOperation
@@ -278,6 +279,7 @@ class Blocks:
         self.geometry = area.header.geometry
         self.area = area
         self.images: dict[HostOffset, bytes] = {}
+        self.known = KnownPlaces()
         self._clean: dict[HostOffset, bytes] = {}
         self.generation = 0
         """How often homes were written: see D6."""
@@ -330,6 +332,8 @@ class Blocks:
 
     def publish(self, durable: ChangeSet) -> None:
         """The record of a change set is durable: its blocks are log images now (D2)."""
+        # What a transaction changed nobody else has seen yet (Q4).
+        self.known.forget()
         for offset, block in durable.blocks.items():
             self.images[offset] = bytes(block)
         if durable.area is not None:

@@ -97,6 +97,8 @@ class Planning:
             self.guard.require_free(first, end)
             self._fill_last_sector(offset + length)
             self.requests.dirty.will_write(offset, length)
+            if plan.pieces:
+                self.reads.learn(plan.pieces[0].run, offset, to_write=True)
             self.guard.begin(request, changes=True, first=first, end=end)
             return plan
         first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)

@@ -8,6 +8,7 @@ from functools import partial
 
 from jqcow.device.disk import Disk, read_padded, shows_zeros
 from jqcow.engine.guestdata import GuestData
+from jqcow.engine.known import KnownPlaces
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.metadata import Absent
 from jqcow.engine.pending import Piece
@@ -42,12 +43,44 @@ class Reads:
         self.backing = backing
         self._cluster_bytes = requests.geometry.cluster_bytes
         self._decompressed: tuple[int, HostOffset, bytes] | None = None
+        self.known: KnownPlaces | None = None
+        """Places that reads and writes may go to without a look into the tables, where there are any (Q4)."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the guest's bytes at ``offset``."""
+        if self.known is not None and self._read_known(self.known, buffer, offset):
+            return
         position = self._read_some(buffer, offset, 0)
         while position < len(buffer):
             position = self._read_some(buffer, offset, position)
+
+    def _read_known(self, known: KnownPlaces, buffer: memoryview, offset: int) -> bool:
+        """Read within a cluster whose place is known; False, and nothing is read, if it is not."""
+        cluster, within = divmod(offset, self._cluster_bytes)
+        if within + len(buffer) > self._cluster_bytes:
+            return False
+        request, requests = Request(), self.requests
+        with request.running:
+            with requests.lock:
+                host = known.to_read.get(cluster)
+                if host is None or not requests.pending.is_empty:
+                    return False
+                requests.admit(False)
+                requests.guard.begin(request)
+            try:
+                self.data.pread_into(buffer, HostOffset(host + within))
+            finally:
+                requests.guard.end(request)
+        return True
+
+    def learn(self, run: MappedRun, offset: int, *, to_write: bool) -> None:
+        """Remember where the cluster at ``offset`` lies; the lock is held, and the tables told just now."""
+        cluster, within = divmod(offset, self._cluster_bytes)
+        end = (cluster + 1) * self._cluster_bytes
+        if self.known is not None and run.kind == DATA and end <= self.tables.mapping.disk_bytes:
+            self.known.learn_to_read(cluster, run.host - within)
+            if to_write:
+                self.known.learn_to_write(cluster, run.host - within)
 
     def _read_some(self, buffer: memoryview, offset: int, position: int) -> int:
         """Read what can be resolved at once, from ``position`` in the buffer on; return how far that is."""
@@ -78,6 +111,8 @@ class Reads:
         runs = self._runs_at_hand(GuestOffset(offset), length)
         first, end = self.requests.clusters_of_sectors(offset, length)
         self.requests.guard.require_not_changing(first, end)
+        if runs:
+            self.learn(runs[0], offset, to_write=False)
         self.requests.guard.begin(request, first=first, end=end)
         return runs, self.requests.pending.layers(offset, offset + length)
 

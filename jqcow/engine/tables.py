@@ -70,6 +70,8 @@ class Operation:
         self._mark: Mark | None = None
 
     def __enter__(self) -> None:
+        # Before the section: what is cut off here leaves no doubt.
+        self._tables.blocks.known.forget()
         self._section.__enter__()
         self._mark = self._tables.changes.mark()
 

@@ -16,12 +16,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from jqcow.engine.clusters import Run
+from jqcow.engine.known import KnownPlaces
 from jqcow.engine.planning import Fresh, Piece, Planning, WritePlan
 from jqcow.engine.request import Request
 from jqcow.engine.sharing import leave_to_one
+from jqcow.engine.tracking import Cold
 from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, NO_ENTRY, UNALLOCATED, ZERO_CLUSTER, L2Entry
-from jqcow.ondisk.layout import ClusterIndex, GuestCluster, GuestOffset, HostOffset
+from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
 class SmallWriting(Protocol):
@@ -49,8 +51,39 @@ class Writes(Planning):
         """
         if self.small is not None and self.small.take(data, offset):
             return
+        known = self.reads.known
+        if known is not None and self._write_known(known, data, offset):
+            return
         for start, length in self.requests.spans_to_change(offset, len(data)):
             self.write_span(data[start - offset : start - offset + length], start, within_disk=True)
+
+    def _write_known(self, known: KnownPlaces, data: memoryview, offset: int) -> bool:
+        """Write sectors within a cluster that may be overwritten, and whose place is known (Q4).
+
+        Returns False, having written nothing, if there is none, or something has to come first.
+        """
+        cluster, within = divmod(offset, self._cluster_bytes)
+        if within + len(data) > self._cluster_bytes or (offset | len(data)) % SECTOR_BYTES:
+            return False
+        request, requests = Request(), self.requests
+        with request.running:
+            with requests.lock:
+                host = known.to_write.get(cluster)
+                if host is None or self.guard.is_alone or not requests.pending.is_empty:
+                    return False
+                requests.admit(True)
+                try:
+                    requests.dirty.will_write(offset, len(data))
+                except Cold:
+                    return False
+                self.guard.begin(request, changes=True)
+            try:
+                self.data.pwrite(data, HostOffset(host + within))
+            finally:
+                # As in `_perform`.
+                requests.commits.turn.is_clean = False
+                self.guard.end(request)
+        return True
 
     def write_span(self, data: memoryview, offset: GuestOffset, *, within_disk: bool) -> None:
         """Write within one metadata block of mapping; ``within_disk``: and within the disk."""

@@ -16,6 +16,7 @@ from tools.benchmark.barriers import compare_barriers
 from tools.benchmark.calls import compare_calls
 from tools.benchmark.compress import compare_compression
 from tools.benchmark.images import compare_images
+from tools.benchmark.nbd import compare_servers
 from tools.benchmark.speed import compare_speed
 from tools.benchmark.threads import count_shared
 
@@ -52,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     images = parts.add_parser("images", parents=[common], help="processor time of verbs on a whole image")
     images.add_argument("--rounds", type=int, default=7)
     images.add_argument("--size", type=int, default=1024, metavar="GIB", help="of the disk, all mapped")
+    nbd = parts.add_parser("nbd", parents=[common], help="the same work through NBD, beside qemu-nbd")
+    nbd.add_argument("--rounds", type=int, default=7)
+    nbd.add_argument("--requests", type=int, default=20_000, help="of each kind without flushes")
+    nbd.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the disk that is copied")
     calls = parts.add_parser("calls", parents=[common], help="CPU time per call, beside another checkout")
     calls.add_argument("other", type=Path, metavar="CHECKOUT")
     calls.add_argument("--rounds", type=int, default=5)
@@ -68,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.part == "calls":
             costs = compare_calls(folder, options.rounds, options.calls, options.other.resolve())
             text, data, status = costs.format_table(), dataclasses.asdict(costs), 0
+        elif options.part == "nbd":
+            served = compare_servers(folder, options.rounds, options.requests, options.size << 20)
+            text, data, status = served.format_table(), dataclasses.asdict(served), 0
         elif options.part == "images":
             verbs = compare_images(folder, options.rounds, options.size << 30)
             text, data, status = verbs.format_table(), dataclasses.asdict(verbs), 0
