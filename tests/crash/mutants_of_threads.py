@@ -107,6 +107,11 @@ OF_REQUESTS = (
         trials=(SCENARIO + "read-beside-a-discard",),
     ),
     Mutant(
+        "Q4-places-kept-when-metadata-changes",
+        skipping("jqcow.engine.known:KnownPlaces.forget"),
+        trials=("snapshots/4096/0", "snapshots/4096/1"),
+    ),
+    Mutant(
         "S6-freed-without-grace",
         with_argument(
             "jqcow.engine.space:_before",

@@ -1,7 +1,7 @@
 """The same work through NBD by `jqcow serve` and by `qemu-nbd`, in turn, on copies of one image.
 
-fio asks both servers the same; `nbdcopy` copies a disk out of them. Beside times it takes the processor time of
-the servers, which a busy machine changes less.
+fio asks both servers the same; `nbdcopy` copies a disk out of them. Beside times it takes the processor time
+of the servers, which a busy machine changes less.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WORKS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One kind of work by one server: what it came to each round, and processor microseconds of the server."""
+    """One kind of work by one server: what it came to each round, and microseconds of the processor."""
 
     rates: tuple[float, ...]
     processor: tuple[float, ...]
@@ -72,7 +72,7 @@ class Servers:
     def format_table(self) -> str:
         """Return the medians for people."""
         lines = [
-            f"medians of {self.rounds} rounds; us: the server's processor time for a request, or for a MiB copied",
+            f"medians of {self.rounds} rounds; us: the server's processor time for a request or a MiB",
             "",
             f"{'':40}{'jqcow':>9}{'qemu-nbd':>9}{'':5}{'ratio':>6}{'jqcow us':>9}{'QEMU us':>9}",
         ]
