@@ -152,7 +152,7 @@ class Mender:
 
     def _try(self, changes: Places) -> bool:
         """Keep a change if it gains."""
-        self._left -= 1
+        self._left -= 1 + len(changes) // LOOKED_AT
         changes = {index: cluster for index, cluster in changes.items() if self.clusters[index] != cluster}
         if not changes:
             return False
@@ -302,14 +302,15 @@ class Mender:
             cluster = max(ahead, key=ahead.__getitem__, default=None)
         self._left -= len(moved) // LOOKED_AT
         left = [self.clusters[index] for index in run]
-        for told, count, stop in nlargest(STOPS_TRIED, stops):
-            if told < PUSH_GAIN:
-                break
+        promising = [one for one in nlargest(STOPS_TRIED, stops) if one[0] >= PUSH_GAIN]
+        missed = list(self._missed()) if promising else []
+        for _, count, stop in promising:
             changes: Places = dict(moved[:count])
             rest = sorted(items[count:stop], key=self._at.__getitem__)
-            vacant = sorted(place for place in left if place is not None and place not in changes.values())
-            for places in (vacant, *self._best_missed(rest), []):
-                free = [place for place in places if place not in changes.values()]
+            used = set(changes.values())
+            vacant = sorted(place for place in left if place is not None and place not in used)
+            for places in (vacant, *self._best_of(missed, rest), []):
+                free = [place for place in places if place not in used]
                 elsewhere = {**dict.fromkeys(rest), **dict(zip(rest, free, strict=False))}
                 if self._try(changes | elsewhere):
                     return True
@@ -319,9 +320,9 @@ class Mender:
         cluster = self.clusters[index]
         return 0.0 if cluster is None else self._aligner.gain(cluster, index)
 
-    def _best_missed(self, run: list[int]) -> list[range]:
-        """Return the places that are missed where a run tells most."""
-        found = [range(first, first + min(count, len(run))) for first, count in self._missed()]
+    def _best_of(self, missed: list[tuple[int, int]], run: list[int]) -> list[range]:
+        """Return the places among those that are missed where a run tells most."""
+        found = [range(first, first + min(count, len(run))) for first, count in missed]
         found = [places for places in found if self._holders.keys().isdisjoint(places)]
         told = {places: sum(map(self._aligner.gain, places, run)) for places in found}
         return nlargest(MISSED_TRIED, told, key=told.__getitem__) if run else []
