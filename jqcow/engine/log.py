@@ -106,19 +106,30 @@ class Log:
             OSError: the checkpoint or the move failed; the log is live as before.
             UnsupportedFeatureError: the record is too large for any journal.
         """
-        payload = self._encode(changes, pieces)
-        if not self.require_journal().has_room(payload):
-            if not self.require_journal().epoch_is_empty:
-                self.checkpoint()
-                # Now the record opens an epoch.
-                payload = self._encode(changes, pieces)
-            if not self.require_journal().has_room(payload):
-                self._grow(*self._lengths_for(payload))
-                payload = self._encode(changes, pieces)
+        payload = self._encode_if_it_fits(changes, pieces)
+        if payload is None and not self.require_journal().epoch_is_empty:
+            self.checkpoint()
+            # Now the record opens an epoch.
+            payload = self._encode_if_it_fits(changes, pieces)
+        if payload is None:
+            self._grow(*self._lengths_for(self._operations(changes, pieces)))
+            payload = self._encode(changes, pieces)
         return payload
 
+    def _encode_if_it_fits(self, changes: ChangeSet | None, pieces: Sequence[Piece]) -> EncodedPayload | None:
+        """Encode a record, unless it has no room where its frame goes."""
+        journal = self.require_journal()
+        if changes is not None and changes.least_bytes > journal.extent.half_bytes:
+            # To encode all tables in vain would take seconds.
+            return None
+        payload = self._encode(changes, pieces)
+        return payload if journal.has_room(payload) else None
+
     def _encode(self, changes: ChangeSet | None, pieces: Sequence[Piece]) -> EncodedPayload:
-        """Encode a record; the first of an epoch starts with the header, and what is not done (J4, I3)."""
+        return frames.encode_operations(self._operations(changes, pieces))
+
+    def _operations(self, changes: ChangeSet | None, pieces: Sequence[Piece]) -> list[Operation]:
+        """Return what a record has; first in an epoch come the header, and what is not done (J4, I3)."""
         journal = self.require_journal()
         operations: list[Operation] = [] if changes is None else changes.operations()
         if journal.epoch_is_empty:
@@ -126,19 +137,23 @@ class Log:
                 operations.insert(0, HeaderOperation(self.blocks.area.data))
             operations += self.pending.carried(0 if changes is None else changes.done)
         sequence = journal.sequence + 1
-        operations += [IntentOperation(sequence, piece.offset, bytes(piece.data)) for piece in pieces]
-        return frames.encode_operations(operations)
+        return [
+            *operations,
+            *(IntentOperation(sequence, piece.offset, bytes(piece.data)) for piece in pieces),
+        ]
 
-    def _lengths_for(self, payload: EncodedPayload) -> tuple[int, int]:
-        """Return journal lengths for an opening frame and this payload: with room to spare, the shortest."""
+    def _lengths_for(self, operations: Sequence[Operation]) -> tuple[int, int]:
+        """Return journal lengths for an opening frame and a record: with room to spare, the shortest."""
         carried = sum(len(intent.data) + frames.INTENT_BYTES_MAX for intent in self.pending.carried(0))
         opening = roots.MAX_LIVE_HEADER_BYTES + 2 * frames.FRAME_ALIGNMENT + carried
         most = MAX_JOURNAL_BYTES // 2
-        needed = opening + max(payload.decoded_length, payload.frame_length)
-        if max(needed, payload.zeroed_length) > most:
-            detail = f"the change is too large: {payload.decoded_length} bytes of metadata in one record"
+        length, zeroed = frames.decoded_length(operations), frames.zeroed_length(operations)
+        # A frame is never longer than one whose payload is not compressed.
+        needed = opening + layout.round_up(frames.FRAME_HEADER_BYTES + length, frames.FRAME_ALIGNMENT)
+        if max(needed, zeroed) > most:
+            detail = f"the change is too large: {length} bytes of metadata in one record"
             raise UnsupportedFeatureError("a journal of more than 1 GiB", detail)
-        shortest = max(needed, payload.zeroed_length, MIN_JOURNAL_BYTES // 2)
+        shortest = max(needed, zeroed, MIN_JOURNAL_BYTES // 2)
         half_bytes = max(shortest, min(most, max(2 * needed, self.journal_bytes // 2)))
         longest, shortest = (layout.round_up(each, frames.FRAME_ALIGNMENT) for each in (half_bytes, shortest))
         return 2 * longest, 2 * shortest

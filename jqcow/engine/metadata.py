@@ -233,6 +233,12 @@ class ChangeSet:
 
     # From staged to logged
 
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that a record of this set takes at least, before it is compressed."""
+        count = sum(block is not self._zero_block for block in self.blocks.values())
+        return count * self.geometry.block_bytes
+
     def operations(self) -> list[Operation]:
         """Return the set as journal operations, in the order in which replay applies them."""
         header = [HeaderOperation(self.area.data)] if self.area is not None else []
@@ -240,7 +246,7 @@ class ChangeSet:
         cluster_bytes = self.geometry.cluster_bytes
         zeros = [ZeroOperation(offset, cluster_bytes) for offset in sorted(self._zeroed)]
         blocks = [
-            BlockOperation(offset, bytes(block))
+            BlockOperation(offset, block)
             for offset, block in sorted(self.blocks.items())
             if block is not self._zero_block
         ]
@@ -335,7 +341,8 @@ class Blocks:
         # What a transaction changed nobody else has seen yet (Q4).
         self.known.forget()
         for offset, block in durable.blocks.items():
-            self.images[offset] = bytes(block)
+            # The set gives its own up, one by one: where all tables changed, two copies are too many.
+            durable.blocks[offset] = self.images[offset] = bytes(block)
         if durable.area is not None:
             self.area = durable.area
 

@@ -348,7 +348,7 @@ def replay(operations: Iterable[Operation], geometry: Geometry) -> Replayed:
                 for offset in range(start, start + length, geometry.block_bytes):
                     blocks[offset] = zeros
             case BlockOperation(offset, data):
-                blocks[offset] = data
+                blocks[offset] = bytes(data)
     if area is None:
         raise CorruptionError("journal", 0, "it holds no header")
     return Replayed(area, blocks, tuple(intent for intent in intents if intent.sequence > done))

@@ -63,6 +63,8 @@ KIND_DONE = 5
 KINDS = range(KIND_BLOCK, KIND_DONE + 1)
 
 ITEM_LENGTH_MAX = 4
+_MANY = 256
+"""A record of more operations is encoded in parts."""
 INTENT_BYTES_MAX = 32
 """Bytes that an intent takes in a payload beside its data, at most."""
 _SCALAR_BYTES = {*range(0x80), *range(0xC4, 0xC7), *range(0xCC, 0xD4), *range(0xE0, 0x100)}
@@ -74,7 +76,7 @@ class BlockOperation:
     """The whole metadata block at ``offset`` (host, bytes) is ``data``."""
 
     offset: int
-    data: bytes
+    data: bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +214,42 @@ def encode_operations(operations: Sequence[Operation]) -> EncodedPayload:
 
     What a compressor makes of a guest's bytes nobody chose: it might look like a frame (I6).
     """
-    plain: bytes = msgpack.packb([_as_list(operation) for operation in operations], use_bin_type=True)
     zeroed = zeroed_length(operations)
     if any(isinstance(operation, IntentOperation) for operation in operations):
+        plain = b"".join(_packed_parts(operations))
         return EncodedPayload(ENCODING_PLAIN, plain, len(plain), zeroed)
-    packed = _compressors.compressor.compress(plain)
-    if len(packed) < len(plain):
-        return EncodedPayload(ENCODING_ZSTD, packed, len(plain), zeroed)
-    return EncodedPayload(ENCODING_PLAIN, plain, len(plain), zeroed)
+    if len(operations) > _MANY:
+        length = decoded_length(operations)
+        packed = _compressed_parts(operations, length)
+        plain = b"" if len(packed) < length else b"".join(_packed_parts(operations))
+    else:
+        plain = b"".join(_packed_parts(operations))
+        length, packed = len(plain), _compressors.compressor.compress(plain)
+    if len(packed) < length:
+        return EncodedPayload(ENCODING_ZSTD, packed, length, zeroed)
+    return EncodedPayload(ENCODING_PLAIN, plain, length, zeroed)
+
+
+def decoded_length(operations: Sequence[Operation]) -> int:
+    """Return how many bytes the payload with these operations takes before it is compressed."""
+    return sum(map(len, _packed_parts(operations)))
+
+
+def _packed_parts(operations: Sequence[Operation]) -> Iterator[bytes]:
+    """Yield a payload in parts. A change of all tables is too large to be in memory once more as a whole."""
+    if len(operations) <= _MANY:
+        yield msgpack.packb([_as_list(operation) for operation in operations], use_bin_type=True)
+        return
+    packer = msgpack.Packer(use_bin_type=True)
+    yield packer.pack_array_header(len(operations))
+    for operation in operations:
+        yield packer.pack(_as_list(operation))
+
+
+def _compressed_parts(operations: Sequence[Operation], length: int) -> bytes:
+    stream = _compressors.compressor.compressobj(size=length)
+    parts = [packed for part in _packed_parts(operations) if (packed := stream.compress(part))]
+    return b"".join([*parts, stream.flush()])
 
 
 class _Compressors(threading.local):
@@ -237,7 +267,7 @@ def zeroed_length(operations: Sequence[Operation]) -> int:
     return sum(operation.length for operation in operations if isinstance(operation, ZeroOperation))
 
 
-def _as_list(operation: Operation) -> list[int | bytes]:
+def _as_list(operation: Operation) -> list[int | bytes | bytearray]:
     match operation:
         case BlockOperation(offset, data):
             return [KIND_BLOCK, offset, data]

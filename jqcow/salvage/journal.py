@@ -116,7 +116,7 @@ def replay(source: Source, found: Iterable[FoundFrame], geometry: Geometry) -> R
         for operation in operations:
             match operation:
                 case BlockOperation(offset, data):
-                    replayed.blocks[offset] = data
+                    replayed.blocks[offset] = bytes(data)
                 case ZeroOperation(offset, length):
                     zeros = bytes(geometry.block_bytes)
                     places = range(offset, offset + length, geometry.block_bytes)

@@ -90,10 +90,10 @@ def test_each_call_may_fail_once(name: str, kind: str, group: int) -> None:
 
 def fail_at(story: str, fault: Fault) -> None:
     session = new_session()
-    plan = FaultPlan(fault)
-    with session.faults(plan):
+    plan, player = FaultPlan(fault), Player(session, Random(0))
+    with player.faults(plan):
         try:
-            Player(session, Random(0)).play(story)
+            player.play(story)
         except OSError as error:
             assert error.errno == fault.error, f"call {fault.at} raised {error!r}"
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tracemalloc
 from dataclasses import replace
+from random import Random
 
 import msgpack
 import pytest
@@ -29,6 +30,7 @@ from jqcow.ondisk.frame import (
     ZeroOperation,
     crc_matches,
     decode_operations,
+    decoded_length,
     encode_operations,
     frame_payload,
     reframe,
@@ -108,6 +110,30 @@ def test_frames_round_trip(geometry: Geometry, data: st.DataObject) -> None:
     assert header.frame_length == len(frame)
     assert list(decode(header, stored, geometry)) == operations
     assert not any(frame[FRAME_HEADER_BYTES + header.payload_length :])
+
+
+@pytest.mark.parametrize("is_noise", [False, True])
+def test_a_record_of_all_tables_is_encoded_in_parts(is_noise: bool) -> None:
+    """As one that is packed as a whole, without being in memory once more."""
+    chance = Random(4)
+    operations = [
+        BlockOperation((256 + at) * 4096, bytearray(chance.randbytes(4096) if is_noise else bytes(4096)))
+        for at in range(1000)
+    ]
+    length = len(msgpack.packb([[1, each.offset, each.data] for each in operations]))
+    tracemalloc.start()
+    try:
+        payload = encode_operations(operations)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert payload.decoded_length == decoded_length(operations) == length
+    assert payload.encoding == (ENCODING_PLAIN if is_noise else ENCODING_ZSTD)
+    assert is_noise or peak_bytes < length // 2
+    header = header_of(payload.encoding, payload.data, length)
+    assert (
+        list(decode_operations(header, payload.data, LARGE, 1 << 30, 0, zeroed_limit_bytes=0)) == operations
+    )
 
 
 def test_both_encodings_are_used() -> None:
