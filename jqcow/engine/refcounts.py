@@ -58,11 +58,12 @@ class Refcounts:
 
     def _follow(self, header: Header) -> None:
         """Work out what follows from a header; an amendment may have changed the width."""
-        self._header = header
         if header.refcount_order != self._geometry.refcount_order:
             self._geometry = replace(self._geometry, refcount_order=header.refcount_order)
         length_bytes = header.refcount_table_clusters * self._geometry.cluster_bytes
         self._table_entries = layout.table_entries(length_bytes)
+        # Last: what was cut off before this is done again.
+        self._header = header
 
     @property
     def largest(self) -> int:
