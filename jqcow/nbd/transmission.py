@@ -31,6 +31,9 @@ HOLE_BYTES_MIN = 32 << 10
 REQUESTS_MAX = 256
 """Of one client that are in flight; further ones are not received meanwhile."""
 
+Job = Callable[[], bool | None]
+"""Returns True if the request keeps its place among those in flight: it is not answered yet."""
+
 _LENGTH_LIMITED = frozenset({Command.READ, Command.WRITE, Command.CACHE})
 
 
@@ -114,6 +117,7 @@ class Transmission:
         elif command == Command.WRITE:
             self._write(request)
         elif command == Command.FLUSH:
+            self._places.acquire()
             self._flush_then_answer(request)
         else:
             self._elsewhere(0, partial(self._do_other, request))
@@ -167,20 +171,22 @@ class Transmission:
         self._start += here
         self._stream.skip(request.length - here)
 
-    def _elsewhere(self, length: int, job: Callable[[], None]) -> None:
+    def _elsewhere(self, length: int, job: Job) -> None:
         """Have a thread of the connection do a job for which ``length`` bytes were taken."""
         self._places.acquire()
         self._workers.submit(partial(self._run_elsewhere, length, job))
 
-    def _run_elsewhere(self, length: int, job: Callable[[], None]) -> None:
+    def _run_elsewhere(self, length: int, job: Job) -> None:
+        keeps_place = None
         try:
-            job()
+            keeps_place = job()
         except HangUp as error:
             self._answers.give_up(error)
         finally:
             if length:
                 self._budget.give_back(length)
-            self._places.release()
+            if not keeps_place:
+                self._places.release()
 
     def is_over(self) -> bool:
         """Return True if no further request is to be begun."""
@@ -223,7 +229,11 @@ class Transmission:
                 self._end += self._stream.receive_some(self._view[self._end :])
             data = self._view[self._start : self._start + request.length]
             self._start += request.length
-            self._write_data(request, data, self._answers.add)
+            needs_place = bool(request.flags & CommandFlag.FUA)
+            if needs_place:
+                self._places.acquire()
+            if not self._write_data(request, data, self._answers.add) and needs_place:
+                self._places.release()
             return
         self._budget.take(request.length, self)
         try:
@@ -237,18 +247,19 @@ class Transmission:
             raise
         self._elsewhere(request.length, lambda: self._write_data(request, payload, self._answers.send))
 
-    def _write_data(self, request: Request, data: memoryview, answer: Callable[[Buffers], None]) -> None:
+    def _write_data(self, request: Request, data: memoryview, answer: Callable[[Buffers], None]) -> bool:
         try:
             self._image.pwrite(data, request.offset)
         except Exception as error:
             answer([self._told(request, error, writes=True)])
-            return
+            return False
         if request.flags & CommandFlag.FUA:
             self._flush_then_answer(request)
-        else:
-            answer([self._form.done(request)])
+            return True
+        answer([self._form.done(request)])
+        return False
 
-    def _do_other(self, request: Request) -> None:
+    def _do_other(self, request: Request) -> bool:
         """Do what takes the tables a while, or the device."""
         image, offset, length = self._image, request.offset, request.length
         reply = None
@@ -264,11 +275,12 @@ class Transmission:
         except Exception as error:
             writes = request.command == Command.WRITE_ZEROES
             self._answers.send([self._told(request, error, writes=writes)])
-            return
+            return False
         if request.flags & CommandFlag.FUA and request.command in protocol.CHANGES:
             self._flush_then_answer(request)
-        else:
-            self._answers.send([reply or self._form.done(request)])
+            return True
+        self._answers.send([reply or self._form.done(request)])
+        return False
 
     def _status(self, request: Request) -> bytes:
         """Return the reply to a block status: a chunk for each context."""
@@ -289,8 +301,11 @@ class Transmission:
         return b"".join(chunks)
 
     def _flush_then_answer(self, request: Request) -> None:
-        """Have the thread that flushes for all do so, and answer then (export.py, O2)."""
-        self._places.acquire()
+        """Have the thread that flushes for all do so, and answer then (export.py, O2).
+
+        The caller has a place for the request, which is given up with the answer: whoever waited for another
+        one here would wait for a connection that ends, and that waits for its place.
+        """
         self._flusher.submit(lambda error: self._flushed(request, error))
 
     def _flushed(self, request: Request, error: Exception | None) -> None:

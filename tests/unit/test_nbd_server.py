@@ -351,6 +351,15 @@ def test_a_stopping_server_answers_what_is_in_flight(image: jqcow.Image) -> None
     assert image.pread(25_600, 0) == b"w" * 25_600
 
 
+def test_a_client_that_leaves_durable_changes_behind(image: jqcow.Image) -> None:
+    """They need no further place among those in flight, while the connection waits for all of these."""
+    for _ in range(20):
+        with jqcow.serve(image) as server, contextlib.closing(Client(where(server)).begin()) as client:
+            asked = [client.request(nbd.ZEROES, 4096 * index, 4096, flags=nbd.FUA) for index in range(40)]
+            client.send(b"".join(asked) + client.request(nbd.DISC))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbd")]
+
+
 def test_a_closed_image_is_a_shutdown(tmp_path: Path) -> None:
     image = jqcow.create(tmp_path / "closed.qcow2", SIZE)
     with jqcow.serve(image) as server, connected(where(server)) as client:
