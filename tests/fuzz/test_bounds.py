@@ -220,6 +220,8 @@ ATTACKS = [
     snapshots_of_one_table,
 ]
 
+ALWAYS = ("check", "convert")
+"""They meet all attacks."""
 COMMANDS = {
     "info": ("jqcow", "info", "IMAGE"),
     "check": ("jqcow", "check", "IMAGE"),
@@ -235,12 +237,19 @@ COMMANDS = {
 }
 
 
+def commands_for(attack: Callable[[Path], bytearray]) -> list[str]:
+    """Return which commands meet an attack: half of them, so that each meets half of the attacks."""
+    number = ATTACKS.index(attack)
+    return [name for place, name in enumerate(COMMANDS) if (place + number) % 2 == 0 or name in ALWAYS]
+
+
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_every_command_is_bounded(attack: Callable[[Path], bytearray], tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     content = attack(path)
     assert len(content) <= FILE_BYTES_MAX
-    for name, command in COMMANDS.items():
+    for name in commands_for(attack):
+        command = COMMANDS[name]
         path.write_bytes(content)
         if attack in SPARSE_ATTACKS:
             os.truncate(path, SPARSE_BYTES)

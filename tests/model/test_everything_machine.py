@@ -452,7 +452,7 @@ def run_machine(cluster_bytes: int, given: settings) -> None:
 
 
 SETTINGS = settings(
-    max_examples=30 if _native.active() == "c" else 10,
+    max_examples=15 if _native.active() == "c" else 5,
     deadline=None,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
