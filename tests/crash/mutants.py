@@ -274,6 +274,7 @@ OF_JOURNAL = (
     Mutant(
         "J5-payload-without-bound",
         with_argument(f"{JOURNAL}.has_room", "payload", lambda payload: replace(payload, decoded_length=0)),
+        returning(f"{CHANGES}.least_bytes", 0),
         trials=("move/4096/0",),
     ),
     Mutant(

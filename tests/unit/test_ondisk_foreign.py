@@ -86,15 +86,3 @@ def test_a_disk_of_size_0_with_clusters_is_checked(
         file.write(bytes(8))
     assert main(["check", str(path)]) == 0
     assert "1/0 = 100.00% allocated" in capsys.readouterr().out
-
-
-def test_a_pipe_is_refused_as_a_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("source").write_bytes(b"x" * 512)
-    assert main(["convert", "-f", "raw", "source", "-"]) == 1
-    told = capsys.readouterr()
-    assert not told.out
-    assert "jqcow writes no pipe" in told.err
-    assert not Path("-").exists()
