@@ -54,7 +54,7 @@ def crashing_recoveries(ledger: Ledger | None = None) -> Laboratory:  # type: ig
 @pytest.mark.parametrize(("number", "family", "cluster_bytes"), SAMPLE)
 def test_no_crash_breaks_a_promise(number: int, family: Family, cluster_bytes: int) -> None:
     laboratory = crashing_recoveries()
-    if not IS_QUICK or number % 12:
+    if not IS_QUICK or number % 24:
         states = 1 if family.name in WITH_ONE_STATE or not IS_QUICK else STATES_PER_INTERVAL
         is_killed = family.name not in OF_FEATURES or number % 2 == 0
         laboratory = Laboratory(
