@@ -121,7 +121,6 @@ def has_fixed_size(device: object) -> bool:
     return bool(getattr(device, "has_fixed_size", False))
 
 
-@runtime_checkable
 class Zeroing(Protocol):
     """A device that may write zeros faster than from a buffer."""
 

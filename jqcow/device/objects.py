@@ -12,10 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from jqcow.device.base import Device, ReadBuffer
+from jqcow.device.base import ZEROS_AT_ONCE, Device, ReadBuffer
 from jqcow.errors import ReadOnlyError
-
-ZEROS_AT_ONCE = 1 << 20
 
 
 @runtime_checkable

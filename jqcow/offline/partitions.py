@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from jqcow.device.disk import Disk
 from jqcow.salvage.guest.partition_layout import (
+    FIRST_LOGICAL,
     LOGICAL_MAX,
     PROTECTIVE,
     SECTOR_BYTES,
@@ -19,8 +20,6 @@ from jqcow.salvage.guest.partition_layout import (
     overlap,
     unpack_boot_record,
 )
-
-FIRST_LOGICAL = 5
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,13 @@ def test_classes_are_small(path: Path) -> None:
     assert not too_many
 
 
+def test_the_top_level_has_what_belongs_there() -> None:
+    """What commands and tests leave behind would be committed with it; what is built git ignores."""
+    built = {"build", "dist", "jqcow.egg-info"}
+    names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert names - built == {"README.md", "docs", "jqcow", "pyproject.toml", "tests", "tools"}
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "engine").glob("*.py")), ids=name_of)
 def test_module_of_the_engine_has_a_unit_file(path: Path) -> None:
     """Who changes a module finds its tests by its name."""

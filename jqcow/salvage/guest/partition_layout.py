@@ -49,6 +49,8 @@ BOOT_ENTRY_STRUCT = struct.Struct("<B3xB3xII")
 BOOTABLE = (0, 0x80)
 EXTENDED = (0x05, 0x0F, 0x85)
 PROTECTIVE = 0xEE
+FIRST_LOGICAL = 5
+"""Logical partitions have numbers from here on."""
 LOGICAL_MAX = 128
 
 GPT_MAGIC = b"EFI PART\0\0\1\0"

@@ -16,6 +16,7 @@ from jqcow.salvage.guest.opaque import Opaque, Part
 from jqcow.salvage.guest.partition_layout import (
     BOOT_MAGIC,
     BOOT_MAGIC_OFFSET,
+    FIRST_LOGICAL,
     GPT_MAGIC,
     LOGICAL_MAX,
     PROTECTIVE,
@@ -246,7 +247,7 @@ def _logical_partitions(
     parts: list[Part] = []
     sector = extended.start_sector
     is_tight = True
-    for number in range(5, 5 + LOGICAL_MAX):
+    for number in range(FIRST_LOGICAL, FIRST_LOGICAL + LOGICAL_MAX):
         entries, part = _logical_record(disk, orphans, sector, extended)
         if part is None:
             is_tight = False
