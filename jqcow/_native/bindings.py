@@ -82,7 +82,7 @@ def refcount_add(buffer: WritableBuffer, order: int, start: int, stop: int, delt
     """See :func:`jqcow._native.twins.refcount_add`."""
     view = _from_buffer(buffer, require_writable=True)
     twins.check_refcount_range(len(view), order, start, stop)
-    return lib.jqcow_refcount_add(view, order, start, stop, delta)  # type: ignore[no-any-return]
+    return lib.jqcow_refcount_add(view, order, start, stop, abs(delta), delta < 0)  # type: ignore[no-any-return]
 
 
 def l2_run(

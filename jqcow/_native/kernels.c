@@ -259,19 +259,20 @@ uint64_t jqcow_refcount_run(const void *block, int order, size_t start, size_t s
     return index - start;
 }
 
-int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, int64_t delta)
+int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, uint64_t amount,
+                           int is_taken_away)
 {
     uint64_t largest = order == 6 ? ~(uint64_t)0 : ((uint64_t)1 << (1 << order)) - 1;
-    uint64_t amount = delta < 0 ? -(uint64_t)delta : (uint64_t)delta;
+    uint64_t delta = is_taken_away ? -amount : amount;
 
     for (size_t index = start; index < stop; index++) {
         uint64_t value = jqcow_refcount_get(block, index, order);
-        if (delta < 0 ? value < amount : largest - value < amount)
+        if (is_taken_away ? value < amount : largest - value < amount)
             return (int64_t)index;
     }
     for (size_t index = start; index < stop; index++)
         jqcow_refcount_set(block, index, order,
-                           jqcow_refcount_get(block, index, order) + (uint64_t)delta);
+                           jqcow_refcount_get(block, index, order) + delta);
     return -1;
 }
 

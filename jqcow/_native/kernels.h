@@ -20,7 +20,8 @@ int64_t jqcow_refcount_find_used(const void *block, int order, size_t start, siz
 int64_t jqcow_refcount_last_used(const void *block, int order, size_t entry_count);
 uint64_t jqcow_refcount_run(const void *block, int order, size_t start, size_t stop);
 /* Changes nothing where an entry would leave its range; returns the index of that one, or -1. */
-int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, int64_t delta);
+int64_t jqcow_refcount_add(void *block, int order, size_t start, size_t stop, uint64_t amount,
+                           int is_taken_away);
 
 /* Both return the number of entries, or subclusters, in the run, shifted left by 2, plus its kind. */
 uint64_t jqcow_l2_run(const void *table, size_t index, size_t limit, int cluster_bits,

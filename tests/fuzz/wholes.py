@@ -48,6 +48,7 @@ def kernels(data: bytes) -> None:
     buffer = drawn.take(4096)
     count = (len(buffer) << 3) >> order
     start, stop = sorted((start % (count + 1), stop % (count + 1)))
+    fitting = value >> (64 - (1 << order))
     calls: dict[str, tuple[object, ...]] = {
         "crc32c": (value & 0xFFFFFFFF,),
         "is_zero": (),
@@ -57,7 +58,7 @@ def kernels(data: bytes) -> None:
         "refcount_run": (order, start, stop),
         "refcount_get": (start, order),
         "refcount_set": (start, order, value & ((1 << (1 << order)) - 1)),
-        "refcount_add": (order, start, stop, (value & 0xFF) - 128),
+        "refcount_add": (order, start, stop, fitting if drawn.number(1) % 2 else -fitting),
         "l2_run": (start % (len(buffer) // 8 + 1), 1 + stop, cluster_bits),
         "subcluster_run": (start % (len(buffer) // 16 * 32 + 1), 1 + stop, cluster_bits),
         "set_copied": (start % (len(buffer) // 8 + 1), len(buffer) // 8, bool(value & 1)),

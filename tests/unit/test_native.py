@@ -301,9 +301,11 @@ class TestL2Run:
 
 class TestRefcountRuns:
     @given(
-        values=st.lists(st.sampled_from([0, 1, 1, 2, 3, 255, 65535]), min_size=8, max_size=64),
+        values=st.lists(
+            st.sampled_from([0, 1, 1, 2, 3, 255, 65535, 2**63, 2**64 - 1]), min_size=8, max_size=64
+        ),
         order=st.sampled_from(ORDERS),
-        delta=st.sampled_from([-2, -1, 1, 3]),
+        delta=st.sampled_from([-2, -1, 1, 3, 2**63, 2**64 - 1, -(2**63) - 1, 1 - 2**64]),
         data=st.data(),
     )
     def test_equal(self, values: list[int], order: int, delta: int, data: st.DataObject) -> None:
