@@ -17,7 +17,7 @@ from jqcow.errors import UnsupportedFeatureError
 from jqcow.offline.salvage import SalvageReport, diagnose, salvage
 from jqcow.offline.salvaging.in_place import repair_in_place
 from jqcow.ondisk.header import HeaderArea
-from jqcow.salvage.bare import shape_of
+from jqcow.salvage.bare import likeliest_bits, shape_of
 from jqcow.salvage.source import Source
 from tests.support.orphans import Memory
 
@@ -293,3 +293,16 @@ def test_an_external_data_file_is_named(tmp_path: Path) -> None:
     jqcow.create(path, SIZE, data_file=str(tmp_path / "other.raw"), allow_files=True).close()
     with pytest.raises(UnsupportedFeatureError, match=r"other\.raw"):
         diagnose(path)
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
+def test_distances_tell_the_cluster_size(cluster_bits: int) -> None:
+    chance = random.Random(cluster_bits)
+    right = [chance.randrange(-5000, 5000) << cluster_bits for _ in range(40)]
+    wrong = [chance.randrange(-5000, 5000) << min(12, cluster_bits) for _ in range(6)]
+    assert likeliest_bits(right) == likeliest_bits(right + wrong) == cluster_bits
+
+
+def test_three_quarters_of_the_distances_may_be_even() -> None:
+    even, odd = [2 << 16, 6 << 16, 4 << 16], [3 << 16]
+    assert likeliest_bits(even * 18 + odd * 18) == 16
