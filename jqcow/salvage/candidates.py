@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from jqcow import _native
 from jqcow._native import COMPRESSED, MARK_ORDER
@@ -74,10 +75,27 @@ class Candidate:
 
 @dataclass
 class _Vote:
-    """What data of known place says of a candidate."""
+    """What data of known place says of a candidate: so many clusters of it, certain ones and likely ones."""
 
     right: int = 0
     wrong: int = 0
+    likely: int = 0
+
+
+class Told(NamedTuple):
+    """What a cluster that a table names tells of its place.
+
+    Attributes:
+        table: host offset of the table.
+        position: of the entry in it.
+        guest_offset: of the cluster on the disk, in bytes.
+        certainty: how surely.
+    """
+
+    table: int
+    position: int
+    guest_offset: int
+    certainty: Certainty
 
 
 @dataclass
@@ -257,13 +275,15 @@ class TableSearch:
 
     # Placing
 
-    def place(self, known: Mapping[int, int]) -> int:
+    def place(self, known: Mapping[int, int], told: Iterable[Told] = ()) -> int:
         """Place tables by copies of the L1 table and by data whose place is certain; return how many are new.
 
         Args:
             known: the guest offset of each host cluster whose place is certain, by host offset.
+            told: what the data that a table names tells of its own place.
         """
         votes = self._votes({**self._shared, **known})
+        self._count_told(votes, told)
         rivals: dict[int, list[tuple[Candidate, _Vote]]] = defaultdict(list)
         for offset, found in self.candidates.items():
             best = self._best_index(found, votes.get(offset, {}))
@@ -301,11 +321,23 @@ class TableSearch:
             votes[offset] = dict(own)
         return votes
 
+    def _count_told(self, votes: dict[int, dict[int, _Vote]], told: Iterable[Told]) -> None:
+        geometry = self._tables.shape.geometry
+        for offset, position, guest, certainty in told:
+            own = votes.setdefault(offset, {})
+            index, entry = divmod(guest // geometry.cluster_bytes, geometry.l2_entries)
+            if entry == position:
+                vote = own.setdefault(index, _Vote())
+                vote.right += certainty == Certainty.CERTAIN
+                vote.likely += certainty == Certainty.LIKELY
+            for key, vote in own.items():
+                vote.wrong += certainty == Certainty.CERTAIN and (key != index or entry != position)
+
     @staticmethod
     def _best_index(found: Candidate, votes: dict[int, _Vote]) -> int | None:
         if votes:
-            index = max(votes, key=lambda key: votes[key].right)
-            return index if votes[index].right > votes[index].wrong else None
+            index = max(votes, key=lambda key: votes[key].right + votes[key].likely)
+            return index if votes[index].right + votes[index].likely > votes[index].wrong else None
         return next(iter(found.indices)) if len(found.indices) == 1 else None
 
     def _is_open(self, index: int) -> bool:
@@ -328,7 +360,9 @@ class TableSearch:
     def _decide(self, index: int, rivals: list[tuple[Candidate, _Vote]]) -> int:
         """Give an L1 entry the best of the tables that would do; return 1 if that is new."""
         usable = [(found, vote) for found, vote in rivals if found.may_be_used] or rivals
-        usable.sort(key=lambda one: (one[0].is_used, one[1].right - one[1].wrong, one[0].offset))
+        usable.sort(
+            key=lambda one: (one[0].is_used, one[1].right + one[1].likely - one[1].wrong, one[0].offset)
+        )
         found, vote = usable[-1]
         if self._is_certain(index, found, vote, alone=len(usable) == 1):
             self._adopt(index, found)
@@ -353,6 +387,10 @@ class TableSearch:
         for host in (found.offset >> self._marks.cluster_bits, *self._hosts(found.offset)):
             self._unnamed.bits.discard(host)
             self.adopted_hosts.add(host)
+
+    def unplaced(self) -> list[int]:
+        """Return the host offsets of the tables that are in no place with certainty, and may be in use."""
+        return [offset for offset, found in self.candidates.items() if found.may_be_used]
 
     def _set_likely(self, index: int, found: Candidate, certainty: Certainty) -> int:
         if self._tables.likely.get(index) == (found.offset, certainty):

@@ -1,15 +1,16 @@
 """Tables and data that tells its place by itself, each found by the other, in turns.
 
 A table that no L1 table names is placed by data whose place is certain; what it then says of other data may
-place more.
+place more. Where nothing more is placed so, data is looked at in the order of the table that names it.
 """
 
 from __future__ import annotations
 
 from jqcow.salvage.anchoring import Find, anchor
-from jqcow.salvage.candidates import TableSearch
+from jqcow.salvage.candidates import TableSearch, Told
 from jqcow.salvage.evidence import Certainty, GuestStructure
 from jqcow.salvage.guestmap import GuestMap
+from jqcow.salvage.named_data import NamedData
 from jqcow.salvage.orphans import OrphanClusters
 from jqcow.salvage.protection import Protection
 from jqcow.salvage.reading import MappedDisk
@@ -48,7 +49,7 @@ def anchor_in_turns(
     anchors, structures = anchor(guest_map, disk, orphans, find, protection, are_current=are_current)
     placed = dict(anchors.placed)
     for _ in range(TURNS_MAX if search is not None else 0):
-        if search is None or not search.place(_certain(guest_map, placed)):
+        if search is None or not _place_tables(search, guest_map, disk, placed, find):
             break
         orphans.bits.remove(search.adopted_hosts)
         anchors, structures = anchor(guest_map, disk, orphans, find, protection, are_current=are_current)
@@ -58,6 +59,20 @@ def anchor_in_turns(
         orphans.bits.remove(search.adopted_hosts)
         orphans.bits.remove(search.used_hosts)
     return placed, structures
+
+
+def _place_tables(
+    search: TableSearch, guest_map: GuestMap, disk: MappedDisk, placed: dict[int, int], find: Find
+) -> int:
+    """Place tables by data whose place is certain, or else by what the data of each tells of itself."""
+    known = _certain(guest_map, placed)
+    if count := search.place(known):
+        return count
+    shown = NamedData(guest_map.tables, search.unplaced(), disk.reader)
+    told: dict[Told, None] = {}
+    for structure in find(disk, shown) if len(shown) else ():
+        told.update((one, None) for each in structure.place(disk, shown) if (one := shown.told_by(each)))
+    return search.place(known, told) if told else 0
 
 
 def _certain(guest_map: GuestMap, placed: dict[int, int]) -> dict[int, int]:

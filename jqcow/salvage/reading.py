@@ -80,6 +80,7 @@ class MappedDisk:
     """The guest's disk as far as it is placed surely enough: see `evidence.PlacedDisk`.
 
     Attributes:
+        reader: of its pieces.
         parts: guest ranges that told their place themselves, of clusters that as a whole are less sure.
     """
 
@@ -87,7 +88,7 @@ class MappedDisk:
         self, guest_map: GuestMap, reader: PieceReader, least: Certainty = Certainty.CERTAIN
     ) -> None:
         """Show what ``guest_map`` is so sure of, or surer."""
-        self._map, self._reader, self._least = guest_map, reader, least
+        self._map, self.reader, self._least = guest_map, reader, least
         self.parts = Ranges()
 
     @property
@@ -97,7 +98,7 @@ class MappedDisk:
 
     def trusting(self, least: Certainty) -> MappedDisk:
         """Return the same disk as far as it is placed so surely."""
-        disk = MappedDisk(self._map, self._reader, least)
+        disk = MappedDisk(self._map, self.reader, least)
         disk.parts = self.parts
         return disk
 
@@ -108,7 +109,7 @@ class MappedDisk:
         found = bytearray()
         for piece in self._map.pieces(offset, length):
             is_sure = piece.certainty >= self._least or self.parts.has(piece.guest_offset, piece.length)
-            content = self._reader.read(piece) if is_sure else None
+            content = self.reader.read(piece) if is_sure else None
             if content is None:
                 return None
             found += content
