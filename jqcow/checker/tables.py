@@ -29,7 +29,10 @@ REFCOUNT_CODES: dict[int, Code] = {3: "B", 4: "H", 5: "I", 6: "Q"}
 def zeroed(code: Code, count: int) -> memoryview:
     """Return ``count`` zeros of an array type code, without touching the memory of a large array."""
     size_bytes = count * array(code).itemsize
-    store = bytearray(size_bytes) if size_bytes < _LAZY_BYTES else mmap.mmap(-1, size_bytes)
+    if size_bytes < _LAZY_BYTES:
+        return memoryview(bytearray(size_bytes)).cast("B").cast(code)
+    # Of shared memory, which is the default, a page is taken when it is read, too.
+    store = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return memoryview(store).cast("B").cast(code)
 
 
