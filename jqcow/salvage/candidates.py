@@ -21,6 +21,7 @@ from typing import NamedTuple
 from jqcow import _native
 from jqcow._native import COMPRESSED, MARK_ORDER
 from jqcow.ondisk import entries
+from jqcow.ondisk.layout import Geometry
 from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.marks import NOBODY, STRUCTURE, Bits, Marks
 from jqcow.salvage.orphans import Unnamed
@@ -283,7 +284,7 @@ class TableSearch:
             told: what the data that a table names tells of its own place.
         """
         votes = self._votes({**self._shared, **known})
-        self._count_told(votes, told)
+        _count_told(votes, told, self._tables.shape.geometry)
         rivals: dict[int, list[tuple[Candidate, _Vote]]] = defaultdict(list)
         for offset, found in self.candidates.items():
             best = self._best_index(found, votes.get(offset, {}))
@@ -320,18 +321,6 @@ class TableSearch:
                 vote.wrong = wrong + others
             votes[offset] = dict(own)
         return votes
-
-    def _count_told(self, votes: dict[int, dict[int, _Vote]], told: Iterable[Told]) -> None:
-        geometry = self._tables.shape.geometry
-        for offset, position, guest, certainty in told:
-            own = votes.setdefault(offset, {})
-            index, entry = divmod(guest // geometry.cluster_bytes, geometry.l2_entries)
-            if entry == position:
-                vote = own.setdefault(index, _Vote())
-                vote.right += certainty == Certainty.CERTAIN
-                vote.likely += certainty == Certainty.LIKELY
-            for key, vote in own.items():
-                vote.wrong += certainty == Certainty.CERTAIN and (key != index or entry != position)
 
     @staticmethod
     def _best_index(found: Candidate, votes: dict[int, _Vote]) -> int | None:
@@ -493,3 +482,16 @@ class TableSearch:
 def _entries_of(hosts: Iterable[int]) -> set[int]:
     """Return the entries of tables that name clusters."""
     return {entries.l1_entry(host, copied=copied) for host in hosts for copied in (True, False)}
+
+
+def _count_told(votes: dict[int, dict[int, _Vote]], told: Iterable[Told], geometry: Geometry) -> None:
+    """Count what the data of tables tells of them, by table and L1 index."""
+    for offset, position, guest, certainty in told:
+        own = votes.setdefault(offset, {})
+        index, entry = divmod(guest // geometry.cluster_bytes, geometry.l2_entries)
+        if entry == position:
+            vote = own.setdefault(index, _Vote())
+            vote.right += certainty == Certainty.CERTAIN
+            vote.likely += certainty == Certainty.LIKELY
+        for key, vote in own.items():
+            vote.wrong += certainty == Certainty.CERTAIN and (key != index or entry != position)
