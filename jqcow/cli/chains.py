@@ -43,7 +43,7 @@ def _add_commit(commands: Any) -> argparse.ArgumentParser:
         "-b",
         dest="base",
         metavar="BASE",
-        help="the backing file, if it is to be told; does not empty the overlay",
+        help="the file of the chain that takes what all above it have; no overlay is emptied",
     )
     parser.add_argument("-r", dest="rate", metavar="RATE", help="taken as qemu-img takes it, and not needed")
     parser.set_defaults(command=commit_command)
@@ -83,7 +83,9 @@ def commit_command(arguments: argparse.Namespace) -> int:
 
         return changing.commit(arguments)
     with common.about(arguments.image), progress_of(arguments) as progress:
-        report = commit(arguments.image, keep=arguments.keep, **_how(arguments), progress=progress)
+        report = commit(
+            arguments.image, base=arguments.base, keep=arguments.keep, **_how(arguments), progress=progress
+        )
     if arguments.output == "json":
         common.print_json(common.as_json(report))
     elif not arguments.quiet:

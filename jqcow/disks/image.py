@@ -110,6 +110,11 @@ class ImageDisk(Disk):
         """True where what lies at a host offset is not what the guest reads."""
         return self.area.header.crypt_method != 0
 
+    @property
+    def has_snapshots(self) -> bool:
+        """True where the image has internal snapshots."""
+        return self.area.header.nb_snapshots != 0
+
     def backing_file(self) -> NamedFile | None:
         """Return what the header names as the file below, None if it names none.
 

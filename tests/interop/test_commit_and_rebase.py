@@ -54,6 +54,28 @@ def test_commit_and_keep(tmp_path: Path) -> None:
     compare(tmp_path / "0.qcow2", rounds.model.path)
 
 
+@pytest.mark.parametrize("sizes", [[MIB, 4 * MIB, 2 * MIB, 3 * MIB], [4 * MIB, 4 * MIB, 4 * MIB]])
+def test_commit_through_a_chain(tmp_path: Path, sizes: list[int]) -> None:
+    rounds = make_chain(tmp_path, "qcow2", sizes, [65536, 4096, 65536, 65536][: len(sizes)], seed=23)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for path in tmp_path.glob("*.qcow2"):
+        shutil.copy(path, theirs)
+    above = {path: path.read_bytes() for path in tmp_path.glob("*.qcow2") if path.name != "0.qcow2"}
+    report = commit(rounds.image, base="0.qcow2", allow_files=True)
+    assert report.base == str(tmp_path / "0.qcow2") and not report.emptied
+    assert {path: path.read_bytes() for path in above} == above
+    check_clean(tmp_path / "0.qcow2")
+    done("qemu-img", "commit", "-q", "-b", str(theirs / "0.qcow2"), theirs / rounds.image.name)
+    done("qemu-img", "compare", tmp_path / "0.qcow2", theirs / "0.qcow2")
+    rounds.judge()
+    with pytest.raises(ValueError, match="not in the backing chain"):
+        commit(rounds.image, base="other.qcow2", allow_files=True)
+    done("qemu-img", "snapshot", "-c", "kept", tmp_path / "1.qcow2")
+    with pytest.raises(jqcow.UnsupportedFeatureError, match=r"1\.qcow2"):
+        commit(rounds.image, base="0.qcow2", allow_files=True)
+
+
 def test_what_commit_refuses(tmp_path: Path) -> None:
     rounds = make_chain(tmp_path, "qcow2", [MIB, MIB], [65536, 65536], seed=2)
     files = {path: path.read_bytes() for path in (rounds.image, tmp_path / "0.qcow2")}

@@ -88,6 +88,25 @@ STORIES: dict[str, list[str]] = {
         "commit base.qcow2",
         "commit -b other a.qcow2",
     ],
+    "commits through a chain": [
+        "create -q -f qcow2 base.qcow2 1M",
+        "create -q -f qcow2 -b base.qcow2 -F qcow2 middle.qcow2",
+        "create -q -f qcow2 -b middle.qcow2 -F qcow2 top.qcow2",
+        "convert -n -O qcow2 data.raw top.qcow2",
+        "commit -b other.qcow2 top.qcow2",
+        "commit -b ./base.qcow2 top.qcow2",
+        "map --output=json base.qcow2",
+        "commit -b middle.qcow2 top.qcow2",
+        "compare middle.qcow2 base.qcow2",
+    ],
+    "luks volumes": [
+        "create -f luks --object secret,id=s,data=abc -o key-secret=s,iter-time=10 a.luks 1M",
+        "create -f luks a.luks 1M",
+        "create -f luks -o key-secret=none a.luks 1M",
+        "create -f luks -b data.raw a.luks",
+        "create -f luks -o help",
+        "create -f luks -o help a.luks",
+    ],
     "look": [
         "create -q -f qcow2 a.qcow2 1M",
         "check a.qcow2",
@@ -181,3 +200,28 @@ def test_both_say_the_same(name: str, tmp_path: Path) -> None:
     for found in folders[1].glob("*.qcow2"):
         done("qemu-img", "check", found)
         done("qemu-img", "compare", found, folders[0] / found.name)
+
+
+@pytest.mark.parametrize("options", ["", ",preallocation=full"])
+def test_qemu_opens_a_luks_volume(tmp_path: Path, options: str) -> None:
+    secret = "--object", "secret,id=s,data=abc"
+    words = [
+        "create",
+        "-q",
+        "-f",
+        "luks",
+        *secret,
+        "-o",
+        f"key-secret=s,iter-time=10{options}",
+        "a.luks",
+        "1M",
+    ]
+    assert ours(words, tmp_path) == (0, "", "")
+    image = f"driver=luks,key-secret=s,file.filename={tmp_path / 'a.luks'}"
+    asked = ["-c", "length", "-c", "write -P 7 1000k 24k", "-c", "read -P 7 1000k 24k"]
+    found = done("qemu-io", *secret, *asked, "--image-opts", image)
+    assert "1 MiB" in found and "Pattern verification failed" not in found
+    theirs(words, tmp_path)
+    (tmp_path / "theirs.luks").write_bytes((tmp_path / "a.luks").read_bytes())
+    ours(words, tmp_path)
+    assert (tmp_path / "a.luks").stat().st_size == (tmp_path / "theirs.luks").stat().st_size

@@ -240,11 +240,12 @@ def commit(arguments: argparse.Namespace) -> int:
     """Commit an overlay."""
     from jqcow.offline.commit import commit as commit_file
 
+    _look_for_base(arguments)
     with reworded(""), progress_of(arguments) as progress:
-        base = _base_of(arguments)
         commit_file(
             arguments.image,
-            keep=arguments.keep or base is not None,
+            base=arguments.base,
+            keep=arguments.keep,
             progress=progress,
             **_following(arguments),
         )
@@ -253,18 +254,19 @@ def commit(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
-def _base_of(arguments: argparse.Namespace) -> str | None:
-    """Return the base that ``-b`` names, after a look at whether there is one at all."""
-    from jqcow.image.opening import open_alone
+def _look_for_base(arguments: argparse.Namespace) -> None:
+    """Look whether there is something to commit to."""
+    from jqcow.disks.chain import open_disk
+    from jqcow.disks.policy import Following
+    from jqcow.offline.commit import named_down_to
 
-    with opening(arguments.given), open_alone(arguments.image, "r") as image:
-        named = image.backing_file
-    if arguments.base is not None and (named is None or arguments.base not in (named.name, named.path)):
+    following = Following(allow=True, probe=True, reads_data=False)
+    with opening(arguments.given), closing(open_disk(arguments.image, following=following)) as chain:
+        named = named_down_to(chain, arguments.base)
+    if arguments.base is not None and not named:
         raise CommandError(f"Did not find '{arguments.base}' in the backing chain of '{arguments.given}'")
-    if named is None:
+    if not named:
         raise CommandError("Image does not have a backing file")
-    base: str | None = arguments.base
-    return base
 
 
 def rebase(arguments: argparse.Namespace) -> int:

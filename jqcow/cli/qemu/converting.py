@@ -86,6 +86,8 @@ def _open_sources(arguments: argparse.Namespace, stack: ExitStack) -> list[Chain
 def _new_target(arguments: argparse.Namespace, text: str, size: int) -> dict[str, str]:
     image_format = _format(arguments)
     options_of.require_format(image_format)
+    if image_format not in common.FORMATS:
+        raise CommandError(f"jqcow does not write disks in the format '{image_format}'")
     found = options_of.parsed(text, options_of.of_new(image_format))
     found["size"] = str(size)
     creating.take_backing(arguments, image_format, found)

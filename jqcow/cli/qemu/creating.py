@@ -133,6 +133,9 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
     check_values(image_format, found)
     named = {key: value for key, value in found.items() if key in common.FORM_OPTIONS}
     wanted = common.file_options(named)
+    if image_format == "luks":
+        _write_luks(arguments, name, size, found)
+        return
     if image_format == "raw":
         create_raw(
             name,
@@ -156,6 +159,18 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
         encryption=encryption,
         overwrite=True,
     )
+
+
+def _write_luks(arguments: argparse.Namespace, name: str, size: int, found: dict[str, str]) -> None:
+    from jqcow.offline.luks_volume import create_luks
+
+    if "key-secret" not in found:
+        raise CommandError("Parameter 'key-secret' is required for cipher")
+    named = {f"encrypt.{key}": value for key, value in found.items()} | {"encrypt.format": "luks"}
+    encryption = secrets.encryption_of(arguments, named, name)
+    if encryption is not None:
+        use = {key: found[key] for key in common.RAW_OPTIONS if key in found}
+        create_luks(name, size, encryption, overwrite=True, **common.file_options(use))
 
 
 def check_values(image_format: str, found: dict[str, str]) -> None:

@@ -70,6 +70,12 @@ FILE = [
 ]
 """Options of a new file on the host."""
 RAW = [Option("size", "size", "Virtual disk size")]
+LUKS = [
+    *RAW,
+    Option("key-secret", "str", "ID of the secret that provides the keyslot passphrase"),
+    *_crypto(""),
+]
+"""Options of a new LUKS volume, which `create` alone makes."""
 AMEND = [
     Option("encrypt.state", "str", "Select new state of affected keyslots (active/inactive)"),
     Option("encrypt.keyslot", "num", "Select a single keyslot to modify explicitly"),
@@ -79,7 +85,7 @@ AMEND = [
     *_COMMON,
 ]
 """Options that an existing qcow2 image can get anew."""
-OF_FORMAT = {"qcow2": QCOW2, "raw": RAW}
+OF_FORMAT = {"qcow2": QCOW2, "raw": RAW, "luks": LUKS}
 READ_ONLY_FORMATS = ("bochs", "cloop", "dmg")
 """Formats that QEMU knows and makes no images of."""
 
