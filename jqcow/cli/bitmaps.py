@@ -60,10 +60,16 @@ def add_parsers(commands: Any) -> None:
         action="store_true",
         help="give up damaged bitmaps and repair as check -r all; jqcow undo takes that back",
     )
-    bitmap.add_argument("-g", dest="granularity", metavar="SIZE", help="what one bit stands for, with --add")
-    bitmap.add_argument("-b", dest="source", metavar="FILE", help="the image that SOURCE of --merge is in")
-    bitmap.add_argument("-F", dest="source_format", choices=("qcow2",), help="the format of FILE")
-    bitmap.add_argument("-f", dest="format", choices=("qcow2",), help="the format of IMAGE")
+    bitmap.add_argument(
+        "-g", "--granularity", dest="granularity", metavar="SIZE", help="what one bit stands for, with --add"
+    )
+    bitmap.add_argument(
+        "-b", "--source-file", dest="source", metavar="FILE", help="the image that SOURCE of --merge is in"
+    )
+    bitmap.add_argument(
+        "-F", "--source-format", dest="source_format", choices=("qcow2",), help="the format of FILE"
+    )
+    bitmap.add_argument("-f", "--format", dest="format", choices=("qcow2",), help="the format of IMAGE")
     names.add_image_opts(bitmap)
     names.add_objects(bitmap)
     common.add_journal_size(bitmap)

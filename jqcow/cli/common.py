@@ -274,7 +274,11 @@ def add_journal_size(parser: argparse.ArgumentParser) -> None:
 
 
 def journal_size_of(arguments: argparse.Namespace) -> int | None:
-    """Return the journal's size in bytes, if it was given."""
+    """Return the journal's size in bytes, if it was given; else, as qemu-img, one that leaves no gap."""
+    if arguments.profile.is_qemu and arguments.journal_size is None:
+        from jqcow.cli.qemu.changing import far_journal
+
+        return far_journal()
     return None if arguments.journal_size is None else parse_size(arguments.journal_size, unit=1)
 
 
@@ -348,6 +352,11 @@ def file_options(found: Mapping[str, str]) -> FileOptions:
     if "nocow" in found:
         known["nocow"] = _switch("nocow", found["nocow"])
     return known
+
+
+def unasked(arguments: argparse.Namespace, image_format: str) -> FileOptions:
+    """Return what a new image gets that no option asks for: as qemu-img, a table with names of features."""
+    return {"feature_names": True} if arguments.profile.is_qemu and image_format == "qcow2" else {}
 
 
 def _switch(name: str, value: str) -> bool:

@@ -176,7 +176,7 @@ def convert_one(arguments: argparse.Namespace) -> ConvertReport:
     target_format = common.disk_format(arguments.target_format) or "raw"
     known = (*common.FORM_OPTIONS, *secrets.ENCRYPTION_OPTIONS)
     named = common.named_options(arguments.options, target_format, known)
-    options = common.file_options(named)
+    options = common.unasked(arguments, target_format) | common.file_options(named)
     # Read once: a descriptor gives it once.
     passphrase = secrets.passphrase_of(arguments)
     encryption = secrets.encryption_of(arguments, named, target, passphrase)

@@ -70,12 +70,14 @@ def dd_command(arguments: argparse.Namespace) -> int:
             raise CommandError(f"{found['if']}: cannot skip to specified offset")
         size = max(0, end - skip)
         part = Window(chain, skip, size)
+        target_format = common.disk_format(arguments.target_format) or "raw"
         with common.opening(arguments, found["of"]):
             convert_disk(
                 part,
                 names.named(found["of"], None).path,
-                common.disk_format(arguments.target_format) or "raw",
+                target_format,
                 overwrite=arguments.overwrite,
+                **common.unasked(arguments, target_format),
             )
     return common.EXIT_OK
 

@@ -46,6 +46,7 @@ def add_parsers(commands: Any) -> None:
     )
     check.add_argument(
         "-r",
+        "--repair",
         dest="repair",
         choices=("leaks", "all"),
         help="first repair refcounts that are too high, or all; a crashed image is recovered before",

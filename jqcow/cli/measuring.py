@@ -79,7 +79,7 @@ def _print(arguments: argparse.Namespace, found: Measurement) -> None:
     if arguments.output == "json":
         values = common.as_json(found)
         if arguments.profile.is_qemu:
-            del values["journal"]
+            values = {name: values[name] for name in ("bitmaps", "required", "fully-allocated")}
         common.print_json({name: value for name, value in values.items() if value is not None})
         return
     print(f"required size: {found.required}")

@@ -25,7 +25,7 @@ from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import CorruptionError, FormatError, UnsupportedFeatureError
 from jqcow.ondisk.bitmaps import Directory
-from jqcow.ondisk.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
+from jqcow.ondisk.header import AUTOCLEAR_KNOWN, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 
 What = Literal["leaks", "all", "bitmaps"]
@@ -160,7 +160,10 @@ def repair(closing: Closing, what: What, *, free_lost: bool = False) -> RepairRe
     if not free_lost:
         differences, lost = _without_lost(public, references, differences)
     given_up = public.space.given_up_bitmaps
-    if not given_up and not dirty and not differences and not public.snapshots.set_copied_flags(change=False):
+    # Of them nobody knows whether they hold: going live clears them, as QEMU does when it opens to repair.
+    unknown = public.view.header.autoclear_features & ~AUTOCLEAR_KNOWN
+    has_flags = public.snapshots.set_copied_flags(change=False)
+    if not (given_up or dirty or unknown or differences or has_flags):
         lifecycle.start_search()
         return RepairReport(lost=lost)
     file_bytes = lifecycle.medium.size()

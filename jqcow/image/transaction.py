@@ -33,7 +33,6 @@ from jqcow.image.arguments import (
 from jqcow.image.bitmaps import TransactionBitmaps
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk.form import Preallocation, preallocation_of
-from jqcow.ondisk.naming import DiskFormat
 from jqcow.ondisk.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -239,7 +238,11 @@ class Transaction:
     # Below the image
 
     def set_backing_file(
-        self, name: str | os.PathLike[str] | None, backing_format: DiskFormat | None = None
+        self,
+        name: str | os.PathLike[str] | None,
+        backing_format: str | None = None,
+        *,
+        foreign: bool = False,
     ) -> None:
         """Name another backing file in the header, or none. Nothing is copied and nothing is opened.
 
@@ -250,6 +253,7 @@ class Transaction:
         Args:
             name: stored as it is, relative to the directory of the image; None: no backing file.
             backing_format: of the file, needed with it.
+            foreign: it may be a format that jqcow does not have, for an image that others are to open.
 
         Raises:
             ValueError: a name that cannot be stored.
@@ -259,7 +263,7 @@ class Transaction:
         name, stored = optional_path(name), optional_text(backing_format)
         self._enter(changing=True)
         with self._lock:
-            area = naming.name_backing_file(self._tables.view.area, name, stored)
+            area = naming.name_backing_file(self._tables.view.area, name, stored, foreign=foreign)
             with self._tables.operation():
                 self._tables.view.set_area(area)
 

@@ -252,7 +252,7 @@ class ImageBuilder:
         luks_offset = self._luks_cluster * cluster_bytes
         for offset, data in () if self._luks is None else self._luks.parts:
             self._device.pwrite(data, luks_offset + offset)
-        area = new_area(header, self._luks, luks_offset, self._form.data_file)
+        area = new_area(self._form, header, self._luks, luks_offset)
         if self._backing is not None:
             area = area.with_backing_file(*self._backing)
         self._device.pwrite(area.data, 0)

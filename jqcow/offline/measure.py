@@ -80,7 +80,7 @@ def measure(
     with closing(open_disk(source, source_format, snapshot=snapshot, following=following)) as chain:
         top = chain.layers[0]
         bitmaps = None
-        if isinstance(top, ImageDisk) and target_format == "qcow2":
+        if isinstance(top, ImageDisk) and target_format == "qcow2" and form.version > 2:
             bitmaps = _bitmap_bytes(form.geometry, chain.size, top.bitmaps.directory.entries)
         limit = max(unit, _WINDOW_BYTES)
         found = sum(layout.round_up(length, unit) for _, length in windows(chain, unit, limit, holes=False))

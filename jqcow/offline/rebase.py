@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from jqcow import _native
 from jqcow.device.disk import Disk, Extent, joined, read_padded, shows_zeros
@@ -36,7 +37,7 @@ class RebaseReport:
 def rebase(
     path: str | os.PathLike[str],
     backing_file: str | os.PathLike[str] | None,
-    backing_format: DiskFormat | None = None,
+    backing_format: str | None = None,
     *,
     unsafe: bool = False,
     allow_files: FilePolicy = False,
@@ -50,7 +51,7 @@ def rebase(
     Args:
         path: the image; a crashed one is recovered first.
         backing_file: stored as it is, relative to the directory of the image; None: no backing file.
-        backing_format: of the file, needed with it.
+        backing_format: of the file, needed with it; an unsafe rebase stores others, too.
         unsafe: change the name alone and open neither backing file: for a file that was moved or renamed.
             Otherwise what the new file reads differently, the old one's is copied into the image.
         allow_files: whether the backing file that the image names may be opened, and what it and the new one
@@ -71,7 +72,7 @@ def rebase(
     passphrase = hidden(passphrase)
     if unsafe:
         with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:
-            transaction.set_backing_file(backing_file, backing_format)
+            transaction.set_backing_file(backing_file, backing_format, foreign=True)
         return RebaseReport(0, 0)
     following = Following(allow_files, probe, passphrase=passphrase)
     with closing(open_disk(path, "qcow2", following=following)) as chain:
@@ -107,7 +108,7 @@ def refuse_snapshots(image: Image | Transaction, what: str) -> None:
 def _new_chain(
     path: str | os.PathLike[str],
     backing_file: str | None,
-    backing_format: DiskFormat | None,
+    backing_format: str | None,
     following: Following,
 ) -> Iterator[Chain | None]:
     if backing_file is None:
@@ -116,7 +117,7 @@ def _new_chain(
     chain = open_backing(
         path,
         backing_file,
-        backing_format,
+        cast("DiskFormat | None", backing_format),
         allow_files=following.allow,
         probe=following.probe,
         passphrase=following.passphrase,

@@ -160,7 +160,7 @@ class _Stream:
         tables = l1_table + l1_clusters * cluster_bytes
         places = {"l1_table_offset": l1_table, "refcount_table_offset": table}
         header = new_header(self._form, self._disk.size, **places, refcount_table_clusters=table_clusters)
-        self._put(new_area(header, None, 0).data, 1)
+        self._put(new_area(self._form, header).data, 1)
         self._put(pack_refcount_table(geometry, blocks, block_count), table_clusters)
         self._put_refcounts(others + table_clusters + block_count, block_count)
         self._put(self._l1_table(l1_size, tables), l1_clusters)

@@ -78,7 +78,7 @@ def blank_image(
     luks_offset = l1_table + l1_clusters * geometry.cluster_bytes
     places = {"l1_table_offset": l1_table, "refcount_table_offset": table}
     header = new_header(form, size, **places, refcount_table_clusters=table_clusters)
-    area = new_area(header, luks, luks_offset, form.data_file)
+    area = new_area(form, header, luks, luks_offset)
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format)
     used = others + table_clusters + block_count
@@ -139,15 +139,15 @@ def new_l1_size(geometry: Geometry, size: int) -> int:
     return l1_size
 
 
-def new_area(
-    header: Header, luks: NewLuks | None, luks_offset: int, data_file: str | None = None
-) -> HeaderArea:
-    """Return the header area of a new image, perhaps with a LUKS header at a host offset, or a data file."""
+def new_area(form: Form, header: Header, luks: NewLuks | None = None, luks_offset: int = 0) -> HeaderArea:
+    """Return the header area of a new image, perhaps with a LUKS header at a host offset."""
     area = HeaderArea(header, (), header.pack())
     if luks is not None:
         header = replace(header, crypt_method=luks.crypt_method)
         area = HeaderArea(header, (luks.extension(luks_offset),), header.pack()).with_backing_file(None, None)
-    return area if data_file is None else name_data_file(area, data_file)
+    if form.data_file is not None:
+        area = name_data_file(area, form.data_file)
+    return area.with_feature_names() if form.feature_names else area
 
 
 def new_header(

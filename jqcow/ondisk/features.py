@@ -11,13 +11,18 @@ from typing import Literal
 
 from jqcow.errors import UnsupportedFeatureError, printable
 from jqcow.ondisk import header as headers
-from jqcow.ondisk.header import HeaderArea
-from jqcow.ondisk.root import FEATURE_NAME_STRUCT
+from jqcow.ondisk import layout
+from jqcow.ondisk.header import (
+    FEATURE_NAME_STRUCT,
+    TYPE_AUTOCLEAR,
+    TYPE_COMPATIBLE,
+    TYPE_INCOMPATIBLE,
+    HeaderArea,
+)
 
 Use = Literal["read", "write", "check", "repair"]
 """What is to be done with an image. ``repair`` writes; what is wrong is put right before anything else."""
 
-_INCOMPATIBLE_TYPE, _COMPATIBLE_TYPE, _AUTOCLEAR_TYPE = range(3)
 _COMPRESSION_TYPE_MAX = 1
 
 Words = tuple[str, str]
@@ -76,7 +81,7 @@ def _find_unknown_bits(area: HeaderArea) -> Words | None:
 def unknown_features(area: HeaderArea) -> tuple[str, ...]:
     """Return the unknown incompatible bits, in the words of the image's own feature name table."""
     known = headers.INCOMPATIBLE_KNOWN | headers.INCOMPATIBLE_JOURNAL
-    return _unknown(area, _INCOMPATIBLE_TYPE, area.header.incompatible_features & ~known)
+    return _unknown(area, TYPE_INCOMPATIBLE, area.header.incompatible_features & ~known)
 
 
 def ignored_features(area: HeaderArea) -> tuple[str, ...]:
@@ -84,8 +89,8 @@ def ignored_features(area: HeaderArea) -> tuple[str, ...]:
     compatible = area.header.compatible_features & ~headers.COMPATIBLE_LAZY_REFCOUNTS
     autoclear = area.header.autoclear_features & ~headers.AUTOCLEAR_KNOWN
     return (
-        *(f"compatible {found}" for found in _unknown(area, _COMPATIBLE_TYPE, compatible)),
-        *(f"autoclear {found}" for found in _unknown(area, _AUTOCLEAR_TYPE, autoclear)),
+        *(f"compatible {found}" for found in _unknown(area, TYPE_COMPATIBLE, compatible)),
+        *(f"autoclear {found}" for found in _unknown(area, TYPE_AUTOCLEAR, autoclear)),
     )
 
 
@@ -99,10 +104,11 @@ def _own_names(area: HeaderArea, mask: int) -> Iterator[tuple[int, str]]:
     """Yield (bit, name) of the features of one mask that the image names."""
     table = area.find(headers.EXTENSION_FEATURE_NAMES)
     data = table.data if table else b""
-    whole = len(data) - len(data) % FEATURE_NAME_STRUCT.size
-    for kind, bit, name in FEATURE_NAME_STRUCT.iter_unpack(data[:whole]):
+    # QEMU reads a last entry that is cut short, too.
+    whole = data.ljust(layout.round_up(len(data), FEATURE_NAME_STRUCT.size), b"\0")
+    for kind, bit, name in FEATURE_NAME_STRUCT.iter_unpack(whole):
         if kind == mask:
-            yield bit, name.rstrip(b"\0").decode("utf-8", "replace")
+            yield bit, name.partition(b"\0")[0].decode("utf-8", "replace")
 
 
 def _find_snapshots_outside(area: HeaderArea) -> Words | None:

@@ -48,6 +48,8 @@ class FormOptions(TypedDict, total=False):
         data_file: name of an external data file, which is made too, and has the disk's data; it is stored as
             it is, and is relative to the working directory.
         data_file_raw: the bytes of that file are to be those of the disk, for programs that know raw files.
+        feature_names: the header has QEMU's names of all features, which programs that lack one can tell;
+            version 3, with clusters of 8 KiB and more.
     """
 
     cluster_size: int
@@ -58,6 +60,7 @@ class FormOptions(TypedDict, total=False):
     compat: Compat
     data_file: str | os.PathLike[str]
     data_file_raw: bool
+    feature_names: bool
 
 
 class FileOptions(FormOptions, total=False):
@@ -103,13 +106,16 @@ class Form:
     version: int = 3
     data_file: str | None = None
     data_file_raw: bool = False
+    feature_names: bool = False
 
     def __post_init__(self) -> None:
         if self.data_file_raw and self.data_file is None:
             raise ValueError("data_file_raw needs a data_file")
         if self.has_subclusters and self.cluster_bits < layout.MIN_SUBCLUSTER_CLUSTER_BITS:
             raise ValueError("extended_l2 needs clusters of at least 16 KiB")
-        if self.version < 3 and replace(self, version=3) != Form(self.cluster_bits):
+        if self.version < 3 and replace(self, version=3) != Form(
+            self.cluster_bits, feature_names=self.feature_names
+        ):
             raise ValueError(
                 "compat=0.10 has refcounts of 16 bits and zlib alone, no lazy_refcounts, no extended_l2 and "
                 "no data_file"
@@ -132,6 +138,7 @@ class Form:
             version_of(options.get("compat", "1.1")),
             _name(options.get("data_file")),
             flag(options.get("data_file_raw", False), "data_file_raw"),
+            flag(options.get("feature_names", False), "feature_names"),
         )
 
     @property

@@ -75,6 +75,22 @@ EXTENSION_EXTERNAL_DATA = 0x44415441
 BITMAPS_STRUCT = struct.Struct(">IIQQ")
 """The bitmaps extension: number of bitmaps, reserved, size and offset of their directory in bytes."""
 
+FEATURE_NAME_STRUCT = struct.Struct(">BB46s")
+TYPE_INCOMPATIBLE, TYPE_COMPATIBLE, TYPE_AUTOCLEAR = range(3)
+NAMED_FROM_CLUSTER_BITS = 13
+"""Smaller clusters have little room for names of features; QEMU leaves them out there, too."""
+_FEATURE_NAMES = (
+    (TYPE_INCOMPATIBLE, 0, b"dirty bit"),
+    (TYPE_INCOMPATIBLE, 1, b"corrupt bit"),
+    (TYPE_INCOMPATIBLE, 2, b"external data file"),
+    (TYPE_INCOMPATIBLE, 3, b"compression type"),
+    (TYPE_INCOMPATIBLE, 4, b"extended L2 entries"),
+    (TYPE_COMPATIBLE, 0, b"lazy refcounts"),
+    (TYPE_AUTOCLEAR, 0, b"bitmaps"),
+    (TYPE_AUTOCLEAR, 1, b"raw external data"),
+)
+"""Features by type and bit, and QEMU's names for them."""
+
 CRYPT_NONE, CRYPT_AES, CRYPT_LUKS = range(3)
 
 
@@ -319,10 +335,20 @@ class HeaderArea:
         header = replace(self.header, autoclear_features=autoclear_features)
         return self._laid_out(header, tuple(kept), self.backing_file_name, self.data)
 
+    def with_feature_names(self) -> HeaderArea:
+        """Return the area with the names of the features that the specification has, where there is room."""
+        header = self.header
+        if header.version < 3 or header.cluster_bits < NAMED_FROM_CLUSTER_BITS:
+            return self
+        data = b"".join(FEATURE_NAME_STRUCT.pack(*feature) for feature in _FEATURE_NAMES)
+        names = Extension(EXTENSION_FEATURE_NAMES, data)
+        return self.with_extension(names, autoclear_features=header.autoclear_features)
+
     def with_version(self, version: int) -> HeaderArea:
         """Return the area in another version; what version 2 has no place for is at its default, or gone.
 
         Gone are feature bits, the names of features, bitmaps, and fields behind those that jqcow knows.
+        Version 3 has the names.
 
         Raises:
             FormatError: the first cluster does not hold it.
@@ -336,7 +362,7 @@ class HeaderArea:
             gone = (EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS)
             kept = tuple(found for found in kept if found.type not in gone)
             header = Header.unpack(replace(self.header, version=2).pack())
-        return self._laid_out(header, kept, name, b"")
+        return self._laid_out(header, kept, name, b"").with_feature_names()
 
     def _laid_out(
         self, header: Header, extensions: tuple[Extension, ...], name: bytes | None, fixed: bytes

@@ -35,6 +35,8 @@ DiskFormat = Literal["qcow2", "raw"]
 FORMATS: tuple[DiskFormat, ...] = get_args(DiskFormat)
 DISK_FORMATS: tuple[DiskFormat, ...] = ("qcow2", "raw")
 
+_FORMAT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,14}", re.ASCII)
+"""A name of a format that is short enough for QEMU."""
 _PROTOCOL = re.compile(r"[^/:]*:")
 
 
@@ -195,13 +197,16 @@ def name_data_file(area: HeaderArea, name: str) -> HeaderArea:
     return named
 
 
-def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | None) -> HeaderArea:
+def name_backing_file(
+    area: HeaderArea, name: str | None, backing_format: str | None, *, foreign: bool = False
+) -> HeaderArea:
     """Return the header with another backing file and its format, or with none.
 
     Args:
         area: the header; all that it holds besides is kept.
         name: to be stored as it is, so relative to the directory of the image; None for no backing file.
         backing_format: ``raw`` or ``qcow2``; None with no backing file.
+        foreign: it may be another one, that other programs know.
 
     Raises:
         ValueError: one without the other, another format, or a name that cannot be stored.
@@ -217,11 +222,14 @@ def name_backing_file(area: HeaderArea, name: str | None, backing_format: str | 
         raise TypeError(f"the name of a backing file is a str, not {type(name).__name__}")
     if area.header.is_raw_outside:
         raise ValueError("a raw data file cannot show a backing file")
-    if backing_format not in DISK_FORMATS:
+    is_known = backing_format in DISK_FORMATS
+    is_stored = foreign and backing_format is not None and _FORMAT_NAME.fullmatch(backing_format)
+    if backing_format is None or not (is_known or is_stored):
         raise ValueError(f"the format of a backing file is raw or qcow2, not {backing_format!r}")
     stored = os.fsencode(name)
     decode_name(stored)
-    named_file("the new header", name, backing_format)
+    if is_known:
+        named_file("the new header", name, backing_format)
     named = area.with_backing_file(stored, backing_format.encode())
     if area.header.version >= 3:
         roots.check_room(named.header, len(named.data))

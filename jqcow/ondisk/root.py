@@ -39,6 +39,7 @@ from jqcow.ondisk.header import (
     EXTENSION_END,
     EXTENSION_FEATURE_NAMES,
     EXTENSION_STRUCT,
+    FEATURE_NAME_STRUCT,
     INCOMPATIBLE_JOURNAL,
     MAGIC,
     V3_BYTES,
@@ -51,7 +52,6 @@ EXTENSION_JOURNAL = 0x6A71C057
 EXTENSION_UNDO = 0x6A71C058
 JOURNAL_VERSION = 1
 JOURNAL_STRUCT = struct.Struct(">IIQQ16s24s")
-FEATURE_NAME_STRUCT = struct.Struct(">BB46s")
 FEATURE_NAME = b"jqcow journal: run jqcow-recover"
 UNDO_FEATURE_NAME = b"jqcow undo was cut off: run jqcow undo"
 

@@ -107,10 +107,37 @@ STORIES: dict[str, list[str]] = {
         "create -f luks -o help",
         "create -f luks -o help a.luks",
     ],
+    "old encryption": [
+        "create -f qcow2 --object secret,id=s,data=abc -o encryption=on,encrypt.key-secret=s a.img 1M",
+        "info a.img",
+        "create -f qcow2 -o encryption=on a.img 1M",
+        "create -f qcow2 -o encryption=on,encrypt.key-secret=none a.img 1M",
+        "create -f qcow2 -o encryption=on,encrypt.format=luks a.img 1M",
+    ],
+    "names that others open": [
+        "create -q -f qcow2 a.qcow2 1M",
+        "rebase -u -b /dev/sdx -F host_device a.qcow2",
+        "info --output=json a.qcow2",
+        "rebase -u -b x.vmdk -F vmdk a.qcow2",
+        "info a.qcow2",
+        "rebase -u -b x -F nothing a.qcow2",
+        "rebase -u a.qcow2",
+    ],
+    "measures": [
+        "create -q -f qcow2 a.qcow2 1G",
+        "bitmap --add --granularity 512 a.qcow2 one",
+        "create -q -f qcow2 b.qcow2 1G",
+        "bitmap --add b.qcow2 other",
+        "bitmap --merge other --source-file b.qcow2 --source-format qcow2 a.qcow2 one",
+        "measure -O qcow2 a.qcow2",
+        "measure -O qcow2 -o compat=0.10 a.qcow2",
+        "measure --output=json -O qcow2 a.qcow2",
+    ],
     "look": [
         "create -q -f qcow2 a.qcow2 1M",
         "check a.qcow2",
         "check --output=json a.qcow2",
+        "check --repair all a.qcow2",
         "map a.qcow2",
         "info none.qcow2",
         "info -f qcow2 data.raw",
@@ -225,3 +252,38 @@ def test_qemu_opens_a_luks_volume(tmp_path: Path, options: str) -> None:
     (tmp_path / "theirs.luks").write_bytes((tmp_path / "a.luks").read_bytes())
     ours(words, tmp_path)
     assert (tmp_path / "a.luks").stat().st_size == (tmp_path / "theirs.luks").stat().st_size
+
+
+def test_qemu_opens_old_encryption(tmp_path: Path) -> None:
+    secret = "--object", "secret,id=s,data=abc"
+    done("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "base.qcow2", "1M")
+    options = "encryption=on,encrypt.key-secret=s"
+    words = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        *secret,
+        "-o",
+        options,
+        "-b",
+        "base.qcow2",
+        "-F",
+        "qcow2",
+        "a.qcow2",
+    ]
+    assert ours(words, tmp_path) == (0, "", "")
+    image = f"encrypt.format=aes,encrypt.key-secret=s,file.filename={tmp_path / 'a.qcow2'}"
+    asked = ["-c", "write -P 7 8k 24k", "-c", "read -P 7 8k 24k", "-c", "read -P 0 32k 32k"]
+    found = done("qemu-io", *secret, *asked, "--image-opts", f"driver=qcow2,{image}")
+    assert "Pattern verification failed" not in found
+
+
+def test_convert_encrypts_or_refuses(tmp_path: Path) -> None:
+    (tmp_path / "data.raw").write_bytes(bytes(65536))
+    secret = "--object", "secret,id=s,data=abc"
+    for options in ("encryption=on,encrypt.key-secret=s", "encrypt.format=aes,encrypt.key-secret=s"):
+        code, _, told = ours(["convert", "-O", "qcow2", *secret, "-o", options, "data.raw", "a"], tmp_path)
+        assert code == 1 and "encrypt.format=luks" in told
+    assert ours(["convert", "-O", "luks", "data.raw", "a"], tmp_path)[0] == 1
+    assert not (tmp_path / "a").exists()

@@ -113,6 +113,17 @@ def test_nothing_to_repair_changes_nothing(tmp_path: Path) -> None:
     assert patient.path.read_bytes() == before
 
 
+def test_unknown_autoclear_bits_go(tmp_path: Path) -> None:
+    """As in QEMU, also where nothing is wrong."""
+    patient = make(tmp_path)
+    content = bytearray(patient.path.read_bytes())
+    content[88] |= 0x80
+    patient.path.write_bytes(content)
+    jqcow.open(patient.path, "r+", repair="all").close()
+    assert patient.header.autoclear_features == 0
+    check_clean(patient.path)
+
+
 def test_leaks_alone(tmp_path: Path) -> None:
     """A leak is taken away; what is too low stays, and no flag is set by its word."""
     patient = make(tmp_path)

@@ -102,6 +102,16 @@ def test_a_compression_type_that_its_bit_contradicts_is_not_read(announced: int)
         features.refuse(area, "read")
 
 
+def test_a_name_ends_where_qemu_ends_it() -> None:
+    """At the first zero byte; a last entry that is cut short counts, too."""
+    names = b"\0\x3done\0 more".ljust(48, b"\0") + b"\0\x3etwo"
+    area = announcing(incompatible_features=3 << 61)
+    area = area.with_extension(
+        headers.Extension(headers.EXTENSION_FEATURE_NAMES, names), autoclear_features=0
+    )
+    assert features.unknown_features(area) == ("bit 61 (one)", "bit 62 (two)")
+
+
 @pytest.mark.parametrize(
     "feature",
     [feature for feature in FEATURES if feature.name not in ("live journal",)],

@@ -312,6 +312,14 @@ def test_the_layout_is_what_qemu_makes_of_it(tmp_path: Path, options: str) -> No
     assert bare.data.ljust(cluster_bytes, b"\0") == plain[:cluster_bytes]
 
 
+@pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10", "cluster_size=4k", "cluster_size=8k"])
+def test_the_names_of_features_are_those_of_qemu(tmp_path: Path, options: str) -> None:
+    theirs = HeaderArea.parse(qemu_image(tmp_path / "image", "-o", options))
+    bare = theirs.with_extension(Extension(EXTENSION_FEATURE_NAMES, b""), autoclear_features=0)
+    assert bare.with_feature_names() == theirs
+    assert (theirs == bare) == (options in ("compat=0.10", "cluster_size=4k"))
+
+
 def test_qemu_reads_back_name_and_format_and_keeps_other_extensions(tmp_path: Path) -> None:
     image = bytearray(qemu_image(tmp_path / "image"))
     foreign = Extension(0x12345678, b"not known to anyone")

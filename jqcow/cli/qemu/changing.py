@@ -282,7 +282,8 @@ def rebase(arguments: argparse.Namespace) -> int:
     else:
         open_image(arguments).close()
     known = arguments.backing_format
-    if known not in (None, *common.FORMATS):
+    others = (*options_of.OTHER_FORMATS, *options_of.PROTOCOLS) if unsafe else ()
+    if known not in (None, *common.FORMATS, *others):
         raise CommandError(f"Invalid format name: '{known}'")
     if name and known is None:
         raise CommandError(f"Could not change the backing file to '{name}': backing format must be specified")
@@ -291,7 +292,7 @@ def rebase(arguments: argparse.Namespace) -> int:
             rebase_file(
                 arguments.image,
                 name or None,
-                common.disk_format(known) if name else None,
+                known if name else None,
                 unsafe=unsafe,
                 progress=progress,
                 **_following(arguments),

@@ -89,6 +89,8 @@ def _new_target(arguments: argparse.Namespace, text: str, size: int) -> dict[str
     if image_format not in common.FORMATS:
         raise CommandError(f"jqcow does not write disks in the format '{image_format}'")
     found = options_of.parsed(text, options_of.of_new(image_format))
+    if creating.is_aes(found):
+        raise CommandError("jqcow does not write disks with AES alone: use encrypt.format=luks")
     found["size"] = str(size)
     creating.take_backing(arguments, image_format, found)
     return found

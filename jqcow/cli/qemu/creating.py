@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from jqcow.cli import common, secrets
 from jqcow.cli.common import CommandError
@@ -15,6 +16,9 @@ from jqcow.cli.qemu.wording import reason
 from jqcow.errors import JqcowError, printable
 from jqcow.ondisk.layout import MAX_L1_ENTRIES, Geometry
 from jqcow.ondisk.naming import protocol_of, resolve
+
+if TYPE_CHECKING:
+    from jqcow.ondisk.form import FileOptions
 
 _NEWER = "compatibility level 1.1 and above (use version=v3 or greater)"
 _COMPAT = {"0.10": "v2", "1.1": "v3"}
@@ -132,7 +136,7 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
     size = -(-int(found["size"]) // common.SECTOR_BYTES) * common.SECTOR_BYTES
     check_values(image_format, found)
     named = {key: value for key, value in found.items() if key in common.FORM_OPTIONS}
-    wanted = common.file_options(named)
+    wanted = common.unasked(arguments, image_format) | common.file_options(named)
     if image_format == "luks":
         _write_luks(arguments, name, size, found)
         return
@@ -146,6 +150,9 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
         )
         return
     check_form(size, found)
+    if is_aes(found):
+        _write_aes(arguments, name, size, found, wanted)
+        return
     encryption = secrets.encryption_of(arguments, found, name)
     if "backing_file" not in found:
         jqcow.create(name, size, **wanted, encryption=encryption, overwrite=True).close()
@@ -158,6 +165,32 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
         backing_format=found["backing_fmt"],  # type: ignore[arg-type]
         encryption=encryption,
         overwrite=True,
+    )
+
+
+def is_aes(found: dict[str, str]) -> bool:
+    """Tell whether options ask for AES without LUKS, which `create` alone makes."""
+    if "encryption" in found and "encrypt.format" in found:
+        raise CommandError("'encrypt.format' and its alias 'encryption' can't be used at the same time")
+    return is_on(found.get("encryption")) or found.get("encrypt.format") == "aes"
+
+
+def _write_aes(
+    arguments: argparse.Namespace, name: str, size: int, found: dict[str, str], wanted: FileOptions
+) -> None:
+    from jqcow.offline.aes_image import create_aes
+
+    if "encrypt.key-secret" not in found:
+        raise CommandError("Parameter 'encrypt.key-secret' is required for cipher")
+    # Its passphrase is for whoever opens the image: here it need but exist.
+    secrets.secret_named(arguments, found["encrypt.key-secret"])
+    create_aes(
+        name,
+        size,
+        backing_file=found.get("backing_file"),
+        backing_format=found.get("backing_fmt"),
+        overwrite=True,
+        **wanted,
     )
 
 
@@ -234,8 +267,6 @@ def _check_data_file(found: dict[str, str], *, is_old: bool) -> None:
         raise CommandError("Backing file and data-file-raw cannot be used at the same time")
     if "data_file" in found and is_old:
         raise CommandError(f"External data files are only supported with {_NEWER}")
-    if "encryption" in found and is_on(found["encryption"]):
-        raise CommandError("encryption with AES is not supported: use encrypt.format=luks")
     for name in ("backing_file", "data_file"):
         protocol = protocol_of(found.get(name, ""))
         if protocol not in (None, "json", "file") and not os.path.exists(found[name]):

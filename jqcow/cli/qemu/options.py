@@ -86,6 +86,9 @@ AMEND = [
 ]
 """Options that an existing qcow2 image can get anew."""
 OF_FORMAT = {"qcow2": QCOW2, "raw": RAW, "luks": LUKS}
+OTHER_FORMATS = ("bochs", "cloop", "dmg", "luks", "parallels", "qcow", "qed", "vdi", "vhdx", "vmdk", "vpc")
+PROTOCOLS = ("file", "host_cdrom", "host_device", "http", "https", "iscsi", "nbd", "nfs", "rbd", "ssh")
+"""What else QEMU takes as the format of a backing file; jqcow stores it where it does not open the file."""
 READ_ONLY_FORMATS = ("bochs", "cloop", "dmg")
 """Formats that QEMU knows and makes no images of."""
 
