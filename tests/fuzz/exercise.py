@@ -2,8 +2,8 @@
 
 O1. Nothing but a JqcowError is raised, or the EFBIG of a file system whose files end at 16 TiB.
 O2. What was readable reads the same after recovery, changes elsewhere and a clean close, unless a refcount is
-    too low, or metadata lies in a cluster of data: a cluster that no change met until then may be allocated,
-    or hold what a change writes.
+    too low, be it that it cannot be higher, or metadata lies in a cluster of data: a cluster that no change
+    met until then may be allocated, or hold what a change writes.
 O3. An image without errors and leaks has none after recovery, changes and a clean close.
 O4. After a repair no refcount is too low or, but for what looks like lost data, too high.
 O5. A second recovery finds nothing to do.
@@ -33,6 +33,8 @@ SALT = bytes(range(16))
 WHEN = datetime(2020, 2, 20, tzinfo=UTC)
 MENDED = (Kind.LEAK, Kind.LEAK_PAST_END, Kind.REFCOUNT_TOO_LOW, Kind.COPIED_FLAG)
 """What a repair of all leaves none of."""
+UNCOUNTED = (Kind.REFCOUNT_TOO_LOW, Kind.TOO_MANY_REFERENCES, Kind.OVERLAP)
+"""Where a check finds these, a cluster may have more uses than anything else can know."""
 
 Result = TypeVar("Result")
 
@@ -66,7 +68,7 @@ class Seen:
     @property
     def counted(self) -> bool:
         """True for an image of which no refcount is known to be too low, and no cluster to have two uses."""
-        return self.report is None or not {Kind.REFCOUNT_TOO_LOW, Kind.OVERLAP} & self.report.counts.keys()
+        return self.report is None or self.report.counts.keys().isdisjoint(UNCOUNTED)
 
 
 class Exercise:
