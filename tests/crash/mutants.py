@@ -36,7 +36,7 @@ from tests.crash.mutants_of_protection import MUTANTS_OF_PROTECTION
 from tests.crash.mutants_of_salvage import MUTANTS_OF_SALVAGE
 from tests.crash.mutants_of_small_writes import MUTANTS_OF_SMALL_WRITES
 from tests.crash.mutants_of_threads import MUTANTS_OF_THREADS
-from tests.crash.trials import SCENARIO, SIMULATION, action_of
+from tests.crash.trials import SCENARIO, SIMULATION, action_of, judge_trial
 from tests.support.mutant import (
     ALLOCATION,
     AMENDING,
@@ -87,7 +87,7 @@ from tests.support.mutant import (
     seeds,
     without_barrier,
 )
-from tests.support.mutation import judge
+from tests.support.mutation import Verdict, judge, text_of
 from tests.support.patches import (
     Function,
     Number,
@@ -965,18 +965,37 @@ MUTANTS = (
 )
 
 
+TRIALS = sorted(
+    {trial for trials in BARRIER_TRIALS.values() for trial in trials}
+    | {trial for mutant in MUTANTS for trial in mutant.trials}
+)
+"""Jqcow as it is must pass them all: ``python -m tests.crash.mutants`` goes through them."""
+
+
 def mutant_named(name: str) -> Mutant:
     """Return the mutant of a name."""
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
     return mutant
 
 
-def main() -> int:
-    """Judge the mutant that the command line names, by its own trials or by those named after it."""
-    name, *trials = sys.argv[1:]
+def judge_named(name: str, *trials: str) -> tuple[Verdict, str]:
+    """Judge the mutant of a name by its own trials, or by those that are given."""
     mutant = mutant_named(name)
-    verdict, text = judge(mutant, map(action_of, trials or mutant.trials))
-    print(f"{mutant.name} is {verdict.name}: {text}")
+    return judge(mutant, map(action_of, trials or mutant.trials))
+
+
+def main() -> int:
+    """Judge the mutant that the command line names, by its own trials or by those named after it.
+
+    Without a name judge jqcow as it is, by the trials of all mutants.
+    """
+    if not sys.argv[1:]:
+        broken = {trial: failure for trial in TRIALS if (failure := judge_trial(trial)) is not None}
+        print(f"{len(TRIALS)} trials, {len(broken)} broken")
+        print(*(f"{trial}: {text_of(failure)}" for trial, failure in broken.items()), sep="\n")
+        return 1 if broken else 0
+    verdict, text = judge_named(*sys.argv[1:])
+    print(f"{sys.argv[1]} is {verdict.name}: {text}")
     return verdict
 
 

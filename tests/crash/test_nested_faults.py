@@ -39,7 +39,7 @@ STARTS = {
     name: PREPARED[start](cluster_bytes, Random(f"nested faults {name}"))
     for name, (_, start, cluster_bytes) in STORIES.items()
 }
-CASES_OF_A_STORY = 48
+CASES_OF_A_STORY = 32
 STATES_OF_A_CASE = 2
 
 

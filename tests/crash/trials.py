@@ -34,6 +34,7 @@ DROPPING = "dropping:"
 ROOT = "root:"
 DEEP = "deep:"
 SIMULATION = "simulation:"
+KINDS = (SCENARIO, DROPPING, ROOT, DEEP, SIMULATION)
 BUDGET = 4
 DEEP_BUDGET = 16
 ROOT_BUDGET = 32
@@ -79,9 +80,14 @@ def garble_sector_0(workload: Workload[Expectation], drop_barriers: tuple[str, .
         raise failures[0]
 
 
+def is_special(trial: str) -> bool:
+    """Return True for all but workloads that are cut with the usual number of states."""
+    return trial.startswith(KINDS)
+
+
 def action_of(trial: str, drop_barriers: tuple[str, ...] = ()) -> Callable[[], object]:
     """Return what runs a trial: it raises where a promise breaks."""
-    kind = next((kind for kind in (SCENARIO, DROPPING, ROOT, DEEP, SIMULATION) if trial.startswith(kind)), "")
+    kind = next((kind for kind in KINDS if trial.startswith(kind)), "")
     name = trial.removeprefix(kind)
     if kind == SCENARIO:
         return SCENARIOS[name]

@@ -34,7 +34,7 @@ SECTOR_BYTES = 512
 DISK_BYTES = 64 * MIB
 # The smallest one, so that a simulated disk is small too.
 JOURNAL_BYTES = 64 << 10
-KILLS_WANTED = 40
+KILLS_WANTED = 20
 ATTEMPTS_MAX = 200
 KILLED_AT_CLOSING = 5
 SALT = b"the same salt..."

@@ -298,7 +298,7 @@ def random_write(disk: Disk, start: float, length: float, seed: int) -> Write:
 
 SETTINGS = settings(
     # The twins are some times slower; what they are asked is the same.
-    max_examples=60 if _native.active() == "c" else 20,
+    max_examples=40 if _native.active() == "c" else 20,
     deadline=None,
     stateful_step_count=50,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

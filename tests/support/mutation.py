@@ -1,18 +1,18 @@
 """The judge of mutants: with a mutant's patches in place, does a promise break?
 
-Each mutant is judged in a process of its own. Its exit status is the verdict.
+Each mutant is judged in a process of its own.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from enum import IntEnum
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.support import patches, sources
+from tests.support import patches
 from tests.support.mutant import Mutant
 
 SECONDS_MAX = 120
@@ -83,15 +83,34 @@ def text_of(failure: Exception) -> str:
     return "\n".join([f"{type(failure).__name__}: {failure}", *getattr(failure, "__notes__", ())])
 
 
-def run_alone(module: str, *arguments: str, seconds_max: int = SECONDS_MAX) -> tuple[Verdict, str]:
-    """Run a module in a process of its own, which judges a mutant; return its verdict, and what it says."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=sources.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=seconds_max,
-        check=False,
-    )
-    assert done.returncode in list(Verdict), done.stderr
-    return Verdict(done.returncode), done.stdout
+def _tell(
+    judging: Callable[[str], tuple[Verdict, str]], name: str, told: Connection[tuple[Verdict, str], None]
+) -> None:
+    told.send(judging(name))
+
+
+def run_alone(
+    judging: Callable[[str], tuple[Verdict, str]], name: str, seconds_max: float = SECONDS_MAX
+) -> tuple[Verdict, str]:
+    """Judge a mutant in a process of its own; return its verdict, and what is to be said of it.
+
+    All these processes are forked from one that has imported ``judging`` and what it needs.
+
+    Raises:
+        TimeoutError: it takes too long.
+        EOFError: the process ended without a verdict.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([judging.__module__])
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(judging, name, sending), daemon=True)
+    process.start()
+    sending.close()
+    try:
+        if not receiving.poll(seconds_max):
+            raise TimeoutError(f"{name} has no verdict after {seconds_max} s")
+        return receiving.recv()
+    finally:
+        process.kill()
+        process.join()
+        receiving.close()
