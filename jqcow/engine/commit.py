@@ -35,6 +35,8 @@ INTENTS_BYTES_MAX = 256 << 10
 """More than this one record does not take of what the guest wrote: the ordinary path writes it once."""
 HALF_PARTS = 2**3
 """Nor does it take more than such a part of a half; and so much is left for the record of destaging."""
+DESTAGED_AT_ONCE = 64
+"""So many pending writes are staged together at most: it bounds how long others wait."""
 STAGED_FREE_BYTES_MAX = 1 << 30
 """Clusters freed by changes that are not committed keep their space on the host: no more than this."""
 
@@ -164,7 +166,7 @@ class Commits:
             return True
         room_bytes = journal.room_bytes - part_bytes
         is_short = len(pending.logged) > 0 and room_bytes < fresh_bytes
-        return is_short or pending.length_bytes > self.pending_limit()
+        return is_short or pending.is_full(0, self.pending_limit())
 
     def pending_limit(self) -> int:
         """Return how many bytes may be pending; none where there is no journal."""
@@ -248,6 +250,11 @@ class Commits:
         half_bytes = self.log.require_journal().extent.half_bytes
         return max(2, half_bytes // self.log.geometry.block_bytes // 4)
 
+    def destaged_at_once(self) -> int:
+        """Return how many pending writes may be staged together: each may take a table, and some blocks."""
+        tables = STAGED_ZERO_BYTES_MAX // self.log.geometry.cluster_bytes
+        return max(1, min(DESTAGED_AT_ONCE, self.staged_limit() // 2, tables))
+
     # One commit
 
     def commit(self, tables: Tables) -> None:
@@ -259,17 +266,18 @@ class Commits:
         """
         self.turn.is_undecided = True
         try:
-            self._make_durable(tables)
+            changed = self._make_durable(tables)
         except BaseException:
             self._leave_in_doubt_if_undecided()
             raise
         # The commit is durable, whatever the host says of the space that it frees: an error here would read
         # as if it had failed. Who needs the space next meets the error again.
-        if self.log.journal is not None:
+        if self.log.journal is not None and (changed or self.public.space.is_waiting):
             with suppress(*EXPECTED):
                 self.log.recycle()
 
-    def _make_durable(self, tables: Tables) -> None:
+    def _make_durable(self, tables: Tables) -> bool:
+        """Return True if there were changes of metadata."""
         try:
             cut = self._cut(tables)
             if cut.changes is None and not cut.pieces:
@@ -281,6 +289,7 @@ class Commits:
             self._take_back(tables)
             raise
         self._publish(tables, cut)
+        return cut.changes is not None
 
     def _leave_in_doubt_if_undecided(self) -> None:
         """Who reads on would see what an image that is opened again may not show (C3)."""

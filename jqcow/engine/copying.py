@@ -59,4 +59,4 @@ class Copying:
             )
             return buffer
 
-        self.writes.perform(offset, plan, data)
+        self.writes.perform(plan, data)

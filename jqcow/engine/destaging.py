@@ -20,15 +20,21 @@ from __future__ import annotations
 
 from jqcow.engine.commit import Commits
 from jqcow.engine.pending import Piece
+from jqcow.engine.planning import WritePlan
+from jqcow.engine.request import Unsettled
 from jqcow.engine.write import Writes
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, UNALLOCATED
-from jqcow.ondisk.layout import SECTOR_BYTES, GuestOffset
+from jqcow.ondisk.layout import SECTOR_BYTES
 
 SMALL_BYTES_MAX = 32 << 10
 """A longer write goes the ordinary way: it would cost more to write it twice."""
+FRESH_BYTES_MAX = 128 << 10
+"""So much waits for a flush. Who writes more without one goes the ordinary way, which writes it once."""
 SPARE_BYTES = 1 << 20
 """The host has so much more space than what is pending will need, or small writes go the ordinary way."""
+UNASKED_MAX = 64
+"""After so many writes the host is asked again how much space it has."""
 
 
 class Destaging:
@@ -54,8 +60,15 @@ class Destaging:
             begun = self.pending.begin_round(self.commits.log.require_journal().sequence)
         # None of them waits for the turn: those that run do without it.
         self.writes.guard.drain()
-        for offset, data in begun.runs():
-            self.writes.write(data, offset)
+        spans = self.writes.requests.spans
+        parts = [
+            (start, data[start - offset : start - offset + length])
+            for offset, data in begun.runs()
+            for start, length in spans(offset, len(data))
+        ]
+        limit = self.commits.destaged_at_once()
+        while parts:
+            parts = self.writes.write_some(parts, limit)
             if self.commits.is_large(self.public.changes):
                 self.commits.commit(self.public)
         with self.medium.lock, self.medium.section():
@@ -75,54 +88,48 @@ class SmallWrites:
         self.pending = self.commits.pending
         self.medium = writes.medium
         self._cluster_bytes = writes.geometry.cluster_bytes
+        self._unasked = 0
+        """So many more writes the host has room for, as it said last."""
 
-    def take(self, data: memoryview, offset: int) -> bool:
-        """Have a write wait, if it is one that may; else it has to go the ordinary way.
+    def take(self, data: memoryview, plan: WritePlan) -> bool:
+        """Have a write wait, if it is one that may, and gains by it; else it has to go the ordinary way.
 
         Raises:
-            OSError: there was too much that waited; the disk is as before.
+            Unsettled: too much waits already.
         """
-        length, limit = len(data), self.commits.pending_limit()
-        if not 0 < length <= SMALL_BYTES_MAX or not _are_whole_sectors(offset, length):
+        offset, length, limit = plan.offset, len(data), self.commits.pending_limit()
+        if not 0 < length <= min(SMALL_BYTES_MAX, limit // 2) or not _are_whole_sectors(offset, length):
+            # Without a journal the limit is 0: an image goes live with a change of its tables.
             return False
-        if length > limit // 2:
-            # Overwriting in place needs no journal: an image goes live with a change of its tables.
+        if not self._gains(plan) or not self._may_wait(plan):
             return False
         copy = bytes(data)
         if not frames.may_be_intent(copy):
             return False
-        while self.pending.length_bytes + length > limit:
-            # Where somebody is alone this waits, and looks again.
-            self.requests.settle()
-            self.requests.commit_if_large()
-        return self.requests.planned(lambda: self._plan(copy, offset))
-
-    def _plan(self, data: bytes, offset: int) -> bool:
-        requests, length = self.requests, len(data)
-        requests.enter_change()
-        requests.check_range(offset, length)
-        if not requests.lifecycle.is_live or not self._may_wait(GuestOffset(offset), length):
-            return False
-        requests.dirty.will_write(offset, length)
+        if self.pending.is_full(length, limit):
+            raise Unsettled
+        self.requests.dirty.will_write(offset, length)
         with self.medium.section():
             # Before it can be read: the next flush acknowledges it (commit.py, C2).
             self.commits.turn.is_clean = False
-            self.pending.fresh.lay(Piece(offset, memoryview(data)))
+            self.pending.fresh.lay(Piece(offset, memoryview(copy)))
         return True
 
-    def _may_wait(self, offset: GuestOffset, length: int) -> bool:
-        """Return True if nothing but the host's failure can keep a write from being done later.
+    def _gains(self, plan: WritePlan) -> bool:
+        """Return True if a write costs less when it waits; not in place, or without flushes.
 
-        Raises:
-            CorruptionError: the ordinary path would refuse it, too.
+        Over what is pending it waits in any case: it would have to wait for that otherwise (I4).
         """
-        needs_space = False
-        for piece in self.writes.pieces(offset, length):
+        is_short = self.pending.fresh.length_bytes + plan.length <= FRESH_BYTES_MAX
+        return (is_short and not plan.is_in_place) or self.pending.overlaps(plan.offset, plan.end)
+
+    def _may_wait(self, plan: WritePlan) -> bool:
+        """Return True if nothing but the host's failure can keep a write from being done later."""
+        for piece in plan.pieces:
             kind = piece.run.kind
             if kind == COMPRESSED_CLUSTER or (kind == UNALLOCATED and self._shows_below()):
                 return False
-            needs_space |= not piece.in_place
-        return not needs_space or self._has_space()
+        return plan.is_in_place or self._has_space()
 
     def _shows_below(self) -> bool:
         """Return True if what has no entry shows what lies below (I7)."""
@@ -130,9 +137,16 @@ class SmallWrites:
 
     def _has_space(self) -> bool:
         """Return True if the host has room for a new cluster for each piece, and what else that takes."""
+        if self._unasked:
+            self._unasked -= 1
+            return True
         free_bytes = self.medium.free_bytes()
-        waiting = len(self.pending.fresh) + len(self.pending.in_flight) + len(self.pending.logged)
-        return free_bytes is None or free_bytes >= SPARE_BYTES + (waiting + 2) * self._cluster_bytes
+        if free_bytes is None:
+            return True
+        left_bytes = free_bytes - SPARE_BYTES - (self.pending.count + 2) * self._cluster_bytes
+        # Half of it: others write, too.
+        self._unasked = min(UNASKED_MAX, max(0, left_bytes // self._cluster_bytes // 2))
+        return left_bytes >= 0
 
 
 def _are_whole_sectors(offset: int, length: int) -> bool:

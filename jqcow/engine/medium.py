@@ -59,6 +59,10 @@ class Medium:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        # Once: to ask a protocol costs more than what is asked next.
+        self._host = device if isinstance(device, HostSpace) else None
+        self.has_fixed_size = has_fixed_size(device)
+        """True if the device does not grow, and shows old bytes where nothing was written (space.py, S3)."""
         self.data_file: DataFile | None = None
         """The external data file, where the image has one and it is open."""
         self.poisoned = False
@@ -98,14 +102,9 @@ class Medium:
         """Return the length of the device."""
         return self.device.size()
 
-    @property
-    def has_fixed_size(self) -> bool:
-        """True if the device does not grow, and shows old bytes where nothing was written (space.py, S3)."""
-        return has_fixed_size(self.device)
-
     def free_bytes(self) -> int | None:
         """Return how many bytes the host has left, None where nobody knows."""
-        return self.device.free_bytes() if isinstance(self.device, HostSpace) else None
+        return None if self._host is None else self._host.free_bytes()
 
     def pread(self, length: int, offset: HostOffset) -> bytes:
         """Return ``length`` bytes; what lies past the end reads as zeros."""

@@ -22,6 +22,9 @@ from typing import NamedTuple
 
 from jqcow.ondisk.frame import IntentOperation
 
+COUNT_MAX = 256
+"""So many pieces are pending at most: destaging them takes some milliseconds."""
+
 
 class Piece(NamedTuple):
     """``data`` that the guest wrote at guest ``offset``; ``sequence`` of its record, 0 if there is none."""
@@ -63,6 +66,14 @@ class Pieces:
         if first and self._pieces[first - 1].end > start:
             first -= 1
         return first, bisect_left(self._offsets, end, first)
+
+    def reaches_into(self, start: int, end: int) -> bool:
+        """Return True if a piece reaches into a guest range."""
+        offsets = self._offsets
+        if not offsets:
+            return False
+        stop = bisect_left(offsets, end)
+        return stop > 0 and self._pieces[stop - 1].end > start
 
     def within(self, start: int, end: int) -> Sequence[Piece]:
         """Return the pieces that reach into a guest range, whole."""
@@ -157,9 +168,22 @@ class Pending:
         """What all layers come to."""
         return self.fresh.length_bytes + self.in_flight.length_bytes + self.logged.length_bytes
 
+    @property
+    def count(self) -> int:
+        """How many pieces all layers have."""
+        return len(self.fresh) + len(self.in_flight) + len(self.logged)
+
+    def is_full(self, length: int, limit: int) -> bool:
+        """Return True if a piece of ``length`` bytes would be too much beside the others, or one too many."""
+        return self.length_bytes + length > limit or self.count >= COUNT_MAX
+
     def overlaps(self, start: int, end: int) -> bool:
         """Return True if any piece reaches into a guest range."""
-        return any(len(each.within(start, end)) for each in (self.fresh, self.in_flight, self.logged))
+        return (
+            self.logged.reaches_into(start, end)
+            or self.fresh.reaches_into(start, end)
+            or self.in_flight.reaches_into(start, end)
+        )
 
     def layers(self, start: int, end: int) -> list[Piece]:
         """Return the pieces that reach into a guest range, in the order in which they are laid (I1)."""

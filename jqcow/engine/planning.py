@@ -12,12 +12,17 @@ from typing import NamedTuple
 from jqcow.engine.clusters import Run
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.medium import EXPECTED
+from jqcow.engine.metadata import Absent
 from jqcow.engine.places import Places
 from jqcow.engine.read import Reads
+from jqcow.engine.refcounts import Allocation
 from jqcow.engine.request import Request
 from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, UNALLOCATED, ZERO_CLUSTER, L2Entry
 from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
+
+Part = tuple[GuestOffset, memoryview]
+"""Bytes that the guest wrote, and where."""
 
 
 class Piece(NamedTuple):
@@ -33,33 +38,68 @@ class Piece(NamedTuple):
 
 
 class Fresh(NamedTuple):
-    """Guest clusters from ``cluster`` on that will be mapped to ``run``, and the piece that is written there.
-
-    ``is_new``: the run was taken for them. Else they have it already, behind subclusters without data, or it
-    was taken for the piece before.
-    """
+    """Guest clusters from ``cluster`` on that will be mapped to ``run``, and the piece written there."""
 
     piece: Piece
     cluster: GuestCluster
     run: Run
-    is_new: bool
 
 
 @dataclass
 class WritePlan:
-    """What a write does; ``ordered`` once a pair turned out not to be zero-safe (W2).
+    """What a write of ``length`` bytes at guest ``offset`` does.
 
-    ``changed`` is what of the disk it changes: (guest offset, length) in bytes.
+    ``copies``: what is written is what the disk reads there anyway. ``ordered``: a pair turned out not to be
+    zero-safe (W2).
     """
 
     pieces: list[Piece]
-    changed: tuple[int, int]
+    offset: GuestOffset
+    length: int
+    copies: bool
     fresh: list[Fresh] = field(default_factory=list)
     ordered: bool = False
     uncounted: list[Run] = field(default_factory=list)
-    """The runs that it took and has not counted: its own to give back, should it fail."""
+    """The runs that its request took and has not counted: its own to give back, should it fail."""
     zeroes: bool = False
     """It makes zeros of what it covers, without any data."""
+
+    @property
+    def end(self) -> int:
+        """The guest offset behind what it writes."""
+        return self.offset + self.length
+
+    @property
+    def changed(self) -> tuple[int, int]:
+        """What of the disk it changes: (guest offset, length) in bytes."""
+        return self.offset, 0 if self.copies else self.length
+
+    @property
+    def is_in_place(self) -> bool:
+        """True if it needs no other mapping."""
+        return all(piece.in_place for piece in self.pieces)
+
+
+class Taking:
+    """The clusters that a request takes. ``ahead`` of them it is sure to take: they come in few runs."""
+
+    def __init__(self, refcounts: Allocation, ahead: int) -> None:
+        self.uncounted: list[Run] = []
+        self._refcounts = refcounts
+        self._ahead = ahead
+        self._left: Run | None = None
+
+    def take(self, count: int) -> Run:
+        """Take up to ``count`` clusters in a row, at least one."""
+        left = self._left
+        if left is None:
+            left = self._refcounts.take(max(count, self._ahead))
+            self.uncounted.append(left)
+        taken = min(count, left.count)
+        self._ahead -= taken
+        rest = Run(ClusterIndex(left.start + taken), left.count - taken, zero_safe=left.zero_safe)
+        self._left = rest if rest.count else None
+        return Run(left.start, taken, zero_safe=left.zero_safe)
 
 
 class Planning:
@@ -86,40 +126,113 @@ class Planning:
         Raises:
             Cold: bitmaps have to be durable first (tracking.py, B1).
         """
-        start = offset - offset % SECTOR_BYTES
-        self.requests.require_settled(start, layout.round_up(offset + length, SECTOR_BYTES) - start)
-        plan = WritePlan(self.pieces(offset, length), (offset, 0 if copies else length))
+        plan = self.look(offset, length, copies=copies)
+        self.begin(request, plan)
+        return plan
+
+    def look(self, offset: GuestOffset, length: int, *, copies: bool = False) -> WritePlan:
+        """Find what may be written in place, and what goes elsewhere with the rest."""
+        plan = WritePlan(self.pieces(offset, length), offset, length, copies)
         if self._subcluster_bytes < self._cluster_bytes and not self._is_outside:
             self._carry(plan, offset, offset + length)
-        if all(piece.in_place for piece in plan.pieces):
+        return plan
+
+    def begin(self, request: Request, plan: WritePlan) -> None:
+        """Take the clusters that a plan needs, and begin its request; errors as `plan`."""
+        start = plan.offset - plan.offset % SECTOR_BYTES
+        self.requests.require_settled(start, layout.round_up(plan.end, SECTOR_BYTES) - start)
+        self._begin(request, [plan])
+
+    def plan_some(
+        self, request: Request, parts: list[Part], limit: int
+    ) -> tuple[list[WritePlan], list[Part]]:
+        """Plan up to ``limit`` of many writes, and begin one request for them; return the others, too.
+
+        Each lies within one metadata block of mapping, and writes what the disk reads there anyway.
+        """
+        plans: list[WritePlan] = []
+        later: list[Part] = []
+        mapped_end = 0
+        for at, part in enumerate(parts):
+            offset, data = part
+            if offset // self._cluster_bytes < mapped_end:
+                # One before it gives its cluster a place: then it goes there.
+                later.append(part)
+                continue
+            self.requests.check_range(offset, len(data))
+            try:
+                plan = self.look(offset, len(data), copies=True)
+            except Absent:
+                if not plans:
+                    raise
+                later += parts[at:]
+                break
+            plans.append(plan)
+            if not plan.is_in_place:
+                mapped_end = self.geometry.clusters(plan.end)
+            if len(plans) == limit:
+                later += parts[at + 1 :]
+                break
+        self._begin(request, plans)
+        return plans, later
+
+    def _begin(self, request: Request, plans: list[WritePlan]) -> None:
+        """Take the clusters that plans need, and begin their request.
+
+        Raises:
+            Cold: bitmaps have to be durable first (tracking.py, B1).
+        """
+        start, stop = min(plan.offset for plan in plans), max(plan.end for plan in plans)
+        if all(plan.is_in_place for plan in plans):
             # It changes no entry, so none is its own (Q1); its clusters stay where they are (S6).
-            first, end = self.requests.clusters_of_sectors(offset, length)
+            first, end = self.requests.clusters_of_sectors(start, stop - start)
             self.guard.require_free(first, end)
-            self._fill_last_sector(offset + length)
-            self.requests.dirty.will_write(offset, length)
-            if plan.pieces:
-                self.reads.learn(plan.pieces[0].run, offset, to_write=True)
+            for plan in plans:
+                self._fill_last_sector(plan.end)
+                self.requests.dirty.will_write(*plan.changed)
+                if plan.pieces:
+                    self.reads.learn(plan.pieces[0].run, plan.offset, to_write=True)
             self.guard.begin(request, changes=True, first=first, end=end)
-            return plan
-        first, end = offset // self._cluster_bytes, self.geometry.clusters(offset + length)
+            return
+        first, end = start // self._cluster_bytes, self.geometry.clusters(stop)
         self.guard.require_free(first, end)
         self.requests.require_live()
-        self.places.require_data(first, end)
         # Outside the section: a block that is not in memory interrupts the plan, and must leave no doubt.
-        kept = [self._kept_clusters(piece) for piece in plan.pieces]
-        if self._changes_in_place(plan, kept):
-            self.requests.dirty.will_write(offset, length)
+        kept = [self._require_places(plan) for plan in plans]
         with self.medium.section():
+            taking = Taking(self.tables.refcounts, self._needed(plans, kept))
             try:
-                for piece, piece_kept in zip(plan.pieces, kept, strict=True):
-                    if not piece.in_place:
-                        self._take_fresh(plan, piece, piece_kept)
-                self._fill_last_sector(offset + length)
+                for plan, kept_in_plan in zip(plans, kept, strict=True):
+                    plan.uncounted = taking.uncounted
+                    for piece, kept_in_piece in zip(plan.pieces, kept_in_plan, strict=True):
+                        if not piece.in_place:
+                            self._take_fresh(plan, piece, kept_in_piece, taking)
+                    self._fill_last_sector(plan.end)
             except EXPECTED:
-                self.tables.space.give_back(plan.uncounted)
+                self.tables.space.give_back(taking.uncounted)
                 raise
             self.guard.begin(request, changes=True, first=first, end=end)
-        return plan
+
+    def _require_places(self, plan: WritePlan) -> list[dict[int, HostOffset]]:
+        """Have made durable what a plan needs; return the clusters that the entries of its pieces keep."""
+        self.places.require_data(plan.offset // self._cluster_bytes, self.geometry.clusters(plan.end))
+        kept = [self._kept_clusters(piece) for piece in plan.pieces]
+        if self._changes_in_place(plan, kept):
+            self.requests.dirty.will_write(*plan.changed)
+        return kept
+
+    def _needed(self, plans: list[WritePlan], kept: list[list[dict[int, HostOffset]]]) -> int:
+        """Return how many clusters several plans are sure to take; 0 where that is hard to tell."""
+        if len(plans) == 1 or self._is_outside or self._subcluster_bytes < self._cluster_bytes:
+            return 0
+        return sum(
+            self.geometry.clusters(piece.offset + piece.length)
+            - piece.offset // self._cluster_bytes
+            - len(kept_in_piece)
+            for plan, kept_in_plan in zip(plans, kept, strict=True)
+            for piece, kept_in_piece in zip(plan.pieces, kept_in_plan, strict=True)
+            if not piece.in_place
+        )
 
     def _fill_last_sector(self, end: int) -> None:
         """Make the file reach its frontier before a write that ends within a sector, maybe its last (M5).
@@ -229,7 +342,7 @@ class Planning:
                 kept[cluster] = entry.host
         return kept
 
-    def _take_fresh(self, plan: WritePlan, piece: Piece, kept: dict[int, HostOffset]) -> None:
+    def _take_fresh(self, plan: WritePlan, piece: Piece, kept: dict[int, HostOffset], taking: Taking) -> None:
         """Take clusters for a piece that needs another mapping: new ones, or those that its entries keep."""
         cluster = piece.offset // self._cluster_bytes
         end = self.geometry.clusters(piece.offset + piece.length)
@@ -237,30 +350,28 @@ class Planning:
             run = self.places.run_of(cluster, end - cluster)
             self.places.require_spare(run, piece.offset, piece.length)
             self.places.occupy(run)
-            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
+            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run))
             return
         before = plan.fresh[-1] if plan.fresh else None
         if before is not None and cluster == before.cluster + before.run.count - 1:
             # Other subclusters of the cluster in which the piece before ends.
             last = ClusterIndex(before.run.start + before.run.count - 1)
             run = Run(last, 1, zero_safe=self._plan_part(last, cluster, piece))
-            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new=False))
+            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run))
             cluster += 1
         while cluster < end:
-            is_new = cluster not in kept
-            if is_new:
+            if cluster not in kept:
                 count = end - cluster
                 if kept:
                     count = next((at - cluster for at in range(cluster, end) if at in kept), count)
                 self._leave_place_for_table(cluster)
-                run = self.tables.refcounts.take(count)
-                plan.uncounted.append(run)
+                run = taking.take(count)
                 self._plan_new(run, cluster, piece)
             else:
                 # Whatever an entry keeps has old bytes in it, unless this process knows better.
                 place = self.geometry.cluster_of(kept[cluster])
                 run = Run(place, 1, zero_safe=self._plan_part(place, cluster, piece))
-            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run, is_new))
+            plan.fresh.append(Fresh(piece, GuestCluster(cluster), run))
             cluster += run.count
 
     def _leave_place_for_table(self, cluster: int) -> None:

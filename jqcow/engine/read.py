@@ -63,7 +63,7 @@ class Reads:
         with request.running:
             with requests.lock:
                 host = known.to_read.get(cluster)
-                if host is None or not requests.pending.is_empty:
+                if host is None or requests.pending.overlaps(offset, offset + len(buffer)):
                     return False
                 requests.admit(False)
                 requests.guard.begin(request)

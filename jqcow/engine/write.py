@@ -17,7 +17,7 @@ from typing import Protocol
 
 from jqcow.engine.clusters import Run
 from jqcow.engine.known import KnownPlaces
-from jqcow.engine.planning import Fresh, Piece, Planning, WritePlan
+from jqcow.engine.planning import Fresh, Part, Piece, Planning, WritePlan
 from jqcow.engine.request import Request
 from jqcow.engine.sharing import leave_to_one
 from jqcow.engine.tracking import Cold
@@ -29,8 +29,8 @@ from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestO
 class SmallWriting(Protocol):
     """Who takes small writes (destaging.py)."""
 
-    def take(self, data: memoryview, offset: int) -> bool:
-        """Have a write wait; False if it has to go the ordinary way."""
+    def take(self, data: memoryview, plan: WritePlan) -> bool:
+        """Have a write wait, with the lock held; False if it has to go the ordinary way."""
         ...
 
 
@@ -49,13 +49,12 @@ class Writes(Planning):
             OSError: sectors of the failed part that were overwritten in place may be old or new; all else
                 of it is as before.
         """
-        if self.small is not None and self.small.take(data, offset):
-            return
         known = self.reads.known
         if known is not None and self._write_known(known, data, offset):
             return
         for start, length in self.requests.spans_to_change(offset, len(data)):
-            self.write_span(data[start - offset : start - offset + length], start, within_disk=True)
+            part = data[start - offset : start - offset + length]
+            self.write_span(part, start, within_disk=True, may_wait=self.small is not None)
 
     def _write_known(self, known: KnownPlaces, data: memoryview, offset: int) -> bool:
         """Write sectors within a cluster that may be overwritten, and whose place is known (Q4).
@@ -69,7 +68,11 @@ class Writes(Planning):
         with request.running:
             with requests.lock:
                 host = known.to_write.get(cluster)
-                if host is None or self.guard.is_alone or not requests.pending.is_empty:
+                if (
+                    host is None
+                    or self.guard.is_alone
+                    or requests.pending.overlaps(offset, offset + len(data))
+                ):
                     return False
                 requests.admit(True)
                 try:
@@ -85,16 +88,27 @@ class Writes(Planning):
                 self.guard.end(request)
         return True
 
-    def write_span(self, data: memoryview, offset: GuestOffset, *, within_disk: bool) -> None:
-        """Write within one metadata block of mapping; ``within_disk``: and within the disk."""
+    def write_span(
+        self, data: memoryview, offset: GuestOffset, *, within_disk: bool, may_wait: bool = False
+    ) -> None:
+        """Write within one metadata block of mapping; ``within_disk``: and within the disk.
 
-        def plan(request: Request) -> WritePlan:
+        ``may_wait``: it may wait in the journal, if it is small.
+        """
+
+        def plan(request: Request) -> WritePlan | None:
             self.requests.enter_change()
             if within_disk:
                 self.requests.check_range(offset, len(data))
-            return self.plan(request, offset, len(data))
+            if not may_wait:
+                return self.plan(request, offset, len(data))
+            planned = self.look(offset, len(data))
+            if self.small is not None and self.small.take(data, planned):
+                return None
+            self.begin(request, planned)
+            return planned
 
-        self.perform(offset, plan, lambda _: data)
+        self.perform(plan, lambda _: data)
 
     def zero_raw(self, offset: GuestOffset, length: int) -> None:
         """Make zeros of data in a raw data file, within one metadata block and the disk (datafile.py, X3)."""
@@ -106,56 +120,81 @@ class Writes(Planning):
             planned.zeroes = True
             return planned
 
-        self.perform(offset, plan, lambda _: memoryview(b""))
+        self.perform(plan, lambda _: memoryview(b""))
+
+    def write_some(self, parts: list[Part], limit: int) -> list[Part]:
+        """Write up to ``limit`` of many parts, each within one metadata block of mapping; return the others.
+
+        Each is what the disk reads there already, since it is pending (destaging.py).
+        """
+        data, later = dict(parts), parts
+
+        def plan(request: Request) -> list[WritePlan]:
+            nonlocal later
+            self.requests.enter_change()
+            plans, later = self.plan_some(request, parts, limit)
+            return plans
+
+        self._perform(plan, lambda plan: data[plan.offset])
+        return later
 
     def perform(
         self,
-        offset: GuestOffset,
         plan_for: Callable[[Request], WritePlan | None],
         data_for: Callable[[WritePlan], memoryview],
     ) -> None:
         """Plan, run and stage a write; a plan of None has nothing to do."""
+
+        def plans_for(request: Request) -> list[WritePlan]:
+            plan = plan_for(request)
+            return [] if plan is None else [plan]
+
         try:
-            self._perform(offset, plan_for, data_for)
+            self._perform(plans_for, data_for)
         except OSError as error:
             if not self.requests.makes_space(error):
                 raise
-            self._perform(offset, plan_for, data_for)
+            self._perform(plans_for, data_for)
 
     def _perform(
         self,
-        offset: GuestOffset,
-        plan_for: Callable[[Request], WritePlan | None],
+        plans_for: Callable[[Request], list[WritePlan]],
         data_for: Callable[[WritePlan], memoryview],
     ) -> None:
         requests = self.requests
         request = Request()
         with request.running:
-            plan = requests.planned(lambda: plan_for(request))
-            if plan is None:
+            plans = requests.planned(lambda: plans_for(request))
+            if not plans:
                 return
+            staged = [plan for plan in plans if plan.fresh]
             try:
                 try:
-                    self._run_write(plan, data_for(plan), offset)
+                    for plan in plans:
+                        self._run_write(plan, data_for(plan))
                 finally:
                     # Also after a failure: what it left can be read. Not by a call, which could be cut off.
                     requests.commits.turn.is_clean = False
-                if plan.fresh:
+                if staged:
                     with requests.lock:
-                        requests.dirty.will_stage(*plan.changed)
+                        for plan in staged:
+                            requests.dirty.will_stage(*plan.changed)
                         with self.tables.operation():
-                            self._stage_write(plan)
+                            for plan in staged:
+                                self._stage_write(plan)
             except BaseException:
-                self.give_back(plan.uncounted)
+                # They share what they took.
+                self.give_back(plans[0].uncounted)
                 raise
             finally:
                 self.guard.end(request)
-        if plan.fresh:
+        if staged:
             requests.commit_if_large()
 
     # Run, without the lock
 
-    def _run_write(self, plan: WritePlan, data: memoryview, offset: GuestOffset) -> None:
+    def _run_write(self, plan: WritePlan, data: memoryview) -> None:
+        offset = plan.offset
         if plan.zeroes:
             for piece in plan.pieces:
                 if self.medium.data_file is not None:
@@ -238,19 +277,18 @@ class Writes(Planning):
         if plan.ordered and not self._is_outside:
             # In a data file X1 sees to that.
             tables.changes.ordered = True
+        while plan.uncounted:
+            # From here on they are the operation's to give up, should it fail.
+            tables.refcounts.count_in(plan.uncounted.pop(0))
         for fresh in plan.fresh:
             if tables.changes.own is not None and self._is_outside:
                 places = map(ClusterIndex, range(fresh.run.start, fresh.run.start + fresh.run.count))
                 tables.changes.own.update(places)
                 tables.changes.outside |= tables.changes.own
-            if fresh.is_new:
-                # From here on they are the operation's to give up, should it fail.
-                plan.uncounted.remove(fresh.run)
-                tables.refcounts.count_in(fresh.run)
             self._map(fresh)
 
     def _map(self, fresh: Fresh) -> None:
-        piece, first, run, _ = fresh
+        piece, first, run = fresh
         codec, mapping = self.tables.mapping.codec, self.tables.mapping
         clusters = range(first, first + run.count)
         replaced = None

@@ -69,7 +69,7 @@ MUTANTS_OF_SMALL_WRITES = (
     ),
     Mutant(
         "I8-pending-before-its-bits",
-        skipping(f"{TRACKING}.will_write", during=f"{SMALL_WRITES}._plan"),
+        skipping(f"{TRACKING}.will_write", during=f"{SMALL_WRITES}.take"),
         trials=seeds("intents-mixed-bitmaps/8192", 4),
     ),
     Mutant(

@@ -32,13 +32,14 @@ def _live_image(journal_bytes: int = 64 << 10) -> tuple[SimulatedDevice, jqcow.I
 def small_write_over_a_longer_one() -> None:
     """P1: a longer write is held up; a small one over it is flushed and read, and brought home."""
     device, image = _live_image()
-    small = b"\x55" * SECTOR_BYTES
-    with HeldUp(device, lambda: image.pwrite(b"\x44" * (SECTOR_BYTES + 1), 0), call="pwrite") as held:
-        image.pwrite(small, 0)
+    # The older one goes in place; the small one reaches into a cluster that has no place yet, and waits.
+    offset, small = 8 * CLUSTER_BYTES - SECTOR_BYTES, b"\x55" * (2 * SECTOR_BYTES)
+    with HeldUp(device, lambda: image.pwrite(b"\x44" * (SECTOR_BYTES - 1), offset), call="pwrite") as held:
+        image.pwrite(small, offset)
         image.flush()
-        require(image.pread(SECTOR_BYTES, 0) == small, "P1: a small write is not read")
+        require(image.pread(len(small), offset) == small, "P1: a small write is not read")
         held.run(image.checkpoint)
-    require(image.pread(SECTOR_BYTES, 0) == small, "P1: an older write came back")
+    require(image.pread(len(small), offset) == small, "P1: an older write came back")
 
 
 def small_write_during_a_round() -> None:
@@ -49,20 +50,20 @@ def small_write_during_a_round() -> None:
         image.pwrite(bytes([number + 1]) * SECTOR_BYTES, (number + 1) * (2 << 20))
         image.flush() if number == 2 else None
     with HeldUp(device, image.checkpoint, call="pwrite"):
-        image.pwrite(b"\x55" * SECTOR_BYTES, CLUSTER_BYTES)
-    require(image.pread(1, CLUSTER_BYTES) == b"\x55", "P1: a completed write is gone")
+        image.pwrite(b"\x55" * SECTOR_BYTES, 9 * CLUSTER_BYTES)
+    require(image.pread(1, 9 * CLUSTER_BYTES) == b"\x55", "P1: a completed write is gone")
     image.flush()
     recovered = open_simulated(device.crash(next(iter(enumerate_states(device, budget=1)))))
-    require(recovered.pread(1, CLUSTER_BYTES) == b"\x55", "P1: a flushed write is gone")
+    require(recovered.pread(1, 9 * CLUSTER_BYTES) == b"\x55", "P1: a flushed write is gone")
 
 
 def guest_data_like_a_frame() -> None:
     """P4: the guest writes what looks like a newer record of the journal, and its own record is torn."""
     device, image = _live_image(LONG_JOURNAL)
-    journal = inside.journal_of(image)
+    journal, place = inside.journal_of(image), 9 * CLUSTER_BYTES
     payload = frames.encode_operations([HeaderOperation(inside.header_of(image).data)])
     forged = frames.frame_payload(payload, journal.extent.salt, journal.epoch + 7, journal.sequence + 9)
-    intent = IntentOperation(journal.sequence + 1, 0, bytes(3 * FRAME_ALIGNMENT))
+    intent = IntentOperation(journal.sequence + 1, place, bytes(3 * FRAME_ALIGNMENT))
     before_data = FRAME_HEADER_BYTES + len(frames.encode_operations([intent]).data) - len(intent.data)
     # Where a frame may start.
     data = (bytes(FRAME_ALIGNMENT - before_data) + forged).ljust(len(intent.data), b"\0")
@@ -71,7 +72,7 @@ def guest_data_like_a_frame() -> None:
     def cut(name: str, device: SimulatedDevice) -> None:
         crashed.extend(device.crash(state) for state in enumerate_states(device, budget=64))
 
-    image.pwrite(data, 0)
+    image.pwrite(data, place)
     device.barrier_listeners.append(cut)
     image.flush()
     for each in crashed:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from jqcow.image.entering import SMALL_WRITES, SmallWrites
+from jqcow.image.entering import SmallWrites
 from jqcow.testing import SimulatedDevice, Workload
 from tests.crash import amended, overlays, small_writes, stories
 from tests.crash.layouts import GarbageRule
@@ -38,7 +38,7 @@ class Family:
     cluster_sizes: tuple[int, ...] = CLUSTER_SIZES
     weight: float = 1.0
     journal_bytes: int = JOURNAL_BYTES
-    small_writes: SmallWrites = SMALL_WRITES
+    small_writes: SmallWrites = "in-place"
 
     def workload(self, cluster_bytes: int, seed: int) -> Workload[Expectation]:
         """Return the family's workload for a cluster size and a seed: the same on every run."""
@@ -402,13 +402,31 @@ _OF_BLOCK_DEVICES = (
     Family("device-preallocated", "device-full", stories.PREALLOCATED, SMALL_TABLES),
     Family("device-preallocated-old-space", "device-dirty", stories.PREALLOCATED_OLD_SPACE, (1024, 4096)),
 )
+_STAGED_TOGETHER = {
+    "over",
+    "mixed",
+    "mixed-snapshots",
+    "mixed-bitmaps",
+    "killed",
+    "fails",
+    "transactions",
+    "reuse",
+}
+"""These have a longer journal, where many small writes are brought home together."""
 _OF_SMALL_WRITES = tuple(
-    Family(f"intents-{name}", start, story, *sizes, small_writes="journal")
+    Family(
+        f"intents-{name}",
+        start,
+        story,
+        *sizes,
+        small_writes="journal",
+        journal_bytes=(8 if name in _STAGED_TOGETHER else 1) * JOURNAL_BYTES,
+    )
     for name, start, story, *sizes in (
         ("logged", "used", small_writes.LOGGED),
-        ("over", "full", small_writes.OVER_EACH_OTHER),
-        ("parts", "full", small_writes.PARTS_OF_SECTORS),
-        ("mixed", "full", small_writes.MIXED),
+        ("over", "used", small_writes.OVER_EACH_OTHER),
+        ("parts", "snapshots-unpunchable", small_writes.PARTS_OF_SECTORS),
+        ("mixed", "unpunchable", small_writes.MIXED),
         ("mixed-overlay", "overlay-unpunchable", small_writes.MIXED),
         ("mixed-snapshots", "snapshots-unpunchable", small_writes.MIXED),
         ("mixed-subclusters", "subclusters-unpunchable", small_writes.MIXED, WITH_SUBCLUSTERS),
@@ -416,10 +434,10 @@ _OF_SMALL_WRITES = tuple(
         ("epochs", "used", small_writes.EPOCHS),
         ("killed", "used", small_writes.KILLED),
         ("fails", "unpunchable", small_writes.FAILS),
-        ("barrier-fails", "full", small_writes.BARRIER_FAILS),
+        ("barrier-fails", "used", small_writes.BARRIER_FAILS),
         ("disk-full", "used", small_writes.DISK_FULL),
         ("moves", "used", small_writes.MOVES),
-        ("transactions", "full", small_writes.TRANSACTIONS),
+        ("transactions", "used", small_writes.TRANSACTIONS),
         ("snapshots", "snapshots", stories.BETWEEN_WRITES),
         ("overlay", "overlay", stories.REOPENED),
         ("resizes", "full", stories.RESIZES),

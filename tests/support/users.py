@@ -17,7 +17,7 @@ from typing import Any, Unpack
 
 import jqcow
 from jqcow.errors import PoisonedError, UnsupportedFeatureError
-from jqcow.image.entering import SMALL_WRITES, SmallWrites
+from jqcow.image.entering import SmallWrites
 from jqcow.image.transaction import Savepoint, Transaction
 from jqcow.ondisk.encryption import Encryption
 from jqcow.ondisk.form import FormOptions, Preallocation
@@ -92,7 +92,7 @@ def open_simulated(
     snapshot: str | None = None,
     *,
     journal_bytes: int = JOURNAL_BYTES,
-    small_writes: SmallWrites = SMALL_WRITES,
+    small_writes: SmallWrites = "in-place",
     backing: Callable[[NamedFile], Any] = find_below,
 ) -> jqcow.Image:
     """Open the image on a device, closed before or not, with salts that a replay meets again."""
@@ -350,7 +350,7 @@ class Session(User):
     faults_seen: int = 0
     written: int = 0
     journal_bytes: int = JOURNAL_BYTES
-    small_writes: SmallWrites = SMALL_WRITES
+    small_writes: SmallWrites = "in-place"
     _was_killed: bool = False
 
     # Coming and going

@@ -9,6 +9,7 @@ import pytest
 
 import jqcow
 from jqcow.disks.policy import Following
+from jqcow.engine.destaging import FRESH_BYTES_MAX
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.offline.records import read_journal
 from jqcow.offline.recover import recover_image
@@ -23,14 +24,18 @@ from tests.unit.engines import CLUSTER, JOURNAL, MIB, SECTOR
 LONG = 16 * JOURNAL
 
 
-def started(journal_size: int = LONG, **options: Any) -> tuple[SimulatedDevice, jqcow.Image]:
-    """Return a live image, whose first clusters have data, on its device."""
+def started(
+    journal_size: int = LONG, free_bytes: int | None = None, **options: Any
+) -> tuple[SimulatedDevice, jqcow.Image]:
+    """Return a live image, whose first clusters have data, on its device; a host that tells of its space."""
     device = SimulatedDevice()
+    if free_bytes is not None:
+        vars(device)["free_bytes"] = lambda: free_bytes
     jqcow.create_on_device(device, 4 * MIB, cluster_size=CLUSTER, **options).close()
     device.reopen()
     image = jqcow.open_device(device, "r+", journal_size=journal_size, small_writes="journal")
     image.pwrite(b"\x33" * (4 * CLUSTER), 0)
-    image.flush()
+    image.checkpoint()
     return device, image
 
 
@@ -45,15 +50,58 @@ def barriers(device: SimulatedDevice) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("offset", [0, 40 * CLUSTER], ids=["overwrites", "allocates"])
-def test_a_flush_is_one_append_and_one_barrier(offset: int) -> None:
+def test_a_flush_is_one_append_and_one_barrier() -> None:
     device, image = started()
     names = barriers(device)
-    image.pwrite(b"\x44" * CLUSTER, offset)
+    image.pwrite(b"\x44" * CLUSTER, 40 * CLUSTER)
     assert not device.changes
     image.flush()
     assert names == ["flush.record"]
-    assert recovered(device).pread(CLUSTER, offset) == b"\x44" * CLUSTER
+    assert recovered(device).pread(CLUSTER, 40 * CLUSTER) == b"\x44" * CLUSTER
+
+
+def test_what_may_be_overwritten_is_written_once_unless_something_waits_there() -> None:
+    device, image = started()
+    image.pwrite(b"\x44" * CLUSTER, CLUSTER)
+    assert any(isinstance(change, Write) for change in device.changes)
+    names = barriers(device)
+    image.flush()
+    assert names == ["flush.data"]
+    image.pwrite(b"\x44" * SECTOR, 40 * CLUSTER)
+    image.flush()
+    image.pwrite(b"\x55" * SECTOR, 40 * CLUSTER)
+    assert not device.changes
+    del names[:]
+    image.flush()
+    assert names == ["flush.record"]
+    assert recovered(device).pread(SECTOR, 40 * CLUSTER) == b"\x55" * SECTOR
+
+
+def test_a_stream_without_flushes_is_written_once() -> None:
+    device, image = started()
+    for number in range(80):
+        image.pwrite(b"\x44" * CLUSTER, (8 + number) * CLUSTER)
+    waiting = image._engine.log.pending
+    assert waiting.length_bytes == FRESH_BYTES_MAX
+    assert any(isinstance(change, Write) for change in device.changes)
+    names = barriers(device)
+    image.flush()
+    assert names == ["flush.record"]
+    crashed = recovered(device)
+    assert crashed.pread(80 * CLUSTER, 8 * CLUSTER) == b"\x44" * (80 * CLUSTER)
+
+
+def test_what_waits_in_one_cluster_comes_to_lie_in_one() -> None:
+    device, image = started()
+    for number in reversed(range(4)):
+        image.pwrite(bytes([number]) * SECTOR, 40 * CLUSTER + 2 * number * SECTOR)
+    image.pwrite(b"\x44" * 3 * SECTOR, 41 * CLUSTER - SECTOR)
+    image.checkpoint()
+    assert [image.pread(1, 40 * CLUSTER + 2 * number * SECTOR)[0] for number in range(4)] == [0, 1, 2, 3]
+    assert image.pread(3 * SECTOR, 41 * CLUSTER - SECTOR) == b"\x44" * 3 * SECTOR
+    found = image.check()
+    assert (found.ok, found.allocated_clusters) == (True, 6)
+    assert recovered(device).check().ok
 
 
 def test_over_a_snapshot_a_flush_is_one_barrier_too() -> None:
@@ -126,7 +174,7 @@ def test_where_the_backing_file_shows_a_write_goes_the_ordinary_way() -> None:
     del names[:]
     image.pwrite(b"\x66" * SECTOR, CLUSTER + SECTOR)
     image.flush()
-    assert names == ["flush.record"]
+    assert names == ["flush.data"]
     # Nothing that waits needs what lies below.
     with jqcow.open_device(device.killed(), "r", backing=Base()) as image:
         assert image.pread(3 * SECTOR, CLUSTER) == b"\x55" * SECTOR + b"\x66" * SECTOR + b"\x77" * SECTOR
@@ -144,13 +192,13 @@ def test_what_waits_is_data_in_every_view() -> None:
 
 def test_readers_of_a_crashed_image_see_what_waits() -> None:
     device, image = started()
-    image.pwrite(b"\x44" * SECTOR, CLUSTER)
+    image.pwrite(b"\x44" * SECTOR, 20 * CLUSTER)
     image.flush()
-    image.pwrite(b"\x55" * SECTOR, CLUSTER)
+    image.pwrite(b"\x55" * SECTOR, 20 * CLUSTER)
     crashed = device.killed()
     before = crashed.content()
     with jqcow.open_device(crashed, "r") as reader:
-        assert reader.pread(2 * SECTOR, CLUSTER) == b"\x44" * SECTOR + b"\x33" * SECTOR
+        assert reader.pread(2 * SECTOR, 20 * CLUSTER) == b"\x44" * SECTOR + bytes(SECTOR)
         assert reader.check().ok
     assert crashed.content() == before
 
@@ -237,10 +285,7 @@ def test_a_full_disk_is_told_and_what_was_flushed_stays() -> None:
 
 
 def test_where_the_host_is_short_of_space_a_write_goes_the_ordinary_way() -> None:
-    device, image = started()
-    vars(device)["free_bytes"] = lambda: 64 << 10
-    image.pwrite(b"\x44" * SECTOR, 0)
-    assert not device.changes
+    device, image = started(free_bytes=64 << 10)
     image.pwrite(b"\x44" * SECTOR, 20 * CLUSTER)
     assert any(isinstance(change, Write) for change in device.changes)
 
@@ -248,13 +293,15 @@ def test_where_the_host_is_short_of_space_a_write_goes_the_ordinary_way() -> Non
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["whole", "with a gap"])
 def test_salvage_has_what_waits(is_damaged: bool) -> None:
     device, image = started()
-    image.pwrite(b"\x44" * SECTOR, CLUSTER + SECTOR)
+    image.pwrite(b"\x66" * SECTOR, 30 * CLUSTER)
+    image.flush()
+    image.pwrite(b"\x44" * SECTOR, 20 * CLUSTER + SECTOR)
     image.flush()
     image.pwrite(b"\x55" * SECTOR, 50 * CLUSTER)
     image.flush()
     content = bytearray(device.killed().content())
     if is_damaged:
-        record = image._engine.log.require_journal().extent.half_offset(1) + 4096
+        record = image._engine.log.require_journal().extent.half_offset(2) + 4096
         content[record : record + SECTOR] = bytes(SECTOR)
     patient = patient_on(SimulatedDevice(bytes(content)), "", (0, 0))
     found = patient.survey()
@@ -271,7 +318,7 @@ def test_salvage_has_what_waits(is_damaged: bool) -> None:
 
 def test_tables_are_not_made_anew_in_place_while_something_waits() -> None:
     device, image = started()
-    image.pwrite(b"\x44" * SECTOR, CLUSTER)
+    image.pwrite(b"\x44" * SECTOR, 20 * CLUSTER)
     image.flush()
     with pytest.raises(UnsupportedFeatureError, match="writes of the guest"):
         rebuilt(device.killed(), "", (0, 0), Following(False))
@@ -303,17 +350,17 @@ def test_reports_tell_of_it_in_words(tmp_path: Any, capsys: pytest.CaptureFixtur
     from jqcow.cli.main import main
 
     device, image = started()
-    image.pwrite(b"\x44" * SECTOR, CLUSTER)
+    image.pwrite(b"\x44" * SECTOR, 20 * CLUSTER)
     image.flush()
     image.checkpoint()
-    image.pwrite(b"\x55" * SECTOR, 2 * CLUSTER)
+    image.pwrite(b"\x55" * SECTOR, 30 * CLUSTER)
     image.flush()
     path = tmp_path / "crashed.qcow2"
     path.write_bytes(device.killed().content())
     listing = read_journal(path)
     assert listing is not None
     told = [operation.meaning for record in listing.records for operation in record.operations]
-    assert f"a write to guest range {2 * CLUSTER:#x} to {2 * CLUSTER + SECTOR:#x}, not done" in told
+    assert f"a write to guest range {30 * CLUSTER:#x} to {30 * CLUSTER + SECTOR:#x}, not done" in told
     assert main(["info", str(path)]) == 0
     assert "Small writes of the guest wait in it: 512 B" in capsys.readouterr().out
     report = recover_image(path)
@@ -321,4 +368,4 @@ def test_reports_tell_of_it_in_words(tmp_path: Any, capsys: pytest.CaptureFixtur
     assert (report.journal.pending_writes, report.journal.pending_bytes) == (1, SECTOR)
     assert "do 1 small writes of the guest, of 512 bytes in all" in report.actions
     with jqcow.open(path) as reader:
-        assert reader.pread(1, 2 * CLUSTER) == b"\x55"
+        assert reader.pread(1, 30 * CLUSTER) == b"\x55"
