@@ -85,7 +85,7 @@ def named(text: str, image_format: str | None, *, image_opts: bool = False) -> N
             return _of_options(text, _pairs(text), None)
         if protocol_of(text) == "json":
             return _of_json(text, image_format)
-        return Named(text, meaning_of(text, "").path, image_format)
+        return Named(text, _plain(meaning_of(text, "").path), image_format)
     except (RefusedName, UnsupportedFeatureError) as refused:
         raise CommandError(f"Could not open '{text}': {refused}") from refused
 
@@ -116,7 +116,12 @@ def _of_options(text: str, options: dict[str, object], image_format: str | None)
         raise RefusedName(f"its driver is {driver}, not {image_format}")
     secret = _secret(options)
     share = None if not shares else any(value in (True, "on", "yes", "true") for value in shares.values())
-    return Named(text, path, image_format or driver, secret, share)
+    return Named(text, _plain(path), image_format or driver, secret, share)
+
+
+def _plain(path: str) -> str:
+    """Return a path that is taken for no protocol when it is given or stored again, as QEMU does."""
+    return path if protocol_of(path) is None else f"./{path}"
 
 
 def _secret(options: dict[str, object]) -> str | None:

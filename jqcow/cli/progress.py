@@ -1,4 +1,4 @@
-"""How far a long command is: a bar, lines, or JSON lines, on stderr."""
+"""How far a long command is: a bar, lines, or JSON lines, on stderr; as qemu-img, percent on stdout."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, TextIO
 
 from jqcow.cli.common import human_size
+from jqcow.device.disk import Extent
 from jqcow.offline.compare import Progress
 
-ProgressKind = Literal["none", "bar", "lines", "json"]
+ProgressKind = Literal["none", "bar", "lines", "json", "percent"]
 BAR_WIDTH = 40
 SECONDS_BETWEEN = 0.1
 LINE_PERCENT = 10
@@ -33,6 +35,8 @@ def progress_kind(arguments: argparse.Namespace) -> ProgressKind:
     """Return how progress is to be shown: on a terminal as a bar, elsewhere as lines, if asked for."""
     if arguments.progress is None or (arguments.quiet and arguments.progress == "auto"):
         return "none"
+    if arguments.progress == "auto" and arguments.profile.is_qemu:
+        return "percent"
     if arguments.progress == "auto":
         return "bar" if sys.stderr.isatty() else "lines"
     kind: ProgressKind = arguments.progress
@@ -41,7 +45,55 @@ def progress_kind(arguments: argparse.Namespace) -> ProgressKind:
 
 def progress_of(arguments: argparse.Namespace) -> AbstractContextManager[Progress]:
     """Give a function that shows how far a command is, as its arguments ask for it."""
-    return shown_progress(progress_kind(arguments), sys.stderr, arguments.verb)
+    kind = progress_kind(arguments)
+    if kind == "percent":
+        return shown_percent(sys.stdout, getattr(arguments, "allocated", None))
+    return shown_progress(kind, sys.stderr, arguments.verb)
+
+
+class Allocated:
+    """How much of a disk is data up to an offset: qemu-img's progress counts nothing else."""
+
+    def __init__(self, extents: Iterable[Extent]) -> None:
+        """Take the disk's extents, in order."""
+        self._ends, self._sums = [0], [0]
+        for extent in extents:
+            if extent.holds_data:
+                self._ends += (extent.offset, extent.end)
+                self._sums += (self._sums[-1], self._sums[-1] + extent.length)
+
+    def share(self, done: int) -> float:
+        """Return which share of the data lies before an offset; where there is none, nothing."""
+        if not self._sums[-1]:
+            return 0
+        index = bisect_right(self._ends, done) - 1
+        # Every other range is data.
+        inside = done - self._ends[index] if index % 2 and index + 1 < len(self._ends) else 0
+        return (self._sums[index] + inside) / self._sums[-1]
+
+
+@contextmanager
+def shown_percent(stream: TextIO, allocated: Allocated | None = None) -> Iterator[Progress]:
+    """Give a function that shows percent as qemu-img does: each one once, 0 and 100 always."""
+    shown = 0.0
+
+    def show(percent: float) -> None:
+        stream.write(f"    ({percent:.2f}/100%)\r")
+        stream.flush()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        share = allocated.share(done) if allocated is not None else done / total if total else 1
+        if 100 * share > shown + 1:
+            shown = 100 * share
+            show(shown)
+
+    show(0)
+    try:
+        yield progress
+        show(100)
+    finally:
+        stream.write("\n")
 
 
 @contextmanager

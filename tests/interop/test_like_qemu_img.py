@@ -21,8 +21,8 @@ SIZES = re.compile(r"(disk size: |\"actual-size\": )[\d.]+( [KM]iB)?")
 
 
 def theirs(words: list[str], folder: Path) -> tuple[int, str, str]:
-    found = subprocess.run(["qemu-img", *words], cwd=folder, capture_output=True, text=True, check=False)
-    return found.returncode, found.stdout, found.stderr
+    found = subprocess.run(["qemu-img", *words], cwd=folder, capture_output=True, check=False)
+    return found.returncode, found.stdout.decode(), found.stderr.decode()
 
 
 def ours(words: list[str], folder: Path) -> tuple[int, str, str]:
@@ -53,6 +53,8 @@ STORIES: dict[str, list[str]] = {
         "create a.raw 1M",
         "create -f qcow2 -o size=3M a.qcow2",
         "create -f qcow2 file:a.qcow2 1M",
+        "create -f qcow2 file:a:b.img 1M",
+        "info file:a:b.img",
         "info a.qcow2",
         "info --output=json a.raw",
     ],
@@ -189,6 +191,7 @@ STORIES: dict[str, list[str]] = {
     "convert": [
         "convert -O qcow2 data.raw a.qcow2",
         "compare data.raw a.qcow2",
+        "convert -p -O qcow2 a.qcow2 packed.qcow2",
         "convert -c -O qcow2 a.qcow2 packed.qcow2",
         "compare packed.qcow2 a.qcow2",
         "convert -O raw data.raw short.raw two.raw",
@@ -287,3 +290,26 @@ def test_convert_encrypts_or_refuses(tmp_path: Path) -> None:
         assert code == 1 and "encrypt.format=luks" in told
     assert ours(["convert", "-O", "luks", "data.raw", "a"], tmp_path)[0] == 1
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0x2000A, b"\0\2"),  # the refcount of a cluster of data
+        (0x2000C, b"\0\1"),  # that of one that nothing uses
+        (0x18, (1 << 40).to_bytes(8, "big")),  # the size of the disk
+        (0x18, (1 << 60).to_bytes(8, "big")),
+    ],
+)
+def test_checks_of_damage_say_the_same(tmp_path: Path, place: int, value: bytes) -> None:
+    image = tmp_path / "image"
+    done("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    done("qemu-io", "-c", "write 0 64k", image)
+    content = bytearray(image.read_bytes())
+    content[place : place + len(value)] = value
+    folders = tmp_path / "theirs", tmp_path / "ours"
+    for folder in folders:
+        folder.mkdir()
+        (folder / "a.qcow2").write_bytes(content)
+    for words in ("check a.qcow2", "check -r leaks a.qcow2", "check -r all a.qcow2", "check a.qcow2"):
+        assert plain(ours(words.split(), folders[1])) == plain(theirs(words.split(), folders[0])), words

@@ -23,6 +23,7 @@ from jqcow import _native
 from jqcow.cli import common, main, recover
 from jqcow.cli import progress as progress_of
 from jqcow.device import names
+from jqcow.device.disk import Extent, ExtentKind
 from jqcow.device.file import FileDevice
 from jqcow.ondisk.form import Preallocation
 from jqcow.testing import SimulatedDevice
@@ -402,6 +403,20 @@ def test_progress_as_lines_is_short() -> None:
         for done in range(1001):
             progress(done, 1000)
     assert 11 <= len(stream.getvalue().splitlines()) <= 12
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shown"),
+    [("dud", ["0.00", "50.00", "100.00", "100.00"]), ("uuu", ["0.00", "100.00"])],
+)
+def test_progress_as_in_qemu_img_is_that_of_data(kinds: str, shown: list[str]) -> None:
+    names: dict[str, ExtentKind] = {"d": "data", "u": "unallocated"}
+    extents = [Extent(10 * number, 10, names[kind], None) for number, kind in enumerate(kinds)]
+    stream = io.StringIO()
+    with progress_of.shown_percent(stream, progress_of.Allocated(extents)) as progress:
+        for done in (10, 20, 30):
+            progress(done, 30)
+    assert stream.getvalue() == "".join(f"    ({percent}/100%)\r" for percent in shown) + "\n"
 
 
 # Errors and exit codes

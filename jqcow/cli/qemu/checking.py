@@ -24,7 +24,9 @@ _COUNTS = re.compile(r"refcount (\d+), references (\d+)")
 _COPIED = re.compile(r"0x([0-9a-f]+), refcount (\d+)")
 _LEAKS = (Kind.LEAK, Kind.LOST_DATA, Kind.LEAK_PAST_END)
 _UNKNOWN_TO_QEMU = (Kind.OVERLAP, Kind.RESERVED_RANGE, Kind.LEAK_PAST_END)
+_OFFSET_MASK = (1 << 56) - 1
 _L1_ENTRY_SHIFT = 3
+_L1_ENTRIES_MAX = (1 << 31) - 1
 _ALWAYS = ("image-end-offset", "check-errors")
 
 
@@ -48,10 +50,18 @@ def _look(arguments: argparse.Namespace) -> tuple[CheckReport, Qcow2Facts]:
     from jqcow.offline.info import check_file, read_info
 
     with opening(arguments.given):
-        facts = read_info(arguments.image, "qcow2", force_share=arguments.force_share).qcow2
+        info = read_info(arguments.image, "qcow2", force_share=arguments.force_share)
         report = check_file(arguments.image, force_share=arguments.force_share)
+    facts = info.qcow2
     if facts is None:
         raise CommandError(f"Could not open '{arguments.given}': Image is not in qcow2 format")
+    if any(found.kind == Kind.L1_TOO_SMALL and found.structure == "header" for found in report.findings):
+        # QEMU does not open it, also for a check.
+        is_big = info.virtual_size > _L1_ENTRIES_MAX * facts.cluster_size * (
+            facts.cluster_size >> _L1_ENTRY_SHIFT
+        )
+        told = "Image is too big" if is_big else "L1 table is too small"
+        raise CommandError(f"Could not open '{arguments.given}': {told}")
     return report, facts
 
 
@@ -76,7 +86,7 @@ def _repair(arguments: argparse.Namespace) -> dict[str, int]:
         with suppress(FileNotFoundError):
             os.unlink(undo_path(arguments.image))
     fixed = {
-        "leaks": 0 if done is None else done.leaks,
+        "leaks": 0 if done is None else max(0, done.leaks - before.counts.get(Kind.LEAK_PAST_END, 0)),
         "corruptions": 0 if done is None else done.too_low + done.copied_flags,
     }
     if any(fixed.values()) and arguments.output == "human" and not arguments.quiet:
@@ -96,9 +106,24 @@ def _lines(report: CheckReport, facts: Qcow2Facts, *, repairing: str | None) -> 
             return 2
         return 1 if _COUNTS.match(finding.detail) else 0
 
-    for finding in sorted(report.findings, key=place_of):
-        if finding.kind not in _UNKNOWN_TO_QEMU:
+    found = [finding for finding in report.findings if finding.kind not in _UNKNOWN_TO_QEMU]
+    found.sort(key=place_of)
+    mended = set[int]()
+    for finding in found:
+        if place_of(finding) == 1 and repairing is not None:
+            # It tells refcounts once more when it mends them.
+            yield _line(finding, facts, None)
+            if finding.kind in _LEAKS or repairing == "all":
+                mended.add(finding.offset)
+    for finding in found:
+        if finding.kind != Kind.COPIED_FLAG or _cluster_of(finding, facts) not in mended:
             yield _line(finding, facts, repairing)
+
+
+def _cluster_of(finding: Finding, facts: Qcow2Facts) -> int | None:
+    """Return the host offset of the cluster whose COPIED flag is wrong: by its refcount, if that is right."""
+    entry = _COPIED.match(finding.detail)
+    return None if entry is None else int(entry[1], 16) & _OFFSET_MASK & -facts.cluster_size
 
 
 def _line(finding: Finding, facts: Qcow2Facts, repairing: str | None) -> str:

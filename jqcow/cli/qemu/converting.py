@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jqcow.cli import common, copying, secrets
 from jqcow.cli.common import CommandError
+from jqcow.cli.progress import Allocated
 from jqcow.cli.qemu import creating
 from jqcow.cli.qemu import options as options_of
 from jqcow.cli.qemu.numbers import size_of
@@ -17,6 +20,7 @@ from jqcow.cli.qemu.wording import reason, reworded
 from jqcow.errors import BitmapError, JqcowError, SnapshotNotFound
 
 if TYPE_CHECKING:
+    from jqcow.device.disk import Extent
     from jqcow.disks.chain import Chain
 
 _SPARSE_MAX = 1 << 63
@@ -36,6 +40,8 @@ def convert(arguments: argparse.Namespace) -> int:
         _check_target(arguments, found, len(chains))
         if arguments.bitmaps:
             _check_bitmaps(arguments, chains)
+        if arguments.progress is not None:
+            arguments.allocated = Allocated(_extents(chains))
         if not arguments.into and _is_whole(arguments, found):
             stack.close()
             _convert_one(arguments, found)
@@ -81,6 +87,15 @@ def _open_sources(arguments: argparse.Namespace, stack: ExitStack) -> list[Chain
         if isinstance(error.__cause__, SnapshotNotFound):
             raise CommandError("Failed to load snapshot: Can't find snapshot") from error
         raise
+
+
+def _extents(chains: list[Chain]) -> Iterator[Extent]:
+    """Yield what all sources hold, one behind the other."""
+    start = 0
+    for chain in chains:
+        for extent in chain.extents(chain.size, 0):
+            yield replace(extent, offset=start + extent.offset)
+        start += chain.size
 
 
 def _new_target(arguments: argparse.Namespace, text: str, size: int) -> dict[str, str]:
