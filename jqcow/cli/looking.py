@@ -112,7 +112,7 @@ def info_command(arguments: argparse.Namespace) -> int:
         facts = read_info(
             arguments.image, common.disk_format(arguments.format), force_share=arguments.force_share
         )
-    _refuse_unknown(arguments, facts)
+    _refuse_what_qemu_does(arguments, facts)
     if arguments.output == "json":
         common.print_json(_info_json(facts))
     else:
@@ -120,12 +120,17 @@ def info_command(arguments: argparse.Namespace) -> int:
     return common.EXIT_OK
 
 
-def _refuse_unknown(arguments: argparse.Namespace, facts: ImageFacts) -> None:
-    """Refuse unknown incompatible features where qemu-img would, which tells nothing of such an image."""
-    if arguments.profile.is_qemu and facts.qcow2 is not None and facts.qcow2.unknown_incompatible:
+def _refuse_what_qemu_does(arguments: argparse.Namespace, facts: ImageFacts) -> None:
+    """Refuse headers that qemu-img would, which tells nothing of such an image."""
+    special = facts.qcow2
+    if not arguments.profile.is_qemu or special is None:
+        return
+    told = ", ".join(special.header_faults)
+    if special.unknown_incompatible:
         from jqcow.cli.qemu.wording import unsupported
 
-        told = unsupported(", ".join(facts.qcow2.unknown_features))
+        told = unsupported(", ".join(special.unknown_features))
+    if told:
         raise common.CommandError(f"Could not open '{arguments.given}': {told}")
 
 
@@ -135,7 +140,7 @@ def _chain_info(arguments: argparse.Namespace) -> int:
             arguments.image, common.disk_format(arguments.format), following=_following(arguments)
         )
     for facts in chain:
-        _refuse_unknown(arguments, facts)
+        _refuse_what_qemu_does(arguments, facts)
     if arguments.output == "json":
         common.print_json([_info_json(facts) for facts in chain])
     else:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from jqcow.checker.header import header_faults
 from jqcow.device.file import FileDevice
 from jqcow.disks.files import open_to_read
 from jqcow.disks.policy import Following
@@ -80,7 +81,10 @@ class LuksFacts:
 
 @dataclass(frozen=True)
 class Qcow2Facts:
-    """What only a qcow2 image has: all that its header announces, whether or not jqcow can open it."""
+    """What only a qcow2 image has: all that its header announces, whether or not jqcow can open it.
+
+    ``header_faults``: what is wrong in the header, in words; QEMU does not open an image with such.
+    """
 
     cluster_size: int
     version: int
@@ -101,6 +105,7 @@ class Qcow2Facts:
     unknown_features: tuple[str, ...]
     unknown_incompatible: int
     l1_table_offset: int
+    header_faults: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,7 @@ def _qcow2_facts(view: FileView) -> Qcow2Facts:
         unknown_features=(*unknown_features(view.area), *ignored_features(view.area)),
         unknown_incompatible=incompatible & ~(headers.INCOMPATIBLE_KNOWN | headers.INCOMPATIBLE_JOURNAL),
         l1_table_offset=header.l1_table_offset,
+        header_faults=tuple(detail for _, _, detail in header_faults(view.area)),
     )
 
 

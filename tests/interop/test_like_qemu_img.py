@@ -311,5 +311,30 @@ def test_checks_of_damage_say_the_same(tmp_path: Path, place: int, value: bytes)
     for folder in folders:
         folder.mkdir()
         (folder / "a.qcow2").write_bytes(content)
-    for words in ("check a.qcow2", "check -r leaks a.qcow2", "check -r all a.qcow2", "check a.qcow2"):
+    for words in (
+        "check a.qcow2",
+        "check -r leaks a.qcow2",
+        "check --output=json -r all a.qcow2",
+        "check a.qcow2",
+    ):
         assert plain(ours(words.split(), folders[1])) == plain(theirs(words.split(), folders[0])), words
+
+
+def test_data_past_the_end_is_told_alike(tmp_path: Path) -> None:
+    image = tmp_path / "a.qcow2"
+    done("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    done("qemu-io", "-c", "write 0 64k", image)
+    content = bytearray(image.read_bytes())
+    content[0x40000:0x40008] = (0x50 << 32).to_bytes(8, "big")
+    image.write_bytes(content)
+    assert ours(["check", "a.qcow2"], tmp_path) == theirs(["check", "a.qcow2"], tmp_path)
+
+
+@pytest.mark.parametrize(("place", "value"), [(0x4F, 8), (0x68, 1)])
+def test_compression_types_that_contradict_are_refused_alike(tmp_path: Path, place: int, value: int) -> None:
+    image = tmp_path / "a.qcow2"
+    done("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    content = bytearray(image.read_bytes())
+    content[place] = value
+    image.write_bytes(content)
+    assert ours(["info", "a.qcow2"], tmp_path)[0] == theirs(["info", "a.qcow2"], tmp_path)[0] == 1

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jqcow.offline.info import Qcow2Facts
 
 _COUNTS = re.compile(r"refcount (\d+), references (\d+)")
+_PAST_END = re.compile(r"(?:data|L2 table) at 0x([0-9a-f]+)$")
 _COPIED = re.compile(r"0x([0-9a-f]+), refcount (\d+)")
 _LEAKS = (Kind.LEAK, Kind.LOST_DATA, Kind.LEAK_PAST_END)
 _UNKNOWN_TO_QEMU = (Kind.OVERLAP, Kind.RESERVED_RANGE, Kind.LEAK_PAST_END)
@@ -138,6 +139,12 @@ def _line(finding: Finding, facts: Qcow2Facts, repairing: str | None) -> str:
         return f"{word} cluster {cluster} refcount={counts[1]} reference={counts[2]}"
     copied = _COPIED.match(finding.detail) if finding.kind == Kind.COPIED_FLAG else None
     word = "Repairing" if mends_all else "ERROR"
+    past_end = _PAST_END.search(finding.detail) if finding.kind == Kind.PAST_END else None
+    if past_end is not None:
+        return (
+            "ERROR: counting reference for region exceeding the end of the file by one cluster or more: "
+            f"offset 0x{past_end[1]} size {facts.cluster_size:#x}"
+        )
     if copied is None:
         return f"ERROR {finding.structure} at {finding.offset:#x}: {finding.detail}"
     entry = copied[1].lstrip("0") or "0"
@@ -160,10 +167,10 @@ def _json(report: CheckReport, filename: str, fixed: dict[str, int]) -> dict[str
         "compressed-clusters": report.compressed_clusters,
         "total-clusters": report.total_clusters,
         "corruptions": report.corruptions,
+        "corruptions-fixed": fixed["corruptions"],
         "check-errors": 0,
         "leaks": _leaks(report),
         "leaks-fixed": fixed["leaks"],
-        "corruptions-fixed": fixed["corruptions"],
         "allocated-clusters": report.allocated_clusters,
         "filename": filename,
         "format": "qcow2",
