@@ -64,7 +64,7 @@ def add_parsers(commands: Any) -> None:
     )
     mapping.add_argument("-s", "--start-offset", metavar="OFFSET", default="0", help="start here")
     mapping.add_argument("-l", "--max-length", metavar="LENGTH", help="and end after this many bytes")
-    mapping.set_defaults(command=map_command)
+    mapping.set_defaults(command=map_command, export=None)
     journal = commands.add_parser(
         "journal",
         help="say where a live journal lies, and list its records",
@@ -422,6 +422,10 @@ def undo_command(arguments: argparse.Namespace) -> int:
 
 def map_command(arguments: argparse.Namespace) -> int:
     """Print the extents of a disk."""
+    if arguments.export is not None:
+        from jqcow.cli.qemu.exports import map_export
+
+        return map_export(arguments)
     from jqcow.offline.map import map_file
 
     common.print_warnings(arguments, arguments.image, arguments.format, force_share=arguments.force_share)

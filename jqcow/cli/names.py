@@ -63,6 +63,14 @@ def add_objects(parser: argparse.ArgumentParser) -> None:
 def resolve(arguments: argparse.Namespace) -> None:
     """Put the file in the place of its name, for a command with one image."""
     given = arguments.image
+    if arguments.profile.is_qemu and arguments.verb == "map":
+        from jqcow.cli.qemu.exports import export_named
+
+        # Of an export its extents are told, and nothing else.
+        arguments.export = export_named(given, image_opts=arguments.image_opts)
+        if arguments.export is not None:
+            arguments.given = given
+            return
     found = named(given, getattr(arguments, "format", None), image_opts=arguments.image_opts)
     arguments.given, arguments.image, arguments.secret = given, found.path, found.secret
     arguments.format = found.format

@@ -226,7 +226,8 @@ def _luks(view: FileView) -> LuksFacts | None:
         cipher_alg=f"{header.cipher}-{header.cipher_bits}",
         cipher_mode=mode,
         ivgen_alg=generator,
-        ivgen_hash_alg=generator_hash or None,
+        # Other generators use none, whatever is written there.
+        ivgen_hash_alg=generator_hash if generator == "essiv" else None,
         hash_alg=header.hash,
         uuid=header.uuid,
         payload_offset=header.payload_sector * SECTOR_BYTES,

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,7 @@ STORIES: dict[str, list[str]] = {
         "map full.qcow2",
         "convert -c -S 0 -O qcow2 short.raw full.qcow2",
         "map --output=json full.qcow2",
+        "convert --bitmaps -O raw a.qcow2 other.raw",
         "convert -O qcow2 -B a.qcow2 -F qcow2 -o size=1 a.qcow2 top.qcow2",
         "convert none.raw a.qcow2",
         "convert",
@@ -338,3 +340,31 @@ def test_compression_types_that_contradict_are_refused_alike(tmp_path: Path, pla
     content[place] = value
     image.write_bytes(content)
     assert ours(["info", "a.qcow2"], tmp_path)[0] == theirs(["info", "a.qcow2"], tmp_path)[0] == 1
+
+
+def test_maps_of_exports_say_the_same(tmp_path: Path) -> None:
+    image, path = tmp_path / "a.qcow2", tmp_path / "s"
+    done("qemu-img", "create", "-q", "-f", "qcow2", "-b", tmp_path / "b", "-F", "raw", "-u", image, "4M")
+    (tmp_path / "b").write_bytes(bytes(1 << 20) + b"b" * (1 << 20))
+    done("qemu-img", "bitmap", "--add", image, "b0")
+    done("qemu-io", "-c", "write 1M 64k", "-c", "write -z 3M 64k", image)
+    done("qemu-img", "bitmap", "--disable", image, "b0")
+    server = ["qemu-nbd", "-t", "-r", "-f", "qcow2", "-A", "-B", "b0", "-x", "exp", "-k", path, image]
+    uri, options = (
+        f"nbd+unix:///exp?socket={path}",
+        f"driver=nbd,server.type=unix,server.path={path},export=exp",
+    )
+    asked = [["map", uri], ["map", "--output=json", uri]]
+    for context in ("qemu:dirty-bitmap:b0", "qemu:allocation-depth"):
+        asked.append(["map", "--output=json", "--image-opts", f"{options},x-dirty-bitmap={context}"])
+    with subprocess.Popen([*map(str, server)]) as running:
+        try:
+            while running.poll() is None and not path.exists():
+                time.sleep(0.02)
+            for words in asked:
+                assert ours(words, tmp_path) == theirs(words, tmp_path), words
+            for words in (["map", f"nbd+unix:///none?socket={path}"], ["map", "nbd+unix:///exp"]):
+                assert ours(words, tmp_path)[0] == theirs(words, tmp_path)[0] == 1
+        finally:
+            running.terminate()
+    assert ours(["map", uri], tmp_path)[0] == theirs(["map", uri], tmp_path)[0] == 1

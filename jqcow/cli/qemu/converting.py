@@ -138,6 +138,8 @@ def _check_bitmaps(arguments: argparse.Namespace, chains: list[Chain]) -> None:
 
     if len(chains) > 1:
         raise CommandError("Copying bitmaps only possible with single source")
+    if _format(arguments) != "qcow2":
+        raise CommandError(f"Format driver '{_format(arguments)}' does not support bitmaps")
     top = chains[0].layers[0]
     if not isinstance(top, ImageDisk):
         raise CommandError("Source lacks bitmap support")

@@ -1,0 +1,110 @@
+"""``map`` of what an NBD server exports, as in qemu-img: names of exports, and block status as extents."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from jqcow.cli import common
+from jqcow.cli.common import CommandError
+from jqcow.cli.qemu.options import plain_pairs
+from jqcow.cli.qemu.wording import opening
+from jqcow.errors import printable
+from jqcow.nbd.client import BASE_ALLOCATION, STATUS_HOLE, STATUS_ZERO, Export, Status, read_status
+
+_PORT = 10809
+_SCHEMES = ("nbd", "nbd+tcp", "nbd+unix")
+_OPTIONS = {
+    "driver",
+    "server.type",
+    "server.path",
+    "server.host",
+    "server.port",
+    "path",
+    "host",
+    "port",
+    "export",
+    "x-dirty-bitmap",
+}
+_DEPTH = "qemu:allocation-depth"
+_DEPTHS_TOLD = 2
+"""As in QEMU: what lies deeper is told as this depth."""
+_ROW = "{:<16}{:<16}{:<16}{}"
+
+
+@dataclass(frozen=True)
+class NamedExport:
+    """An export among arguments; ``context`` says what its status is to tell."""
+
+    export: Export
+    context: str = BASE_ALLOCATION
+
+
+def export_named(text: str, *, image_opts: bool) -> NamedExport | None:
+    """Return the export that an argument names, None where it names none.
+
+    Raises:
+        CommandError: an export whose name says more than where it is.
+    """
+    if image_opts:
+        options = plain_pairs(text)
+        return _of_options(text, options) if options.get("driver") == "nbd" else None
+    parts = urlsplit(text)
+    if parts.scheme not in _SCHEMES or not text.startswith(f"{parts.scheme}://"):
+        return None
+    name = unquote(parts.path.removeprefix("/"))
+    if parts.scheme != "nbd+unix":
+        return NamedExport(Export((parts.hostname or "localhost", parts.port or _PORT), name))
+    paths = parse_qs(parts.query).get("socket")
+    if not paths:
+        raise CommandError(f"Could not open '{text}': Invalid NBD URI")
+    return NamedExport(Export(paths[0], name))
+
+
+def _of_options(text: str, options: dict[str, str]) -> NamedExport:
+    others = sorted(options.keys() - _OPTIONS)
+    if others:
+        raise CommandError(f"Could not open '{text}': the option '{others[0]}' of NBD is not supported")
+    path = options.get("server.path", options.get("path"))
+    host = options.get("server.host", options.get("host"))
+    if (path is None) == (host is None):
+        raise CommandError(f"Could not open '{text}': NBD server address missing")
+    port = options.get("server.port", options.get("port", str(_PORT)))
+    address = path if path is not None else (str(host), int(port) if port.isdecimal() else _PORT)
+    export = Export(address, options.get("export", ""))
+    return NamedExport(export, options.get("x-dirty-bitmap", BASE_ALLOCATION))
+
+
+def map_export(arguments: argparse.Namespace) -> int:
+    """Print what an export holds."""
+    named: NamedExport = arguments.export
+    with opening(arguments.given):
+        found = [_told(status, named.context) for status in read_status(named.export, named.context)]
+    if arguments.output == "json":
+        print("[" + ",\n".join(_line(status) for status in found) + "]")
+        return common.EXIT_OK
+    print(_ROW.format("Offset", "Length", "Mapped to", "File"))
+    for status in found:
+        if not status.flags & (STATUS_HOLE | STATUS_ZERO):
+            start = _hex(status.offset)
+            print(_ROW.format(start, _hex(status.length), start, printable(arguments.given)))
+    return common.EXIT_OK
+
+
+def _told(status: Status, context: str) -> Status:
+    return status._replace(flags=min(status.flags, _DEPTHS_TOLD)) if context == _DEPTH else status
+
+
+def _hex(number: int) -> str:
+    return f"{number:#x}" if number else "0"
+
+
+def _line(status: Status) -> str:
+    is_data, is_zero = not status.flags & STATUS_HOLE, bool(status.flags & STATUS_ZERO)
+    told = {"start": status.offset, "length": status.length, "depth": 0}
+    told |= {"present": is_data or is_zero, "zero": is_zero, "data": is_data}
+    if is_data or is_zero:
+        told["offset"] = status.offset
+    return f"{{ {json.dumps(told)[1:-1]}}}"
