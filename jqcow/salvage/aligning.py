@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.weighing import Odds
 
-NEXT, NEXT_IN_USE, NEXT_IN_FILE, NEXT_IN_TIME = -0.02, -1.5, -1.0, -2.5
+NEXT, NEXT_IN_USE, NEXT_IN_FILE, NEXT_WRITTEN, NEXT_IN_TIME = -0.02, -1.5, -1.0, -1.5, -2.5
 """What it costs to go on."""
 ENTER_FREE, LEAVE_FREE, STAY_FREE = -1.5, -0.5, -0.02
 """What it costs to go on to a cluster that is free, and back."""
@@ -184,6 +184,9 @@ class Aligner:
             self._offer(found, cluster, self._next_waiting(other, step), NEXT_IN_FILE)
         for other in self._expectations.beside_in_time(cluster, step):
             self._offer(found, cluster, self._next_waiting(other, step), NEXT_IN_TIME)
+        written = self._expectations.next_written(cluster, step)
+        if written is not None and self._is_waiting(written):
+            self._offer(found, cluster, written, NEXT_WRITTEN)
         found.pop(cluster, None)
         return found
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nlargest
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, groupby, islice
 from math import gcd
 
 from jqcow.salvage.evidence import FilePiece, GuestStructure, PlacedDisk
@@ -24,6 +24,8 @@ PIECES_MAX = 1 << 20
 """So many pieces are taken in; what lies in others is not expected."""
 OVERLAPS_MAX = 64
 """So many pieces are looked through that begin before a cluster and may reach into it."""
+WRITTEN_LOOKED_AT = 64
+"""Of so many pieces the next is taken of which a cluster was first written to."""
 CACHED = 1 << 15
 DELETED = 1 << 63
 """Marks the numbers of files that are deleted."""
@@ -113,6 +115,7 @@ class _Pieces:
         self.data = bytearray(self.data[at] for at in order)
         of_files = [at for at in range(len(self)) if self.data[at]]
         self.by_file = array("I", sorted(of_files, key=lambda at: (self.numbers[at], self.offsets[at])))
+        self._spread_times()
         key = self.times, self.numbers, self.offsets
         self.by_time = array("I", sorted(of_files, key=lambda at: tuple(one[at] for one in key)))
         self._place_in_file, self._place_in_time = (
@@ -121,6 +124,20 @@ class _Pieces:
         )
         ends = (start + length for start, length in zip(self.starts, self.lengths, strict=True))
         self._reach = array("Q", accumulate(ends, max))
+
+    def _spread_times(self) -> None:
+        """Have a file grow evenly that has many pieces, of which only the first has a time of its own.
+
+        So the pieces of files that grew in turns come in turns.
+        """
+        for _, group in groupby(self.by_file, key=self.numbers.__getitem__):
+            first, *rest = group
+            if len(rest) < 2 or any(self.times[at] != self.times[rest[0]] for at in rest):
+                continue
+            made, took = self.times[first], self.times[rest[0]] - self.times[first]
+            begin, *ends = (self.offsets[at] + self.lengths[at] for at in (first, *rest))
+            for at, end in zip(rest, ends, strict=True):
+                self.times[at] = made + took * (end - begin) // max(1, ends[-1] - begin)
 
     def place_in_time(self, at: int) -> int:
         """Return the number of a piece in the order of writing."""
@@ -320,6 +337,19 @@ class Expectations:
             other = self._pieces.beside_in_time(at, step)
             if other is not None:
                 yield self._near_end(other, step)
+
+    def next_written(self, cluster: int, step: int) -> int | None:
+        """Return the cluster that was first written to next, or before, where a piece leaves a cluster."""
+        pieces, rank = self._pieces, self.rank(cluster)
+        if rank is None or cluster != self._near_end(pieces.by_time[rank], -step):
+            return None
+        stop = rank + step * (1 + WRITTEN_LOOKED_AT)
+        for place in range(rank + step, min(len(pieces.by_time), max(-1, stop)), step):
+            first, last = (self._near_end(pieces.by_time[place], way) for way in (step, -step))
+            for other in (first, first + step) if first != last else (first,):
+                if self.rank(other) == place:
+                    return other
+        return None
 
     def rank(self, cluster: int) -> int | None:
         """Return the number, in the order of writing, of what was first written to a cluster."""

@@ -62,7 +62,7 @@ PLAIN = 0.9
 """A pair tells nothing that gains no more."""
 DEAR = -0.9
 """A stretch is parted at steps that cost so much."""
-CLUSTERS_MAX, BLOCKS_MAX = 1 << 18, 1 << 24
+CLUSTERS_MAX, BLOCKS_MAX = 1 << 18, 1 << 23
 """So many orphans are looked at together, of no more blocks: memory does not grow with the image. What lies
 further apart in the file is not compared."""
 REST_AHEAD, REST_GAIN = 64, -4.0
@@ -156,7 +156,6 @@ class Filling:
             taken,
             [one[1:] for one in order],
             lambda cluster: cluster not in anchored and self._is_open(cluster),
-            self._is_guess,
             self._periods(are_guesses_left_out=True),
         )
         self._expectations.count_system(True)

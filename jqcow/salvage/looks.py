@@ -37,7 +37,7 @@ def kind_of(block: bytes) -> int:
 
 
 class Looks:
-    """What the blocks of many clusters look like, three bytes for each block.
+    """What the blocks of many clusters look like, nine bytes for each block.
 
     Attributes:
         block_bytes: length of a block.
@@ -66,12 +66,12 @@ class Looks:
         if not content or _native.is_zero(content):
             self.lengths.extend(self._zeros[0])
             self.kinds += self._zeros[1]
-            self._ends += bytes(2 * ORDER)
+            self._ends += bytes(2 * ORDER * self.per_cluster)
             return
-        self._ends += content[:ORDER] + content[-ORDER:]
         for start in range(0, len(content), self.block_bytes):
             block = content[start : start + self.block_bytes]
             filled = len(block.rstrip(b"\0"))
+            self._ends += block[:ORDER] + block[-ORDER:]
             self.lengths.append(filled)
             self.kinds.append(kind_of(block) if filled else ZEROS)
             if self.kinds[-1] == TEXT and filled == len(block):
@@ -83,13 +83,19 @@ class Looks:
 
     def follows(self, first: int, second: int) -> float:
         """Return what it tells that the text of one cluster goes on with that of another."""
-        per, ends = self.per_cluster, self._ends
-        if self.kinds[first * per + per - 1] != TEXT or self.kinds[second * per] != TEXT:
-            return 0.0
-        end = bytes(ends[(2 * first + 1) * ORDER : (2 * first + 2) * ORDER])
-        told = self.continuity.follows(end, bytes(ends[2 * second * ORDER : (2 * second + 1) * ORDER]))
+        told = self.goes_on((first + 1) * self.per_cluster - 1, second * self.per_cluster) or 0.0
         # Neighbours in the file go on from each other wherever they belong: it tells nothing of one place.
         return min(0.0, told) if second == first + 1 else told
+
+    def goes_on(self, one: int, other: int) -> float | None:
+        """Return what it tells that one block goes on with another; None if both are not full of text."""
+        if self.kinds[one] != TEXT or self.kinds[other] != TEXT or self.lengths[one] < self.block_bytes:
+            return None
+        end = (2 * one + 1) * ORDER
+        start = 2 * other * ORDER
+        return self.continuity.follows(
+            bytes(self._ends[end : end + ORDER]), bytes(self._ends[start : start + ORDER])
+        )
 
     def kinds_of(self, index: int) -> bytes:
         """Return what kinds of bytes the blocks of a cluster have."""

@@ -3,15 +3,16 @@
 A path goes through the orphans in the order of the file and knows nothing of clusters that it leaves empty.
 Here all of a disk counts at once: what each orphan tells in its place, beside its neighbours on the disk and
 in the file, and what is missed. A run is tried where clusters are empty or in doubt; what is there takes the
-places that the run leaves, or none. Or a run pushes what is there on, by as much as it is long.
+places that the run leaves, or none. Or a run pushes what is there on, by as much as it is long. Two runs of
+about one length may have each other's place: of a run that gains much as a whole each part may be wrong.
 
-ME1. What paths are sure of stays where it is.
+ME1. What evidence has placed stays where it is.
 ME2. Each change gains; so it ends, and so many are tried at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from heapq import nlargest
 from itertools import islice, pairwise
@@ -37,6 +38,8 @@ PUSHED_MAX, STOPS_TRIED, MISSED_TRIED = 16, 3, 2
 """So long a run may push others, so many places are tried up to which it does, and for those behind them."""
 PUSH_GAIN = -4.0
 """What is pushed may tell so much less in itself: neighbours count, too."""
+ALIKE_WITHIN = 1
+"""Runs are of about one length that differ by so much."""
 RESUMED_WITHIN = 96
 """So many orphans after it was interrupted a run may go on."""
 
@@ -58,7 +61,6 @@ class Mender:
         taken: Places,
         order: Sequence[tuple[int | None, int | None]],
         is_free: Callable[[int], bool],
-        is_doubtful: Callable[[int], bool],
         period_of: Callable[[int], tuple[int, int, int] | None] = lambda index: None,
     ) -> None:
         """Take what paths found.
@@ -69,11 +71,9 @@ class Mender:
             taken: where each orphan is by now.
             order: (index, None) of orphans and (None, cluster) of what is placed, in the order of the file.
             is_free: whether a cluster of the disk may be given to orphans.
-            is_doubtful: whether an orphan, by its index, may be moved.
             period_of: when an orphan was written, as `Aligner.period_of`.
         """
         self._expectations, self._odds, self._order = expectations, odds, order
-        self._is_doubtful = is_doubtful
         self._aligner = Aligner(expectations, odds, is_free, lambda cluster: None)
         self._aligner.period_of = period_of
         self.clusters = dict(taken)
@@ -82,6 +82,7 @@ class Mender:
         self._is_missed = lru_cache(maxsize=1 << 16)(self._find_missed)
         self._is_free = is_free
         self._left = TRIED_MAX
+        self._starts: dict[int | None, int] = {}
 
     def _find_missed(self, cluster: int) -> bool:
         return self._expectations.of(cluster).is_needed
@@ -172,6 +173,7 @@ class Mender:
         is_better = True
         while is_better and self._left > 0:
             is_better = False
+            self._starts = {self.clusters[run[0]]: len(run) for run in self._runs(PARTED)}
             for run in self._all_runs():
                 for start in list(self._targets(run)):
                     if self._left > 0 and self._move(run, start):
@@ -184,7 +186,7 @@ class Mender:
                         break
 
     def _all_runs(self) -> list[list[int]]:
-        """Return runs that may be moved, in several ways, the most likely first."""
+        """Return runs, in several ways, the most likely first."""
         found = [run for least in (SMOOTH, PARTED, -inf) for run in self._runs(least)]
         for run in self._runs(-inf):
             starts = [0, *(at for at in range(1, len(run)) if self._odds.parts(run[at])), len(run)]
@@ -192,13 +194,13 @@ class Mender:
         return [list(run) for run in dict.fromkeys(map(tuple, found))]
 
     def _runs(self, least: float) -> Iterator[list[int]]:
-        """Yield runs of orphans that may be moved: neighbours in the file, whose steps cost no more."""
+        """Yield runs of orphans: neighbours in the file, whose steps cost no more."""
         run: list[int] = []
         for at, (index, _) in enumerate(self._order):
             if run and (index is None or self._step(at) < least or len(run) == RUN_MAX):
                 yield run
                 run = []
-            if index is not None and self._is_doubtful(index):
+            if index is not None:
                 run.append(index)
             elif run:
                 yield run
@@ -218,6 +220,9 @@ class Mender:
             found.add(start)
             if length >= len(run):
                 found.add(start + length - len(run))
+        # Two runs of about one length may have each other's place.
+        alike = range(len(run) - ALIKE_WITHIN, len(run) + ALIKE_WITHIN + 1)
+        found.update(start for start, length in self._starts.items() if start is not None and length in alike)
         found.discard(self.clusters[run[0]] if self.clusters[run[0]] is not None else -1)
         yield from sorted(found)
 
@@ -225,7 +230,7 @@ class Mender:
         """Yield (first, count) of clusters that nobody has and that are missed."""
         first = count = 0
         for cluster in islice(self._expectations.needed(), NEEDED_EACH * len(self.clusters)):
-            if not self._may_change(cluster):
+            if not self._is_free(cluster):
                 continue
             if count and cluster == first + count and not self._aligner.is_natural(cluster):
                 count += 1
@@ -236,20 +241,15 @@ class Mender:
         if count:
             yield first, count
 
-    def _may_change(self, cluster: int) -> bool:
-        holder = self._holders.get(cluster)
-        return self._is_free(cluster) and (holder is None or self._is_doubtful(holder))
-
     def _move(self, run: list[int], start: int) -> bool:
         """Try a run from a cluster on, as a whole and as far as a file goes."""
         places: list[int] = []
         cluster: int | None = start
         while cluster is not None and len(places) < len(run):
-            if not self._may_change(cluster) or self._expectations.of(cluster).is_idle:
+            if not self._is_free(cluster) or self._expectations.of(cluster).is_idle:
                 break
             places.append(cluster)
-            ahead = self._aligner.ahead(cluster, 1)
-            cluster = max(ahead, key=ahead.__getitem__, default=None)
+            cluster = self._next(cluster, 1, places)
         if not places:
             return False
         moved: Places = dict(zip(run, places, strict=False))
@@ -265,6 +265,12 @@ class Mender:
             return True
         return bool(swapped) and self._try(nowhere | swapped | moved)
 
+    def _next(self, cluster: int, step: int, passed: Collection[int]) -> int | None:
+        """Return where a run goes on, or comes from; None where it would come to a cluster again."""
+        ahead = self._aligner.ahead(cluster, step)
+        other = max(ahead, key=ahead.__getitem__, default=None)
+        return None if other in passed else other
+
     def _pushes(self, at: int) -> Iterator[tuple[list[int], int, int]]:
         """Yield (run, cluster, step) of what may push others on, or back, where neighbours in the file part.
 
@@ -277,7 +283,7 @@ class Mender:
             start, run = self._cluster_at(at if step > 0 else at - 1), list[int]()
             for place in places[:PUSHED_MAX] if start is not None else ():
                 index = self._order[place][0]
-                if index is None or not self._is_doubtful(index):
+                if index is None:
                     break
                 run.insert(0, index)
                 yield run, start or 0, step
@@ -287,9 +293,10 @@ class Mender:
         items, moved, own = list(run), list[tuple[int, int]](), set(run)
         told = -sum(map(self._gain_now, run))
         stops: list[tuple[float, int, int]] = []
+        passed: set[int] = set()
         cluster: int | None = start
         while cluster is not None and len(moved) < min(len(items), RUN_MAX):
-            if not self._may_change(cluster) or self._expectations.of(cluster).is_idle:
+            if not self._is_free(cluster) or self._expectations.of(cluster).is_idle:
                 break
             index, holder = items[len(moved)], self._holders.get(cluster)
             if holder is not None and holder not in own:
@@ -298,8 +305,8 @@ class Mender:
             told += self._aligner.gain(cluster, index)
             moved.append((index, cluster))
             stops.append((told, len(moved), len(items)))
-            ahead = self._aligner.ahead(cluster, step)
-            cluster = max(ahead, key=ahead.__getitem__, default=None)
+            passed.add(cluster)
+            cluster = self._next(cluster, step, passed)
         self._left -= len(moved) // LOOKED_AT
         left = [self.clusters[index] for index in run]
         promising = [one for one in nlargest(STOPS_TRIED, stops) if one[0] >= PUSH_GAIN]

@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from math import log
+from math import exp, log
 
 from jqcow.salvage.expecting import FREE, SLACK, SYSTEM, UNKNOWN, Expected
 from jqcow.salvage.looks import NOISE, OTHER, TEXT, ZEROS, Looks, changes
@@ -30,6 +30,11 @@ UNTOLD_MAX = -4.5
 CHANGED = -2.0
 """Within a file the kind of bytes changes."""
 CHANGED_MAX = -4.0
+
+PARTS = -2.0
+"""Two blocks of text of which it tells so little that one goes on with the other are of two texts."""
+PARTED_MIN, PARTED_WITHIN = 0.005, 0.25
+"""Two blocks of text behind each other are of two at least so often; and so many of these within one file."""
 
 STRANGE, STRANGE_MAX = -0.4, -4.0
 """A block that the file system itself uses is text or noise, and so much at most."""
@@ -83,8 +88,30 @@ class Odds:
         self._changed = min(0.5, changed / max(1, seen))
         within = self._changed - ends / (self._total + 4)
         self._change = max(CHANGED, log(max(0.001, within) / self._changed))
+        self._text_ends = self._share_of_ends()
         # Zeros begin or end at a block far less often than blocks are zeros.
         self._parted = max(0.0, log(self._zeros * (1 - self._zeros) * pairs / parted))
+
+    def _share_of_ends(self) -> float:
+        """Return how often one text ends between two blocks of text."""
+        looks, per = self._looks, self._looks.per_cluster
+        pairs, ended = 200, 200 * PARTED_MIN
+        for index in range(0, len(looks), max(1, len(looks) // 5000)):
+            for block in range(index * per + 1, (index + 1) * per):
+                told = looks.goes_on(block - 1, block)
+                pairs += told is not None
+                ended += told is not None and told < PARTS
+        return ended / pairs
+
+    def _text(self, one: int, other: int, *, is_edge: bool) -> float:
+        """Return what it tells that text goes on from one block to another, or does not."""
+        told = self._looks.goes_on(one, other)
+        if told is None:
+            return 0.0
+        ends = self._text_ends
+        at_random = (1 - ends) * exp(told) + ends
+        within = PARTED_WITHIN * ends
+        return log((1.0 if is_edge else (1 - within) * exp(told) + within) / at_random)
 
     def learn(self, expected: Expected, index: int) -> None:
         """Take from an orphan in its place of what kind files are."""
@@ -174,6 +201,13 @@ class Odds:
                 total += self.edge(is_edge=True, is_changed=False)
             elif self._is_end(expected, block) and (kinds[block] == ZEROS) != (kinds[block - 1] == ZEROS):
                 total += self._parted
+        first = index * self._looks.per_cluster
+        for block in range(1, len(kinds)):
+            if kinds[block - 1] == kinds[block] == TEXT:
+                is_edge = block in expected.edges
+                if is_edge or expected.owners[block] >= 0:
+                    text = self._text(first + block - 1, first + block, is_edge=is_edge)
+                    total, within = (total + text, within) if is_edge else (total, within + text)
         return total + max(CHANGED_MAX, within)
 
     def _is_end(self, expected: Expected, block: int) -> bool:
@@ -205,4 +239,6 @@ class Odds:
         if not last or not start:
             return 0.0
         told = self.edge(is_edge=before != behind, is_changed=last != start)
-        return told + self._looks.follows(first, second) if before == behind else told
+        if before == behind:
+            return told + self._looks.follows(first, second)
+        return told + self._text(first * per + per - 1, second * per, is_edge=True)

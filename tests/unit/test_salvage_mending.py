@@ -41,17 +41,17 @@ def mended(
     known: tuple[Expectations, Odds] | None = None,
 ) -> Places:
     expectations, odds = known or two_files()
-    order = [(index, None) for index in range(len(taken))]
+    fixed = {index: taken[index] for index in sure}
+    order = [(None, fixed[index]) if index in sure else (index, None) for index in range(len(taken))]
     mender = Mender(
         expectations,
         odds,
-        dict(enumerate(taken)),
+        {index: cluster for index, cluster in enumerate(taken) if index not in sure},
         order,
-        lambda cluster: cluster >= 0,
-        lambda index: index not in sure,
+        lambda cluster: cluster >= 0 and cluster not in fixed.values(),
     )
     mender.mend()
-    return mender.clusters
+    return dict(sorted((mender.clusters | fixed).items()))
 
 
 def test_runs_change_places() -> None:

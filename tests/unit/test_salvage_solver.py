@@ -200,6 +200,40 @@ def written_disk(seed: int) -> tuple[list[FilePiece], dict[int, bytes], dict[int
     return pieces, clusters, truth
 
 
+def test_where_one_text_ends_and_another_begins_files_do() -> None:
+    chance = random.Random(3)
+    words = ["journal", "cluster", "replay", "barrier", "checkpoint", "snapshot"]
+    looks = Looks(BLOCK, CLUSTER)
+    for _ in range(12):
+        text = " ".join(chance.choices(words, k=CLUSTER // 5)).encode()
+        looks.add(text[:CLUSTER])
+    ended = 8 * BLOCK
+    text = (b"replay " * CLUSTER)[:ended].removesuffix(b"play re") + b"ter clu"
+    looks.add(text[:ended] + (b"journal barrier " * CLUSTER)[: CLUSTER - ended])
+    odds = Odds(looks)
+    one = piece(0, CLUSTER, CLUSTER, 1)
+    two = [piece(CLUSTER, ended, ended, 1), piece(CLUSTER + ended, CLUSTER - ended, CLUSTER - ended, 2)]
+    known = expectations_of([one, *two])
+    whole, parted = known.of(0), known.of(1)
+    for index, is_right in ((0, False), (12, True)):
+        assert (odds.of(parted, index) > odds.of(whole, index)) == is_right
+
+
+def test_files_that_grew_in_turns_come_in_turns() -> None:
+    """Only the first piece of each has a time of its own: the others have that of the last change."""
+    pieces = [
+        FilePiece(
+            (20 + 2 * at + number) * CLUSTER, CLUSTER, CLUSTER, (9000 * bool(at) + 1, number, at * CLUSTER)
+        )
+        for number in (0, 1)
+        for at in range(5)
+    ]
+    known = expectations_of(pieces)
+    assert [known.next_written(cluster, 1) for cluster in (20, 21, 24)] == [21, 22, 25]
+    assert [known.next_written(cluster, -1) for cluster in (21, 25)] == [20, 24]
+    assert known.next_written(50, 1) is None
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_files_written_one_after_the_other_are_placed(seed: int) -> None:
     pieces, clusters, truth = written_disk(seed)
