@@ -368,3 +368,24 @@ def test_maps_of_exports_say_the_same(tmp_path: Path) -> None:
         finally:
             running.terminate()
     assert ours(["map", uri], tmp_path)[0] == theirs(["map", uri], tmp_path)[0] == 1
+
+
+def test_a_preallocated_growth_leaves_a_short_file(tmp_path: Path) -> None:
+    done("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "a.qcow2", "1M")
+    assert ours(["resize", "-q", "--preallocation=falloc", "a.qcow2", "2M"], tmp_path) == (0, "", "")
+    assert (tmp_path / "a.qcow2").stat().st_size < 16 << 20
+
+
+def test_bitmaps_in_use_are_told_alike(tmp_path: Path) -> None:
+    done("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "a.qcow2", "1M")
+    for name in ("one", "two", "three"):
+        done("qemu-img", "bitmap", "--add", tmp_path / "a.qcow2", name)
+    # Whoever has it open, and is killed, leaves all of them in use.
+    subprocess.run(["qemu-io", "-c", "abort", tmp_path / "a.qcow2"], capture_output=True, check=False)
+    done("qemu-img", "bitmap", "--add", tmp_path / "a.qcow2", "four")
+    for words in (
+        ["convert", "--bitmaps", "-O", "qcow2", "a.qcow2", "b.qcow2"],
+        ["convert", "--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2", "a.qcow2", "b.qcow2"],
+        ["info", "b.qcow2"],
+    ):
+        assert plain(ours(words, tmp_path)) == plain(theirs(words, tmp_path)), words

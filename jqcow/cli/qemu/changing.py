@@ -45,12 +45,13 @@ def far_journal() -> FarJournal:
     return FarJournal(DEFAULT_JOURNAL_BYTES)
 
 
-def open_image(arguments: argparse.Namespace) -> Image:
-    """Open the image for writing, with what is below it."""
+def open_image(arguments: argparse.Namespace, *, is_far: bool = True) -> Image:
+    """Open the image for writing, with what is below it; ``is_far``: its journal leaves no gap."""
     import jqcow
 
     with opening(arguments.given):
-        return jqcow.open(arguments.image, "r+", **_following(arguments))
+        options = _following(arguments) | ({} if is_far else {"journal_size": None})
+        return jqcow.open(arguments.image, "r+", **options)
 
 
 def format_of(arguments: argparse.Namespace) -> str:
@@ -78,7 +79,8 @@ def resize(arguments: argparse.Namespace) -> int:
     if format_of(arguments) == "raw":
         _resize_raw(arguments, change, sign)
     else:
-        with open_image(arguments) as image:
+        # What is preallocated goes behind the journal: that may not be far.
+        with open_image(arguments, is_far=arguments.preallocation == "off") as image:
             size = _new_size(arguments, image.size, change, sign)
             with reworded(""):
                 image.resize(-(-size // common.SECTOR_BYTES) * common.SECTOR_BYTES, arguments.preallocation)

@@ -17,7 +17,7 @@ from jqcow.cli.qemu import options as options_of
 from jqcow.cli.qemu.numbers import size_of
 from jqcow.cli.qemu.options import is_on
 from jqcow.cli.qemu.wording import reason, reworded
-from jqcow.errors import BitmapError, JqcowError, SnapshotNotFound
+from jqcow.errors import JqcowError, SnapshotNotFound
 
 if TYPE_CHECKING:
     from jqcow.device.disk import Extent
@@ -143,12 +143,14 @@ def _check_bitmaps(arguments: argparse.Namespace, chains: list[Chain]) -> None:
     top = chains[0].layers[0]
     if not isinstance(top, ImageDisk):
         raise CommandError("Source lacks bitmap support")
-    try:
-        choose(top, "sound" if arguments.skip_broken_bitmaps else "all")
-    except BitmapError as error:
-        told = f"Cannot copy inconsistent bitmap '{error.name}'"
+    in_use = [entry.text for entry in top.bitmaps.directory.entries if entry.is_in_use]
+    if in_use and not arguments.skip_broken_bitmaps:
+        # It looks at the last one first.
+        told = f"Cannot copy inconsistent bitmap '{in_use[-1]}'"
         hint = "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
-        raise CommandError(f"{told}\n{hint}") from error
+        raise CommandError(f"{told}\n{hint}")
+    with reworded(""):
+        choose(top, "sound" if arguments.skip_broken_bitmaps else "all")
 
 
 def _is_whole(arguments: argparse.Namespace, found: dict[str, str]) -> bool:
@@ -175,7 +177,7 @@ def _convert_one(arguments: argparse.Namespace, found: dict[str, str]) -> None:
     report = copying.convert_one(arguments)
     for lost in report.lost:
         print(f"qemu-img: warning: error while reading offset {lost.offset}: {lost.reason}", file=sys.stderr)
-    for name in report.skipped_bitmaps:
+    for name in reversed(report.skipped_bitmaps):
         print(f"qemu-img: warning: Skipping inconsistent bitmap '{name}'", file=sys.stderr)
 
 
