@@ -108,8 +108,8 @@ def _check(arguments: argparse.Namespace) -> None:
     names = [name for name, _ in arguments.actions or ()]
     if (arguments.bitmap is None) != arguments.remove_broken:
         raise common.CommandError("all but --remove-broken needs the name of a bitmap, and that takes none")
-    if "add" in names and "remove" in names:
-        raise common.CommandError("--add and --remove contradict each other")
+    if "add" in names and "remove" in names[names.index("add") :]:
+        raise common.CommandError("--remove after --add leaves nothing")
     if arguments.granularity is not None and "add" not in names:
         raise common.CommandError("-g is for --add")
     if (arguments.source is not None) and "merge" not in names:

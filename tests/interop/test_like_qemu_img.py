@@ -387,5 +387,6 @@ def test_bitmaps_in_use_are_told_alike(tmp_path: Path) -> None:
         ["convert", "--bitmaps", "-O", "qcow2", "a.qcow2", "b.qcow2"],
         ["convert", "--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2", "a.qcow2", "b.qcow2"],
         ["info", "b.qcow2"],
+        ["bitmap", "--remove", "--add", "a.qcow2", "one"],
     ):
         assert plain(ours(words, tmp_path)) == plain(theirs(words, tmp_path)), words
