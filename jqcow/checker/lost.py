@@ -9,15 +9,16 @@ mapped in, freeing it may destroy the only copy. There is a hole where
 - a sector of an L2 table is all zeros, and MANY leaked clusters hold data: few of them are what a crash of
   another program leaves beside such sectors, which most images have.
 
-Then every leaked cluster without any reference, and with content that is not all zeros, counts as lost. A
-guest that discards leaves holes like that, and a crash of another program leaks beside them: it is a
-question, and only people can answer it.
+Then every leaked cluster without any reference, and with content that is not all zeros, counts as lost. So do
+zeros that a leaked L2 table maps: used again, they would be other data there. A guest that discards leaves
+holes like that, and a crash of another program leaks beside them: it is a question, and only people can
+answer it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from jqcow import _native
@@ -26,6 +27,9 @@ from jqcow.ondisk.layout import DATA_FILE, SECTOR_BYTES
 
 MAX_READ = 1 << 16
 """So many leaked clusters are read; where there is a hole all further ones count as lost. It bounds time."""
+
+MAX_ENTRIES = 1 << 21
+"""So many entries of what may be leaked tables are looked at; then all are lost. It bounds time and memory."""
 
 MANY = 32
 """Half of what a sector of an L2 table maps."""
@@ -85,46 +89,58 @@ class LostData:
     codec: L2Codec
     cluster_bits: int
     holes: Holes
-    _read_count: int = 0
+    _harmless: set[int] = field(default_factory=set)
+    _entry_count: int = 0
 
     def look_at(self, leaked: Iterable[int]) -> None:
-        """Look for a hole that only the leaked clusters tell of; before `is_lost` is asked."""
+        """Read the leaked clusters, for holes that only they tell of; before `is_lost` is asked."""
         with_data, many = 0, min(MANY, MANY_BYTES >> self.cluster_bits)
-        for cluster in () if self.holes.tables else islice(leaked, MAX_READ):
+        mapped: set[int] = set()
+        for cluster in islice(leaked, MAX_READ):
             data = self.read(cluster)
-            with_data += not _native.is_zero(data)
-            if self.is_table(data) or (self.holes.sectors and with_data == many):
+            if _native.is_zero(data):
+                self._harmless.add(cluster)
+                continue
+            with_data += 1
+            leaked_there = self.mapped_by(data)
+            self.holes.tables |= leaked_there is not None or (self.holes.sectors and with_data == many)
+            if leaked_there:
+                mapped |= leaked_there
+            if self._entry_count > MAX_ENTRIES:
                 self.holes.tables = True
+                self._harmless.clear()
                 return
+        self._harmless -= mapped
 
     def is_lost(self, cluster: int) -> bool:
         """Return True if a leaked cluster looks like lost data."""
-        if not self.holes.tables:
-            return False
-        self._read_count += 1
-        return self._read_count > MAX_READ or not _native.is_zero(self.read(cluster))
+        return self.holes.tables and cluster not in self._harmless
 
-    def is_table(self, data: bytes) -> bool:
-        """Return True if a cluster's bytes are an L2 table: it maps counted clusters, leaked ones too.
+    def mapped_by(self, data: bytes) -> set[int] | None:
+        """Return the leaked clusters that a cluster's bytes map as an L2 table, None if they are none.
 
-        One of an image with a data file maps guest clusters in a row to their own places there.
+        A table maps counted clusters, and a leaked one among them. One of an image with a data file maps
+        guest clusters in a row to their own places there.
         """
         if self.codec.geometry.has_data_file:
-            return self._is_table_of_data_file(data)
-        maps_leaked, bits = False, self.cluster_bits
+            return set() if self._is_table_of_data_file(data) else None
+        leaked: set[int] = set()
+        bits = self.cluster_bits
         for _, _, kind, host, _, length, has_reserved, fault in self.codec.found(data):
+            self._entry_count += 1
             last = host + (length if kind == COMPRESSED_CLUSTER else bool(host)) - 1
             if kind != COMPRESSED_CLUSTER and (has_reserved or fault or host % (1 << bits)):
-                return False
+                return None
             hosts = range(host >> bits, (last >> bits) + 1)
             if not all(map(self.is_counted, hosts)):
-                return False
-            maps_leaked = maps_leaked or any(map(self.is_leaked, hosts))
-        return maps_leaked
+                return None
+            leaked.update(filter(self.is_leaked, hosts))
+        return leaked or None
 
     def _is_table_of_data_file(self, data: bytes) -> bool:
         starts: set[int] = set()
         for position, _, kind, host, copied, _, has_reserved, fault in self.codec.found(data):
+            self._entry_count += 1
             if kind == COMPRESSED_CLUSTER or has_reserved or fault or bool(host) != copied:
                 return False
             if host:

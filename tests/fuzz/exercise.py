@@ -188,6 +188,9 @@ class Exercise:
         report = tolerated(image.check)
         if report is not None:
             left = {kind: report.counts[kind] for kind in MENDED if report.counts.get(kind)}
+            if Kind.PAST_END in report.counts:
+                # What a table names past the end of the file keeps its refcount.
+                left.pop(Kind.LEAK_PAST_END, None)
             assert not left, f"the repair leaves {left}: {report.findings[0]}"
         tolerated(image.close)
 

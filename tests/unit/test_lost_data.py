@@ -16,6 +16,7 @@ from jqcow.cli.main import main
 from jqcow.cli.recover import main as recover_main
 from jqcow.engine.repair import What
 from jqcow.offline.convert import convert
+from jqcow.ondisk.entries import OFFSET_MASK
 from jqcow.ondisk.l2 import StandardL2
 from jqcow.ondisk.layout import Geometry
 from jqcow.testing import SimulatedDevice
@@ -101,6 +102,32 @@ def test_other_leaks_beside_them_are_freed(content: bytes) -> None:
         assert image.repaired is not None and image.repaired.leaks == 1
         assert image.repaired.lost == check(content).lost
         assert set(image.check().counts) == {Kind.LOST_DATA}
+
+
+def test_zeros_that_a_lost_table_maps_stay() -> None:
+    """Freed, they would be other data some day, and a table that maps free clusters looks like none."""
+    tables = new_tables(0, 3 * REACH)
+    zeros = tables.entry(tables.place_of(3 * REACH)) & OFFSET_MASK
+    tables.image[zeros : zeros + CLUSTER] = bytes(CLUSTER)
+    l1_entry(3)(tables)
+    device, lost = SimulatedDevice(bytes(tables.image)), check(tables.image).lost
+    assert lost == CLUSTERS + 1, "the table counts, too"
+    for _ in range(2):
+        with jqcow.open_device(device, "r+", repair="leaks") as image:
+            assert image.repaired is not None and image.repaired.leaks == 0 and image.repaired.lost == lost
+        device.reopen()
+
+
+def test_so_many_entries_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind that all counts as lost."""
+    tables = new_tables(0, REACH, 2 * REACH, 3 * REACH)
+    l1_entry(3)(tables)
+    zeros = len(tables.image)
+    tables.image += bytes(CLUSTER)
+    tables.set_refcount(zeros, 1)
+    assert check(tables.image).leaks == 1
+    monkeypatch.setattr(rules, "MAX_ENTRIES", 3)
+    assert check(tables.image).leaks == 0
 
 
 def test_what_a_dirty_image_does_on_opening(content: bytes) -> None:
