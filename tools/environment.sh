@@ -8,7 +8,7 @@ system_needs=(
     mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkntfs:ntfs-3g qemu-storage-daemon:qemu-system-common
     mkfs.fat:dosfstools fsck.fat:dosfstools mcopy:mtools sfdisk:fdisk
     nbdinfo:libnbd-bin nbdcopy:libnbd-bin fio:fio openssl:openssl
-    fusermount3:fuse3 groff:groff-base mount:mount umount:mount losetup:mount strace:strace gcc:gcc
+    fusermount3:fuse3 groff:groff-base qemu-system-x86_64:qemu-system-x86 busybox:busybox-static mount:mount umount:mount losetup:mount strace:strace gcc:gcc
 )
 
 # Debian keeps mke2fs and its kin where an ordinary user does not look.

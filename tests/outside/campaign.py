@@ -1,7 +1,8 @@
-"""The long runs: recorded processes crashed between their real barriers, and real processes killed.
+"""The long runs: recorded processes crashed between their real barriers, real processes and guests killed.
 
     python -m tests.outside.campaign recordings --seed 1 --sessions 60 --budget 20
     python -m tests.outside.campaign kills --seed 1 --kills 300
+    python -m tests.outside.campaign guests --seed 1 --kills 20
 
 Each prints its figures and its seed; the first broken promise ends it with status 1.
 """
@@ -16,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from jqcow.testing import Ledger
+from tests.outside.guest import kill_guests
 from tests.outside.kills import kill_writers
 from tests.outside.sessions import crash, record_session
 from tests.outside.test_system_calls import changes_during_barriers, check_recording, messages_in
@@ -60,6 +62,16 @@ def run_kills(seed: int, kills: int) -> None:
     print(f"{kills} kills from seed {seed}, nothing broken")
 
 
+def run_guests(seed: int, kills: int) -> None:
+    """Kill guests with the servers of their disk, and judge what they leave."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="jqcow-guests-") as folder:
+        report = kill_guests(Path(folder), seed, kills)
+    for name, value in vars(report).items():
+        print(f"{name.replace('_', ' '):24} {value:10,}")
+    print(f"{kills} kills from seed {seed} in {time.monotonic() - start:.0f} s, nothing broken")
+
+
 def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
 
@@ -67,18 +79,20 @@ def _listed(counts: Counter[str]) -> str:
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="campaign-outside")
-    parser.add_argument("what", choices=("recordings", "kills"))
+    parser.add_argument("what", choices=("recordings", "kills", "guests"))
     parser.add_argument("--seed", type=int, default=int(time.time()) % 1_000_000)
     parser.add_argument("--sessions", type=int, default=60)
     parser.add_argument("--budget", type=int, default=20, help="crash states of each interval")
-    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--kills", type=int, help="default: 300 of writers, 20 of guests")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     try:
         if options.what == "recordings":
             run_recordings(options.seed, options.sessions, options.budget)
+        elif options.what == "kills":
+            run_kills(options.seed, options.kills or 300)
         else:
-            run_kills(options.seed, options.kills)
+            run_guests(options.seed, options.kills or 20)
     except AssertionError as failure:
         print(f"BROKEN: {failure}")
         return 1
