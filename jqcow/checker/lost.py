@@ -29,7 +29,7 @@ MAX_READ = 1 << 16
 """So many leaked clusters are read; where there is a hole all further ones count as lost. It bounds time."""
 
 MAX_ENTRIES = 1 << 21
-"""So many entries of what may be leaked tables are read, then all count as lost. It bounds time and memory."""
+"""So many entries of what may be leaked tables are read, then all count as lost. It bounds time and space."""
 
 MANY = 32
 """Half of what a sector of an L2 table maps."""
