@@ -33,6 +33,8 @@ STAGED_ZERO_BYTES_MAX = scan.ZEROED_BYTES_MIN // 4
 """New metadata clusters of changes that are not committed: a record must not zero more than an epoch may."""
 INTENTS_BYTES_MAX = 256 << 10
 """More than this one record does not take of what the guest wrote: the ordinary path writes it once."""
+CARRIED_PARTS = 4
+"""Of what may be pending the next epoch begins with no more than such a part."""
 HALF_PARTS = 2**3
 """Nor does it take more than such a part of a half; and so much is left for the record of destaging."""
 DESTAGED_AT_ONCE = 64
@@ -164,9 +166,12 @@ class Commits:
         part_bytes = journal.extent.half_bytes // HALF_PARTS
         if fresh_bytes > min(INTENTS_BYTES_MAX, part_bytes):
             return True
-        room_bytes = journal.room_bytes - part_bytes
-        is_short = len(pending.logged) > 0 and room_bytes < fresh_bytes
-        return is_short or pending.is_full(0, self.pending_limit())
+        limit = self.pending_limit()
+        # What is left when the epoch ends is carried into the next: that is not to be much.
+        is_short = journal.room_bytes - part_bytes < fresh_bytes
+        return pending.is_full(0, limit) or (
+            is_short and pending.logged.length_bytes > limit // CARRIED_PARTS
+        )
 
     def pending_limit(self) -> int:
         """Return how many bytes may be pending; none where there is no journal."""

@@ -271,7 +271,13 @@ class Simulation:
 
     def _use(self, device: SimulatedDevice, expectation: Expectation, written: int) -> _Session:
         self._power.watch(device, expectation)
-        return _Session(device, expectation, written=written, journal_bytes=self.program.journal_bytes)
+        return _Session(
+            device,
+            expectation,
+            written=written,
+            journal_bytes=self.program.journal_bytes,
+            small_writes="journal" if self.program.start_seed % 2 else "in-place",
+        )
 
     @property
     def _session(self) -> _Session:

@@ -86,6 +86,12 @@ def create_simulated(
     )
 
 
+def in_place(image: jqcow.Image) -> jqcow.Image:
+    """Have small writes of an image go the ordinary way, and return it."""
+    image._guest.writes.small = None
+    return image
+
+
 def open_simulated(
     device: SimulatedDevice,
     mode: jqcow.image.Mode = "r+",
@@ -362,6 +368,8 @@ class Session(User):
         self.image = create_simulated(
             self.device, size_bytes, windows.cluster_bytes, encryption=how, **windows.options
         )
+        if self.small_writes == "in-place":
+            in_place(self.image)
         self.expectation.exists = True
 
     def new_image(self) -> jqcow.Image:

@@ -159,7 +159,7 @@ def test_write_that_was_begun_is_waited_for(device: Held) -> None:
     async def test() -> None:
         async with opened(device) as image:
             device.holds = "pwrite"
-            buffer = bytearray(b"x" * 4096)
+            buffer = bytearray(b"x" * 4095)
             task = asyncio.create_task(image.pwrite(buffer, 0))
             await device.has_arrived()
             for _ in range(3):
@@ -169,8 +169,8 @@ def test_write_that_was_begun_is_waited_for(device: Held) -> None:
             device.go_on.set()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            buffer[:] = bytes(4096)
-            assert await image.pread(4096, 0) == b"x" * 4096
+            buffer[:] = bytes(4095)
+            assert await image.pread(4095, 0) == b"x" * 4095
 
     run(test)
 

@@ -14,6 +14,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.refcounts import Allocation
 from jqcow.errors import PoisonedError
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.support.users import in_place
 
 MIB = 1 << 20
 CLUSTER = 4096
@@ -101,7 +102,7 @@ def test_a_flush_is_acknowledged_whatever_the_search_for_free_clusters_meets(
 ) -> None:
     """The record is durable by then: an error would read as if it were not."""
     device = SimulatedDevice()
-    image = jqcow.create_on_device(device, MIB, cluster_size=CLUSTER)
+    image = in_place(jqcow.create_on_device(device, MIB, cluster_size=CLUSTER))
     image.pwrite(b"n" * CLUSTER, MIB // 2)
     searches = []
 
@@ -218,7 +219,7 @@ def test_a_transaction_that_was_cut_off_within_a_resize_is_not_committed(
 def test_a_flush_after_a_write_that_failed_half_way_is_a_barrier() -> None:
     """C2: what the failed write left can be read, so the flush that follows makes it durable."""
     device = SimulatedDevice()
-    image = jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=1 << 16)
+    image = in_place(jqcow.create_on_device(device, MIB, cluster_size=CLUSTER, journal_size=1 << 16))
     image.pwrite(b"A" * CLUSTER, 0)
     image.flush()
     device.faults = FaultPlan(Fault(errno.EIO, call="pwrite", applied_bytes=2 * SECTOR))
@@ -268,7 +269,7 @@ def test_reading_goes_on_where_a_record_cannot_be_revoked(others: bool) -> None:
 def test_closing_gives_back_what_the_last_epoch_freed() -> None:
     """S2: once the journal is gone nothing is replayed into freed tables."""
     device = SimulatedDevice()
-    with jqcow.create_on_device(device, 1 << 30, cluster_size=CLUSTER) as image:
+    with in_place(jqcow.create_on_device(device, 1 << 30, cluster_size=CLUSTER)) as image:
         for number in range(20):
             image.pwrite(b"x" * CLUSTER, number * (2 << 20))
         # The tables are not at the end of the file, which closing cuts off.

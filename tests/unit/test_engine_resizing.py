@@ -9,6 +9,7 @@ import pytest
 import jqcow
 from jqcow.ondisk.layout import GuestOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
+from tests.support.users import in_place
 from tests.unit.engines import CLUSTER, JOURNAL, MIB, OLD, SECTOR, Below, overlay
 
 
@@ -28,7 +29,7 @@ def test_what_is_cut_off_is_zeroed_on_the_host(device: SimulatedDevice, image: j
 
 def test_what_is_cut_off_is_freed_tables_included() -> None:
     device = SimulatedDevice()
-    with jqcow.create_on_device(device, MIB, cluster_size=SECTOR, journal_size=JOURNAL) as image:
+    with in_place(jqcow.create_on_device(device, MIB, cluster_size=SECTOR, journal_size=JOURNAL)) as image:
         for offset in range(0, MIB, 1 << 16):
             image.pwrite(b"x" * SECTOR, offset)
         mapping, refcounts = image._engine.public.mapping, image._engine.public.refcounts

@@ -189,6 +189,7 @@ def test_what_lies_behind_a_table_is_no_part_of_it(tmp_path: Path, monkeypatch: 
     with jqcow.create(path, 600 << 10, cluster_size=512) as image:
         image.bitmaps.add("512", 512)
         image.pwrite(b"old!" * 128, 0)
+        image.checkpoint()
         (guest,) = [extent.host_offset for extent in image.extents(512, 0)]
     content = bytearray(path.read_bytes())
     area = HeaderArea.parse(bytes(content[:512]))

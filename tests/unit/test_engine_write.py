@@ -11,6 +11,7 @@ from jqcow.engine.mapping import MappedRun
 from jqcow.ondisk.layout import GuestOffset
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
 from tests.support.beside import is_taken
+from tests.support.users import in_place
 from tests.unit.engines import CLUSTER, JOURNAL, MIB, OLD, SECTOR, written_image
 
 
@@ -56,7 +57,7 @@ class TestOrder:
     def test_data_goes_before_its_entry(self, device: SimulatedDevice, image: jqcow.Image) -> None:
         """W4: while it is written nothing is staged, and the lock is free."""
         seen: list[tuple[bool, bool]] = []
-        image.checkpoint()
+        in_place(image).checkpoint()
         device.faults = FaultPlan(
             Fault.delay(
                 lambda: seen.append(
@@ -74,7 +75,7 @@ class TestFailures:
         """W4: what it took is unknown, and nothing is staged."""
         device.faults = FaultPlan(Fault(errno.EIO, call="pwrite"))
         with pytest.raises(OSError):
-            image.pwrite(b"x" * CLUSTER, MIB // 2)
+            in_place(image).pwrite(b"x" * CLUSTER, MIB // 2)
         device.faults = None
         assert image.pread(CLUSTER, MIB // 2) == bytes(CLUSTER)
         assert image._engine.public.changes.is_empty and image._engine.space.unknown.holds(1)
@@ -84,7 +85,9 @@ class TestFailures:
     def test_no_space_for_an_l2_table_gives_the_data_clusters_back(self) -> None:
         """The operation is undone: what it counted is free, and counted nowhere."""
         device = SimulatedDevice()
-        with jqcow.create_on_device(device, MIB, cluster_size=SECTOR, journal_size=JOURNAL) as image:
+        with in_place(
+            jqcow.create_on_device(device, MIB, cluster_size=SECTOR, journal_size=JOURNAL)
+        ) as image:
             image.pwrite(b"first", 0)
             image.flush()
             device.faults = FaultPlan(Fault(errno.ENOSPC, call="allocate"))
@@ -101,7 +104,7 @@ def test_a_cluster_is_filled_with_one_barrier_each() -> None:
     image = jqcow.create_on_device(
         device, 1 << 20, cluster_size=65536, extended_l2=True, journal_size=1 << 16
     )
-    image.pwrite(b"x" * 2048, 0)
+    in_place(image).pwrite(b"x" * 2048, 0)
     image.flush()
     found: list[str] = []
     device.barrier_listeners.append(lambda name, _: found.append(name))
@@ -117,7 +120,7 @@ def test_a_cluster_is_filled_with_one_barrier_each() -> None:
     assert found == ["flush.ordered", "flush.record"]
     image.close()
     device.reopen()
-    with jqcow.open_device(device, "r+") as image:
+    with jqcow.open_device(device, "r+", small_writes="in-place") as image:
         del found[:]
         image.pwrite(b"z" * 2048, 4096)
         image.flush()

@@ -19,6 +19,7 @@ from jqcow.cli import recover as command
 from jqcow.offline.recover import RecoveryReport, recover_image
 from jqcow.ondisk.root import ROOT_COPY_BYTES, ROOT_COPY_OFFSET, unpack_root
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
+from tests.support.users import in_place
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -45,6 +46,7 @@ def crashed_device(flushes: int = 3, journal_size: int = 8 * MIB) -> SimulatedDe
     """Return the device of a writer that was killed after a few flushes of one cluster each."""
     device = SimulatedDevice()
     image = jqcow.create_on_device(device, 64 * MIB, journal_size=journal_size, new_salt=seeded_salts())
+    in_place(image)
     for index in range(flushes):
         image.pwrite(bytes([index + 1]) * 4096, index * CLUSTER)
         image.flush()
