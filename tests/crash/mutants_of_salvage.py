@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from jqcow import _native
-from jqcow.salvage.evidence import Certainty
+from jqcow.salvage.evidence import Certainty, Placement
 from jqcow.salvage.guestmap import TABLE, Piece
 from jqcow.salvage.survey import Survey
 from jqcow.salvage.tables import INVALID, LONGEST_BYTES
+from tests.crash.anchored import CLUSTER_BYTES
 from tests.support.mutant import Mutant
-from tests.support.patches import Function, replacing, returning, skipping
+from tests.support.patches import Function, before, holding, replacing, returning, skipping, with_argument
 
 
 def take_once_for_all(
@@ -43,7 +44,49 @@ def as_sure_as_ever(original: Function, patient: Any, snapshot: str | None = Non
     return found
 
 
+def forget_other_places(anchors: Any, placement: Placement, most: Certainty = Certainty.CERTAIN) -> None:
+    """Have the last word on a cluster be the only one."""
+    host = placement.host_offset - placement.host_offset % CLUSTER_BYTES
+    anchors._claims[host].clear()
+
+
+def the_last_in_the_file(_: Function, anchors: Any, hosts: list[tuple[int, Any]]) -> tuple[int, Any]:
+    """Take the cluster that lies furthest out for the newest."""
+    return max(hosts, key=lambda pair: pair[0])
+
+
+def lost_is_zeros(original: Function, disk: Any, offset: int, length: int) -> bytes:
+    """Read zeros where nothing was placed."""
+    found: bytes | None = original(disk, offset, length)
+    return bytes(length) if found is None else found
+
+
 MUTANTS_OF_SALVAGE = (
+    Mutant(
+        "EV2-lost-is-zeros",
+        replacing("jqcow.salvage.reading:MappedDisk.read", lost_is_zeros),
+        trials=("scenario:what-nobody-placed",),
+    ),
+    Mutant(
+        "AN1-the-last-word-counts",
+        before("jqcow.salvage.anchoring:Anchors.add", forget_other_places),
+        trials=("scenario:a-cluster-for-two-places",),
+    ),
+    Mutant(
+        "AN2-the-last-cluster-counts",
+        replacing("jqcow.salvage.anchoring:Anchors._newest", the_last_in_the_file),
+        trials=("scenario:two-clusters-for-a-place",),
+    ),
+    Mutant(
+        "AN3-a-part-tells-of-all",
+        holding("jqcow.salvage.anchoring:Anchors.add", "self._are_current", True),
+        trials=("scenario:a-part-of-a-cluster",),
+    ),
+    Mutant(
+        "FI1-what-is-expected-is-certain",
+        with_argument("jqcow.salvage.filling:Filling._put", "certainty", lambda _: Certainty.CERTAIN),
+        trials=("scenario:a-file-that-is-expected",),
+    ),
     Mutant(
         "GM1-zeros-in-tables-are-holes",
         returning("jqcow.salvage.tables:DiskTables.holes", []),

@@ -29,6 +29,7 @@ from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.header import INCOMPATIBLE_DIRTY, MAGIC
 from jqcow.ondisk.root import is_live
 from jqcow.testing import EVERYTHING, Fault, FaultPlan, SimulatedDevice, enumerate_states
+from tests.crash.anchored import ANCHORED_SCENARIOS
 from tests.crash.beside import (
     data_file_out_of_order,
     grown_again_in_a_transaction,
@@ -931,6 +932,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         growth_behind_a_snapshot_table,
         *PROTECTION_SCENARIOS,
         *CERTAIN_SCENARIOS,
+        *ANCHORED_SCENARIOS,
         *SMALL_WRITES_SCENARIOS,
     )
 }
