@@ -13,7 +13,7 @@ ME2. Each change gains; so it ends, and so many are tried at most.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from heapq import nlargest
 from itertools import islice, pairwise
 from math import inf
@@ -29,8 +29,8 @@ NOWHERE = -2.0
 SMOOTH, PARTED = -3.0, -1.9
 """Steps that cost less go on with a run: with what is nowhere, or without."""
 GAIN_MIN = 0.5
-TRIED_MAX = 30_000
-"""So many changes are tried."""
+TRIED_MAX, TRIED_OF = 30_000, 256
+"""So many changes are tried, and with each so many orphans a smaller part: each takes longer then."""
 LOOKED_AT = 64
 """A look at so many orphans that might be pushed counts as a change that is tried."""
 RUN_MAX, NEEDED_EACH = 1024, 16
@@ -81,7 +81,7 @@ class Mender:
         self._at = {index: at for at, (index, _) in enumerate(order) if index is not None}
         self._is_missed = lru_cache(maxsize=1 << 16)(self._find_missed)
         self._is_free = is_free
-        self._left = TRIED_MAX
+        self._left = TRIED_MAX // (1 + len(taken) // TRIED_OF)
         self._starts: dict[int | None, int] = {}
 
     def _find_missed(self, cluster: int) -> bool:
@@ -216,7 +216,7 @@ class Mender:
             cluster = self._cluster_at(place)
             if cluster is not None:
                 found.update(self._aligner.ahead(cluster, 1))
-        for start, length in self._missed():
+        for start, length in self._wanted:
             found.add(start)
             if length >= len(run):
                 found.add(start + length - len(run))
@@ -226,8 +226,12 @@ class Mender:
         found.discard(self.clusters[run[0]] if self.clusters[run[0]] is not None else -1)
         yield from sorted(found)
 
-    def _missed(self) -> Iterator[tuple[int, int]]:
-        """Yield (first, count) of clusters that nobody has and that are missed."""
+    @cached_property
+    def _wanted(self) -> list[tuple[int, int]]:
+        """The (first, count) of clusters in which files have data, and that evidence has not placed."""
+        return list(self._find_wanted())
+
+    def _find_wanted(self) -> Iterator[tuple[int, int]]:
         first = count = 0
         for cluster in islice(self._expectations.needed(), NEEDED_EACH * len(self.clusters)):
             if not self._is_free(cluster):
@@ -310,7 +314,7 @@ class Mender:
         self._left -= len(moved) // LOOKED_AT
         left = [self.clusters[index] for index in run]
         promising = [one for one in nlargest(STOPS_TRIED, stops) if one[0] >= PUSH_GAIN]
-        missed = list(self._missed()) if promising else []
+        missed = self._wanted if promising else []
         for _, count, stop in promising:
             changes: Places = dict(moved[:count])
             rest = sorted(items[count:stop], key=self._at.__getitem__)
