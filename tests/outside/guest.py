@@ -46,8 +46,11 @@ def kernel() -> Path:
     """
     found = [*KEPT.glob("boot/vmlinuz-*")]
     if not found:
-        dependencies = done("apt-cache", "depends", KERNEL_PACKAGE)
-        package = re.search(r"Depends: (linux-image-\S+)", dependencies)
+        asked = ("apt-cache", "depends", KERNEL_PACKAGE)
+        if run(*asked).returncode:
+            # A fresh machine has no lists of packages yet.
+            run("apt-get", "update")
+        package = re.search(r"Depends: (linux-image-\S+)", run(*asked).stdout)
         assert package, f"apt knows no {KERNEL_PACKAGE}: run apt-get update"
         KEPT.mkdir(exist_ok=True)
         subprocess.run(["apt-get", "download", "-q", package[1]], cwd=KEPT, check=True, capture_output=True)
