@@ -17,6 +17,7 @@ from jqcow.disks.policy import FilePolicy, Following, naming_the_image, require_
 from jqcow.disks.raw import RawDisk
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.image import Image
+from jqcow.image.arguments import optional_text
 from jqcow.image.opening import open_alone, open_base
 from jqcow.offline.compare import Progress
 from jqcow.offline.losses import refuse_lost_data, refuse_lost_data_in
@@ -82,7 +83,7 @@ def commit(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the overlay reads as before.
     """
-    passphrase = hidden(passphrase)
+    passphrase, base = hidden(passphrase), optional_text(base)
     following = Following(allow_files, probe, passphrase=passphrase)
     if base is not None:
         return _commit_chain(os.fspath(path), base, following, journal_size, progress)

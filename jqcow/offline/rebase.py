@@ -14,7 +14,7 @@ from jqcow.disks.chain import Chain, open_disk
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.image import Image
-from jqcow.image.arguments import optional_path
+from jqcow.image.arguments import optional_path, optional_text
 from jqcow.image.opening import open as open_image
 from jqcow.image.opening import open_alone, open_backing
 from jqcow.image.transaction import Transaction
@@ -68,7 +68,7 @@ def rebase(
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the image is as it was.
     """
-    backing_file = optional_path(backing_file)
+    backing_file, backing_format = optional_path(backing_file), optional_text(backing_format)
     passphrase = hidden(passphrase)
     if unsafe:
         with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:
