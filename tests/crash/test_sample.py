@@ -40,7 +40,7 @@ def workload_in_sample(number: int, family: Family) -> str:
 SAMPLE = [
     pytest.param(number, family, workload_in_sample(number, family), id=name)
     for number, (name, family) in enumerate(FAMILIES.items())
-    if IS_QUICK or number % 4 == 0
+    if IS_QUICK or number % 8 == 0
 ]
 COVERING = (
     "fresh/1024",
