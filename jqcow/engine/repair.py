@@ -6,7 +6,6 @@ table that is itself damaged, or used twice, is not touched, and raises before a
 
 from __future__ import annotations
 
-import mmap
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Literal
 
 from jqcow import _native
 from jqcow.checker.lost import Holes, LostData
+from jqcow.checker.tables import zeroed
 from jqcow.engine.broken_bitmaps import BrokenBitmaps
 from jqcow.engine.closing import Closing
 from jqcow.engine.lifecycle import Lifecycle
@@ -83,7 +83,7 @@ class References:
             raise UnsupportedFeatureError(f"counting the references to {length} clusters")
         # Untouched pages take no memory: an image is often much smaller than its file is long.
         self._length = length
-        self._counts = memoryview(mmap.mmap(-1, max(1, length) * _COUNTER_BYTES))
+        self._counts = zeroed("B", max(1, length) * _COUNTER_BYTES)
         self.metadata = tables.snapshots.find_metadata()
         self._metadata_in_order = sorted(self.metadata)
         for cluster, users in self.metadata.items():
@@ -162,8 +162,8 @@ def repair(closing: Closing, what: What, *, free_lost: bool = False) -> RepairRe
     given_up = public.space.given_up_bitmaps
     # Of them nobody knows whether they hold: going live clears them, as QEMU does when it opens to repair.
     unknown = public.view.header.autoclear_features & ~AUTOCLEAR_KNOWN
-    has_flags = public.snapshots.set_copied_flags(change=False)
-    if not (given_up or dirty or unknown or differences or has_flags):
+    is_wrong = given_up or dirty or unknown or differences
+    if not (is_wrong or public.snapshots.set_copied_flags(change=False)):
         lifecycle.start_search()
         return RepairReport(lost=lost)
     file_bytes = lifecycle.medium.size()

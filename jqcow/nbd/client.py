@@ -15,9 +15,6 @@ from typing import NamedTuple
 from jqcow.nbd import protocol
 from jqcow.nbd.protocol import Chunk, Command, Info, Option, Reply
 
-BASE_ALLOCATION = "base:allocation"
-STATUS_HOLE, STATUS_ZERO = 1, 2
-"""Flags of `BASE_ALLOCATION`."""
 ASKED_BYTES = 1 << 30
 """Length of the range of one request."""
 TIMEOUT_SECONDS = 60
@@ -57,7 +54,7 @@ class Status(NamedTuple):
     flags: int
 
 
-def read_status(export: Export, context: str = BASE_ALLOCATION) -> Iterator[Status]:
+def read_status(export: Export, context: str = protocol.ALLOCATION) -> Iterator[Status]:
     """Yield what a server says of all of an export, neighbours with equal flags joined.
 
     Args:

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from jqcow.image import Image
-
-ALLOCATION = "base:allocation"
-DEPTH = "qemu:allocation-depth"
-BITMAP_PREFIX = "qemu:dirty-bitmap:"
-
-STATE_HOLE = 1
-STATE_ZERO = 2
-STATE_DIRTY = 1
+from jqcow.nbd.protocol import ALLOCATION, BITMAP_PREFIX, DEPTH, STATE_DIRTY, STATE_HOLE, STATE_ZERO
 
 EXTENTS_MAX = 8192
 """Of one answer: it may tell less than was asked for, and the client asks on."""

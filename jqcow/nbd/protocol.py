@@ -13,6 +13,16 @@ from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import NamedTuple
 
+# Metadata contexts
+
+ALLOCATION = "base:allocation"
+STATE_HOLE, STATE_ZERO = 1, 2
+"""Flags of `ALLOCATION`."""
+DEPTH = "qemu:allocation-depth"
+BITMAP_PREFIX = "qemu:dirty-bitmap:"
+"""These two are as QEMU has them (docs/interop/nbd.rst in its source)."""
+STATE_DIRTY = 1
+
 # Limits
 
 NAME_BYTES_MAX = 4096

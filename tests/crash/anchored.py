@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from random import Random
 
 from jqcow.offline.salvaging.patient import patient_on
@@ -15,30 +14,10 @@ from jqcow.salvage.ranges import Ranges
 from jqcow.salvage.reading import MappedDisk
 from tests.crash.certain import CLUSTER_BYTES, Failing, made
 from tests.crash.judge import require
+from tests.support.lost_disk import LostDisk
 from tests.support.patients import Tables
 
 SURE = Certainty.CERTAIN
-
-
-@dataclass
-class LostDisk:
-    """A disk of which all is lost, and what was placed of it."""
-
-    size: int = 1 << 20
-    placed: dict[int, Placement] = field(default_factory=dict)
-
-    def is_open(self, guest_offset: int) -> bool:
-        return 0 <= guest_offset < self.size
-
-    def is_placed(self, guest_offset: int) -> bool:
-        return guest_offset in self.placed
-
-    def place(self, placement: Placement) -> bool:
-        known = self.placed.get(placement.guest_offset)
-        if known is not None and known.certainty >= placement.certainty:
-            return False
-        self.placed[placement.guest_offset] = placement
-        return True
 
 
 class Clusters:
@@ -61,7 +40,7 @@ class Clusters:
 
 def anchored(*placements: Placement) -> tuple[LostDisk, Ranges]:
     """Return what becomes of placements, and the parts that are certain alone."""
-    disk, parts = LostDisk(), Ranges()
+    disk, parts = LostDisk(1 << 20), Ranges()
     anchors = Anchors(disk, Clusters(4), parts)  # type: ignore[arg-type]
     for each in placements:
         anchors.add(each)
@@ -117,7 +96,7 @@ class OneFile:
 
 def a_file_that_is_expected() -> None:
     """FI1: what looks as its file system expects it may be another's."""
-    disk, drawn = LostDisk(), Random(1)
+    disk, drawn = LostDisk(1 << 20), Random(1)
     expectations = Expectations(CLUSTER_BYTES)
     expectations.take([OneFile(4)], disk)  # type: ignore[list-item, arg-type]
     contents = [drawn.randbytes(CLUSTER_BYTES) for _ in range(3)]

@@ -15,30 +15,10 @@ from jqcow.salvage.filling import Filling
 from jqcow.salvage.looks import NOISE, OTHER, TEXT, ZEROS, Looks, changes, kind_of
 from jqcow.salvage.ranges import Ranges
 from jqcow.salvage.weighing import Odds
+from tests.support.lost_disk import LostDisk
 
 CLUSTER = 65536
 BLOCK = 4096
-
-
-@dataclass
-class FakeMap:
-    """A disk that is lost as a whole."""
-
-    size: int = 1 << 30
-    placed: dict[int, Placement] = field(default_factory=dict)
-
-    def is_open(self, guest_offset: int) -> bool:
-        return 0 <= guest_offset < self.size
-
-    def is_placed(self, guest_offset: int) -> bool:
-        return guest_offset in self.placed
-
-    def place(self, placement: Placement) -> bool:
-        known = self.placed.get(placement.guest_offset)
-        if known is not None and known.certainty >= placement.certainty:
-            return False
-        self.placed[placement.guest_offset] = placement
-        return True
 
 
 @dataclass
@@ -237,7 +217,7 @@ def test_files_that_grew_in_turns_come_in_turns() -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_files_written_one_after_the_other_are_placed(seed: int) -> None:
     pieces, clusters, truth = written_disk(seed)
-    guest_map = FakeMap()
+    guest_map = LostDisk()
     expectations = expectations_of(pieces)
     Filling(guest_map, CLUSTER, sorted(clusters.items()), expectations, []).fill()
     right = sum(
@@ -249,7 +229,7 @@ def test_files_written_one_after_the_other_are_placed(seed: int) -> None:
 def test_nothing_is_more_than_likely_and_no_cluster_comes_twice() -> None:
     """FI1, and one place for each orphan."""
     pieces, clusters, _ = written_disk(5)
-    guest_map = FakeMap()
+    guest_map = LostDisk()
     Filling(guest_map, CLUSTER, sorted(clusters.items()), expectations_of(pieces), []).fill()
     assert max(placement.certainty for placement in guest_map.placed.values()) == Certainty.LIKELY
     hosts = [placement.host_offset for placement in guest_map.placed.values()]
@@ -259,7 +239,7 @@ def test_nothing_is_more_than_likely_and_no_cluster_comes_twice() -> None:
 def test_what_is_placed_more_surely_stays() -> None:
     pieces, clusters, truth = written_disk(6)
     guest = next(iter(truth.values()))
-    guest_map = FakeMap()
+    guest_map = LostDisk()
     sure = Placement(guest, 1 << 40, CLUSTER, Certainty.CERTAIN, "a table")
     guest_map.place(sure)
     Filling(guest_map, CLUSTER, sorted(clusters.items()), expectations_of(pieces), [(1 << 40, guest)]).fill()
@@ -279,7 +259,7 @@ def test_lies_about_files_end_in_time() -> None:
         for _ in range(300)
     ]
     clusters = {step * CLUSTER: chance.randbytes(CLUSTER) for step in range(1, 6)}
-    guest_map = FakeMap()
+    guest_map = LostDisk()
     Filling(guest_map, CLUSTER, sorted(clusters.items()), expectations_of(pieces), []).fill()
     assert all(0 <= guest < guest_map.size for guest in guest_map.placed)
 
@@ -289,7 +269,7 @@ def test_a_part_that_tells_its_place_is_certain_alone() -> None:
     orphans = FakeOrphans({CLUSTER: bytes(CLUSTER)})
     told = Placement(5 * CLUSTER + BLOCK, CLUSTER + BLOCK, BLOCK, Certainty.CERTAIN, "a node")
     for are_current, certainty in ((False, Certainty.LIKELY), (True, Certainty.CERTAIN)):
-        guest_map, parts = FakeMap(), Ranges()
+        guest_map, parts = LostDisk(), Ranges()
         anchors = Anchors(guest_map, orphans, parts, are_current=are_current)
         assert anchors.add(told)
         assert anchors.settle()
@@ -303,7 +283,7 @@ def test_a_part_that_tells_its_place_is_certain_alone() -> None:
 def test_parts_of_clusters_that_are_rivals_are_not_certain() -> None:
     """A2."""
     orphans = FakeOrphans({CLUSTER: bytes(CLUSTER), 2 * CLUSTER: b"x" * CLUSTER})
-    guest_map, parts = FakeMap(), Ranges()
+    guest_map, parts = LostDisk(), Ranges()
     anchors = Anchors(guest_map, orphans, parts, are_current=False)
     for host in orphans.clusters:
         anchors.add(Placement(0, host, BLOCK, Certainty.CERTAIN, "a node"))
@@ -320,7 +300,7 @@ def test_ranges_know_what_they_have() -> None:
 
 def test_the_rest_is_looked_for_among_so_many_places_however_long_a_piece_is() -> None:
     """A container may claim any length; the search for places of what is left over ends all the same."""
-    guest_map = FakeMap(size=1 << 60)
+    guest_map = LostDisk(size=1 << 60)
     clusters = {step * CLUSTER: bytes([step]) * CLUSTER for step in range(1, 6)}
     told = expectations_of([piece(0, 1 << 60, 1 << 60, 1, is_data=is_data) for is_data in (True, False)])
     Filling(guest_map, CLUSTER, sorted(clusters.items()), told, []).fill()

@@ -12,9 +12,10 @@ from jqcow.cli.common import CommandError
 from jqcow.cli.qemu.options import plain_pairs
 from jqcow.cli.qemu.wording import opening
 from jqcow.errors import printable
-from jqcow.nbd.client import BASE_ALLOCATION, STATUS_HOLE, STATUS_ZERO, Export, Status, read_status
+from jqcow.nbd.client import Export, Status, read_status
+from jqcow.nbd.listening import DEFAULT_PORT
+from jqcow.nbd.protocol import ALLOCATION, DEPTH, STATE_HOLE, STATE_ZERO
 
-_PORT = 10809
 _SCHEMES = ("nbd", "nbd+tcp", "nbd+unix")
 _OPTIONS = {
     "driver",
@@ -28,7 +29,6 @@ _OPTIONS = {
     "export",
     "x-dirty-bitmap",
 }
-_DEPTH = "qemu:allocation-depth"
 _DEPTHS_TOLD = 2
 """As in QEMU: what lies deeper is told as this depth."""
 _ROW = "{:<16}{:<16}{:<16}{}"
@@ -39,7 +39,7 @@ class NamedExport:
     """An export among arguments; ``context`` says what its status is to tell."""
 
     export: Export
-    context: str = BASE_ALLOCATION
+    context: str = ALLOCATION
 
 
 def export_named(text: str, *, image_opts: bool) -> NamedExport | None:
@@ -56,7 +56,7 @@ def export_named(text: str, *, image_opts: bool) -> NamedExport | None:
         return None
     name = unquote(parts.path.removeprefix("/"))
     if parts.scheme != "nbd+unix":
-        return NamedExport(Export((parts.hostname or "localhost", parts.port or _PORT), name))
+        return NamedExport(Export((parts.hostname or "localhost", parts.port or DEFAULT_PORT), name))
     paths = parse_qs(parts.query).get("socket")
     if not paths:
         raise CommandError(f"Could not open '{text}': Invalid NBD URI")
@@ -71,10 +71,10 @@ def _of_options(text: str, options: dict[str, str]) -> NamedExport:
     host = options.get("server.host", options.get("host"))
     if (path is None) == (host is None):
         raise CommandError(f"Could not open '{text}': NBD server address missing")
-    port = options.get("server.port", options.get("port", str(_PORT)))
-    address = path if path is not None else (str(host), int(port) if port.isdecimal() else _PORT)
+    port = options.get("server.port", options.get("port", str(DEFAULT_PORT)))
+    address = path if path is not None else (str(host), int(port) if port.isdecimal() else DEFAULT_PORT)
     export = Export(address, options.get("export", ""))
-    return NamedExport(export, options.get("x-dirty-bitmap", BASE_ALLOCATION))
+    return NamedExport(export, options.get("x-dirty-bitmap", ALLOCATION))
 
 
 def map_export(arguments: argparse.Namespace) -> int:
@@ -87,14 +87,14 @@ def map_export(arguments: argparse.Namespace) -> int:
         return common.EXIT_OK
     print(_ROW.format("Offset", "Length", "Mapped to", "File"))
     for status in found:
-        if not status.flags & (STATUS_HOLE | STATUS_ZERO):
+        if not status.flags & (STATE_HOLE | STATE_ZERO):
             start = _hex(status.offset)
             print(_ROW.format(start, _hex(status.length), start, printable(arguments.given)))
     return common.EXIT_OK
 
 
 def _told(status: Status, context: str) -> Status:
-    return status._replace(flags=min(status.flags, _DEPTHS_TOLD)) if context == _DEPTH else status
+    return status._replace(flags=min(status.flags, _DEPTHS_TOLD)) if context == DEPTH else status
 
 
 def _hex(number: int) -> str:
@@ -102,7 +102,7 @@ def _hex(number: int) -> str:
 
 
 def _line(status: Status) -> str:
-    is_data, is_zero = not status.flags & STATUS_HOLE, bool(status.flags & STATUS_ZERO)
+    is_data, is_zero = not status.flags & STATE_HOLE, bool(status.flags & STATE_ZERO)
     told = {"start": status.offset, "length": status.length, "depth": 0}
     told |= {"present": is_data or is_zero, "zero": is_zero, "data": is_data}
     if is_data or is_zero:
