@@ -11,7 +11,7 @@ from jqcow.engine.sharing import leave_to_one
 from jqcow.engine.zeroing import Zeroing
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk.form import Preallocation
-from jqcow.ondisk.l2 import DATA, L2Entry
+from jqcow.ondisk.l2 import DATA, UNALLOCATED, L2Entry
 from jqcow.ondisk.layout import HostOffset
 from jqcow.ondisk.preallocated import entries_for
 
@@ -81,6 +81,7 @@ class Resizing:
             if data_file is None:
                 raise UnsupportedFeatureError("growing without the external data file", "it is not open")
             self._clear_behind(old_size, data_file, is_raw=is_raw)
+            self._hide_behind(old_size)
             data_file.lengthen(size_bytes, preallocation)
             if is_raw:
                 data_file.clear(old_size, size_bytes)
@@ -113,6 +114,14 @@ class Resizing:
                 if was_larger:
                     places.refuse_overwriting()
                 self.zeroing.writes.data.pwrite(bytes(run.length), run.host)
+
+    def _hide_behind(self, old_size: int) -> None:
+        """Write zeros over what a backing file shows behind the disk's old end, in its last cluster."""
+        reads, offset, within = self.zeroing.reads, old_size, old_size % self._cluster_bytes
+        for run in reads.runs(old_size, self._cluster_bytes - within if within else 0):
+            if run.kind == UNALLOCATED and not reads.below_reads_as_zeros(offset, run.length):
+                self.zeroing.write_over(offset, run.length)
+            offset += run.length
 
     def _entry_outside(self, old_size: int) -> Callable[[HostOffset], L2Entry]:
         """Return what makes the entries of new clusters in a data file, which all read as zeros.

@@ -58,7 +58,9 @@ def allowed(row: Row) -> bool:
     is_overlay = is_not("backing", "none") or is_not("base", "-") or is_not("name", "-")
     forbidden = (
         is_overlay and is_alone,
-        is_overlay and (is_not("preallocation", "off") or has("data", "raw file")),
+        is_overlay and has("data", "raw file"),
+        # What is allocated hides what is below, but for subclusters.
+        is_overlay and is_not("preallocation", "off") and has("entries", "standard"),
         # QEMU compresses nothing that has a cluster.
         is_not("compression", "none") and is_not("preallocation", "off"),
         # A disk is whole sectors, and that is what such a cluster is.

@@ -345,6 +345,24 @@ def test_over_a_backing_file() -> None:
     guest.judge()
 
 
+@pytest.mark.parametrize("options", ["cluster_size=64k", "extended_l2=on"])
+@pytest.mark.parametrize("is_written", [False, True])
+def test_growth_hides_what_a_longer_backing_file_has(options: str, is_written: bool) -> None:
+    Path("base").write_bytes(b"b" * 2 * SIZE)
+    size = SIZE + 3 * 512
+    words = ["-o", f"data_file=data,{options}", "-b", "base", "-F", "raw", "image", size]
+    done("qemu-img", "create", "-q", "-f", "qcow2", *words)
+    guest = Guest(Path("image"), options)
+    guest.model[:] = b"b" * size
+    with jqcow.open("image", "r+", allow_files=True) as image:
+        if is_written:
+            image.pwrite(b"x" * 512, SIZE)
+            guest.model[SIZE : SIZE + 512] = b"x" * 512
+        image.resize(SIZE + 3 * CLUSTER)
+    guest.model += bytes(SIZE + 3 * CLUSTER - size)
+    guest.judge()
+
+
 def test_below_an_overlay() -> None:
     guest = Guest(by_qemu("cluster_size=64k"), "base")
     guest.by_qemu()
