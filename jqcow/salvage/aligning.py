@@ -142,7 +142,7 @@ class Aligner:
         """
         self._expectations, self._odds = expectations, odds
         self._is_waiting, self._index_at = is_waiting, index_at
-        self.gain = lru_cache(maxsize=1 << 17)(self._gain)
+        self._told = lru_cache(maxsize=1 << 18)(self._tell)
         self._prices: dict[int, float] = {}
         self.ahead = lru_cache(maxsize=1 << 15)(self._find_ahead)
         self._rank = lru_cache(maxsize=1 << 16)(expectations.rank)
@@ -150,9 +150,13 @@ class Aligner:
         self.is_natural = lru_cache(maxsize=1 << 15)(self._is_natural)
         self.is_end = lru_cache(maxsize=1 << 15)(self._is_end)
 
-    def _gain(self, cluster: int, index: int) -> float:
+    def gain(self, cluster: int, index: int) -> float:
+        """Return what it tells that an orphan is in a cluster, less what the cluster costs by now."""
+        return self._told(cluster, index) - self._prices.get(cluster, 0.0)
+
+    def _tell(self, cluster: int, index: int) -> float:
         expected = self._expectations.of(cluster)
-        total = self._odds.of(expected, index) - self._prices.get(cluster, 0.0)
+        total = self._odds.of(expected, index)
         if (before := self._index_at(cluster - 1)) is not None:
             total += self._odds.joint(self._expectations.of(cluster - 1), before, expected, index)
         if (behind := self._index_at(cluster + 1)) is not None:
@@ -161,8 +165,7 @@ class Aligner:
 
     def changed(self) -> None:
         """Forget what rests on which clusters are waiting, and what is placed."""
-        self.gain.cache_clear()
-        for cached in (self.ahead, self.is_natural, self.is_end):
+        for cached in (self._told, self.ahead, self.is_natural, self.is_end):
             cached.cache_clear()
 
     def beside(self, cluster: int, step: int) -> set[int]:
@@ -324,7 +327,6 @@ class Aligner:
             before = dict(self._prices)
             for cluster, rise in rises.items():
                 self._prices[cluster] = before.get(cluster, 0.0) + rise
-            self.gain.cache_clear()
         paid = before if rises else dict(self._prices)
         self._prices.clear()
         best: list[Stretch] = []
@@ -337,9 +339,7 @@ class Aligner:
                 best, most = stretches, worth
             if not self._raise_prices(stretches):
                 break
-            self.gain.cache_clear()
         self._prices.clear()
-        self.gain.cache_clear()
         return best
 
     def _raise_prices(self, stretches: list[Stretch]) -> bool:

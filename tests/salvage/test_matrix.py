@@ -30,13 +30,13 @@ KINDS_TRIED = (
 def _populated(folder: Path, chance: Random) -> Path:
     """Return a raw ext4 with files in it, made without a mount."""
     files, disk = folder / "files", folder / TRUTH
-    for number in range(24):
+    for number in range(12):
         path = files / f"d{number % 5}" / f"file{number}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content(chance, chance.randrange(1, 300_000)))
     # The same bytes in every run, as far as a program can be asked for that.
     same = f"hash_seed={UUID},lazy_itable_init=0"
-    run("mkfs.ext4", "-q", "-F", "-U", UUID, "-E", same, "-d", files, disk, "24M")
+    run("mkfs.ext4", "-q", "-F", "-U", UUID, "-E", same, "-d", files, disk, "12M")
     return disk
 
 

@@ -18,8 +18,11 @@ from tests.support.beside import Others
 from tests.threads.interrupts import Interrupted, Interrupter
 from tests.threads.scenarios import SCENARIOS, Act, Trial
 
-SAMPLES = 25
+SAMPLES = 12
 """Points of one scenario that a test run tries; `python -m tests.threads.every_point` tries all."""
+
+CALLS = 12
+"""Calls of the device that a test run cuts off in one scenario."""
 
 FAILURES = 15
 """Pairs of a failing call and an interrupt for each scenario."""
@@ -73,24 +76,36 @@ def test_interrupted_between_bytecodes(scenario: Act, live: bool) -> None:
         try_point(scenario, live=live, at=at)
 
 
+def count_calls(scenario: Act, *, live: bool) -> int:
+    trial = Trial(live=live)
+    trial.device.faults = plan = FaultPlan()
+    scenario(trial)
+    return plan.total
+
+
+def try_call(scenario: Act, *, live: bool, at: int, applied: int) -> None:
+    trial = Trial(live=live)
+    trial.device.faults = Waiting(trial, Fault(Interrupted(), at, applied_bytes=applied))
+    with pytest.raises(Interrupted):
+        scenario(trial)
+    trial.device.faults = None
+    try:
+        trial.judge()
+    except BaseException as error:
+        error.add_note(
+            f"{scenario.__name__}, live {live}, interrupted in call {at}, {applied} bytes of it applied"
+        )
+        raise
+
+
 @every_scenario
 @clean_and_live
 @pytest.mark.parametrize("applied", [0, EVERYTHING], ids=["before", "after"])
 def test_interrupted_in_a_call_of_the_device(scenario: Act, live: bool, applied: int) -> None:
-    trial = Trial(live=live)
-    trial.device.faults = plan = FaultPlan()
-    scenario(trial)
-    for at in range(1, plan.total + 1):
-        trial = Trial(live=live)
-        trial.device.faults = Waiting(trial, Fault(Interrupted(), at, applied_bytes=applied))
-        with pytest.raises(Interrupted):
-            scenario(trial)
-        trial.device.faults = None
-        try:
-            trial.judge()
-        except BaseException as error:
-            error.add_note(f"interrupted in call {at} of the device")
-            raise
+    every = range(1, count_calls(scenario, live=live) + 1)
+    chosen = random.Random(f"{scenario.__name__}/{live}/{applied}").sample(every, min(len(every), CALLS))
+    for at in sorted(chosen):
+        try_call(scenario, live=live, at=at, applied=applied)
 
 
 @every_scenario
