@@ -12,19 +12,16 @@ from jqcow.image.amending import AmendReport
 from jqcow.offline.amend import amend
 from jqcow.ondisk.amendment import AmendOptions
 
-_OPTIONS = ("compat", "lazy_refcounts", "refcount_bits", "size", "data_file")
+_OPTIONS = ("compat", "lazy_refcounts", "refcount_bits", "size", "data_file", "data_file_raw")
 _REFUSED = {
     "backing_file": "'jqcow rebase' gives an image another backing file",
     "backing_fmt": "'jqcow rebase' gives an image another backing file",
-    "data_file_raw": "it cannot be set on existing images",
     **dict.fromkeys(
         ("cluster_size", "preallocation", "extended_l2", "compression_type", "encryption"),
         "it is for new images alone: use 'jqcow convert'",
     ),
 }
 """Why other options are not amended, by their names."""
-_NOTHING = ("data_file_raw", "off")
-"""What qemu-img takes, and has nothing to do for."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -46,7 +43,8 @@ def add_parsers(commands: Any) -> None:
         metavar="OPTIONS",
         action="append",
         required=True,
-        help="compat=1.1|0.10, lazy_refcounts=on|off, refcount_bits=BITS, size=SIZE, data_file=NAME",
+        help="compat=1.1|0.10, lazy_refcounts=on|off, refcount_bits=BITS, size=SIZE, data_file=NAME, "
+        "data_file_raw=off",
     )
     parser.add_argument(
         "--shrink", action="store_true", help="allow a smaller disk: what lies behind its end is lost"
@@ -100,11 +98,11 @@ def _options_of(text: str) -> AmendOptions:
         name, _, value = option.partition("=")
         if name in _OPTIONS and value:
             found[name] = value
-        elif (name, value) != _NOTHING:
+        else:
             why = _REFUSED.get(name) or (
                 "it needs a value" if name in _OPTIONS else "there is no such option"
             )
-            why = "encryption cannot be amended" if name.startswith("encrypt.") else why
+            why = "'jqcow passphrase' adds and removes passphrases" if name.startswith("encrypt.") else why
             raise common.CommandError(f"the option '{option}' of -o is not amended: {why}")
     if not text:
         raise common.CommandError("-o names no option to amend")
@@ -117,7 +115,7 @@ def _options_of(text: str) -> AmendOptions:
 def _told(name: str, report: AmendReport) -> str:
     done = [
         word.replace("_", " ")
-        for word in ("compat", "lazy_refcounts", "refcount_bits", "size", "data_file")
+        for word in ("compat", "lazy_refcounts", "refcount_bits", "size", "data_file", "data_file_raw")
         if getattr(report, word)
     ]
     return f"{printable(name)}: {', '.join(done) + ' amended' if done else 'nothing to change'}."

@@ -26,7 +26,10 @@ def add_parsers(commands: Any) -> None:
     action.add_argument("-a", dest="add", action="store_true", help="add a passphrase")
     action.add_argument("-d", dest="delete", action="store_true", help="remove the passphrase that is given")
     parser.add_argument(
-        "--slot", type=int, metavar="N", help="with -d: remove that of key slot N; the one given stays"
+        "--slot",
+        type=int,
+        metavar="N",
+        help="of key slot N: -d removes it, the one given stays; -a adds it there",
     )
     secrets.add_passphrase(parser, what="the image")
     secrets.add_passphrase(parser, NEW, "its own that -a adds")
@@ -45,8 +48,8 @@ def add_parsers(commands: Any) -> None:
 def passphrase_command(arguments: argparse.Namespace) -> int:
     """List or change the passphrases of an image."""
     name = arguments.image
-    if arguments.slot is not None and not arguments.delete:
-        raise common.CommandError("--slot says which passphrase goes: use it with -d")
+    if arguments.slot is not None and arguments.list:
+        raise common.CommandError("--slot says which passphrase comes or goes: use it with -a or -d")
     with common.about(name):
         if arguments.list:
             _list(_luks_of(name), arguments.output)
@@ -57,7 +60,9 @@ def passphrase_command(arguments: argparse.Namespace) -> int:
             _luks_of(name)
             new = secrets.new_passphrase_of(arguments, NEW, name)
             iter_time = secrets.milliseconds(arguments.iter_time)
-            slot = add_passphrase(name, old, new, iter_time=iter_time, journal_size=journal_size)
+            slot = add_passphrase(
+                name, old, new, iter_time=iter_time, slot=arguments.slot, journal_size=journal_size
+            )
         else:
             slot = remove_passphrase(name, old, slot=arguments.slot, journal_size=journal_size)
     if arguments.output == "json":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from jqcow.engine.guestdata import GuestData
 from jqcow.engine.tables import Tables
-from jqcow.ondisk.header import COMPATIBLE_LAZY_REFCOUNTS
+from jqcow.ondisk.header import AUTOCLEAR_DATA_FILE_RAW, COMPATIBLE_LAZY_REFCOUNTS
 from jqcow.ondisk.l2 import NO_ENTRY, L2Entry, data_entry
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 
@@ -109,6 +109,11 @@ class Amending:
             # Version 3 demands of each snapshot what those of version 2 need not have.
             self._tables.snapshots.keep_sizes()
         self._view.set_area(self._view.area.with_version(version))
+
+    def give_up_raw(self) -> None:
+        """Clear the bit of a raw data file: its bytes need not be the disk's any more."""
+        features = self._view.header.autoclear_features & ~AUTOCLEAR_DATA_FILE_RAW
+        self._view.set_header(autoclear_features=features)
 
     def set_lazy_refcounts(self, *, lazy: bool) -> None:
         """Set or clear the bit of lazy refcounts, which version 3 has."""

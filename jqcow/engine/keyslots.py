@@ -11,6 +11,7 @@ E4. The key material of a passphrase stays as it is until the record that takes 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 
 from jqcow.engine.commit import Commits
@@ -47,13 +48,14 @@ class KeySlots:
             raise ValueError("the image is not encrypted")
         return found
 
-    def add(self, key: Secret, secret: Secret, iter_time: int) -> int:
-        """Give the master key another passphrase, durably; return its slot.
+    def add(self, key: Secret, secret: Secret, iter_time: int, wanted: int | None = None) -> int:
+        """Give the master key another passphrase, durably; return its slot: that ``wanted``, or a free one.
 
         Raises:
+            ValueError: the slot that is wanted has a passphrase, or is none.
             UnsupportedFeatureError: all slots have one.
         """
-        number = self._free_slot()
+        number = self._free_slot(range(len(self.header.slots)) if wanted is None else [wanted])
         iterations = keys.iterations_for(self.header.hash, iter_time, self.header.key_bytes)
         slot, material = keys.lock(self.header, number, key, secret, iterations)
         changed = self.header.with_slot(number, slot)
@@ -72,8 +74,7 @@ class KeySlots:
             ValueError: it is the last one, or no slot.
             UnsupportedFeatureError: its key material cannot be overwritten where it lies.
         """
-        if number not in range(len(self.header.slots)):
-            raise ValueError(f"there is no key slot {number}")
+        self._require_slot(number)
         slot = self.header.slots[number]
         if self.header.active_slots() == (number,):
             raise ValueError("the last passphrase cannot be removed: nobody could read the disk")
@@ -106,15 +107,22 @@ class KeySlots:
         self._commits.flush(self._medium.require_healthy)
         self.header = header
 
-    def _free_slot(self) -> int:
-        for number, slot in enumerate(self.header.slots):
-            if not slot.is_active:
+    def _free_slot(self, wanted: Sequence[int]) -> int:
+        for number in wanted:
+            self._require_slot(number)
+            if not self.header.slots[number].is_active:
                 with suppress(FormatError):
                     self._require_apart(number, *self.header.place_of(number, self.pointer.length))
                     return number
+        if len(wanted) == 1:
+            raise ValueError(f"key slot {wanted[0]} is in use")
         raise UnsupportedFeatureError(
             f"more than {len(self.header.active_slots())} passphrases", "every key slot is in use"
         )
+
+    def _require_slot(self, number: int) -> None:
+        if number not in range(len(self.header.slots)):
+            raise ValueError(f"there is no key slot {number}")
 
     def _require_apart(self, number: int, start: int, end: int) -> None:
         """Raise FormatError unless key material is apart from active slots and from journalled blocks."""

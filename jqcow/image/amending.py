@@ -14,7 +14,8 @@ from jqcow.image.image import Image
 from jqcow.ondisk import naming
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.amendment import Amendment, AmendOptions
-from jqcow.ondisk.header import EXTENSION_EXTERNAL_DATA, HeaderArea
+from jqcow.ondisk.form import flag
+from jqcow.ondisk.header import AUTOCLEAR_DATA_FILE_RAW, EXTENSION_EXTERNAL_DATA, HeaderArea
 from jqcow.ondisk.keys import Passphrase
 from jqcow.ondisk.layout import HostOffset
 
@@ -32,6 +33,7 @@ class AmendReport:
         refcount_bits: refcounts have another width now.
         size: the disk has another size now.
         data_file: the external data file has another name now.
+        data_file_raw: it is no raw one any more.
         zero_clusters: so many entries lost a zero flag, which version 2 does not have.
     """
 
@@ -40,12 +42,14 @@ class AmendReport:
     refcount_bits: bool = False
     size: bool = False
     data_file: bool = False
+    data_file_raw: bool = False
     zero_clusters: int = 0
 
     @property
     def changed(self) -> bool:
         """True if anything was changed."""
-        return self.compat or self.lazy_refcounts or self.refcount_bits or self.size or self.data_file
+        of_file = self.data_file or self.data_file_raw
+        return self.compat or self.lazy_refcounts or self.refcount_bits or self.size or of_file
 
 
 def amend_image(
@@ -81,6 +85,15 @@ def _new_name(area: HeaderArea, name: str | None) -> str | None:
     return None if stored is not None and stored.data == os.fsencode(name) else name
 
 
+def _gives_up_raw(area: HeaderArea, options: AmendOptions) -> bool:
+    """Return True if the data file is a raw one, and is not to be one any more."""
+    is_raw = bool(area.header.autoclear_features & AUTOCLEAR_DATA_FILE_RAW) and area.header.has_data_file
+    wanted = flag(options.get("data_file_raw", is_raw), "data_file_raw")
+    if wanted and not is_raw:
+        raise ValueError("data_file_raw cannot be set on an existing image")
+    return is_raw and not wanted
+
+
 class _Amended:
     """One amendment of one image."""
 
@@ -92,11 +105,12 @@ class _Amended:
         self._old = Amendment.of(header, {})
         self._new = Amendment.of(header, options)
         self._data_file = _new_name(self._tables.view.area, options.get("data_file"))
+        self._gives_up_raw = _gives_up_raw(self._tables.view.area, options)
         self._converted = 0
 
     def amend(self, progress: Progress, passphrase: Passphrase | None) -> AmendReport:
         old, new = self._old, self._new
-        if old == new and self._data_file is None:
+        if old == new and self._data_file is None and not self._gives_up_raw:
             return AmendReport()
         self._check()
         if self._loses_zero_flags and self._image.backing_file is not None and passphrase is not None:
@@ -112,6 +126,7 @@ class _Amended:
             refcount_bits=new.refcount_order != old.refcount_order,
             size=new.size_bytes != old.size_bytes,
             data_file=self._data_file is not None,
+            data_file_raw=self._gives_up_raw,
             zero_clusters=self._converted,
         )
 
@@ -179,6 +194,8 @@ class _Amended:
             amending.set_version(new.version)
         if self._data_file is not None:
             tables.view.set_area(naming.name_data_file(tables.view.area, self._data_file))
+        if self._gives_up_raw:
+            amending.give_up_raw()
         if new.version > 2:
             amending.set_lazy_refcounts(lazy=new.lazy_refcounts)
 

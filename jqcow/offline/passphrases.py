@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jqcow.device.file import path_of
-from jqcow.engine.guestdata import unlock
+from jqcow.engine.guestdata import read_luks, unlock
 from jqcow.engine.keyslots import KeySlots
-from jqcow.errors import PassphraseError
+from jqcow.errors import PassphraseError, WrongPassphrase
 from jqcow.image.image import Image
 from jqcow.image.opening import open_alone
-from jqcow.ondisk.keys import Passphrase, Secret, hidden, new_secret, secret_for
+from jqcow.ondisk.keys import Passphrase, Secret, emptied, hidden, new_secret, secret_for
+from jqcow.ondisk.keys import unlock as unlock_slot
+from jqcow.ondisk.layout import HostOffset
+from jqcow.ondisk.luks import SLOT_COUNT
 
 ITER_TIME_MILLISECONDS = 2000
 
@@ -23,6 +26,7 @@ def add_passphrase(
     new: Secret | bytes,
     *,
     iter_time: int = ITER_TIME_MILLISECONDS,
+    slot: int | None = None,
     journal_size: int | None = None,
 ) -> int:
     """Give an encrypted image another passphrase, durably; return its key slot.
@@ -34,17 +38,19 @@ def add_passphrase(
         passphrase: one that it has, as in `jqcow.open`.
         new: the new one.
         iter_time: in milliseconds, what a try of the new one is to cost on this machine.
+        slot: number of the key slot that gets it, 0 to 7; None: the first free one.
         journal_size: in bytes, as in `jqcow.open`.
 
     Raises:
-        ValueError: the image is not encrypted, or the new one is not UTF-8 without NUL bytes, as QEMU wants.
+        ValueError: the image is not encrypted, the new one is not UTF-8 without NUL bytes, as QEMU wants, or
+            the slot has a passphrase.
         WrongPassphrase: it opens no key slot.
         UnsupportedFeatureError: all eight key slots have a passphrase.
         JqcowError, OSError: as `jqcow.open`.
     """
     passphrase, new = hidden(passphrase), new_secret(new)
     with _key_slots(path, journal_size) as (slots, image):
-        return slots.add(_opened(image, passphrase)[1], new, iter_time)
+        return slots.add(_opened(image, passphrase)[1], new, iter_time, slot)
 
 
 def remove_passphrase(
@@ -79,6 +85,40 @@ def remove_passphrase(
             raise PassphraseError(f"it is the passphrase of key slot {slot} itself: give one that stays")
         slots.remove(slot)
         return slot
+
+
+def slots_opened(
+    path: str | os.PathLike[str], passphrase: Passphrase, *, limit: int = SLOT_COUNT
+) -> tuple[int, ...]:
+    """Return the key slots that a passphrase opens, up to ``limit`` of them.
+
+    Raises:
+        ValueError: the image is not encrypted.
+        WrongPassphrase: it opens none.
+        JqcowError, OSError: as `jqcow.open`.
+    """
+    passphrase = hidden(passphrase)
+    with open_alone(path, "r") as image:
+        found = read_luks(image._engine.public.view)
+        if found is None:
+            raise ValueError("the image is not encrypted")
+        pointer, header = found
+        name = path_of(image._medium.device)
+        secret, numbers = secret_for(passphrase, name), list[int]()
+
+        def read(length: int, offset: int) -> bytes:
+            return image._medium.pread(length, HostOffset(pointer.offset + offset))
+
+        while len(numbers) < limit:
+            try:
+                number, _ = unlock_slot(header, read, secret, name)
+            except WrongPassphrase:
+                if not numbers:
+                    raise
+                break
+            numbers.append(number)
+            header = header.with_slot(number, emptied(header.slots[number]))
+        return tuple(numbers)
 
 
 @contextmanager

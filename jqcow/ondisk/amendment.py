@@ -25,6 +25,8 @@ class AmendOptions(TypedDict, total=False):
         refcount_bits: width of a refcount, a power of two from 1 to 64.
         size: of the disk in bytes.
         data_file: another name of the external data file, for an image that has one; no file is touched.
+        data_file_raw: False: the data file need not stay the disk, byte for byte. No image can become one
+            that promises it.
     """
 
     compat: Compat
@@ -32,6 +34,7 @@ class AmendOptions(TypedDict, total=False):
     refcount_bits: int
     size: int
     data_file: str
+    data_file_raw: bool
 
 
 @dataclass(frozen=True)

@@ -325,6 +325,24 @@ def test_another_name(capsys: pytest.CaptureFixture[str]) -> None:
         amend("plain", data_file="x")
 
 
+def test_no_raw_file_any_more() -> None:
+    guest = Guest(by_qemu("cluster_size=64k,data_file_raw=on"), "given up")
+    guest.by_jqcow()
+    jqcow.create("plain", SIZE).close()
+    with pytest.raises(ValueError, match="cannot be set"):
+        amend("plain", data_file_raw=True)
+    assert not amend("image", data_file_raw=True).changed
+    shutil.copy("image", "theirs")
+    done("qemu-img", "amend", "-o", "data_file_raw=off", "theirs")
+    assert main(["amend", "-q", "-o", "data_file_raw=off,lazy_refcounts=on", "image"]) == 0
+    told = [done("qemu-img", "info", name).partition("Format specific")[2] for name in ("theirs", "image")]
+    assert told[1] == told[0].replace("lazy refcounts: false", "lazy refcounts: true")
+    assert "data file raw: false" in told[1]
+    guest.by_qemu()
+    guest.by_jqcow()
+    guest.judge()
+
+
 def test_over_a_backing_file() -> None:
     base = random.Random(2).randbytes(SIZE)
     Path("base").write_bytes(base)

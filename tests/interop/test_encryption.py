@@ -147,6 +147,57 @@ def test_passphrases_of_both(secrets: Secrets, tmp_path: Path) -> None:
         assert image.check().ok
 
 
+REFUSED = [
+    ("active", ""),
+    ("active", "encrypt.new-secret=none"),
+    ("active", "encrypt.new-secret=s1,encrypt.keyslot=8"),
+    ("active", "encrypt.new-secret=s1,encrypt.keyslot=0"),
+    ("active", "encrypt.new-secret=s1,encrypt.old-secret=s0"),
+    ("some", "encrypt.new-secret=s1"),
+    ("inactive", ""),
+    ("inactive", "encrypt.old-secret=s1"),
+    ("inactive", "encrypt.old-secret=s0"),
+    ("inactive", "encrypt.keyslot=0"),
+    ("inactive", "encrypt.keyslot=3"),
+    ("inactive", "encrypt.keyslot=-1"),
+    ("inactive", "encrypt.keyslot=0,encrypt.old-secret=s1"),
+    ("inactive", "encrypt.keyslot=0,encrypt.new-secret=s1"),
+    ("inactive", "encrypt.keyslot=0,encrypt.iter-time=4"),
+]
+
+
+def test_jqcow_img_amends_passphrases(
+    secrets: Secrets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "slots.qcow2"
+    created(path, secrets)
+
+    def ours(change: str, word: bytes = WORD) -> tuple[int, str]:
+        words = ["amend", *secrets.objects, *secrets.image(path, word), "-o", change]
+        return cli.main_like_qemu_img(words), capsys.readouterr().err
+
+    before = path.read_bytes()
+    for state, more in REFUSED:
+        change = f"encrypt.state={state}" + (f",{more}" if more else "")
+        theirs = run("qemu-img", "amend", *secrets.objects, *secrets.image(path), "-o", change)
+        assert ours(change) == (1, theirs.stderr) and theirs.returncode == 1, change
+    wrong = run("qemu-img", "amend", *secrets.objects, *secrets.image(path, OTHER), "-o", "encrypt.state=x")
+    assert ours("encrypt.state=inactive", OTHER) == (1, wrong.stderr)
+    assert path.read_bytes() == before
+    added = "encrypt.state=active,encrypt.new-secret=s1,encrypt.iter-time=1"
+    assert ours(f"{added},encrypt.keyslot=5,size=3M") == (0, "")
+    assert ours(added, OTHER) == (0, "")
+    secrets.qemu_io(path, "write -P 7 2M 1M", word=OTHER)
+    # Both slots that have it; then a slot that the passphrase itself opens.
+    assert ours("encrypt.state=inactive,encrypt.old-secret=s1") == (0, "")
+    assert run("qemu-io", *secrets.objects, *secrets.image(path, OTHER), "-c", "read 0 1k").returncode
+    assert ours(added) == (0, "")
+    assert ours("encrypt.state=inactive,encrypt.keyslot=0") == (0, "")
+    assert run("qemu-io", *secrets.objects, *secrets.image(path), "-c", "read 0 1k").returncode
+    secrets.qemu_io(path, "read -P 7 2M 1M", word=OTHER)
+    secrets.check(path, OTHER)
+
+
 def test_info_has_the_fields_of_qemu(
     secrets: Secrets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

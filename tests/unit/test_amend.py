@@ -195,6 +195,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "refcount-bits": True,
         "size": False,
         "data-file": False,
+        "data-file-raw": False,
         "zero-clusters": 0,
     }
     assert main(["amend", "-q", "-p", "-o", "lazy_refcounts=on,size=2M", path]) == 0
@@ -211,13 +212,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("backing_file=x", "jqcow rebase"),
         ("backing_fmt=raw", "jqcow rebase"),
         ("data_file=x", "external data file"),
-        ("data_file_raw=on", "existing images"),
+        ("data_file_raw=on", "existing image"),
         ("cluster_size=65536", "new images"),
         ("compression_type=zstd", "new images"),
         ("extended_l2=on", "new images"),
         ("preallocation=off", "new images"),
         ("encryption=off", "new images"),
-        ("encrypt.state=active", "encryption"),
+        ("encrypt.state=active", "jqcow passphrase"),
         ("nocow=on", "no such option"),
         ("compat", "needs a value"),
         ("compat=0.11", "0.10 or 1.1"),

@@ -162,6 +162,10 @@ def amend(arguments: argparse.Namespace) -> int:
         raise CommandError(f"Format driver '{image_format}' does not support option amendment")
     found = _amend_options(text)
     wanted = _amended(arguments, found)
+    if any(name.startswith("encrypt.") for name in found):
+        from jqcow.cli.qemu.keyslots import amend_slots
+
+        amend_slots(arguments, found)
     with reworded(""), progress_of(arguments) as progress:
         amend_file(arguments.image, shrink=True, progress=progress, **_following(arguments), **wanted)
     return common.EXIT_OK
@@ -197,8 +201,6 @@ def _amended(arguments: argparse.Namespace, found: dict[str, str]) -> AmendOptio
     compat = found.get("compat")
     if compat is not None and compat not in _VERSIONS:
         raise CommandError(f"Unknown compatibility level {compat}")
-    if any(name.startswith("encrypt.") for name in found):
-        raise CommandError("Can't amend encryption options - encryption not present")
     bits = int(found.get("refcount_bits", info.refcount_bits))
     if not 0 < bits <= 64 or bits & bits - 1:
         raise CommandError("Refcount width must be a power of two and may not exceed 64 bits")
@@ -232,6 +234,8 @@ def _amended(arguments: argparse.Namespace, found: dict[str, str]) -> AmendOptio
         wanted["size"] = int(found["size"])
     if "data_file" in found:
         wanted["data_file"] = found["data_file"]
+    if "data_file_raw" in found and data_file is not None:
+        wanted["data_file_raw"] = is_on(found["data_file_raw"])
     return cast("AmendOptions", wanted)
 
 

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jqcow.cli.common import CommandError, describe, exit_code
-from jqcow.errors import CorruptionError, ImageInUse, JqcowError, UnsupportedFeatureError
+from jqcow.errors import (
+    CorruptionError,
+    ImageInUse,
+    JqcowError,
+    PassphraseError,
+    UnsupportedFeatureError,
+    WrongPassphrase,
+)
 
 _NAMES_IT = " names it as its "
 _LOOP = re.compile(r"the chain comes back to (.*)$")
@@ -79,6 +86,10 @@ def own_reason(error: Exception) -> str:
     """Return what QEMU says of an error of the library, however it was come to."""
     if isinstance(error, ImageInUse):
         return _of_lock(error)
+    if isinstance(error, WrongPassphrase):
+        return "Invalid password, cannot unlock any keyslot"
+    if isinstance(error, PassphraseError):
+        return (error.strerror or "").removeprefix(f"{error.image}: ")
     if isinstance(error, JqcowError):
         return _of_library(error)
     if isinstance(error, OSError) and error.strerror:
