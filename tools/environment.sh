@@ -106,6 +106,9 @@ environment_stamp() {
 # Compiles the kernels. Does nothing when the environment is up to date.
 make_environment() {
     local directory=$1 extras=${2:-} stamp
+    # Each command of a test is a process: compiled modules halve what it takes to start. They stay out of the tree.
+    export PYTHONPYCACHEPREFIX=$directory/bytecode
+    unset PYTHONDONTWRITEBYTECODE
     stamp=$(environment_stamp "$extras")
     [[ -x $directory/bin/python && $(cat "$directory/stamp" 2>/dev/null) == "$stamp" ]] &&
         compgen -G "$root/jqcow/_native/_kernels*.so" >/dev/null && return
