@@ -7,14 +7,8 @@ type raises TypeError, and nothing is read or written.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from operator import index as number
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 __all__ = [
     "check_date",
@@ -22,8 +16,8 @@ __all__ = [
     "optional_number",
     "optional_path",
     "optional_text",
+    "require_writable",
     "text",
-    "writable_view",
 ]
 
 
@@ -63,14 +57,7 @@ def check_date(value: datetime | None) -> None:
         raise TypeError(f"a datetime is needed, not {type(value).__name__}")
 
 
-@contextmanager
-def writable_view(buffer: WriteableBuffer) -> Iterator[memoryview]:
-    """Give a buffer as bytes that can be written.
-
-    Raises:
-        TypeError: it cannot be written, or is none.
-    """
-    with memoryview(buffer) as whole, whole.cast("B") as view:
-        if view.readonly:
-            raise TypeError(f"a {type(buffer).__name__} cannot be written")
-        yield view
+def require_writable(view: memoryview) -> None:
+    """Raise TypeError if a buffer cannot be written."""
+    if view.readonly:
+        raise TypeError(f"a {type(view.obj).__name__} cannot be written")

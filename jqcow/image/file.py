@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any, Protocol
 
-from jqcow.image.arguments import number, writable_view
+from jqcow.image.arguments import number, require_writable
 
 
 class OpenImage(Protocol):
@@ -80,7 +80,8 @@ class ImageFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read up to the end of the disk."""
         self._require_open()
-        with writable_view(buffer) as view:
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            require_writable(view)
             length = min(len(view), max(0, self._image.size - self._position))
             self._image.pread_into(view[:length], min(self._position, self._image.size))
         self._position += length

@@ -32,7 +32,7 @@ from jqcow.engine.repair import RepairReport
 from jqcow.engine.tables import Tables
 from jqcow.engine.transaction import PrivateChanges
 from jqcow.errors import JqcowError
-from jqcow.image.arguments import number, optional_number, writable_view
+from jqcow.image.arguments import number, optional_number, require_writable
 from jqcow.image.bitmaps import BitmapReader, ImageBitmaps
 from jqcow.image.entering import Entering, Mode
 from jqcow.image.file import ImageFile
@@ -243,7 +243,8 @@ class Image(Entering):
         """Fill ``buffer`` from the disk at ``offset``; errors as `pread`."""
         offset = number(offset)
         self._own()
-        with writable_view(buffer) as view:
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            require_writable(view)
             self._read_into(view, offset)
 
     def _read_into(self, view: memoryview, offset: int) -> None:

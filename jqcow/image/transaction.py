@@ -27,8 +27,8 @@ from jqcow.image.arguments import (
     optional_number,
     optional_path,
     optional_text,
+    require_writable,
     text,
-    writable_view,
 )
 from jqcow.image.bitmaps import TransactionBitmaps
 from jqcow.ondisk import layout, naming
@@ -144,7 +144,8 @@ class Transaction:
         """Fill ``buffer`` with the disk's bytes as the transaction sees them; errors as `Image.pread`."""
         offset = number(offset)
         self._enter()
-        with writable_view(buffer) as view:
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            require_writable(view)
             self._guest.reads.read_into(view, offset)
 
     def pwrite(self, buffer: ReadableBuffer, offset: int) -> int:

@@ -34,6 +34,8 @@ REQUESTS_MAX = 256
 Job = Callable[[], bool | None]
 """Returns True if the request keeps its place among those in flight: it is not answered yet."""
 
+_FUA = int(CommandFlag.FUA)
+"""A plain number: what is done with flags of an enumeration takes longer than a short request."""
 _LENGTH_LIMITED = frozenset({Command.READ, Command.WRITE, Command.CACHE})
 
 
@@ -142,13 +144,10 @@ class Transmission:
 
     def _refusal(self, request: Request) -> tuple[int, str] | None:
         """Return the error and the text for a request that cannot be."""
-        allowed = protocol.FLAGS_OF.get(request.command)  # type: ignore[call-overload]
-        if allowed is None:
+        if request.command not in protocol.FLAGS_OF:
             return errno.EINVAL, f"command {request.command} is not known"
-        if request.flags & ~allowed or (request.flags & CommandFlag.PAYLOAD_LEN and not self._form.extended):
-            return errno.EINVAL, f"flags {request.flags:#x} do not go with the command"
-        if request.flags & CommandFlag.DF and not self._form.structured:
-            return errno.EINVAL, "DF needs structured replies"
+        if request.flags and (wrong := self._wrong_flags(request)):
+            return errno.EINVAL, wrong
         if self._stops:
             return errno.ESHUTDOWN, "the server stops"
         if self._export.read_only and request.command in protocol.CHANGES:
@@ -158,6 +157,15 @@ class Transmission:
         if request.command == Command.BLOCK_STATUS and not (self._contexts and request.length):
             return errno.EINVAL, "a block status needs a metadata context and a range"
         return None
+
+    def _wrong_flags(self, request: Request) -> str:
+        """Return what is wrong about the flags of a request, "" for nothing."""
+        allowed = protocol.FLAGS_OF[Command(request.command)]
+        if request.flags & ~allowed or (request.flags & CommandFlag.PAYLOAD_LEN and not self._form.extended):
+            return f"flags {request.flags:#x} do not go with the command"
+        if request.flags & CommandFlag.DF and not self._form.structured:
+            return "DF needs structured replies"
+        return ""
 
     def _skip_payload(self, request: Request) -> None:
         has_payload = request.command == Command.WRITE
@@ -229,7 +237,7 @@ class Transmission:
                 self._end += self._stream.receive_some(self._view[self._end :])
             data = self._view[self._start : self._start + request.length]
             self._start += request.length
-            needs_place = bool(request.flags & CommandFlag.FUA)
+            needs_place = bool(request.flags & _FUA)
             if needs_place:
                 self._places.acquire()
             if not self._write_data(request, data, self._answers.add) and needs_place:
@@ -253,7 +261,7 @@ class Transmission:
         except Exception as error:
             answer([self._told(request, error, writes=True)])
             return False
-        if request.flags & CommandFlag.FUA:
+        if request.flags & _FUA:
             self._flush_then_answer(request)
             return True
         answer([self._form.done(request)])
@@ -276,7 +284,7 @@ class Transmission:
             writes = request.command == Command.WRITE_ZEROES
             self._answers.send([self._told(request, error, writes=writes)])
             return False
-        if request.flags & CommandFlag.FUA and request.command in protocol.CHANGES:
+        if request.flags & _FUA and request.command in protocol.CHANGES:
             self._flush_then_answer(request)
             return True
         self._answers.send([reply or self._form.done(request)])
