@@ -98,6 +98,19 @@ class Stream:
             raise HangUp("the client is gone")
         return found
 
+    def has_more(self) -> bool:
+        """Return True if bytes came in that nobody has received yet.
+
+        Raises:
+            HangUp: the client is gone.
+        """
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise _gone(error) from error
+
     def skip(self, length: int) -> None:
         """Receive bytes that nobody needs."""
         with memoryview(bytearray(min(length, 64 << 10))) as view:

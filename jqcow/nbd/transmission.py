@@ -2,7 +2,8 @@
 
 One thread receives. It does itself what is quick: short reads, and writes, which go to the host's page cache.
 Their replies are sent together when no whole request is left in its buffer. All else is done by threads of
-the connection, and flushes by the one thread that flushes for all; so replies come in any order.
+the connection, and flushes by the one thread that flushes for all; so replies come in any order. A flush of
+a client that waits for nothing else, and sends nothing while it flushes, needs no other thread either.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jqcow.nbd.contexts import found_status
 from jqcow.nbd.export import error_of
 from jqcow.nbd.limits import Budget, Limits
 from jqcow.nbd.negotiation import Agreed
-from jqcow.nbd.protocol import Chunk, Command, CommandFlag, HangUp, Request
+from jqcow.nbd.protocol import Chunk, Command, CommandFlag, Form, HangUp, Request
 from jqcow.nbd.stream import Stream
 from jqcow.nbd.workers import Flusher, Workers
 
@@ -28,6 +29,8 @@ READ_BYTES_HERE_MAX = 64 << 10
 """Of a read that the receiving thread does itself."""
 HOLE_BYTES_MIN = 32 << 10
 """Of a read that is looked at for being all zeros, which are told and not sent."""
+ELSEWHERE_AFTER_MET = 64
+"""So many flushes are left to other threads once a request came in while this one was flushing."""
 REQUESTS_MAX = 256
 """Of one client that are in flight; further ones are not received meanwhile."""
 
@@ -57,6 +60,7 @@ class Transmission:
         self._places = threading.BoundedSemaphore(REQUESTS_MAX)
         self._answers = Answers(stream, limits, lambda: self._stops or budget.is_short_for_others(self))
         self._stops = False
+        self._flushes_elsewhere = 0
         self._buffer = bytearray(RECEIVED_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -119,8 +123,7 @@ class Transmission:
         elif command == Command.WRITE:
             self._write(request)
         elif command == Command.FLUSH:
-            self._places.acquire()
-            self._flush_then_answer(request)
+            self._flush(request)
         else:
             self._elsewhere(0, partial(self._do_other, request))
         return True
@@ -146,7 +149,7 @@ class Transmission:
         """Return the error and the text for a request that cannot be."""
         if request.command not in protocol.FLAGS_OF:
             return errno.EINVAL, f"command {request.command} is not known"
-        if request.flags and (wrong := self._wrong_flags(request)):
+        if request.flags and (wrong := _wrong_flags(request, self._form)):
             return errno.EINVAL, wrong
         if self._stops:
             return errno.ESHUTDOWN, "the server stops"
@@ -157,15 +160,6 @@ class Transmission:
         if request.command == Command.BLOCK_STATUS and not (self._contexts and request.length):
             return errno.EINVAL, "a block status needs a metadata context and a range"
         return None
-
-    def _wrong_flags(self, request: Request) -> str:
-        """Return what is wrong about the flags of a request, "" for nothing."""
-        allowed = protocol.FLAGS_OF[Command(request.command)]
-        if request.flags & ~allowed or (request.flags & CommandFlag.PAYLOAD_LEN and not self._form.extended):
-            return f"flags {request.flags:#x} do not go with the command"
-        if request.flags & CommandFlag.DF and not self._form.structured:
-            return "DF needs structured replies"
-        return ""
 
     def _skip_payload(self, request: Request) -> None:
         has_payload = request.command == Command.WRITE
@@ -237,11 +231,11 @@ class Transmission:
                 self._end += self._stream.receive_some(self._view[self._end :])
             data = self._view[self._start : self._start + request.length]
             self._start += request.length
-            needs_place = bool(request.flags & _FUA)
-            if needs_place:
-                self._places.acquire()
-            if not self._write_data(request, data, self._answers.add) and needs_place:
-                self._places.release()
+            if self._is_written(request, data, self._answers.add):
+                if request.flags & _FUA:
+                    self._flush(request)
+                else:
+                    self._answers.add([self._form.done(request)])
             return
         self._budget.take(request.length, self)
         try:
@@ -253,19 +247,25 @@ class Transmission:
         except BaseException:
             self._budget.give_back(request.length)
             raise
-        self._elsewhere(request.length, lambda: self._write_data(request, payload, self._answers.send))
+        self._elsewhere(request.length, lambda: self._write_data(request, payload))
 
-    def _write_data(self, request: Request, data: memoryview, answer: Callable[[Buffers], None]) -> bool:
+    def _write_data(self, request: Request, data: memoryview) -> bool:
+        if not self._is_written(request, data, self._answers.send):
+            return False
+        if request.flags & _FUA:
+            self._flush_then_answer(request)
+            return True
+        self._answers.send([self._form.done(request)])
+        return False
+
+    def _is_written(self, request: Request, data: memoryview, answer: Callable[[Buffers], None]) -> bool:
+        """Write; if that fails, answer so and return False."""
         try:
             self._image.pwrite(data, request.offset)
         except Exception as error:
             answer([self._told(request, error, writes=True)])
             return False
-        if request.flags & _FUA:
-            self._flush_then_answer(request)
-            return True
-        answer([self._form.done(request)])
-        return False
+        return True
 
     def _do_other(self, request: Request) -> bool:
         """Do what takes the tables a while, or the device."""
@@ -308,6 +308,18 @@ class Transmission:
             chunks += [chunk_head(request, kind, len(payload)), payload]
         return b"".join(chunks)
 
+    def _flush(self, request: Request) -> None:
+        """Flush for a request that the receiving thread has; here, where that keeps no other one waiting."""
+        if self._flushes_elsewhere or self._end > self._start:
+            self._flushes_elsewhere = max(0, self._flushes_elsewhere - 1)
+            self._places.acquire()
+            self._flush_then_answer(request)
+            return
+        self._answers.send_ready()
+        self._answers.add([self._flushed_reply(request, self._flusher.flush_here())])
+        if self._stream.has_more():
+            self._flushes_elsewhere = ELSEWHERE_AFTER_MET
+
     def _flush_then_answer(self, request: Request) -> None:
         """Have the thread that flushes for all do so, and answer then (export.py, O2).
 
@@ -317,10 +329,23 @@ class Transmission:
         self._flusher.submit(lambda error: self._flushed(request, error))
 
     def _flushed(self, request: Request, error: Exception | None) -> None:
-        reply = self._form.done(request) if error is None else self._told(request, error)
+        reply = self._flushed_reply(request, error)
         # The thread waits for no client.
         self._workers.submit(partial(self._run_elsewhere, 0, lambda: self._answers.send([reply])))
+
+    def _flushed_reply(self, request: Request, error: Exception | None) -> bytes:
+        return self._form.done(request) if error is None else self._told(request, error)
 
     def _told(self, request: Request, error: Exception, *, writes: bool = False) -> bytes:
         code = error_of(error, writes=writes)
         return self._form.failed(request, code, str(error))
+
+
+def _wrong_flags(request: Request, form: Form) -> str:
+    """Return what is wrong about the flags of a request, "" for nothing."""
+    allowed = protocol.FLAGS_OF[Command(request.command)]
+    if request.flags & ~allowed or (request.flags & CommandFlag.PAYLOAD_LEN and not form.extended):
+        return f"flags {request.flags:#x} do not go with the command"
+    if request.flags & CommandFlag.DF and not form.structured:
+        return "DF needs structured replies"
+    return ""

@@ -70,11 +70,12 @@ class Flusher:
                 pass
             waiting = [done for done in found if done is not None]
             ends = len(waiting) < len(found)
-            error = self._try() if waiting else None
+            error = self.flush_here() if waiting else None
             for done in waiting:
                 done(error)
 
-    def _try(self) -> Exception | None:
+    def flush_here(self) -> Exception | None:
+        """Flush in the calling thread; return what went wrong, if something did."""
         try:
             self._flush()
         except Exception as error:

@@ -302,6 +302,38 @@ def test_a_request_that_is_hung_up_on(server: Server, said: bytes) -> None:
         assert client.read(4, 8192) == b"data"
 
 
+def test_a_flush_that_keeps_nobody_waiting_takes_no_other_thread(server: Server) -> None:
+    with connected(where(server)) as client:
+        for _ in range(3):
+            client.write(b"data", 0, nbd.FUA)
+            client.flush()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbd-work")]
+
+
+def test_a_request_that_waited_for_a_flush_waits_for_no_other(
+    image: jqcow.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Semaphore(0), threading.Semaphore(0)
+
+    def flush() -> None:
+        begun.release()
+        may_end.acquire(timeout=nbd.WAIT_SECONDS)
+
+    monkeypatch.setattr(image, "flush", flush)
+    with jqcow.serve(image) as server, connected(where(server)) as client:
+        flushed = client.ask(nbd.FLUSH)
+        begun.acquire()
+        read = client.ask(nbd.READ, 8192, 4)
+        may_end.release()
+        assert [client.answer()[0] for _ in range(2)] == [flushed, read]
+        flushed = client.ask(nbd.FLUSH)
+        begun.acquire()
+        read = client.ask(nbd.READ, 8192, 4)
+        assert client.answer()[0] == read
+        may_end.release()
+        assert client.answer()[0] == flushed
+
+
 # Limits, and the end
 
 
