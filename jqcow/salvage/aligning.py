@@ -19,6 +19,8 @@ from jqcow.salvage.weighing import Odds
 
 NEXT, NEXT_IN_USE, NEXT_IN_FILE, NEXT_WRITTEN, NEXT_IN_TIME = -0.02, -1.5, -1.0, -1.5, -2.5
 """What it costs to go on."""
+IN_TURN, OUT_OF_TURN = -0.02, -1.5
+"""What it costs to go on with what came next where files grew in turns, and with a file out of turn."""
 ENTER_FREE, LEAVE_FREE, STAY_FREE = -1.5, -0.5, -0.02
 """What it costs to go on to a cluster that is free, and back."""
 JUMP, RESUME = -8.0, -5.0
@@ -190,6 +192,11 @@ class Aligner:
         written = self._expectations.next_written(cluster, step)
         if written is not None and self._is_waiting(written):
             self._offer(found, cluster, written, NEXT_WRITTEN)
+        turn = self._expectations.turn(cluster, step)
+        if turn is not None and turn != cluster + step:
+            if cluster + step in found and self._expectations.turn(cluster + step, -step) is not None:
+                found[cluster + step] += OUT_OF_TURN
+            self._offer(found, cluster, turn if self._is_waiting(turn) else None, IN_TURN)
         found.pop(cluster, None)
         return found
 

@@ -55,6 +55,8 @@ class FilePiece:
         written: sorts pieces by when they were written, as far as the file system tells: nanoseconds since
             1970, a number of the file, the piece's offset in the file.
         is_data: False for what the file system itself uses.
+        changed_ns: when the file was last written to, if ``written`` tells when it was made; 0: not known.
+        is_timed: the time in ``written`` is that of this piece, by what was kept of the file's growth.
     """
 
     guest_offset: int
@@ -62,6 +64,8 @@ class FilePiece:
     valid_bytes: int
     written: tuple[int, int, int]
     is_data: bool = True
+    changed_ns: int = 0
+    is_timed: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,18 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from heapq import nlargest
-from itertools import accumulate, chain, groupby, islice
+from itertools import chain, islice
 from math import gcd
 
 from jqcow.salvage.evidence import FilePiece, GuestStructure, PlacedDisk
+from jqcow.salvage.pieces import FILE_DATA, PAST, PIECES_MAX, SYSTEM_OWN, Order, Pieces
 from jqcow.salvage.ranges import Ranges
 
 BLOCK_BYTES_MAX, BLOCK_BYTES_MIN = 4096, 512
 """Files end in blocks of the file system; of several sizes the smallest is taken."""
-PIECES_MAX = 1 << 20
-"""So many pieces are taken in; what lies in others is not expected."""
-OVERLAPS_MAX = 64
-"""So many pieces are looked through that begin before a cluster and may reach into it."""
 WRITTEN_LOOKED_AT = 64
 """Of so many pieces the next is taken of which a cluster was first written to."""
 CACHED = 1 << 15
@@ -83,100 +80,6 @@ class Expected:
         )
 
 
-class _Pieces:
-    """Pieces of files in arrays, by guest offset, by place in the file, and by time."""
-
-    def __init__(self) -> None:
-        self.starts, self.lengths, self.valid = array("Q"), array("Q"), array("Q")
-        self.numbers, self.offsets, self.times = array("Q"), array("Q"), array("q")
-        self.data = bytearray()
-        self.by_file, self.by_time = array("I"), array("I")
-        self._place_in_file, self._place_in_time = array("I"), array("I")
-        self._reach = array("Q")
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def add(self, piece: FilePiece) -> None:
-        self.starts.append(piece.guest_offset)
-        self.lengths.append(piece.length)
-        self.valid.append(min(piece.valid_bytes, piece.length))
-        self.numbers.append(piece.written[1] & (1 << 64) - 1)
-        self.offsets.append(max(0, piece.written[2]))
-        self.times.append(max(-(1 << 62), min(1 << 62, piece.written[0])))
-        self.data.append(piece.is_data)
-
-    def sort(self) -> None:
-        """Sort by guest offset, and make the other orders anew."""
-        order = sorted(range(len(self)), key=self.starts.__getitem__)
-        for name in ("starts", "lengths", "valid", "numbers", "offsets", "times"):
-            values = getattr(self, name)
-            setattr(self, name, array(values.typecode, (values[at] for at in order)))
-        self.data = bytearray(self.data[at] for at in order)
-        of_files = [at for at in range(len(self)) if self.data[at]]
-        self.by_file = array("I", sorted(of_files, key=lambda at: (self.numbers[at], self.offsets[at])))
-        self._spread_times()
-        key = self.times, self.numbers, self.offsets
-        self.by_time = array("I", sorted(of_files, key=lambda at: tuple(one[at] for one in key)))
-        self._place_in_file, self._place_in_time = (
-            _inverse(self.by_file, len(self)),
-            _inverse(self.by_time, len(self)),
-        )
-        ends = (start + length for start, length in zip(self.starts, self.lengths, strict=True))
-        self._reach = array("Q", accumulate(ends, max))
-
-    def _spread_times(self) -> None:
-        """Have a file grow evenly that has many pieces, of which only the first has a time of its own.
-
-        So the pieces of files that grew in turns come in turns.
-        """
-        for _, group in groupby(self.by_file, key=self.numbers.__getitem__):
-            first, *rest = group
-            if len(rest) < 2 or any(self.times[at] != self.times[rest[0]] for at in rest):
-                continue
-            made, took = self.times[first], self.times[rest[0]] - self.times[first]
-            begin, *ends = (self.offsets[at] + self.lengths[at] for at in (first, *rest))
-            for at, end in zip(rest, ends, strict=True):
-                self.times[at] = made + took * (end - begin) // max(1, ends[-1] - begin)
-
-    def place_in_time(self, at: int) -> int:
-        """Return the number of a piece in the order of writing."""
-        return self._place_in_time[at]
-
-    def beside_in_file(self, at: int, step: int) -> int | None:
-        """Return the piece of the same file that comes next, or before."""
-        place = self._place_in_file[at] + step
-        if not 0 <= place < len(self.by_file):
-            return None
-        other = self.by_file[place]
-        return other if self.numbers[other] == self.numbers[at] else None
-
-    def beside_in_time(self, at: int, step: int) -> int | None:
-        """Return the piece that was written next, or before."""
-        place = self._place_in_time[at] + step
-        return self.by_time[place] if 0 <= place < len(self.by_time) else None
-
-    def touching(self, start: int, end: int) -> Iterator[int]:
-        """Yield the pieces that have bytes in [start, end)."""
-        first = bisect_left(self.starts, start)
-        for at in range(first - 1, max(-1, first - 1 - OVERLAPS_MAX), -1):
-            if self._reach[at] <= start:
-                break
-            if self.starts[at] + self.lengths[at] > start:
-                yield at
-        for at in range(first, len(self)):
-            if self.starts[at] >= end:
-                break
-            yield at
-
-
-def _inverse(order: array[int], count: int) -> array[int]:
-    places = array("I", bytes(4 * count))
-    for place, at in enumerate(order):
-        places[at] = place
-    return places
-
-
 class Expectations:
     """What is expected of clusters, each by its number: its guest offset in clusters.
 
@@ -187,7 +90,7 @@ class Expectations:
     def __init__(self, cluster_bytes: int) -> None:
         """Expect nothing yet."""
         self._cluster_bytes = cluster_bytes
-        self._pieces = _Pieces()
+        self._pieces = Pieces(cluster_bytes)
         self._free_starts, self._free_ends = array("Q"), array("Q")
         self.block_bytes = min(BLOCK_BYTES_MAX, cluster_bytes)
         self._counts_system = False
@@ -222,22 +125,41 @@ class Expectations:
         self.of.cache_clear()
 
     def _take_deleted(self, deleted: Iterable[FilePiece]) -> None:
-        """Take what files had that are deleted, but for what others have; what was written last counts."""
+        """Take what files had that are deleted; of what others have now, only when it was written first.
+
+        Of what several had what was written last counts.
+        """
         pieces, taken = self._pieces, Ranges()
         for at in range(len(pieces)):
             taken.add(pieces.starts[at], pieces.lengths[at])
         some = islice(deleted, PIECES_MAX - len(pieces))
         found = {piece for piece in some if piece.is_data and piece.length > 0 and piece.guest_offset >= 0}
+        past: dict[tuple[int, int], FilePiece] = {}
+        left: list[FilePiece] = []
         for piece in sorted(found, key=lambda one: (one.written, one.guest_offset), reverse=True):
             if piece.guest_offset % self.block_bytes or piece.length % self.block_bytes:
                 continue
+            written_ns, number, offset = piece.written
             for start, length in list(taken.without(piece.guest_offset, piece.length)):
                 skipped = start - piece.guest_offset
                 valid_bytes = max(0, min(length, piece.valid_bytes - skipped))
-                written_ns, number, offset = piece.written
                 written = written_ns, number | DELETED, offset + skipped
-                self._pieces.add(FilePiece(start, length, valid_bytes, written))
+                left.append(FilePiece(start, length, valid_bytes, written))
                 taken.add(start, length)
+            if not self._is_live(piece):
+                past[number, piece.guest_offset] = replace(
+                    piece, written=(written_ns, number | DELETED, offset)
+                )
+        for piece in left:
+            pieces.add(piece)
+        for piece in islice(past.values(), max(0, PIECES_MAX - len(pieces))):
+            pieces.add(piece, is_past=True)
+
+    def _is_live(self, piece: FilePiece) -> bool:
+        """Return whether what a file had is what a file with its number has still."""
+        pieces = self._pieces
+        touching = pieces.touching(piece.guest_offset, piece.guest_offset + 1)
+        return any(pieces.numbers[at] == piece.written[1] for at in touching)
 
     def count_system(self, counts: bool) -> None:
         """Say whether what the file system itself uses is taken for written, as what files have is."""
@@ -245,7 +167,8 @@ class Expectations:
         self.of.cache_clear()
 
     def _is_used(self, at: int) -> bool:
-        return self._counts_system or bool(self._pieces.data[at])
+        data = self._pieces.data[at]
+        return data == FILE_DATA or (self._counts_system and data == SYSTEM_OWN)
 
     def _of(self, cluster: int) -> Expected:
         """Return what a cluster is expected to hold."""
@@ -265,7 +188,9 @@ class Expectations:
             begin = pieces.starts[at] - start
             low = max(0, begin) // unit
             high = min(count, -(-(begin + pieces.lengths[at]) // unit))
-            if not pieces.data[at]:
+            if pieces.data[at] == PAST:
+                continue
+            if pieces.data[at] == SYSTEM_OWN:
                 owners[low:high] = [SYSTEM] * (high - low)
                 continue
             valid_end = begin + pieces.valid[at]
@@ -281,7 +206,7 @@ class Expectations:
         pieces = self._pieces
         for at in range(len(pieces)):
             end = pieces.starts[at] + pieces.valid[at]
-            if pieces.data[at] and end % self.block_bytes:
+            if pieces.data[at] == FILE_DATA and end % self.block_bytes:
                 cluster, within = divmod(end, self._cluster_bytes)
                 yield cluster, within // self.block_bytes, end % self.block_bytes
 
@@ -327,36 +252,51 @@ class Expectations:
     def beside_in_file(self, cluster: int, step: int) -> Iterator[int]:
         """Yield where a file goes on that leaves a cluster, or where it came from."""
         for at in self._leaving(cluster, step):
-            other = self._pieces.beside_in_file(at, step)
-            if other is not None:
+            other = self._pieces.by_file.beside(at, step)
+            if other is not None and self._pieces.numbers[other] == self._pieces.numbers[at]:
                 yield self._near_end(other, step)
 
     def beside_in_time(self, cluster: int, step: int) -> Iterator[int]:
         """Yield what was written next to what ends in a cluster."""
         for at in self._leaving(cluster, step):
-            other = self._pieces.beside_in_time(at, step)
+            other = self._pieces.by_time.beside(at, step)
             if other is not None:
                 yield self._near_end(other, step)
 
     def next_written(self, cluster: int, step: int) -> int | None:
         """Return the cluster that was first written to next, or before, where a piece leaves a cluster."""
-        pieces, rank = self._pieces, self.rank(cluster)
-        if rank is None or cluster != self._near_end(pieces.by_time[rank], -step):
+        return self._next(self._pieces.by_time, cluster, step)
+
+    def turn(self, cluster: int, step: int) -> int | None:
+        """Return the cluster whose turn is next, or was before, where it is known what came in turns."""
+        order = self._pieces.by_turns
+        place = self._rank(order, cluster)
+        if place is not None and cluster != self._near_end(order.pieces[place], -step):
+            return cluster + step
+        return self._next(order, cluster, step)
+
+    def _next(self, order: Order, cluster: int, step: int) -> int | None:
+        rank = self._rank(order, cluster)
+        if rank is None or cluster != self._near_end(order.pieces[rank], -step):
             return None
         stop = rank + step * (1 + WRITTEN_LOOKED_AT)
-        for place in range(rank + step, min(len(pieces.by_time), max(-1, stop)), step):
-            first, last = (self._near_end(pieces.by_time[place], way) for way in (step, -step))
+        for place in range(rank + step, min(len(order), max(-1, stop)), step):
+            first, last = (self._near_end(order.pieces[place], way) for way in (step, -step))
             for other in (first, first + step) if first != last else (first,):
-                if self.rank(other) == place:
+                if self._rank(order, other) == place:
                     return other
         return None
 
     def rank(self, cluster: int) -> int | None:
         """Return the number, in the order of writing, of what was first written to a cluster."""
-        start = cluster * self._cluster_bytes
-        touching = self._pieces.touching(start, start + self._cluster_bytes)
-        ranks = (self._pieces.place_in_time(at) for at in touching if self._pieces.data[at])
-        return min(ranks, default=None)
+        return self._rank(self._pieces.by_time, cluster)
+
+    def _rank(self, order: Order, cluster: int) -> int | None:
+        """Return where in an order that comes which was first written to a cluster."""
+        start, by_time = cluster * self._cluster_bytes, self._pieces.by_time
+        places = map(by_time.place, self._pieces.touching(start, start + self._cluster_bytes))
+        first = min((place for place in places if place is not None), default=None)
+        return None if first is None else order.place(by_time.pieces[first])
 
     def _leaving(self, cluster: int, step: int) -> Iterator[int]:
         """Yield the pieces of files that end in a cluster, or begin there."""
@@ -374,14 +314,14 @@ class Expectations:
         """Yield the clusters in which files have data that are not deleted, in order."""
         pieces, end = self._pieces, 0
         for at in range(len(pieces)):
-            if pieces.data[at] and not pieces.numbers[at] & DELETED:
+            if pieces.data[at] == FILE_DATA and not pieces.numbers[at] & DELETED:
                 first = max(end, pieces.starts[at] // self._cluster_bytes)
                 end = max(end, -(-(pieces.starts[at] + pieces.valid[at]) // self._cluster_bytes))
                 yield from range(first, end)
 
     def by_writing(self) -> Iterator[int]:
         """Yield the clusters of files in the order in which they were written; some come again."""
-        for at in self._pieces.by_time:
+        for at in self._pieces.by_time.pieces:
             if self._pieces.numbers[at] & DELETED:
                 continue
             first = self._pieces.starts[at] // self._cluster_bytes

@@ -19,6 +19,7 @@ from jqcow.salvage.guest import crc_inverse, ext4, ext4_journal
 from jqcow.salvage.guest.ext4_folders import half_md4
 from jqcow.salvage.guest.ext4_log_places import LogPlaces, offsets
 from jqcow.salvage.guest.ext4_ondisk import (
+    REGULAR,
     ExtentNode,
     GroupDescriptor,
     Inode,
@@ -280,7 +281,7 @@ def test_a_copy_in_the_journal_does_not_speak_for_its_home(default_bytes: bytes)
     assert table
     home = table.inode_table + 2
     block = default_bytes[home * 4096 :][:4096]
-    old = older(superblock, block, home)
+    old = older(superblock, block, 2 * superblock.inodes_per_block + 1)
     orphans, disk, truth = scatter(default_bytes, 4)
     # The tools make a journal without checksums; the kernel turns them on.
     (journal,) = (host for host, content in orphans if content[:8] == b"\xc0\x3b\x39\x98\0\0\0\4")
@@ -300,16 +301,51 @@ def test_a_copy_in_the_journal_does_not_speak_for_its_home(default_bytes: bytes)
     assert home * 4096 not in disk.placed
 
 
-def older(superblock: Superblock, block: bytes, home: int) -> bytes:
+def older(superblock: Superblock, block: bytes, number: int, size: int | None = None) -> bytes:
     """Return a block of inodes as it was before the first of them changed, with its checksum."""
     inode = bytearray(block[: superblock.inode_bytes])
-    number = 2 * superblock.inodes_per_block + 1
     inode[0x0C:0x10] = (int.from_bytes(inode[0x0C:0x10], "little") - 100).to_bytes(4, "little")
+    if size is not None:
+        inode[0x04:0x08] = size.to_bytes(4, "little")
     inode[0x7C:0x7E] = inode[0x82:0x84] = b"\0\0"
     crc = _native.crc32c(number.to_bytes(4, "little"), raw(superblock.seed))
     crc = raw(_native.crc32c(bytes(inode), _native.crc32c(bytes(inode[0x64:0x68]), crc)))
     inode[0x7C:0x7E], inode[0x82:0x84] = crc.to_bytes(4, "little")[:2], crc.to_bytes(4, "little")[2:]
     return bytes(inode) + block[superblock.inode_bytes :]
+
+
+def test_the_journal_s_copies_tell_how_files_grew(default_bytes: bytes) -> None:
+    """Copies in the order of transactions, not in that of the journal's blocks: it begins anew at its end."""
+    superblock = Superblock.unpack(default_bytes[1024:2048])
+    node = ExtentNode.unpack(superblock.journal_map) if superblock else None
+    assert superblock and node
+    journal = [block for one in node.extents for block in range(one.start, one.start + one.blocks)]
+    table = GroupDescriptor.unpack(superblock, 0, default_bytes[4096 : 4096 + superblock.descriptor_bytes])
+    assert table
+    for index in range(40):
+        block = default_bytes[(table.inode_table + index) * 4096 :][:4096]
+        inode = Inode.unpack(block[: superblock.inode_bytes])
+        if inode.kind == REGULAR and inode.size > 3 * 4096 and inode.is_used:
+            break
+    home, number = table.inode_table + index, index * superblock.inodes_per_block + 1
+    data, at = bytearray(default_bytes), journal[0] * 4096 + 0x28
+    data[at : at + 4] = (0x12).to_bytes(4)
+    first, second = (older(superblock, block, number, size) for size in (4096, 8192))
+    for place, content in (
+        (1, second),
+        (2, descriptor(superblock, [(home, first)], 4)),
+        (3, first),
+        (-1, descriptor(superblock, [(home, second)], 5)),
+    ):
+        data[journal[place] * 4096 : journal[place] * 4096 + 4096] = content
+    orphans, disk, truth = scatter(bytes(data), 3)
+    (found,) = ext4.find(volumes(bytes(data)), disk, orphans)
+    disk.placed, disk.reads_zeros = truth, True
+    list(found.place(disk, orphans))
+    pieces = [one for one in found.pieces(disk) if one.is_data and one.written[1] == number]
+    assert all(one.is_timed for one in pieces)
+    assert [one.written[2] for one in pieces][:3] == [0, 4096, 8192]
+    assert pieces[0].written[0] < pieces[1].written[0] < pieces[2].written[0]
 
 
 def descriptor(superblock: Superblock, copies: list[tuple[int, bytes]], sequence: int) -> bytes:

@@ -18,6 +18,7 @@ from jqcow.salvage.guest.ext4_marks import Kind
 from jqcow.salvage.guest.ext4_ondisk import EXTENTS, HAS_JOURNAL, Superblock
 from jqcow.salvage.guest.ext4_places import Places
 from jqcow.salvage.guest.ext4_volume import Volume4
+from jqcow.salvage.guest.growing import Growths
 
 BLOCKS_TELLING = 16
 """So many blocks of a journal in one orphan do not look like another part of the file system."""
@@ -146,12 +147,14 @@ class Ext4:
     def pieces(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         """Yield what is in use, as far as it is placed; see `GuestStructure.pieces`."""
         tables = self._index.known.tables if self._index else {}
-        return ext4_files.pieces(Volume4(self._superblock, self._offset, disk), tables)
+        growths = self._index.growths() if self._index else Growths()
+        return ext4_files.pieces(Volume4(self._superblock, self._offset, disk), tables, growths)
 
     def deleted(self, disk: PlacedDisk) -> Iterator[FilePiece]:
         """Yield what the journal's copies of inodes had in use; see `GuestStructure.deleted`."""
         for number, inode in self._index.old_inodes() if self._index else ():
-            yield from ext4_files.of_file(Volume4(self._superblock, self._offset, disk), number, inode)
+            volume = Volume4(self._superblock, self._offset, disk)
+            yield from ext4_files.of_file(volume, number, inode, Growths())
 
     def free(self, disk: PlacedDisk) -> Iterator[tuple[int, int]]:
         """Yield what the bitmaps of blocks have free; see `GuestStructure.free`."""

@@ -15,17 +15,19 @@ from jqcow.salvage.guest.ext4_ondisk import (
     Inode,
 )
 from jqcow.salvage.guest.ext4_volume import Volume4
+from jqcow.salvage.guest.growing import Growths
 
 INODE_OF_USERS = 11
 """The first inode that is not the file system's own."""
 
 
-def pieces(volume: Volume4, tables: Mapping[int, GroupDescriptor]) -> Iterator[FilePiece]:
+def pieces(volume: Volume4, tables: Mapping[int, GroupDescriptor], growths: Growths) -> Iterator[FilePiece]:
     """Yield the ranges in use: the file system's own, then those of each file.
 
     Args:
         volume: what is placed.
         tables: descriptors from any copy, for groups whose own are not placed.
+        growths: how files grew, as far as the journal tells.
     """
     superblock = volume.superblock
     made = (superblock.make_seconds * 1_000_000_000, 0, 0)
@@ -41,7 +43,7 @@ def pieces(volume: Volume4, tables: Mapping[int, GroupDescriptor]) -> Iterator[F
         yield _piece(volume, descriptor.inode_bitmap, 1, made)
         yield _piece(volume, descriptor.inode_table, superblock.table_blocks, made)
         for number, inode in volume.inodes(group, descriptor):
-            yield from of_file(volume, number, inode)
+            yield from of_file(volume, number, inode, growths)
 
 
 def _piece(volume: Volume4, block: int, count: int, written: tuple[int, int, int]) -> FilePiece:
@@ -49,7 +51,7 @@ def _piece(volume: Volume4, block: int, count: int, written: tuple[int, int, int
     return FilePiece(volume.offset + block * size, count * size, count * size, written, is_data=False)
 
 
-def of_file(volume: Volume4, number: int, inode: Inode) -> Iterator[FilePiece]:
+def of_file(volume: Volume4, number: int, inode: Inode, growths: Growths) -> Iterator[FilePiece]:
     """Yield what an inode has in use."""
     size = volume.superblock.block_bytes
     superblock = volume.superblock
@@ -65,7 +67,9 @@ def of_file(volume: Volume4, number: int, inode: Inode) -> Iterator[FilePiece]:
             yield _piece(volume, run.start, run.blocks, written)
         else:
             valid = max(0, min(run.blocks * size, inode.size - run.logical * size))
-            yield FilePiece(volume.offset + run.start * size, run.blocks * size, valid, written)
+            place, changed_ns = volume.offset + run.start * size, _changed(inode)
+            piece = FilePiece(place, run.blocks * size, valid, written, changed_ns=changed_ns)
+            yield from growths.parts(piece, size)
 
 
 def _is_overhead(volume: Volume4, block: int) -> bool:
@@ -82,9 +86,14 @@ def _written(inode: Inode, offset: int) -> int:
     """
     if not inode.created:
         return min(inode.modified, inode.changed)
-    if not inode.created <= inode.modified <= inode.changed:
+    if not _changed(inode):
         return inode.created
     return inode.created + (inode.modified - inode.created) * min(offset, inode.size) // max(inode.size, 1)
+
+
+def _changed(inode: Inode) -> int:
+    """Return when a file was last written to, by a time that nobody set; 0 if it is not known."""
+    return inode.modified if 0 < inode.created <= inode.modified <= inode.changed else 0
 
 
 def free(volume: Volume4) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 from jqcow.salvage.evidence import Orphans, PlacedDisk
 from jqcow.salvage.guest import crc_inverse, ext4_log_places
@@ -37,6 +38,7 @@ from jqcow.salvage.guest.ext4_ondisk import (
 )
 from jqcow.salvage.guest.ext4_places import Known
 from jqcow.salvage.guest.ext4_volume import Volume4, descriptors_in
+from jqcow.salvage.guest.growing import Growths
 
 MARKED_MAX = 1 << 21
 """So many orphans are remembered: what comes after is not looked at, and memory has a bound."""
@@ -81,7 +83,8 @@ class Index:
         self._trees: dict[int, Inode] = {}
         self._journal_read: set[int] = set()
         self._bitmaps_sought: set[int] = set()
-        self._copied: list[tuple[int, Inode]] = []
+        self._copied: list[tuple[int, int, Inode]] = []
+        self._sequences: dict[int, int] = {}
         for host_offset, data in orphans:
             marks = self._marker.marks(data)
             if marks and len(self.marks) < MARKED_MAX:
@@ -108,13 +111,22 @@ class Index:
 
     def old_inodes(self) -> Iterator[tuple[int, Inode]]:
         """Yield (number, inode) of all copies of regular files' inodes, from journal and orphans."""
-        yield from self._copied
+        yield from ((number, inode) for _, number, inode in self._copied)
         size = self.superblock.block_bytes
         for host_offset, marks in self.marks.items():
             tables = [mark.at for mark in marks if mark.kind is Kind.INODES]
             data = self._orphans.read(host_offset) if tables else b""
             for at in tables:
                 yield from self._files_in(data[at : at + size])
+
+    def growths(self) -> Growths:
+        """Return how files grew, by the copies of inodes in the journal as far as that is placed."""
+        growths = Growths()
+        for _, number, inode in sorted(
+            self._copied, key=lambda one: (self._sequences.get(one[0], 0), one[0])
+        ):
+            growths.add(number, inode.size, inode.changed)
+        return growths
 
     def _files_in(self, block: bytes) -> Iterator[tuple[int, Inode]]:
         for number, inode in self._marker.inodes(block):
@@ -223,23 +235,26 @@ class Index:
         if len(runs) > JOURNAL_RUNS_MAX or sum(run.blocks for run in runs) > JOURNAL_BLOCKS_MAX:
             return
         self.known.journal = [(run.start, run.blocks) for run in runs]
-        for run in runs:
-            for block in range(run.start, run.start + run.blocks):
-                data = volume.read(block) if block not in self._journal_read else None
-                if data is not None:
-                    self._journal_read.add(block)
-                    self._take_journal_block(data)
+        numbered = chain.from_iterable(range(run.start, run.start + run.blocks) for run in runs)
+        for number, block in enumerate(numbered):
+            data = volume.read(block) if block not in self._journal_read else None
+            if data is not None:
+                self._journal_read.add(block)
+                self._take_journal_block(number, data)
 
-    def _take_journal_block(self, data: bytes) -> None:
+    def _take_journal_block(self, number: int, data: bytes) -> None:
+        """Take a block of the journal in, by its number there."""
         kind = int.from_bytes(data[4:8])
         if data[:4] != JOURNAL_MAGIC:
             self.known.log.take_placed(crc_inverse.alone(data))
             if self.superblock.summed and len(self._copied) < COPIED_MAX:
-                self._copied += self._files_in(data)
+                self._copied += ((number, *found) for found in self._files_in(data))
         elif kind == SUPERBLOCK:
             self._journal = JournalSuperblock.unpack(data) or self._journal
         elif kind == DESCRIPTOR:
-            self.known.log.add(data, self._journal)
+            first, length = self._journal.first, max(1, self._journal.blocks - self._journal.first)
+            for behind, copy in enumerate(self.known.log.add(data, self._journal), 1):
+                self._sequences[(number + behind - first) % length + first] = copy.sequence
         elif kind == COMMIT:
             self.known.log.commit(int.from_bytes(data[8:12]))
 

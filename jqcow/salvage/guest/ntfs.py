@@ -207,7 +207,7 @@ class Ntfs(FileSystem):
                 length = -(-valid // cluster_bytes) * cluster_bytes
                 offset = self.start + run.cluster * cluster_bytes
                 written_ns = changed_ns if at else made_ns
-                yield FilePiece(offset, length, valid, (written_ns, number, at), is_data)
+                yield FilePiece(offset, length, valid, (written_ns, number, at), is_data, changed_ns)
 
 
 def find(volumes: Sequence[Volume], disk: PlacedDisk, orphans: Orphans) -> Iterator[Ntfs]:

@@ -27,8 +27,9 @@ from jqcow.salvage.evidence import (
 )
 from jqcow.salvage.guest.claims import Claims, Window, Word, windows
 from jqcow.salvage.guest.filesystem import FileSystem
+from jqcow.salvage.guest.growing import Growths
 from jqcow.salvage.guest.starts import Found, Seen, Start, compatible, room, start_of
-from jqcow.salvage.guest.xfs_log import RECORD_BYTES_MAX, named_in_log
+from jqcow.salvage.guest.xfs_log import RECORD_BYTES_MAX, logged_inodes, named_in_log
 from jqcow.salvage.guest.xfs_ondisk import (
     HEADERS,
     INODES,
@@ -196,7 +197,7 @@ class Xfs(FileSystem):
 
         A range that files share comes once for each of them.
         """
-        superblock = self._superblock
+        superblock, growths = self._superblock, self._growths(disk)
         made = self._made(disk)
         if superblock.log_block and (log := superblock.block_offset(superblock.log_block)) is not None:
             yield self._metadata(log, superblock.log_blocks * superblock.block_bytes, (made, 0, log))
@@ -204,7 +205,7 @@ class Xfs(FileSystem):
             trees = _Trees(disk, self.start, superblock)
             base = superblock.group_offset(group)
             yield self._metadata(base, superblock.block_bytes, (made, 0, base))
-            yield from self._of_inodes(disk, trees, group)
+            yield from self._of_inodes(disk, trees, group, growths)
             if (space := self._space(disk, group)) is not None:
                 for magic, root, levels in space.roots:
                     for _ in trees.group_leaves(magic, group, root, levels):
@@ -279,7 +280,15 @@ class Xfs(FileSystem):
             if first not in seen:
                 yield Chunk(first, 0, -1 << per_block)
 
-    def _of_inodes(self, disk: PlacedDisk, trees: _Trees, group: int) -> Iterator[FilePiece]:
+    def _growths(self, disk: PlacedDisk) -> Growths:
+        growths = Growths()
+        for inode in logged_inodes(lambda at, length: disk.read(self.start + at, length), self._superblock):
+            growths.add(inode.number, inode.size, inode.changed_ns)
+        return growths
+
+    def _of_inodes(
+        self, disk: PlacedDisk, trees: _Trees, group: int, growths: Growths
+    ) -> Iterator[FilePiece]:
         superblock = self._superblock
         base = group << (superblock.group_bits + superblock.inode_bits)
         for chunk in self._chunks(disk, group, trees):
@@ -296,10 +305,13 @@ class Xfs(FileSystem):
                 if not is_known and (offset := superblock.block_offset(block)) is not None:
                     yield self._metadata(offset, superblock.block_bytes, (inode.made_ns, 0, offset))
                 if not chunk.free >> index & 1 and inode.mode and inode.links:
-                    yield from self._of_inode(trees, inode)
+                    yield from self._of_inode(trees, inode, growths)
 
-    def _of_inode(self, trees: _Trees, inode: Inode) -> Iterator[FilePiece]:
-        """Yield pieces; the first was written when the file was made, what was appended when it changed."""
+    def _of_inode(self, trees: _Trees, inode: Inode, growths: Growths) -> Iterator[FilePiece]:
+        """Yield pieces; the first was written when the file was made, what was appended when it changed.
+
+        What of an extent was not written yet reads as zeros, where nothing else was there before.
+        """
         superblock = self._superblock
         is_data = stat.S_ISREG(inode.mode) and inode.number not in superblock.system_inodes
         forks = [] if inode.is_realtime else [(inode.data_fork, is_data)]
@@ -308,7 +320,7 @@ class Xfs(FileSystem):
         for fork, fork_is_data in forks:
             for extent in _extents(trees, inode.number, fork):
                 offset = superblock.block_offset(extent.block)
-                if extent.unwritten or offset is None or not extent.block_count:
+                if offset is None or not extent.block_count:
                     continue
                 length = extent.block_count * superblock.block_bytes
                 if offset + length > superblock.length:
@@ -317,9 +329,13 @@ class Xfs(FileSystem):
                 written = (inode.changed_ns if at else inode.made_ns, inode.number, at)
                 if not fork_is_data:
                     yield self._metadata(offset, length, written)
+                elif extent.unwritten:
+                    yield FilePiece(self.start + offset, length, 0, written)
                 elif (valid := min(length, inode.size - at)) > 0:
                     length = -(-valid // superblock.block_bytes) * superblock.block_bytes
-                    yield FilePiece(self.start + offset, length, valid, written)
+                    changed_ns, place = inode.changed_ns, self.start + offset
+                    piece = FilePiece(place, length, valid, written, changed_ns=changed_ns)
+                    yield from growths.parts(piece, superblock.block_bytes)
 
 
 def _extents(trees: _Trees, inode: int, fork: Fork) -> Iterator[Extent]:

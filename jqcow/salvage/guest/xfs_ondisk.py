@@ -337,12 +337,12 @@ class Inode:
         attributes = Fork(attribute_kind, data[split:], attribute_count) if split < len(data) else None
         is_big = bool(flags2 & 1 << 3)
         return cls(
-            number, mode, links, size, _nanoseconds(changed, is_big), _nanoseconds(made, is_big),
+            number, mode, links, size, nanoseconds(changed, is_big), nanoseconds(made, is_big),
             bool(flags & 1), Fork(kind, data[176:split], count), attributes, lsn,
         )  # fmt: skip
 
 
-def _nanoseconds(stamp: int, is_big: bool) -> int:
+def nanoseconds(stamp: int, is_big: bool) -> int:
     """Return a time as nanoseconds since 1970; big ones count nanoseconds from 2**31 seconds before it."""
     if is_big:
         return stamp - (1 << 31) * 1_000_000_000
