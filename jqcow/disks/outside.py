@@ -47,7 +47,7 @@ def open_data_file(
 
     Raises:
         FileAccessDenied: the policy does not allow the file.
-        UnsupportedFeatureError, FormatError: as `data_file_named`, or it is no regular file.
+        UnsupportedFeatureError, FormatError: as `data_file_named`, or neither a regular file nor a device.
         CorruptionError: it is one of the others.
         ImageInUse: another program uses it.
         OSError: it is not there, or the host failed. A note names the image that needs it.

@@ -37,7 +37,7 @@ class Encryption:
         cipher: ``aes-128``, ``aes-192`` or ``aes-256``.
         mode: ``xts``, ``cbc``, ``ctr`` or ``ecb``.
         ivgen: what the IV of a sector is made from: ``plain64``, ``plain`` or ``essiv``.
-        ivgen_hash: ``sha256``, with ``essiv``.
+        ivgen_hash: ``sha256`` or ``md5``, with ``essiv``.
         hash: of PBKDF2.
         iter_time: in milliseconds, what a try of a passphrase is to cost on this machine.
     """

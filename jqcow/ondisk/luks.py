@@ -64,7 +64,15 @@ HEADER_BYTES_MAX = 16 << 20
 ITERATIONS_MAX = 1 << 27
 """What a passphrase that is wrong costs at most, see `LuksHeader.wrong_passphrase_iterations`: about 40 s."""
 
-HASH_BYTES = {"sha256": 32, "sha512": 64, "sha384": 48, "sha224": 28, "sha1": 20, "ripemd160": 20}
+HASH_BYTES = {
+    "sha256": 32,
+    "sha512": 64,
+    "sha384": 48,
+    "sha224": 28,
+    "sha1": 20,
+    "ripemd160": 20,
+    "md5": 16,
+}
 """The hashes of PBKDF2, with the length of what they make: a longer key takes all iterations once more."""
 
 MATERIAL_ALIGN_BYTES = 4096

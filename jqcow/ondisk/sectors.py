@@ -26,7 +26,8 @@ RUN_SECTORS = 512
 MODES = ("xts", "cbc", "ctr", "ecb")
 GENERATORS = ("plain64", "plain", "essiv")
 KEY_BYTES = (16, 24, 32)
-_ESSIV_HASHES = ("sha256",)
+_ESSIV_HASHES = ("sha256", "md5")
+"""Those that give a key of AES."""
 _LOW_HALF = 0xFFFF_FFFF
 
 

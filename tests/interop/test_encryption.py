@@ -24,6 +24,7 @@ CIPHERS = [
     ("aes-128", "cbc", "plain64", None, "sha384", "0.10"),
     ("aes-128", "ecb", "plain64", None, "sha224", "1.1"),
     ("aes-256", "ctr", "plain64", None, "sha256", "1.1"),
+    ("aes-128", "cbc", "essiv", "md5", "md5", "1.1"),
 ]
 every_cipher = pytest.mark.parametrize(
     ("cipher", "mode", "ivgen", "ivgen_hash", "digest", "compat"), CIPHERS, ids=str

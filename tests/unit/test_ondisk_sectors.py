@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from typing import Any
 
@@ -27,9 +28,7 @@ def expected(form: CipherForm, key: bytes, data: bytes, first: int) -> bytes:
         sector = first + number
         iv = (sector & 0xFFFF_FFFF if form.generator == "plain" else sector).to_bytes(16, "little")
         if form.generator == "essiv":
-            from hashlib import sha256
-
-            essiv = package.algorithms.AES(sha256(key).digest())
+            essiv = package.algorithms.AES(hashlib.new(form.generator_hash or "", key).digest())
             iv = package.Cipher(essiv, package.modes.ECB()).encryptor().update(iv)
         mode = modes.ECB() if form.mode == "ecb" else getattr(modes, form.mode.upper())(iv)
         context = package.Cipher(package.algorithms.AES(key), mode).encryptor()
@@ -47,6 +46,7 @@ def expected(form: CipherForm, key: bytes, data: bytes, first: int) -> bytes:
         ("cbc-plain64", 16),
         ("cbc-plain", 24),
         ("cbc-essiv:sha256", 32),
+        ("cbc-essiv:md5", 24),
         ("ctr-plain64", 32),
         ("ecb-plain64", 16),
     ],
@@ -68,7 +68,7 @@ def test_runs_are_encrypted_as_each_sector_by_itself(mode: str, key_bytes: int, 
         ("serpent", "xts-plain64", 64),
         ("aes", "xts-plain64", 40),
         ("aes", "gcm-plain64", 32),
-        ("aes", "cbc-essiv:md5", 16),
+        ("aes", "cbc-essiv:sha1", 16),
         ("aes", "cbc-benbi", 16),
         ("aes", "", 16),
         ("aes\n", "xts-plain64", 64),
