@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jqcow.testing import CrashFailure, LabOptions, Laboratory, LabReport
 from tests.crash.judge import Judge, recover_and_close
-from tests.crash.workloads import FAMILIES, workload_named
+from tests.crash.workloads import FAMILIES, WITH_SMALL_WRITES, family_named, workload_named
 from tests.support.runs import Outcome, run_parts, table
 from tests.support.sources import engine_barrier_names
 
@@ -28,6 +28,8 @@ CUT_ELSEWHERE = ("slots.material", "slots.wiped", "anew.begin", "anew.content", 
 class Plan:
     """What a campaign aims at: ``states`` distinct ones; one in ``qemu_every`` is judged by QEMU too.
 
+    ``with_small_writes``: small writes wait in the journal in every family.
+
     A campaign may be made in pieces: this one goes on after ``workloads_before``, with ``states_before``, and
     ends after ``workloads_max`` more.
     """
@@ -36,6 +38,7 @@ class Plan:
     seed: int = 1
     jobs: int = 2
     only: tuple[str, ...] = ()
+    with_small_writes: bool = False
     qemu_every: int = 80
     workloads_before: int = 0
     states_before: int = 0
@@ -56,8 +59,10 @@ class Plan:
         for seed in itertools.count(self.seed):
             for family in FAMILIES.values():
                 if not self.only or family.name in self.only:
+                    adds = self.with_small_writes and family.small_writes == "in-place"
+                    name = f"{family.name}{WITH_SMALL_WRITES}" if adds else family.name
                     for cluster_bytes in family.cluster_sizes:
-                        yield f"{family.name}/{cluster_bytes}/{seed}"
+                        yield f"{name}/{cluster_bytes}/{seed}"
 
     def is_met(self, total: Outcome) -> bool:
         """Return True if that is enough."""
@@ -68,7 +73,7 @@ class Plan:
 
 def laboratory(plan: Plan, name: str, judge: Judge) -> Laboratory:  # type: ignore[type-arg]
     """Return the laboratory in which a workload runs; a replay needs the same."""
-    family = FAMILIES[name.split("/", maxsplit=1)[0]]
+    family = family_named(name.split("/", maxsplit=1)[0])
     options = LabOptions(
         budget=max(2, math.ceil(plan.budget * family.weight)),
         seed=plan.seed,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from jqcow.image.entering import SmallWrites
@@ -454,6 +454,7 @@ GROUPS = {
     "small-writes": _OF_SMALL_WRITES,
     "features": (*_OF_FEATURES, *_OF_BITMAPS, *_OF_ENCRYPTION, *_OF_DATA_FILES, *_OF_BLOCK_DEVICES),
 }
+WITH_SMALL_WRITES = "+small-writes"
 FAMILIES = {family.name: family for families in GROUPS.values() for family in families}
 
 
@@ -463,7 +464,13 @@ def names_in(*groups: str) -> Iterator[str]:
         yield from (family.name for family in GROUPS[group])
 
 
+def family_named(name: str) -> Family:
+    """Return a family, with small writes in the journal if `WITH_SMALL_WRITES` is behind its name."""
+    family = FAMILIES[name.removesuffix(WITH_SMALL_WRITES)]
+    return replace(family, name=name, small_writes="journal") if name != family.name else family
+
+
 def workload_named(name: str) -> Workload[Expectation]:
     """Return the workload ``family/cluster size/seed``."""
     family, cluster_bytes, seed = name.split("/")
-    return FAMILIES[family].workload(int(cluster_bytes), int(seed))
+    return family_named(family).workload(int(cluster_bytes), int(seed))
