@@ -36,7 +36,9 @@ def add_parsers(commands: Any) -> None:
     names.add_image_opts(parser)
     names.add_objects(parser)
     common.add_cache(parser, "-t")
-    parser.add_argument("--force", action="store_true", help="taken as qemu-img takes it, and not needed")
+    parser.add_argument(
+        "--force", action="store_true", help="with key slots: replace one in use, erase the last one"
+    )
     parser.add_argument(
         "-o",
         dest="options",

@@ -67,16 +67,16 @@ class KeySlots:
         self._record(changed)
         return number
 
-    def remove(self, number: int) -> None:
+    def remove(self, number: int, *, last_too: bool = False) -> None:
         """Take the passphrase of a slot away, durably; of a slot without one what a crash left.
 
         Raises:
-            ValueError: it is the last one, or no slot.
+            ValueError: it is the last one, and that one is not to go ``last_too``; or there is no such slot.
             UnsupportedFeatureError: its key material cannot be overwritten where it lies.
         """
         self._require_slot(number)
         slot = self.header.slots[number]
-        if self.header.active_slots() == (number,):
+        if not last_too and self.header.active_slots() == (number,):
             raise ValueError("the last passphrase cannot be removed: nobody could read the disk")
         try:
             self._require_apart(number, *self.header.place_of(number, self.pointer.length))
@@ -89,6 +89,22 @@ class KeySlots:
         if slot.is_active:
             self._record(self.header.with_slot(number, keys.emptied(slot)))
         self._wipe(slot)
+
+    def replace(self, number: int, key: Secret, secret: Secret, iter_time: int) -> None:
+        """Give a slot another passphrase, durably; a crash may leave that in a second slot.
+
+        Where a slot is free that passphrase is there first: at no time does none open the disk.
+
+        Raises:
+            ValueError, UnsupportedFeatureError: as `add` and `remove`.
+        """
+        self._require_slot(number)
+        is_full = len(self.header.active_slots()) == len(self.header.slots)
+        waiting = None if is_full else self.add(key, secret, iter_time)
+        self.remove(number)
+        self.add(key, secret, iter_time, number)
+        if waiting is not None:
+            self.remove(waiting)
 
     def _wipe(self, slot: KeySlot) -> None:
         material = secrets.token_bytes(self.header.material_bytes(slot))

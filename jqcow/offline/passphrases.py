@@ -58,6 +58,7 @@ def remove_passphrase(
     passphrase: Passphrase,
     *,
     slot: int | None = None,
+    last_too: bool = False,
     journal_size: int | None = None,
 ) -> int:
     """Take a passphrase away from an encrypted image, durably; return its key slot.
@@ -68,6 +69,7 @@ def remove_passphrase(
         path: the image.
         passphrase: the one to be removed; with ``slot`` one that stays.
         slot: number of the key slot to be emptied, 0 to 7. What a crash left in an empty one is overwritten.
+        last_too: the last one too, or the one given: nobody may be able to read the disk after that.
         journal_size: in bytes, as in `jqcow.open`.
 
     Raises:
@@ -81,10 +83,30 @@ def remove_passphrase(
         found, _ = _opened(image, passphrase)
         if slot is None:
             slot = found
-        elif slot == found:
+        elif slot == found and not last_too:
             raise PassphraseError(f"it is the passphrase of key slot {slot} itself: give one that stays")
-        slots.remove(slot)
+        slots.remove(slot, last_too=last_too)
         return slot
+
+
+def replace_passphrase(
+    path: str | os.PathLike[str],
+    passphrase: Passphrase,
+    new: Secret | bytes,
+    slot: int,
+    *,
+    iter_time: int = ITER_TIME_MILLISECONDS,
+    journal_size: int | None = None,
+) -> None:
+    """Give a key slot that has a passphrase another one, durably.
+
+    A crash leaves the old one, the new one, or both; the new one may then be in a second slot.
+
+    Args, Raises: as `add_passphrase`; ``passphrase`` may be the one that is replaced.
+    """
+    passphrase, new = hidden(passphrase), new_secret(new)
+    with _key_slots(path, journal_size) as (slots, image):
+        slots.replace(slot, _opened(image, passphrase)[1], new, iter_time)
 
 
 def slots_opened(
@@ -99,26 +121,31 @@ def slots_opened(
     """
     passphrase = hidden(passphrase)
     with open_alone(path, "r") as image:
-        found = read_luks(image._engine.public.view)
-        if found is None:
-            raise ValueError("the image is not encrypted")
-        pointer, header = found
-        name = path_of(image._medium.device)
-        secret, numbers = secret_for(passphrase, name), list[int]()
+        return slots_opened_in(image, passphrase, limit=limit)
 
-        def read(length: int, offset: int) -> bytes:
-            return image._medium.pread(length, HostOffset(pointer.offset + offset))
 
-        while len(numbers) < limit:
-            try:
-                number, _ = unlock_slot(header, read, secret, name)
-            except WrongPassphrase:
-                if not numbers:
-                    raise
-                break
-            numbers.append(number)
-            header = header.with_slot(number, emptied(header.slots[number]))
-        return tuple(numbers)
+def slots_opened_in(image: Image, passphrase: Passphrase, *, limit: int = SLOT_COUNT) -> tuple[int, ...]:
+    """Do what `slots_opened` does for an image that is open."""
+    found = read_luks(image._engine.public.view)
+    if found is None:
+        raise ValueError("the image is not encrypted")
+    pointer, header = found
+    name = path_of(image._medium.device)
+    secret, numbers = secret_for(passphrase, name), list[int]()
+
+    def read(length: int, offset: int) -> bytes:
+        return image._medium.pread(length, HostOffset(pointer.offset + offset))
+
+    while len(numbers) < limit:
+        try:
+            number, _ = unlock_slot(header, read, secret, name)
+        except WrongPassphrase:
+            if not numbers:
+                raise
+            break
+        numbers.append(number)
+        header = header.with_slot(number, emptied(header.slots[number]))
+    return tuple(numbers)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import jqcow
 from jqcow.engine.guestdata import unlock
 from jqcow.engine.keyslots import KeySlots
 from jqcow.errors import JqcowError, WrongPassphrase
+from jqcow.offline.passphrases import slots_opened_in
 from jqcow.ondisk.entries import COPIED
 from jqcow.ondisk.keys import Secret
 from jqcow.testing import SimulatedDevice, enumerate_states
@@ -74,10 +75,10 @@ class _Judge:
         with _opened(crashed) as image:
             require(image.pread(CLUSTER_BYTES, 0) == DATA, "P1: the data of an encrypted image")
             slots = KeySlots(image._engine.lifecycle)
-            opened = {word: _slot_of(image, word) for word in (PASSPHRASE, ANOTHER)}
+            opened = {word: _slots_of(image, word) for word in (PASSPHRASE, ANOTHER)}
             active = set(slots.header.active_slots())
-            require(active == set(opened.values()) - {None}, "P3: an active key slot that nothing opens")
-            require(all(opened[word] is not None for word in self.promised), "P1: a passphrase is lost")
+            require(active == set().union(*opened.values()), "P3: an active key slot that nothing opens")
+            require(all(opened[word] for word in self.promised), "P1: a passphrase is lost")
             require(image.check().ok, "P2: after recovery")
 
 
@@ -92,16 +93,15 @@ def _opened(crashed: SimulatedDevice) -> jqcow.Image:
     raise PromiseBroken("P1: no passphrase opens the image")
 
 
-def _slot_of(image: jqcow.Image, passphrase: bytes) -> int | None:
+def _slots_of(image: jqcow.Image, passphrase: bytes) -> tuple[int, ...]:
     try:
-        found = unlock(image._medium, image._engine.public.view, passphrase)
+        return slots_opened_in(image, passphrase)
     except WrongPassphrase:
-        return None
-    return None if found is None else found[0]
+        return ()
 
 
 def key_slots(drop_barriers: tuple[str, ...]) -> None:
-    """A passphrase is added, and the other one removed: a crash leaves what was promised."""
+    """A passphrase is added, another removed, the last replaced: a crash leaves what was promised."""
     device, judge = _encrypted_image(), _Judge()
     device.drop_barriers = set(drop_barriers)
     with without_chance():
@@ -109,8 +109,9 @@ def key_slots(drop_barriers: tuple[str, ...]) -> None:
         slots = KeySlots(image._engine.lifecycle)
         found = unlock(image._medium, image._engine.public.view, PASSPHRASE)
         require(found is not None, "P1: the passphrase opens its slot")
+        key = found[1] if found else Secret(b"")
         device.barrier_listeners.append(judge.cut)
-        slots.add(found[1] if found else Secret(b""), Secret(ANOTHER), 1)
+        slots.add(key, Secret(ANOTHER), 1)
         judge.promised = {ANOTHER}
         first = slots.header.slots[0]
         place = slots.pointer.offset + first.material_offset
@@ -118,6 +119,10 @@ def key_slots(drop_barriers: tuple[str, ...]) -> None:
         slots.remove(0)
         judge.wiped = place, material
         judge.cut("removed", device)
+        judge.promised, judge.wiped = set(), None
+        slots.replace(1, key, Secret(PASSPHRASE), 1)
+        judge.promised = {PASSPHRASE}
+        judge.cut("replaced", device)
         image.close()
     device.reopen()
     judge.judge(device)

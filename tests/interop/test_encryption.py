@@ -173,8 +173,8 @@ def test_jqcow_img_amends_passphrases(
     path = tmp_path / "slots.qcow2"
     created(path, secrets)
 
-    def ours(change: str, word: bytes = WORD) -> tuple[int, str]:
-        words = ["amend", *secrets.objects, *secrets.image(path, word), "-o", change]
+    def ours(change: str, word: bytes = WORD, *more: str) -> tuple[int, str]:
+        words = ["amend", *more, *secrets.objects, *secrets.image(path, word), "-o", change]
         return cli.main_like_qemu_img(words), capsys.readouterr().err
 
     before = path.read_bytes()
@@ -197,6 +197,15 @@ def test_jqcow_img_amends_passphrases(
     assert run("qemu-io", *secrets.objects, *secrets.image(path), "-c", "read 0 1k").returncode
     secrets.qemu_io(path, "read -P 7 2M 1M", word=OTHER)
     secrets.check(path, OTHER)
+    replaced = "encrypt.state=active,encrypt.new-secret=s0,encrypt.iter-time=1,encrypt.keyslot=1"
+    assert ours(replaced, OTHER)[0] == 1
+    assert ours(replaced, OTHER, "--force") == (0, "")
+    assert run("qemu-io", *secrets.objects, *secrets.image(path, OTHER), "-c", "read 0 1k").returncode
+    secrets.qemu_io(path, "read -P 7 2M 1M")
+    assert ours("encrypt.state=inactive,encrypt.keyslot=1")[0] == 1
+    assert ours("encrypt.state=inactive,encrypt.keyslot=3", WORD, "--force") == (0, "")
+    assert ours("encrypt.state=inactive,encrypt.keyslot=1", WORD, "--force") == (0, "")
+    assert run("qemu-io", *secrets.objects, *secrets.image(path), "-c", "read 0 1k").returncode
 
 
 def test_info_has_the_fields_of_qemu(

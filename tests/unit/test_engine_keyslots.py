@@ -8,7 +8,7 @@ import pytest
 
 import jqcow
 from jqcow.errors import CorruptionError, PassphraseError, UnsupportedFeatureError, WrongPassphrase
-from jqcow.offline.passphrases import add_passphrase, remove_passphrase
+from jqcow.offline.passphrases import add_passphrase, remove_passphrase, replace_passphrase, slots_opened
 from jqcow.ondisk import luks
 from jqcow.ondisk.header import HeaderArea
 
@@ -42,6 +42,25 @@ def test_passphrases_come_and_go(path: Path) -> None:
         add_passphrase(path, OTHER, WORD, iter_time=1)
     with jqcow.open(path, passphrase=b"7") as image:
         assert image.pread(7, 5000) == b"a guest" and image.check().ok
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_passphrase_is_replaced(path: Path, count: int) -> None:
+    for _ in range(count - 1):
+        add_passphrase(path, WORD, WORD, iter_time=1)
+    replace_passphrase(path, WORD, OTHER, 0, iter_time=1)
+    assert slots_opened(path, OTHER) == (0,)
+    if count == 1:
+        with pytest.raises(WrongPassphrase):
+            jqcow.open(path, passphrase=WORD)
+    else:
+        assert slots_opened(path, WORD) == tuple(range(1, count))
+
+
+def test_the_last_passphrase_goes_on_purpose(path: Path) -> None:
+    remove_passphrase(path, WORD, last_too=True)
+    with pytest.raises(WrongPassphrase):
+        jqcow.open(path, passphrase=WORD)
 
 
 def header_of(content: bytearray) -> int:

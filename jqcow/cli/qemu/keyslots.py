@@ -14,6 +14,7 @@ from jqcow.offline.passphrases import (
     ITER_TIME_MILLISECONDS,
     add_passphrase,
     remove_passphrase,
+    replace_passphrase,
     slots_opened,
 )
 from jqcow.ondisk.keys import Passphrase
@@ -48,6 +49,7 @@ class _Slots:
         self._arguments = arguments
         self._options = options
         self._active = active
+        self._force = bool(arguments.force)
         self._passphrase: Passphrase = secrets.passphrase_of(arguments)
         with opening(arguments.given):
             slots_opened(arguments.image, self._passphrase, limit=1)
@@ -67,14 +69,19 @@ class _Slots:
         if "old-secret" in options:
             raise CommandError("'old-secret' must not be given when activating keyslots")
         number = self._wanted()
-        if number is not None and self._active[number]:
+        replaces = number is not None and self._active[number]
+        if replaces and not self._force:
             raise CommandError(f"Refusing to overwrite active keyslot {number} - please erase it first")
-        if all(self._active):
+        if all(self._active) and not replaces:
             raise CommandError("Can't add a keyslot - all keyslots are in use")
         new = secrets.secret_named(self._arguments, options["new-secret"])
         iter_time = int(options.get("iter-time", ITER_TIME_MILLISECONDS))
+        path = self._arguments.image
         with reworded(""):
-            add_passphrase(self._arguments.image, self._passphrase, new, iter_time=iter_time, slot=number)
+            if number is not None and replaces:
+                replace_passphrase(path, self._passphrase, new, number, iter_time=iter_time)
+            else:
+                add_passphrase(path, self._passphrase, new, iter_time=iter_time, slot=number)
 
     def deactivate(self) -> None:
         options, path = self._options, self._arguments.image
@@ -90,7 +97,7 @@ class _Slots:
                 self._erase(number, () if old is None else self._opened_by(old), is_told=old is not None)
             elif old is not None:
                 for _ in self._matching(old):
-                    remove_passphrase(path, old)
+                    remove_passphrase(path, old, last_too=self._force)
             else:
                 raise CommandError(
                     "To erase keyslot(s), either explicit keyslot index or the password currently contained "
@@ -107,7 +114,7 @@ class _Slots:
         matching = self._opened_by(old)
         if not matching:
             raise CommandError("No keyslots match given (old) password for erase operation")
-        if len(matching) == sum(self._active):
+        if len(matching) == sum(self._active) and not self._force:
             told = "All the active keyslots match the (old) password that was given and erasing them"
             raise CommandError(f"{told} {_ERASES_ALL}")
         return matching
@@ -116,6 +123,9 @@ class _Slots:
         if is_told and number not in matching:
             told = f"Given keyslot {number} doesn't contain the given old password for erase operation"
             raise CommandError(told)
+        if self._force:
+            remove_passphrase(self._arguments.image, self._passphrase, slot=number, last_too=True)
+            return
         if not self._active[number]:
             raise CommandError(f"Given keyslot {number} is already erased (inactive) ")
         if sum(self._active) == 1:
