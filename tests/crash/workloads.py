@@ -283,11 +283,13 @@ _OF_BITMAPS = tuple(
         ("repair", "-dirty-bit", overlays.REPAIRED),
         ("rebuilt-table", "-lost-table", overlays.REPAIRED),
         ("encrypted", "-encrypted", stories.REOPENED),
+        ("subclusters", "-subclusters", stories.NOTED, (16384,)),
+        ("subclusters-overlay", "-subclusters-overlay", stories.RESIZES, (16384,), 0.25),
     )
 )
 _OF_ENCRYPTION = tuple(
-    Family(f"encrypted-{name}", f"encrypted{start}", story)
-    for name, start, story in (
+    Family(f"encrypted-{name}", f"encrypted{start}", story, *sizes)
+    for name, start, story, *sizes in (
         ("reopened", "", stories.REOPENED),
         ("in-place", "-full", stories.IN_PLACE),
         ("reuse", "-full", stories.REUSE),
@@ -304,6 +306,9 @@ _OF_ENCRYPTION = tuple(
         ("rebase", "-overlay", overlays.REBASE),
         ("copy-on-read", "-overlay", overlays.COPIED_UP),
         ("repair", "-dirty-bit", overlays.REPAIRED),
+        ("subclusters", "-subclusters", stories.REUSE, (16384,)),
+        ("subclusters-snapshots", "-subclusters-snapshots", stories.COPY_ON_WRITE, (16384,), 0.25),
+        ("version-2", "-version-2", stories.RESIZES, (1024,)),
     )
 )
 OF_SMALL_DISKS = (512, 1024)
@@ -326,6 +331,7 @@ _OF_DATA_FILES = tuple(
         ("resizes", "-full", stories.RESIZES),
         ("preallocated", "-full", stories.PREALLOCATED),
         ("overlay", "-overlay", stories.REOPENED),
+        ("overlay-resizes", "-overlay", stories.RESIZES),
         ("rebase", "-overlay", overlays.REBASE),
         ("copy-on-read", "-overlay", overlays.COPIED_UP),
         ("repair", "-dirty-bit", overlays.REPAIRED),
