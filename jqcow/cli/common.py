@@ -34,6 +34,7 @@ BY_SIGNAL = 128
 """A signal's number is added, as shells do."""
 
 FORMATS = ("qcow2", "raw")
+OUTPUTS = ("human", "json")
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 SECTOR_BYTES = 512
 
@@ -161,8 +162,14 @@ class _Version(argparse.Action):
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Add ``--output=human|json``."""
+    # As qemu-img a command says itself what is unknown.
+    choices = None if profile_of(parser).is_qemu else OUTPUTS
     parser.add_argument(
-        "--output", choices=("human", "json"), default="human", help="how to print (default: human)"
+        "--output",
+        choices=choices,
+        metavar="human|json",
+        default="human",
+        help="how to print (default: human)",
     )
 
 

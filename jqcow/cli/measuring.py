@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
 from jqcow.cli import common, names, secrets
@@ -30,12 +29,17 @@ def add_parsers(commands: Any) -> None:
     common.add_allow_files(parser)
     common.add_force_share(parser)
     common.add_output(parser)
-    parser.add_argument("source", metavar="FILE", nargs="?")
+    parser.add_argument("source", metavar="FILE", nargs="*" if common.profile_of(parser).is_qemu else "?")
     parser.set_defaults(command=measure_command)
 
 
 def measure_command(arguments: argparse.Namespace) -> int:
     """Measure a disk."""
+    if arguments.profile.is_qemu:
+        from jqcow.cli.qemu.measuring import measured
+
+        _print(arguments, measured(arguments))
+        return common.EXIT_OK
     if (arguments.size is None) == (arguments.source is None):
         raise common.CommandError("either --size or a file is to be measured")
     named = common.named_options(
@@ -55,22 +59,20 @@ def measure_command(arguments: argparse.Namespace) -> int:
             **options,
         )
     else:
+        given = names.named(arguments.source, arguments.format, image_opts=arguments.image_opts)
         with common.about(arguments.source):
             found = measure(
-                arguments.source,
-                source_format=arguments.format,
+                given.path,
+                source_format=common.disk_format(given.format),
                 snapshot=arguments.snapshot,
                 allow_files=arguments.allow_files,
                 probe=arguments.probe,
-                force_share=arguments.force_share,
+                force_share=arguments.force_share or bool(given.force_share),
                 target_format=arguments.target_format,
                 encryption=encryption,
                 journal_size=journal_size,
                 **options,
             )
-    if arguments.profile.is_qemu:
-        # A script knows but what qemu-img tells.
-        found = replace(found, journal=0)
     _print(arguments, found)
     return common.EXIT_OK
 

@@ -41,6 +41,7 @@ from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.keys import Passphrase, hidden
+from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, check_format, meaning_of
 
 BUFFER_BYTES = 2 << 20
@@ -475,8 +476,11 @@ def create_raw(
     overwrite: bool = False,
     preallocation: Preallocation = "off",
     nocow: bool = False,
+    writes_first_block: bool = False,
 ) -> None:
     """Create a raw file of zeros, durably: a hole, unless ``preallocation`` is ``falloc`` or ``full``.
+
+    ``writes_first_block``: as QEMU does, which tells by it later how direct I/O has to be aligned.
 
     Raises:
         ValueError: another preallocation.
@@ -491,6 +495,8 @@ def create_raw(
     try:
         new.content.truncate(size)
         take_space(new.content, 0, size, use.preallocation)
+        if writes_first_block and size and use.preallocation == "off":
+            new.content.pwrite(bytes(RAW_UNIT_BYTES if size >= RAW_UNIT_BYTES else SECTOR_BYTES), 0)
         new.publish(overwrite)
     finally:
         new.file.close()

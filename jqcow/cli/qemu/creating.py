@@ -59,6 +59,7 @@ def print_help(name: str | None, image_format: str) -> int:
 
 def make(arguments: argparse.Namespace, name: str, image_format: str, text: str, size: int | None) -> None:
     """Make an image as ``-o`` and the arguments say; print what is made before."""
+    told, image_format = image_format, "raw" if image_format == "file" else image_format
     options_of.require_format(image_format)
     known = options_of.of_new(image_format)
     found = options_of.parsed(text, known)
@@ -78,7 +79,7 @@ def make(arguments: argparse.Namespace, name: str, image_format: str, text: str,
     if "size" not in found:
         raise CommandError("Image creation needs a size parameter")
     if not arguments.quiet:
-        print(printable(f"Formatting '{name}', fmt={image_format} {options_of.printed(found, known)}"))
+        print(printable(f"Formatting '{name}', fmt={told} {options_of.printed(found, known)}"))
         sys.stdout.flush()
     write(arguments, name, image_format, found)
 
@@ -147,6 +148,7 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
             overwrite=True,
             preallocation=wanted.get("preallocation", "off"),
             nocow=wanted.get("nocow", False),
+            writes_first_block=True,
         )
         return
     check_form(size, found)
