@@ -89,23 +89,32 @@ class Filling:
         found: Iterable[tuple[int, bytes]],
         expectations: Expectations,
         anchored: Sequence[tuple[int, int]],
+        offset_of: Callable[[int], int] = int,
     ) -> None:
         """Take orphans, as (host offset, content) in the order of the file; zeros may have no content.
 
-        ``anchored``: (host offset, guest offset) of all clusters that are placed, in the order of the file.
+        Args:
+            guest_map: where they will be placed.
+            cluster_bytes: length of each.
+            found: the orphans.
+            expectations: what may be expected of the disk.
+            anchored: (place in the file, guest offset) of all clusters that are placed, in the order of the
+                file.
+            offset_of: returns the place in the file of what is shown at a host offset.
         """
         self._map, self._cluster_bytes = guest_map, cluster_bytes
         self._expectations = expectations
-        self._hosts = array("Q")
+        self._hosts, self._offsets = array("Q"), array("Q")
         self._looks = Looks(expectations.block_bytes, cluster_bytes)
         for host, content in found:
             self._hosts.append(host)
+            self._offsets.append(offset_of(host))
             self._looks.add(content)
         self._odds = Odds(self._looks, sum(1 for _ in expectations.tails()))
         self._anchors: list[tuple[int, int]] = []
-        if self._hosts:
-            first = max(0, bisect_left(anchored, (self._hosts[0],)) - GAP_ENDS)
-            last = bisect_left(anchored, (self._hosts[-1],)) + GAP_ENDS
+        if self._offsets:
+            first = max(0, bisect_left(anchored, (self._offsets[0],)) - GAP_ENDS)
+            last = bisect_left(anchored, (self._offsets[-1],)) + GAP_ENDS
             self._anchors = [(host, guest // cluster_bytes) for host, guest in anchored[first:last]]
         self._guests: dict[int, int] = {cluster: host for host, cluster in self._anchors}
         self._taken: dict[int, int] = {}
@@ -145,7 +154,7 @@ class Filling:
         """Move what is a guess, or has no place, to where it tells more."""
         taken = {index: self._taken.get(index) for index in range(len(self._hosts))}
         order = heapq.merge(
-            ((host, index, None) for index, host in enumerate(self._hosts)),
+            ((offset, index, None) for index, offset in enumerate(self._offsets)),
             ((host, None, cluster) for host, cluster in self._anchors),
             key=itemgetter(0),
         )
@@ -254,7 +263,7 @@ class Filling:
             for position, index in enumerate(items)
             if not position
             or items[position - 1] != index - 1
-            or self._hosts[index] != self._hosts[index - 1] + self._cluster_bytes
+            or self._offsets[index] - self._offsets[index - 1] > self._cluster_bytes
         ]
 
     def _breaks(self, items: list[int], starts: list[int]) -> list[int]:
@@ -275,11 +284,11 @@ class Filling:
 
         That is the orphan behind it in the file, or one that begins a gap soon after: runs are interrupted.
         """
-        hosts = [self._hosts[index] for index in items]
+        offsets = [self._offsets[index] for index in items]
         at_start = set(starts)
         walked: set[tuple[int, int]] = set()
-        for host, cluster in self._placed():
-            position = bisect_left(hosts, host)
+        for offset, cluster in self._placed():
+            position = bisect_left(offsets, offset)
             group = bisect_left(starts, position)
             for other in self._aligner.beside(cluster, 1):
                 yield from ((start, other) for start in starts[group : group + GROUPS_TRIED])
@@ -297,9 +306,9 @@ class Filling:
     def _gaps(self, items: list[int]) -> dict[int, Gap]:
         """Return between which orphans others lie that are placed."""
         gaps: dict[int, Gap] = defaultdict(lambda: Gap([], []))
-        hosts = [self._hosts[index] for index in items]
-        for host, cluster in self._placed():
-            position = bisect_left(hosts, host)
+        offsets = [self._offsets[index] for index in items]
+        for offset, cluster in self._placed():
+            position = bisect_left(offsets, offset)
             gap = gaps[items[position] if position < len(items) else END]
             if len(gap.first) < GAP_ENDS:
                 gap.first.append(cluster)
@@ -327,8 +336,8 @@ class Filling:
         return lru_cache(maxsize=1 << 12)(period_of)
 
     def _placed(self) -> list[tuple[int, int]]:
-        """Return (host offset, cluster) of what is placed, in the order of the file."""
-        taken = ((self._hosts[index], cluster) for index, cluster in self._taken.items())
+        """Return (place in the file, cluster) of what is placed, in the order of the file."""
+        taken = ((self._offsets[index], cluster) for index, cluster in self._taken.items())
         return sorted([*self._anchors, *taken])
 
     # What becomes of paths

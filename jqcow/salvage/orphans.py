@@ -208,6 +208,14 @@ class OrphanClusters:
                 self.bits.discard(cluster)
                 self.zeros.add(cluster)
 
+    def in_file_order(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the same by where it lies in the file."""
+        return iter(self)
+
+    def offset_of(self, host_offset: int) -> int:
+        """Return where in the file what is shown at a host offset begins: there, if it is a cluster."""
+        return host_offset
+
     def read(self, host_offset: int) -> bytes:
         """Return the content of a cluster."""
         content = self._cache.get(host_offset)

@@ -7,6 +7,7 @@ stream is meant.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 
 from jqcow.ondisk.layout import round_up
@@ -62,6 +63,16 @@ class MixedOrphans(OrphanClusters):
         yield from super().__iter__()
         for place, stream in self.packed:
             yield place, self._contents.read(stream.offset)
+
+    def in_file_order(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the same by where it lies in the file."""
+        streams = ((place, self._contents.read(stream.offset)) for place, stream in self.packed)
+        return heapq.merge(super().__iter__(), streams, key=lambda one: self.offset_of(one[0]))
+
+    def offset_of(self, host_offset: int) -> int:
+        """Return where in the file what is shown at a host offset begins."""
+        stream = self.packed.at(host_offset) if host_offset >= self.packed.start else None
+        return host_offset if stream is None else stream.offset
 
     def read(self, host_offset: int) -> bytes:
         """Return the content of a cluster, or of what is shown there."""

@@ -23,8 +23,9 @@ PARTS_MAX = 1 << 12
 """Into so many parts a piece is cut."""
 OVERLAPS_MAX = 64
 """So many pieces are looked through that begin before a cluster and may reach into it."""
-TOGETHER = 64
-"""Two files grew together whose times are nearer to each other than such a part of the time that it took."""
+MADE_TOGETHER, CHANGED_TOGETHER = 64, 8
+"""Two files grew together that were made, and changed last, within such parts of the time that it took: the
+last change of one may be a turn before that of the other."""
 BESIDE = 2
 """And so many files at most were made between them, or changed."""
 
@@ -161,11 +162,12 @@ class Pieces:
         place = {at: place for place, at in enumerate(by_change)}
         found: dict[int, int] = {}
         for at, (made, changed, number) in enumerate(lives):
-            near = (changed - made) // TOGETHER
+            took = changed - made
             for other in range(at + 1, min(len(lives), at + 1 + BESIDE)):
                 other_made, other_changed, other_number = lives[other]
-                is_near = other_made - made <= near and abs(other_changed - changed) <= near
-                if near and is_near and abs(place[at] - place[other]) <= BESIDE:
+                is_near = other_made - made <= took // MADE_TOGETHER
+                is_near = is_near and abs(other_changed - changed) <= took // CHANGED_TOGETHER
+                if took and is_near and abs(place[at] - place[other]) <= BESIDE:
                     found |= {number: changed, other_number: other_changed}
         return found
 

@@ -6,7 +6,6 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from operator import itemgetter
 
 from jqcow.salvage.anchoring import Find
 from jqcow.salvage.candidates import TableSearch
@@ -71,7 +70,7 @@ def place_orphans(
     expectations = Expectations(orphans.cluster_bytes)
     expectations.take(structures, disk.trusting(Certainty.LIKELY))
     if len(expectations):
-        _fill(guest_map, orphans, expectations, sorted(anchored.items()))
+        _fill(guest_map, orphans, expectations, list(anchored.items()))
     if not len(expectations) and not anchored:
         _place_in_order(guest_map, orphans)
     guest_map.tables.are_empty_sure = _is_all_certain(guest_map, anchored, orphans)
@@ -112,16 +111,18 @@ def _fill(
     anchored: list[tuple[int, int]],
 ) -> None:
     """Place what does not tell its place, so many clusters at a time."""
-    at_home = {host for host, _ in anchored}
+    at_home, offset_of = {host for host, _ in anchored}, orphans.offset_of
     found = heapq.merge(
-        ((host, content) for host, content in orphans if host not in at_home),
+        ((host, content) for host, content in orphans.in_file_order() if host not in at_home),
         ((host, b"") for host in _short_zeros(orphans)),
-        key=itemgetter(0),
+        key=lambda one: offset_of(one[0]),
     )
+    by_offset = sorted((offset_of(host), guest) for host, guest in anchored)
     blocks = orphans.cluster_bytes // expectations.block_bytes
     count = max(1, min(CLUSTERS_MAX, BLOCKS_MAX // blocks))
     while True:
-        filling = Filling(guest_map, orphans.cluster_bytes, islice(found, count), expectations, anchored)
+        some = islice(found, count)
+        filling = Filling(guest_map, orphans.cluster_bytes, some, expectations, by_offset, offset_of)
         if not len(filling):
             return
         filling.fill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,9 @@ from jqcow.salvage.evidence import Certainty
 from jqcow.salvage.guestmap import GuestMap
 from jqcow.salvage.heading import read_shape
 from jqcow.salvage.inference import Structures
-from jqcow.salvage.marks import Marks
+from jqcow.salvage.marks import Bits, Marks
 from jqcow.salvage.orphans import Unnamed, mark_header
+from jqcow.salvage.packed import MixedOrphans
 from jqcow.salvage.reading import PieceReader
 from jqcow.salvage.shape import Shape
 from jqcow.salvage.snapshots import copies_of_l1, find_snapshots
@@ -253,6 +255,27 @@ def test_streams_without_tables(make: Make, kind: str) -> None:
     wanted = {made.disk[at : at + 65_536] for at in range(0, len(made.disk), 65_536)} - {bytes(65_536)}
     assert wanted <= contents
     assert all(orphans.stored_bytes(offset) for offset, _ in orphans)
+
+
+def test_streams_come_where_they_lie_among_clusters(make: Make) -> None:
+    """They are shown behind the end of the file, and tell of the order of the file all the same."""
+    made, chance = make("cluster_size=65536", 4 << 20, 65_536, packed=True), random.Random(1)
+    end = -(-len(made.data) // 65_536) * 65_536
+    noise = [chance.randbytes(65_536) for _ in range(2)]
+    packer = zlib.compressobj(wbits=-12)
+    stream = packer.compress(b"ab" * 32_768) + packer.flush()
+    packed = (stream + stream).ljust(65_536, b"\0")
+    source = Source(Memory(made.data.ljust(end, b"\0") + noise[0] + packed + noise[1]))
+    shape, bits = read_shape(source), Bits(end // 65_536 + 3)
+    for cluster in range(3):
+        bits.add(end // 65_536 + cluster)
+    streams = StreamOrphans(source, shape, find_streams(source, shape, bits))
+    orphans = MixedOrphans(source, 16, bits, streams, source.size())
+    found = list(orphans.in_file_order())
+    assert [content for _, content in found] == [noise[0], b"ab" * 32_768, b"ab" * 32_768, noise[1]]
+    places = [orphans.offset_of(host) - end for host, _ in found]
+    assert places == [0, 65_536, 65_536 + len(stream), 2 * 65_536]
+    assert sorted(found) == sorted(orphans)
 
 
 def hostile_files() -> Iterator[tuple[str, bytes]]:
