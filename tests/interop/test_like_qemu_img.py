@@ -238,6 +238,7 @@ STORIES: dict[str, list[str]] = {
         "convert --bitmaps -O raw a.qcow2 other.raw",
         "convert -O qcow2 -B a.qcow2 -F qcow2 -o size=1 a.qcow2 top.qcow2",
         "convert none.raw a.qcow2",
+        "convert -O qcow2 -o backing_fmt=qcow2,backing_file=none.qcow2 data.raw none-below.img",
         "convert",
         "dd if=data.raw of=part.raw bs=1k count=3 skip=2",
         "compare part.raw two.raw",

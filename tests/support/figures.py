@@ -71,12 +71,12 @@ def record(
 
 
 def command_of(program: str, arguments: list[str]) -> str:
-    """Return the command line without `--record` and its file."""
+    """Return the command line without `--record` and its file; a place of one machine is a DIRECTORY."""
     script, *options = arguments
     words, skip = [program or f"tools/{Path(script).name}"], False
     for option in options:
         if not skip and not option.startswith("--record"):
-            words.append(option)
+            words.append("DIRECTORY" if option.startswith("/") else option)
         skip = option == "--record"
     return " ".join(words)
 

@@ -187,4 +187,7 @@ def _copy(arguments: argparse.Namespace, chains: list[Chain], found: dict[str, s
     try:
         copying.copy_chains(arguments, chains, is_zero=not arguments.into or arguments.target_is_zero)
     except (JqcowError, OSError, ValueError) as error:
-        raise CommandError(reason(error)) from error
+        told = reason(error)
+        # All sources are open by now: it is that of the target.
+        is_below = told.startswith("Could not open backing file: ")
+        raise CommandError(f"Could not open '{arguments.target}': {told}" if is_below else told) from error
