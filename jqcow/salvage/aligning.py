@@ -154,16 +154,20 @@ class Aligner:
 
     def gain(self, cluster: int, index: int) -> float:
         """Return what it tells that an orphan is in a cluster, less what the cluster costs by now."""
-        return self._told(cluster, index) - self._prices.get(cluster, 0.0)
-
-    def _tell(self, cluster: int, index: int) -> float:
-        expected = self._expectations.of(cluster)
-        total = self._odds.of(expected, index)
-        if (before := self._index_at(cluster - 1)) is not None:
-            total += self._odds.joint(self._expectations.of(cluster - 1), before, expected, index)
-        if (behind := self._index_at(cluster + 1)) is not None:
-            total += self._odds.joint(expected, index, self._expectations.of(cluster + 1), behind)
+        total, joints = self._told(cluster, index)
+        total -= self._prices.get(cluster, 0.0)
+        for joint in joints:
+            total += joint
         return total
+
+    def _tell(self, cluster: int, index: int) -> tuple[float, list[float]]:
+        """Return what the cluster itself tells, and what its neighbours do that are placed."""
+        expected, joints = self._expectations.of(cluster), list[float]()
+        if (before := self._index_at(cluster - 1)) is not None:
+            joints.append(self._odds.joint(self._expectations.of(cluster - 1), before, expected, index))
+        if (behind := self._index_at(cluster + 1)) is not None:
+            joints.append(self._odds.joint(expected, index, self._expectations.of(cluster + 1), behind))
+        return self._odds.of(expected, index), joints
 
     def changed(self) -> None:
         """Forget what rests on which clusters are waiting, and what is placed."""
