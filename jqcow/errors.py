@@ -116,10 +116,14 @@ class MissingPackageError(JqcowError, ImportError):
 
 
 class ImageInUse(JqcowError, OSError):
-    """Another process, or another part of this one, uses the image in a way that excludes this use."""
+    """Another process, or another part of this one, uses the image in a way that excludes this use.
 
-    def __init__(self, message: str) -> None:
+    ``refused`` is True if that user lets nobody use it so, False if this one would not let the other go on.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
         super().__init__(errno.EAGAIN, message)
+        self.refused = refused
 
 
 class ReadOnlyError(JqcowError, OSError):

@@ -89,7 +89,10 @@ def bitmap_command(arguments: argparse.Namespace) -> int:
     name, changes = arguments.bitmap, _changes(arguments)
     journal_size = common.journal_size_of(arguments)
     # What is below the image stays closed: bitmaps are its own.
-    with common.about(arguments.image), open_alone(arguments.image, "r+", journal_size=journal_size) as image:
+    with (
+        common.opening(arguments, arguments.image),
+        open_alone(arguments.image, "r+", journal_size=journal_size) as image,
+    ):
         if image.recovered is not None and not arguments.quiet:
             print("The image had crashed; it was recovered first.", file=sys.stderr)
         with image.transaction() as transaction:
@@ -161,7 +164,7 @@ def _merge_from(path: str, source: str, transaction: jqcow.Transaction, name: st
 
 
 def _print_dirty(arguments: argparse.Namespace) -> int:
-    with common.about(arguments.image), open_alone(arguments.image, "r") as image:
+    with common.opening(arguments, arguments.image), open_alone(arguments.image, "r") as image:
         found = list(image.bitmaps.dirty_extents(arguments.bitmap))
     if arguments.output == "json":
         common.print_json([{"start": extent.offset, "length": extent.length} for extent in found])

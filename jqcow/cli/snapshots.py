@@ -54,7 +54,7 @@ def snapshot_command(arguments: argparse.Namespace) -> int:
     if arguments.journal_size is not None:
         raise common.CommandError("--journal-size is for what writes: -l does not")
     common.print_warnings(arguments, arguments.image, "qcow2", force_share=arguments.force_share)
-    with common.about(arguments.image):
+    with common.opening(arguments, arguments.image):
         found = read_snapshots(arguments.image, force_share=arguments.force_share)
     if arguments.output == "json":
         common.print_json([snapshot_json(snapshot) for snapshot in found])

@@ -101,7 +101,8 @@ def _take(descriptor: int, name: str, *, held: Permission, unshared: Permission)
             _set(descriptor, fcntl.F_RDLCK, HOLD_OFFSET + _number(permission))
         for permission in unshared:
             _set(descriptor, fcntl.F_RDLCK, UNSHARE_OFFSET + _number(permission))
-        conflict = _find_conflict(descriptor, held, unshared)
+        refused = _refused(descriptor, held)
+        conflict = _find_conflict(descriptor, unshared) or refused
     except OSError as error:
         release(descriptor)
         if error.errno in _LOCKS_MISSING:
@@ -115,7 +116,7 @@ def _take(descriptor: int, name: str, *, held: Permission, unshared: Permission)
         raise
     if conflict:
         release(descriptor)
-        raise ImageInUse(_advise(name, conflict))
+        raise ImageInUse(_advise(name, conflict), refused=bool(refused))
 
 
 def release(descriptor: int) -> None:
@@ -127,11 +128,16 @@ def release(descriptor: int) -> None:
             raise
 
 
-def _find_conflict(descriptor: int, held: Permission, unshared: Permission) -> str:
-    """Return what another user does that excludes this one, or an empty string."""
+def _find_conflict(descriptor: int, unshared: Permission) -> str:
+    """Return what another user does that this one does not let others do, or an empty string."""
     for permission in unshared:
         if _is_locked(descriptor, HOLD_OFFSET + _number(permission)):
             return f"{_OTHER} {_USED_BY_OTHER[permission]}"
+    return ""
+
+
+def _refused(descriptor: int, held: Permission) -> str:
+    """Return what this user wants to do that another one does not let others do, or an empty string."""
     for permission in held:
         if _is_locked(descriptor, UNSHARE_OFFSET + _number(permission)):
             return f"{_OTHER} uses it and does not let it {_WANTED[permission]}"

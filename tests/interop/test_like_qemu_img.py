@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import jqcow
 from jqcow.cli.main import main_like_qemu_img
 from tests.support.qemu import done, done_in_spite_of_load
 
@@ -420,3 +421,29 @@ def test_bitmaps_in_use_are_told_alike(tmp_path: Path) -> None:
         ["bitmap", "--remove", "--add", "a.qcow2", "one"],
     ):
         assert plain(ours(words, tmp_path)) == plain(theirs(words, tmp_path)), words
+
+
+IN_USE = [
+    "amend -o size=32M a.qcow2",
+    "resize a.qcow2 2G",
+    "snapshot -c x a.qcow2",
+    "snapshot -l a.qcow2",
+    "snapshot -l -U a.qcow2",
+    "commit a.qcow2",
+    "rebase -u -b x -F raw a.qcow2",
+    "bitmap --add a.qcow2 b",
+    "check a.qcow2",
+    "check -U a.qcow2",
+    "info a.qcow2",
+    "map a.qcow2",
+    "measure a.qcow2",
+]
+
+
+def test_of_an_image_in_use_both_say_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    done("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    with jqcow.open(path, "r+"):
+        for line in IN_USE:
+            words = line.split()
+            assert plain(ours(words, tmp_path)) == plain(theirs(words, tmp_path)), line

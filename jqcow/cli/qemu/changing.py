@@ -63,7 +63,8 @@ def format_of(arguments: argparse.Namespace) -> str:
         raise CommandError(f"Could not open '{arguments.given}': Unknown driver '{known}'")
     if known is None:
         with opening(arguments.given):
-            device, known = open_to_read(arguments.image)
+            # Whoever uses it keeps out what the command does then, which says so.
+            device, known = open_to_read(arguments.image, share_writers=True)
             device.close()
     return str(known)
 
@@ -195,7 +196,7 @@ def _amended(arguments: argparse.Namespace, found: dict[str, str]) -> AmendOptio
     """Return what is to change, after the checks of qcow2_amend_options in their order."""
     from jqcow.image.opening import open_alone
 
-    with opening(arguments.given), open_alone(arguments.image, "r") as image:
+    with opening(arguments.given, to_write=True), open_alone(arguments.image, "r") as image:
         info, named, data_file = image.info(), image.backing_file, image.data_file
         is_raw = info.data_file_raw if hasattr(info, "data_file_raw") else False
     compat = found.get("compat")
@@ -267,7 +268,10 @@ def _look_for_base(arguments: argparse.Namespace) -> None:
     from jqcow.offline.commit import named_down_to
 
     following = Following(allow=True, probe=True, reads_data=False)
-    with opening(arguments.given), closing(open_disk(arguments.image, following=following)) as chain:
+    with (
+        opening(arguments.given, to_write=True),
+        closing(open_disk(arguments.image, following=following)) as chain,
+    ):
         named = named_down_to(chain, arguments.base)
     if arguments.base is not None and not named:
         raise CommandError(f"Did not find '{arguments.base}' in the backing chain of '{arguments.given}'")
@@ -283,7 +287,7 @@ def rebase(arguments: argparse.Namespace) -> int:
     if name is None and not unsafe:
         raise CommandError("Must specify backing file (-b) or use unsafe mode (-u)")
     if unsafe:
-        with opening(arguments.given):
+        with opening(arguments.given, to_write=True):
             closing_alone(arguments.image)
     else:
         open_image(arguments).close()

@@ -50,10 +50,17 @@ _TEXTS = (
 
 
 @contextmanager
-def opening(name: str) -> Iterator[None]:
-    """Have errors of opening an image speak as QEMU does."""
+def opening(name: str, *, to_write: bool = False) -> Iterator[None]:
+    """Have errors of opening an image speak as QEMU does.
+
+    ``to_write``: QEMU opens it for writing at once, and another writer refuses that.
+    """
     with reworded(f"Could not open '{name}': "):
-        yield
+        try:
+            yield
+        except ImageInUse as error:
+            error.refused |= to_write
+            raise
 
 
 @contextmanager
@@ -102,9 +109,7 @@ def own_reason(error: Exception) -> str:
 def _of_lock(error: ImageInUse) -> str:
     told = error.strerror or str(error)
     name = told.partition(" is in use:")[0]
-    kind = (
-        'shared "write"' if "does not let it be written" not in told and "for writing" in told else '"write"'
-    )
+    kind = 'shared "write"' if not error.refused and "for writing" in told else '"write"'
     return f"Failed to get {kind} lock\nIs another process using the image [{name}]?"
 
 
