@@ -37,7 +37,9 @@ def add_parsers(commands: Any) -> None:
     names.add_objects(parser)
     common.add_cache(parser, "-t")
     parser.add_argument(
-        "--force", action="store_true", help="with key slots: replace one in use, erase the last one"
+        "--force",
+        action="store_true",
+        help="as jqcow-img, of key slots: replace one in use, erase the last one",
     )
     parser.add_argument(
         "-o",

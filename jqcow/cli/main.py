@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None, profile: Profile = CAREFUL) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if getattr(arguments, "output", "human") not in (*common.OUTPUTS, None):
+    if getattr(arguments, "output", "human") not in common.OUTPUTS:
         raise common.CommandError("--output must be used with human or json as argument.")
     if getattr(arguments, "image_opts", None) is not None and getattr(arguments, "image", None) is not None:
         from jqcow.cli import names

@@ -100,7 +100,8 @@ def replace_passphrase(
 ) -> None:
     """Give a key slot that has a passphrase another one, durably.
 
-    A crash leaves the old one, the new one, or both; the new one may then be in a second slot.
+    A crash leaves the old one, the new one, or both; the new one may then be in a second slot. Where all
+    slots are in use it may leave this one without any, and the others as they were.
 
     Args, Raises: as `add_passphrase`; ``passphrase`` may be the one that is replaced.
     """

@@ -13,7 +13,7 @@ from jqcow.cli.common import CommandError
 from jqcow.cli.qemu import options as options_of
 from jqcow.cli.qemu.creating import check_form, check_values
 from jqcow.cli.qemu.numbers import size_of
-from jqcow.cli.qemu.wording import reason
+from jqcow.cli.qemu.wording import opening, reworded
 from jqcow.errors import JqcowError, SnapshotNotFound
 from jqcow.offline.measure import Measurement, measure, measure_size
 
@@ -106,12 +106,13 @@ def _measured(
 
 @contextmanager
 def _reworded(source: str | None) -> Iterator[None]:
-    try:
-        yield
-    except SnapshotNotFound as error:
-        raise CommandError("Failed to load snapshot: Can't find snapshot") from error
-    except (JqcowError, OSError, ValueError) as error:
-        if _TOO_LARGE.search(str(error)):
+    """Have errors speak as QEMU does: those of a file, and of a size that no image can have."""
+    with reworded("") if source is None else opening(source):
+        try:
+            yield
+        except SnapshotNotFound as error:
+            raise CommandError("Failed to load snapshot: Can't find snapshot") from error
+        except (JqcowError, ValueError) as error:
+            if not _TOO_LARGE.search(str(error)):
+                raise
             raise CommandError("The image size is too large (try using a larger cluster size)") from error
-        opened = "" if source is None else f"Could not open '{source}': "
-        raise CommandError(f"{opened}{reason(error)}") from error
