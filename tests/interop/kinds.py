@@ -25,13 +25,17 @@ FACTORS = {
     "encryption": ("none", "xts-256", "cbc-128"),
     "bitmaps": ("none", "one", "several"),
     "ended": ("closed", "killed"),
-    "data": ("inside", "file", "raw file"),
+    "data": ("inside", "file", "raw file", "device"),
     "place": ("file", "device-512", "device-4096"),
+    "state": ("none", "kept"),
+    "unknown": ("none", "compatible", "autoclear", "extension"),
+    "nocow": ("off", "on"),
 }
 """``ended``: how QEMU left the image; killed it leaves the dirty bit (lazy refcounts) and bitmaps in use.
 
 ``name``: of the backing file; a data file has a plain one. ``place``: where the image is; a device has
-sectors of so many bytes.
+sectors of so many bytes. ``state``: whether the snapshots have that of a machine. ``unknown``: what the
+header has that no specification knows: a bit of features, or an extension.
 """
 
 DISK_BYTES = {512: 600 * 1024, 4096: 1 << 20, 16384: 2 << 20, 65536: 3 << 20, 2 << 20: 14 << 20}
@@ -40,6 +44,9 @@ CIPHERS = {
     "cbc-128": "aes-128,cbc,essiv,sha1",
 }
 DATA_FILE = "data.raw"
+UNKNOWN_BIT = 50
+"""Of the features of each kind."""
+UNKNOWN_EXTENSION = 0x4A51_5445
 KEY = "key"
 """The id of the secret in QEMU's options."""
 
@@ -79,6 +86,16 @@ def allowed(row: Row) -> bool:
         and (has("version", 2) or is_not("compression", "none") or is_not("snapshots", "none")),
         # Nothing allocates the space of a device but those who own it.
         is_not("place", "file") and has("preallocation", "falloc", "full") and has("data", "inside"),
+        has("data", "device") and has("preallocation", "falloc", "full"),
+        # A device has no such option.
+        has("nocow", "on") and (is_not("place", "file") or has("data", "device")),
+        # The state of a machine lies in a snapshot, in its clusters that are counted; QEMU 7.2 encrypts none.
+        has("state", "kept")
+        and (has("snapshots", "none") or has("refcounts", 1) or is_not("data", "inside")),
+        has("state", "kept") and is_not("encryption", "none"),
+        has("version", 2) and is_not("unknown", "none"),
+        # Such a header has no room left.
+        has("cluster", 512) and has("unknown", "extension"),
     )
     return not any(forbidden)
 
@@ -107,7 +124,7 @@ def name_in(row: Row, path: str, driver: str) -> str:
     return path
 
 
-def option_words(row: Row) -> str:
+def option_words(row: Row, data_file: str) -> str:
     """Return the options with which qemu-img makes the image of a row."""
     options = {
         "cluster_size": row["cluster"],
@@ -118,8 +135,10 @@ def option_words(row: Row) -> str:
         "compression_type": "zstd" if row["compression"] == "zstd" else "zlib",
         "preallocation": row["preallocation"],
     }
+    if row["nocow"] == "on":
+        options["nocow"] = "on"
     if row["data"] != "inside":
-        options |= {"data_file": DATA_FILE, "data_file_raw": "on" if row["data"] == "raw file" else "off"}
+        options |= {"data_file": data_file, "data_file_raw": "on" if row["data"] == "raw file" else "off"}
     if row["encryption"] != "none":
         cipher, mode, ivgen, digest = CIPHERS[str(row["encryption"])].split(",")
         options |= {

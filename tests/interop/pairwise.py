@@ -44,6 +44,9 @@ class CoveringArray:
         left = [factor for factor in self.factors if factor not in row]
         if not left:
             return row
+        # Seen now: else it would be met again with every choice for the factors between.
+        if any(not any(self.allowed({**row, name: level}) for level in self.factors[name]) for name in left):
+            return None
         factor = self.chance.choice(left) if wanted else left[0]
         levels = list(self.factors[factor])
         if wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import subprocess
 import zlib
 from collections.abc import Iterator
@@ -14,7 +15,16 @@ import jqcow
 from jqcow.image.transaction import Transaction
 from tests.interop.commands import Capture, require_same_check, require_same_info, require_same_map
 from tests.interop.disk import COMPLAINTS, Disk, Noted
-from tests.interop.kinds import DISK_BYTES, SECTOR_BYTES, name_in, option_words, sizes_of
+from tests.interop.kinds import (
+    DATA_FILE,
+    DISK_BYTES,
+    SECTOR_BYTES,
+    UNKNOWN_BIT,
+    UNKNOWN_EXTENSION,
+    name_in,
+    option_words,
+    sizes_of,
+)
 from tests.interop.pairwise import Row
 from tests.support.loops import loop_device
 from tests.support.qemu import done
@@ -23,6 +33,7 @@ BELOW_CLUSTER_BYTES = 1 << 16
 STEPS = 14
 DEVICE_DISKS = 12
 """A device holds so many disks: the snapshots, and what is not used again at once."""
+FEATURES_AT = {"compatible": 80, "autoclear": 88}
 GRANULARITIES = (512, 4096, 65536, 1 << 20)
 
 
@@ -31,8 +42,8 @@ def judge(row: Row, folder: Path, capture: Capture) -> None:
 
     The working directory must be ``folder``: names with a protocol start there.
     """
-    with place_of(row, folder) as path:
-        judge_at(path, row, folder, capture)
+    with place_of(row, folder) as path, data_of(row, folder) as data:
+        judge_at(path, data, row, folder, capture)
 
 
 @contextmanager
@@ -47,10 +58,21 @@ def place_of(row: Row, folder: Path) -> Iterator[Path]:
             yield Path(device)
 
 
-def judge_at(path: Path, row: Row, folder: Path, capture: Capture) -> None:
-    """As `judge`, in a given place."""
+@contextmanager
+def data_of(row: Row, folder: Path) -> Iterator[str]:
+    """Where an image of a row has the data that is not inside: in a file, or on a device."""
+    if row["data"] == "device":
+        size = 4 * DISK_BYTES[int(row["cluster"])]
+        with loop_device(folder / "data-device.img", size) as device:
+            yield device
+    else:
+        yield DATA_FILE
+
+
+def judge_at(path: Path, data: str, row: Row, folder: Path, capture: Capture) -> None:
+    """As `judge`, in given places."""
     disk = Disk(row, path, folder, random.Random(zlib.crc32(repr(row).encode())))
-    make(disk)
+    make(disk, data)
     below = {path: path.read_bytes() for path in folder.glob("below*")}
     is_dirty = row["lazy"] == "on" and row["ended"] == "killed"
     disk.require_content("as made", is_dirty=is_dirty)
@@ -62,9 +84,12 @@ def judge_at(path: Path, row: Row, folder: Path, capture: Capture) -> None:
                 disk.model.bitmaps["by-jqcow"] = Noted(4096)
             jqcow_changes(disk, image, 2 * STEPS)
         disk.require_content(f"written by jqcow, {turn} time")
+        require_unknown(disk)
     require_same_words(disk, capture)
     qemu_goes_on(disk)
     disk.require_content("written by QEMU again")
+    require_unknown(disk)
+    disk.require_states()
     assert {path: path.read_bytes() for path in below} == below
 
 
@@ -110,12 +135,12 @@ def write_below(disk: Disk, offset: int, length: int, option: str = "") -> list[
     return ["-c", f"write {option}-P {byte} {offset} {length}"]
 
 
-def make(disk: Disk) -> None:
-    """Make the image of a row, by QEMU alone."""
+def make(disk: Disk, data: str) -> None:
+    """Make the image of a row, by QEMU alone; what is unknown comes later."""
     row = disk.row
     size, below_bytes = sizes_of(row)
     below = [] if row["backing"] == "none" else make_below(disk, below_bytes)
-    disk.qemu_creates(option_words(row), below, size)
+    disk.qemu_creates(option_words(row, data), below, size)
     if row["bitmaps"] != "none":
         disk.qemu_adds_bitmap("one", 65536)
     disk.qemu_changes(STEPS)
@@ -140,6 +165,7 @@ def make(disk: Disk) -> None:
                 disk.qemu_changes(STEPS // 2)
     if row["ended"] == "killed":
         kill_qemu(disk)
+    add_unknown(disk)
 
 
 def kill_qemu(disk: Disk) -> None:
@@ -153,6 +179,49 @@ def kill_qemu(disk: Disk) -> None:
     assert not any(word in ended.stdout.lower() for word in COMPLAINTS), ended.stdout
     for noted in disk.model.bitmaps.values():
         noted.is_consistent = False
+
+
+def add_unknown(disk: Disk) -> None:
+    """Put into the header what no specification knows (qcow2 specification, header and header extensions)."""
+    with disk.path.open("r+b") as file:
+        header = bytearray(file.read(disk.cluster_bytes))
+        match disk.row["unknown"]:
+            case "compatible" | "autoclear" as kind:
+                at = FEATURES_AT[kind]
+                (bits,) = struct.unpack_from(">Q", header, at)
+                struct.pack_into(">Q", header, at, bits | 1 << UNKNOWN_BIT)
+            case "extension":
+                at = end_of_extensions(header)
+                added = struct.pack(">II8s", UNKNOWN_EXTENSION, 5, b"hello")
+                assert not any(header[-len(added) :])
+                header[at:at] = added
+                del header[-len(added) :]
+                (name_at,) = struct.unpack_from(">Q", header, 8)
+                struct.pack_into(">Q", header, 8, name_at + len(added) if name_at else 0)
+        file.seek(0)
+        file.write(header)
+
+
+def end_of_extensions(header: bytes | bytearray) -> int:
+    """Return where the end marker of the header extensions is."""
+    (at,) = struct.unpack_from(">I", header, 100)
+    while True:
+        kind, length = struct.unpack_from(">II", header, at)
+        if kind == 0:
+            return int(at)
+        at += 8 + (length + 7) // 8 * 8
+
+
+def require_unknown(disk: Disk) -> None:
+    """Who writes keeps compatible bits and extensions, and clears the bits that vouch for all writers."""
+    with disk.path.open("rb") as file:
+        header = file.read(disk.cluster_bytes)
+    match disk.row["unknown"]:
+        case "compatible" | "autoclear" as kind:
+            (bits,) = struct.unpack_from(">Q", header, FEATURES_AT[kind])
+            assert bool(bits >> UNKNOWN_BIT & 1) == (kind == "compatible")
+        case "extension":
+            assert struct.pack(">II8s", UNKNOWN_EXTENSION, 5, b"hello") in header[: end_of_extensions(header)]
 
 
 # Written by jqcow.

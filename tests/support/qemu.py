@@ -13,14 +13,15 @@ WAIT_SECONDS = 20
 COMPLAINTS = ("failed", "error", "invalid", "not supported", "does not", "out of range")
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, whatever its exit status."""
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+def run(*command: object, typed: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, whatever its exit status; ``typed`` is its input."""
+    words = [str(word) for word in command]
+    return subprocess.run(words, input=typed, capture_output=True, text=True, check=False)
 
 
-def done(*command: object) -> str:
+def done(*command: object, typed: str | None = None) -> str:
     """Run a command that must succeed; return what it printed."""
-    result = run(*command)
+    result = run(*command, typed=typed)
     assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
     return result.stdout
 
