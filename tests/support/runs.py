@@ -17,6 +17,14 @@ FAILURES_MAX = 10
 Part = TypeVar("Part")
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """Parse ``K/N``, the kth of N equal parts; raises `ValueError` for what is none."""
+    number, _, count = text.partition("/")
+    if not 1 <= int(number) <= int(count):
+        raise ValueError(text)
+    return int(number), int(count)
+
+
 @dataclass
 class Outcome:
     """What came of a run or a part of it. ``failures`` are texts, each with a line for a replay."""
