@@ -6,7 +6,7 @@ import secrets
 import uuid
 from dataclasses import dataclass, field
 
-from jqcow.ondisk import keys
+from jqcow.ondisk import block_ciphers, keys
 from jqcow.ondisk.header import CRYPT_LUKS, EXTENSION_ENCRYPTION, Extension
 from jqcow.ondisk.keys import Secret
 from jqcow.ondisk.layout import SECTOR_BYTES, HostOffset
@@ -21,9 +21,14 @@ from jqcow.ondisk.luks import (
     Pointer,
     slot_places,
 )
-from jqcow.ondisk.sectors import CipherForm, SectorCipher, require_cryptography
+from jqcow.ondisk.sectors import CipherForm, SectorCipher
 
-CIPHERS = {"aes-128": 16, "aes-192": 24, "aes-256": 32}
+CIPHERS = {
+    f"{name}-{8 * key_bytes}": (name, key_bytes)
+    for name, found in block_ciphers.CIPHERS.items()
+    for key_bytes in found
+}
+"""QEMU's names: LUKS's name of the cipher, and the length of its key in bytes."""
 _DIGEST_SHARE = 8
 """A wrong key is told from a right one in this part of the time that a passphrase takes."""
 
@@ -34,7 +39,7 @@ class Encryption:
 
     Attributes:
         passphrase: of the first key slot; UTF-8, as QEMU wants it.
-        cipher: ``aes-128``, ``aes-192`` or ``aes-256``.
+        cipher: ``aes-``, ``serpent-`` or ``twofish-``, with 128, 192 or 256 bits; ``cast5-128``.
         mode: ``xts``, ``cbc``, ``ctr`` or ``ecb``.
         ivgen: what the IV of a sector is made from: ``plain64``, ``plain`` or ``essiv``.
         ivgen_hash: ``sha256`` or ``md5``, with ``essiv``.
@@ -63,8 +68,8 @@ class Encryption:
             raise ValueError(f"iter_time is in milliseconds, at least 1, not {self.iter_time!r}")
         if self.ivgen != "essiv" and self.ivgen_hash is not None:
             raise ValueError("ivgen_hash is of ivgen='essiv' alone")
-        if self.cipher == "aes-192" and self.form().mode != "xts":
-            raise ValueError("QEMU cannot open an image with aes-192 in another mode than xts")
+        if self.cipher.endswith("-192") and self.form().mode != "xts":
+            raise ValueError(f"QEMU cannot open an image with {self.cipher} in another mode than xts")
         self.form()
 
     @property
@@ -79,8 +84,8 @@ class Encryption:
             ValueError: a mode or generator that there is not (as `UnsupportedFeatureError`).
         """
         mode = f"{self.mode}-{self.ivgen}" + (f":{self.ivgen_hash}" if self.ivgen_hash else "")
-        key_bytes = CIPHERS[self.cipher] * (2 if self.mode == "xts" else 1)
-        return CipherForm.parse("aes", mode, key_bytes)
+        name, key_bytes = CIPHERS[self.cipher]
+        return CipherForm.parse(name, mode, key_bytes * (2 if self.mode == "xts" else 1))
 
 
 @dataclass(frozen=True)
@@ -104,18 +109,18 @@ def new_luks(encryption: Encryption) -> NewLuks:
     """Make a new master key, and its header with one passphrase.
 
     Raises:
-        MissingPackageError: cryptography is not installed.
+        MissingPackageError: what does its cipher is not installed.
         UnsupportedFeatureError: Python has no such hash.
     """
-    require_cryptography()
     form, stripes = encryption.form(), encryption._stripes
+    form.require_installed()
     key = Secret(secrets.token_bytes(form.key_bytes))
     starts, length = slot_places(form.key_bytes, stripes)
     iterations = keys.iterations_for(encryption.hash, encryption.iter_time, form.key_bytes)
     digest_iterations = max(keys.ITERATIONS_MIN, iterations // _DIGEST_SHARE)
     salt = secrets.token_bytes(SALT_BYTES)
     header = LuksHeader(
-        cipher="aes",
+        cipher=form.cipher,
         mode=form.luks_mode,
         hash=encryption.hash,
         payload_sector=length // SECTOR_BYTES,

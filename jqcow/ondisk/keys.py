@@ -29,7 +29,7 @@ from jqcow.ondisk.luks import (
     LuksHeader,
     pieces_of,
 )
-from jqcow.ondisk.sectors import CipherForm, SectorCipher, require_cryptography
+from jqcow.ondisk.sectors import CipherForm, SectorCipher
 
 ITERATIONS_MIN = 1000
 """The fewest that the specification allows a writer."""
@@ -203,11 +203,11 @@ def unlock(header: LuksHeader, read: ReadMaterial, secret: Secret, image: str = 
     Raises:
         WrongPassphrase: it opens none.
         UnsupportedFeatureError: jqcow has no such cipher, or hash.
-        MissingPackageError: cryptography is not installed.
+        MissingPackageError: what does its cipher is not installed.
     """
     form = form_of(header)
     # Before what takes seconds.
-    require_cryptography()
+    form.require_installed()
     for number in header.active_slots():
         key = _key_in(header, header.slots[number], form, read, secret)
         digest = pbkdf2(header.hash, key, header.digest_salt, header.digest_iterations, DIGEST_BYTES)

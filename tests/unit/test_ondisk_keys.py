@@ -114,7 +114,9 @@ def test_other_hashes_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"cipher": "serpent-256"},
+        {"cipher": "camellia-256"},
+        {"cipher": "cast5-128"},
+        {"cipher": "serpent-192", "mode": "cbc"},
         {"mode": "gcm"},
         {"ivgen": "benbi"},
         {"ivgen_hash": "sha256"},

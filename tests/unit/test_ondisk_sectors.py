@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jqcow.errors import MissingPackageError, UnsupportedFeatureError
+from jqcow.ondisk import block_ciphers
 from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.sectors import RUN_SECTORS, CipherForm, SectorCipher
 
@@ -56,7 +57,7 @@ def test_runs_are_encrypted_as_each_sector_by_itself(mode: str, key_bytes: int, 
     form = CipherForm.parse("aes", mode, key_bytes)
     cipher = SectorCipher(form, KEY[:key_bytes])
     encrypted = cipher.encrypt(DATA, first)
-    if form.mode != "xts" or form.aes_key_bytes != 24:
+    if form.mode != "xts" or form.cipher_key_bytes != 24:
         assert encrypted == expected(form, KEY[:key_bytes], DATA, first)
     cipher.decrypt(memoryview(encrypted), first)
     assert encrypted == DATA
@@ -65,7 +66,10 @@ def test_runs_are_encrypted_as_each_sector_by_itself(mode: str, key_bytes: int, 
 @pytest.mark.parametrize(
     ("cipher", "mode", "key_bytes"),
     [
-        ("serpent", "xts-plain64", 64),
+        ("camellia", "xts-plain64", 64),
+        ("cast5", "xts-plain64", 32),
+        ("cast5", "cbc-essiv:sha256", 16),
+        ("cast5", "cbc-plain64", 32),
         ("aes", "xts-plain64", 40),
         ("aes", "gcm-plain64", 32),
         ("aes", "cbc-essiv:sha1", 16),
@@ -91,3 +95,38 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(MissingPackageError, match=r"jqcow\[encryption\]"):
         SectorCipher(CipherForm.parse("aes", "xts-plain64", 64), KEY)
+
+
+@pytest.mark.parametrize("libraries", [(), ("libc.so.6",)])
+def test_without_the_library_the_error_says_what_to_install(
+    libraries: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_ciphers, "LIBRARIES", libraries)
+    block_ciphers._nettle.cache_clear()
+    try:
+        with pytest.raises(MissingPackageError, match="nettle"):
+            CipherForm.parse("serpent", "xts-plain64", 64).require_installed()
+    finally:
+        block_ciphers._nettle.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "plain", "encrypted"),
+    [
+        # Of the submissions to the contest for AES: an all-zero key and block. CAST-128: RFC 2144, B.1.
+        ("serpent", bytes(16), bytes(16), "3620b17ae6a993d09618b8768266bae9"),
+        ("twofish", bytes(16), bytes(16), "9f589f5cf6122c32b6bfec2f2ae8c35a"),
+        (
+            "cast5",
+            bytes.fromhex("0123456712345678234567893456789a"),
+            bytes.fromhex("0123456789abcdef"),
+            "238b4fe5847e44b2",
+        ),
+    ],
+    ids=["serpent", "twofish", "cast5"],
+)
+def test_other_ciphers_give_what_was_published(name: str, key: bytes, plain: bytes, encrypted: str) -> None:
+    cipher = block_ciphers.new_cipher(name, key)
+    assert cipher.blocks(plain, encrypting=True).hex() == encrypted
+    assert cipher.blocks(bytes.fromhex(encrypted), encrypting=False) == plain
+    assert key.hex() not in repr(cipher)
