@@ -8,8 +8,8 @@ I2. The record that declares intents done is ordered: what destaging wrote is du
 I4. Nothing but a small write changes what the guest reads at a place while a piece is pending there: who
     wants to waits until it is destaged. Who is alone, or closes, finds nothing pending at all.
 I5. A small write is whole sectors: laid over any state of a sector it leaves the sector that it wrote.
-I7. A small write needs nothing from below: it is one only where the image has an entry of its own, or no
-    backing file. So whoever recovers an image needs none either.
+I7. A small write needs nothing from below, and no stream of a compressed cluster: what it would need waits
+    with it, read when it came. So whoever recovers an image needs no backing file.
 I8. The bits of a small write are durable in the bitmaps before it is pending (tracking.py, B1).
 I9. Destaging waits for the changes in flight that began before: one of them may write the same place, and
     what was read since would come back.
@@ -24,8 +24,9 @@ from jqcow.engine.planning import WritePlan
 from jqcow.engine.request import Unsettled
 from jqcow.engine.write import Writes
 from jqcow.ondisk import frame as frames
+from jqcow.ondisk import layout
 from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, UNALLOCATED
-from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.layout import SECTOR_BYTES, GuestOffset
 
 SMALL_BYTES_MAX = 32 << 10
 """A longer write goes the ordinary way: it would cost more to write it twice."""
@@ -35,6 +36,8 @@ SPARE_BYTES = 1 << 20
 """The host has so much more space than what is pending will need, or small writes go the ordinary way."""
 UNASKED_MAX = 64
 """After so many writes the host is asked again how much space it has."""
+WIDENED_BYTES_MAX = 64 << 10
+"""What waits with a write, that included: a longer copy goes the ordinary way, which writes it once."""
 
 
 class Destaging:
@@ -92,28 +95,69 @@ class SmallWrites:
         """So many more writes the host has room for, as it said last."""
 
     def take(self, data: memoryview, plan: WritePlan) -> bool:
-        """Have a write wait, if it is one that may, and gains by it; else it has to go the ordinary way.
+        """Have a write wait, if it is one that may, and gains by it; else it has to go another way.
 
         Raises:
             Unsettled: too much waits already.
+            Busy: somebody reads what the write needs, to have it wait with another.
         """
-        offset, length, limit = plan.offset, len(data), self.commits.pending_limit()
-        if not 0 < length <= min(SMALL_BYTES_MAX, limit // 2) or not _are_whole_sectors(offset, length):
-            # Without a journal the limit is 0: an image goes live with a change of its tables.
-            return False
-        if not self._gains(plan) or not self._may_wait(plan):
+        if not self._is_small(plan) or not self._gains(plan) or not self._may_wait(plan):
             return False
         copy = bytes(data)
         if not frames.may_be_intent(copy):
             return False
-        if self.pending.is_full(length, limit):
-            raise Unsettled
-        self.requests.dirty.will_write(offset, length)
+        self._require_room(plan.length)
+        self.requests.dirty.will_write(plan.offset, plan.length)
+        self._lay(copy, plan.offset)
+        return True
+
+    def widened(self, plan: WritePlan) -> WritePlan | None:
+        """Return the plan of all of a cluster, or of subclusters, where a write needs what is there (I7).
+
+        None if it does not, or goes the ordinary way. Until it has been laid nobody else changes the
+        cluster (request.py, Q1). Errors as `take`.
+        """
+        needed = self._needed(plan)
+        if needed is None or not self._is_small(plan):
+            return None
+        start, end = needed
+        cluster, last = start // self._cluster_bytes, (end - 1) // self._cluster_bytes
+        if end - start > WIDENED_BYTES_MAX or not _are_whole_sectors(start, end - start) or cluster != last:
+            return None
+        if self.pending.overlaps(start, end):
+            return None
+        pieces = self.writes.pieces(GuestOffset(start), end - start)
+        wide = WritePlan(pieces, GuestOffset(start), end - start, copies=False, waits_with=plan)
+        if not self._gains(wide) or not self._has_space():
+            return None
+        self.writes.guard.require_free(cluster, cluster + 1)
+        self._require_room(wide.length)
+        self.requests.dirty.will_write(plan.offset, plan.length)
+        return wide
+
+    def lay(self, data: bytes, plan: WritePlan) -> bool:
+        """Have what a widened plan covers wait, with the lock free; False if no frame may have it (I6)."""
+        if not frames.may_be_intent(data):
+            return False
+        with self.requests.lock:
+            self._lay(data, plan.offset)
+        return True
+
+    def _lay(self, data: bytes, offset: int) -> None:
         with self.medium.section():
             # Before it can be read: the next flush acknowledges it (commit.py, C2).
             self.commits.turn.is_clean = False
-            self.pending.fresh.lay(Piece(offset, memoryview(copy)))
-        return True
+            self.pending.fresh.lay(Piece(offset, memoryview(data)))
+
+    def _is_small(self, plan: WritePlan) -> bool:
+        # Without a journal the limit is 0: an image goes live with a change of its tables.
+        longest = min(SMALL_BYTES_MAX, self.commits.pending_limit() // 2)
+        return 0 < plan.length <= longest and _are_whole_sectors(plan.offset, plan.length)
+
+    def _require_room(self, length: int) -> None:
+        """Raise Unsettled if too much would wait."""
+        if self.pending.is_full(length, self.commits.pending_limit()):
+            raise Unsettled
 
     def _gains(self, plan: WritePlan) -> bool:
         """Return True if a write costs less when it waits; not in place, or without flushes.
@@ -125,15 +169,33 @@ class SmallWrites:
 
     def _may_wait(self, plan: WritePlan) -> bool:
         """Return True if nothing but the host's failure can keep a write from being done later."""
-        for piece in plan.pieces:
-            kind = piece.run.kind
-            if kind == COMPRESSED_CLUSTER or (kind == UNALLOCATED and self._shows_below()):
+        needed = self._needed(plan)
+        if needed is not None:
+            start, end = needed
+            if needed != (plan.offset, plan.end) and not self.pending.covers(start, end):
                 return False
+            # Who reads there what is to wait with a write would lay it over this one.
+            self.writes.guard.require_free(start // self._cluster_bytes, self.writes.geometry.clusters(end))
         return plan.is_in_place or self._has_space()
 
-    def _shows_below(self) -> bool:
-        """Return True if what has no entry shows what lies below (I7)."""
-        return self.writes.reads.backing is not None
+    def _needed(self, plan: WritePlan) -> tuple[int, int] | None:
+        """Return all of the clusters, or subclusters, whose old bytes another file has, or a stream (I7).
+
+        None if a write needs no such bytes when it is done later.
+        """
+        start, end, is_needed = plan.offset, plan.end, False
+        for piece in plan.pieces:
+            if piece.run.kind == COMPRESSED_CLUSTER:
+                unit = self._cluster_bytes
+            elif piece.run.kind == UNALLOCATED and self.writes.reads.backing is not None:
+                # What has no entry shows what lies below.
+                unit = self.writes.tables.mapping.codec.subcluster_bytes
+            else:
+                continue
+            is_needed = True
+            start = min(start, GuestOffset(piece.offset - piece.offset % unit))
+            end = max(end, layout.round_up(piece.offset + piece.length, unit))
+        return (start, min(end, self.writes.tables.mapping.disk_bytes)) if is_needed else None
 
     def _has_space(self) -> bool:
         """Return True if the host has room for a new cluster for each piece, and what else that takes."""

@@ -185,6 +185,15 @@ class Pending:
             or self.in_flight.reaches_into(start, end)
         )
 
+    def covers(self, start: int, end: int) -> bool:
+        """Return True if pieces make up all of a guest range."""
+        reached = start
+        for piece in sorted(self.layers(start, end), key=lambda piece: piece.offset):
+            if piece.offset > reached:
+                return False
+            reached = max(reached, piece.end)
+        return reached >= end
+
     def layers(self, start: int, end: int) -> list[Piece]:
         """Return the pieces that reach into a guest range, in the order in which they are laid (I1)."""
         if self.is_empty:

@@ -63,6 +63,8 @@ class WritePlan:
     """The runs that its request took and has not counted: its own to give back, should it fail."""
     zeroes: bool = False
     """It makes zeros of what it covers, without any data."""
+    waits_with: WritePlan | None = None
+    """What it covers waits in the journal, with what this plan writes in its midst (destaging.py, I7)."""
 
     @property
     def end(self) -> int:

@@ -26,11 +26,23 @@ from jqcow.ondisk.l2 import COMPRESSED_CLUSTER, DATA, NO_ENTRY, UNALLOCATED, ZER
 from jqcow.ondisk.layout import SECTOR_BYTES, ClusterIndex, GuestCluster, GuestOffset, HostOffset
 
 
+class _NoIntent(Exception):
+    """What was to wait has something in it that no frame may have."""
+
+
 class SmallWriting(Protocol):
     """Who takes small writes (destaging.py)."""
 
     def take(self, data: memoryview, plan: WritePlan) -> bool:
-        """Have a write wait, with the lock held; False if it has to go the ordinary way."""
+        """Have a write wait, with the lock held; False if it has to go another way."""
+        ...
+
+    def widened(self, plan: WritePlan) -> WritePlan | None:
+        """Return a plan that waits with what it needs of what is there; None: it goes the ordinary way."""
+        ...
+
+    def lay(self, data: bytes, plan: WritePlan) -> bool:
+        """Have what a widened plan covers wait; False if it has to go the ordinary way, all the same."""
         ...
 
 
@@ -96,19 +108,29 @@ class Writes(Planning):
         ``may_wait``: it may wait in the journal, if it is small.
         """
 
+        small = self.small if may_wait else None
+
         def plan(request: Request) -> WritePlan | None:
             self.requests.enter_change()
             if within_disk:
                 self.requests.check_range(offset, len(data))
-            if not may_wait:
-                return self.plan(request, offset, len(data))
             planned = self.look(offset, len(data))
-            if self.small is not None and self.small.take(data, planned):
-                return None
+            if small is not None:
+                if small.take(data, planned):
+                    return None
+                widened = small.widened(planned)
+                if widened is not None:
+                    cluster = widened.offset // self._cluster_bytes
+                    self.guard.begin(request, changes=True, first=cluster, end=cluster + 1)
+                    return widened
             self.begin(request, planned)
             return planned
 
-        self.perform(plan, lambda _: data)
+        try:
+            self.perform(plan, lambda _: data)
+        except _NoIntent:
+            small = None
+            self.perform(plan, lambda _: data)
 
     def zero_raw(self, offset: GuestOffset, length: int) -> None:
         """Make zeros of data in a raw data file, within one metadata block and the disk (datafile.py, X3)."""
@@ -195,6 +217,9 @@ class Writes(Planning):
 
     def _run_write(self, plan: WritePlan, data: memoryview) -> None:
         offset = plan.offset
+        if plan.waits_with is not None:
+            self._lay_widened(plan, plan.waits_with, data)
+            return
         if plan.zeroes:
             for piece in plan.pieces:
                 if self.medium.data_file is not None:
@@ -207,6 +232,17 @@ class Writes(Planning):
                 self.data.pwrite(data[start : start + piece.length], piece.run.host)
         for fresh in plan.fresh:
             plan.ordered |= self._write_fresh(fresh, data, offset)
+
+    def _lay_widened(self, plan: WritePlan, inner: WritePlan, data: memoryview) -> None:
+        """Read what is there, and have it wait with the data in the midst of it."""
+        whole = memoryview(bytearray(plan.length))
+        for piece in plan.pieces:
+            start = piece.offset - plan.offset
+            self.reads.read_run(piece.run, whole[start : start + piece.length], piece.offset)
+        start = inner.offset - plan.offset
+        whole[start : start + inner.length] = data
+        if self.small is None or not self.small.lay(bytes(whole), plan):
+            raise _NoIntent
 
     def _write_fresh(self, fresh: Fresh, data: memoryview, offset: GuestOffset) -> bool:
         """Write what of a request's ``data`` falls into a fresh run; return True if it is ordered."""

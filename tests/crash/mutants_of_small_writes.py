@@ -64,13 +64,33 @@ MUTANTS_OF_SMALL_WRITES = (
     ),
     Mutant(
         "I7-needs-the-backing-file",
-        returning(f"{SMALL_WRITES}._shows_below", False),
+        returning(f"{SMALL_WRITES}._needed", None),
         trials=seeds("intents-mixed-overlay/4096", 3),
+    ),
+    Mutant(
+        "I7-needs-what-does-not-wait",
+        returning(f"{PENDING}.covers", True),
+        trials=seeds("intents-mixed-overlay/4096", 3),
+    ),
+    Mutant(
+        "I7-two-that-read",
+        skipping(f"{GUARD}.require_free", during=f"{SMALL_WRITES}.widened"),
+        trials=(SCENARIO + "small-write-beside-one-that-reads",),
+    ),
+    Mutant(
+        "I7-over-one-that-reads",
+        skipping(f"{GUARD}.require_free", during=f"{SMALL_WRITES}._may_wait"),
+        trials=(SCENARIO + "whole-cluster-beside-one-that-reads",),
     ),
     Mutant(
         "I8-pending-before-its-bits",
         skipping(f"{TRACKING}.will_write", during=f"{SMALL_WRITES}.take"),
         trials=seeds("intents-mixed-bitmaps/8192", 4),
+    ),
+    Mutant(
+        "I8-more-is-pending-before-its-bits",
+        skipping(f"{TRACKING}.will_write", during=f"{SMALL_WRITES}.widened"),
+        trials=seeds("intents-mixed-bitmaps-overlay/8192", 4),
     ),
     Mutant(
         "I9-beside-an-older-write",

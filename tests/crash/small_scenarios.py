@@ -57,6 +57,29 @@ def small_write_during_a_round() -> None:
     require(recovered.pread(1, 9 * CLUSTER_BYTES) == b"\x55", "P1: a flushed write is gone")
 
 
+def small_write_beside_one_that_reads() -> None:
+    """P1: a small write reads the compressed cluster that it needs; another one comes meanwhile."""
+    _come_beside_one_that_reads(9 * CLUSTER_BYTES + SECTOR_BYTES, SECTOR_BYTES)
+
+
+def whole_cluster_beside_one_that_reads() -> None:
+    """P1: the same, and the other one needs nothing of what was in the cluster."""
+    _come_beside_one_that_reads(9 * CLUSTER_BYTES, CLUSTER_BYTES)
+
+
+def _come_beside_one_that_reads(offset: int, length: int) -> None:
+    device, image = _live_image()
+    first = 9 * CLUSTER_BYTES
+    image.pwrite_compressed(b"\x33" * CLUSTER_BYTES, first)
+    image.flush()
+    with HeldUp(device, lambda: image.pwrite(b"\x44" * SECTOR_BYTES, first), call="pread") as held:
+        held.run(lambda: image.pwrite(b"\x55" * length, offset))
+    last = offset + length - SECTOR_BYTES
+    require(image.pread(SECTOR_BYTES, last) == b"\x55" * SECTOR_BYTES, "P1: a completed write is not read")
+    image.checkpoint()
+    require(image.pread(SECTOR_BYTES, last) == b"\x55" * SECTOR_BYTES, "P1: a completed write is gone")
+
+
 def guest_data_like_a_frame() -> None:
     """P4: the guest writes what looks like a newer record of the journal, and its own record is torn."""
     device, image = _live_image(LONG_JOURNAL)
@@ -82,5 +105,7 @@ def guest_data_like_a_frame() -> None:
 SMALL_WRITES_SCENARIOS: tuple[Callable[[], None], ...] = (
     small_write_over_a_longer_one,
     small_write_during_a_round,
+    small_write_beside_one_that_reads,
+    whole_cluster_beside_one_that_reads,
     guest_data_like_a_frame,
 )

@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     threads.add_argument("--flushes", type=int, default=10_000, help="of all threads together")
     threads.add_argument("--threads", type=int, default=8)
     speed = parts.add_parser("speed", parents=[common], help="time the same work by both")
-    speed.add_argument("--rounds", type=int, default=5)
-    speed.add_argument("--size", type=int, default=256, metavar="MIB", help="bytes written in sequence")
+    speed.add_argument("--rounds", type=int, default=7)
+    speed.add_argument("--share", type=float, default=1.0, help="of the operations")
     compress = parts.add_parser("compress", parents=[common], help="time convert -c by both")
     compress.add_argument("--rounds", type=int, default=5)
     compress.add_argument("--size", type=int, default=128, metavar="MIB", help="of the disk")
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             works = compare_compression(folder, options.rounds, options.size << 20)
             text, data, status = works.format_table(), dataclasses.asdict(works), 0
         else:
-            speeds = compare_speed(folder, options.rounds, options.size << 20)
+            speeds = compare_speed(folder, options.rounds, options.share)
             text, data, status = speeds.format_table(), dataclasses.asdict(speeds), 0
     figures.record(options.record, {}, text=text, program="tools/bench")
     print(json.dumps(data, indent=2) if options.output == "json" else text)
