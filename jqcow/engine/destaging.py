@@ -9,7 +9,8 @@ I4. Nothing but a small write changes what the guest reads at a place while a pi
     wants to waits until it is destaged. Who is alone, or closes, finds nothing pending at all.
 I5. A small write is whole sectors: laid over any state of a sector it leaves the sector that it wrote.
 I7. A small write needs nothing from below, and no stream of a compressed cluster: what it would need waits
-    with it, read when it came. So whoever recovers an image needs no backing file.
+    with it, read when it came. So whoever recovers an image needs no backing file, and destaging asks none:
+    where there is one, nothing that has no entry counts as zeros (W2).
 I8. The bits of a small write are durable in the bitmaps before it is pending (tracking.py, B1).
 I9. Destaging waits for the changes in flight that began before: one of them may write the same place, and
     what was read since would come back.
@@ -21,7 +22,7 @@ from __future__ import annotations
 from jqcow.engine.commit import Commits
 from jqcow.engine.pending import Piece
 from jqcow.engine.planning import WritePlan
-from jqcow.engine.request import Unsettled
+from jqcow.engine.request import Busy, Unsettled
 from jqcow.engine.write import Writes
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk import layout
@@ -118,11 +119,12 @@ class SmallWrites:
         cluster (request.py, Q1). Errors as `take`.
         """
         needed = self._needed(plan)
-        if needed is None or not self._is_small(plan):
+        if needed is None or needed == (plan.offset, plan.end) or not self._is_small(plan):
             return None
         start, end = needed
+        longest = min(WIDENED_BYTES_MAX, self.commits.pending_limit() // 2)
         cluster, last = start // self._cluster_bytes, (end - 1) // self._cluster_bytes
-        if end - start > WIDENED_BYTES_MAX or not _are_whole_sectors(start, end - start) or cluster != last:
+        if end - start > longest or cluster != last or self._reaches_past_the_disk(end):
             return None
         if self.pending.overlaps(start, end):
             return None
@@ -140,6 +142,7 @@ class SmallWrites:
         if not frames.may_be_intent(data):
             return False
         with self.requests.lock:
+            self.medium.require_healthy()
             self._lay(data, plan.offset)
         return True
 
@@ -155,9 +158,13 @@ class SmallWrites:
         return 0 < plan.length <= longest and _are_whole_sectors(plan.offset, plan.length)
 
     def _require_room(self, length: int) -> None:
-        """Raise Unsettled if too much would wait."""
-        if self.pending.is_full(length, self.commits.pending_limit()):
+        """Raise Unsettled if too much would wait, or Busy if it would with what is still being read."""
+        limit = self.commits.pending_limit()
+        if self.pending.is_full(length, limit):
             raise Unsettled
+        coming = self.writes.guard.coming()
+        if coming and self.pending.is_full(length + sum(each.brings_bytes for each in coming), limit):
+            raise Busy(coming[0])
 
     def _gains(self, plan: WritePlan) -> bool:
         """Return True if a write costs less when it waits; not in place, or without flushes.
@@ -172,11 +179,21 @@ class SmallWrites:
         needed = self._needed(plan)
         if needed is not None:
             start, end = needed
+            if self._reaches_past_the_disk(end):
+                return False
             if needed != (plan.offset, plan.end) and not self.pending.covers(start, end):
                 return False
-            # Who reads there what is to wait with a write would lay it over this one.
-            self.writes.guard.require_free(start // self._cluster_bytes, self.writes.geometry.clusters(end))
-        return plan.is_in_place or self._has_space()
+        if plan.is_in_place:
+            return True
+        # Who reads there what is to wait with a write would lay it over this one, and who changes the entry
+        # may make one that needs what is there.
+        first, stop = plan.offset // self._cluster_bytes, self.writes.geometry.clusters(plan.end)
+        self.writes.guard.require_free(first, stop, but_destaging=True)
+        return self._has_space()
+
+    def _reaches_past_the_disk(self, end: int) -> bool:
+        """Return True if the cluster that is needed ends behind the disk: no guest can write all of it."""
+        return end > self.writes.tables.mapping.disk_bytes
 
     def _needed(self, plan: WritePlan) -> tuple[int, int] | None:
         """Return all of the clusters, or subclusters, whose old bytes another file has, or a stream (I7).
@@ -195,7 +212,7 @@ class SmallWrites:
             is_needed = True
             start = min(start, GuestOffset(piece.offset - piece.offset % unit))
             end = max(end, layout.round_up(piece.offset + piece.length, unit))
-        return (start, min(end, self.writes.tables.mapping.disk_bytes)) if is_needed else None
+        return (start, end) if is_needed else None
 
     def _has_space(self) -> bool:
         """Return True if the host has room for a new cluster for each piece, and what else that takes."""

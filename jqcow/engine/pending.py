@@ -187,12 +187,7 @@ class Pending:
 
     def covers(self, start: int, end: int) -> bool:
         """Return True if pieces make up all of a guest range."""
-        reached = start
-        for piece in sorted(self.layers(start, end), key=lambda piece: piece.offset):
-            if piece.offset > reached:
-                return False
-            reached = max(reached, piece.end)
-        return reached >= end
+        return covered(self.layers(start, end), start, end)
 
     def layers(self, start: int, end: int) -> list[Piece]:
         """Return the pieces that reach into a guest range, in the order in which they are laid (I1)."""
@@ -285,6 +280,16 @@ class Round(NamedTuple):
             end = piece.end
         if joined:
             yield start, _joined(joined)
+
+
+def covered(pieces: Sequence[Piece], start: int, end: int) -> bool:
+    """Return True if pieces, in any order, make up all of a guest range."""
+    reached = start
+    for piece in sorted(pieces, key=lambda piece: piece.offset) if pieces else ():
+        if piece.offset > reached:
+            return False
+        reached = max(reached, piece.end)
+    return reached >= end
 
 
 def _joined(parts: list[memoryview]) -> memoryview:

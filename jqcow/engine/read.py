@@ -11,7 +11,7 @@ from jqcow.engine.guestdata import GuestData
 from jqcow.engine.known import KnownPlaces
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.metadata import Absent
-from jqcow.engine.pending import Piece
+from jqcow.engine.pending import Piece, covered
 from jqcow.engine.request import Request, Requests
 from jqcow.engine.walk import Walk
 from jqcow.errors import CorruptionError, FormatError
@@ -33,7 +33,10 @@ class Reads:
     """Reads of a guest, and questions about what it would read. Errors as `Requests`.
 
     ``data``: how data is read and written. ``backing``: the disk that unallocated clusters read from.
+    ``is_blind``: there is one, and nobody asks it.
     """
+
+    is_blind = False
 
     def __init__(self, requests: Requests, data: GuestData, backing: Disk | None = None) -> None:
         self.requests = requests
@@ -92,9 +95,10 @@ class Reads:
             start = position
             try:
                 for run in runs:
-                    self.read_run(
-                        run, buffer[position : position + run.length], GuestOffset(offset + position)
-                    )
+                    at = GuestOffset(offset + position)
+                    # What is hidden may be unreadable, and is not needed.
+                    if not covered(pieces, at, at + run.length):
+                        self.read_run(run, buffer[position : position + run.length], at)
                     position += run.length
             finally:
                 self.requests.guard.end(request)
@@ -149,6 +153,8 @@ class Reads:
                 self.tables.mapping.name_guest_range(error, offset, self._cluster_bytes)
                 raise
             part[:] = data[within : within + len(part)]
+        elif run.kind == UNALLOCATED and self.is_blind:
+            raise RuntimeError("what waits in the journal needs the backing file")
         elif run.kind == UNALLOCATED and self.backing is not None:
             read_padded(self.backing, part, offset)
         else:
@@ -237,7 +243,7 @@ class Reads:
 
     def below_reads_as_zeros(self, offset: int, length: int) -> bool:
         """Return True if what lies below a guest range, which may reach past either disk, reads as zeros."""
-        return shows_zeros(self.backing, length, offset)
+        return not self.is_blind and shows_zeros(self.backing, length, offset)
 
     def reads_from_below(self, offset: int, length: int) -> bool:
         """Return True if the backing file may hold data of a range."""

@@ -37,9 +37,13 @@ Planned = TypeVar("Planned")
 
 
 class Request:
-    """A request in flight. ``first`` and ``end`` are guest clusters that are its own, as far as it needs."""
+    """A request in flight. ``first`` and ``end`` are guest clusters that are its own, as far as it needs.
 
-    __slots__ = ("changes", "end", "first", "number", "running")
+    ``brings_bytes``: so much will wait in the journal when it has ended. ``destages``: what it writes the
+    disk reads already.
+    """
+
+    __slots__ = ("brings_bytes", "changes", "destages", "end", "first", "number", "running")
 
     def __init__(self) -> None:
         self.running = threading.RLock()
@@ -47,6 +51,8 @@ class Request:
         self.changes = False
         self.first = 0
         self.end = 0
+        self.brings_bytes = 0
+        self.destages = False
 
 
 class Busy(Exception):
@@ -83,11 +89,18 @@ class Guard:
         """A request has ended, well or not. One call of the interpreter: it needs no lock."""
         self._requests.pop(request.number, None)
 
-    def require_free(self, first: int, end: int) -> None:
-        """Raise Busy if another request will change the entries of guest clusters [first, end) (Q1)."""
+    def require_free(self, first: int, end: int, *, but_destaging: bool = False) -> None:
+        """Raise Busy if another request will change the entries of guest clusters [first, end) (Q1).
+
+        ``but_destaging``: who destages is in nobody's way.
+        """
         for request in list(self._requests.values()) if first < end else ():
-            if request.first < end and first < request.end:
+            if request.first < end and first < request.end and not (but_destaging and request.destages):
                 raise Busy(request)
+
+    def coming(self) -> list[Request]:
+        """Return the requests that bring what will wait in the journal (destaging.py, I7)."""
+        return [request for request in list(self._requests.values()) if request.brings_bytes]
 
     def require_not_changing(self, first: int, end: int) -> None:
         """Raise Busy if another request changes data in guest clusters [first, end) (guestdata.py, E2)."""
@@ -232,6 +245,7 @@ class Requests:
             commits.tracking if tables is commits.public else PrivateMarks(tables)
         )
         self.pending = commits.pending if tables is commits.public and not destages else Pending()
+        self.destages = destages
         self.guard = guard
         self.medium = tables.blocks.medium
         self.geometry = tables.geometry

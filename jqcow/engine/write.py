@@ -121,6 +121,7 @@ class Writes(Planning):
                 widened = small.widened(planned)
                 if widened is not None:
                     cluster = widened.offset // self._cluster_bytes
+                    request.brings_bytes = widened.length
                     self.guard.begin(request, changes=True, first=cluster, end=cluster + 1)
                     return widened
             self.begin(request, planned)
@@ -185,6 +186,7 @@ class Writes(Planning):
     ) -> None:
         requests = self.requests
         request = Request()
+        request.destages = requests.destages
         with request.running:
             plans = requests.planned(lambda: plans_for(request))
             if not plans:

@@ -56,7 +56,8 @@ class Zeroing:
         if head >= tail or not (self._has_zero_flag or (unmap and self._can_hide)):
             self.zero_part(start, span, within_disk=True)
             return True
-        self.zero_part(start, head - start, within_disk=True)
+        # The first whole subcluster may begin behind the end of the disk.
+        self.zero_part(start, min(head, start + span) - start, within_disk=True)
         zeroed = partial(self._codec.zeroed, unmap=unmap) if self._has_zero_flag else self._codec.emptied
         if not self._set_whole(head, tail, zeroed, size):
             return False
@@ -228,6 +229,9 @@ class Zeroing:
         if disk_bytes not in (None, self.tables.mapping.disk_bytes):
             # The end of the disk completed the last cluster, and is elsewhere now.
             return False
+        first = start - start % self._cluster_bytes
+        # Again: a small write may have come, or have been waited for.
+        self.requests.require_settled(first, layout.round_up(end, self._cluster_bytes) - first)
         mapping, refcounts = self.tables.mapping_at_hand, self.tables.refcounts_at_hand
         changes = []
         for cluster in map(GuestCluster, clusters):

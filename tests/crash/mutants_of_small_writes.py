@@ -12,9 +12,11 @@ from tests.support.mutant import (
     FRAME,
     GUARD,
     PENDING,
+    READS,
     REQUESTS,
     SMALL_WRITES,
     TRACKING,
+    ZEROING,
     Mutant,
     seeds,
 )
@@ -81,6 +83,21 @@ MUTANTS_OF_SMALL_WRITES = (
         "I7-over-one-that-reads",
         skipping(f"{GUARD}.require_free", during=f"{SMALL_WRITES}._may_wait"),
         trials=(SCENARIO + "whole-cluster-beside-one-that-reads",),
+    ),
+    Mutant(
+        "I7-beside-who-makes-it-a-stream",
+        skipping(f"{GUARD}.require_free", during=f"{SMALL_WRITES}._may_wait"),
+        trials=(SCENARIO + "small-write-beside-a-compressed-one",),
+    ),
+    Mutant(
+        "I7-zeros-for-want-of-an-entry",
+        returning(f"{READS}.below_reads_as_zeros", True, during=f"{DESTAGING}.run"),
+        trials=(SCENARIO + "unflushed-write-over-a-backing-file",),
+    ),
+    Mutant(
+        "I4-zeroes-do-not-wait-again",
+        skipping(f"{REQUESTS}.require_settled", during=f"{ZEROING}._stage"),
+        trials=(SCENARIO + "zeroes-after-one-that-reads",),
     ),
     Mutant(
         "I8-pending-before-its-bits",

@@ -8,9 +8,11 @@ import jqcow
 from jqcow.ondisk import frame as frames
 from jqcow.ondisk.frame import FRAME_ALIGNMENT, FRAME_HEADER_BYTES, HeaderOperation, IntentOperation
 from jqcow.testing import SimulatedDevice, enumerate_states
-from tests.crash.judge import require
+from tests.crash.judge import PromiseBroken, require
 from tests.support import inside
+from tests.support.below import Below
 from tests.support.beside import HeldUp
+from tests.support.expectation import Windows
 from tests.support.users import create_simulated, open_simulated
 
 CLUSTER_BYTES = 4096
@@ -80,6 +82,59 @@ def _come_beside_one_that_reads(offset: int, length: int) -> None:
     require(image.pread(SECTOR_BYTES, last) == b"\x55" * SECTOR_BYTES, "P1: a completed write is gone")
 
 
+def zeroes_after_one_that_reads() -> None:
+    """P1: zeroing waits for a small write that reads the cluster; nothing old comes back with that."""
+    device, image = _live_image()
+    first = 9 * CLUSTER_BYTES
+    image.pwrite_compressed(b"\x33" * CLUSTER_BYTES, first)
+    image.flush()
+    with HeldUp(device, lambda: image.pwrite(b"\x44" * SECTOR_BYTES, first), call="pread") as held:
+        held.run(lambda: image.write_zeroes(CLUSTER_BYTES, first))
+    image.checkpoint()
+    found = image.pread(CLUSTER_BYTES - SECTOR_BYTES, first + SECTOR_BYTES)
+    require(not any(found), "P1: completed zeroes are gone")
+
+
+def small_write_beside_a_compressed_one() -> None:
+    """P4: a small write comes where a compressed one is under way; bringing it home needs no stream."""
+    device, image = _live_image()
+    first = 9 * CLUSTER_BYTES
+    with HeldUp(
+        device, lambda: image.pwrite_compressed(b"\x33" * CLUSTER_BYTES, first), call="pwrite"
+    ) as held:
+        held.run(lambda: image.pwrite(b"\x55" * SECTOR_BYTES, first + SECTOR_BYTES))
+    image.flush()
+    (stream,) = [run.host for run in image._guest.reads.runs(first, CLUSTER_BYTES)]
+    device.pwrite(b"\xff" * 32, stream)
+    try:
+        open_simulated(device.killed()).close()
+    except jqcow.CorruptionError as error:
+        raise PromiseBroken(f"P4: what waits cannot be brought home: {error}") from error
+
+
+def unflushed_write_over_a_backing_file() -> None:
+    """P1: what was never flushed is brought home; until that is durable the backing file shows through."""
+    windows = Windows(1, DISK_BYTES, DISK_BYTES)
+    below = Below(windows, b"\x22" * DISK_BYTES, DISK_BYTES)
+    device = SimulatedDevice()
+    with create_simulated(device, DISK_BYTES, CLUSTER_BYTES) as image, image.transaction() as transaction:
+        transaction.set_backing_file("below.raw", "raw")
+    image = open_simulated(device, small_writes="journal", backing=lambda _: below)
+    image.pwrite(b"\x33" * (8 * CLUSTER_BYTES), 0)
+    image.flush()
+    place = 9 * CLUSTER_BYTES
+    image.pwrite(b"\x55" * SECTOR_BYTES, place)
+
+    def cut(name: str, now: SimulatedDevice) -> None:
+        for state in enumerate_states(now, budget=64):
+            with open_simulated(now.crash(state), "r", backing=lambda _: below) as crashed:
+                found = crashed.pread(SECTOR_BYTES, place + SECTOR_BYTES)
+                require(found == b"\x22" * SECTOR_BYTES, "P1: a sector that nobody wrote has changed")
+
+    device.barrier_listeners.append(cut)
+    image.checkpoint()
+
+
 def guest_data_like_a_frame() -> None:
     """P4: the guest writes what looks like a newer record of the journal, and its own record is torn."""
     device, image = _live_image(LONG_JOURNAL)
@@ -107,5 +162,8 @@ SMALL_WRITES_SCENARIOS: tuple[Callable[[], None], ...] = (
     small_write_during_a_round,
     small_write_beside_one_that_reads,
     whole_cluster_beside_one_that_reads,
+    zeroes_after_one_that_reads,
+    small_write_beside_a_compressed_one,
+    unflushed_write_over_a_backing_file,
     guest_data_like_a_frame,
 )

@@ -143,43 +143,6 @@ def test_a_clean_image_is_overwritten_in_place_and_stays_clean() -> None:
     assert image.info().journal is None
 
 
-def test_where_the_backing_file_shows_a_write_goes_the_ordinary_way() -> None:
-    device = SimulatedDevice()
-    with jqcow.create_on_device(device, MIB, cluster_size=CLUSTER) as image, image.transaction() as change:
-        change.set_backing_file("base.raw", "raw")
-    device.reopen()
-
-    class Base:
-        size = MIB
-
-        def read_into(self, buffer: memoryview, offset: int) -> None:
-            buffer[:] = b"\x77" * len(buffer)
-
-        def reads_as_zeros(self, length: int, offset: int) -> bool:
-            return False
-
-        def extents(self, length: int, offset: int) -> Any:
-            raise NotImplementedError
-
-        def close(self) -> None:
-            pass
-
-    image = jqcow.open_device(device, "r+", small_writes="journal", backing=Base())
-    image.pwrite(b"\x44" * SECTOR, 0)
-    image.flush()
-    names = barriers(device)
-    image.pwrite(b"\x55" * SECTOR, CLUSTER)
-    image.flush()
-    assert names == ["flush.ordered", "flush.record"]
-    del names[:]
-    image.pwrite(b"\x66" * SECTOR, CLUSTER + SECTOR)
-    image.flush()
-    assert names == ["flush.data"]
-    # Nothing that waits needs what lies below.
-    with jqcow.open_device(device.killed(), "r", backing=Base()) as image:
-        assert image.pread(3 * SECTOR, CLUSTER) == b"\x55" * SECTOR + b"\x66" * SECTOR + b"\x77" * SECTOR
-
-
 def test_what_waits_is_data_in_every_view() -> None:
     _, image = started()
     image.pwrite(b"\x44" * SECTOR, 64 * CLUSTER)
