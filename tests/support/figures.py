@@ -57,7 +57,9 @@ def record(
     old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     rows = {name: table_of(lines) for name, lines in (tables or {}).items()}
     if adds and old.get("totals"):
-        totals = {name: sum_of(old["totals"].get(name, 0), value) for name, value in totals.items()}
+        added = {name: sum_of(old["totals"].get(name, 0), value) for name, value in totals.items()}
+        # What this part had nothing of stays.
+        totals = {**old["totals"], **added}
         rows = {name: joined(old["tables"].get(name, found), found) for name, found in rows.items()}
     figures = {
         "title": old.get("title", file.stem),

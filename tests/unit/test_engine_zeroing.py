@@ -124,6 +124,18 @@ class TestHidingSubclusters:
             transaction.hide_below(UNIT - SECTOR, 0)
 
 
+@pytest.mark.parametrize("act", ["write_zeroes", "discard"])
+def test_a_disk_that_ends_within_a_subcluster(act: str) -> None:
+    """Its last part may be less than any whole one; where a discard does nothing zeros are written."""
+    size = 12 * WIDE + 3 * SECTOR
+    with jqcow.create_on_device(SimulatedDevice(), size, cluster_size=WIDE, extended_l2=True) as image:
+        image.pwrite(b"x" * (2 * UNIT), size - 2 * UNIT)
+        getattr(image, act)(SECTOR, size - SECTOR)
+        if act == "write_zeroes":
+            assert image.pread(2 * SECTOR, size - 2 * SECTOR) == b"x" * SECTOR + bytes(SECTOR)
+        assert image.check().ok
+
+
 def test_a_resize_meanwhile_is_noticed(image: jqcow.Image) -> None:
     """The end of the disk completed the last cluster: behind a new end there may be data."""
     zeroing, size = image._guest.zeroing, image.size

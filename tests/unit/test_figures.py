@@ -48,8 +48,8 @@ def test_a_run_in_pieces_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert figures.recorded(file) == {}
     for barrier in ("flush.record", "flush.data"):
         rows = ["barrier  calls  before", f"{barrier}  1  2,000", "close.clear  1  2"]
-        figures.record(file, {"workloads": 2, "share": "1%"}, {"barrier": rows}, adds=True)
-    assert figures.recorded(file) == {"workloads": 4, "share": "1%"}
+        figures.record(file, {"workloads": 2, "share": "1%", barrier: 1}, {"barrier": rows}, adds=True)
+    assert figures.recorded(file) == {"workloads": 4, "share": "1%", "flush.record": 1, "flush.data": 1}
     rows = json.loads(file.read_text())["tables"]["barrier"]["rows"]
     assert rows == {"flush.record": [1, 2000], "flush.data": [1, 2000], "close.clear": [2, 4]}
 
