@@ -298,7 +298,10 @@ class Disk:
             done("qemu-img", "check", "-q", *self.for_qemu())
         require_same(self.read_by_qemu(), self.model.disk, f"{title}: the disk, by QEMU")
         if self.row["data"] == "raw file" and not self.is_encrypted:
-            require_same((self.folder / DATA_FILE).read_bytes(), self.model.disk, f"{title}: its raw file")
+            raw = (self.folder / DATA_FILE).read_bytes()
+            # Where it is preallocated QEMU makes it whole clusters.
+            assert not any(raw[self.size :]), f"{title}: bytes behind the end of its raw file"
+            require_same(raw[: self.size], self.model.disk, f"{title}: its raw file")
         with self.opened() as image:
             require_same(image.pread(image.size, 0), self.model.disk, f"{title}: the disk")
             report = image.check()
