@@ -134,7 +134,8 @@ class SparseDevice:
         return length
 
     def _changes(self, length: int, offset: int, written: int) -> None:
-        self._checked(length, offset)
+        # A hole may be longer than what memory holds.
+        self._checked(min(length, written), offset)
         if self._read_only:
             raise Unbounded("a device that is open for reading only is changed")
         if offset + length > MAX_FILE_BYTES:
