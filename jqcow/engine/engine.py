@@ -130,9 +130,7 @@ class Engine:
                 alone=True,
                 destages=True,
             )
-            guest = Guest(requests, self.data, None)
-            guest.reads.is_blind = bool(self.public.view.header.backing_file_offset)
-            Destaging(guest.writes, self.commits).run()
+            Destaging(Guest(requests, self.data, None).writes, self.commits).run()
 
     def _admit_destaging(self, changing: bool) -> None:
         self.medium.require_known()

@@ -18,6 +18,7 @@ import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 from jqcow.ondisk.frame import IntentOperation
@@ -187,7 +188,7 @@ class Pending:
 
     def covers(self, start: int, end: int) -> bool:
         """Return True if pieces make up all of a guest range."""
-        return covered(self.layers(start, end), start, end)
+        return lies_within(ranges_of(self.layers(start, end)), start, end)
 
     def layers(self, start: int, end: int) -> list[Piece]:
         """Return the pieces that reach into a guest range, in the order in which they are laid (I1)."""
@@ -282,14 +283,22 @@ class Round(NamedTuple):
             yield start, _joined(joined)
 
 
-def covered(pieces: Sequence[Piece], start: int, end: int) -> bool:
-    """Return True if pieces, in any order, make up all of a guest range."""
-    reached = start
+def ranges_of(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Return the guest ranges [start, end) that pieces, in any order, make up together, in order."""
+    ranges: list[tuple[int, int]] = []
     for piece in sorted(pieces, key=lambda piece: piece.offset) if pieces else ():
-        if piece.offset > reached:
-            return False
-        reached = max(reached, piece.end)
-    return reached >= end
+        if ranges and piece.offset <= ranges[-1][1]:
+            start, end = ranges.pop()
+            ranges.append((start, max(end, piece.end)))
+        else:
+            ranges.append((piece.offset, piece.end))
+    return ranges
+
+
+def lies_within(ranges: Sequence[tuple[int, int]], start: int, end: int) -> bool:
+    """Return True if a guest range lies within one of those that `ranges_of` returns."""
+    at = bisect_right(ranges, start, key=itemgetter(0))
+    return at > 0 and end <= ranges[at - 1][1]
 
 
 def _joined(parts: list[memoryview]) -> memoryview:

@@ -11,7 +11,7 @@ from jqcow.engine.guestdata import GuestData
 from jqcow.engine.known import KnownPlaces
 from jqcow.engine.mapping import MappedRun
 from jqcow.engine.metadata import Absent
-from jqcow.engine.pending import Piece, covered
+from jqcow.engine.pending import Piece, lies_within, ranges_of
 from jqcow.engine.request import Request, Requests
 from jqcow.engine.walk import Walk
 from jqcow.errors import CorruptionError, FormatError
@@ -33,10 +33,7 @@ class Reads:
     """Reads of a guest, and questions about what it would read. Errors as `Requests`.
 
     ``data``: how data is read and written. ``backing``: the disk that unallocated clusters read from.
-    ``is_blind``: there is one, and nobody asks it.
     """
-
-    is_blind = False
 
     def __init__(self, requests: Requests, data: GuestData, backing: Disk | None = None) -> None:
         self.requests = requests
@@ -48,6 +45,11 @@ class Reads:
         self._decompressed: tuple[int, HostOffset, bytes] | None = None
         self.known: KnownPlaces | None = None
         """Places that reads and writes may go to without a look into the tables, where there are any (Q4)."""
+
+    @property
+    def is_blind(self) -> bool:
+        """True where there is a backing file, and who destages does not ask it (destaging.py, I7)."""
+        return self.requests.destages and bool(self.tables.view.header.backing_file_offset)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` with the guest's bytes at ``offset``."""
@@ -92,12 +94,12 @@ class Reads:
             runs, pieces = self.requests.planned(
                 lambda: self._plan_read(request, offset + position, len(buffer) - position)
             )
-            start = position
+            start, hidden = position, ranges_of(pieces)
             try:
                 for run in runs:
                     at = GuestOffset(offset + position)
                     # What is hidden may be unreadable, and is not needed.
-                    if not covered(pieces, at, at + run.length):
+                    if not lies_within(hidden, at, at + run.length):
                         self.read_run(run, buffer[position : position + run.length], at)
                     position += run.length
             finally:

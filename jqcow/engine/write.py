@@ -130,8 +130,7 @@ class Writes(Planning):
         try:
             self.perform(plan, lambda _: data)
         except _NoIntent:
-            small = None
-            self.perform(plan, lambda _: data)
+            self.write_span(data, offset, within_disk=within_disk)
 
     def zero_raw(self, offset: GuestOffset, length: int) -> None:
         """Make zeros of data in a raw data file, within one metadata block and the disk (datafile.py, X3)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jqcow
 from jqcow.ondisk import frame as frames
@@ -69,12 +70,19 @@ def whole_cluster_beside_one_that_reads() -> None:
     _come_beside_one_that_reads(9 * CLUSTER_BYTES, CLUSTER_BYTES)
 
 
-def _come_beside_one_that_reads(offset: int, length: int) -> None:
+@contextmanager
+def _beside_one_that_reads() -> Iterator[tuple[jqcow.Image, HeldUp]]:
+    """Hold up a small write while it reads the compressed cluster that it needs, the tenth."""
     device, image = _live_image()
     first = 9 * CLUSTER_BYTES
     image.pwrite_compressed(b"\x33" * CLUSTER_BYTES, first)
     image.flush()
     with HeldUp(device, lambda: image.pwrite(b"\x44" * SECTOR_BYTES, first), call="pread") as held:
+        yield image, held
+
+
+def _come_beside_one_that_reads(offset: int, length: int) -> None:
+    with _beside_one_that_reads() as (image, held):
         held.run(lambda: image.pwrite(b"\x55" * length, offset))
     last = offset + length - SECTOR_BYTES
     require(image.pread(SECTOR_BYTES, last) == b"\x55" * SECTOR_BYTES, "P1: a completed write is not read")
@@ -84,11 +92,8 @@ def _come_beside_one_that_reads(offset: int, length: int) -> None:
 
 def zeroes_after_one_that_reads() -> None:
     """P1: zeroing waits for a small write that reads the cluster; nothing old comes back with that."""
-    device, image = _live_image()
     first = 9 * CLUSTER_BYTES
-    image.pwrite_compressed(b"\x33" * CLUSTER_BYTES, first)
-    image.flush()
-    with HeldUp(device, lambda: image.pwrite(b"\x44" * SECTOR_BYTES, first), call="pread") as held:
+    with _beside_one_that_reads() as (image, held):
         held.run(lambda: image.write_zeroes(CLUSTER_BYTES, first))
     image.checkpoint()
     found = image.pread(CLUSTER_BYTES - SECTOR_BYTES, first + SECTOR_BYTES)

@@ -244,17 +244,17 @@ class Disk:
 
     def _machine(self, command: str) -> None:
         """Give a machine without devices, whose state is small, a command of its monitor."""
-        words = [*self.secrets, "-drive", f"if=none,driver=qcow2,file.filename={self.path}"]
-        words[-1] += f",encrypt.key-secret={KEY}" if self.is_encrypted else ""
         machine = ("-machine", "none", "-m", "2M", "-nodefaults", "-display", "none", "-monitor", "stdio")
-        told = done("qemu-system-x86_64", *machine, *words, typed=f"{command}\nquit\n")
+        drive = f"if=none,driver=qcow2,file.filename={self.path}"
+        told = done("qemu-system-x86_64", *machine, "-drive", drive, typed=f"{command}\nquit\n")
         assert "Error" not in told, told
 
     def require_states(self) -> None:
         """A machine goes on from each snapshot that has its state; over bitmaps QEMU loads none."""
-        can_go_on = not self.model.bitmaps
+        if self.model.bitmaps:
+            return
         for name, content in self.model.snapshots.items():
-            if can_go_on and name in self.with_state and len(content) == self.size:
+            if name in self.with_state and len(content) == self.size:
                 self._machine(f"loadvm {name}")
 
     def qemu_resizes(self, *steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from functools import cache
 
 from tests.interop.pairwise import CoveringArray, Row
@@ -46,7 +47,8 @@ CIPHERS = {
 DATA_FILE = "data.raw"
 UNKNOWN_BIT = 50
 """Of the features of each kind."""
-UNKNOWN_EXTENSION = 0x4A51_5445
+UNKNOWN_EXTENSION = struct.pack(">II8s", 0x4A51_5445, 5, b"hello")
+"""A header extension with five bytes, padded."""
 KEY = "key"
 """The id of the secret in QEMU's options."""
 

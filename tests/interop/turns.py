@@ -192,12 +192,12 @@ def add_unknown(disk: Disk) -> None:
                 struct.pack_into(">Q", header, at, bits | 1 << UNKNOWN_BIT)
             case "extension":
                 at = end_of_extensions(header)
-                added = struct.pack(">II8s", UNKNOWN_EXTENSION, 5, b"hello")
-                assert not any(header[-len(added) :])
-                header[at:at] = added
-                del header[-len(added) :]
+                length = len(UNKNOWN_EXTENSION)
+                assert not any(header[-length:])
+                header[at:at] = UNKNOWN_EXTENSION
+                del header[-length:]
                 (name_at,) = struct.unpack_from(">Q", header, 8)
-                struct.pack_into(">Q", header, 8, name_at + len(added) if name_at else 0)
+                struct.pack_into(">Q", header, 8, name_at + length if name_at else 0)
         file.seek(0)
         file.write(header)
 
@@ -221,7 +221,7 @@ def require_unknown(disk: Disk) -> None:
             (bits,) = struct.unpack_from(">Q", header, FEATURES_AT[kind])
             assert bool(bits >> UNKNOWN_BIT & 1) == (kind == "compatible")
         case "extension":
-            assert struct.pack(">II8s", UNKNOWN_EXTENSION, 5, b"hello") in header[: end_of_extensions(header)]
+            assert UNKNOWN_EXTENSION in header[: end_of_extensions(header)]
 
 
 # Written by jqcow.

@@ -68,6 +68,13 @@ def overlay(name: str = "base.raw") -> SimulatedDevice:
     return device
 
 
+def barriers(device: SimulatedDevice) -> list[str]:
+    """Return the names of the barriers from here on."""
+    names: list[str] = []
+    device.barrier_listeners.append(lambda name, _: names.append(name))
+    return names
+
+
 @contextmanager
 def written_image(device: SimulatedDevice) -> Iterator[jqcow.Image]:
     """Open a new image of 1 MiB whose first clusters hold `OLD`, durably; its end meets no fault."""

@@ -19,7 +19,7 @@ from jqcow.offline.salvaging.patient import patient_on
 from jqcow.salvage.evidence import Certainty
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, Write
 from tests.support.beside import HeldUp
-from tests.unit.engines import CLUSTER, JOURNAL, MIB, SECTOR
+from tests.unit.engines import CLUSTER, JOURNAL, MIB, SECTOR, barriers
 
 LONG = 16 * JOURNAL
 
@@ -41,13 +41,6 @@ def started(
 
 def recovered(device: SimulatedDevice, mode: Any = "r+") -> jqcow.Image:
     return jqcow.open_device(device.killed(), mode, journal_size=LONG)
-
-
-def barriers(device: SimulatedDevice) -> list[str]:
-    """Return the names of the barriers from here on."""
-    names: list[str] = []
-    device.barrier_listeners.append(lambda name, _: names.append(name))
-    return names
 
 
 def test_a_flush_is_one_append_and_one_barrier() -> None:

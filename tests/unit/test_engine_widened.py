@@ -14,8 +14,7 @@ from jqcow.errors import CorruptionError, PoisonedError
 from jqcow.ondisk.frame import FRAME_MAGIC
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice, enumerate_states
 from tests.support.beside import PATIENCE_SECONDS, HeldUp, Others
-from tests.unit.engines import CLUSTER, JOURNAL, MIB, SECTOR, Below
-from tests.unit.test_engine_destaging import barriers
+from tests.unit.engines import CLUSTER, JOURNAL, MIB, SECTOR, Below, barriers
 
 PLACE = 9 * CLUSTER
 OLD, NEW = b"\x22", b"\x55"

@@ -63,7 +63,7 @@ class Work:
 
     def groups(self) -> Iterator[list[int]]:
         """Yield the offsets of the writes between two flushes."""
-        offsets, step = self.offsets(), self.flush_after or self.count
+        offsets, step = self.offsets(), self.flush_after or max(1, self.count)
         for start in range(0, self.count, step):
             yield offsets[start : start + step]
 
@@ -133,8 +133,14 @@ def make_empty(path: Path) -> None:
 def make_filled(path: Path) -> None:
     """Make an image that is full of noise."""
     with jqcow.create(path, FILLED_BYTES) as image:
-        for offset in range(0, FILLED_BYTES, CHUNK_BYTES):
-            image.pwrite(random.Random(offset).randbytes(CHUNK_BYTES), offset)
+        for offset, noise in filling():
+            image.pwrite(noise, offset)
+
+
+def filling() -> Iterator[tuple[int, bytes]]:
+    """Yield noise that fills a disk, each part with its offset."""
+    for offset in range(0, FILLED_BYTES, CHUNK_BYTES):
+        yield offset, random.Random(offset).randbytes(CHUNK_BYTES)
 
 
 def make_overlay(path: Path) -> None:
@@ -167,8 +173,8 @@ def make_raw(path: Path, work: Work) -> None:
     """Make the raw file beside it."""
     with path.open("wb") as file:
         if work.is_filled:
-            for offset in range(0, FILLED_BYTES, CHUNK_BYTES):
-                file.write(random.Random(offset).randbytes(CHUNK_BYTES))
+            for _, noise in filling():
+                file.write(noise)
         else:
             file.truncate(EMPTY_BYTES)
         file.flush()
@@ -193,12 +199,12 @@ WORKS = (
 # The work.
 
 
-def write_by_jqcow(path: Path, work: Work | None, small_writes: SmallWrites = "in-place") -> None:
-    """Open, work if there is any, close."""
+def write_by_jqcow(path: Path, work: Work, small_writes: SmallWrites = "in-place") -> None:
+    """Open, work, close."""
+    data = os.urandom(work.length_bytes)
     with jqcow.open(path, "r+", allow_files=True, small_writes=small_writes) as image:
-        data = os.urandom(work.length_bytes) if work is not None else b""
-        for offsets in work.groups() if work is not None else ():
-            if work is not None and work.is_transaction:
+        for offsets in work.groups():
+            if work.is_transaction:
                 with image.transaction() as opened:
                     for offset in offsets:
                         opened.pwrite(data, offset)
@@ -208,20 +214,21 @@ def write_by_jqcow(path: Path, work: Work | None, small_writes: SmallWrites = "i
             image.flush()
 
 
-def write_by_qemu(path: Path, work: Work | None) -> None:
-    """The same by qemu-io, which closes without a flush of its own where none is asked for."""
-    length = work.length_bytes if work is not None else 0
-    groups = work.groups() if work is not None else ()
-    steps = [f"write {offset} {length}\n" + "flush\n" * last for offset, last in _with_last(groups)]
+def write_by_qemu(path: Path, work: Work) -> None:
+    """The same by qemu-io."""
+    steps = [
+        f"write {offset} {work.length_bytes}\n" + "flush\n" * last
+        for offset, last in _with_last(work.groups())
+    ]
     command = ["qemu-io", "-t", "writeback", "-f", "qcow2", str(path)]
     subprocess.run(command, input="".join(steps), check=True, capture_output=True, text=True)
 
 
-def write_raw(path: Path, work: Work | None) -> None:
+def write_raw(path: Path, work: Work) -> None:
     """The same by system calls on a raw file."""
     descriptor = os.open(path, os.O_RDWR)
-    data = os.urandom(work.length_bytes) if work is not None else b""
-    for offset, last in _with_last(work.groups() if work is not None else ()):
+    data = os.urandom(work.length_bytes)
+    for offset, last in _with_last(work.groups()):
         os.pwrite(descriptor, data, offset)
         if last:
             os.fdatasync(descriptor)
@@ -306,6 +313,7 @@ def _compare(folder: Path, work: Work, rounds: int) -> Row:
         (write_by_qemu, made),
         (write_raw, raw),
     ]
+    nothing = replace(work, count=0)
     times: list[list[float]] = [[] for _ in writers]
     for _ in range(rounds):
         for seconds, (writer, start) in zip(times, writers, strict=True):
@@ -313,13 +321,13 @@ def _compare(folder: Path, work: Work, rounds: int) -> Row:
                 path = folder / f"disk{start.suffix}"
                 run_qemu("cp", "--sparse=always", start, path)
                 os.sync()
-                idle = _seconds(writer, path, None)
+                idle = _seconds(writer, path, nothing)
                 seconds.append(_seconds(writer, path, work) - idle)
                 path.unlink()
     return Row(work.name, work.count, *(tuple(seconds) for seconds in times))
 
 
-def _seconds(writer: Callable[[Path, Work | None], None], path: Path, work: Work | None) -> float:
+def _seconds(writer: Callable[[Path, Work], None], path: Path, work: Work) -> float:
     started = time.perf_counter()
     writer(path, work)
     return time.perf_counter() - started
