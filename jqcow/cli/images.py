@@ -9,13 +9,8 @@ from typing import Any
 
 import jqcow
 from jqcow.cli import common, names, secrets
-from jqcow.cli.common import human_size
+from jqcow.cli.common import SECTOR_BYTES, human_size
 from jqcow.errors import printable
-from jqcow.offline.convert import create_raw
-from jqcow.offline.overlay import base_size, create_overlay
-from jqcow.ondisk import layout
-from jqcow.ondisk.form import DEFAULT_CLUSTER_BYTES
-from jqcow.ondisk.layout import SECTOR_BYTES
 
 _OPTIONS = (*common.FORM_OPTIONS, *secrets.ENCRYPTION_OPTIONS, "backing_file", "backing_fmt")
 _SIGNS = {"+": 1, "-": -1}
@@ -100,6 +95,8 @@ def create_command(arguments: argparse.Namespace) -> int:
         size = _size_of_new(arguments)
         make(arguments, found, size)
     if not arguments.quiet:
+        from jqcow.ondisk.form import DEFAULT_CLUSTER_BYTES
+
         cluster_bytes = common.file_options(found).get("cluster_size", DEFAULT_CLUSTER_BYTES)
         clusters = f" cluster_size={cluster_bytes}" if arguments.format == "qcow2" else ""
         base = ""
@@ -142,22 +139,24 @@ def _size_of_new(arguments: argparse.Namespace) -> int:
     """Return the size given, or that of the base, which is opened unless -u is given."""
     found = 0
     if arguments.backing_file is not None and not arguments.unsafe:
+        from jqcow.offline.overlay import base_size
+
         found = base_size(arguments.image, arguments.backing_file, arguments.backing_format)
     return found if arguments.size is None else common.parse_size(arguments.size)
 
 
 def make(arguments: argparse.Namespace, found: Mapping[str, str], size: int) -> None:
     """Make an empty image as arguments and -o say; ``found`` is what these say of a qcow2 image."""
+    from jqcow.disks.making import create_closed, create_raw
+
     path, overwrite = arguments.image, arguments.overwrite
     wanted = common.file_options(found)
     encryption = secrets.encryption_of(arguments, found, path)
     if arguments.format == "raw":
         preallocation, nocow = wanted.get("preallocation", "off"), wanted.get("nocow", False)
         create_raw(path, size, overwrite=overwrite, preallocation=preallocation, nocow=nocow)
-    elif arguments.backing_file is None:
-        jqcow.create(path, size, **wanted, encryption=encryption, overwrite=overwrite).close()
     else:
-        create_overlay(
+        create_closed(
             path,
             size,
             **wanted,
@@ -206,7 +205,7 @@ def resize_command(arguments: argparse.Namespace) -> int:
 
 def _new_size(size: int, change: int, sign: int) -> int:
     """Return the size in whole sectors that a disk of ``size`` bytes is to get; without a sign ``change``."""
-    wanted = layout.round_up(size + sign * change if sign else change, SECTOR_BYTES)
+    wanted = -(-(size + sign * change if sign else change) // SECTOR_BYTES) * SECTOR_BYTES
     if wanted <= 0:
         raise common.CommandError(f"the new size of a disk of {size} bytes must be more than 0, not {wanted}")
     return wanted

@@ -63,7 +63,7 @@ def add_objects(parser: argparse.ArgumentParser) -> None:
 def resolve(arguments: argparse.Namespace) -> None:
     """Put the file in the place of its name, for a command with one image."""
     given = arguments.image
-    if arguments.profile.is_qemu and arguments.verb == "map":
+    if arguments.profile.is_qemu and arguments.verb == "map" and "nbd" in given:
         from jqcow.cli.qemu.exports import export_named
 
         # Of an export its extents are told, and nothing else.

@@ -9,11 +9,13 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from jqcow.cli.common import human_size
-from jqcow.device.disk import Extent
-from jqcow.offline.compare import Progress
+
+if TYPE_CHECKING:
+    from jqcow.device.disk import Extent
+    from jqcow.offline.compare import Progress
 
 ProgressKind = Literal["none", "bar", "lines", "json", "percent"]
 BAR_WIDTH = 40

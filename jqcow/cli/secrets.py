@@ -10,11 +10,14 @@ import getpass
 import os
 import sys
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from jqcow.cli.common import CommandError, split_options
 from jqcow.errors import PassphraseError
-from jqcow.ondisk.encryption import Encryption
-from jqcow.ondisk.keys import PASSPHRASE_BYTES_MAX, Passphrase, Secret
+
+if TYPE_CHECKING:
+    from jqcow.ondisk.encryption import Encryption
+    from jqcow.ondisk.keys import Passphrase, Secret
 
 ENCRYPTION_OPTIONS = (
     "encrypt.format",
@@ -92,15 +95,24 @@ def _given(arguments: argparse.Namespace, prefix: str) -> Secret | None:
     path, descriptor = (getattr(arguments, f"{name}passphrase_{kind}") for kind in ("file", "fd"))
     if path is not None:
         return _from_file(path)
-    return None if descriptor is None else Secret(_read_all(lambda size: os.read(descriptor, size)))
+    return None if descriptor is None else _secret(_read_all(lambda size: os.read(descriptor, size)))
 
 
 def _from_file(path: str) -> Secret:
     with open(path, "rb") as file:
-        return Secret(_read_all(file.read))
+        return _secret(_read_all(file.read))
+
+
+def _secret(passphrase: bytes) -> Secret:
+    # Not at the head: most commands need no secret, and start sooner without what ciphers need.
+    from jqcow.ondisk.keys import Secret
+
+    return Secret(passphrase)
 
 
 def _read_all(read: Callable[[int], bytes]) -> bytes:
+    from jqcow.ondisk.keys import PASSPHRASE_BYTES_MAX
+
     found = b""
     while len(found) <= PASSPHRASE_BYTES_MAX and (part := read(PASSPHRASE_BYTES_MAX + 1 - len(found))):
         found += part
@@ -119,7 +131,7 @@ def _ask(image: str) -> Secret:
 
 def _encoded(text: str) -> Secret:
     """Return what was typed, also where it is none of the terminal's characters."""
-    return Secret(text.encode(errors="surrogateescape"))
+    return _secret(text.encode(errors="surrogateescape"))
 
 
 def _ask_new(image: str) -> Secret:
@@ -144,7 +156,7 @@ def named_secrets(arguments: argparse.Namespace) -> dict[str, Secret]:
         if "id" not in fields or not set(fields) <= {"id", "file", "data", "format"}:
             raise CommandError("--object is secret,id=ID,file=FILE and, perhaps, format=raw or base64")
         if "data" in fields:
-            read = Secret(fields["data"].encode(errors="surrogateescape"))
+            read = _secret(fields["data"].encode(errors="surrogateescape"))
         elif "file" in fields:
             read = _from_file(fields["file"])
         else:
@@ -160,7 +172,7 @@ def _decoded(secret: Secret, form: str) -> Secret:
         raise CommandError(f"format of a secret is raw or base64, not '{form}'")
     try:
         # All else than base64 would be another passphrase, without a word. Lines are as in QEMU.
-        return Secret(base64.b64decode(secret.reveal().replace(b"\n", b""), validate=True))
+        return _secret(base64.b64decode(secret.reveal().replace(b"\n", b""), validate=True))
     except binascii.Error:
         raise CommandError("the secret is not base64") from None
 
@@ -180,6 +192,9 @@ def encryption_of(
         return None
     if named.get("encrypt.format") != "luks":
         raise CommandError(_NO_LUKS)
+    from jqcow.ondisk.encryption import Encryption
+    from jqcow.ondisk.keys import Secret
+
     if "encrypt.key-secret" in named:
         secret = secret_named(arguments, named["encrypt.key-secret"])
     elif isinstance(source, Secret):
@@ -196,6 +211,8 @@ def encryption_to_measure(options: Mapping[str, str]) -> Encryption | None:
         return None
     if named.get("encrypt.format") != "luks":
         raise CommandError(_NO_LUKS)
+    from jqcow.ondisk.encryption import Encryption
+
     return Encryption(b"any", **_chosen(named))  # type: ignore[arg-type]
 
 

@@ -10,11 +10,34 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from contextlib import contextmanager
+from typing import Protocol, TypeVar, runtime_checkable
 
 ZEROS_AT_ONCE = 1 << 20
 
 ReadBuffer = bytes | bytearray | memoryview
+
+
+class Closable(Protocol):
+    """What is closed when nobody needs it any more."""
+
+    def close(self) -> None:
+        """Close it."""
+        ...
+
+
+_Opened = TypeVar("_Opened", bound=Closable | None)
+
+
+@contextmanager
+def closed_on_error(opened: _Opened) -> Iterator[_Opened]:
+    """Close what was opened, if anything was, unless what it is for succeeds."""
+    try:
+        yield opened
+    except BaseException:
+        if opened is not None:
+            opened.close()
+        raise
 
 
 class Reader(Protocol):

@@ -6,21 +6,21 @@ import os
 from collections.abc import Callable
 from typing import Unpack
 
-from jqcow.device.base import Device, check_device, has_fixed_size
-from jqcow.device.filling import take_space, write_row
-from jqcow.device.targets import NewContent, Target, give_up_before, new_target, publish_both
+from jqcow.device.base import Device, check_device, closed_on_error, has_fixed_size
+from jqcow.device.filling import take_space
+from jqcow.device.targets import NewContent, new_target
 from jqcow.disks.chain import open_below
+from jqcow.disks.making import create_data_file, plan_image, publish, write_blank
 from jqcow.disks.policy import FilePolicy, Following, allowing_what_it_names
 from jqcow.engine.engine import random_salt
 from jqcow.image.arguments import optional_path
 from jqcow.image.below import Below, FindBelow
 from jqcow.image.image import Image
-from jqcow.image.opening import closed_on_error, open_blank, open_device
+from jqcow.image.opening import open_blank, open_device
 from jqcow.ondisk import layout, naming
 from jqcow.ondisk import root as roots
-from jqcow.ondisk.blank import BlankImage, blank_image
-from jqcow.ondisk.encryption import Encryption, new_luks
-from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
+from jqcow.ondisk.encryption import Encryption
+from jqcow.ondisk.form import FileOptions, Preallocation
 from jqcow.ondisk.header import HeaderArea
 from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat
@@ -88,81 +88,6 @@ def create(
                 return open_blank(device, data_file, chain, journal_size=journal_size, passphrase=key)
 
 
-def plan_image(
-    size: int,
-    options: FileOptions,
-    *,
-    backing_file: str | None = None,
-    backing_format: str | None = None,
-    encryption: Encryption | None = None,
-) -> tuple[Form, HostUse, BlankImage]:
-    """Return what a new image is to be, and its bytes.
-
-    Raises:
-        ValueError, TypeError: options that no image can have, or a name that cannot be stored.
-    """
-    form, host_use = Form.of(options), HostUse.of(options)
-    blank = blank_image(
-        size,
-        form,
-        backing_file=backing_file,
-        backing_format=backing_format,
-        preallocated=host_use.preallocation != "off",
-        luks=None if encryption is None else new_luks(encryption),
-    )
-    return form, host_use, blank
-
-
-def create_data_file(
-    form: Form,
-    image: str,
-    above: Target,
-    size: int,
-    host_use: HostUse,
-    *,
-    overwrite: bool,
-    backing_path: str | None = None,
-) -> Target | None:
-    """Make the data file of a new image, of zeros, without its name yet; None where it is to have none.
-
-    Args:
-        form: of the image, which names it.
-        image: path of the image.
-        above: the image, which is being made.
-        size: of the disk.
-        host_use: of both.
-        overwrite: replace what is there.
-        backing_path: of the image's backing file.
-
-    Raises:
-        ValueError: it would be the image itself, or its backing file.
-        UnsupportedFeatureError: a name with a protocol that is no plain file.
-        FileExistsError: a block device, and ``overwrite`` is False.
-        OSError: the host failed.
-    """
-    if form.data_file is None:
-        return None
-    path = naming.meaning_of(form.data_file, "").path
-    if os.path.realpath(path) == os.path.realpath(image):
-        raise ValueError(f"{image} would be its own data file")
-    if backing_path is not None and os.path.realpath(path) == os.path.realpath(backing_path):
-        raise ValueError(f"{path} would be the data file of {image} and its backing file")
-    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
-    give_up_before(above, new)
-    with closed_on_error(new.file):
-        new.content.truncate(size)
-        take_space(new.content, 0, size, host_use.preallocation)
-    return new
-
-
-def publish(new: Target, data_file: Target | None, *, overwrite: bool) -> None:
-    """Give a new image its name, with its data file, if it has one; errors as `publish_both`."""
-    if data_file is None:
-        new.publish(overwrite)
-    else:
-        publish_both(new, data_file, overwrite=overwrite)
-
-
 def create_on_device(
     device: Device,
     size: int,
@@ -217,22 +142,3 @@ def _make_zeros(device: Device, size: int, preallocation: Preallocation) -> None
     take_space(content, 0, size, preallocation)
     if isinstance(content, NewContent):
         content.publish()
-
-
-def write_blank(device: Device, blank: BlankImage, preallocation: Preallocation = "off") -> None:
-    """Write a new image to an empty device; durable after the caller's barrier.
-
-    Nobody opens the device before that, so nothing has to be in order, and the tables of a preallocated disk
-    are written as they are made.
-    """
-    device.truncate(blank.length)
-    disk = blank.disk
-    if disk is not None:
-        # First: it is what a full host refuses.
-        tables_end = min(disk.row.host, blank.length)
-        take_space(device, 0, tables_end, "off" if preallocation in ("off", "metadata") else "falloc")
-        take_space(device, tables_end, blank.length - tables_end, preallocation)
-        write_row(device, disk.tables, disk.row.l2_tables())
-        write_row(device, disk.blocks, disk.refcount_blocks())
-    for offset, data in blank.parts:
-        device.pwrite(data, offset)

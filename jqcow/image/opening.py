@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
 
-from jqcow.device.base import Device, check_device, has_fixed_size
+from jqcow.device.base import Device, check_device, closed_on_error, has_fixed_size
 from jqcow.device.disk import Disk
 from jqcow.device.file import FileDevice, path_of, remove_file
 from jqcow.device.objects import SeekableFile, as_device
@@ -49,7 +49,6 @@ from jqcow.ondisk.keys import Passphrase, hidden
 from jqcow.ondisk.naming import DiskFormat, NamedFile
 
 _Given = TypeVar("_Given", Below, Device)
-_Closable = TypeVar("_Closable", bound=FileDevice | Chain | None)
 
 
 def open(
@@ -173,17 +172,6 @@ def open_base(
             unlock=_unlocking(following.passphrase),
         )
         return _settled(image, device)
-
-
-@contextmanager
-def closed_on_error(opened: _Closable) -> Iterator[_Closable]:
-    """Close what was opened, if anything was, unless the image that it is for opens."""
-    try:
-        yield opened
-    except BaseException:
-        if opened is not None:
-            opened.close()
-        raise
 
 
 def _check_mode(mode: Mode, journal_size: int | None, repair: What | None, *, force_share: bool) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Unpack
 
 from jqcow.device.targets import new_target
-from jqcow.image.creating import plan_image, write_blank
+from jqcow.disks.making import plan_image, write_blank
 from jqcow.ondisk import layout
 from jqcow.ondisk.form import FileOptions
 from jqcow.ondisk.header import CRYPT_AES, HeaderArea

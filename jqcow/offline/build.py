@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from jqcow import _native
 from jqcow.device.base import Device
-from jqcow.image.creating import write_blank
+from jqcow.disks.making import write_blank
 from jqcow.ondisk import entries, layout
 from jqcow.ondisk.blank import (
     blank_image,

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jqcow.offline.build import ImageBuilder
 from jqcow.ondisk.compression import CompressionType, check_level, compress, compression_type_of
 from jqcow.ondisk.layout import SECTOR_BYTES, round_up
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 BATCH_BYTES = 256 << 10
 THREADS_MAX = 8
@@ -68,6 +71,8 @@ class CompressingWriter:
         self.packed_bytes = 0
         self._builder = builder
         self._compression = compression
+        from concurrent.futures import ThreadPoolExecutor
+
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="jqcow-compress")
         self._batches_max = BATCHES_PER_THREAD * count
         self._batches: deque[_Batch] = deque()

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from operator import index
 from typing import Protocol, Unpack
 
 from jqcow.device.base import Device
@@ -27,10 +26,10 @@ from jqcow.device.targets import new_target
 from jqcow.disks.chain import Chain, Identity, identity_of, open_disk
 from jqcow.disks.files import Source
 from jqcow.disks.image import ImageDisk
+from jqcow.disks.making import NO_RAW_METADATA, RAW_UNIT_BYTES, create_data_file, publish
 from jqcow.disks.policy import FilePolicy, Following
 from jqcow.disks.raw import RawDisk
 from jqcow.errors import JqcowError
-from jqcow.image.creating import create_data_file, publish
 from jqcow.offline.bitmaps import NO_BITMAPS, ChosenBitmaps, Which, choose
 from jqcow.offline.build import ImageBuilder, PreallocatedImage
 from jqcow.offline.compare import Progress, first_difference, nonzero_runs, windows
@@ -41,11 +40,9 @@ from jqcow.ondisk.compression import CompressionType
 from jqcow.ondisk.encryption import Encryption, new_luks
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.keys import Passphrase, hidden
-from jqcow.ondisk.layout import SECTOR_BYTES
 from jqcow.ondisk.naming import DiskFormat, check_format, meaning_of
 
 BUFFER_BYTES = 2 << 20
-RAW_UNIT_BYTES = 4096
 STANDARD_OUTPUT = "standard output"
 
 Target = str | os.PathLike[str] | OutputStream
@@ -110,9 +107,7 @@ class _Form:
         if self.format == "raw" and (self.is_compressed or self.compression != Compression()):
             raise ValueError("a raw file cannot be compressed")
         if self.format == "raw" and self.host_use.preallocation == "metadata":
-            raise ValueError(
-                "a raw file has no metadata to preallocate: its preallocation is off, falloc or full"
-            )
+            raise ValueError(NO_RAW_METADATA)
         if self.is_compressed and self.host_use.preallocation != "off":
             raise ValueError("compressed clusters cannot be preallocated: their size is not known before")
         if self.format == "raw" and self.encryption is not None:
@@ -467,36 +462,3 @@ def convert_disk(
         target_format, Form.of(options), HostUse.of(options), is_compressed=False, compression=Compression()
     )
     _write(disk, target, form, progress, overwrite=overwrite, verify=False)
-
-
-def create_raw(
-    path: str | os.PathLike[str],
-    size: int,
-    *,
-    overwrite: bool = False,
-    preallocation: Preallocation = "off",
-    nocow: bool = False,
-    writes_first_block: bool = False,
-) -> None:
-    """Create a raw file of zeros, durably: a hole, unless ``preallocation`` is ``falloc`` or ``full``.
-
-    ``writes_first_block``: as QEMU does, which tells by it later how direct I/O has to be aligned.
-
-    Raises:
-        ValueError: another preallocation.
-        FileExistsError: the file exists.
-        ImageInUse: the file to be replaced is in use.
-        OSError: the host failed; nothing is left under the name.
-    """
-    size = index(size)
-    use = HostUse.of(FileOptions(preallocation=preallocation, nocow=nocow))
-    _Form("raw", Form(), use, is_compressed=False, compression=Compression())
-    new = new_target(path, overwrite=overwrite, nocow=use.nocow)
-    try:
-        new.content.truncate(size)
-        take_space(new.content, 0, size, use.preallocation)
-        if writes_first_block and size and use.preallocation == "off":
-            new.content.pwrite(bytes(RAW_UNIT_BYTES if size >= RAW_UNIT_BYTES else SECTOR_BYTES), 0)
-        new.publish(overwrite)
-    finally:
-        new.file.close()

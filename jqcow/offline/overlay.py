@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing, nullcontext
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
-from jqcow.device.targets import new_target
+from jqcow.disks.making import create_closed
 from jqcow.errors import printable
-from jqcow.image.creating import create_data_file, plan_image, publish, write_blank
-from jqcow.offline.info import read_info
 from jqcow.ondisk import layout
-from jqcow.ondisk.encryption import Encryption
-from jqcow.ondisk.form import FileOptions
 from jqcow.ondisk.layout import SECTOR_BYTES
-from jqcow.ondisk.naming import DiskFormat, decode_name, named_file, resolve
+from jqcow.ondisk.naming import DiskFormat, decode_name, named_file
+
+if TYPE_CHECKING:
+    from jqcow.ondisk.encryption import Encryption
+    from jqcow.ondisk.form import FileOptions
 
 
 def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: DiskFormat) -> int:
@@ -32,6 +31,8 @@ def base_size(path: str | os.PathLike[str], backing_file: str, backing_format: D
             damaged or in use.
         OSError: the host failed. A note names the overlay.
     """
+    from jqcow.offline.info import read_info
+
     overlay = os.fspath(path)
     decode_name(os.fsencode(backing_file))
     base = named_file(overlay, backing_file, backing_format).path
@@ -55,43 +56,14 @@ def create_overlay(
 ) -> None:
     """Create an empty qcow2 image over a backing file, durably. The backing file is not opened.
 
-    Args:
-        path: where; an existing file is refused unless ``overwrite``.
-        size: of the disk in bytes, a multiple of 512; that of the backing file may be another.
-        backing_file: name to be stored as it is: relative to the directory of the new image.
-        backing_format: of the backing file.
-        overwrite: replace an existing file, if nobody uses it.
-        encryption: how to encrypt the new image; None: not at all.
-        options: what the image is to be, as `FileOptions` says.
-
-    Raises:
-        ValueError: a size that no image can have, a name that cannot be stored, or that of the image itself.
-        UnsupportedFeatureError: a name with a protocol.
-        FileExistsError: the file exists.
-        ImageInUse: the file to be replaced is in use.
-        OSError: the host failed; nothing is left under the name.
+    Arguments and errors are those of `create_closed`; the size of the backing file's disk may be another.
     """
-    size = layout.disk_size(size)
-    backing_file = os.fspath(backing_file)
-    named_below = {"backing_file": backing_file, "backing_format": backing_format}
-    form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
-    overlay = os.fspath(path)
-    # By name, not by inode: a hard link keeps the base when this name of it is replaced.
-    if os.path.realpath(resolve(backing_file, overlay)) == os.path.realpath(overlay):
-        raise ValueError(f"{overlay} would be its own backing file")
-    new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
-    try:
-        data = create_data_file(
-            form,
-            overlay,
-            new,
-            size,
-            host_use,
-            overwrite=overwrite,
-            backing_path=resolve(backing_file, overlay),
-        )
-        with nullcontext() if data is None else closing(data.file):
-            write_blank(new.content, blank, host_use.preallocation)
-            publish(new, data, overwrite=overwrite)
-    finally:
-        new.file.close()
+    create_closed(
+        path,
+        size,
+        backing_file=os.fspath(backing_file),
+        backing_format=backing_format,
+        overwrite=overwrite,
+        encryption=encryption,
+        **options,
+    )

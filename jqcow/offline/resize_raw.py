@@ -8,6 +8,7 @@ from contextlib import closing
 from jqcow.device.base import Device
 from jqcow.device.file import FileDevice
 from jqcow.device.filling import take_space
+from jqcow.disks.making import NO_RAW_METADATA
 from jqcow.ondisk import layout
 from jqcow.ondisk.form import Preallocation
 
@@ -32,9 +33,7 @@ def resize_raw(path: str | os.PathLike[str], size: int, preallocation: Prealloca
         OSError: the host failed.
     """
     if preallocation == "metadata":
-        raise ValueError(
-            "a raw file has no metadata to preallocate: its preallocation is off, falloc or full"
-        )
+        raise ValueError(NO_RAW_METADATA)
     with closing(FileDevice.open(path, writable=True)) as device:
         set_length(device, size, preallocation)
 

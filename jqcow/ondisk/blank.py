@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from jqcow import _native
 from jqcow.ondisk import layout
-from jqcow.ondisk.encryption import NewLuks
 from jqcow.ondisk.entries import pack_refcount_table, put_l1
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import CREATED_HEADER_BYTES, V2_BYTES, Header, HeaderArea
@@ -18,6 +18,9 @@ from jqcow.ondisk.l2 import codec_of
 from jqcow.ondisk.layout import Geometry, HostOffset
 from jqcow.ondisk.naming import name_backing_file, name_data_file
 from jqcow.ondisk.preallocated import MappedRow, PreallocatedDisk, entries_for
+
+if TYPE_CHECKING:
+    from jqcow.ondisk.encryption import NewLuks
 
 
 @dataclass(frozen=True)

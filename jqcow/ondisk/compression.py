@@ -22,11 +22,12 @@ import zlib
 from functools import cache
 from operator import index
 from types import ModuleType
-from typing import Any, Literal
-
-import zstandard
+from typing import TYPE_CHECKING, Any, Literal
 
 from jqcow.errors import FormatError, UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    import zstandard
 
 COMPRESSION_ZLIB = 0
 COMPRESSION_ZSTD = 1
@@ -72,11 +73,14 @@ class _Contexts(threading.local):
     """Zstandard contexts, which serve one thread each: making one costs more than a small cluster."""
 
     def __init__(self) -> None:
-        self.decompressor = _new_decompressor()
+        self.decompressor: zstandard.ZstdDecompressor | None = None
         self.compressors: dict[int, zstandard.ZstdCompressor] = {}
 
 
 def _new_decompressor() -> zstandard.ZstdDecompressor:
+    # Not at the head, here and below: most images are not compressed, and are open sooner without it.
+    import zstandard
+
     return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
 
 
@@ -180,11 +184,15 @@ def _compress_zstd(data: bytes | memoryview, level: int | None) -> bytes:
     level = ZSTD_DEFAULT_LEVEL if level is None else level
     compressor = _contexts.compressors.get(level)
     if compressor is None:
+        import zstandard
+
         compressor = _contexts.compressors[level] = zstandard.ZstdCompressor(level=level)
     return compressor.compress(data)
 
 
 def _decompress_zstd(data: bytes | memoryview, cluster_bytes: int) -> bytes:
+    import zstandard
+
     data = memoryview(data)
     try:
         content = _whole_frame(data, cluster_bytes)
@@ -200,12 +208,16 @@ def _whole_frame(data: memoryview, cluster_bytes: int) -> bytes | None:
     known_bytes = _checked_content_bytes(data, cluster_bytes)
     if known_bytes is not None and known_bytes < cluster_bytes:
         return None
+    if _contexts.decompressor is None:
+        _contexts.decompressor = _new_decompressor()
     content = _contexts.decompressor.decompress(data, max_output_size=cluster_bytes, allow_extra_data=True)
     return content if len(content) == cluster_bytes else None
 
 
 def _checked_content_bytes(data: memoryview, room_bytes: int) -> int | None:
     """Return the size that the frame's header tells, or None; refuse what no cluster needs."""
+    import zstandard
+
     parameters = zstandard.get_frame_parameters(data)
     if parameters.dict_id:
         raise FormatError(f"a compressed cluster needs the Zstandard dictionary {parameters.dict_id}")

@@ -32,15 +32,16 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import msgpack
-import zstandard
+from typing import TYPE_CHECKING
 
 from jqcow import _native
 from jqcow.errors import CorruptionError, UnsupportedFeatureError
 from jqcow.ondisk import layout
 from jqcow.ondisk.layout import SECTOR_BYTES, Geometry
 from jqcow.ondisk.root import MAX_LIVE_HEADER_BYTES, SALT_BYTES
+
+if TYPE_CHECKING:
+    import zstandard
 
 FRAME_STRUCT = struct.Struct(">8sHBBI16sQQQII")
 FRAME_HEADER_BYTES = 64
@@ -237,6 +238,8 @@ def decoded_length(operations: Sequence[Operation]) -> int:
 
 def _packed_parts(operations: Sequence[Operation]) -> Iterator[bytes]:
     """Yield a payload in parts. A change of all tables is too large to be in memory once more as a whole."""
+    import msgpack
+
     if len(operations) <= _MANY:
         yield msgpack.packb([_as_list(operation) for operation in operations], use_bin_type=True)
         return
@@ -256,7 +259,16 @@ class _Compressors(threading.local):
     """A compressor is not for two threads at a time, and costs more to make than most records to compress."""
 
     def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
+        self.made: zstandard.ZstdCompressor | None = None
+
+    @property
+    def compressor(self) -> zstandard.ZstdCompressor:
+        if self.made is None:
+            # Not at the head, here and below: a clean image that is only read has no frames.
+            import zstandard
+
+            self.made = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_content_size=True)
+        return self.made
 
 
 _compressors = _Compressors()
@@ -355,6 +367,8 @@ def _items(plain: bytes | memoryview, damaged: _Damage) -> Iterator[list[int | b
 
     A writer's items have numbers and bytes in them, and nothing that could hold more.
     """
+    import msgpack
+
     unpacker = msgpack.Unpacker(max_buffer_size=max(1, len(plain)))
     unpacker.feed(plain)
     try:
@@ -380,6 +394,8 @@ def _is_scalar(first_byte: bytes | memoryview) -> bool:
 
 def _decompress(payload: bytes | memoryview, length: int, damaged: _Damage) -> bytes:
     """Decompress into at most ``length`` bytes, whatever the zstd frame claims."""
+    import zstandard
+
     try:
         parameters = zstandard.get_frame_parameters(payload)
         if parameters.content_size != length:

@@ -8,8 +8,8 @@ from contextlib import suppress
 from random import Random
 
 from jqcow.device.targets import NewContent
+from jqcow.disks.making import write_blank
 from jqcow.errors import CorruptionError, FormatError, JqcowError
-from jqcow.image.creating import write_blank
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import FileOptions, Form
 from jqcow.testing import SimulatedDevice, enumerate_states

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from random import Random
 
 import jqcow
+from jqcow.disks.making import write_blank
 from jqcow.disks.view import FileView
-from jqcow.image.creating import write_blank
 from jqcow.ondisk import entries
 from jqcow.ondisk import form as forms
 from jqcow.ondisk.blank import blank_image

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 import jqcow
 from jqcow.checker.check import CheckReport, check_structure
+from jqcow.disks.making import write_blank
 from jqcow.disks.view import FileView
 from jqcow.engine.clusters import Run
 from jqcow.engine.engine import Engine, make_writable, open_engine
 from jqcow.engine.medium import Medium
 from jqcow.engine.tables import Tables
-from jqcow.image.creating import write_blank
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import EXTENSION_BITMAPS

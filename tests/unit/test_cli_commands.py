@@ -520,15 +520,35 @@ def test_every_module_has_the_commands_that_it_is_known_for(module: str) -> None
     assert tuple(commands.choices) == main.GROUPS[module]
 
 
-def test_looking_at_an_image_does_not_import_what_writes_one(tmp_path: Path) -> None:
+_WRITERS = frozenset({"jqcow.engine.engine", "jqcow.image.image", "jqcow.nbd", "msgpack", "zstandard"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed", "others"),
+    [
+        (["info", "a.qcow2"], "jqcow.disks.view", {"jqcow.checker.check", "hashlib"}),
+        (["create", "-f", "qcow2", "b.qcow2", "1M"], "jqcow.disks.making", {"jqcow.disks.view", "hashlib"}),
+        (["check", "a.qcow2"], "jqcow.checker.check", {"hashlib"}),
+    ],
+)
+@pytest.mark.parametrize("start", ["main", "main_like_qemu_img"])
+def test_a_command_imports_what_it_needs_and_nothing_that_writes_to_images(
+    start: str, arguments: list[str], needed: str, others: set[str], tmp_path: Path
+) -> None:
     jqcow.create(tmp_path / "a.qcow2", 1 << 20).close()
-    code = "import sys\nfrom jqcow.cli import main\nmain.main(['info', sys.argv[1]])\nprint(*sys.modules)"
+    code = f"import sys\nfrom jqcow.cli import main\nmain.{start}(sys.argv[1:])\nprint(*sys.modules)"
+    path = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
     told = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "a.qcow2"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | path,
     )
     loaded = set(told.stdout.splitlines()[-1].split())
-    assert "jqcow.disks.view" in loaded
-    assert not loaded & {"jqcow.engine.engine", "jqcow.image.image", "jqcow.checker.check", "hashlib"}
+    assert needed in loaded
+    assert not loaded & (_WRITERS | others)
 
 
 # The document

@@ -19,10 +19,11 @@ import jqcow
 from jqcow.device import libc
 from jqcow.disks.chain import open_disk
 from jqcow.disks.files import probe_format
+from jqcow.disks.making import create_raw
 from jqcow.offline import convert as converting
 from jqcow.offline.build import ImageBuilder
 from jqcow.offline.compare import first_difference, nonzero_runs
-from jqcow.offline.convert import ConvertReport, convert, create_raw
+from jqcow.offline.convert import ConvertReport, convert
 from jqcow.offline.info import read_info
 from jqcow.ondisk.blank import refcount_clusters
 from jqcow.ondisk.compression import CompressionType

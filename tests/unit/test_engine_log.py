@@ -8,11 +8,11 @@ from contextlib import nullcontext
 
 import pytest
 
+from jqcow.disks.making import write_blank
 from jqcow.engine.engine import Engine, open_engine
 from jqcow.engine.journal import Contents
 from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet
-from jqcow.image.creating import write_blank
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.layout import ClusterIndex, HostOffset

@@ -11,7 +11,8 @@ import pytest
 
 import jqcow
 from jqcow.device import libc
-from jqcow.offline.convert import convert, create_raw
+from jqcow.disks.making import create_raw
+from jqcow.offline.convert import convert
 from jqcow.offline.overlay import create_overlay
 from jqcow.ondisk.form import Form, Preallocation
 from jqcow.ondisk.l2 import codec_of

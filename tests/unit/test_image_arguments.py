@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import jqcow
+from jqcow.disks.making import create_raw
 from jqcow.disks.policy import NOT_FOLLOWING
 from jqcow.image import arguments
 from jqcow.offline.commit import commit
-from jqcow.offline.convert import convert, create_raw
+from jqcow.offline.convert import convert
 from jqcow.offline.info import check_file, read_chain, read_info, read_snapshots
 from jqcow.offline.map import map_file
 from jqcow.offline.overlay import base_size, create_overlay

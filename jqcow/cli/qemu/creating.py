@@ -128,10 +128,8 @@ def _look_below(arguments: argparse.Namespace, name: str, backing: str, found: d
 
 def write(arguments: argparse.Namespace, name: str, image_format: str, found: dict[str, str]) -> None:
     """Write the new image."""
-    import jqcow
     from jqcow.cli import names
-    from jqcow.offline.convert import create_raw
-    from jqcow.offline.overlay import create_overlay
+    from jqcow.disks.making import create_closed, create_raw
 
     name = names.named(name, None).path
     size = -(-int(found["size"]) // common.SECTOR_BYTES) * common.SECTOR_BYTES
@@ -156,15 +154,12 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
         _write_aes(arguments, name, size, found, wanted)
         return
     encryption = secrets.encryption_of(arguments, found, name)
-    if "backing_file" not in found:
-        jqcow.create(name, size, **wanted, encryption=encryption, overwrite=True).close()
-        return
-    create_overlay(
+    create_closed(
         name,
         size,
         **wanted,
-        backing_file=found["backing_file"],
-        backing_format=found["backing_fmt"],  # type: ignore[arg-type]
+        backing_file=found.get("backing_file"),
+        backing_format=found.get("backing_fmt"),
         encryption=encryption,
         overwrite=True,
     )

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from jqcow import _native
 from jqcow.device.base import Device
+from jqcow.disks.making import RAW_UNIT_BYTES
 from jqcow.offline.build import BuildState, ImageBuilder
 from jqcow.offline.compare import nonzero_runs
-from jqcow.offline.convert import RAW_UNIT_BYTES
 from jqcow.offline.salvaging.parts import Part
 from jqcow.ondisk.form import Form
 from jqcow.ondisk.header import EXTENSION_BACKING_FORMAT
