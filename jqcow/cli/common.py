@@ -460,12 +460,14 @@ def print_warnings(
             print(printable(text), file=sys.stderr)
 
 
-def opening(arguments: argparse.Namespace, name: str) -> AbstractContextManager[None]:
+def opening(
+    arguments: argparse.Namespace, name: str, *, to_write: bool = False
+) -> AbstractContextManager[None]:
     """Name the image in errors of opening it, in the words of the profile."""
     if arguments.profile.is_qemu:
         from jqcow.cli.qemu import wording
 
-        return wording.opening(getattr(arguments, "given", name))
+        return wording.opening(getattr(arguments, "given", name), to_write=to_write)
     return about(name)
 
 

@@ -33,6 +33,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("compressed", "jqcow convert -c -O qcow2 disk.qcow2 small.qcow2"),
         ("to another machine", "jqcow convert -O qcow2 disk.qcow2 - | ssh host 'cat > disk.qcow2'"),
     ),
+    "bench": (("time 10,000 reads", "jqcow bench -c 10000 disk.qcow2"),),
     "compact": (("give space back", "jqcow compact disk.qcow2"),),
     "compare": (("are they equal", "jqcow compare disk.qcow2 disk.raw"),),
     "dd": (("the first MiB", "jqcow dd if=disk.qcow2 of=head.raw bs=1M count=1"),),

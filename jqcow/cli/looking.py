@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def add_parsers(commands: Any) -> None:
     info.add_argument(
         "--backing-chain", action="store_true", help="say it of every file of the backing chain, too"
     )
-    info.set_defaults(command=info_command)
+    info.set_defaults(command=info_command, driver=None)
     check = commands.add_parser(
         "check",
         help="check refcounts and tables",
@@ -113,6 +114,9 @@ def info_command(arguments: argparse.Namespace) -> int:
             arguments.image, common.disk_format(arguments.format), force_share=arguments.force_share
         )
     _refuse_what_qemu_does(arguments, facts)
+    if arguments.driver is not None:
+        # A disk that is no file: under its own name.
+        facts = dataclasses.replace(facts, filename=names.shown(arguments), format=arguments.driver)
     if arguments.output == "json":
         common.print_json(_info_json(facts))
     else:

@@ -30,6 +30,7 @@ GROUPS = {
     "copying": ("convert",),
     "compacting": ("compact",),
     "comparing": ("compare",),
+    "benching": ("bench",),
     "dd": ("dd",),
     "exporting": ("export", "import"),
     "differing": ("diff",),

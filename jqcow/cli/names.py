@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from jqcow.cli import nulls
 from jqcow.cli.common import CommandError
 from jqcow.errors import UnsupportedFeatureError
 from jqcow.ondisk.json_names import RefusedName, parse_json_name
@@ -17,6 +18,9 @@ from jqcow.ondisk.naming import meaning_of, protocol_of
 
 _SECRET = "encrypt.key-secret"
 _SINGLE = re.compile(r"\"(?:[^\"\\\\]|\\\\.)*\"|'((?:[^'\\\\]|\\\\.)*)'")
+_BLKDEBUG = "blkdebug"
+_ALIGNMENTS = ("align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard")
+"""What QEMU's driver ``blkdebug`` may ask of requests: it changes no byte."""
 _OF_THE_OPENING = ("force-share", "file.force-share")
 
 
@@ -30,6 +34,7 @@ class Named:
         format: as given, or as the name says; None: neither does.
         secret: id of the secret that has its passphrase, if the name says one.
         force_share: what the name says of reading beside a writer, if anything.
+        driver: what a disk that is no file tells as its format, None of a file.
     """
 
     text: str
@@ -37,6 +42,7 @@ class Named:
     format: str | None = None
     secret: str | None = None
     force_share: bool | None = None
+    driver: str | None = None
 
 
 def add_image_opts(parser: argparse.ArgumentParser) -> None:
@@ -73,11 +79,17 @@ def resolve(arguments: argparse.Namespace) -> None:
             return
     found = named(given, getattr(arguments, "format", None), image_opts=arguments.image_opts)
     arguments.given, arguments.image, arguments.secret = given, found.path, found.secret
-    arguments.format = found.format
+    arguments.format, arguments.driver = found.format, found.driver
     if found.force_share is not None:
         if getattr(arguments, "force_share", False) and not found.force_share:
             raise CommandError("--force-share/-U conflicts with image options")
         arguments.force_share = found.force_share
+
+
+def shown(arguments: argparse.Namespace) -> str:
+    """Return the name of a disk that is no file."""
+    given: str = arguments.given
+    return given if protocol_of(given) in nulls.DRIVERS else f"{arguments.driver}://"
 
 
 def named(text: str, image_format: str | None, *, image_opts: bool = False) -> Named:
@@ -93,6 +105,8 @@ def named(text: str, image_format: str | None, *, image_opts: bool = False) -> N
             return _of_options(text, _pairs(text), None)
         if protocol_of(text) == "json":
             return _of_json(text, image_format)
+        if nulls.is_null(text):
+            return Named(text, nulls.path_of_zeros(text, {}), "raw", driver="raw")
         return Named(text, _plain(meaning_of(text, "").path), image_format)
     except (RefusedName, UnsupportedFeatureError) as refused:
         raise CommandError(f"Could not open '{text}': {refused}") from refused
@@ -119,12 +133,32 @@ def _double(found: re.Match[str]) -> str:
 
 def _of_options(text: str, options: dict[str, object], image_format: str | None) -> Named:
     shares = {name: options.pop(name) for name in _OF_THE_OPENING if name in options}
+    share = None if not shares else any(value in (True, "on", "yes", "true") for value in shares.values())
+    if options.get("driver") in nulls.DRIVERS:
+        path = nulls.path_of_zeros(text, options)
+        return Named(text, path, "raw", force_share=share, driver=str(options["driver"]))
+    if options.get("driver") == _BLKDEBUG:
+        return _of_options(text, _below_blkdebug(options), image_format)
     path, driver = parse_json_name(json.dumps(options))
     if None not in (driver, image_format) and driver != image_format:
         raise RefusedName(f"its driver is {driver}, not {image_format}")
     secret = _secret(options)
-    share = None if not shares else any(value in (True, "on", "yes", "true") for value in shares.values())
     return Named(text, _plain(path), image_format or driver, secret, share)
+
+
+def _below_blkdebug(options: dict[str, object]) -> dict[str, object]:
+    """Return the options of the image below a driver that says how to align requests, and no more."""
+    below = options.get("image")
+    found = dict(below) if isinstance(below, dict) else {}
+    for name, value in options.items():
+        head, _, rest = name.partition(".")
+        if head == "image" and rest:
+            found[rest] = value
+        elif name not in ("driver", "image", *_ALIGNMENTS):
+            raise RefusedName(f"the option '{name}' of {_BLKDEBUG} makes errors")
+    if not found:
+        raise RefusedName(f"{_BLKDEBUG} names no image")
+    return found
 
 
 def _plain(path: str) -> str:

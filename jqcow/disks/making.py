@@ -17,6 +17,7 @@ from jqcow.ondisk import layout, naming
 from jqcow.ondisk.blank import BlankImage, blank_image
 from jqcow.ondisk.form import FileOptions, Form, HostUse, Preallocation
 from jqcow.ondisk.layout import SECTOR_BYTES
+from jqcow.ondisk.naming import OTHER_PROTOCOLS, protocol_of
 
 if TYPE_CHECKING:
     from jqcow.ondisk.encryption import Encryption
@@ -32,6 +33,7 @@ def create_closed(
     *,
     backing_file: str | None = None,
     backing_format: str | None = None,
+    foreign: bool = False,
     overwrite: bool = False,
     encryption: Encryption | None = None,
     **options: Unpack[FileOptions],
@@ -43,6 +45,7 @@ def create_closed(
         size: of the disk in bytes, a multiple of 512.
         backing_file: name to be stored as it is: relative to the directory of the new image.
         backing_format: of the backing file; needed with it.
+        foreign: the backing file may be one that other programs know, as `name_backing_file` says.
         overwrite: replace an existing file, if nobody uses it.
         encryption: how to encrypt the new image; None: not at all.
         options: what the image is to be, as `FileOptions` says.
@@ -55,9 +58,11 @@ def create_closed(
         OSError: the host failed; nothing is left under the name, and on a block device no image.
     """
     size, image = layout.disk_size(size), os.fspath(path)
-    named_below = {"backing_file": backing_file, "backing_format": backing_format}
-    form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
-    backing_path = None if backing_file is None else naming.resolve(backing_file, image)
+    form, host_use, blank = plan_image(
+        size, options, backing_file, backing_format, foreign=foreign, encryption=encryption
+    )
+    is_path = backing_file is not None and not (foreign and protocol_of(backing_file) in OTHER_PROTOCOLS)
+    backing_path = naming.resolve(backing_file, image) if is_path and backing_file is not None else None
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.
     if backing_path is not None and os.path.realpath(backing_path) == os.path.realpath(image):
         raise ValueError(f"{image} would be its own backing file")
@@ -74,9 +79,10 @@ def create_closed(
 def plan_image(
     size: int,
     options: FileOptions,
-    *,
     backing_file: str | None = None,
     backing_format: str | None = None,
+    *,
+    foreign: bool = False,
     encryption: Encryption | None = None,
 ) -> tuple[Form, HostUse, BlankImage]:
     """Return what a new image is to be, and its bytes.
@@ -95,6 +101,7 @@ def plan_image(
         form,
         backing_file=backing_file,
         backing_format=backing_format,
+        foreign=foreign,
         preallocated=host_use.preallocation != "off",
         luks=luks,
     )

@@ -67,8 +67,8 @@ def create(
     """
     passphrase = hidden(passphrase)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    named_below = {"backing_file": optional_path(backing_file), "backing_format": backing_format}
-    form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
+    below = optional_path(backing_file)
+    form, host_use, blank = plan_image(size, options, below, backing_format, encryption=encryption)
     target = os.fspath(path)
     new = new_target(path, overwrite=overwrite, nocow=host_use.nocow)
     with closed_on_error(new.file) as device:
@@ -108,8 +108,8 @@ def create_on_device(
     """
     check_device(device)
     journal_size, size = roots.journal_length(journal_size), layout.disk_size(size)
-    named_below = {"backing_file": optional_path(backing_file), "backing_format": backing_format}
-    form, host_use, blank = plan_image(size, options, **named_below, encryption=encryption)
+    below = optional_path(backing_file)
+    form, host_use, blank = plan_image(size, options, below, backing_format, encryption=encryption)
     preallocation = host_use.preallocation
     if (data_device is None) != (form.data_file is None):
         raise ValueError("an external data file has a name, data_file, and a device, data_device")

@@ -44,6 +44,7 @@ def blank_image(
     *,
     backing_file: str | None = None,
     backing_format: str | None = None,
+    foreign: bool = False,
     preallocated: bool = False,
     luks: NewLuks | None = None,
 ) -> BlankImage:
@@ -54,6 +55,7 @@ def blank_image(
         form: of the image.
         backing_file: name to be stored, relative to the directory of the image; None for no backing file.
         backing_format: ``raw`` or ``qcow2``, with a backing file.
+        foreign: the backing file may be one that other programs know, as `name_backing_file` says.
         preallocated: every cluster of the disk has a host cluster, which reads as zeros.
         luks: the LUKS header of an encrypted image.
 
@@ -83,7 +85,7 @@ def blank_image(
     header = new_header(form, size, **places, refcount_table_clusters=table_clusters)
     area = new_area(form, header, luks, luks_offset)
     if backing_file is not None or backing_format is not None:
-        area = name_backing_file(area, backing_file, backing_format)
+        area = name_backing_file(area, backing_file, backing_format, foreign=foreign)
     used = others + table_clusters + block_count
     parts = [(0, area.data), (table, pack_refcount_table(geometry, blocks, block_count))]
     if luks is not None:

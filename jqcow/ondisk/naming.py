@@ -35,6 +35,12 @@ DiskFormat = Literal["qcow2", "raw"]
 FORMATS: tuple[DiskFormat, ...] = get_args(DiskFormat)
 DISK_FORMATS: tuple[DiskFormat, ...] = ("qcow2", "raw")
 
+OTHER_PROTOCOLS = (
+    *("ftp", "ftps", "gluster", "http", "https", "iscsi", "iser", "nbd", "nbd+tcp", "nbd+unix"),
+    *("nfs", "null-aio", "null-co", "rbd", "sftp", "ssh"),
+)
+"""Protocols of QEMU's that an image may name for QEMU to follow; jqcow follows none of them."""
+
 _FORMAT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,14}", re.ASCII)
 """A name of a format that is short enough for QEMU."""
 _PROTOCOL = re.compile(r"[^/:]*:")
@@ -206,7 +212,7 @@ def name_backing_file(
         area: the header; all that it holds besides is kept.
         name: to be stored as it is, so relative to the directory of the image; None for no backing file.
         backing_format: ``raw`` or ``qcow2``; None with no backing file.
-        foreign: it may be another one, that other programs know.
+        foreign: it may be another one, and the name may have a protocol, that other programs know.
 
     Raises:
         ValueError: one without the other, another format, or a name that cannot be stored.
@@ -228,7 +234,7 @@ def name_backing_file(
         raise ValueError(f"the format of a backing file is raw or qcow2, not {backing_format!r}")
     stored = os.fsencode(name)
     decode_name(stored)
-    if is_known:
+    if is_known and not (foreign and protocol_of(name) in OTHER_PROTOCOLS):
         named_file("the new header", name, backing_format)
     named = area.with_backing_file(stored, backing_format.encode())
     if area.header.version >= 3:

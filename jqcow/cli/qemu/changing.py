@@ -167,7 +167,7 @@ def amend(arguments: argparse.Namespace) -> int:
         from jqcow.cli.qemu.keyslots import amend_slots
 
         amend_slots(arguments, found)
-    with reworded(""), progress_of(arguments) as progress:
+    with reworded("", arguments), progress_of(arguments) as progress:
         amend_file(arguments.image, shrink=True, progress=progress, **_following(arguments), **wanted)
     return common.EXIT_OK
 
@@ -248,7 +248,7 @@ def commit(arguments: argparse.Namespace) -> int:
     from jqcow.offline.commit import commit as commit_file
 
     _look_for_base(arguments)
-    with reworded(""), progress_of(arguments) as progress:
+    with reworded("", arguments), progress_of(arguments) as progress:
         commit_file(
             arguments.image,
             base=arguments.base,

@@ -15,7 +15,7 @@ from jqcow.cli.qemu.options import is_on
 from jqcow.cli.qemu.wording import reason
 from jqcow.errors import JqcowError, printable
 from jqcow.ondisk.layout import MAX_L1_ENTRIES, Geometry
-from jqcow.ondisk.naming import protocol_of, resolve
+from jqcow.ondisk.naming import OTHER_PROTOCOLS, protocol_of, resolve
 
 if TYPE_CHECKING:
     from jqcow.ondisk.form import FileOptions
@@ -103,12 +103,15 @@ def _look_below(arguments: argparse.Namespace, name: str, backing: str, found: d
         if known is None:
             raise CommandError("Backing file specified without backing format")
         return
-    from jqcow.cli import names
+    from jqcow.cli import names, nulls
     from jqcow.disks.policy import Following
     from jqcow.offline.info import read_chain
 
     if known not in (None, *common.FORMATS):
         raise CommandError(f"Unknown driver '{known}'\nCould not open backing image.")
+    if nulls.is_null(backing):
+        found.setdefault("size", str(nulls.DEFAULT_BYTES))
+        return
     path = resolve(backing, names.named(name, None).path)
     try:
         facts = read_chain(
@@ -160,6 +163,7 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
         **wanted,
         backing_file=found.get("backing_file"),
         backing_format=found.get("backing_fmt"),
+        foreign=True,
         encryption=encryption,
         overwrite=True,
     )
@@ -266,5 +270,6 @@ def _check_data_file(found: dict[str, str], *, is_old: bool) -> None:
         raise CommandError(f"External data files are only supported with {_NEWER}")
     for name in ("backing_file", "data_file"):
         protocol = protocol_of(found.get(name, ""))
-        if protocol not in (None, "json", "file") and not os.path.exists(found[name]):
+        known = OTHER_PROTOCOLS if name == "backing_file" else ()
+        if protocol not in (None, "json", "file", *known) and not os.path.exists(found[name]):
             raise CommandError(f"Unknown protocol '{protocol}'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,8 +65,11 @@ def opening(name: str, *, to_write: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def reworded(prefix: str) -> Iterator[None]:
-    """Have errors of the library speak as QEMU does, after ``prefix``."""
+def reworded(prefix: str, opened: argparse.Namespace | None = None) -> Iterator[None]:
+    """Have errors of the library speak as QEMU does, after ``prefix``.
+
+    ``opened``: the arguments of a command whose image is opened inside, and may be in use.
+    """
     try:
         yield
     except CorruptionError as error:
@@ -73,6 +77,8 @@ def reworded(prefix: str) -> Iterator[None]:
         told = f"Backing file '{loop[1]}' creates an infinite loop." if loop else f"{prefix}{reason(error)}"
         raise CommandError(told) from error
     except (JqcowError, OSError, ValueError) as error:
+        if opened is not None and isinstance(error, ImageInUse) and str(error).find(opened.image) >= 0:
+            prefix = f"Could not open '{opened.given}': "
         raise CommandError(f"{prefix}{reason(error)}", _code(error)) from error
 
 
