@@ -9,6 +9,8 @@ its place is known it is not taken for part of another. What is a guess then mov
 
 FI1. No path places what something surer has placed, and none is more than LIKELY.
 FI2. The best stretches come first: what they place no other gets.
+FI3. What is placed and holds nothing of a file neither ends nor begins a run: a file system writes its own
+    blocks, a journal above all, whenever it wants to.
 """
 
 from __future__ import annotations
@@ -117,6 +119,7 @@ class Filling:
             last = bisect_left(anchored, (self._offsets[-1],)) + GAP_ENDS
             self._anchors = [(host, guest // cluster_bytes) for host, guest in anchored[first:last]]
         self._guests: dict[int, int] = {cluster: host for host, cluster in self._anchors}
+        self._anchors = [one for one in self._anchors if expectations.of(one[1]).is_data]
         self._taken: dict[int, int] = {}
         self._said: dict[int, tuple[Certainty, str]] = {}
         self._indices: dict[int, int] = {}

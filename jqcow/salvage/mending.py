@@ -8,6 +8,7 @@ about one length may have each other's place: of a run that gains much as a whol
 
 ME1. What evidence has placed stays where it is.
 ME2. Each change gains; so it ends, and so many are tried at most.
+ME3. What tells far less in itself is not weighed with its neighbours: these never make up for so much.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ NOWHERE = -2.0
 SMOOTH, PARTED = -3.0, -1.9
 """Steps that cost less go on with a run: with what is nowhere, or without."""
 GAIN_MIN = 0.5
-TRIED_MAX, TRIED_OF = 30_000, 256
+TRIED_MAX, TRIED_OF = 240_000, 256
 """So many changes are tried, and with each so many orphans a smaller part: each takes longer then."""
+HOPELESS, WEIGHED = -20.0, 8
+"""What a change gains at least in itself, before neighbours are weighed: that counts as so many tries."""
 LOOKED_AT = 64
 """A look at so many orphans that might be pushed counts as a change that is tried."""
 RUN_MAX, NEEDED_EACH = 1024, 16
@@ -83,6 +86,7 @@ class Mender:
         self._is_free = is_free
         self._left = TRIED_MAX // (1 + len(taken) // TRIED_OF)
         self._starts: dict[int | None, int] = {}
+        self._vacancy: list[tuple[int, int]] | None = None
 
     def _find_missed(self, cluster: int) -> bool:
         return self._expectations.of(cluster).is_needed
@@ -155,16 +159,30 @@ class Mender:
         """Keep a change if it gains."""
         self._left -= 1 + len(changes) // LOOKED_AT
         changes = {index: cluster for index, cluster in changes.items() if self.clusters[index] != cluster}
-        if not changes:
+        if not changes or self._told(changes) < HOPELESS:
             return False
+        self._left -= WEIGHED
         every = [*changes.values(), *(self.clusters[index] for index in changes)]
         clusters = [cluster for cluster in every if cluster is not None]
         worth = self._worth(changes, clusters)
         before = self._put(changes)
         if self._worth(changes, clusters) >= worth + GAIN_MIN:
+            self._vacancy = None
             return True
         self._put(before)
         return False
+
+    def _told(self, changes: Places) -> float:
+        """Return what a change gains without what neighbours tell."""
+        gain = self._aligner.gain
+        told = sum(gain(cluster, index) for index, cluster in changes.items() if cluster is not None)
+        before, after = {self.clusters[index] for index in changes}, set(changes.values())
+        missed = sum(map(self._misses, before - after))
+        missed -= sum(map(self._misses, after - before - self._holders.keys()))
+        return told - sum(map(self._gain_now, changes)) + MISSED * missed
+
+    def _misses(self, cluster: int | None) -> bool:
+        return cluster is not None and self._is_missed(cluster)
 
     # What is tried
 
@@ -231,6 +249,22 @@ class Mender:
         """The (first, count) of clusters in which files have data, and that evidence has not placed."""
         return list(self._find_wanted())
 
+    @property
+    def _vacant(self) -> list[tuple[int, int]]:
+        """The (first, count) of those of them that nobody has."""
+        if self._vacancy is None:
+            self._vacancy = list(self._find_vacant())
+        return self._vacancy
+
+    def _find_vacant(self) -> Iterator[tuple[int, int]]:
+        for first, count in self._wanted:
+            start = first
+            for cluster in range(first, first + count + 1):
+                if cluster == first + count or cluster in self._holders:
+                    if cluster > start:
+                        yield start, cluster - start
+                    start = cluster + 1
+
     def _find_wanted(self) -> Iterator[tuple[int, int]]:
         first = count = 0
         for cluster in islice(self._expectations.needed(), NEEDED_EACH * len(self.clusters)):
@@ -246,16 +280,23 @@ class Mender:
             yield first, count
 
     def _move(self, run: list[int], start: int) -> bool:
-        """Try a run from a cluster on, as a whole and as far as a file goes."""
+        """Try a run from a cluster on: where runs mostly go, and through one cluster after the other."""
+        ways = [self._places(run, start, is_plain=is_plain) for is_plain in (False, True)]
+        return any(bool(places) and self._put_run(run, places) for places in ways[: 1 + (ways[0] != ways[1])])
+
+    def _places(self, run: list[int], start: int, *, is_plain: bool) -> list[int]:
+        """Return where a run goes from a cluster on."""
         places: list[int] = []
         cluster: int | None = start
         while cluster is not None and len(places) < len(run):
             if not self._is_free(cluster) or self._expectations.of(cluster).is_idle:
                 break
             places.append(cluster)
-            cluster = self._next(cluster, 1, places)
-        if not places:
-            return False
+            cluster = cluster + 1 if is_plain else self._next(cluster, 1, places)
+        return places
+
+    def _put_run(self, run: list[int], places: list[int]) -> bool:
+        """Try a run in places, with what is there elsewhere, and what of the run has none nowhere."""
         moved: Places = dict(zip(run, places, strict=False))
         left = [self.clusters[index] for index in moved]
         evicted = [self._holders[place] for place in places if place in self._holders]
@@ -267,7 +308,13 @@ class Mender:
             return True
         if rest and self._try(nowhere | rest | moved):
             return True
-        return bool(swapped) and self._try(nowhere | swapped | moved)
+        if swapped and self._try(nowhere | swapped | moved):
+            return True
+        for vacant in self._best_of(self._vacant, sorted(evicted, key=self._at.__getitem__)):
+            elsewhere = zip(evicted, (place for place in vacant if place not in places), strict=False)
+            if self._try(nowhere | dict(elsewhere) | moved):
+                return True
+        return False
 
     def _next(self, cluster: int, step: int, passed: Collection[int]) -> int | None:
         """Return where a run goes on, or comes from; None where it would come to a cluster again."""
@@ -314,7 +361,7 @@ class Mender:
         self._left -= len(moved) // LOOKED_AT
         left = [self.clusters[index] for index in run]
         promising = [one for one in nlargest(STOPS_TRIED, stops) if one[0] >= PUSH_GAIN]
-        missed = self._wanted if promising else []
+        missed = self._vacant if promising else []
         for _, count, stop in promising:
             changes: Places = dict(moved[:count])
             rest = sorted(items[count:stop], key=self._at.__getitem__)

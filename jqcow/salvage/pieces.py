@@ -23,9 +23,10 @@ PARTS_MAX = 1 << 12
 """Into so many parts a piece is cut."""
 OVERLAPS_MAX = 64
 """So many pieces are looked through that begin before a cluster and may reach into it."""
-MADE_TOGETHER, CHANGED_TOGETHER = 64, 8
+MADE_TOGETHER, CHANGED_TOGETHER = 16, 8
 """Two files grew together that were made, and changed last, within such parts of the time that it took: the
-last change of one may be a turn before that of the other."""
+first and the last change of one may be a turn before those of the other. Each has more than a cluster: else
+there are no turns."""
 BESIDE = 2
 """And so many files at most were made between them, or changed."""
 
@@ -153,8 +154,11 @@ class Pieces:
         together no other was made, nor was another changed.
         """
         lives: list[tuple[int, int, int]] = []
+        large: set[int] = set()
         for number, group in groupby(self.by_file.pieces, key=self.numbers.__getitem__):
-            first = next(group)
+            first, *rest = group
+            if self.lengths[first] + sum(self.lengths[at] for at in rest) > self._cluster_bytes:
+                large.add(number)
             if not self.offsets[first]:
                 lives.append((self.times[first], max(self.changed[first], self.times[first]), number))
         lives.sort()
@@ -167,6 +171,7 @@ class Pieces:
                 other_made, other_changed, other_number = lives[other]
                 is_near = other_made - made <= took // MADE_TOGETHER
                 is_near = is_near and abs(other_changed - changed) <= took // CHANGED_TOGETHER
+                is_near = is_near and {number, other_number} <= large
                 if took and is_near and abs(place[at] - place[other]) <= BESIDE:
                     found |= {number: changed, other_number: other_changed}
         return found

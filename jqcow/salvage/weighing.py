@@ -196,11 +196,14 @@ class Odds:
                 total += self.edge(is_edge=True, is_changed=True)
             elif expected.owners[block] >= 0:
                 within += self._change
+        alike: set[frozenset[int]] = set()
         for block in expected.edges:
             if kinds[block] == kinds[block - 1] != ZEROS:
-                total += self.edge(is_edge=True, is_changed=False)
+                # Two files that are alike are so at each edge between them.
+                alike.add(frozenset(expected.owners[block - 1 : block + 1]))
             elif self._is_end(expected, block) and (kinds[block] == ZEROS) != (kinds[block - 1] == ZEROS):
                 total += self._parted
+        total += len(alike) * self.edge(is_edge=True, is_changed=False)
         first = index * self._looks.per_cluster
         for block in range(1, len(kinds)):
             if kinds[block - 1] == kinds[block] == TEXT:

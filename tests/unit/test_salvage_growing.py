@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,6 +22,8 @@ from tests.unit.test_salvage_solver import BLOCK, CLUSTER, FakeDisk, FakeSystem,
 
 LEFT, RIGHT, COUNT = 20, 60, 12
 """Where two files begin, and how many clusters each has."""
+JOURNAL = 200
+"""Where the journal does."""
 
 
 def together(made: int = 0, changed: int = 10_000, count: int = COUNT) -> list[FilePiece]:
@@ -37,8 +40,11 @@ def test_files_of_the_same_times_grew_in_turns() -> None:
     assert [known.turn(cluster, 1) for cluster in (20, 60, 21, 61)] == [60, 21, 61, 22]
     assert [known.turn(cluster, -1) for cluster in (60, 21, 71)] == [20, 60, 31]
     assert known.turn(71, 1) is None and known.turn(99, 1) is None
-    # The last change of one may be a turn before that of the other.
+    # The last change of one may be a turn before that of the other; and the first.
     assert expectations_of(together(made=100, changed=9_000)).turn(20, 1) == 60
+    assert expectations_of(together(made=600)).turn(20, 1) == 60
+    # In a cluster there are no turns.
+    assert expectations_of(together(count=1)).turn(20, 1) is None
 
 
 @pytest.mark.parametrize(("made", "changed"), [(0, 5_000), (1_000, 10_000), (0, 0)])
@@ -96,9 +102,12 @@ def test_what_is_not_written_yet_is_zeros_and_has_no_turn() -> None:
     assert known.rank(0) is None and not known.of(0).tails and known.rank(20) == 0
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_noise_that_grew_in_turns_is_placed(seed: int) -> None:
-    """Nothing but the order of writing tells of noise: the journal has it to the turn."""
+@pytest.mark.parametrize(("seed", "every"), [(0, 0), (1, 1), (0, 3)])
+def test_noise_that_grew_in_turns_is_placed(seed: int, every: int) -> None:
+    """FI3: nothing but the order of writing tells of noise: the journal has it to the turn.
+
+    The blocks of that journal lie between, each behind ``every`` so many clusters.
+    """
     chance, growths = random.Random(seed), Growths()
     done, order = {LEFT: 0, RIGHT: 0}, list[int]()
     whole = COUNT * CLUSTER
@@ -107,12 +116,20 @@ def test_noise_that_grew_in_turns_is_placed(seed: int) -> None:
         before, done[start] = done[start], min(done[start] + chance.randrange(1, 6) * BLOCK, whole)
         growths.add(1 if start == LEFT else 2, done[start], 1_000_000)
         order += range(start + -(-before // CLUSTER), start + -(-done[start] // CLUSTER))
-    known = expectations_of([part for piece in together() for part in growths.parts(piece, BLOCK)])
-    clusters = [(host * CLUSTER, chance.randbytes(CLUSTER)) for host in range(len(order))]
+    own = iter(range(JOURNAL, JOURNAL + len(order)))
+    lies = [one for at, cluster in enumerate(order) for one in (*own_before(at, own, every), cluster)]
+    pieces = [part for piece in together() for part in growths.parts(piece, BLOCK)]
+    log = FilePiece(JOURNAL * CLUSTER, 100 * CLUSTER, 100 * CLUSTER, (1, 8, 0), is_data=False)
+    clusters = [(h * CLUSTER, chance.randbytes(CLUSTER)) for h, at in enumerate(lies) if at < JOURNAL]
+    anchored = [(h * CLUSTER, at * CLUSTER) for h, at in enumerate(lies) if at >= JOURNAL]
     guest_map = LostDisk()
-    Filling(guest_map, CLUSTER, clusters, known, []).fill()
+    Filling(guest_map, CLUSTER, clusters, expectations_of([*pieces, log]), anchored).fill()
     placed = {one.host_offset // CLUSTER: one.guest_offset // CLUSTER for one in guest_map.placed.values()}
-    assert [placed.get(at) for at in range(len(order))] == order
+    assert [placed.get(h) for h, at in enumerate(lies) if at < JOURNAL] == order
+
+
+def own_before(at: int, own: Iterator[int], every: int) -> list[int]:
+    return [next(own)] if every and at % every == 0 else []
 
 
 # How files grew, by the journals of file systems

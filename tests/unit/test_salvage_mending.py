@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -81,10 +82,58 @@ def test_a_run_pushes_what_is_in_its_place(is_back: bool) -> None:
     assert list(mended(list(taken), frozenset((0, len(truth) - 1)), known).values()) == truth
 
 
+def noise(ends: Sequence[bool]) -> Odds:
+    """Return how orphans of noise look; in some a file of three blocks and a part ends at first."""
+    looks, chance = Looks(BLOCK, CLUSTER), random.Random(3)
+    for has_end in ends:
+        content = chance.randbytes(CLUSTER)
+        last = bytes(BLOCK - END) if has_end else content[3 * BLOCK + END : 4 * BLOCK]
+        looks.add(content[: 3 * BLOCK + END] + last + content[4 * BLOCK :])
+    return Odds(looks, 2)
+
+
+def test_a_run_goes_no_further_than_its_file() -> None:
+    """What is behind it in the file is nowhere: it need not go where files go on."""
+    whole = 6 * CLUSTER
+    known = expectations_of([piece(9 * CLUSTER, whole, whole, 2), piece(20 * CLUSTER, whole, whole, 3)])
+    taken = [*range(10, 15), 9, *[None] * 9, *range(20, 26)]
+    found = list(mended(taken, frozenset((5, 20)), (known, noise([False] * len(taken)))).values())
+    assert found == [*[None] * 5, *range(9, 15), *[None] * 4, *range(20, 26)]
+
+
+def test_what_a_run_takes_the_place_of_goes_where_something_is_missed() -> None:
+    """Two clusters may hold the end of a file of one length: neither of both changes gains alone."""
+    pieces = [piece(at * CLUSTER, 2 * CLUSTER, 2 * CLUSTER, at) for at in (40, 60)]
+    for first, count in ((10, 6), (30, 1)):
+        pieces.append(piece(first * CLUSTER, 4 * BLOCK, 3 * BLOCK + END, first))
+        rest = count * CLUSTER - 4 * BLOCK
+        pieces.append(piece(first * CLUSTER + 4 * BLOCK, rest, rest, first + 1))
+    taken = [40, 41, 10, 60, 61, *range(11, 16), None, None, 50]
+    known = expectations_of(pieces), noise([at in (2, 5) for at in range(len(taken))])
+    found = list(mended(taken, frozenset((0, 1, 3, 4, 12)), known).values())
+    assert found == [40, 41, 30, 60, 61, *range(10, 16), None, 50]
+
+
 def test_what_is_sure_stays() -> None:
     """ME1."""
     found = mended([13, None, None, 10, 11, 12, None, None], frozenset((0,)))
     assert found[0] == 13 and list(found.values()).count(13) == 1
+
+
+def test_what_is_not_weighed_would_not_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ME3."""
+    starts: list[list[int | None]] = []
+    for seed in range(6):
+        starts.append([*range(10, 14), *range(30, 33), None])
+        random.Random(seed).shuffle(starts[-1])
+    found = [mended(list(start)) for start in starts]
+    weighed, weigh = list[float](), Mender._worth
+    monkeypatch.setattr(Mender, "_worth", lambda *one: weighed.append(1.0) or weigh(*one))
+    assert [mended(list(start)) for start in starts] == found
+    count = len(weighed)
+    monkeypatch.setattr("jqcow.salvage.mending.HOPELESS", float("-inf"))
+    assert [mended(list(start)) for start in starts] == found
+    assert len(weighed) - count > count
 
 
 def test_no_cluster_comes_twice_and_it_ends() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
@@ -157,6 +158,28 @@ def test_a_file_s_end_tells_and_what_is_longer_does_not_fit() -> None:
     gains = [odds.of(expected, index) for index in range(5)]
     assert max(gains) == gains[3] > 5
     assert gains[0] < -5
+
+
+def test_two_files_in_turns_that_are_alike_are_so_once() -> None:
+    """Where one has every other block, it is no wonder that none differs from the one before."""
+    looks, chance = Looks(BLOCK, CLUSTER), random.Random(4)
+    for _ in range(8):
+        looks.add(chance.randbytes(CLUSTER))
+        looks.add(b"some words of a text, and more" * (CLUSTER // 30) + bytes(CLUSTER % 30))
+    odds = Odds(looks)
+
+    def gain(edges: list[int], files: int) -> float:
+        """Return what noise tells where files begin at such blocks, so many in turns."""
+        ends = [0, *edges, CLUSTER // BLOCK]
+        pieces = [
+            piece(first * BLOCK, (stop - first) * BLOCK, (stop - first) * BLOCK, 1 + at % files)
+            for at, (first, stop) in enumerate(pairwise(ends))
+        ]
+        return odds.of(expectations_of(pieces).of(0), 0)
+
+    edge = odds.edge(is_edge=True, is_changed=False)
+    assert edge < -0.1
+    assert gain([2, 6, 8, 12], 2) - gain([2, 6, 8, 12], 5) == pytest.approx(-3 * edge)
 
 
 def written_disk(seed: int) -> tuple[list[FilePiece], dict[int, bytes], dict[int, int]]:
