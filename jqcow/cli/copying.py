@@ -161,7 +161,8 @@ def snapshot_of(arguments: argparse.Namespace) -> str | None:
 def source_of(arguments: argparse.Namespace, name: str) -> names.Named:
     """Return what the name of a source means; the arguments have its secret from then on."""
     given = names.named(name, arguments.format, image_opts=arguments.image_opts)
-    arguments.given, arguments.secret = name, given.secret
+    arguments.given = name
+    names.take_secrets(arguments, given)
     arguments.shares = arguments.force_share or bool(given.force_share)
     return given
 

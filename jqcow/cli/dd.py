@@ -51,7 +51,8 @@ def dd_command(arguments: argparse.Namespace) -> int:
     block = _number(found, "bs", _BLOCK_BYTES, lowest=1, highest=(1 << 31) - 1)
     skip = _number(found, "skip", 0) * block
     given = names.named(found["if"], arguments.format, image_opts=arguments.image_opts)
-    arguments.given, arguments.secret = found["if"], given.secret
+    arguments.given = found["if"]
+    names.take_secrets(arguments, given)
     following = Following(
         arguments.allow_files,
         arguments.probe,

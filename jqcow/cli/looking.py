@@ -114,13 +114,15 @@ def info_command(arguments: argparse.Namespace) -> int:
             arguments.image, common.disk_format(arguments.format), force_share=arguments.force_share
         )
     _refuse_what_qemu_does(arguments, facts)
+    name = facts.filename
     if arguments.driver is not None:
-        # A disk that is no file: under its own name.
-        facts = dataclasses.replace(facts, filename=names.shown(arguments), format=arguments.driver)
+        name, facts = names.shown(arguments), dataclasses.replace(facts, format=arguments.driver)
+    elif arguments.profile.is_qemu and arguments.secret is not None:
+        name = names.told_by_options(arguments, facts.format)
     if arguments.output == "json":
-        common.print_json(_info_json(facts))
+        common.print_json(_info_json(facts) | {"filename": name})
     else:
-        print("\n".join(_info_lines(facts)))
+        print("\n".join(_info_lines(facts, name)))
     return common.EXIT_OK
 
 
@@ -148,7 +150,7 @@ def _chain_info(arguments: argparse.Namespace) -> int:
     if arguments.output == "json":
         common.print_json([_info_json(facts) for facts in chain])
     else:
-        print("\n\n".join("\n".join(_info_lines(facts)) for facts in chain))
+        print("\n\n".join("\n".join(_info_lines(facts, facts.filename)) for facts in chain))
     return common.EXIT_OK
 
 
@@ -248,8 +250,8 @@ def _nested_lines(value: Any, indent: str) -> Iterator[str]:
             yield f"{shown} {str(item).lower() if isinstance(item, bool) else printable(str(item))}"
 
 
-def _info_lines(facts: ImageFacts) -> Iterator[str]:
-    yield f"image: {printable(facts.filename)}"
+def _info_lines(facts: ImageFacts, name: str) -> Iterator[str]:
+    yield f"image: {printable(name)}"
     yield f"file format: {facts.format}"
     yield f"virtual size: {human_size(facts.virtual_size)} ({facts.virtual_size} bytes)"
     yield f"disk size: {human_size(facts.actual_size)}"

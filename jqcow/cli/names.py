@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jqcow.cli import nulls
 from jqcow.cli.common import CommandError
@@ -18,6 +19,7 @@ from jqcow.ondisk.naming import meaning_of, protocol_of
 
 _SECRET = "encrypt.key-secret"
 _SINGLE = re.compile(r"\"(?:[^\"\\\\]|\\\\.)*\"|'((?:[^'\\\\]|\\\\.)*)'")
+_BELOW = "backing."
 _BLKDEBUG = "blkdebug"
 _ALIGNMENTS = ("align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard")
 """What QEMU's driver ``blkdebug`` may ask of requests: it changes no byte."""
@@ -34,6 +36,7 @@ class Named:
         format: as given, or as the name says; None: neither does.
         secret: id of the secret that has its passphrase, if the name says one.
         force_share: what the name says of reading beside a writer, if anything.
+        below: path and secret of each file below that the name tells of, from the top.
         driver: what a disk that is no file tells as its format, None of a file.
     """
 
@@ -43,6 +46,7 @@ class Named:
     secret: str | None = None
     force_share: bool | None = None
     driver: str | None = None
+    below: tuple[tuple[str, str | None], ...] = ()
 
 
 def add_image_opts(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +82,40 @@ def resolve(arguments: argparse.Namespace) -> None:
             arguments.given = given
             return
     found = named(given, getattr(arguments, "format", None), image_opts=arguments.image_opts)
-    arguments.given, arguments.image, arguments.secret = given, found.path, found.secret
+    arguments.given, arguments.image = given, found.path
+    take_secrets(arguments, found)
     arguments.format, arguments.driver = found.format, found.driver
     if found.force_share is not None:
         if getattr(arguments, "force_share", False) and not found.force_share:
             raise CommandError("--force-share/-U conflicts with image options")
         arguments.force_share = found.force_share
+
+
+def take_secrets(arguments: argparse.Namespace, found: Named) -> None:
+    """Note which secrets an image needs, and the files below that its name tells of.
+
+    Raises:
+        CommandError: it tells of another file below than the image does.
+    """
+    arguments.secret, arguments.below = found.secret, found.below
+    if not found.below:
+        return
+    from jqcow.offline.info import read_info
+
+    image = found.path
+    for path, _ in found.below:
+        special = read_info(image, force_share=True).qcow2
+        stored = None if special is None else special.backing_file
+        if stored is None or os.path.realpath(meaning_of(stored, image).path) != os.path.realpath(path):
+            told = f"{image} does not name {path} as its backing file, and jqcow takes no other"
+            raise CommandError(f"Could not open '{found.text}': {told}")
+        image = path
+
+
+def told_by_options(arguments: argparse.Namespace, image_format: str) -> str:
+    """Return the name that QEMU shows of an image whose name says more than its file: with what it says."""
+    options = {_SECRET: arguments.secret, "driver": image_format}
+    return "json:" + json.dumps(options | {"file": {"driver": "file", "filename": arguments.image}})
 
 
 def shown(arguments: argparse.Namespace) -> str:
@@ -132,6 +164,12 @@ def _double(found: re.Match[str]) -> str:
 
 
 def _of_options(text: str, options: dict[str, object], image_format: str | None) -> Named:
+    options, backing = _without_backing(options)
+    if backing:
+        top, next_below = _of_options(text, options, image_format), _of_options(text, backing, None)
+        if next_below.driver is not None:
+            raise RefusedName("the backing file is none")
+        return replace(top, below=((next_below.path, next_below.secret), *next_below.below))
     shares = {name: options.pop(name) for name in _OF_THE_OPENING if name in options}
     share = None if not shares else any(value in (True, "on", "yes", "true") for value in shares.values())
     if options.get("driver") in nulls.DRIVERS:
@@ -144,6 +182,17 @@ def _of_options(text: str, options: dict[str, object], image_format: str | None)
         raise RefusedName(f"its driver is {driver}, not {image_format}")
     secret = _secret(options)
     return Named(text, _plain(path), image_format or driver, secret, share)
+
+
+def _without_backing(options: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the options of an image, and those of the file below it."""
+    below = options.get("backing")
+    backing = dict(below) if isinstance(below, dict) else {}
+    backing |= {name[len(_BELOW) :]: value for name, value in options.items() if name.startswith(_BELOW)}
+    rest = {name: value for name, value in options.items() if not name.startswith(_BELOW)}
+    if isinstance(below, dict):
+        del rest["backing"]
+    return rest, backing
 
 
 def _below_blkdebug(options: dict[str, object]) -> dict[str, object]:

@@ -9,7 +9,7 @@ import functools
 import getpass
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jqcow.cli.common import CommandError, split_options
@@ -62,9 +62,27 @@ def passphrase_of(arguments: argparse.Namespace, prefix: str = "") -> Passphrase
     named = None if prefix else getattr(arguments, "secret", None)
     if found is None and named is not None:
         found = secret_named(arguments, named)
+    below = () if prefix else getattr(arguments, "below", ())
+    if below:
+        return _of_each(arguments, found, below)
     if found is None and arguments.profile.is_qemu:
         return _refuse
     return functools.cache(_ask) if found is None else found
+
+
+def _of_each(
+    arguments: argparse.Namespace, top: Secret | None, below: Sequence[tuple[str, str | None]]
+) -> Passphrase:
+    """Return what gives each file of a chain the secret that was named for it."""
+    found = {
+        os.path.realpath(path): secret_named(arguments, name) for path, name in below if name is not None
+    }
+
+    def secret_of(image: str) -> Secret:
+        known = found.get(os.path.realpath(image), top)
+        return _refuse(image) if known is None else known
+
+    return secret_of
 
 
 def _refuse(image: str) -> Secret:

@@ -314,6 +314,28 @@ def test_qemu_opens_a_luks_volume(tmp_path: Path, options: str, monkeypatch: pyt
     assert (tmp_path / "a.luks").stat().st_size == (tmp_path / "theirs.luks").stat().st_size
 
 
+def test_each_file_of_a_chain_has_the_secret_that_names_it(tmp_path: Path) -> None:
+    secrets = "--object secret,id=one,data=abc --object secret,id=two,data=xyz"
+    luks = "create -q -f qcow2 -o encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret"
+    assert ours(f"{luks}=one {secrets} base.qcow2 1M".split(), tmp_path) == (0, "", "")
+    assert ours(f"{luks}=two {secrets} -b base.qcow2 -F qcow2 a.qcow2".split(), tmp_path) == (0, "", "")
+    top = f"driver=qcow2,encrypt.key-secret=two,file.filename={tmp_path / 'a.qcow2'}"
+    base = tmp_path / "base.qcow2"
+    below = f"backing.driver=qcow2,backing.encrypt.key-secret=one,backing.file.filename={base}"
+    done("qemu-io", *secrets.split(), "-c", "write -P 7 8k 24k", "--image-opts", f"{top},{below}")
+    for words in (f"info --image-opts {top}", f"info --output=json --image-opts {top}"):
+        assert plain(ours(words.split(), tmp_path)) == plain(theirs(words.split(), tmp_path))
+    code, _, told = ours(
+        f"commit {secrets} --image-opts {top},{below.replace('base', 'a')}".split(), tmp_path
+    )
+    assert code == 1 and "jqcow takes no other" in told
+    assert ours(f"commit {secrets} --image-opts {top}".split(), tmp_path)[0] == 1
+    assert ours(f"commit -q {secrets} --image-opts {top},{below}".split(), tmp_path) == (0, "", "")
+    opened = f"driver=qcow2,encrypt.key-secret=one,file.filename={base}"
+    found = done("qemu-io", *secrets.split(), "-c", "read -P 7 8k 24k", "--image-opts", opened)
+    assert "Pattern verification failed" not in found
+
+
 def test_qemu_opens_old_encryption(tmp_path: Path) -> None:
     secret = "--object", "secret,id=s,data=abc"
     done("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "base.qcow2", "1M")
@@ -354,6 +376,8 @@ def test_convert_encrypts_or_refuses(tmp_path: Path) -> None:
     [
         (0x2000A, b"\0\2"),  # the refcount of a cluster of data
         (0x2000C, b"\0\1"),  # that of one that nothing uses
+        (0x40008, (1 << 63 | 0x50000).to_bytes(8, "big")),  # a second reference to that data
+        (0x30000, (0x40000).to_bytes(8, "big")),  # the L1 entry, without its COPIED flag
         (0x18, (1 << 40).to_bytes(8, "big")),  # the size of the disk
         (0x18, (1 << 60).to_bytes(8, "big")),
     ],

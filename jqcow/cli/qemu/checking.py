@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,9 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.repair is not None:
         fixed = _repair(arguments)
     report, facts = _look(arguments)
-    for line in _lines(report, facts, repairing=None):
-        print(line, file=sys.stderr)
+    if arguments.repair is None or any(fixed.values()):
+        for line in _lines(report, facts, repairing=None):
+            print(line, file=sys.stderr)
     _print(arguments, report, fixed)
     if report.corruptions:
         return common.EXIT_CORRUPT
@@ -75,7 +76,8 @@ def _repair(arguments: argparse.Namespace) -> dict[str, int]:
     from jqcow.image.opening import open_alone
 
     before, facts = _look(arguments)
-    for line in _lines(before, facts, repairing=arguments.repair):
+    flags = _flags_to_come(arguments, before, facts)
+    for line in _lines(before, facts, repairing=arguments.repair, flags=flags):
         print(line, file=sys.stderr)
     with opening(arguments.given):
         # qemu-img has no way back, and the next repair must not be held up by one.
@@ -99,8 +101,35 @@ def _repair(arguments: argparse.Namespace) -> dict[str, int]:
     return fixed
 
 
-def _lines(report: CheckReport, facts: Qcow2Facts, *, repairing: str | None) -> Iterator[str]:
-    """Yield findings in the order in which QEMU comes across them: tables, refcounts, COPIED flags."""
+def _mended(report: CheckReport, facts: Qcow2Facts, repairing: str | None) -> dict[int, int]:
+    """Return the refcounts that a repair mends, by clusters."""
+    found = dict[int, int]()
+    for finding in report.findings:
+        counts = _COUNTS.match(finding.detail)
+        if counts and repairing is not None and (finding.kind in _LEAKS or repairing == "all"):
+            found[finding.offset // facts.cluster_size] = int(counts[2])
+    return found
+
+
+def _flags_to_come(arguments: argparse.Namespace, report: CheckReport, facts: Qcow2Facts) -> list[Finding]:
+    """Return the COPIED flags that are wrong when refcounts are mended: QEMU tells that it mends them."""
+    from jqcow.checker.copied import wrong_copied_flags
+    from jqcow.disks.view import open_view
+
+    mended = _mended(report, facts, arguments.repair)
+    if not mended:
+        return []
+    with opening(arguments.given), open_view(arguments.image) as view:
+        return list(wrong_copied_flags(view.read, view.area, mended))
+
+
+def _lines(
+    report: CheckReport, facts: Qcow2Facts, *, repairing: str | None, flags: Sequence[Finding] = ()
+) -> Iterator[str]:
+    """Yield findings in the order in which QEMU comes across them: tables, refcounts, COPIED flags.
+
+    ``flags``: those that are wrong when the refcounts are mended.
+    """
 
     def place_of(finding: Finding) -> int:
         if finding.kind == Kind.COPIED_FLAG:
@@ -109,22 +138,26 @@ def _lines(report: CheckReport, facts: Qcow2Facts, *, repairing: str | None) -> 
 
     found = [finding for finding in report.findings if finding.kind not in _UNKNOWN_TO_QEMU]
     found.sort(key=place_of)
-    mended = set[int]()
+    mended = _mended(report, facts, repairing)
     for finding in found:
         if place_of(finding) == 1 and repairing is not None:
             # It tells refcounts once more when it mends them.
             yield _line(finding, facts, None)
-            if finding.kind in _LEAKS or repairing == "all":
-                mended.add(finding.offset)
+    # Where leaks are all else that is wrong, QEMU sets flags right with them.
+    is_sure = repairing is not None and report.corruptions == report.counts.get(Kind.COPIED_FLAG, 0)
     for finding in found:
-        if finding.kind != Kind.COPIED_FLAG or _cluster_of(finding, facts) not in mended:
+        if finding.kind != Kind.COPIED_FLAG:
             yield _line(finding, facts, repairing)
+        elif _cluster_of(finding, facts) not in mended:
+            yield _line(finding, facts, "all" if is_sure else repairing)
+    for finding in flags:
+        yield _line(finding, facts, "all" if is_sure else repairing)
 
 
 def _cluster_of(finding: Finding, facts: Qcow2Facts) -> int | None:
-    """Return the host offset of the cluster whose COPIED flag is wrong: by its refcount, if that is right."""
+    """Return the cluster whose COPIED flag is wrong: by its refcount, if that is right."""
     entry = _COPIED.match(finding.detail)
-    return None if entry is None else int(entry[1], 16) & _OFFSET_MASK & -facts.cluster_size
+    return None if entry is None else (int(entry[1], 16) & _OFFSET_MASK) // facts.cluster_size
 
 
 def _line(finding: Finding, facts: Qcow2Facts, repairing: str | None) -> str:
