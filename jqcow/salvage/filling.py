@@ -169,6 +169,7 @@ class Filling:
             [one[1:] for one in order],
             lambda cluster: cluster not in anchored and self._is_open(cluster),
             self._periods(are_guesses_left_out=True),
+            sorted(set(self._seeds())),
         )
         self._expectations.count_system(True)
         mender.mend()

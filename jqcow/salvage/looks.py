@@ -83,9 +83,7 @@ class Looks:
 
     def follows(self, first: int, second: int) -> float:
         """Return what it tells that the text of one cluster goes on with that of another."""
-        told = self.goes_on((first + 1) * self.per_cluster - 1, second * self.per_cluster) or 0.0
-        # Neighbours in the file go on from each other wherever they belong: it tells nothing of one place.
-        return min(0.0, told) if second == first + 1 else told
+        return self.goes_on((first + 1) * self.per_cluster - 1, second * self.per_cluster) or 0.0
 
     def goes_on(self, one: int, other: int) -> float | None:
         """Return what it tells that one block goes on with another; None if both are not full of text."""

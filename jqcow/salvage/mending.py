@@ -41,6 +41,8 @@ PUSHED_MAX, STOPS_TRIED, MISSED_TRIED = 16, 3, 2
 """So long a run may push others, so many places are tried up to which it does, and for those behind them."""
 PUSH_GAIN = -4.0
 """What is pushed may tell so much less in itself: neighbours count, too."""
+SEED_GAIN = 3.0
+"""An orphan is tried where it tells so much by itself."""
 ALIKE_WITHIN = 1
 """Runs are of about one length that differ by so much."""
 RESUMED_WITHIN = 96
@@ -65,6 +67,7 @@ class Mender:
         order: Sequence[tuple[int | None, int | None]],
         is_free: Callable[[int], bool],
         period_of: Callable[[int], tuple[int, int, int] | None] = lambda index: None,
+        seeds: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Take what paths found.
 
@@ -75,6 +78,7 @@ class Mender:
             order: (index, None) of orphans and (None, cluster) of what is placed, in the order of the file.
             is_free: whether a cluster of the disk may be given to orphans.
             period_of: when an orphan was written, as `Aligner.period_of`.
+            seeds: (index, cluster) of orphans that may tell their place by themselves.
         """
         self._expectations, self._odds, self._order = expectations, odds, order
         self._aligner = Aligner(expectations, odds, is_free, lambda cluster: None)
@@ -87,6 +91,9 @@ class Mender:
         self._left = TRIED_MAX // (1 + len(taken) // TRIED_OF)
         self._starts: dict[int | None, int] = {}
         self._vacancy: list[tuple[int, int]] | None = None
+        self._seeds = [
+            seed for seed in seeds if is_free(seed[1]) and self._aligner.gain(*seed[::-1]) >= SEED_GAIN
+        ]
 
     def _find_missed(self, cluster: int) -> bool:
         return self._expectations.of(cluster).is_needed
@@ -191,6 +198,9 @@ class Mender:
         is_better = True
         while is_better and self._left > 0:
             is_better = False
+            for index, cluster in self._seeds:
+                if self._left > 0 and self.clusters[index] != cluster and self._grow(index, cluster):
+                    is_better = True
             self._starts = {self.clusters[run[0]]: len(run) for run in self._runs(PARTED)}
             for run in self._all_runs():
                 for start in list(self._targets(run)):
@@ -283,6 +293,30 @@ class Mender:
         """Try a run from a cluster on: where runs mostly go, and through one cluster after the other."""
         ways = [self._places(run, start, is_plain=is_plain) for is_plain in (False, True)]
         return any(bool(places) and self._put_run(run, places) for places in ways[: 1 + (ways[0] != ways[1])])
+
+    def _grow(self, index: int, cluster: int) -> bool:
+        """Try an orphan in a cluster, with its neighbours as far as a piece of a file reaches, or alone."""
+        before, behind = self._neighbours(index, cluster, -1), self._neighbours(index, cluster, 1)
+        first = cluster - len(before)
+        run = [*before[::-1], index, *behind]
+        ways = dict.fromkeys(
+            (start, stop) for start in (0, len(before)) for stop in (len(run), len(before) + 1)
+        )
+        return any(
+            self._put_run(run[start:stop], [*range(first + start, first + stop)]) for start, stop in ways
+        )
+
+    def _neighbours(self, index: int, cluster: int, step: int) -> list[int]:
+        """Return the orphans beside one that a piece of a file has place for beside a cluster."""
+        found: list[int] = []
+        at, is_edge = self._at[index], self._aligner.is_natural if step < 0 else self._aligner.is_end
+        while not is_edge(cluster) and len(found) < RUN_MAX:
+            at, cluster = at + step, cluster + step
+            other = self._order[at][0] if 0 <= at < len(self._order) else None
+            if other is None or self.clusters[other] == cluster:
+                break
+            found.append(other)
+        return found
 
     def _places(self, run: list[int], start: int, *, is_plain: bool) -> list[int]:
         """Return where a run goes from a cluster on."""

@@ -242,6 +242,7 @@ class Odds:
         if not last or not start:
             return 0.0
         told = self.edge(is_edge=before != behind, is_changed=last != start)
-        if before == behind:
+        if before == behind and second != first + 1:
             return told + self._looks.follows(first, second)
-        return told + self._text(first * per + per - 1, second * per, is_edge=True)
+        # Neighbours in the file mostly go on from each other, wherever they belong.
+        return told + self._text(first * per + per - 1, second * per, is_edge=before != behind)

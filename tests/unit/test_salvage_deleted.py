@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from jqcow.salvage.continuity import Continuity
+from jqcow.salvage.continuity import ORDER, Continuity
 from jqcow.salvage.evidence import FilePiece
 from jqcow.salvage.expecting import DELETED, FREE, Expectations
 from jqcow.salvage.guest import ext4
 from jqcow.salvage.looks import Looks
 from jqcow.salvage.ranges import Ranges
+from jqcow.salvage.weighing import Odds
 from tests.salvage.foreign import WORDS
 from tests.unit import test_salvage_ext4, test_salvage_ntfs
 from tests.unit.test_salvage_solver import BLOCK, CLUSTER, FakeDisk, FakeSystem, piece
@@ -85,17 +86,30 @@ def test_text_goes_on_where_it_was_parted() -> None:
 
 
 def test_neighbours_in_the_file_go_on_anywhere() -> None:
+    """What is seldom between neighbours is taken for chance there, and tells between others."""
     looks = Looks(BLOCK, BLOCK)
-    whole = text(2, 8 * BLOCK)
-    for start in (0, 1, 5, 6, 2):
+    whole = text(2, 40 * BLOCK)
+    for start in (*range(30), 35):
         looks.add(whole[start * BLOCK : (start + 1) * BLOCK])
     for start in range(0, len(whole), 128):
         looks.continuity.add(whole[start : start + 128])
     looks.add(random.Random(3).randbytes(BLOCK))
     looks.add(b"")
-    assert looks.follows(0, 1) == 0.0 < looks.continuity.follows(whole[BLOCK - 3 : BLOCK], whole[BLOCK:][:3])
-    assert looks.follows(1, 4) > 0.5
-    assert looks.follows(4, 5) == looks.follows(5, 0) == looks.follows(4, 6) == 0.0
+    pairs = range(29)
+    best = max(pairs, key=lambda one: looks.follows(one, one + 1))
+    parted = min(pairs, key=lambda one: looks.follows(29, one))
+    assert looks.follows(29, parted) < -2 < 2 < looks.follows(best, best + 1)
+    assert looks.follows(30, 31) == looks.follows(31, 0) == looks.follows(30, 32) == 0.0
+    odds, expectations = Odds(looks), Expectations(BLOCK)
+    expectations.take([FakeSystem([piece(0, 2 * BLOCK, 2 * BLOCK, 1)])], FakeDisk())
+
+    def joint(first: int, second: int) -> float:
+        return odds.joint(expectations.of(0), first, expectations.of(1), second)
+
+    assert joint(29, parted) < -2 and 0 <= joint(best, best + 1) < 0.5
+    # Were they neighbours, they would be so by chance.
+    looks._ends[30 * 2 * ORDER : 31 * 2 * ORDER] = looks._ends[parted * 2 * ORDER : (parted + 1) * 2 * ORDER]
+    assert -2 < joint(29, 30) < 0
 
 
 def test_a_piece_that_ends_before_the_file_does_is_full() -> None:

@@ -40,6 +40,7 @@ def mended(
     taken: list[int | None],
     sure: frozenset[int] = frozenset(),
     known: tuple[Expectations, Odds] | None = None,
+    seeds: Sequence[tuple[int, int]] = (),
 ) -> Places:
     expectations, odds = known or two_files()
     fixed = {index: taken[index] for index in sure}
@@ -50,6 +51,7 @@ def mended(
         {index: cluster for index, cluster in enumerate(taken) if index not in sure},
         order,
         lambda cluster: cluster >= 0 and cluster not in fixed.values(),
+        seeds=seeds,
     )
     mender.mend()
     return dict(sorted((mender.clusters | fixed).items()))
@@ -99,6 +101,18 @@ def test_a_run_goes_no_further_than_its_file() -> None:
     taken = [*range(10, 15), 9, *[None] * 9, *range(20, 26)]
     found = list(mended(taken, frozenset((5, 20)), (known, noise([False] * len(taken)))).values())
     assert found == [*[None] * 5, *range(9, 15), *[None] * 4, *range(20, 26)]
+
+
+def test_what_tells_its_place_takes_its_neighbours_along() -> None:
+    """Of a run that is nowhere a part belongs somewhere: the end of a file tells which."""
+    pieces = [
+        piece(10 * CLUSTER, 2 * CLUSTER + 4 * BLOCK, 2 * CLUSTER + 3 * BLOCK + END, 1),
+        piece(20 * CLUSTER, 9 * CLUSTER, 9 * CLUSTER, 2),
+    ]
+    known = expectations_of(pieces), noise([at == 30 for at in range(72)])
+    taken = [*[None] * 60, *range(10, 13), *range(20, 29)]
+    found = list(mended(taken, known=known, seeds=[(30, 12)]).values())
+    assert found[28:31] == [10, 11, 12] and found[63:] == [*range(20, 29)]
 
 
 def test_what_a_run_takes_the_place_of_goes_where_something_is_missed() -> None:
