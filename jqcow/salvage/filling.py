@@ -162,6 +162,7 @@ class Filling:
             key=itemgetter(0),
         )
         anchored = {cluster for _, cluster in self._anchors}
+        self._expectations.count_system(True)
         mender = Mender(
             self._expectations,
             self._odds,
@@ -171,7 +172,6 @@ class Filling:
             self._periods(are_guesses_left_out=True),
             sorted(set(self._seeds())),
         )
-        self._expectations.count_system(True)
         mender.mend()
         self._expectations.count_system(False)
         moved = {index for index, cluster in mender.clusters.items() if cluster != taken[index]}

@@ -14,13 +14,14 @@ ME3. What tells far less in itself is not weighed with its neighbours: these nev
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from heapq import nlargest
 from itertools import islice, pairwise
 from math import inf
 
 from jqcow.salvage.aligning import BROKEN, JUMP, NATURAL, RESUME, Aligner
 from jqcow.salvage.expecting import Expectations
+from jqcow.salvage.wanted import Wanted
 from jqcow.salvage.weighing import Odds
 
 MISSED = -3.0
@@ -90,7 +91,8 @@ class Mender:
         self._is_free = is_free
         self._left = TRIED_MAX // (1 + len(taken) // TRIED_OF)
         self._starts: dict[int | None, int] = {}
-        self._vacancy: list[tuple[int, int]] | None = None
+        wanted = islice(expectations.needed(), NEEDED_EACH * len(taken))
+        self._wanted = Wanted(filter(is_free, wanted), self._aligner.is_natural)
         self._seeds = [
             seed for seed in seeds if is_free(seed[1]) and self._aligner.gain(*seed[::-1]) >= SEED_GAIN
         ]
@@ -174,7 +176,7 @@ class Mender:
         worth = self._worth(changes, clusters)
         before = self._put(changes)
         if self._worth(changes, clusters) >= worth + GAIN_MIN:
-            self._vacancy = None
+            self._wanted.changed()
             return True
         self._put(before)
         return False
@@ -244,7 +246,7 @@ class Mender:
             cluster = self._cluster_at(place)
             if cluster is not None:
                 found.update(self._aligner.ahead(cluster, 1))
-        for start, length in self._wanted:
+        for start, length in self._wanted.all:
             found.add(start)
             if length >= len(run):
                 found.add(start + length - len(run))
@@ -253,41 +255,6 @@ class Mender:
         found.update(start for start, length in self._starts.items() if start is not None and length in alike)
         found.discard(self.clusters[run[0]] if self.clusters[run[0]] is not None else -1)
         yield from sorted(found)
-
-    @cached_property
-    def _wanted(self) -> list[tuple[int, int]]:
-        """The (first, count) of clusters in which files have data, and that evidence has not placed."""
-        return list(self._find_wanted())
-
-    @property
-    def _vacant(self) -> list[tuple[int, int]]:
-        """The (first, count) of those of them that nobody has."""
-        if self._vacancy is None:
-            self._vacancy = list(self._find_vacant())
-        return self._vacancy
-
-    def _find_vacant(self) -> Iterator[tuple[int, int]]:
-        for first, count in self._wanted:
-            start = first
-            for cluster in range(first, first + count + 1):
-                if cluster == first + count or cluster in self._holders:
-                    if cluster > start:
-                        yield start, cluster - start
-                    start = cluster + 1
-
-    def _find_wanted(self) -> Iterator[tuple[int, int]]:
-        first = count = 0
-        for cluster in islice(self._expectations.needed(), NEEDED_EACH * len(self.clusters)):
-            if not self._is_free(cluster):
-                continue
-            if count and cluster == first + count and not self._aligner.is_natural(cluster):
-                count += 1
-            else:
-                if count:
-                    yield first, count
-                first, count = cluster, 1
-        if count:
-            yield first, count
 
     def _move(self, run: list[int], start: int) -> bool:
         """Try a run from a cluster on: where runs mostly go, and through one cluster after the other."""
@@ -344,7 +311,9 @@ class Mender:
             return True
         if swapped and self._try(nowhere | swapped | moved):
             return True
-        for vacant in self._best_of(self._vacant, sorted(evicted, key=self._at.__getitem__)):
+        for vacant in self._best_of(
+            self._wanted.vacant(self._holders), sorted(evicted, key=self._at.__getitem__)
+        ):
             elsewhere = zip(evicted, (place for place in vacant if place not in places), strict=False)
             if self._try(nowhere | dict(elsewhere) | moved):
                 return True
@@ -395,7 +364,7 @@ class Mender:
         self._left -= len(moved) // LOOKED_AT
         left = [self.clusters[index] for index in run]
         promising = [one for one in nlargest(STOPS_TRIED, stops) if one[0] >= PUSH_GAIN]
-        missed = self._vacant if promising else []
+        missed = self._wanted.vacant(self._holders) if promising else []
         for _, count, stop in promising:
             changes: Places = dict(moved[:count])
             rest = sorted(items[count:stop], key=self._at.__getitem__)

@@ -10,6 +10,7 @@ import pytest
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.looks import Looks
 from jqcow.salvage.mending import Mender, Places
+from jqcow.salvage.wanted import Wanted
 from jqcow.salvage.weighing import Odds
 from tests.unit.test_salvage_solver import BLOCK, CLUSTER, expectations_of, piece
 
@@ -157,3 +158,11 @@ def test_no_cluster_comes_twice_and_it_ends() -> None:
         random.Random(seed).shuffle(places)
         found = [cluster for cluster in mended(places).values() if cluster is not None]
         assert len(found) == len(set(found)) > 4
+
+
+def test_what_is_wanted_and_vacant() -> None:
+    wanted = Wanted([3, 4, 5, 6, 9, 10], lambda cluster: cluster in (3, 6))
+    assert wanted.all == [(3, 3), (6, 1), (9, 2)]
+    assert wanted.vacant({4, 10}) == [(3, 1), (5, 1), (6, 1), (9, 1)] == wanted.vacant({})
+    wanted.changed()
+    assert wanted.vacant({3, 5, 6, 9, 10}) == [(4, 1)]
