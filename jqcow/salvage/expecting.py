@@ -291,6 +291,10 @@ class Expectations:
         """Return the number, in the order of writing, of what was first written to a cluster."""
         return self._rank(self._pieces.by_time, cluster)
 
+    def turn_of(self, cluster: int) -> int | None:
+        """Return when a cluster's turn was, where it is known what came in turns."""
+        return self._rank(self._pieces.by_turns, cluster)
+
     def _rank(self, order: Order, cluster: int) -> int | None:
         """Return where in an order that comes which was first written to a cluster."""
         start, by_time = cluster * self._cluster_bytes, self._pieces.by_time

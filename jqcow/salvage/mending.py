@@ -4,7 +4,8 @@ A path goes through the orphans in the order of the file and knows nothing of cl
 Here all of a disk counts at once: what each orphan tells in its place, beside its neighbours on the disk and
 in the file, and what is missed. A run is tried where clusters are empty or in doubt; what is there takes the
 places that the run leaves, or none. Or a run pushes what is there on, by as much as it is long. Two runs of
-about one length may have each other's place: of a run that gains much as a whole each part may be wrong.
+about one length may have each other's place: of a run that gains much as a whole each part may be wrong. And
+where files grew in turns, clusters are put in the order of these.
 
 ME1. What evidence has placed stays where it is.
 ME2. Each change gains; so it ends, and so many are tried at most.
@@ -21,6 +22,7 @@ from math import inf
 
 from jqcow.salvage.aligning import BROKEN, JUMP, NATURAL, RESUME, Aligner
 from jqcow.salvage.expecting import Expectations
+from jqcow.salvage.turns import in_turns, windows
 from jqcow.salvage.wanted import Wanted
 from jqcow.salvage.weighing import Odds
 
@@ -204,6 +206,10 @@ class Mender:
                 if self._left > 0 and self.clusters[index] != cluster and self._grow(index, cluster):
                     is_better = True
             self._starts = {self.clusters[run[0]]: len(run) for run in self._runs(PARTED)}
+            for some in windows(sorted(self.clusters, key=self._at.__getitem__), self._is_timed):
+                is_better |= self._left > 0 and self._try(
+                    in_turns(some, self.clusters, self._expectations.turn_of)
+                )
             for run in self._all_runs():
                 for start in list(self._targets(run)):
                     if self._left > 0 and self._move(run, start):
@@ -272,6 +278,10 @@ class Mender:
         return any(
             self._put_run(run[start:stop], [*range(first + start, first + stop)]) for start, stop in ways
         )
+
+    def _is_timed(self, index: int) -> bool:
+        cluster = self.clusters[index]
+        return cluster is not None and self._expectations.turn_of(cluster) is not None
 
     def _neighbours(self, index: int, cluster: int, step: int) -> list[int]:
         """Return the orphans beside one that a piece of a file has place for beside a cluster."""

@@ -10,8 +10,10 @@ import pytest
 from jqcow.salvage.expecting import Expectations
 from jqcow.salvage.looks import Looks
 from jqcow.salvage.mending import Mender, Places
+from jqcow.salvage.turns import in_turns, windows
 from jqcow.salvage.wanted import Wanted
 from jqcow.salvage.weighing import Odds
+from tests.unit.test_salvage_growing import COUNT, LEFT, RIGHT, together
 from tests.unit.test_salvage_solver import BLOCK, CLUSTER, expectations_of, piece
 
 LONG, SHORT, END = 10, 30, 1234
@@ -158,6 +160,28 @@ def test_no_cluster_comes_twice_and_it_ends() -> None:
         random.Random(seed).shuffle(places)
         found = [cluster for cluster in mended(places).values() if cluster is not None]
         assert len(found) == len(set(found)) > 4
+
+
+def test_files_that_grew_in_turns_are_put_in_turns() -> None:
+    known = expectations_of(together())
+    clusters: Places = {0: 99, 1: 60, 2: 20, 3: None, 4: 21, 5: 61}
+    timed = {index for index, cluster in clusters.items() if cluster and known.turn_of(cluster) is not None}
+    some = list(windows(sorted(clusters), timed.__contains__))
+    assert some == [[1, 2, 4, 5], [1, 2, 4], [2, 4, 5]]
+    assert in_turns(some[0], clusters, known.turn_of) == {1: 20, 2: 60, 4: 21, 5: 61}
+    assert in_turns(some[2], clusters, known.turn_of) == {2: 20, 4: 21, 5: 61}
+    assert not list(windows([1], lambda index: False))
+
+
+def test_a_change_of_turns_is_kept_where_it_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is tried here: neither runs nor what pushes them."""
+    monkeypatch.setattr(Mender, "_all_runs", lambda mender: [])
+    monkeypatch.setattr(Mender, "_pushes", lambda mender, at: iter(()))
+    known = expectations_of(together()), noise([False] * 2 * COUNT)
+    turns = [cluster + at for at in range(COUNT) for cluster in (LEFT, RIGHT)]
+    taken = list[int | None](turns)
+    random.Random(4).shuffle(taken)
+    assert list(mended(taken, known=known).values()) == turns
 
 
 def test_what_is_wanted_and_vacant() -> None:
