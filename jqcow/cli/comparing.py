@@ -79,7 +79,7 @@ def _open(arguments: argparse.Namespace, name: str, image_format: str | None) ->
     from jqcow.disks.policy import Following
     from jqcow.offline.losses import refuse_lost_data
 
-    given = names.named(name, image_format, image_opts=arguments.image_opts)
+    given = names.named(name, image_format, image_opts=arguments.image_opts, takes_exports=True)
     arguments.given, arguments.secret = name, given.secret
     following = Following(
         arguments.allow_files,

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from jqcow.cli import common, names, piped, secrets
@@ -103,6 +103,9 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
 def convert_command(arguments: argparse.Namespace) -> int:
     """Convert a disk."""
     *arguments.sources, arguments.target = arguments.files or [None]
+    if arguments.into and arguments.target is not None and piped.is_export(arguments.target):
+        # An export is always there, and takes its bytes in order.
+        arguments.into = arguments.target_is_zero = False
     if arguments.profile.is_qemu:
         from jqcow.cli.qemu import converting
 
@@ -160,7 +163,7 @@ def snapshot_of(arguments: argparse.Namespace) -> str | None:
 
 def source_of(arguments: argparse.Namespace, name: str) -> names.Named:
     """Return what the name of a source means; the arguments have its secret from then on."""
-    given = names.named(name, arguments.format, image_opts=arguments.image_opts)
+    given = names.named(name, arguments.format, image_opts=arguments.image_opts, takes_exports=True)
     arguments.given = name
     names.take_secrets(arguments, given)
     arguments.shares = arguments.force_share or bool(given.force_share)
@@ -172,8 +175,8 @@ def convert_one(arguments: argparse.Namespace) -> ConvertReport:
     from jqcow.offline.convert import convert
 
     source = source_of(arguments, arguments.sources[0])
-    target = names.named(arguments.target, None).path
-    poured = piped.output() if piped.is_pipe(arguments, target) else None
+    target = names.named(arguments.target, None, takes_exports=True).path
+    poured = piped.output(arguments, target)
     target_format = common.disk_format(arguments.target_format) or "raw"
     known = (*common.FORM_OPTIONS, *secrets.ENCRYPTION_OPTIONS)
     named = common.named_options(arguments.options, target_format, known)
@@ -184,11 +187,12 @@ def convert_one(arguments: argparse.Namespace) -> ConvertReport:
     if not piped.is_pipe(arguments, source.path):
         common.print_warnings(arguments, source.path, source.format)
     with (
+        nullcontext() if poured is None else closing(poured),
         common.opening(arguments, source.path),
         progress_of(arguments) as progress,
     ):
         opened = piped.opened(arguments, source.path)
-        return convert(
+        done = convert(
             opened,
             target if poured is None else poured,
             source_format=common.disk_format(source.format) or _probe(arguments, opened),
@@ -208,6 +212,9 @@ def convert_one(arguments: argparse.Namespace) -> ConvertReport:
             bitmaps=("sound" if arguments.skip_broken_bitmaps else "all") if arguments.bitmaps else None,
             progress=progress,
         )
+        if poured is not None:
+            poured.finish()
+        return done
 
 
 def _probe(arguments: argparse.Namespace, source: Source) -> DiskFormat:

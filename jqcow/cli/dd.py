@@ -50,7 +50,7 @@ def dd_command(arguments: argparse.Namespace) -> int:
         raise CommandError("Must specify both input and output files")
     block = _number(found, "bs", _BLOCK_BYTES, lowest=1, highest=(1 << 31) - 1)
     skip = _number(found, "skip", 0) * block
-    given = names.named(found["if"], arguments.format, image_opts=arguments.image_opts)
+    given = names.named(found["if"], arguments.format, image_opts=arguments.image_opts, takes_exports=True)
     arguments.given = found["if"]
     names.take_secrets(arguments, given)
     following = Following(

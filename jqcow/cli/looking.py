@@ -193,7 +193,7 @@ def _info_json(facts: ImageFacts) -> dict[str, Any]:
             told["encrypted"] = True
         if special.journal is not None:
             told["jqcow-journal"] = common.as_json(special.journal)
-    return {name: told[name] for name in _INFO_ORDER if name in told}
+    return {name: told[name] for name in _INFO_ORDER if told.get(name) is not None}
 
 
 def _backing(name: str, backing_format: str | None, filename: str) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _info_lines(facts: ImageFacts, name: str) -> Iterator[str]:
     yield f"image: {printable(name)}"
     yield f"file format: {facts.format}"
     yield f"virtual size: {human_size(facts.virtual_size)} ({facts.virtual_size} bytes)"
-    yield f"disk size: {human_size(facts.actual_size)}"
+    yield f"disk size: {'unavailable' if facts.actual_size is None else human_size(facts.actual_size)}"
     special = facts.qcow2
     if special is None:
         return

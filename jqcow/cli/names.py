@@ -23,6 +23,7 @@ _BELOW = "backing."
 _BLKDEBUG = "blkdebug"
 _ALIGNMENTS = ("align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard")
 """What QEMU's driver ``blkdebug`` may ask of requests: it changes no byte."""
+_READING = ("info", "check", "map")
 _OF_THE_OPENING = ("force-share", "file.force-share")
 
 
@@ -81,7 +82,10 @@ def resolve(arguments: argparse.Namespace) -> None:
         if arguments.export is not None:
             arguments.given = given
             return
-    found = named(given, getattr(arguments, "format", None), image_opts=arguments.image_opts)
+    reads = arguments.verb in _READING and getattr(arguments, "repair", None) is None
+    found = named(
+        given, getattr(arguments, "format", None), image_opts=arguments.image_opts, takes_exports=reads
+    )
     arguments.given, arguments.image = given, found.path
     take_secrets(arguments, found)
     arguments.format, arguments.driver = found.format, found.driver
@@ -124,13 +128,23 @@ def shown(arguments: argparse.Namespace) -> str:
     return given if protocol_of(given) in nulls.DRIVERS else f"{arguments.driver}://"
 
 
-def named(text: str, image_format: str | None, *, image_opts: bool = False) -> Named:
+def named(
+    text: str, image_format: str | None, *, image_opts: bool = False, takes_exports: bool = False
+) -> Named:
     """Return what a name among arguments means.
+
+    ``takes_exports``: it may be that of an export of an NBD server, whose path is its URI then.
 
     Raises:
         CommandError: it means no plain file, or contradicts ``-f``.
     """
     try:
+        if takes_exports and "nbd" in text:
+            from jqcow.cli.qemu import exports
+
+            uri = exports.openable(text, image_opts=image_opts)
+            if uri is not None:
+                return Named(text, uri, "raw" if image_opts else image_format)
         if image_opts:
             if image_format is not None:
                 raise CommandError("--image-opts and --format are mutually exclusive")

@@ -48,6 +48,10 @@ def is_pipe(arguments: argparse.Namespace, name: str) -> bool:
 
 def opened(arguments: argparse.Namespace, path: str) -> Source:
     """Return a source: its path, or for ``-`` a copy of what standard input gives."""
+    if is_export(path):
+        from jqcow.device.file import FileDevice
+
+        return FileDevice.open(path, writable=False)
     if not is_pipe(arguments, path):
         return path
     from jqcow.device.stream import spool_of
@@ -55,12 +59,24 @@ def opened(arguments: argparse.Namespace, path: str) -> Source:
     return spool_of(STDIN, spool_directory())
 
 
-def output() -> OutputStream:
-    """Return standard output.
+def is_export(path: str) -> bool:
+    """Tell whether a path that `jqcow.cli.names` gave is the URI of an export."""
+    return path.startswith(("nbd://", "nbd+"))
+
+
+def output(arguments: argparse.Namespace, path: str) -> OutputStream | None:
+    """Return standard output or an export, if that is the target, None for a file.
 
     Raises:
         CommandError: it is a terminal.
     """
+    if is_export(path):
+        from jqcow.cli.qemu.exports import export_at
+        from jqcow.nbd.device import ExportStream
+
+        return ExportStream(export_at(path), spool_directory())
+    if not is_pipe(arguments, path):
+        return None
     from jqcow.device.stream import OutputStream
 
     try:

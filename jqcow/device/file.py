@@ -20,7 +20,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -44,6 +44,11 @@ class FileDevice:
     kinds: ClassVar[dict[int, type[FileDevice]]] = {}
     """What files are opened as, by the kind that ``stat`` tells; others are refused by name."""
 
+    protocols: ClassVar[dict[str, Callable[[str], FileDevice]]] = {}
+    """What opens, to be read, names that are no paths, by what stands before their ``://``."""
+
+    is_on_host: ClassVar[bool] = True
+    """A file of this machine, which has a path."""
     _descriptor = -1
 
     def __init__(
@@ -90,6 +95,11 @@ class FileDevice:
         if writable and share_writers:
             raise ValueError("a writer cannot share the file with other writers")
         name = os.fsdecode(path)
+        opener = cls.protocols.get(name.partition("://")[0])
+        if opener is not None and "://" in name:
+            if writable:
+                raise UnsupportedFeatureError("writing to what is no file", name)
+            return opener(name)
         for _ in range(names.ATTEMPTS):
             descriptor, kind = open_kind(name, writable=writable)
             try:

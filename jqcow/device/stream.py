@@ -143,6 +143,12 @@ class OutputStream:
         for start in range(0, length, CHUNK_BYTES):
             self.write(zeros[: length - start])
 
+    def finish(self) -> None:
+        """Nothing is left to be done: who reads has it all."""
+
+    def close(self) -> None:
+        """The descriptor stays open: it is its owner's."""
+
     def new_spool(self) -> Spool:
         """Return an empty spool for what is to be written."""
         with _saying_where(self.spool_directory):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, Unpack
 
@@ -35,6 +36,7 @@ def create_closed(
     backing_format: str | None = None,
     foreign: bool = False,
     overwrite: bool = False,
+    is_short: bool = False,
     encryption: Encryption | None = None,
     **options: Unpack[FileOptions],
 ) -> None:
@@ -47,6 +49,7 @@ def create_closed(
         backing_format: of the backing file; needed with it.
         foreign: the backing file may be one that other programs know, as `name_backing_file` says.
         overwrite: replace an existing file, if nobody uses it.
+        is_short: the file ends with its last table, as QEMU's does, not with that table's cluster.
         encryption: how to encrypt the new image; None: not at all.
         options: what the image is to be, as `FileOptions` says.
 
@@ -61,6 +64,8 @@ def create_closed(
     form, host_use, blank = plan_image(
         size, options, backing_file, backing_format, foreign=foreign, encryption=encryption
     )
+    if is_short:
+        blank = replace(blank, length=blank.shortest)
     is_path = backing_file is not None and not (foreign and protocol_of(backing_file) in OTHER_PROTOCOLS)
     backing_path = naming.resolve(backing_file, image) if is_path and backing_file is not None else None
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.

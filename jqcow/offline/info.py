@@ -110,12 +110,12 @@ class Qcow2Facts:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a file is. ``virtual_size`` of the disk, ``actual_size`` what it takes on the host, in bytes."""
+    """What a file is; in bytes ``virtual_size`` of the disk, ``actual_size`` on the host, None: unknown."""
 
     filename: str
     format: DiskFormat
     virtual_size: int
-    actual_size: int
+    actual_size: int | None
     qcow2: Qcow2Facts | None
 
 
@@ -166,7 +166,9 @@ def read_chain(
 
 def _facts(device: FileDevice, known: DiskFormat) -> tuple[ImageFacts, HeaderArea | None]:
     """Return the facts about an open file, and its header if it has one."""
-    actual_bytes = os.stat(device.path).st_blocks * STAT_BLOCK_BYTES
+    actual_bytes = None
+    if device.is_on_host:
+        actual_bytes = os.stat(device.path).st_blocks * STAT_BLOCK_BYTES
     if known == "raw":
         return ImageFacts(device.path, known, RawDisk(device).size, actual_bytes, None), None
     view = FileView.of_file(device)

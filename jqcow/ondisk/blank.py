@@ -29,12 +29,14 @@ class BlankImage:
 
     Attributes:
         parts: the header is the first of them.
-        length: of the file.
+        length: of the file, in whole clusters.
+        shortest: where the last table ends; the file may end there, as QEMU's does.
         disk: the rest of a preallocated image; its refcount blocks are not among ``parts``.
     """
 
     parts: tuple[tuple[int, bytes], ...]
     length: int
+    shortest: int
     disk: PreallocatedDisk | None = None
 
 
@@ -87,17 +89,17 @@ def blank_image(
     if backing_file is not None or backing_format is not None:
         area = name_backing_file(area, backing_file, backing_format, foreign=foreign)
     used = others + table_clusters + block_count
+    length = used * geometry.cluster_bytes
     parts = [(0, area.data), (table, pack_refcount_table(geometry, blocks, block_count))]
-    if luks is not None:
-        parts += [(luks_offset + at, data) for at, data in luks.parts]
+    parts += [] if luks is None else [(luks_offset + at, data) for at, data in luks.parts]
     if not preallocated:
         parts.append((blocks, pack_ones(geometry, used)))
-        return BlankImage(tuple(parts), used * geometry.cluster_bytes)
+        return BlankImage(tuple(parts), length, length if luks else l1_table + layout.table_bytes(l1_size))
     tables = HostOffset(luks_offset + luks_clusters * geometry.cluster_bytes)
     row = _preallocated_row(form, tables, l2_tables, disk_clusters, is_encrypted=luks is not None)
     disk = PreallocatedDisk(row, tables, HostOffset(blocks), used)
     parts.append((l1_table, _pack_l1(geometry, tables, l2_tables)))
-    return BlankImage(tuple(parts), used * geometry.cluster_bytes, disk)
+    return BlankImage(tuple(parts), length, length, disk)
 
 
 def _preallocated_row(

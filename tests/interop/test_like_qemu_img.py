@@ -314,6 +314,21 @@ def test_qemu_opens_a_luks_volume(tmp_path: Path, options: str, monkeypatch: pyt
     assert (tmp_path / "a.luks").stat().st_size == (tmp_path / "theirs.luks").stat().st_size
 
 
+@pytest.mark.parametrize(
+    "options",
+    ["", "-o cluster_size=512", "-o compat=0.10", "-o preallocation=metadata", "-b base.qcow2 -F qcow2"],
+)
+def test_a_new_file_is_as_long_as_that_of_qemu_img(options: str, tmp_path: Path) -> None:
+    done("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "base.qcow2", "8M")
+    for made_by, name in ((ours, "ours"), (theirs, "theirs")):
+        assert made_by(f"create -q -f qcow2 {options} {name} 8M".split(), tmp_path) == (0, "", "")
+    assert (tmp_path / "ours").stat().st_size == (tmp_path / "theirs").stat().st_size
+    with jqcow.open(tmp_path / "ours", "r+", allow_files=True) as image:
+        image.pwrite(b"x" * 4096, 1 << 20)
+    done("qemu-img", "check", tmp_path / "ours")
+    assert "Pattern verification failed" not in done("qemu-io", "-c", "read -P 120 1M 4k", tmp_path / "ours")
+
+
 def test_each_file_of_a_chain_has_the_secret_that_names_it(tmp_path: Path) -> None:
     secrets = "--object secret,id=one,data=abc --object secret,id=two,data=xyz"
     luks = "create -q -f qcow2 -o encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret"

@@ -164,6 +164,7 @@ def write(arguments: argparse.Namespace, name: str, image_format: str, found: di
         backing_file=found.get("backing_file"),
         backing_format=found.get("backing_fmt"),
         foreign=True,
+        is_short=True,
         encryption=encryption,
         overwrite=True,
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from jqcow.cli import common
 from jqcow.cli.common import CommandError
 from jqcow.cli.qemu.options import plain_pairs
 from jqcow.cli.qemu.wording import opening
+from jqcow.device.file import FileDevice
 from jqcow.errors import printable
 from jqcow.nbd.client import Export, Status, read_status
+from jqcow.nbd.device import ExportDevice
 from jqcow.nbd.listening import DEFAULT_PORT
 from jqcow.nbd.protocol import ALLOCATION, DEPTH, STATE_HOLE, STATE_ZERO
 
@@ -61,6 +63,34 @@ def export_named(text: str, *, image_opts: bool) -> NamedExport | None:
     if not paths:
         raise CommandError(f"Could not open '{text}': Invalid NBD URI")
     return NamedExport(Export(paths[0], name))
+
+
+def openable(text: str, *, image_opts: bool) -> str | None:
+    """Return the URI of the export that an argument names, None where it names none.
+
+    Whoever opens a file by that reads the export from then on.
+    """
+    found = export_named(text, image_opts=image_opts)
+    if found is None:
+        return None
+    FileDevice.protocols.update(dict.fromkeys(_SCHEMES, _open))
+    name = quote(found.export.name)
+    if isinstance(found.export.address, str):
+        return f"nbd+unix:///{name}?socket={quote(found.export.address)}" if image_opts else text
+    host, port = found.export.address
+    return f"nbd://{host}:{port}/{name}" if image_opts else text
+
+
+def export_at(uri: str) -> Export:
+    """Return the export that a URI of `openable` names."""
+    found = export_named(uri, image_opts=False)
+    if found is None:
+        raise ValueError(f"{uri} is no URI of NBD")
+    return found.export
+
+
+def _open(uri: str) -> FileDevice:
+    return ExportDevice(export_at(uri), uri)
 
 
 def _of_options(text: str, options: dict[str, str]) -> NamedExport:
