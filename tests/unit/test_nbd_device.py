@@ -175,7 +175,7 @@ def other_server(folder: Path, *answers: Answer) -> Iterator[Export]:
                     head = (protocol.OPTION_REPLY_MAGIC, option, kind, len(told))
                     client.sendall(protocol.OPTION_REPLY.pack(*head) + told)
             for answer in answers:
-                client.recv(1 << 16)
+                client.recv(protocol.REQUEST.size, socket.MSG_WAITALL)
                 answer(client)
             client.recv(1 << 16)
 
@@ -241,7 +241,7 @@ def test_zeros_are_written_where_the_server_makes_none(tmp_path: Path) -> None:
     got = list[bytes]()
 
     def take(client: socket.socket) -> None:
-        got.append(client.recv(1 << 16))
+        got.append(client.recv(3, socket.MSG_WAITALL))
         simple(b"")(client)
 
     with other_server(tmp_path, take) as export:
