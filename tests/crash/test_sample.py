@@ -20,7 +20,7 @@ from tests.crash.workloads import (
 SEED = 7
 IS_QUICK = _native.active() == "c"
 """The twins are slow, and do what the kernels do: they get some families, and no recovery is crashed."""
-STATES_PER_INTERVAL = 3
+STATES_PER_INTERVAL = 2
 OF_FEATURES = frozenset(names_in("features", "small-writes", "small-writes-below"))
 WITH_ONE_STATE = OF_FEATURES | frozenset(names_in("snapshots", "overlays"))
 """There are many families of features, and the stories of the others have the most intervals."""
