@@ -256,7 +256,11 @@ def _joined_frames(data: memoryview, cluster_bytes: int) -> bytes:
 
 def _frame_by_pieces(data: memoryview, room_bytes: int) -> tuple[bytes, memoryview]:
     """Return the content of the first frame, and what follows the frame."""
-    _checked_content_bytes(data, room_bytes)
+    known_bytes = _checked_content_bytes(data, room_bytes)
+    if known_bytes:
+        # Where a frame tells its size QEMU's library decodes it at once, and refuses more than in pieces:
+        # compressed blocks of no bytes.
+        _contexts.decompressor.decompress(data, max_output_size=known_bytes, allow_extra_data=True)
     frame = _new_decompressor().decompressobj(write_size=min(room_bytes, _ZSTD_BLOCK_BYTES_MAX))
     content = bytearray()
     for start in range(0, len(data), _ZSTD_PIECE_BYTES):
