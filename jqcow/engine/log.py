@@ -27,6 +27,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import Blocks, ChangeSet
 from jqcow.engine.pending import Pending, Piece
 from jqcow.engine.root import Root
+from jqcow.engine.scan import ZEROED_BYTES_MIN
 from jqcow.engine.space import Space
 from jqcow.engine.tables import Tables
 from jqcow.errors import UnsupportedFeatureError
@@ -147,7 +148,8 @@ class Log:
         carried = sum(len(intent.data) + frames.INTENT_BYTES_MAX for intent in self.pending.carried(0))
         opening = roots.MAX_LIVE_HEADER_BYTES + 2 * frames.FRAME_ALIGNMENT + carried
         most = MAX_JOURNAL_BYTES // 2
-        length, zeroed = frames.decoded_length(operations), frames.zeroed_length(operations)
+        length = frames.decoded_length(operations)
+        zeroed = frames.zeroed_length(operations) - ZEROED_BYTES_MIN
         # A frame is never longer than one whose payload is not compressed.
         needed = opening + layout.round_up(frames.FRAME_HEADER_BYTES + length, frames.FRAME_ALIGNMENT)
         if max(needed, zeroed) > most:

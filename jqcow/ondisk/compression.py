@@ -208,10 +208,15 @@ def _whole_frame(data: memoryview, cluster_bytes: int) -> bytes | None:
     known_bytes = _checked_content_bytes(data, cluster_bytes)
     if known_bytes is not None and known_bytes < cluster_bytes:
         return None
+    content = _decompressed_at_once(data, cluster_bytes)
+    return content if len(content) == cluster_bytes else None
+
+
+def _decompressed_at_once(data: memoryview, room_bytes: int) -> bytes:
+    """Return the content of the first frame, which fits."""
     if _contexts.decompressor is None:
         _contexts.decompressor = _new_decompressor()
-    content = _contexts.decompressor.decompress(data, max_output_size=cluster_bytes, allow_extra_data=True)
-    return content if len(content) == cluster_bytes else None
+    return _contexts.decompressor.decompress(data, max_output_size=room_bytes, allow_extra_data=True)
 
 
 def _checked_content_bytes(data: memoryview, room_bytes: int) -> int | None:
@@ -260,7 +265,7 @@ def _frame_by_pieces(data: memoryview, room_bytes: int) -> tuple[bytes, memoryvi
     if known_bytes:
         # Where a frame tells its size QEMU's library decodes it at once, and refuses more than in pieces:
         # compressed blocks of no bytes.
-        _contexts.decompressor.decompress(data, max_output_size=known_bytes, allow_extra_data=True)
+        _decompressed_at_once(data, known_bytes)
     frame = _new_decompressor().decompressobj(write_size=min(room_bytes, _ZSTD_BLOCK_BYTES_MAX))
     content = bytearray()
     for start in range(0, len(data), _ZSTD_PIECE_BYTES):

@@ -15,6 +15,7 @@ from jqcow.engine.medium import Medium
 from jqcow.engine.metadata import ChangeSet
 from jqcow.ondisk.blank import blank_image
 from jqcow.ondisk.form import Form
+from jqcow.ondisk.frame import ZeroOperation
 from jqcow.ondisk.layout import ClusterIndex, HostOffset
 from jqcow.ondisk.root import MIN_JOURNAL_BYTES
 from jqcow.testing import Fault, FaultPlan, SimulatedDevice
@@ -69,6 +70,11 @@ class TestRoom:
         assert new is not old and new.extent.half_bytes > old.extent.half_bytes
         assert new.has_room(payload) and new.sequence == old.sequence + 1
         assert engine.space.is_listed(ClusterIndex(old.extent.offset // CLUSTER))
+
+    def test_zeros_of_new_clusters_take_no_room(self, engine: Engine) -> None:
+        """They are named, not written: an epoch may name many more of them than a half is long (J5)."""
+        none = engine.log._lengths_for([])
+        assert engine.log._lengths_for([ZeroOperation(1000 * CLUSTER, 16 << 20)]) == none
 
 
 class TestEndOfEpoch:
