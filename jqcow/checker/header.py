@@ -27,6 +27,9 @@ BACKING_FORMAT_BYTES_MAX = 15
 HOST_OFFSET_MAX = (1 << 63) - 1
 """What QEMU takes for an offset where a table has no entries."""
 
+OVERRULED = "another one of its type follows, which counts"
+"""What QEMU does not mind."""
+
 CRYPT_METHOD_PLACE = 32
 SNAPSHOTS_OFFSET_PLACE = 64
 AUTOCLEAR_PLACE = 88
@@ -54,7 +57,7 @@ def header_faults(area: HeaderArea) -> Iterator[tuple[str, int, str]]:
     for extension in area.extensions:
         detail = _fault(extension, header)
         if area.find(extension.type) is not extension:
-            detail = "another one of its type follows, which counts"
+            detail = OVERRULED
         if detail is not None:
             yield f"header extension {extension.type:#010x}", position, detail
         position += EXTENSION_STRUCT.size + layout.round_up(len(extension.data), 8)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from jqcow.checker.header import OVERRULED
 from jqcow.cli import common, names, snapshots
 from jqcow.cli.common import human_size, plural
 from jqcow.disks.policy import Following
@@ -131,7 +132,7 @@ def _refuse_what_qemu_does(arguments: argparse.Namespace, facts: ImageFacts) -> 
     special = facts.qcow2
     if not arguments.profile.is_qemu or special is None:
         return
-    told = ", ".join(special.header_faults)
+    told = ", ".join(fault for fault in special.header_faults if fault != OVERRULED)
     if special.unknown_incompatible:
         from jqcow.cli.qemu.wording import unsupported
 

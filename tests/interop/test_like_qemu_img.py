@@ -416,6 +416,16 @@ def test_checks_of_damage_say_the_same(tmp_path: Path, place: int, value: bytes)
         assert plain(ours(words.split(), folders[1])) == plain(theirs(words.split(), folders[0])), words
 
 
+def test_of_two_extensions_of_a_type_both_take_the_last(tmp_path: Path) -> None:
+    done("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", tmp_path / "a.qcow2", "1M")
+    content = bytearray((tmp_path / "a.qcow2").read_bytes())
+    content[72:104] = b"".join(b"\xe2\x79\x2a\xca\0\0\0\3" + name + bytes(5) for name in (b"raw", b"foo"))
+    (tmp_path / "a.qcow2").write_bytes(content)
+    found, wanted = (told(["info", "a.qcow2"], tmp_path) for told in (ours, theirs))
+    assert found[0] == wanted[0] == 0 and not found[2]
+    assert plain(found)[1].replace("backing file format: foo\n", "") == plain(wanted)[1]
+
+
 def test_data_past_the_end_is_told_alike(tmp_path: Path) -> None:
     image = tmp_path / "a.qcow2"
     done("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
