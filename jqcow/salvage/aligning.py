@@ -201,6 +201,8 @@ class Aligner:
             if cluster + step in found and self._expectations.turn(cluster + step, -step) is not None:
                 found[cluster + step] += OUT_OF_TURN
             self._offer(found, cluster, turn if self._is_waiting(turn) else None, IN_TURN)
+        for near in self._expectations.near_turns(cluster, step):
+            self._offer(found, cluster, near if self._is_waiting(near) else None, OUT_OF_TURN)
         found.pop(cluster, None)
         return found
 

@@ -23,6 +23,8 @@ BLOCK_BYTES_MAX, BLOCK_BYTES_MIN = 4096, 512
 """Files end in blocks of the file system; of several sizes the smallest is taken."""
 WRITTEN_LOOKED_AT = 64
 """Of so many pieces the next is taken of which a cluster was first written to."""
+NEAR_TURNS = (2, 3, -1)
+"""So many turns from one that is known in part another may have come behind it."""
 CACHED = 1 << 15
 DELETED = 1 << 63
 """Marks the numbers of files that are deleted."""
@@ -274,6 +276,17 @@ class Expectations:
         if place is not None and cluster != self._near_end(order.pieces[place], -step):
             return cluster + step
         return self._next(order, cluster, step)
+
+    def near_turns(self, cluster: int, step: int) -> Iterator[int]:
+        """Yield clusters whose turn was near: two times of a file do not tell how evenly it grew."""
+        order = self._pieces.by_turns
+        rank = self._rank(order, cluster)
+        for away in NEAR_TURNS if rank is not None else ():
+            place = (rank or 0) + away * step
+            if 0 <= place < len(order):
+                other = self._near_end(order.pieces[place], step)
+                if self._rank(order, other) == place:
+                    yield other
 
     def _next(self, order: Order, cluster: int, step: int) -> int | None:
         rank = self._rank(order, cluster)

@@ -339,10 +339,18 @@ class Mender:
         """Yield (run, cluster, step) of what may push others on, or back, where neighbours in the file part.
 
         That is the end of what comes before a place in the file, if it belongs before what comes behind it,
-        or the start of what comes behind, if it belongs behind what comes before.
+        or the start of what comes behind, if it belongs behind what comes before. What is nowhere may
+        go on from what comes before it.
         """
         if self._step(at) > NOWHERE:
             return
+        before, waiting = self._cluster_at(at - 1), list[int]()
+        for index, _ in self._order[at : at + RUN_MAX]:
+            if before is None or index is None or self.clusters[index] is not None:
+                break
+            waiting.append(index)
+        if before is not None and waiting and (following := self._next(before, 1, ())) is not None:
+            yield waiting, following, 1
         for step, places in ((1, range(at - 1, -1, -1)), (-1, range(at, len(self._order)))):
             start, run = self._cluster_at(at if step > 0 else at - 1), list[int]()
             for place in places[:PUSHED_MAX] if start is not None else ():

@@ -40,6 +40,9 @@ def test_files_of_the_same_times_grew_in_turns() -> None:
     assert [known.turn(cluster, 1) for cluster in (20, 60, 21, 61)] == [60, 21, 61, 22]
     assert [known.turn(cluster, -1) for cluster in (60, 21, 71)] == [20, 60, 31]
     assert known.turn(71, 1) is None and known.turn(99, 1) is None
+    # They need not have grown evenly.
+    assert [list(known.near_turns(cluster, 1)) for cluster in (20, 60, 71)] == [[21, 61], [61, 22, 20], [31]]
+    assert list(known.near_turns(61, -1)) == [60, 20, 22] and not list(known.near_turns(99, 1))
     # The last change of one may be a turn before that of the other; and the first.
     assert expectations_of(together(made=100, changed=9_000)).turn(20, 1) == 60
     assert expectations_of(together(made=600)).turn(20, 1) == 60

@@ -162,6 +162,16 @@ def test_no_cluster_comes_twice_and_it_ends() -> None:
         assert len(found) == len(set(found)) > 4
 
 
+def test_what_is_nowhere_may_go_on_and_push_what_is_there() -> None:
+    pieces = [piece(9 * CLUSTER, 9 * CLUSTER, 9 * CLUSTER, 1), piece(40 * CLUSTER, CLUSTER, CLUSTER, 2)]
+    taken: list[int | None] = [9, None, None, None, 40, 10, 11, 12]
+    order = [(index, None) for index in range(len(taken))]
+    known = expectations_of(pieces), noise([False] * len(taken))
+    mender = Mender(*known, dict(enumerate(taken)), order, lambda cluster: cluster >= 0)
+    assert next(mender._pushes(1)) == ([1, 2, 3], 10, 1)
+    assert not [run for run, *_ in mender._pushes(5) if set(run) & {1, 2, 3, 4} == {1, 2, 3}]
+
+
 def test_files_that_grew_in_turns_are_put_in_turns() -> None:
     known = expectations_of(together())
     clusters: Places = {0: 99, 1: 60, 2: 20, 3: None, 4: 21, 5: 61}
