@@ -256,14 +256,14 @@ class Expectations:
         for at in self._leaving(cluster, step):
             other = self._pieces.by_file.beside(at, step)
             if other is not None and self._pieces.numbers[other] == self._pieces.numbers[at]:
-                yield self._near_end(other, step)
+                yield self._pieces.near_end(other, step)
 
     def beside_in_time(self, cluster: int, step: int) -> Iterator[int]:
         """Yield what was written next to what ends in a cluster."""
         for at in self._leaving(cluster, step):
             other = self._pieces.by_time.beside(at, step)
             if other is not None:
-                yield self._near_end(other, step)
+                yield self._pieces.near_end(other, step)
 
     def next_written(self, cluster: int, step: int) -> int | None:
         """Return the cluster that was first written to next, or before, where a piece leaves a cluster."""
@@ -273,7 +273,7 @@ class Expectations:
         """Return the cluster whose turn is next, or was before, where it is known what came in turns."""
         order = self._pieces.by_turns
         place = self._rank(order, cluster)
-        if place is not None and cluster != self._near_end(order.pieces[place], -step):
+        if place is not None and cluster != self._pieces.near_end(order.pieces[place], -step):
             return cluster + step
         return self._next(order, cluster, step)
 
@@ -284,17 +284,17 @@ class Expectations:
         for away in NEAR_TURNS if rank is not None else ():
             place = (rank or 0) + away * step
             if 0 <= place < len(order):
-                other = self._near_end(order.pieces[place], step)
+                other = self._pieces.near_end(order.pieces[place], step)
                 if self._rank(order, other) == place:
                     yield other
 
     def _next(self, order: Order, cluster: int, step: int) -> int | None:
         rank = self._rank(order, cluster)
-        if rank is None or cluster != self._near_end(order.pieces[rank], -step):
+        if rank is None or cluster != self._pieces.near_end(order.pieces[rank], -step):
             return None
         stop = rank + step * (1 + WRITTEN_LOOKED_AT)
         for place in range(rank + step, min(len(order), max(-1, stop)), step):
-            first, last = (self._near_end(order.pieces[place], way) for way in (step, -step))
+            first, last = (self._pieces.near_end(order.pieces[place], way) for way in (step, -step))
             for other in (first, first + step) if first != last else (first,):
                 if self._rank(order, other) == place:
                     return other
@@ -322,10 +322,6 @@ class Expectations:
             edge = pieces.starts[at] + pieces.lengths[at] - 1 if step > 0 else pieces.starts[at]
             if pieces.data[at] and edge // self._cluster_bytes == cluster:
                 yield at
-
-    def _near_end(self, at: int, step: int) -> int:
-        offset = self._pieces.starts[at] + (0 if step > 0 else self._pieces.lengths[at] - 1)
-        return offset // self._cluster_bytes
 
     def needed(self) -> Iterator[int]:
         """Yield the clusters in which files have data that are not deleted, in order."""

@@ -198,6 +198,10 @@ class Pieces:
             written = made + int(pace * (low - start)), number, offset + low
             self.add(FilePiece(low, high - low, valid_bytes, written, is_timed=True))
 
+    def near_end(self, at: int, step: int) -> int:
+        """Return the cluster in which a piece begins; for a negative step, that in which it ends."""
+        return (self.starts[at] + (0 if step > 0 else self.lengths[at] - 1)) // self._cluster_bytes
+
     def touching(self, start: int, end: int) -> Iterator[int]:
         """Yield the pieces that have bytes in [start, end)."""
         first = bisect_left(self.starts, start)
