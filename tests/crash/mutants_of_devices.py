@@ -122,7 +122,7 @@ MUTANTS_OF_DEVICES = (
     ),
     Mutant(
         "V4-old-image-over-data-in-place",
-        skipping("jqcow.image.creating:give_up_before"),
+        skipping("jqcow.disks.making:give_up_before"),
         trials=(SCENARIO + "replaced-with-its-data-file",),
     ),
 )

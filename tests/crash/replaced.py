@@ -12,8 +12,8 @@ from typing import Any
 import jqcow
 from jqcow.device import names, targets
 from jqcow.device.file import FileDevice
+from jqcow.disks import making
 from jqcow.errors import JqcowError
-from jqcow.image import creating
 from tests.crash.judge import PromiseBroken, require
 
 SIZE = 1 << 20
@@ -81,7 +81,7 @@ def _replace(image: Path, data: Path, step: int, *, in_place: bool) -> None:
         ):
             setattr(owner, name, counted(getattr(owner, name)))
         if in_place:
-            new_target: Any = vars(creating)["new_target"]
+            new_target: Any = vars(making)["new_target"]
 
             def target(path: Any, **options: Any) -> Any:
                 # As on a block device.
@@ -89,7 +89,7 @@ def _replace(image: Path, data: Path, step: int, *, in_place: bool) -> None:
                     return targets._OverDevice(FileDevice.open(path, writable=True))
                 return new_target(path, **options)
 
-            vars(creating)["new_target"] = target
+            vars(making)["new_target"] = target
         options: Any = {"preallocation": "full"}
         jqcow.create(image, len(NEW), data_file=str(data), overwrite=True, **options).close()
         code = 0
