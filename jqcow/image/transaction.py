@@ -244,6 +244,7 @@ class Transaction:
         backing_format: str | None = None,
         *,
         foreign: bool = False,
+        elsewhere: bool = False,
     ) -> None:
         """Name another backing file in the header, or none. Nothing is copied and nothing is opened.
 
@@ -255,6 +256,7 @@ class Transaction:
             name: stored as it is, relative to the directory of the image; None: no backing file.
             backing_format: of the file, needed with it.
             foreign: it may be a format that jqcow does not have, for an image that others are to open.
+            elsewhere: the name may have a protocol that jqcow does not follow, for such an image.
 
         Raises:
             ValueError: a name that cannot be stored.
@@ -264,7 +266,9 @@ class Transaction:
         name, stored = optional_path(name), optional_text(backing_format)
         self._enter(changing=True)
         with self._lock:
-            area = naming.name_backing_file(self._tables.view.area, name, stored, foreign=foreign)
+            area = naming.name_backing_file(
+                self._tables.view.area, name, stored, foreign=foreign, elsewhere=elsewhere
+            )
             with self._tables.operation():
                 self._tables.view.set_area(area)
 

@@ -40,6 +40,7 @@ def rebase(
     backing_format: str | None = None,
     *,
     unsafe: bool = False,
+    elsewhere: bool = False,
     allow_files: FilePolicy = False,
     probe: bool = False,
     journal_size: int | None = None,
@@ -54,8 +55,8 @@ def rebase(
         backing_format: of the file, needed with it; an unsafe rebase stores others, too.
         unsafe: change the name alone and open neither backing file: for a file that was moved or renamed.
             Otherwise what the new file reads differently, the old one's is copied into the image.
-        allow_files: whether the backing file that the image names may be opened, and what it and the new one
-            name, as in `jqcow.open`. The new one itself is the caller's own.
+        elsewhere: an unsafe rebase may store a name with a protocol that other programs follow.
+        allow_files: whether files that the image and the new one name may be opened, as in `jqcow.open`.
         probe: tell formats that are not stored by the magic.
         journal_size: in bytes, as in `jqcow.open`.
         progress: called with the bytes of the disk that are done, and all of them.
@@ -63,8 +64,7 @@ def rebase(
 
     Raises:
         ValueError: a name that cannot be stored.
-        UnsupportedFeatureError: the image has internal snapshots, which show the backing file too; an unsafe
-            rebase leaves that to the caller.
+        UnsupportedFeatureError: snapshots show the backing file, too; an unsafe rebase does not look.
         JqcowError: one of the files cannot be read, or is in use.
         OSError: the host failed; the image is as it was.
     """
@@ -72,7 +72,7 @@ def rebase(
     passphrase = hidden(passphrase)
     if unsafe:
         with open_alone(path, "r+", journal_size=journal_size) as image, image.transaction() as transaction:
-            transaction.set_backing_file(backing_file, backing_format, foreign=True)
+            transaction.set_backing_file(backing_file, backing_format, foreign=True, elsewhere=elsewhere)
         return RebaseReport(0, 0)
     following = Following(allow_files, probe, passphrase=passphrase)
     with closing(open_disk(path, "qcow2", following=following)) as chain:

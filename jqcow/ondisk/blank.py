@@ -87,7 +87,7 @@ def blank_image(
     header = new_header(form, size, **places, refcount_table_clusters=table_clusters)
     area = new_area(form, header, luks, luks_offset)
     if backing_file is not None or backing_format is not None:
-        area = name_backing_file(area, backing_file, backing_format, foreign=foreign)
+        area = name_backing_file(area, backing_file, backing_format, foreign=foreign, elsewhere=foreign)
     used = others + table_clusters + block_count
     length = used * geometry.cluster_bytes
     parts = [(0, area.data), (table, pack_refcount_table(geometry, blocks, block_count))]

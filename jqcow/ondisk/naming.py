@@ -204,7 +204,12 @@ def name_data_file(area: HeaderArea, name: str) -> HeaderArea:
 
 
 def name_backing_file(
-    area: HeaderArea, name: str | None, backing_format: str | None, *, foreign: bool = False
+    area: HeaderArea,
+    name: str | None,
+    backing_format: str | None,
+    *,
+    foreign: bool = False,
+    elsewhere: bool = False,
 ) -> HeaderArea:
     """Return the header with another backing file and its format, or with none.
 
@@ -212,7 +217,8 @@ def name_backing_file(
         area: the header; all that it holds besides is kept.
         name: to be stored as it is, so relative to the directory of the image; None for no backing file.
         backing_format: ``raw`` or ``qcow2``; None with no backing file.
-        foreign: it may be another one, and the name may have a protocol, that other programs know.
+        foreign: it may be another one, that other programs know.
+        elsewhere: the name may have a protocol that other programs know.
 
     Raises:
         ValueError: one without the other, another format, or a name that cannot be stored.
@@ -234,7 +240,7 @@ def name_backing_file(
         raise ValueError(f"the format of a backing file is raw or qcow2, not {backing_format!r}")
     stored = os.fsencode(name)
     decode_name(stored)
-    if is_known and not (foreign and protocol_of(name) in OTHER_PROTOCOLS):
+    if is_known and not (elsewhere and protocol_of(name) in OTHER_PROTOCOLS):
         named_file("the new header", name, backing_format)
     named = area.with_backing_file(stored, backing_format.encode())
     if area.header.version >= 3:

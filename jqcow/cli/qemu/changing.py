@@ -304,6 +304,7 @@ def rebase(arguments: argparse.Namespace) -> int:
                 name or None,
                 known if name else None,
                 unsafe=unsafe,
+                elsewhere=True,
                 progress=progress,
                 **_following(arguments),
             )
