@@ -205,7 +205,9 @@ def resize_command(arguments: argparse.Namespace) -> int:
 
 def _new_size(size: int, change: int, sign: int) -> int:
     """Return the size in whole sectors that a disk of ``size`` bytes is to get; without a sign ``change``."""
-    wanted = -(-(size + sign * change if sign else change) // SECTOR_BYTES) * SECTOR_BYTES
+    from jqcow.ondisk.layout import round_up
+
+    wanted = round_up(size + sign * change if sign else change, SECTOR_BYTES)
     if wanted <= 0:
         raise common.CommandError(f"the new size of a disk of {size} bytes must be more than 0, not {wanted}")
     return wanted

@@ -191,6 +191,13 @@ class HostSpace(Protocol):
         ...
 
 
+def filled_bytes(device: Device, length: int, offset: int) -> bytes:
+    """Return ``length`` bytes from ``offset``, read by `Device.pread_into`."""
+    buffer = bytearray(length)
+    device.pread_into(memoryview(buffer), offset)
+    return bytes(buffer)
+
+
 def check_device(device: Device) -> None:
     """Raise TypeError for what is no device: before anything is done with it."""
     if not isinstance(device, Device):

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from jqcow.device.base import ZEROS_AT_ONCE, Device, ReadBuffer
+from jqcow.device.base import ZEROS_AT_ONCE, Device, ReadBuffer, filled_bytes
 from jqcow.errors import ReadOnlyError
 
 
@@ -67,9 +67,7 @@ class ObjectDevice:
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return exactly ``length`` bytes from ``offset``; what lies past the end reads as zeros."""
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return filled_bytes(self, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``; what lies past the end reads as zeros."""

@@ -21,7 +21,7 @@ import stat
 from collections.abc import Callable
 from typing import Protocol
 
-from jqcow.device.base import Device, ReadBuffer, has_fixed_size, no_space, write_zeros
+from jqcow.device.base import Device, ReadBuffer, filled_bytes, has_fixed_size, no_space, write_zeros
 from jqcow.device.file import FileDevice, give_up_old, is_new, keep_old, path_of, remove_file
 from jqcow.ondisk import root as roots
 from jqcow.ondisk.layout import SECTOR_BYTES
@@ -68,9 +68,7 @@ class NewContent:
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return ``length`` bytes of the new content."""
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return filled_bytes(self, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer``; what was not written is zeros."""

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from heapq import merge
 
-from jqcow.device.base import Device, ReadBuffer, Sparse, has_fixed_size
+from jqcow.device.base import Device, ReadBuffer, Sparse, filled_bytes, has_fixed_size
 from jqcow.ondisk.layout import SECTOR_BYTES
 
 BLOCK_BYTES = 1 << 16
@@ -62,9 +62,7 @@ class TrialDevice:
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return ``length`` bytes; what lies past the end reads as zeros."""
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return filled_bytes(self, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer``; what lies past the end reads as zeros."""

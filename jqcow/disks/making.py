@@ -66,8 +66,9 @@ def create_closed(
     )
     if is_short:
         blank = replace(blank, length=blank.shortest)
-    is_path = backing_file is not None and not (foreign and protocol_of(backing_file) in OTHER_PROTOCOLS)
-    backing_path = naming.resolve(backing_file, image) if is_path and backing_file is not None else None
+    backing_path = None
+    if backing_file is not None and not (foreign and protocol_of(backing_file) in OTHER_PROTOCOLS):
+        backing_path = naming.resolve(backing_file, image)
     # By name, not by inode: a hard link keeps the base when this name of it is replaced.
     if backing_path is not None and os.path.realpath(backing_path) == os.path.realpath(image):
         raise ValueError(f"{image} would be its own backing file")

@@ -86,28 +86,17 @@ class Connection:
     def negotiate(self, context: str) -> tuple[int, int]:
         """Return the size of the export, and the number of the metadata context."""
         self._greet()
-        self._ask(Option.STRUCTURED_REPLY, b"")
-        name = _counted(self._export.name)
-        found = self._ask(Option.SET_META_CONTEXT, name + protocol.WORD.pack(1) + _counted(context))
-        ids = [data[: protocol.WORD.size] for kind, data in found if kind == Reply.META_CONTEXT]
-        if not ids:
+        context_id = self._select(context)
+        if context_id is None:
             raise OSError(errno.ENOENT, f"the NBD server has no metadata context {context!r}")
-        size, _ = self._go()
-        if len(ids[0]) != protocol.WORD.size:
-            raise _broken("a metadata context without a number")
-        return size, protocol.WORD.unpack(ids[0])[0]
+        return self._go()[0], context_id
 
     def enter(self) -> tuple[int, int, int | None]:
         """Return the size of the export, its flags, and the number of `ALLOCATION`; None without that."""
         self._greet()
         context_id = None
         try:
-            self._ask(Option.STRUCTURED_REPLY, b"")
-            name = _counted(self._export.name)
-            query = protocol.WORD.pack(1) + _counted(protocol.ALLOCATION)
-            for kind, data in self._ask(Option.SET_META_CONTEXT, name + query):
-                if kind == Reply.META_CONTEXT and len(data) >= protocol.WORD.size:
-                    context_id = protocol.WORD.unpack_from(data)[0]
+            context_id = self._select(protocol.ALLOCATION)
         except OSError as error:
             # A server need not know either.
             if error.errno != errno.ENOENT:
@@ -180,6 +169,17 @@ class Connection:
             raise _broken("it does not know the fixed newstyle negotiation")
         wanted = flags & (protocol.FLAG_FIXED_NEWSTYLE | protocol.FLAG_NO_ZEROES)
         self._socket.sendall(protocol.CLIENT_FLAGS.pack(wanted))
+
+    def _select(self, context: str) -> int | None:
+        """Ask for structured replies and a metadata context; return its number, None if there is none."""
+        self._ask(Option.STRUCTURED_REPLY, b"")
+        query = _counted(self._export.name) + protocol.WORD.pack(1) + _counted(context)
+        for kind, data in self._ask(Option.SET_META_CONTEXT, query):
+            if kind == Reply.META_CONTEXT:
+                if len(data) < protocol.WORD.size:
+                    raise _broken("a metadata context without a number")
+                return int(protocol.WORD.unpack_from(data)[0])
+        return None
 
     def _go(self) -> tuple[int, int]:
         """Return the size of the export, and its flags."""

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 
-from jqcow.device.base import ReadBuffer, no_space
+from jqcow.device.base import ReadBuffer, filled_bytes, no_space
 from jqcow.device.file import FileDevice
 from jqcow.device.stream import OutputStream
 from jqcow.nbd.client import Connection, Export
@@ -49,9 +49,7 @@ class ExportDevice(FileDevice):
 
     def pread(self, length: int, offset: int) -> bytes:
         """Return exactly ``length`` bytes from ``offset``; what lies past the end reads as zeros."""
-        buffer = bytearray(length)
-        self.pread_into(memoryview(buffer), offset)
-        return bytes(buffer)
+        return filled_bytes(self, length, offset)
 
     def pread_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``; what lies past the end reads as zeros."""

@@ -39,7 +39,7 @@ OTHER_PROTOCOLS = (
     *("ftp", "ftps", "gluster", "http", "https", "iscsi", "iser", "nbd", "nbd+tcp", "nbd+unix"),
     *("nfs", "null-aio", "null-co", "rbd", "sftp", "ssh"),
 )
-"""Protocols of QEMU's that an image may name for QEMU to follow; jqcow follows none of them."""
+"""Protocols of QEMU's that an image may name for QEMU to follow; jqcow follows none of them there."""
 
 _FORMAT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,14}", re.ASCII)
 """A name of a format that is short enough for QEMU."""
